@@ -1,0 +1,38 @@
+# make demo     the main job: train, attribute three ways, report (digits, about two minutes)
+# make test     lint, types, tests
+# make setup    only the environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test setup lint format clean
+
+demo: setup
+	$(BIN)/python experiments/demo.py
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(STAMP)
+
+# torch goes first and alone: later packages then keep the pinned build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, %s is %s. Try: make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs/demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""Records training runs."""
+
+from tda_lightning.callbacks.recorder import TrajectoryRecorder
+
+__all__ = ["TrajectoryRecorder"]

@@ -1,0 +1,146 @@
+"""Which training examples a batch is made of, without changing module, loader or order.
+
+Lightning has no hook that sees a batch's indices, and a batch itself does not carry them. What
+knows them is the loader's batch sampler (its sampler where ``batch_size=None``), and it must be
+listened to before Lightning makes the first iterator, which is before ``on_train_start``. The
+last public point before that is ``Strategy.process_dataloader``, through which Lightning passes
+every loader it is about to use, reloaded ones too. There the sampler is replaced, inside the
+user's own loader, by one that behaves like it in everything and remembers what it hands out.
+Loader and strategy are put back when the fit ends.
+
+A loader draws ahead for its worker processes, and more than one iterator can be alive (reloaded
+loaders, a user who looks at the training data in a hook). So each iterator has a queue of its
+own, and a batch belongs to the iterator that was last asked: the loop asks for a batch right
+before ``on_train_batch_start``, and asks its iterator in the order in which it gets batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+Indices = np.ndarray  # int64 [examples]
+
+
+class IndexCapture:
+    """Listens to the training loaders of one fit."""
+
+    def __init__(self) -> None:
+        self.loaders: list[DataLoader] = []  # those listened to
+        self.absent: str | None = None  # why there are no indices
+        self._last_asked: _RecordedIterator | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self, trainer: Trainer) -> None:
+        """Listen to every training loader that ``trainer`` is going to use."""
+        strategy, process = trainer.strategy, trainer.strategy.process_dataloader
+
+        def process_dataloader(dataloader: object) -> object:
+            if not (trainer.validating or trainer.sanity_checking):
+                self._listen(dataloader)
+            return process(dataloader)
+
+        strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]
+        self._undo.append(lambda: vars(strategy).pop("process_dataloader", None))
+
+    def uninstall(self) -> None:
+        """Put strategy and loaders back as they were."""
+        while self._undo:
+            self._undo.pop()()
+        self.loaders.clear()
+        self._last_asked = None
+
+    def _listen(self, loader: object) -> None:
+        if not isinstance(loader, DataLoader):
+            self.absent = f"the training loader is a {type(loader).__name__}, not a DataLoader"
+            return
+        if isinstance(loader.dataset, IterableDataset):
+            self.absent = "the training data set is an IterableDataset"
+            return
+        slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        sampler = getattr(loader, slot)
+        if type(sampler) is _RecordedSampler:
+            return  # the same loader, handed out again
+        self.loaders.append(loader)
+        # DataLoader refuses to have its samplers set; the instance's own dictionary does not.
+        vars(loader)[slot] = _RecordedSampler(sampler, self)
+        self._undo.append(lambda: vars(loader).__setitem__(slot, sampler))
+
+    def asked(self, iterator: _RecordedIterator) -> None:
+        self._last_asked = iterator
+
+    def take(self) -> Any | None:
+        """What the sampler handed out for the batch that the loop has just got."""
+        if self._last_asked is None or not self._last_asked.queue:
+            return None
+        return self._last_asked.queue.popleft()
+
+
+def as_indices(drawn: Any, num_examples: int) -> Indices | None:
+    """Positions in the data set, or None when ``drawn`` are keys of another kind."""
+    array = np.asarray(drawn)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in "iu" or array.ndim > 1:
+        return None
+    indices = array.astype(np.int64).reshape(-1)
+    # As in any sequence, -1 is the last example.
+    return np.where(indices < 0, indices + num_examples, indices)
+
+
+class _Delegate:
+    """Passes for ``wrapped`` in every respect that a subclass does not define itself."""
+
+    __slots__ = ("_capture", "_wrapped")
+
+    def __init__(self, wrapped: Any, capture: IndexCapture) -> None:
+        object.__setattr__(self, "_wrapped", wrapped)
+        object.__setattr__(self, "_capture", capture)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_wrapped"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._wrapped, name, value)
+
+
+class _RecordedSampler(_Delegate):
+    """A sampler whose every iterator remembers what it hands out."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return _RecordedIterator(iter(self._wrapped), self._capture)
+
+    def __len__(self) -> int:
+        return len(self._wrapped)
+
+
+class _RecordedIterator(_Delegate):
+    """An iterator over batches of indices and those that were handed out, in order."""
+
+    __slots__ = ("queue",)
+
+    def __init__(self, wrapped: Any, capture: IndexCapture) -> None:
+        super().__init__(wrapped, capture)
+        object.__setattr__(self, "queue", deque())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        # At the end too: a loader with workers asks once more for each batch that it delivers.
+        self._capture.asked(self)
+        drawn = next(self._wrapped)
+        # A sampler may reuse the list that it hands out.
+        self.queue.append(list(drawn) if isinstance(drawn, list) else drawn)
+        return drawn

@@ -1,0 +1,398 @@
+"""Records a training run as a trajectory, for attribution afterwards."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.facts import (
+    read_checkpoint,
+    read_facts,
+    trained_parameters,
+    training_loader,
+)
+from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.step_log import (
+    StepLog,
+    gradient_norm,
+    read_hyperparameters,
+    read_rates,
+)
+from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.store.fingerprint import fingerprint, num_examples
+from tda_lightning.store.writer import TrajectoryWriter
+from tda_lightning.trajectory import Facts
+
+_ROWS_IN_MEMORY = 10_000
+
+
+class TrajectoryRecorder(Callback):
+    """Writes down what attribution needs while a model trains, and changes nothing in it.
+
+    Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
+    before clipping, example indices of every batch), checkpoints with buffers and optimizer
+    state, and the facts of the run. The initial weights and the last step are always kept. A
+    run that stops early or is killed leaves a readable trajectory up to its last checkpoint.
+
+    A loss that is NaN is recorded as it is, with one warning that names its step; training goes
+    on, since to stop is the user's decision. A step that a gradient scaler skipped is recorded
+    with learning rate 0. With ``Trainer(fast_dev_run=...)`` nothing is recorded.
+
+    Args:
+        path: folder of the trajectory.
+        num_checkpoints: checkpoints after steps floor(i T / num_checkpoints), i = 1, 2, ..., of
+            T = ``trainer.estimated_stepping_batches``. Not used when one of the next two is set.
+        every_n_steps: a checkpoint each time that so many optimizer steps are done.
+        every_n_epochs: a checkpoint at the end of every n-th epoch.
+        save_optimizer: keep the optimizer's state in every checkpoint (True), in none (False) or
+            in every k-th and the last (k).
+        overwrite: replace a trajectory that is already in the folder, once training starts.
+        fingerprint: read some training examples before training, so that attribution can tell
+            the recorded data from others. Random generators are put back as they were; only a
+            data set that keeps count of its own readings can see it.
+
+    Raises:
+        TrajectoryExistsError: before training, when the folder holds a trajectory.
+        UnsupportedTrainingError: before training, with manual optimization, several optimizers,
+            several training loaders, several processes, or when resuming.
+
+    Example:
+        >>> recorder = TrajectoryRecorder("runs/fashion", num_checkpoints=6)
+        >>> Trainer(max_epochs=10, callbacks=[recorder]).fit(module, datamodule)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_checkpoints: int = 6,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        save_optimizer: bool | int = True,
+        overwrite: bool = False,
+        fingerprint: bool = True,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "num_checkpoints": num_checkpoints,
+            "every_n_steps": every_n_steps,
+            "every_n_epochs": every_n_epochs,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if save_optimizer < 0:
+            raise ValueError(f"save_optimizer must be True, False or k >= 1, got {save_optimizer}.")
+        self.path = Path(path)
+        self.num_checkpoints = num_checkpoints
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.save_optimizer = save_optimizer
+        self.overwrite = overwrite
+        self.fingerprint = fingerprint
+        self._reset()
+
+    def _reset(self) -> None:
+        self._writer = TrajectoryWriter(self.path)
+        self._capture = IndexCapture()
+        self._log = StepLog()
+        self._facts: Facts | None = None  # None: nothing is being recorded
+        self._trained: dict[str, tuple[nn.Parameter, int]] = {}
+        self._schedule: frozenset[int] = frozenset()
+        self._last_checkpoint = 0
+        self._num_written = 0  # checkpoints after the initial one
+        self._no_indices: str | None = None
+        self._warned = False
+        # The step under way.
+        self._in_batch = False
+        self._batch: Indices | None = None
+        self._pending: list[Indices] = []  # batches whose gradients are in the parameters
+        self._losses: list[Tensor] = []
+        self._applied: tuple[list[float], dict[str, list[float]], Tensor] | None = None
+
+    # When to record.
+
+    def should_record(self, step: int) -> bool:
+        """Whether a checkpoint is kept after optimizer step ``step``; override it at will.
+
+        The last step, and the epochs of ``every_n_epochs``, are recorded besides.
+        """
+        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            return True
+        return step in self._schedule
+
+    def _plan(self, trainer: Trainer) -> frozenset[int]:
+        if self.every_n_steps is not None or self.every_n_epochs is not None:
+            return frozenset()
+        try:
+            total = trainer.estimated_stepping_batches
+        except MisconfigurationException:
+            total = math.inf  # accumulation that changes between epochs
+        if not 0 < total < math.inf:
+            if type(self).should_record is not TrajectoryRecorder.should_record:
+                return frozenset()
+            raise ValueError(
+                f"num_checkpoints={self.num_checkpoints} needs to know the number of optimizer "
+                "steps beforehand, and the trainer cannot tell it. Pass every_n_steps or "
+                "every_n_epochs, or set Trainer(max_steps=...)."
+            )
+        count = self.num_checkpoints
+        return frozenset(i * int(total) // count for i in range(1, count + 1)) - {0}
+
+    # Before training: check everything, then write the first files.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._capture.uninstall()
+        self._reset()
+        if trainer.fast_dev_run:
+            rank_zero_warn("TrajectoryRecorder records nothing with fast_dev_run.")
+            return
+        if not pl_module.automatic_optimization:
+            raise UnsupportedTrainingError(
+                "TrajectoryRecorder records automatic optimization with one optimizer, got "
+                "automatic_optimization=False (manual optimization). Let Lightning step the "
+                "optimizer, or train without the recorder."
+            )
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise UnsupportedTrainingError(
+                "training_step takes a dataloader_iter and fetches batches itself, so they cannot "
+                "be told apart; expected training_step(self, batch, batch_idx)."
+            )
+        if trainer.world_size > 1:
+            raise UnsupportedTrainingError(
+                f"TrajectoryRecorder records training in one process, got {trainer.world_size}. "
+                "Use Trainer(devices=1, num_nodes=1)."
+            )
+        if not self.overwrite:
+            self._writer.require_vacant()
+        self._capture.install(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run and len(trainer.optimizers) != 1:
+            raise UnsupportedTrainingError(
+                f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} from "
+                "configure_optimizers(). Use one, with a parameter group for each setting."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        if trainer.global_step:
+            raise UnsupportedTrainingError(
+                f"Training starts at step {trainer.global_step}, expected step 0: a trajectory "
+                "begins with the initial weights. Train from the start with a new Trainer."
+            )
+        optimizer = trainer.optimizers[0]
+        dataset = getattr(training_loader(trainer), "dataset", None)
+        self._trained = trained_parameters(pl_module, optimizer)
+        self._schedule = self._plan(trainer)
+        if self._capture.absent is None and not self._capture.loaders:
+            self._capture.absent = "the training loader was made before the recorder's setup"
+        if self._capture.absent is not None:
+            self._without_indices(self._capture.absent)
+        facts = read_facts(
+            trainer,
+            pl_module,
+            self._trained,
+            num_examples=num_examples(dataset),
+            fingerprint=fingerprint(dataset) if self.fingerprint else None,
+            settings={
+                "indices": self._no_indices or "recorded",
+                "planned_checkpoints": sorted(self._schedule),
+            },
+        )
+        initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
+        self._writer.begin(facts, initial, overwrite=self.overwrite)
+        self._facts = facts
+
+    def _without_indices(self, reason: str) -> None:
+        self._no_indices = f"absent: {reason}"
+        rank_zero_warn(
+            f"TrajectoryRecorder records no example indices: {reason}. Estimators that need the "
+            "recorded batches will not be available for this run."
+        )
+
+    # Each batch. The order of Lightning's hooks within one:
+    #   on_train_batch_start, training_step, on_before_zero_grad (in the first batch of a step),
+    #   on_after_backward, and in the last batch of a step on_before_optimizer_step (gradients
+    #   complete and unscaled, not yet clipped), step, scheduler; then on_train_batch_end.
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_batch = True
+        self._batch = self._take()
+
+    def _take(self) -> Indices | None:
+        if self._facts is None or self._no_indices is not None:
+            return None
+        drawn = self._capture.take()
+        indices = None if drawn is None else as_indices(drawn, self._facts.num_examples or 0)
+        if indices is not None:
+            return indices
+        if drawn is None:
+            reason = "the training loader does not draw its batches from its sampler"
+        else:
+            reason = f"the training sampler hands out keys such as {drawn!r:.60}, not positions"
+        if self._writer.num_steps or len(self._log) or self._pending:
+            raise UnsupportedTrainingError(
+                f"Example indices ended in mid-training: {reason}. Expected one kind of batch "
+                "throughout; use a sampler of integer positions for all of them."
+            )
+        self._without_indices(reason)
+        settings = {**self._facts.settings, "indices": self._no_indices}
+        self._facts = replace(self._facts, settings=settings)
+        self._writer.write_facts(self._facts)
+        return None
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._pending.clear()
+        self._losses.clear()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._facts is not None:
+            empty = as_indices([], 0)
+            self._pending.append(empty if self._batch is None else self._batch)  # type: ignore[arg-type]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._facts is None:
+            return
+        self._require_unchanged(trainer)
+        parameters = [parameter for parameter, _ in self._trained.values()]
+        # By on_train_batch_end a per-step scheduler has moved the rates on.
+        self._applied = (
+            read_rates(optimizer),
+            read_hyperparameters(optimizer),
+            gradient_norm(parameters),
+        )
+
+    def _require_unchanged(self, trainer: Trainer) -> None:
+        held = {
+            id(parameter)
+            for group in trainer.optimizers[0].param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        if held != {id(parameter) for parameter, _ in self._trained.values()}:
+            raise UnsupportedTrainingError(
+                f"The set of trained parameters changed after step {trainer.global_step}: "
+                f"expected the {len(self._trained)} that training began with, got {len(held)}. "
+                "Freeze and unfreeze between fits, and record each fit in its own folder."
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._facts is None:
+            return
+        if batch is None:
+            self._take()  # Lightning passes over such a batch without on_train_batch_start
+        if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
+            # Lightning reports the loss after dividing it by the accumulation.
+            self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        if trainer.global_step > self._writer.num_steps + len(self._log):
+            self._end_step(trainer, pl_module)
+        self._batch, self._in_batch = None, False
+
+    def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        optimizer = trainer.optimizers[0]
+        if self._applied is None:  # the module's own optimizer_step did not step
+            none = [0.0] * len(optimizer.param_groups)
+            self._applied = (none, read_hyperparameters(optimizer), gradient_norm([]))
+        rates, hyperparameters, norm = self._applied
+        self._log.add(
+            epoch=trainer.current_epoch,
+            rates=rates,
+            hyperparameters=hyperparameters,
+            losses=self._losses,
+            norm=norm,
+            batches=self._pending,
+            accumulation=trainer.accumulate_grad_batches,
+            scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
+        )
+        self._applied, self._pending, self._losses = None, [], []
+        if self.should_record(step):
+            self._record(trainer, pl_module)
+        elif len(self._log) >= _ROWS_IN_MEMORY:
+            self._flush()
+
+    def _flush(self) -> None:
+        steps = self._log.drain()
+        bad = (~steps.loss.isfinite()).nonzero()
+        if len(bad) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The training loss of step {self._writer.num_steps + int(bad[0]) + 1} is "
+                f"{steps.loss[bad[0]].item()}; it is recorded as it is, and training goes on."
+            )
+        self._writer.append(steps)
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
+        step = trainer.global_step
+        if step == self._last_checkpoint:
+            return
+        self._num_written += 1
+        every = int(self.save_optimizer)
+        with_optimizer = bool(every) and (last or self._num_written % every == 0)
+        self._flush()
+        self._writer.write_checkpoint(
+            read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, with_optimizer)
+        )
+        self._last_checkpoint = step
+
+    # The end, of an epoch and of the run.
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        every = self.every_n_epochs
+        if self._facts is not None and every and (trainer.current_epoch + 1) % every == 0:
+            self._record(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._capture.uninstall()
+        stepping = self._applied is not None
+        if stepping or (self._in_batch and any(True for _ in pl_module.buffers())):
+            # Weights or buffers may be those of no step: half stepped, or a forward pass ahead.
+            self._facts = None
+        try:
+            self._finish(trainer, pl_module)
+        except Exception as error:
+            # The exception that stopped training is the one to be seen.
+            rank_zero_warn(f"The end of the trajectory could not be written: {error}")
+        self._facts = None
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._facts is None:
+            return
+        self._record(trainer, pl_module, last=True)
+        self._writer.finish()
+        self._facts = None
+        self._trained = {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._capture.uninstall()

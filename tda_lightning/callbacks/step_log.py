@@ -1,0 +1,198 @@
+"""Gathers the rows of the steps table while training runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from tda_lightning.callbacks.indices import Indices
+from tda_lightning.trajectory import Steps
+
+# What the formulas need, by torch.optim's own keys ("betas" becomes beta1 and beta2).
+_HYPERPARAMETERS: dict[type, tuple[str, ...]] = {
+    SGD: ("momentum", "dampening", "nesterov", "weight_decay"),
+    Adam: ("beta1", "beta2", "eps", "weight_decay"),
+    AdamW: ("beta1", "beta2", "eps", "weight_decay"),
+}
+# Variants of a supported class that follow another formula.
+_VARIANTS = ("amsgrad", "maximize")
+_PENDING = 512  # rows whose device scalars are not yet fetched
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """The name that selects the formula: a class of ``torch.optim`` or a full path, never alike.
+
+    A subclass may step differently, so it is not called by its parent's name; neither is a
+    variant such as ``Adam(amsgrad=True)``.
+    """
+    cls = type(optimizer)
+    name = cls.__name__
+    if cls is not getattr(torch.optim, name, None):
+        return f"{cls.__module__}.{cls.__qualname__}"
+    if cls is Adam and all(g.get("decoupled_weight_decay") for g in optimizer.param_groups):
+        name = "AdamW"  # the same update under its other name
+    chosen = [v for v in _VARIANTS if any(g.get(v) for g in optimizer.param_groups)]
+    return f"{name}({', '.join(f'{v}=True' for v in chosen)})" if chosen else name
+
+
+def read_rates(optimizer: Optimizer) -> list[float]:
+    """Learning rate of each parameter group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def read_hyperparameters(optimizer: Optimizer) -> dict[str, list[float]]:
+    """Hyper-parameters by name, one value for each parameter group."""
+    groups = [_numbers(group) for group in optimizer.param_groups]
+    known = _HYPERPARAMETERS.get(type(optimizer))
+    names = known or sorted(set.intersection(*(set(group) for group in groups)))
+    return {name: [group[name] for group in groups] for name in names}
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in group.items():
+        if name == "betas":
+            for position, beta in enumerate(value, start=1):
+                numbers[f"beta{position}"] = float(beta)
+        elif name not in ("lr", "initial_lr") and isinstance(value, (Real, Tensor)):
+            numbers[name] = float(value)
+    return numbers
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, left on the device: float32 or better, []."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in dense]
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+@dataclass
+class _Row:
+    epoch: int
+    rates: list[float]
+    hyperparameters: dict[str, list[float]]
+    losses: list[Any]  # 0-d tensors on any device, numbers once settled
+    norm: Any
+    batches: list[Indices]
+    accumulation: int
+    scaled: bool
+
+
+class StepLog:
+    """Rows since the last :meth:`drain`.
+
+    Losses and norms stay on their device until some hundred have gathered: fetching each one
+    would make an accelerator wait at every step.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[_Row] = []
+        self._settled = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(
+        self,
+        epoch: int,
+        rates: list[float],
+        hyperparameters: dict[str, list[float]],
+        losses: list[Tensor],
+        norm: Tensor,
+        batches: list[Indices],
+        accumulation: int,
+        scaled: bool,
+    ) -> None:
+        """One optimizer step.
+
+        Args:
+            epoch: counted from 0.
+            rates: applied learning rates.
+            hyperparameters: as :func:`read_hyperparameters` gives them.
+            losses: of each batch, as the user's training_step returned it.
+            norm: of the gradient before clipping.
+            batches: example indices of each batch.
+            accumulation: what each batch loss was divided by.
+            scaled: a gradient scaler was at work, which skips steps with infinite gradients.
+        """
+        self._rows.append(
+            _Row(epoch, rates, hyperparameters, list(losses), norm, batches, accumulation, scaled)
+        )
+        if len(self._rows) - self._settled >= _PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        rows = self._rows[self._settled :]
+        scalars = [scalar for row in rows for scalar in (*row.losses, row.norm)]
+        numbers = iter(_fetch(scalars))
+        for row in rows:
+            row.losses = [next(numbers) for _ in row.losses]
+            row.norm = next(numbers)
+            if row.scaled and not math.isfinite(row.norm):
+                row.rates = [0.0] * len(row.rates)  # skipped: nothing moved
+        self._settled = len(self._rows)
+
+    def drain(self) -> Steps:
+        """The rows as a table whose offsets count from 0; the log is empty afterwards."""
+        self._settle()
+        rows, self._rows, self._settled = self._rows, [], 0
+        batches = [batch for row in rows for batch in row.batches]
+        return Steps(
+            epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),
+            learning_rate=_table([row.rates for row in rows]),
+            hyperparameters={
+                name: _table([row.hyperparameters[name] for row in rows])
+                for name in (rows[0].hyperparameters if rows else ())
+            },
+            loss=_column([_mean(row.losses) for row in rows]),
+            gradient_norm=_column([row.norm for row in rows]),
+            batch_offsets=_offsets([len(row.batches) for row in rows]),
+            example_offsets=_offsets([len(batch) for batch in batches]),
+            examples=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *batches])),
+            accumulation=torch.tensor([row.accumulation for row in rows], dtype=torch.int64),
+        )
+
+
+def _fetch(scalars: Sequence[Tensor]) -> list[float]:
+    """Values of 0-d tensors, with one transfer for each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, scalar in enumerate(scalars):
+        kinds.setdefault((scalar.device, scalar.dtype), []).append(position)
+    values = [math.nan] * len(scalars)
+    for positions in kinds.values():
+        fetched = torch.stack([scalars[p].reshape(()) for p in positions]).cpu().double()
+        for position, value in zip(positions, fetched.tolist(), strict=True):
+            values[position] = value
+    return values
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _table(rows: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1 if rows else 0)
+
+
+def _offsets(sizes: Sequence[int]) -> Tensor:
+    return torch.cumsum(torch.tensor([0, *sizes], dtype=torch.int64), 0)

@@ -1,0 +1,97 @@
+"""The command line: ``tda train | attribute | report | inspect``, each a Hydra application."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+# What each command does, and which setting a plain first argument stands for.
+COMMANDS: dict[str, tuple[str, str | None]] = {
+    "train": ("train a model and record its trajectory", None),
+    "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
+    "report": ("make an HTML page from a file of scores", "scores"),
+    "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
+}
+
+USAGE = """\
+tda: which training examples caused this, how much, and when in training.
+
+Usage:
+{usage}
+
+For example:
+    tda train      experiment=digits
+    tda attribute  trajectory=runs/digits estimator=source
+    tda report     scores=runs/digits/scores/source.h5
+    tda inspect    runs/digits
+
+Settings are Hydra overrides: `tda COMMAND --help` lists them, `tda COMMAND --cfg job` shows the
+configuration, `tda COMMAND --multirun KEY=A,B` runs every combination.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a failure, 2 for a wrong call."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"tda-lightning {version('tda-lightning')}")
+        return 0
+    command, *rest = given
+    if command not in COMMANDS:
+        print(
+            f"tda: there is no command {command!r}. Commands: {', '.join(COMMANDS)}. "
+            "See tda --help.",
+            file=sys.stderr,
+        )
+        return 2
+    return _run(command, _name_first(command, rest))
+
+
+def usage() -> str:
+    """The text of ``tda --help``."""
+    lines = [f"    tda {name:<10} {does}" for name, (does, _) in COMMANDS.items()]
+    return USAGE.format(usage="\n".join(lines))
+
+
+def _name_first(command: str, arguments: list[str]) -> list[str]:
+    """``tda inspect runs/digits`` means ``tda inspect trajectory=runs/digits``."""
+    key = COMMANDS[command][1]
+    if key is None or not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        return arguments
+    # Quoted, because a path may hold what Hydra's grammar gives a meaning.
+    quoted = arguments[0].replace("\\", "\\\\").replace("'", "\\'")
+    return [f"{key}='{quoted}'", *arguments[1:]]
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    import hydra
+    from hydra_plugins.tda_lightning_searchpath import conf_directory
+
+    function: Callable[[Any], None] = getattr(import_module("tda_lightning.cli.commands"), command)
+    application = hydra.main(
+        version_base="1.3", config_path=str(conf_directory()), config_name=command
+    )(function)
+    # hydra.main reads sys.argv; a command run from Python leaves it as it was.
+    before = sys.argv
+    sys.argv = [f"tda {command}", *arguments]
+    try:
+        application()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except ValueError as error:
+        # Hydra reports bad flags this way, before any command has begun.
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"tda {command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        sys.argv = before
+    return 0

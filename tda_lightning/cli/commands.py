@@ -1,0 +1,178 @@
+"""What each command does, given its configuration."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tda_lightning.cli.recorded import build, command_line, load_config, save_config
+
+Command = Callable[[DictConfig], None]
+
+
+def clear_errors(command: Command) -> Command:
+    """Report a failure by its message; HYDRA_FULL_ERROR=1 shows where it happened."""
+
+    @functools.wraps(command)
+    def run(config: DictConfig) -> None:
+        _quiet_lightning()
+        try:
+            command(config)
+        except CompactHydraException as error:
+            # Hydra wraps what a constructor raised; the reason is what a reader needs.
+            reason = error.__cause__ or error
+            raise CompactHydraException(f"tda {command.__name__}: {reason}") from error
+        except (
+            ArithmeticError,
+            ImportError,
+            IndexError,
+            OSError,
+            OmegaConfBaseException,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            raise CompactHydraException(f"tda {command.__name__}: {error}") from error
+
+    return run
+
+
+@clear_errors
+def train(config: DictConfig) -> None:
+    """Train a model from scratch and record its trajectory."""
+    config.output = str(_output_folder(config))
+    data = instantiate(config.data, _convert_="all")
+    data.setup()  # missing files are found before anything is written
+    seed_everything(config.seed, workers=True, verbose=False)
+    module = instantiate(config.model, _convert_="all")
+    recorder = instantiate(config.recorder, _convert_="all")
+    trainer = _trainer(config.trainer, [recorder, SaveConfig(config)])
+    trainer.fit(module, datamodule=data)
+    measured = "".join(
+        f", {name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
+    )
+    print(f"Recorded {trainer.global_step} steps in {config.output}{measured}")
+
+
+@clear_errors
+def attribute(config: DictConfig) -> None:
+    """Score the recorded training examples for the recorded queries."""
+    from tda_lightning import AttributionModule, Trajectory
+
+    folder = Path(_required(config, "trajectory", "tda attribute trajectory=FOLDER"))
+    target = Path(config.scores or folder / "scores" / f"{_estimator_name()}.h5")
+    trajectory = Trajectory.load(str(folder))
+    recorded = load_config(folder)
+    if target.exists() and not config.overwrite:
+        raise FileExistsError(
+            f"{target} already holds scores, which are kept. Choose another file with "
+            "scores=FILE, or replace it with overwrite=true."
+        )
+    changes = {key: value for key, value in config.data.items() if value is not None}
+    data = build(recorded.data, config.trust_config, **changes)
+    # The trajectory has the weights: nothing here is going to train.
+    module = build(recorded.model, config.trust_config, optimizer=None, scheduler=None)
+    task = (
+        instantiate(config.task, _convert_="all")
+        if "task" in config
+        else build(recorded.get("task"), config.trust_config)
+    )
+    attribution = AttributionModule(
+        module,
+        trajectory=trajectory,
+        estimator=instantiate(config.estimator, _convert_="all"),
+        task=task,
+    )
+    scores = attribution.attribute(
+        train=data.train_dataset,
+        query=data.query_dataset,
+        batch_size=config.batch_size,
+        trainer=_trainer(config.trainer, []),
+        self_influence=config.self_influence,
+    )
+    scores.save(target, overwrite=config.overwrite)
+    print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
+
+
+class SaveConfig(Callback):
+    """Writes the configuration beside the trajectory once the recorder has taken the folder."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            Path(self.config.output).mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.config.output, versions())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("tda-lightning", "torch", "lightning", "hydra-core", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _output_folder(config: DictConfig) -> Path:
+    """Where to record; the runs of a sweep get a folder each, named by what differs."""
+    folder = Path(config.output)
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return folder
+    return folder / (hydra.job.override_dirname.replace("/", "_") or str(hydra.job.num))
+
+
+def _estimator_name() -> str:
+    """The estimator's name with the settings given on the command line: source-order=recorded."""
+    hydra = HydraConfig.get()
+    given = [
+        override.removeprefix("estimator.").replace("/", "_")
+        for override in hydra.overrides.task
+        if override.startswith("estimator.")
+    ]
+    return "-".join([hydra.runtime.choices.estimator, *sorted(given)])
+
+
+def _required(config: DictConfig, key: str, example: str) -> str:
+    if OmegaConf.is_missing(config, key):
+        raise ValueError(f"Expected {key}, got none. For example: {example}")
+    return str(config[key])
+
+
+def _trainer(node: DictConfig, callbacks: list[Callback]) -> Trainer:
+    bar = node.get("enable_progress_bar", True) and sys.stderr.isatty()
+    if bar:
+        callbacks = [*callbacks, RichProgressBar()]
+    given = instantiate(node.get("callbacks"), _convert_="all") or []
+    make = instantiate(node, _partial_=True, _convert_="all")
+    return make(callbacks=[*given, *callbacks], enable_progress_bar=bool(bar))
+
+
+def _quiet_lightning() -> None:
+    # What hardware there is, and how many workers there might be, is no news.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

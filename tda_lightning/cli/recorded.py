@@ -1,0 +1,117 @@
+"""The configuration kept beside a trajectory, and what may be built from it.
+
+Building an object from a configuration calls whatever its ``_target_`` names, with arguments of its
+choice: a file from elsewhere could run anything. So only classes of this library's data, models and
+tasks, and of ``torch.nn`` and ``torch.optim``, are built unless the user says otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
+
+FILE_NAME = "config.yaml"
+TRUSTED = (
+    "tda_lightning.data.",
+    "tda_lightning.models.",
+    "tda_lightning.tasks.",
+    "torch.nn.",
+    "torch.optim.",
+)
+
+
+def command_line() -> str:
+    """The command that is running, as typed."""
+    import shlex
+
+    program, *arguments = sys.argv
+    return " ".join([program, *map(shlex.quote, arguments)])
+
+
+def save_config(config: DictConfig, folder: str | Path, versions: dict[str, str]) -> None:
+    """Write the composed configuration beside the trajectory in ``folder``."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    values["made_by"] = {"command": command_line(), "versions": versions}
+    OmegaConf.save(OmegaConf.create(values), Path(folder) / FILE_NAME)
+
+
+def load_config(folder: str | Path) -> DictConfig:
+    """The configuration that the trajectory in ``folder`` was trained with.
+
+    Raises:
+        TrajectoryNotFoundError: no such folder, or no configuration in it.
+        TrajectoryFormatError: the file is no configuration of ``tda train``.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise TrajectoryNotFoundError(
+            f"Expected {path}, which tda train writes beside the trajectory. For a run recorded by "
+            "your own script, use tda_lightning.AttributionModule with your model and data."
+        )
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise TrajectoryFormatError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, DictConfig) or not {"data", "model"} <= set(config):
+        raise TrajectoryFormatError(
+            f"{path} has no settings of data and model. Expected the configuration of tda train."
+        )
+    return config
+
+
+def build(node: Any, trust: bool, **changes: Any) -> Any:
+    """The object that a node of a recorded configuration describes.
+
+    Args:
+        node: a configuration with a ``_target_``.
+        trust: build classes from anywhere.
+        changes: arguments that replace recorded ones.
+
+    Raises:
+        ValueError: a class from elsewhere, without ``trust``.
+    """
+    if node is None:
+        return None
+    node = OmegaConf.merge(node, changes)
+    if not trust:
+        for target in _targets(OmegaConf.to_container(node, resolve=True)):
+            if not _is_trusted(target):
+                raise ValueError(
+                    f"The recorded configuration builds {target}, which is not part of this "
+                    "library's data, models and tasks or of torch.nn and torch.optim. Building it "
+                    "runs its code: if you know where the trajectory comes from, add "
+                    "trust_config=true."
+                )
+    return instantiate(node, _convert_="all")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _is_trusted(target: str) -> bool:
+    if not target.startswith(TRUSTED):
+        return False
+    # The name alone proves nothing: torch.nn.functional.torch.load begins like a trusted one.
+    found = get_object(target)
+    home = f"{getattr(found, '__module__', '')}."
+    ours = inspect.isfunction(found) and home.startswith("tda_lightning.models.")
+    return ours or (inspect.isclass(found) and home.startswith(TRUSTED))

@@ -1,0 +1,16 @@
+"""Data modules of the examples: a training set and queries, and how to show one example."""
+
+from tda_lightning.data.base import DataModule
+from tda_lightning.data.images import CIFAR10Data, DigitsData, FashionMNISTData, MNISTData
+from tda_lightning.data.tabular import ConcreteData
+from tda_lightning.data.text import WikiText2Data
+
+__all__ = [
+    "CIFAR10Data",
+    "ConcreteData",
+    "DataModule",
+    "DigitsData",
+    "FashionMNISTData",
+    "MNISTData",
+    "WikiText2Data",
+]

@@ -1,0 +1,33 @@
+"""The errors a caller may want to catch by name; everything else is a built-in type."""
+
+
+class TrajectoryError(Exception):
+    """Anything wrong with a recorded trajectory; the base of the errors below."""
+
+
+class TrajectoryNotFoundError(TrajectoryError, FileNotFoundError):
+    """The folder holds no trajectory."""
+
+
+class TrajectoryExistsError(TrajectoryError, FileExistsError):
+    """The folder already holds a trajectory and ``overwrite`` was not asked for."""
+
+
+class TrajectoryFormatError(TrajectoryError, ValueError):
+    """A file is truncated, corrupted, or of a format version that this release does not read."""
+
+
+class TrajectoryMismatchError(TrajectoryError, ValueError):
+    """The model or the training data at hand are not the recorded ones."""
+
+
+class UnsupportedTrainingError(TrajectoryError, ValueError):
+    """The run used an optimizer or a training mode that attribution has no formula for."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or a score is NaN or infinite."""
+
+
+class EngineError(RuntimeError):
+    """Per-example gradients of a parameter cannot be computed exactly."""

@@ -1,0 +1,325 @@
+"""Per-example gradients of one block, kept factored, and what is computed from them.
+
+Every form offers the same few contractions; each does them the cheapest exact way its shape
+allows, over chunks of examples that keep the working set small.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Working memory of one chunk of dense gradients, in scalars: large enough for efficient matrix
+# products, small enough to stay out of the way of the model itself.
+CHUNK_SCALARS = 1 << 24
+
+
+def matmul_sides(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
+    """left^T @ matrix @ right with None for the identity, cheaper side first.
+
+    Shapes: left [groups, rows, rows], matrix [..., groups, rows, columns], right
+    [groups, columns, columns].
+    """
+    if left is not None:
+        matrix = left.transpose(-1, -2) @ matrix
+    if right is not None:
+        matrix = matrix @ right
+    return matrix
+
+
+class Gradient(ABC):
+    """Per-example gradients of one block: [batch, groups, rows, columns], not materialised."""
+
+    shape: tuple[int, int, int, int]
+
+    @abstractmethod
+    def dense(self, rows: slice) -> Tensor:
+        """Gradients of the examples in ``rows``: [chunk, groups, rows, columns]."""
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def cost_per_example(self) -> int:
+        """Scalars of working memory for one dense example."""
+        return self.shape[1] * self.shape[2] * self.shape[3]
+
+    def chunks(self, scalars_per_example: int | None = None) -> Iterator[slice]:
+        per_example = max(1, scalars_per_example or self.cost_per_example)
+        size = max(1, CHUNK_SCALARS // per_example)
+        for start in range(0, self.batch, size):
+            yield slice(start, min(start + size, self.batch))
+
+    def rotated(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """left^T D_n right: coordinates in an eigenbasis, [chunk, groups, rows, columns]."""
+        return matmul_sides(left, self.dense(rows), right)
+
+    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments of the two sides, summed over examples: (rows, columns, count).
+
+        A side is [groups, width, width], or its diagonal [groups, width] where ``full`` is False
+        or the side is one-hot. For a factored gradient these are the sums over positions of
+        b b^T and a a^T (K-FAC expand, Eschenhagen et al. 2023) and their number; for a dense one
+        sum D D^T, sum D^T D and their trace. Either way rows x columns / count is the Kronecker
+        approximation of the summed Fisher.
+        """
+        left: Tensor | float = 0.0
+        right: Tensor | float = 0.0
+        for rows in self.chunks():
+            dense = self.dense(rows)
+            flat_rows = dense.permute(1, 2, 0, 3).flatten(2)  # [groups, rows, chunk * columns]
+            flat_columns = dense.permute(1, 3, 0, 2).flatten(2)
+            left = left + _second_moment(flat_rows.transpose(1, 2), full[0])
+            right = right + _second_moment(flat_columns.transpose(1, 2), full[1])
+        assert isinstance(left, Tensor) and isinstance(right, Tensor)
+        trace = right.diagonal(dim1=1, dim2=2).sum(-1) if full[1] else right.sum(-1)
+        return left, right, trace
+
+    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
+        total = None
+        for rows in self.chunks():
+            part = self.rotated(rows, left, right).square_().sum(0)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def weighted_squares(
+        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        """sum_ij weight_ij (left^T D_n right)_ij^2 of each example: [batch]."""
+        parts = []
+        for rows in self.chunks():
+            squares = self.rotated(rows, left, right).square_()
+            squares = squares if weight is None else squares * weight
+            parts.append(squares.flatten(1).sum(1))
+        return torch.cat(parts)
+
+    def dot(self, queries: Tensor) -> Tensor:
+        """Inner products with dense queries [query, groups, rows, columns]: [query, batch]."""
+        flat = queries.flatten(1)
+        return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in self.chunks()], dim=1)
+
+    def mean(self) -> Tensor:
+        """Mean over the examples: [groups, rows, columns]."""
+        total = torch.stack([self.dense(rows).sum(0) for rows in self.chunks()]).sum(0)
+        return total / self.batch
+
+
+def _second_moment(samples: Tensor, full: bool) -> Tensor:
+    """Sum of outer products of samples [groups, count, width], or only its diagonal."""
+    return samples.transpose(1, 2) @ samples if full else samples.square().sum(1)
+
+
+class Dense(Gradient):
+    """Gradients held as they are."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self.shape = tuple(values.shape)  # type: ignore[assignment]
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.values[rows]
+
+
+class Outer(Gradient):
+    """Sums over positions of outer products, D_n = sum_t b_nt a_nt^T.
+
+    ``inputs(rows)`` gives a [chunk, groups, positions, columns] (unfolded only when asked for),
+    ``outputs`` is b [batch, groups, positions, rows].
+    """
+
+    def __init__(self, inputs: Callable[[slice], Tensor], outputs: Tensor, columns: int):
+        self.inputs = inputs
+        self.outputs = outputs
+        batch, groups, self.positions, rows = outputs.shape
+        self.shape = (batch, groups, rows, columns)
+
+    @property
+    def cost_per_example(self) -> int:
+        _, groups, rows, columns = self.shape
+        return groups * (rows * columns + self.positions * (rows + columns))
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.outputs[rows].transpose(-1, -2) @ self.inputs(rows)
+
+    def rotated(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+        _, _, height, width = self.shape
+        first = self.positions * (height**2 + width**2)
+        after = height**2 * width + height * width**2
+        if first >= after:
+            return super().rotated(rows, left, right)
+        outputs, inputs = self._rotated_factors(rows, left, right)
+        return outputs.transpose(-1, -2) @ inputs
+
+    def _rotated_factors(
+        self, rows: slice, left: Tensor | None, right: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        outputs, inputs = self.outputs[rows], self.inputs(rows)
+        return (
+            outputs if left is None else outputs @ left,
+            inputs if right is None else inputs @ right,
+        )
+
+    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+        left: Tensor | float = 0.0
+        right: Tensor | float = 0.0
+        for rows in self.chunks(self.shape[1] * self.positions * (self.shape[2] + self.shape[3])):
+            outputs = self.outputs[rows].transpose(0, 1).flatten(1, 2)
+            inputs = self.inputs(rows).transpose(0, 1).flatten(1, 2)
+            left = left + _second_moment(outputs, full[0])
+            right = right + _second_moment(inputs, full[1])
+        assert isinstance(left, Tensor) and isinstance(right, Tensor)
+        return left, right, left.new_full((self.shape[1],), self.batch * self.positions)
+
+    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        if self.positions > 1:
+            return super().sum_of_squares(left, right)
+        # One position: the squared outer product is the outer product of the squares.
+        outputs, inputs = self._rotated_factors(slice(None), left, right)
+        return torch.einsum("bgo,bgi->goi", outputs.squeeze(2) ** 2, inputs.squeeze(2) ** 2)
+
+    def weighted_squares(
+        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        if self.positions > 1:
+            return super().weighted_squares(left, right, weight)
+        outputs, inputs = self._rotated_factors(slice(None), left, right)
+        outputs, inputs = outputs.squeeze(2) ** 2, inputs.squeeze(2) ** 2
+        if weight is None:
+            return (outputs.sum(-1) * inputs.sum(-1)).sum(1)
+        return torch.einsum("bgo,goi,bgi->b", outputs, weight, inputs)
+
+    def gram(self, queries: Outer) -> Tensor:
+        """Inner products with factored queries through products of Gram matrices: [query, batch].
+
+        <b a^T, b' a'^T> = (b . b') (a . a'), so no gradient is ever formed.
+        """
+        query_outputs, query_inputs = queries.outputs, queries.inputs(slice(None))
+        per_example = query_outputs.shape[0] * queries.positions * self.positions * 2
+        parts = []
+        for rows in self.chunks(per_example):
+            total: Tensor | float = 0.0
+            for group in range(self.shape[1]):
+                outputs, inputs = self.outputs[rows, group], self.inputs(rows)[:, group]
+                products = (
+                    query_outputs[:, group].flatten(0, 1) @ outputs.flatten(0, 1).T
+                ) * (query_inputs[:, group].flatten(0, 1) @ inputs.flatten(0, 1).T)
+                shape = (-1, queries.positions, len(outputs), self.positions)
+                total = total + products.reshape(shape).sum((1, 3))
+            assert isinstance(total, Tensor)
+            parts.append(total)
+        return torch.cat(parts, dim=1)
+
+    def gram_is_cheaper(self, queries: Outer) -> bool:
+        """Whether :meth:`gram` takes fewer operations than a product with dense queries."""
+        _, _, rows, columns = self.shape
+        return queries.positions * self.positions * (rows + columns) < rows * columns
+
+
+class Rows(Gradient):
+    """Gradients that touch few rows (an embedding): row ``index[k]`` of example ``example[k]``
+    is ``values[k]``, each pair at most once."""
+
+    def __init__(self, example: Tensor, index: Tensor, values: Tensor, batch: int, height: int):
+        keys, inverse = torch.unique(example * height + index, return_inverse=True)
+        merged = values.new_zeros(len(keys), values.shape[-1]).index_add_(0, inverse, values)
+        self.example, self.index, self.values = keys // height, keys % height, merged
+        self.shape = (batch, 1, height, values.shape[-1])
+
+    def dense(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.batch)
+        inside = (self.example >= start) & (self.example < stop)
+        out = self.values.new_zeros(stop - start, *self.shape[1:])
+        out[self.example[inside] - start, 0, self.index[inside]] = self.values[inside]
+        return out
+
+    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+        values = self.values
+        counts = values.new_zeros(self.shape[2]).index_add_(
+            0, self.index, values.new_ones(len(self.index))
+        )
+        return counts[None], _second_moment(values[None], full[1]), counts.sum()[None]
+
+    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        if left is not None:
+            return super().sum_of_squares(left, right)
+        values = self.values if right is None else self.values @ right[0]
+        return values.new_zeros(self.shape[1:]).index_add_(
+            1, self.index, values.square()[None]
+        )
+
+    def weighted_squares(
+        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        if left is not None:
+            return super().weighted_squares(left, right, weight)
+        values = self.values if right is None else self.values @ right[0]
+        squares = values.square()
+        if weight is not None:
+            squares = squares * weight[0, self.index]
+        return values.new_zeros(self.batch).index_add_(0, self.example, squares.sum(-1))
+
+    def dot(self, queries: Tensor) -> Tensor:
+        out = queries.new_zeros(len(queries), self.batch)
+        step = max(1, CHUNK_SCALARS // (len(queries) * self.shape[3]))
+        for start in range(0, len(self.index), step):
+            part = slice(start, start + step)
+            products = torch.einsum("qkd,kd->qk", queries[:, 0, self.index[part]], self.values[part])
+            out.index_add_(1, self.example[part], products)
+        return out
+
+
+class Sum(Gradient):
+    """Sum of forms that cannot be merged (a tied embedding and output head)."""
+
+    def __init__(self, terms: Sequence[Gradient]):
+        self.terms = terms
+        self.shape = terms[0].shape
+
+    @property
+    def cost_per_example(self) -> int:
+        return sum(term.cost_per_example for term in self.terms)
+
+    def dense(self, rows: slice) -> Tensor:
+        return torch.stack([term.dense(rows) for term in self.terms]).sum(0)
+
+    def dot(self, queries: Tensor) -> Tensor:
+        return torch.stack([term.dot(queries) for term in self.terms]).sum(0)
+
+
+class Scaled(Gradient):
+    """Gradients multiplied elementwise by ``scale`` [groups, rows, columns]: h * g, the
+    preconditioned gradient of METHODS.md (SOURCE for Adam)."""
+
+    def __init__(self, gradient: Gradient, scale: Tensor):
+        self.gradient, self.scale = gradient, scale
+        self.shape = gradient.shape
+
+    @property
+    def cost_per_example(self) -> int:
+        return self.gradient.cost_per_example
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.gradient.dense(rows) * self.scale
+
+    def dot(self, queries: Tensor) -> Tensor:
+        return self.gradient.dot(queries * self.scale)
+
+
+def scaled(gradient: Gradient, scale: Tensor | None) -> Gradient:
+    """``gradient`` times ``scale``, staying factored where the form allows it."""
+    if scale is None:
+        return gradient
+    if isinstance(gradient, Rows):
+        out = Rows.__new__(Rows)
+        out.example, out.index, out.shape = gradient.example, gradient.index, gradient.shape
+        out.values = gradient.values * scale[0, gradient.index]
+        return out
+    if isinstance(gradient, Outer) and bool((scale == scale.flatten()[0]).all()):
+        return Outer(gradient.inputs, gradient.outputs * scale.flatten()[0], gradient.shape[3])
+    return Scaled(gradient, scale)

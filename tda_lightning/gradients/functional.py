@@ -1,0 +1,102 @@
+"""Per-example gradients through ``torch.func``, for parameters without a native form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tda_lightning.gradients.capture import Capture
+
+Loss = Callable[[nn.Module, Any, Tensor], Tensor]
+
+# Examples differentiated at once: enough to be quick, few enough for the memory of one batch.
+_CHUNK = 64
+
+
+class _Lossy(nn.Module):
+    """A module whose forward is the loss, so that ``functional_call`` can swap parameters."""
+
+    def __init__(self, module: nn.Module, loss: Loss):
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, batch: Any, examples: Tensor) -> Tensor:
+        return self.loss(self.module, batch, examples)
+
+
+@contextmanager
+def parameters_frozen(module: nn.Module) -> Iterator[None]:
+    """All parameters with ``requires_grad`` off, restored at the end."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def functional_gradients(
+    module: nn.Module, names: list[str], loss: Loss, batch: Any, examples: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of the named parameters, example by example: name -> [batch, *shape].
+
+    Through ``vmap``; a model that ``vmap`` cannot take (packed sequences, Python branches on
+    values) is differentiated one example at a time, with a warning that it is slow.
+    """
+    if not names:
+        return {}
+    lossy = _Lossy(module, loss)
+    values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
+    leaves, structure = pytree.tree_flatten(batch)
+    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
+
+    def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
+        one = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
+        arguments = (pytree.tree_unflatten(one, structure), example[None])
+        with Capture({}):
+            return torch.func.functional_call(lossy, parameters, arguments).sum()
+
+    axes = (None, [0 if cut else None for cut in sliced], 0)
+    with parameters_frozen(module):
+        try:
+            mapped = torch.func.vmap(torch.func.grad(example_loss), axes, chunk_size=_CHUNK)
+            gradients = mapped(values, leaves, examples)
+        except Exception as error:  # any failure of vmap has the same remedy
+            warnings.warn(
+                f"Per-example gradients of {', '.join(names)} are computed one example at a "
+                f"time, which is slow: torch.func.vmap cannot take this model ({error}).",
+                stacklevel=2,
+            )
+            gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
+    return {name: gradients[f"module.{name}"].detach() for name in names}
+
+
+def _one_by_one(
+    lossy: nn.Module,
+    values: dict[str, Tensor],
+    leaves: list[Any],
+    sliced: list[bool],
+    structure: Any,
+    examples: Tensor,
+) -> dict[str, Tensor]:
+    """The obvious way: a batch of one and plain autograd for every example."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in values}
+    for position in range(len(examples)):
+        own = slice(position, position + 1)
+        one = [leaf[own] if cut else leaf for leaf, cut in zip(leaves, sliced, strict=True)]
+        parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
+        arguments = (pytree.tree_unflatten(one, structure), examples[own])
+        loss = torch.func.functional_call(lossy, parameters, arguments).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(values, gradients, strict=True):
+            rows[name].append(gradient)
+    return {name: torch.stack(parts) for name, parts in rows.items()}

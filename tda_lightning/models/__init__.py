@@ -1,0 +1,21 @@
+"""Models of the examples: LightningModules in plain torch, configured by Hydra."""
+
+from tda_lightning.models.gpt import GPT
+from tda_lightning.models.modules import Classifier, LanguageModel, Regressor, TrainedModule
+from tda_lightning.models.networks import CNN, MLP, ResNet9
+from tda_lightning.models.schedules import constant, cosine, linear, one_cycle
+
+__all__ = [
+    "CNN",
+    "GPT",
+    "MLP",
+    "Classifier",
+    "LanguageModel",
+    "Regressor",
+    "ResNet9",
+    "TrainedModule",
+    "constant",
+    "cosine",
+    "linear",
+    "one_cycle",
+]

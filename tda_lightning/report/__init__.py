@@ -1,0 +1,9 @@
+"""The report: one HTML file that shows any scores to a reader.
+
+``write_report`` is the verb; ``Rendered`` and ``DatasetRenderer`` say how examples look.
+"""
+
+from tda_lightning.report.page import write_report
+from tda_lightning.report.rendered import DatasetRenderer, Rendered, Renderer
+
+__all__ = ["DatasetRenderer", "Rendered", "Renderer", "write_report"]

@@ -1,0 +1,128 @@
+"""Lists of scored examples, ready to be drawn: as pictures, as texts or as rows of one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tda_lightning.report.charts import Chart, number, sparkline
+from tda_lightning.report.pictures import picture
+from tda_lightning.report.rendered import Rendered, Renderer
+
+_PIXELS = {"large": 112, "small": 64}
+_LETTERS = {"large": 1500, "small": 320}
+_COLUMNS = 14
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example and, unless it is a query, its score."""
+
+    index: int
+    caption: str
+    image: str | None
+    shape: tuple[int, int]  # width and height in which the picture is shown
+    text: str | None
+    row: Mapping[str, str] | None
+    score: str = ""
+    kind: str = ""  # proponent, opponent or suspect: a class of the style sheet
+    share: float = 0.0  # of the strongest score beside it, in percent
+    spark: Chart | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Examples with their strongest first; ``form`` is pictures, texts, table or indices."""
+
+    form: str
+    examples: tuple[Example, ...]
+    columns: tuple[str, ...] = ()
+    left_out: int = 0  # columns that did not fit
+
+
+def example(render: Renderer, split: str, index: int, size: str, **score: Any) -> Example:
+    """Example ``index`` of ``split`` in the ``size`` "large" or "small"."""
+    rendered = render(split, index)
+    if not isinstance(rendered, Rendered):
+        raise TypeError(
+            f"render({split!r}, {index}) must return a tda_lightning.report.Rendered, got "
+            f"{type(rendered).__name__}."
+        )
+    image, shape = None, (0, 0)
+    if rendered.image is not None:
+        image, width, height = picture(rendered.image, _PIXELS[size])
+        # Small pictures are enlarged to the size of the others, by the browser.
+        scale = _PIXELS[size] / max(width, height)
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+    row = rendered.row
+    return Example(
+        index,
+        shorten(rendered.caption, 60),
+        image,
+        shape,
+        None if rendered.text is None else shorten(rendered.text, _LETTERS[size]),
+        None if row is None else {str(name): _cell(value) for name, value in row.items()},
+        **score,
+    )
+
+
+def listing(
+    render: Renderer,
+    indices: Sequence[int],
+    values: Sequence[float],
+    kind: str,
+    strongest: float,
+    segments: Sequence[Sequence[float]] | None = None,
+) -> Listing:
+    """Training examples with their scores.
+
+    Args:
+        indices: of the examples, in the order in which they are shown.
+        values: their scores.
+        kind: proponent, opponent or suspect.
+        strongest: the size of score that fills a bar.
+        segments: for each example its score in each segment.
+    """
+    tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
+    examples = tuple(
+        example(
+            render,
+            "train",
+            index,
+            "small",
+            score=number(value, signed=kind != "suspect"),
+            kind=kind,
+            share=100 * abs(value) / strongest if strongest else 0.0,
+            spark=sparkline(segments[place], tallest) if segments else None,
+        )
+        for place, (index, value) in enumerate(zip(indices, values, strict=True))
+    )
+    return arrange(examples)
+
+
+def arrange(examples: tuple[Example, ...]) -> Listing:
+    """Choose the form that shows these examples, and the columns of a table."""
+    if any(entry.row is not None for entry in examples):
+        names = dict.fromkeys(name for entry in examples for name in entry.row or ())
+        columns = tuple(names)[:_COLUMNS]
+        return Listing("table", examples, columns, len(names) - len(columns))
+    if any(entry.image is not None for entry in examples):
+        return Listing("pictures", examples)
+    if any(entry.text is not None for entry in examples):
+        return Listing("texts", examples)
+    return Listing("indices", examples)
+
+
+def shorten(text: str, letters: int) -> str:
+    """``text``, cut with an ellipsis where it is longer than ``letters``."""
+    text = str(text)
+    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "item") and getattr(value, "size", None) != 0:
+        value = value.item()
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    return shorten(str(value), 40)

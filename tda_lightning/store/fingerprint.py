@@ -1,0 +1,121 @@
+"""Fingerprints of a data set: is this the data that the run was trained on?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from tda_lightning.errors import TrajectoryMismatchError
+from tda_lightning.store.randomness import unchanged_randomness
+
+LENGTH = "length"
+_EXAMPLES = 64
+_NAMED = 10  # differing examples that an error lists
+
+
+def fingerprint(dataset: Any) -> dict[str, str] | None:
+    """Length of ``dataset`` and hashes of up to 64 evenly spaced examples.
+
+    Each example is read twice; one that differs between the readings (random augmentation) is
+    left out. Random generators, the data set's own included, are left as they were.
+
+    Returns:
+        ``{"length": "1000", "0": sha256, "15": sha256, ...}``, or None for an iterable data set.
+    """
+    size = num_examples(dataset)
+    if size is None:
+        return None
+    count = min(size, _EXAMPLES)
+    spaced = sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(count)})
+    return {LENGTH: str(size), **_hashes(dataset, spaced)}
+
+
+def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> None:
+    """Check that ``dataset`` is the recorded one, as far as its fingerprint tells.
+
+    Raises:
+        TrajectoryMismatchError: the length differs, or some examples do.
+    """
+    size = num_examples(dataset)
+    if recorded is None or size is None:
+        return
+    advice = "Pass the training set of the recorded run, in its order."
+    if str(size) != recorded[LENGTH]:
+        raise TrajectoryMismatchError(
+            f"The training set is not the recorded one: expected {recorded[LENGTH]} examples, "
+            f"got {size}. {advice}"
+        )
+    expected = {index: digest for index, digest in recorded.items() if index != LENGTH}
+    found = _hashes(dataset, [int(index) for index in expected])
+    # Examples that now differ between two readings cannot be compared.
+    differing = [int(i) for i, digest in expected.items() if found.get(i, digest) != digest]
+    if differing:
+        named = ", ".join(map(str, differing[:_NAMED]))
+        more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+        raise TrajectoryMismatchError(
+            f"The training set is not the recorded one: of {len(expected)} recorded examples "
+            f"{len(differing)} differ, at indices {named}{more}. {advice}"
+        )
+
+
+def _size(dataset: Any) -> int | None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return None
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _hashes(dataset: Dataset, indices: list[int]) -> dict[str, str]:
+    with unchanged_randomness(dataset):
+        first, second = ({i: digest(dataset[i]) for i in indices} for _ in range(2))
+    return {str(i): first[i] for i in indices if first[i] == second[i]}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's content: tensors, arrays, pictures, texts, numbers, nested."""
+    sha = hashlib.sha256()
+    _feed(sha, value, set())
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, value: Any, parents: set[int]) -> None:
+    """Add ``value`` to the hash, each part led by its type so that no two values read alike."""
+    sha.update(f"<{type(value).__name__}>".encode())
+    if isinstance(value, Tensor):
+        value = value.detach()
+        dense = value if value.layout == torch.strided else value.to_dense()
+        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+        sha.update(f"{value.dtype.str}{value.shape}".encode())
+        sha.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, (bytes, bytearray)):
+        sha.update(f"{len(value)}:".encode())
+        sha.update(value)
+    elif value is None or isinstance(value, (bool, int, float, complex, str)):
+        text = repr(value)
+        sha.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
+    elif id(value) in parents:
+        sha.update(b"cycle")
+    elif isinstance(value, Mapping):
+        _feed_all(sha, [part for pair in value.items() for part in pair], value, parents)
+    elif isinstance(value, (list, tuple)):
+        _feed_all(sha, value, value, parents)
+    elif isinstance(value, (set, frozenset)):
+        _feed_all(sha, sorted(map(digest, value)), value, parents)
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # a picture, as PIL holds it
+        _feed_all(sha, [getattr(value, "mode", None), value.size, value.tobytes()], value, parents)
+    elif hasattr(value, "__dict__"):
+        _feed_all(sha, [p for pair in vars(value).items() for p in pair], value, parents)
+
+
+def _feed_all(sha: Any, parts: Any, owner: Any, parents: set[int]) -> None:
+    sha.update(f"{len(parts)}:".encode())
+    for part in parts:
+        _feed(sha, part, parents | {id(owner)})

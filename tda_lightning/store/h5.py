@@ -1,0 +1,204 @@
+"""HDF5 as every file of ours uses it: written aside and renamed, checked when read.
+
+Data carry checksums, and ``libver`` asks for the file version whose metadata carries them too,
+so a flipped bit is noticed and not computed with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda_lightning.errors import TrajectoryError, TrajectoryFormatError
+from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
+
+_CHUNK_BYTES = 1 << 22
+_COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
+_INFLATION = 1100  # no HDF5 compression unpacks to more than this
+
+# torch dtypes that NumPy has; every other one is stored as unsigned integers of its width.
+_NUMPY = {
+    torch.float64: np.dtype("<f8"),
+    torch.float32: np.dtype("<f4"),
+    torch.float16: np.dtype("<f2"),
+    torch.complex64: np.dtype("<c8"),
+    torch.complex128: np.dtype("<c16"),
+    torch.int64: np.dtype("<i8"),
+    torch.int32: np.dtype("<i4"),
+    torch.int16: np.dtype("<i2"),
+    torch.int8: np.dtype("i1"),
+    torch.uint8: np.dtype("u1"),
+    torch.bool: np.dtype("?"),
+}
+_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+# Views between equal widths go through the signed twin, which every torch release has.
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def writing(path: Path, kind: str) -> Iterator[h5py.File]:
+    """A new file that appears under ``path`` whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        with h5py.File(aside, "w", libver=("v110", "v110"), locking=False) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = FORMAT_VERSION
+            file.attrs["kind"] = kind
+            yield file
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[h5py.File]:
+    """An existing file of ours; whatever is wrong with it becomes a TrajectoryFormatError."""
+    try:
+        # Finished files never change, so no lock is needed and read-only folders can be read.
+        with h5py.File(path, "r", locking=False) as file:
+            _check_header(file, path, kind)
+            yield file
+    except (TrajectoryError, FileNotFoundError, PermissionError):
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise TrajectoryFormatError(
+            f"{path} is truncated or corrupted: expected a complete {FORMAT} {kind} file, got "
+            f"{type(error).__name__}: {error}. Restore the file from a copy, or record again."
+        ) from error
+
+
+def _check_header(file: h5py.File, path: Path, kind: str) -> None:
+    if file.attrs.get("format") != FORMAT or file.attrs.get("kind") != kind:
+        raise TrajectoryFormatError(
+            f"{path} is not a {FORMAT} {kind} file: expected format {FORMAT!r} and kind {kind!r}, "
+            f"got {file.attrs.get('format')!r} and {file.attrs.get('kind')!r}. Check the path."
+        )
+    version = int(file.attrs["version"])
+    if version > FORMAT_VERSION:
+        raise TrajectoryFormatError(
+            f"{path} has format version {version}, this release of tda-lightning reads up to "
+            f"version {FORMAT_VERSION}. Upgrade tda-lightning."
+        )
+    if version < 1:
+        raise ValueError(f"format version {version}")
+
+
+def put_array(
+    group: h5py.Group, name: str, array: np.ndarray, *, compress: bool = False
+) -> h5py.Dataset:
+    """Store ``array`` with a checksum."""
+    if array.nbytes <= _COMPACT_BYTES:
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_layout(h5py.h5d.COMPACT)
+        return group.create_dataset(name, data=array, dcpl=plan)
+    packing: dict[str, Any] = {"compression": "gzip", "shuffle": True} if compress else {}
+    return group.create_dataset(name, data=array, chunks=_chunks(array), fletcher32=True, **packing)
+
+
+def _chunks(array: np.ndarray) -> tuple[int, ...]:
+    """Whole trailing axes, cut where a chunk would grow beyond a few megabytes."""
+    room = max(1, _CHUNK_BYTES // array.itemsize)
+    chunks = []
+    for length in reversed(array.shape):
+        chunks.append(max(1, min(length, room)))
+        room //= chunks[-1]
+    return tuple(reversed(chunks))
+
+
+def get_array(group: h5py.Group, name: str, dtype: np.dtype | str) -> np.ndarray:
+    """Read what :func:`put_array` stored, refusing whatever it would not have written."""
+    dataset = _member(group, name, h5py.Dataset)
+    if dataset.dtype != np.dtype(dtype):
+        raise ValueError(f"{dataset.name} has dtype {dataset.dtype}, expected {dtype}")
+    # Neither kind of dataset is ours; both would read files that were never asked for.
+    if dataset.is_virtual or dataset.external:
+        raise ValueError(f"{dataset.name} lies in another file")
+    if dataset.nbytes > _INFLATION * os.path.getsize(group.file.filename):
+        raise ValueError(f"{dataset.name} claims {dataset.nbytes} bytes")
+    return np.asarray(dataset[()])
+
+
+def _member(group: h5py.Group, name: str, kind: type) -> Any:
+    """A dataset or group that lies in the file itself: links lead out of it."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise KeyError(f"{group.name} has no {name!r}")
+    member = group[name]
+    if not isinstance(member, kind):
+        raise TypeError(f"{name!r} in {group.name} is not a {kind.__name__}")
+    return member
+
+
+def subgroup(group: h5py.Group, name: str) -> h5py.Group:
+    return _member(group, name, h5py.Group)
+
+
+def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
+    """Store every tensor exactly, in its own dtype."""
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        dataset = put_array(group, encode(name), _to_numpy(tensor))
+        dataset.attrs[DTYPE] = str(tensor.dtype).removeprefix("torch.")
+
+
+def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
+    return {decode(name): _get_tensor(group, name) for name in group}
+
+
+def _get_tensor(group: h5py.Group, name: str) -> Tensor:
+    dtype = getattr(torch, str(_member(group, name, h5py.Dataset).attrs[DTYPE]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} in {group.name} has an unknown dtype")
+    if dtype in _NUMPY:
+        return torch.from_numpy(get_array(group, name, _NUMPY[dtype]))
+    array = get_array(group, name, _UNSIGNED[dtype.itemsize])
+    signed = torch.from_numpy(array.view(array.dtype.str.replace("u", "i")))
+    # A tensor without axes can only be viewed in another dtype by way of an axis.
+    return signed.reshape(-1).view(dtype).reshape(array.shape)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype in _NUMPY:
+        return tensor.numpy()
+    width = tensor.dtype.itemsize
+    signed = tensor.reshape(-1).view(_SIGNED[width]).numpy()
+    return signed.view(_UNSIGNED[width]).reshape(tuple(tensor.shape))
+
+
+def put_json(group: h5py.Group, name: str, value: Any) -> None:
+    """Store ``value`` as one JSON text."""
+    text = json.dumps(value, ensure_ascii=False).encode()
+    kind = h5py.string_dtype("utf-8", len(text))
+    put_array(group, name, np.array([text], dtype=kind), compress=True)
+
+
+def get_json(group: h5py.Group, name: str) -> Any:
+    dataset = _member(group, name, h5py.Dataset)
+    if dataset.dtype.kind != "S" or dataset.shape != (1,):
+        raise ValueError(f"{dataset.name} is not one text")
+    return json.loads(get_array(group, name, dataset.dtype)[0].decode())

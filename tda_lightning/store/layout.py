@@ -1,0 +1,136 @@
+"""All names and shapes of a trajectory on disk, on one page.
+
+A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
+``<name>.part`` and renamed into place, and is never changed afterwards. Every file carries the
+root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
+Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches::
+
+    <trajectory>/
+      trajectory.h5             kind "trajectory"
+        facts                   JSON text [1]: parameters {name: {shape, dtype, group}}, optimizer,
+                                num_examples, fingerprint {length, "<index>": sha256}, settings
+      steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
+        epoch                   int64   [S]
+        learning_rate           float64 [S, P]   as applied
+        hyperparameters/<name>  float64 [S, P]
+        loss                    float64 [S]      mean over the step's batches
+        gradient_norm           float64 [S]      before clipping
+        accumulation            int64   [S]      what each batch loss was divided by
+        batch_offsets           int64   [S + 1]  step s holds batches [s] to [s + 1]
+        example_offsets         int64   [B + 1]  batch b holds examples [b] to [b + 1]
+        examples                int64   [.]      training-example indices, in order
+      checkpoints/<step>.h5     kind "checkpoint", attribute ``step``; 0 holds the initial weights
+        parameters/<name>       trained parameters, in their own dtype
+        buffers/<name>          every other tensor of the module (buffers, frozen parameters);
+                                left out where it still equals the one in checkpoint 0
+        optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
+        random/<generator>      states of the random generators (torch, cuda<i>: uint8;
+                                python, numpy: JSON text)
+      curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
+        values/<name>           tensors
+      scores/*.h5               scores that were computed from this trajectory
+
+A dataset of a tensor has the attribute ``dtype``, torch's name; what NumPy lacks (bfloat16, the
+float8 family) is stored as unsigned integers of the same width. In names "/" is written "%2F"
+and "%" is written "%25".
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+FORMAT = "tda-lightning"
+FORMAT_VERSION = 1
+
+FACTS_FILE = "trajectory.h5"
+STEPS_FOLDER = "steps"
+CHECKPOINTS_FOLDER = "checkpoints"
+CURVATURE_FOLDER = "curvature"
+SCORES_FOLDER = "scores"
+
+FACTS = "facts"
+PARAMETERS = "parameters"
+BUFFERS = "buffers"
+OPTIMIZER = "optimizer"
+RANDOM = "random"
+VALUES = "values"
+HYPERPARAMETERS = "hyperparameters"
+STEP = "step"
+DTYPE = "dtype"
+
+# Columns of a steps file with their dtypes; hyperparameters/<name> stands beside them.
+STEP_COLUMNS = {
+    "epoch": "int64",
+    "learning_rate": "float64",
+    "loss": "float64",
+    "gradient_norm": "float64",
+    "accumulation": "int64",
+    "batch_offsets": "int64",
+    "example_offsets": "int64",
+    "examples": "int64",
+}
+
+_STEPS_NAME = re.compile(r"(\d{8,18})-(\d{8,18})\.h5")
+_CHECKPOINT_NAME = re.compile(r"(\d{8,18})\.h5")
+CURVATURE_KEY = re.compile(r"[0-9a-f]{1,128}")
+
+
+def steps_file(root: Path, first: int, last: int) -> Path:
+    return root / STEPS_FOLDER / f"{first:08d}-{last:08d}.h5"
+
+
+def steps_files(root: Path) -> list[tuple[int, int, Path]]:
+    """(first, last, file) of the steps recorded in ``root``: by first step, the longest first."""
+    found = []
+    for path in _files(root / STEPS_FOLDER):
+        if match := _STEPS_NAME.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2]), path))
+    return sorted(found, key=lambda entry: (entry[0], -entry[1]))
+
+
+def checkpoint_file(root: Path, step: int) -> Path:
+    return root / CHECKPOINTS_FOLDER / f"{step:08d}.h5"
+
+
+def checkpoint_files(root: Path) -> dict[int, Path]:
+    """The finished checkpoints in ``root``, by step."""
+    found = {}
+    for path in _files(root / CHECKPOINTS_FOLDER):
+        if match := _CHECKPOINT_NAME.fullmatch(path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def curvature_file(root: Path, key: str) -> Path:
+    return root / CURVATURE_FOLDER / f"{key}.h5"
+
+
+def curvature_files(root: Path) -> dict[str, Path]:
+    """The fitted curvature kept in ``root``, by key."""
+    files = _files(root / CURVATURE_FOLDER)
+    return {p.stem: p for p in files if p.suffix == ".h5" and CURVATURE_KEY.fullmatch(p.stem)}
+
+
+def recorded_files(root: Path) -> list[Path]:
+    """Every file that belongs to a recording in ``root``, the facts first."""
+    facts = root / FACTS_FILE
+    return [
+        *([facts] if facts.exists() else []),
+        *(path for _, _, path in steps_files(root)),
+        *checkpoint_files(root).values(),
+        *curvature_files(root).values(),
+    ]
+
+
+def encode(name: str) -> str:
+    """A tensor's name as an HDF5 name, in which "/" would open a group."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def decode(name: str) -> str:
+    return name.replace("%2F", "/").replace("%25", "%")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []

@@ -1,0 +1,254 @@
+"""Reads a trajectory from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
+from tda_lightning.store import layout
+from tda_lightning.store.curvature_folder import CurvatureFolder
+from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
+
+
+def open_trajectory(path: str | Path) -> Trajectory:
+    """The trajectory recorded in folder ``path``, up to its last finished checkpoint.
+
+    Checkpoints are loaded when they are asked for.
+
+    Raises:
+        TrajectoryNotFoundError: the folder holds none.
+        TrajectoryFormatError: a file of it is damaged or of a newer format version.
+    """
+    root = Path(path)
+    if not (root / layout.FACTS_FILE).is_file():
+        raise TrajectoryNotFoundError(
+            f"No trajectory in {root}: expected a folder with {layout.FACTS_FILE}, as "
+            f"TrajectoryRecorder writes it, got {_what_is(root)}. Check the path."
+        )
+    facts = read_facts(root)
+    checkpoints = CheckpointFolder(root, facts)
+    return Trajectory(
+        facts=facts,
+        steps=_recorded_steps(root, facts, max(checkpoints)),
+        checkpoints=checkpoints,
+        curvature=CurvatureFolder(root),
+        path=str(root),
+    )
+
+
+def _what_is(root: Path) -> str:
+    if not root.exists():
+        return "nothing (it does not exist)"
+    return "a folder without one" if root.is_dir() else "a file"
+
+
+def read_facts(root: Path) -> Facts:
+    with reading(root / layout.FACTS_FILE, "trajectory") as file:
+        text = get_json(file, layout.FACTS)
+        return Facts(
+            parameters={
+                str(name): ParameterFact(
+                    tuple(int(length) for length in fact["shape"]),
+                    str(fact["dtype"]),
+                    int(fact["group"]),
+                )
+                for name, fact in text["parameters"].items()
+            },
+            optimizer=str(text["optimizer"]),
+            num_examples=None if text["num_examples"] is None else int(text["num_examples"]),
+            fingerprint=None if text["fingerprint"] is None else _texts(text["fingerprint"]),
+            settings=dict(text["settings"]),
+        )
+
+
+def _texts(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    texts = {str(key): str(value) for key, value in mapping.items()}
+    if not all(key == "length" or key.isdecimal() for key in texts) or "length" not in texts:
+        raise ValueError(f"a fingerprint with keys {list(texts)[:5]}")
+    return texts
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointFolder(Mapping[int, Checkpoint]):
+    """The checkpoints of a trajectory by step, each read from its file when asked for."""
+
+    root: Path
+    facts: Facts
+
+    def __post_init__(self) -> None:
+        if 0 not in self._files():
+            missing = layout.checkpoint_file(self.root, 0)
+            raise TrajectoryFormatError(
+                f"{missing} is missing: expected the checkpoint of the initial weights, got "
+                f"checkpoints at steps {list(self._files())}. Restore the file, or record again."
+            )
+        # A truncated file shows when it is opened: better now than hours into an attribution.
+        for step, path in self._files().items():
+            with reading(path, "checkpoint") as file:
+                _require_step(file, step)
+
+    def _files(self) -> dict[int, Path]:
+        return layout.checkpoint_files(self.root)
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        files = self._files()
+        if step not in files:
+            raise KeyError(step)
+        with reading(files[step], "checkpoint") as file:
+            _require_step(file, step)
+            parameters = get_tensors(subgroup(file, layout.PARAMETERS))
+            buffers = get_tensors(subgroup(file, layout.BUFFERS))
+            optimizer = None
+            if layout.OPTIMIZER in file:
+                states = subgroup(file, layout.OPTIMIZER)
+                optimizer = {
+                    layout.decode(name): get_tensors(subgroup(states, name)) for name in states
+                }
+            self._require_recorded(parameters)
+        if step > 0:
+            with reading(files[0], "checkpoint") as file:
+                buffers = {**get_tensors(subgroup(file, layout.BUFFERS)), **buffers}
+        # HDF5 lists names by the alphabet; the facts know the model's own order.
+        parameters = {name: parameters[name] for name in self.facts.parameters}
+        return Checkpoint(step, parameters, buffers, optimizer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def _require_recorded(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, fact in self.facts.parameters.items():
+            shape, dtype = parameters[name].shape, parameters[name].dtype
+            if tuple(shape) != fact.shape or str(dtype).removeprefix("torch.") != fact.dtype:
+                raise ValueError(f"parameter {name} is {dtype} {list(shape)}, expected {fact}")
+
+
+def _require_step(file: h5py.File, step: int) -> None:
+    if int(file.attrs[layout.STEP]) != step:
+        raise ValueError(f"the checkpoint of step {file.attrs[layout.STEP]}, expected step {step}")
+
+
+def _recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
+    """Steps 1 to ``last_step``; what was written after the last checkpoint is not looked at."""
+    blocks, covered = [], 0
+    for first, last, path in layout.steps_files(root):
+        if last <= covered or covered >= last_step:
+            continue
+        if first != covered + 1:
+            break
+        blocks.append(read_steps(path, last - first + 1))
+        covered = last
+    if covered < last_step:
+        raise TrajectoryFormatError(
+            f"{root / layout.STEPS_FOLDER} is incomplete: expected the steps 1 to {last_step}, "
+            f"got 1 to {covered}. Restore the missing files, or record again."
+        )
+    if not blocks:
+        groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
+        return no_steps(groups)
+    return first_steps(join_steps(blocks), last_step)
+
+
+def no_steps(groups: int) -> Steps:
+    none, start = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    rates = torch.zeros(0, groups, dtype=torch.float64)
+    return Steps(none, rates, {}, nothing, nothing, start, start, none, none)
+
+
+def read_steps(path: Path, count: int) -> Steps:
+    """The ``count`` steps that file ``path`` holds; offsets count from 0."""
+    with reading(path, "steps") as file:
+        columns = {
+            name: torch.from_numpy(get_array(file, name, np.dtype(dtype)))
+            for name, dtype in layout.STEP_COLUMNS.items()
+        }
+        group = subgroup(file, layout.HYPERPARAMETERS)
+        hyperparameters = {
+            layout.decode(name): torch.from_numpy(get_array(group, name, np.dtype("float64")))
+            for name in group
+        }
+        steps = Steps(hyperparameters=hyperparameters, **columns)
+        _check_steps(steps, count)
+        return steps
+
+
+def _check_steps(steps: Steps, count: int) -> None:
+    """Shapes fit each other, and offsets lead from 0 to the end without going back."""
+    for column in ("epoch", "loss", "gradient_norm", "accumulation"):
+        if tuple(getattr(steps, column).shape) != (count,):
+            raise ValueError(f"column {column} does not hold {count} steps")
+    shape = steps.learning_rate.shape
+    if len(shape) != 2 or shape[0] != count:
+        raise ValueError(f"column learning_rate has shape {list(shape)}")
+    for name, values in steps.hyperparameters.items():
+        if values.shape != shape:
+            raise ValueError(f"hyper-parameter {name} has shape {list(values.shape)}")
+    if steps.examples.dim() != 1:
+        raise ValueError(f"column examples has shape {list(steps.examples.shape)}")
+    _check_offsets(steps.batch_offsets, count + 1, len(steps.example_offsets) - 1)
+    _check_offsets(steps.example_offsets, len(steps.example_offsets), len(steps.examples))
+    if len(steps.examples) and int(steps.examples.min()) < 0:
+        raise ValueError("negative example indices")
+
+
+def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
+    whole = offsets.dim() == 1 and len(offsets) == count >= 1
+    if not whole or offsets[0] != 0 or offsets[-1] != end or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets do not lead from 0 to {end}")
+
+
+def join_steps(blocks: Sequence[Steps]) -> Steps:
+    """Consecutive pieces as one."""
+
+    def joined(column: str) -> Tensor:
+        return torch.cat([getattr(block, column) for block in blocks])
+
+    def chained(column: str) -> Tensor:
+        pieces, end = [torch.zeros(1, dtype=torch.int64)], 0
+        for block in blocks:
+            offsets = getattr(block, column)
+            pieces.append(offsets[1:] + end)
+            end += int(offsets[-1])
+        return torch.cat(pieces)
+
+    names = blocks[0].hyperparameters
+    return Steps(
+        epoch=joined("epoch"),
+        learning_rate=joined("learning_rate"),
+        hyperparameters={n: torch.cat([b.hyperparameters[n] for b in blocks]) for n in names},
+        loss=joined("loss"),
+        gradient_norm=joined("gradient_norm"),
+        batch_offsets=chained("batch_offsets"),
+        example_offsets=chained("example_offsets"),
+        examples=joined("examples"),
+        accumulation=joined("accumulation"),
+    )
+
+
+def first_steps(steps: Steps, count: int) -> Steps:
+    """The first ``count`` of ``steps``."""
+    batches = int(steps.batch_offsets[count])
+    examples = int(steps.example_offsets[batches])
+    return Steps(
+        epoch=steps.epoch[:count],
+        learning_rate=steps.learning_rate[:count],
+        hyperparameters={name: values[:count] for name, values in steps.hyperparameters.items()},
+        loss=steps.loss[:count],
+        gradient_norm=steps.gradient_norm[:count],
+        batch_offsets=steps.batch_offsets[: count + 1],
+        example_offsets=steps.example_offsets[: batches + 1],
+        examples=steps.examples[:examples],
+        accumulation=steps.accumulation[:count],
+    )

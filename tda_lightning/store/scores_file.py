@@ -1,0 +1,272 @@
+"""The scores file: one HDF5 file, readable with h5py alone.
+
+Layout, format version 1::
+
+    /                       attributes: format = "tda-lightning scores", format_version = 1
+    /values                 float32 or float64 [query, train]
+    /by_segment             the same type [segment, query, train]; absent without segments
+    /self_influence         the same type [train]; absent when not computed
+    /provenance             text, a JSON object: how the scores were made
+    /checksums/values       uint32 [query], CRC-32 of the bytes of each row of /values
+    /checksums/by_segment   uint32 [segment, query]
+    /checksums/self_influence  uint32 scalar
+    /checksums/provenance   uint32 scalar
+
+The numbers lie contiguously and uncompressed, so that a file larger than memory can be mapped.
+Every file is written aside, under ``<name>.<process>.part``, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.scores import MemorySink, Scores, require_finite
+
+FORMAT = "tda-lightning scores"
+FORMAT_VERSION = 1
+# Provenance entries with one item per query: cut along with the rows.
+_PER_QUERY = ("predictions", "measurements", "query_indices")
+
+
+class ScoreFile(MemorySink):
+    """Scores gathered in a file by blocks, so that they are bounded by disk and not by memory.
+
+    The matrix is mapped into memory, where the operating system keeps what fits. Use it as a
+    context manager, or call :meth:`abort` on failure: without :meth:`finish` nothing appears
+    under ``path``.
+
+    Args:
+        path: where the finished file goes.
+        num_queries: rows.
+        num_train: columns.
+        num_segments: when given, each block belongs to a segment and ``values`` is their sum.
+        dtype: float32 or float64.
+        overwrite: replace an existing file. It stays whole until :meth:`finish`.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
+        OSError: the disk has no room for the matrix, found out before the work begins.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        num_queries: int,
+        num_train: int,
+        num_segments: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._require_free()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        self.by_segment = None
+        self.self_influence = None
+        shape = (num_queries, num_train)
+        kind = _numpy_type(dtype)
+        try:
+            # The latest layout guards HDF5's own records with checksums.
+            with h5py.File(self._part, "w", libver="latest") as file:
+                file.attrs["format"] = FORMAT
+                file.attrs["format_version"] = FORMAT_VERSION
+                _reserve(file.create_dataset("values", shape, kind))
+                if num_segments is not None:
+                    _reserve(file.create_dataset("by_segment", (num_segments, *shape), kind))
+            with h5py.File(self._part, "r") as file:
+                self.values = _mapped(self._part, file["values"], "r+")
+                if num_segments is not None:
+                    self.by_segment = _mapped(self._part, file["by_segment"], "r+")
+        except BaseException:
+            self._part.unlink(missing_ok=True)
+            raise
+
+    def finish(self, provenance: dict[str, Any]) -> Scores:
+        """Write what is left, move the file to its name and return the scores, mapped."""
+        self._sum_segments()
+        require_finite(self.values)
+        self.publish(provenance)
+        return read_scores(self.path, mapped=True)
+
+    def publish(self, provenance: dict[str, Any]) -> None:
+        """Write what is left and move the file to its name."""
+        try:
+            self._write_rest(_to_json(provenance))
+            self._require_free()
+            os.replace(self._part, self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Give up and leave nothing behind. After :meth:`finish` it does nothing."""
+        self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> ScoreFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def _require_free(self) -> None:
+        if self.path.exists() and not self.overwrite:
+            raise FileExistsError(
+                f"{self.path} exists and is kept. Choose another path, or pass overwrite=True."
+            )
+
+    def _write_rest(self, provenance: str) -> None:
+        arrays = {"values": self.values, "by_segment": self.by_segment}
+        with h5py.File(self._part, "r+", libver="latest") as file:
+            for name, array in arrays.items():
+                if array is not None:
+                    file[f"checksums/{name}"] = _row_checksums(array.numpy())
+            if self.self_influence is not None:
+                file["self_influence"] = self.self_influence.numpy()
+                file["checksums/self_influence"] = _checksum(self.self_influence.numpy())
+            file["provenance"] = provenance
+            file["checksums/provenance"] = np.uint32(zlib.crc32(provenance.encode()))
+
+
+def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Save ``scores`` at ``path``; see :meth:`tda_lightning.Scores.save`."""
+    segments = None if scores.by_segment is None else len(scores.by_segment)
+    sizes = (scores.num_queries, scores.num_train, segments)
+    with ScoreFile(path, *sizes, dtype=scores.values.dtype, overwrite=overwrite) as file:
+        file.values.copy_(scores.values)
+        if file.by_segment is not None and scores.by_segment is not None:
+            file.by_segment.copy_(scores.by_segment)
+        if scores.self_influence is not None:
+            file.set_self_influence(scores.self_influence)
+        file.publish(scores.provenance)
+
+
+def read_scores(
+    path: str | os.PathLike[str], queries: slice | None = None, mapped: bool = False
+) -> Scores:
+    """Load scores from ``path``; see :meth:`tda_lightning.Scores.load`."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no scores file at {path}.")
+    rows = slice(None) if queries is None else queries
+    if rows.step is not None and rows.step < 1:
+        raise ValueError(f"queries must be a slice with a positive step, got {rows}.")
+    try:
+        with h5py.File(path, "r") as file:
+            _require_format(path, file)
+            text = file["provenance"].asstr()[()]
+            _compare(path, "provenance", zlib.crc32(text.encode()), file)
+            provenance = _cut(json.loads(text), rows, len(file["values"]), queries is not None)
+            values = _read(path, file, "values", (rows,), mapped)
+            by_segment = _read(path, file, "by_segment", (slice(None), rows), mapped)
+            self_influence = _read(path, file, "self_influence", (), False)
+    except TrajectoryFormatError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        # What h5py raises depends on where the damage lies.
+        raise TrajectoryFormatError(
+            f"{path} is damaged or no scores file ({error}). Save the scores again."
+        ) from error
+    assert values is not None
+    return Scores(values, by_segment, self_influence, provenance)
+
+
+def _require_format(path: Path, file: h5py.File) -> None:
+    if file.attrs.get("format") != FORMAT:
+        raise TrajectoryFormatError(
+            f"{path} is an HDF5 file but holds no scores: expected format = {FORMAT!r}, got "
+            f"{file.attrs.get('format')!r}. Give a file written by Scores.save."
+        )
+    version = int(file.attrs["format_version"])
+    if version > FORMAT_VERSION:
+        raise TrajectoryFormatError(
+            f"{path} has scores format version {version}; this release reads up to "
+            f"{FORMAT_VERSION}. Upgrade tda-lightning."
+        )
+
+
+def _read(
+    path: Path, file: h5py.File, name: str, rows: tuple[slice, ...], mapped: bool
+) -> Tensor | None:
+    if name not in file and name != "values":
+        return None
+    if mapped:
+        return _mapped(path, file[name], "c")[rows]
+    array = file[name][rows]
+    found = _row_checksums(array) if rows else _checksum(array)
+    _compare(path, name, found, file, rows)
+    return torch.from_numpy(array)
+
+
+def _compare(
+    path: Path, name: str, found: Any, file: h5py.File, rows: tuple[slice, ...] = ()
+) -> None:
+    if not np.array_equal(file[f"checksums/{name}"][rows], found):
+        raise TrajectoryFormatError(
+            f"{path} is damaged: {name!r} does not match its checksum. Make the scores again."
+        )
+
+
+def _cut(provenance: dict[str, Any], rows: slice, count: int, partial: bool) -> dict[str, Any]:
+    if not partial:
+        return provenance
+    provenance.setdefault("query_indices", list(range(count)))
+    for name in _PER_QUERY:
+        if name in provenance:
+            provenance[name] = provenance[name][rows]
+    return provenance
+
+
+def _reserve(dataset: h5py.Dataset) -> None:
+    # Zeros written now take the disk space now: a mapped write to a full disk kills the process.
+    for row in np.ndindex(dataset.shape[:-1]):
+        dataset[row] = 0
+
+
+def _mapped(path: Path, dataset: h5py.Dataset, mode: Literal["r+", "c"]) -> Tensor:
+    offset = dataset.id.get_offset()
+    if offset is None:  # an empty dataset has no place in the file
+        return torch.from_numpy(dataset[...])
+    size = dataset.dtype.itemsize * dataset.size
+    if offset + size > path.stat().st_size:
+        raise OSError("the file ends before its numbers do")
+    array = np.memmap(path, dataset.dtype, mode, offset=offset, shape=dataset.shape)
+    return torch.from_numpy(array)
+
+
+def _numpy_type(dtype: torch.dtype) -> str:
+    kinds = {torch.float32: "<f4", torch.float64: "<f8"}
+    if dtype not in kinds:
+        raise TypeError(f"Scores are stored as float32 or float64, got {dtype}.")
+    return kinds[dtype]
+
+
+def _checksum(array: np.ndarray) -> np.uint32:
+    return np.uint32(zlib.crc32(np.ascontiguousarray(array).data))
+
+
+def _row_checksums(array: np.ndarray) -> np.ndarray:
+    checksums = np.empty(array.shape[:-1], np.uint32)
+    for row in np.ndindex(checksums.shape):
+        checksums[row] = _checksum(array[row])
+    return checksums
+
+
+def _to_json(provenance: dict[str, Any]) -> str:
+    try:
+        return json.dumps(provenance)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"provenance must hold only what JSON can hold (text, numbers, lists, dictionaries): "
+            f"{error}."
+        ) from error

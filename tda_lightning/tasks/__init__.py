@@ -1,0 +1,36 @@
+"""Training losses and measurements of single examples."""
+
+from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.classification import ClassificationTask
+from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
+from tda_lightning.tasks.language_modeling import LanguageModelingTask
+from tda_lightning.tasks.noise import example_noise
+from tda_lightning.tasks.regression import RegressionTask
+from tda_lightning.tasks.silence import silenced
+from tda_lightning.tasks.training_step import TrainingStepTask
+
+
+def as_task(task: AttributionTask | None) -> AttributionTask:
+    """The task itself; None stands for the module's own ``training_step``."""
+    if task is None:
+        return TrainingStepTask()
+    if not isinstance(task, AttributionTask):
+        raise TypeError(
+            "Expected task to be an AttributionTask or None (the module's own training_step), "
+            f"got {type(task).__name__}. Subclass AttributionTask and define train_loss."
+        )
+    return task
+
+
+__all__ = [
+    "AttributionTask",
+    "ClassificationTask",
+    "LanguageModelingTask",
+    "RegressionTask",
+    "TrainingStepTask",
+    "as_task",
+    "example_noise",
+    "gauss_newton_losses",
+    "sampled_gauss_newton_loss",
+    "silenced",
+]

@@ -1,0 +1,113 @@
+"""What attribution asks of a training problem: its loss, one number per example."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tda_lightning.tasks.interception import WeightedLoss, intercept
+
+
+class AttributionTask(ABC):
+    """The training loss and the measurement of single examples.
+
+    A subclass gives :meth:`train_loss`; the rest has defaults. Losses are those of the loss *as
+    optimised*: the loss of a training batch is the mean of ``train_loss`` over its examples. A sum
+    in place of a mean over tokens would multiply the curvature by the number of tokens.
+
+    Attributes:
+        layers: names of modules (or their prefixes) whose parameters count; None for all.
+        separable: False when the losses of single examples are not known and ``train_loss``
+            repeats the mean loss of the batch.
+
+    Example:
+        >>> class Logistic(AttributionTask):
+        ...     def train_loss(self, module, batch):
+        ...         inputs, target = batch
+        ...         logits = module(inputs).squeeze(1)
+        ...         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        ...
+        ...     def sampled_loss(self, module, batch):  # optional: the true Fisher
+        ...         return sampled_gauss_newton_loss(self, module, batch)
+    """
+
+    layers: Sequence[str] | None = None
+    separable: bool = True
+
+    @abstractmethod
+    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """Loss of each example as trained, [batch]."""
+
+    def measurement(self, module: nn.Module, batch: Any) -> Tensor:
+        """What is explained for each query, [batch]; smaller when the model does better."""
+        return self.train_loss(module, batch)
+
+    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """A loss of labels drawn from the model, [batch]: the second moment of each example's
+        gradient is the Gauss-Newton matrix of its ``train_loss``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no sampled_loss, so curvature is the empirical Fisher. If "
+            "its train_loss calls standard losses of torch.nn.functional, define sampled_loss as "
+            "tda_lightning.tasks.sampled_gauss_newton_loss(self, module, batch)."
+        )
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether :meth:`sampled_loss` may be called."""
+        return type(self).sampled_loss is not AttributionTask.sampled_loss
+
+    def prepare(self, module: nn.Module, batch: Any) -> None:
+        """Look at one training batch before the work starts; earlier notes are forgotten."""
+        self.notes.clear()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know about how the losses were found."""
+        notes: list[str] = self.__dict__.setdefault("_notes", [])
+        return notes
+
+    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+        """What the model predicts for each example, in a few words; None if nothing short."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the task, able to become JSON: part of the key of cached curvature."""
+        kind = type(self)
+        names = [item.name for item in fields(self)] if is_dataclass(self) else list(vars(self))
+        public = {name: getattr(self, name) for name in names if not name.startswith("_")}
+        settings = {"class": f"{kind.__module__}.{kind.__qualname__}", "layers": self.layers}
+        settings.update(public)
+        if not kind.__module__.startswith("tda_lightning."):
+            settings["source"] = source_digest(kind)
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=_plain))
+        return plain
+
+    def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
+        """The standard losses in ``train_loss`` with their weights, and the number of examples."""
+        losses, found, _ = intercept(lambda: self.train_loss(module, batch))
+        return found, len(losses)
+
+
+def source_digest(kind: type) -> str | None:
+    """Hash of a class's source, so that edited code does not find an old result; None if there is
+    no source to read (a notebook's cell may have none)."""
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    try:
+        return list(value)
+    except TypeError:
+        return repr(value)

@@ -1,0 +1,146 @@
+"""Taking batches apart: where the target is, how many examples there are, what a model returned."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tda_lightning.tasks.noise import active_examples
+
+TARGET_KEYS = ("label", "labels", "y", "target", "targets")
+
+
+def split_target(batch: Any, target: str | None = None) -> tuple[Any, Tensor]:
+    """Inputs and target of a batch.
+
+    Args:
+        batch: a tuple or list with the target last, or a dictionary.
+        target: the dictionary's key of the target; by default the first of ``TARGET_KEYS``.
+
+    Returns:
+        The inputs: a list of positional ones, or a dictionary; and the target.
+    """
+    if isinstance(batch, Mapping):
+        key = target or next((name for name in TARGET_KEYS if name in batch), None)
+        if key is None or key not in batch:
+            wanted = repr(target) if target else " or ".join(map(repr, TARGET_KEYS))
+            raise ValueError(
+                f"Expected a batch with the target under {wanted}, got the keys {list(batch)}. "
+                "Name the key with target=, or override forward(module, batch) of the task."
+            )
+        inputs: Any = {name: value for name, value in batch.items() if name != key}
+        found = batch[key]
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        inputs, found = list(batch[:-1]), batch[-1]
+    else:
+        raise ValueError(
+            f"Expected a batch (inputs, target) or a dictionary, got {_describe(batch)}. "
+            "Override forward(module, batch) of the task for other batches."
+        )
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"Expected the target to be a tensor, got {_describe(found)}. "
+            "Override forward(module, batch) of the task for other targets."
+        )
+    return inputs, found
+
+
+def call(module: nn.Module, inputs: Any) -> Tensor:
+    """Run ``module`` on inputs from :func:`split_target`; the output is unwrapped.
+
+    A dictionary of several entries is passed by keyword, a single entry positionally. A single
+    nested entry is unpacked when ``forward`` needs more than one argument.
+    """
+    if isinstance(inputs, Mapping):
+        if len(inputs) != 1:
+            return unwrap(module(**inputs))
+        inputs = list(inputs.values())
+    if len(inputs) == 1 and _required_arguments(module) > 1:
+        (only,) = inputs
+        if isinstance(only, Mapping):
+            return unwrap(module(**only))
+        if isinstance(only, (tuple, list)):
+            inputs = only
+    return unwrap(module(*inputs))
+
+
+def unwrap(outputs: Any) -> Tensor:
+    """The tensor in a model's output: itself, ``.logits``, ``["logits"]``, or the first entry."""
+    while not isinstance(outputs, Tensor):
+        if hasattr(outputs, "logits"):
+            outputs = outputs.logits
+        elif isinstance(outputs, Mapping) and "logits" in outputs:
+            outputs = outputs["logits"]
+        elif isinstance(outputs, (tuple, list)) and outputs:
+            outputs = outputs[0]
+        else:
+            raise ValueError(
+                "Expected the module to return a tensor, an object with .logits, a dictionary "
+                f"with 'logits' or a tuple, got {_describe(outputs)}. "
+                "Override forward(module, batch) of the task."
+            )
+    return outputs
+
+
+def num_examples(batch: Any) -> int:
+    """Examples in the batch: those of the active noise, else the first tensor's first dimension."""
+    examples = active_examples()
+    if examples is not None:
+        return len(examples)
+    tensor = _first_tensor(batch)
+    if tensor is None:
+        raise ValueError(
+            f"Expected a batch that holds a tensor [batch, ...], got {_describe(batch)}."
+        )
+    return tensor.shape[0]
+
+
+def take(batch: Any, index: int, size: int) -> Any:
+    """A batch of one: example ``index`` of a batch of ``size``, nested containers kept."""
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {name: take(value, index, size) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == size and all(isinstance(value, (str, int, float)) for value in batch):
+            return batch[index : index + 1]
+        values = [take(value, index, size) for value in batch]
+        if hasattr(batch, "_fields"):
+            return type(batch)(*values)
+        return type(batch)(values)
+    return batch
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for value in batch:
+            found = _first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def _required_arguments(module: nn.Module) -> int:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(
+        parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        for parameter in parameters
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dictionary with keys {list(value)}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,81 @@
+"""The Gauss-Newton matrix of any task whose ``train_loss`` calls standard losses.
+
+For l_n = sum_t w_nt e_nt, with e_nt the loss of one element of example n and J_nt the Jacobian of
+its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. Both functions give losses whose
+gradients have outer products that are G_n: in expectation, or as an exact sum. The weights enter
+as square roots, once for every element: the gradient of the weighted *mean* loss itself would give
+a matrix too small by the number of elements (METHODS, "Units").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.interception import WeightedLoss
+
+
+def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Any) -> Tensor:
+    r"""A loss of each example under labels drawn from the model, [batch].
+
+    .. math::
+        \sum_t \sqrt{w_{nt}} \, e_{nt}(\tilde y_{nt}), \qquad
+        E[\nabla \nabla^\top] = G_n
+
+    Inside :func:`~tda_lightning.tasks.example_noise` the labels depend on the seed and the
+    example alone.
+    """
+    found, batch_size = _require_losses(task, module, batch)
+    total = 0.0
+    for stream, item in enumerate(found):
+        sampled = item.loss.sampled(item.scale(batch_size), stream)
+        total = total + sampled.sum(1)
+    return total
+
+
+def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) -> Iterator[Tensor]:
+    """Losses [batch] whose gradients' outer products sum to the exact Gauss-Newton matrix.
+
+    One forward pass, run at once; the losses share its graph, so ask for gradients with
+    ``retain_graph=True``. There are (positions x classes) of them for cross entropy, one for each
+    number or bit otherwise.
+    """
+    found, batch_size = _require_losses(task, module, batch)
+
+    def losses() -> Iterator[Tensor]:
+        for item in found:
+            for factor in item.loss.factors(item.scale(batch_size)):
+                yield from factor.unbind(1)
+
+    return losses()
+
+
+def _require_losses(
+    task: AttributionTask, module: nn.Module, batch: Any
+) -> tuple[list[WeightedLoss], int]:
+    with torch.enable_grad():
+        found, batch_size = task.standard_losses(module, batch)
+    name = type(task).__name__
+    if not found:
+        raise ValueError(
+            f"{name}: the loss depends on none of cross_entropy, nll_loss, mse_loss and "
+            "binary_cross_entropy_with_logits of torch.nn.functional, so its Gauss-Newton matrix "
+            "is unknown. Use one of them, or a curvature from the empirical Fisher."
+        )
+    for item in found:
+        if not item.fits(batch_size):
+            raise ValueError(
+                f"{name}: expected losses with the batch axis first, got {item.loss.kind} losses "
+                f"of shape {list(item.loss.values.shape)} for {batch_size} examples."
+            )
+        readable = not torch._C._functorch.is_functorch_wrapped_tensor(item.weights)
+        if readable and (item.weights < 0).any():
+            raise ValueError(
+                f"{name}: a {item.loss.kind} loss enters with a negative weight, for which there "
+                "is no Gauss-Newton matrix. Use a curvature from the empirical Fisher."
+            )
+    return found, batch_size

@@ -1,0 +1,99 @@
+"""Randomness for sampled labels that belongs to the example, not to the batch it came in.
+
+A label is drawn with a number that is a hash of (seed, index of the example in its data set, loss
+within the task, position within the example). Batch size, order, device and sharding therefore
+change nothing: two passes over the same data fit the same curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+RANDOM_BITS = 31  # leaves room for a product with a 2^30 total inside int64
+
+_ACTIVE: ContextVar[tuple[int, Tensor] | None] = ContextVar("example_noise", default=None)
+
+
+@contextmanager
+def example_noise(seed: int, examples: Tensor) -> Iterator[None]:
+    """Draw the labels of this batch from (seed, example) alone while the context is active.
+
+    Args:
+        seed: any integer.
+        examples: index in the data set of each example of the batch, int64 [batch].
+    """
+    if examples.dim() != 1 or examples.is_floating_point():
+        raise ValueError(
+            "example_noise expects the data-set indices of the batch as an integer tensor "
+            f"[batch], got {examples.dtype} of shape {list(examples.shape)}."
+        )
+    token = _ACTIVE.set((seed, examples.long()))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active_examples() -> Tensor | None:
+    """Indices given to the active :func:`example_noise`, [batch]; None outside of one."""
+    active = _ACTIVE.get()
+    return None if active is None else active[1]
+
+
+def random_integers(batch: int, positions: int, stream: int, device: torch.device) -> Tensor:
+    """Uniform integers in [0, 2^31), [batch, positions].
+
+    Outside :func:`example_noise` they come from torch's global generator.
+
+    Args:
+        stream: tells the losses of one task apart.
+    """
+    active = _ACTIVE.get()
+    if active is None:
+        return torch.randint(1 << RANDOM_BITS, (batch, positions), device=device)
+    seed, examples = active
+    if len(examples) != batch:
+        raise ValueError(
+            f"example_noise was given {len(examples)} indices for a batch of {batch} examples: "
+            "give one index for each example."
+        )
+    examples = examples.to(device)
+    key = _mix(_mix(examples * _ODD + _signed(_GAMMA * seed)) + _signed(_GAMMA * (stream + 1)))
+    counter = torch.arange(1, positions + 1, device=device) * _signed(_GAMMA)
+    return _shift_right(_mix(key[:, None] + counter), 64 - RANDOM_BITS)
+
+
+def random_signs(batch: int, positions: int, stream: int, like: Tensor) -> Tensor:
+    """+1 or -1 with equal probability, [batch, positions]: variance 1, and the smallest fourth
+    moment that variance 1 allows."""
+    bits = random_integers(batch, positions, stream, like.device) & 1
+    return (1 - 2 * bits).to(like.dtype)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+# splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+# int64 products wrap around like unsigned ones, so torch needs no unsigned type for it.
+_GAMMA = 0x9E3779B97F4A7C15
+_ODD = _signed(0xD1342543DE82EF95)
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 shifts copy the sign bit, which the mask removes."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shift_right(value, 30)) * _FACTORS[0]
+    value = (value ^ _shift_right(value, 27)) * _FACTORS[1]
+    return value ^ _shift_right(value, 31)

@@ -1,0 +1,209 @@
+"""``task=None``: the module's own ``training_step`` is the training loss and the measurement."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.tasks import batches
+from tda_lightning.tasks.base import AttributionTask, source_digest
+from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
+from tda_lightning.tasks.interception import Call, WeightedLoss, intercept
+from tda_lightning.tasks.noise import example_noise
+from tda_lightning.tasks.silence import silenced
+
+
+class TrainingStepTask(AttributionTask):
+    r"""Losses of single examples from an unchanged ``training_step``.
+
+    The standard losses that it calls are found by interception; the weight of each element in the
+    batch's loss is a derivative, so factors, masks and reductions are kept as trained:
+
+    .. math::
+        l_n = B \sum_t w_{nt} e_{nt}, \qquad w_{nt} = \partial L_{batch} / \partial e_{nt}
+
+    What does not depend on a standard loss (a regulariser) belongs to no example and is left out,
+    with a note. Where no standard loss is found, every example gets the mean loss of its batch
+    (``separable`` is False) and curvature is the empirical Fisher.
+
+    A weighted mean (class weights, ignored targets) divides by a number that differs between
+    batches. :meth:`prepare` fixes it at its batch's average for an example, so that an example's
+    loss does not depend on the batch it comes in; before that, it is each batch's own.
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
+        self.layers = layers
+        self._reset()
+
+    def _reset(self) -> None:
+        self.separable = True
+        self._can_sample = True
+        self._masses: list[Tensor | None] = []
+        self._training_step: list[str | None] = []
+
+    @property
+    def can_sample(self) -> bool:
+        return self._can_sample
+
+    def prepare(self, module: nn.Module, batch: Any) -> None:
+        """Find out from one batch which losses ``training_step`` calls."""
+        super().prepare(module, batch)
+        self._reset()
+        kind = type(module)
+        self._training_step = [f"{kind.__module__}.{kind.__qualname__}", source_digest(kind)]
+        total, found, calls, size = self._run(module, batch)
+        self.separable = bool(found) and all(item.fits(size) for item in found)
+        if not self.separable:
+            self._can_sample = False
+            reason = "it calls no standard loss"
+            if found:
+                shapes = [list(item.loss.values.shape) for item in found]
+                reason = f"its losses have shapes {shapes} for {size} examples"
+            self._note(
+                f"The losses of single examples in training_step are not known ({reason}): each "
+                "example gets the gradient of its batch's mean loss, and curvature is the "
+                "empirical Fisher. Give a task to attribute to single examples."
+            )
+            return
+        self._fix_masses(calls, size)
+        self._check_weights(total, found)
+        self._check_alone(module, batch, size)
+
+    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        total, found, _, size = self._run(module, batch)
+        known = bool(found) and all(item.fits(size) for item in found)
+        if self._training_step and self.separable and not known:
+            raise ValueError(
+                f"training_step called no standard loss of {size} examples for this batch, but "
+                "did for the first one. Give a task whose train_loss holds for every batch."
+            )
+        if known and self.separable:
+            losses = torch.stack([item.per_example(size) for item in found]).sum(0) * size
+        else:
+            losses = total.reshape(()).expand(size)
+        return losses if torch.is_grad_enabled() else losses.detach()
+
+    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        return sampled_gauss_newton_loss(self, module, batch)
+
+    def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
+        _, found, _, size = self._run(module, batch)
+        return [replace(item, weights=item.weights * size) for item in found], size
+
+    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+        _, found, _, size = self._run(module, batch)
+        if not found or not self.separable:
+            return None
+        return found[0].loss.describe(size)
+
+    def settings(self) -> dict[str, Any]:
+        masses = [None if mass is None else float(mass) for mass in self._masses]
+        return {
+            **super().settings(),
+            "training_step": self._training_step,
+            "mass_per_example": masses,
+        }
+
+    def _run(
+        self, module: nn.Module, batch: Any
+    ) -> tuple[Tensor, list[WeightedLoss], list[Call], int]:
+        size = batches.num_examples(batch)
+        with silenced(module):
+            total, found, calls = intercept(
+                lambda: run_training_step(module, batch), self._masses, size
+            )
+        return total, found, calls, size
+
+    def _fix_masses(self, calls: Sequence[Call], size: int) -> None:
+        self._masses = [
+            call.mass / size
+            if call.mass is not None
+            and call.reduction == "mean"
+            and float(call.mass) != call.loss.values.numel()
+            else None
+            for call in calls
+        ]
+        if any(mass is not None for mass in self._masses):
+            self.notes.append(
+                "training_step averages with weights (class weights or ignored targets): the sum "
+                "of weights that a batch mean divides by is held at its average in the first "
+                "batch of the attribution."
+            )
+
+    def _check_weights(self, total: Tensor, found: Sequence[WeightedLoss]) -> None:
+        parts = [(item.weights * item.loss.values).detach() for item in found]
+        left = float(total.detach().sum() - sum(part.sum() for part in parts))
+        size = sum(float(part.abs().sum()) for part in parts)
+        if abs(left) > 1e-3 * size:
+            self._note(
+                f"training_step adds {left:.3g} to the standard losses' {size:.3g} (a regulariser, "
+                "another loss, or a nonlinear function of them): this part belongs to no example "
+                "and is left out of the gradients of single examples."
+            )
+        if any(bool((item.weights < 0).any()) for item in found):
+            self._can_sample = False
+            self._note(
+                "training_step subtracts a standard loss: there is no Gauss-Newton matrix of it, "
+                "and curvature is the empirical Fisher."
+            )
+
+    def _check_alone(self, module: nn.Module, batch: Any, size: int) -> None:
+        """Compare an example's loss in the batch with its loss in a batch of one."""
+        if size == 1:
+            return
+        last = size - 1
+        devices = {item.device for item in module.parameters() if item.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            losses = self.train_loss(module, batch)
+            again = self.train_loss(module, batch)
+            if not torch.allclose(losses, again):
+                self.notes.append("training_step draws random numbers: its losses differ by call.")
+                return
+            try:
+                with example_noise(0, torch.zeros(1, dtype=torch.int64)):
+                    alone = self.train_loss(module, batches.take(batch, last, size))
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+                return  # the step needs more than one example: nothing to compare with
+        if not torch.allclose(losses[last], alone[0], rtol=1e-2, atol=1e-3 * float(losses.mean())):
+            self._note(
+                f"The loss of one example is {float(losses[last]):.4g} in its batch but "
+                f"{float(alone[0]):.4g} alone: training_step mixes examples (a contrastive loss, "
+                "batch statistics) or flattens them with another axis leading. Scores then mean "
+                "little; give a task whose train_loss is each example's own."
+            )
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        warnings.warn(text, stacklevel=4)
+
+
+def run_training_step(module: nn.Module, batch: Any) -> Tensor:
+    """The loss that ``training_step`` returns for the batch, as a tensor or under ``"loss"``."""
+    step = getattr(module, "training_step", None)
+    if not callable(step):
+        raise ValueError(
+            f"{type(module).__name__} has no training_step: with task=None the module must be a "
+            "LightningModule. Give a task, for example ClassificationTask()."
+        )
+    arguments = [
+        parameter
+        for parameter in inspect.signature(step).parameters.values()
+        if parameter.kind != parameter.KEYWORD_ONLY and parameter.kind != parameter.VAR_KEYWORD
+    ]
+    takes_index = len(arguments) > 1 or arguments[0].kind == arguments[0].VAR_POSITIONAL
+    loss = step(batch, 0) if takes_index else step(batch)
+    if isinstance(loss, Mapping):
+        loss = loss.get("loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            "Expected training_step to return one loss, as a scalar tensor or under 'loss' in a "
+            f"dictionary, got {got}. Give a task instead."
+        )
+    return loss

@@ -1,0 +1,183 @@
+"""Exact unrolling and retraining: the recorded run replayed with weights on its examples.
+
+The question is the single-run counterfactual: same initial weights, same batches, same rates, and
+example n's loss multiplied by w_n while every batch keeps its denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.trajectory import Trajectory
+from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
+
+
+class _WithLoss(nn.Module):
+    """Lets ``functional_call`` swap the parameters that a loss of (module, batch) reads."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(self.module, batch)
+
+
+def _call(module: nn.Module, loss: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+    named = {f"module.{name}": tensor for name, tensor in parameters.items()}
+    return torch.func.functional_call(_WithLoss(module, loss), named, (batch,))
+
+
+def replay(
+    trajectory: Trajectory,
+    module: nn.Module,
+    loss: Loss,
+    data: Batch,
+    weights: Tensor,
+    *,
+    clip_norm: float | None = None,
+    renormalise: bool = False,
+) -> dict[str, Tensor]:
+    """The trained parameters as a differentiable function of the weights [train].
+
+    Args:
+        renormalise: divide a batch by the sum of its weights: with a weight of 0 the example is
+            truly removed. Otherwise every batch keeps its denominator.
+    """
+    steps, facts = trajectory.steps, trajectory.facts
+    module = with_state(module, trajectory.checkpoints[0])
+    parameters = {
+        name: trajectory.checkpoints[0].parameters[name].clone().requires_grad_()
+        for name in facts.parameters
+    }
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for row in range(len(steps)):
+        total = torch.zeros(())
+        for indices in steps.batches(row):
+            losses = _call(module, loss, parameters, take(data, indices))
+            size = weights[indices].sum() if renormalise else len(indices)
+            total = total + (weights[indices] * losses).sum() / size / int(steps.accumulation[row])
+        gradients = torch.autograd.grad(
+            total,
+            list(parameters.values()),
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        if clip_norm is not None:
+            norm = torch.cat([gradient.reshape(-1) for gradient in gradients]).norm()
+            factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
+            gradients = tuple(gradient * factor for gradient in gradients)
+        for (name, parameter), gradient in zip(list(parameters.items()), gradients, strict=True):
+            group = facts.parameters[name].group
+            hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
+            rate = float(steps.learning_rate[row, group])
+            update = _sgd if facts.optimizer == "SGD" else _adam
+            decoupled = facts.optimizer == "AdamW"
+            parameters[name] = update(parameter, gradient, state[name], rate, hyper, decoupled)
+    return parameters
+
+
+def _sgd(
+    parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict, decoupled: bool
+) -> Tensor:
+    assert not decoupled
+    gradient = gradient + hyper["weight_decay"] * parameter
+    momentum = hyper["momentum"]
+    if momentum:
+        if "buffer" in state:
+            state["buffer"] = momentum * state["buffer"] + (1 - hyper["dampening"]) * gradient
+        else:
+            state["buffer"] = gradient
+        nesterov = hyper["nesterov"] != 0
+        gradient = gradient + momentum * state["buffer"] if nesterov else state["buffer"]
+    return parameter - rate * gradient
+
+
+def _adam(
+    parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict, decoupled: bool
+) -> Tensor:
+    beta1, beta2, decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
+    if decoupled:
+        parameter = parameter * (1 - rate * decay)
+    else:
+        gradient = gradient + decay * parameter
+    zero = torch.zeros_like(parameter)
+    count = state["count"] = state.get("count", 0) + 1
+    first = state["first"] = beta1 * state.get("first", zero) + (1 - beta1) * gradient
+    second = state["second"] = beta2 * state.get("second", zero) + (1 - beta2) * gradient**2
+    # The square root has no derivative at 0; there the moment never moved and passes none on.
+    moved = second != 0
+    root = torch.where(moved, torch.where(moved, second, 1.0).sqrt(), 0.0)
+    root = root / (1 - beta2**count) ** 0.5
+    return parameter - rate / (1 - beta1**count) * first / (root + hyper["eps"])
+
+
+def unrolled(
+    trajectory: Trajectory,
+    module: nn.Module,
+    loss: Loss,
+    data: Batch,
+    measurement: Loss,
+    queries: Batch,
+    *,
+    clip_norm: float | None = None,
+) -> Tensor:
+    """-d m_q(theta_T) / d w_n at w = 1 through the whole training loop, [query, train]."""
+    weights = torch.ones(num_examples(data), dtype=torch.float64, requires_grad=True)
+    trained = replay(trajectory, module, loss, data, weights, clip_norm=clip_norm)
+    module = with_state(module, trajectory.checkpoints[0])
+    measured = _call(module, measurement, trained, queries)
+    return torch.stack([-torch.autograd.grad(m, weights, retain_graph=True)[0] for m in measured])
+
+
+def measure(
+    trajectory: Trajectory,
+    module: nn.Module,
+    loss: Loss,
+    data: Batch,
+    measurement: Loss,
+    queries: Batch,
+    weights: Tensor,
+    *,
+    clip_norm: float | None = None,
+    renormalise: bool = False,
+) -> Tensor:
+    """m_q after training again with these example weights, [query]."""
+    trained = replay(
+        trajectory, module, loss, data, weights, clip_norm=clip_norm, renormalise=renormalise
+    )
+    module = with_state(module, trajectory.checkpoints[0])
+    return _call(module, measurement, trained, queries).detach()
+
+
+def leave_one_out(
+    trajectory: Trajectory,
+    module: nn.Module,
+    loss: Loss,
+    data: Batch,
+    measurement: Loss,
+    queries: Batch,
+    *,
+    examples: Sequence[int] | None = None,
+    clip_norm: float | None = None,
+    renormalise: bool = False,
+) -> Tensor:
+    """m_q after training again without example n, minus m_q, [query, train].
+
+    Args:
+        examples: the examples to leave out, one column each; all of them if None.
+    """
+    work = (trajectory, module, loss, data, measurement, queries)
+    options = {"clip_norm": clip_norm, "renormalise": renormalise}
+    count = num_examples(data)
+    full = measure(*work, torch.ones(count, dtype=torch.float64), **options)
+    columns = []
+    for number in range(count) if examples is None else examples:
+        weights = torch.ones(count, dtype=torch.float64)
+        weights[number] = 0
+        columns.append(measure(*work, weights, **options) - full)
+    return torch.stack(columns, 1)
