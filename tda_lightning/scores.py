@@ -185,8 +185,11 @@ class Scores:
 class ScoreSink(Protocol):
     """Where an attribution puts its scores, block by block: memory or a file."""
 
-    def add(self, segment: int | None, train_indices: Tensor, values: Tensor) -> None:
-        """Add ``values`` [query, block] to the columns ``train_indices`` [block]."""
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add ``values`` [some queries, block] to the rows from ``first_query`` on and the columns
+        ``train_indices`` [block]."""
 
     def set_self_influence(self, values: Tensor) -> None:
         """Keep the self-influence [train] of every training example."""
@@ -222,13 +225,16 @@ class MemorySink:
         )
         self.self_influence: Tensor | None = None
 
-    def add(self, segment: int | None, train_indices: Tensor, values: Tensor) -> None:
-        """Add ``values`` [query, block] to the columns ``train_indices`` [block].
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add ``values`` [some queries, block] to the columns ``train_indices`` [block].
 
         Args:
             segment: number of the segment from 0; None exactly when there are no segments.
             train_indices: int64, in any order; an index that comes twice is added twice.
             values: on any device, of any floating-point type.
+            first_query: the query of the first row of ``values``.
 
         Raises:
             NonFiniteError: a score is NaN or infinite; names the query and the example.
@@ -242,10 +248,11 @@ class MemorySink:
                 f"Segment {segment} does not exist: the scores are gathered in "
                 f"{len(self.by_segment)} segments, numbered from 0."
             )
-        if values.shape != (queries, len(train_indices)):
+        last_query = first_query + len(values)
+        if values.shape[1:] != (len(train_indices),) or not 0 <= first_query < last_query <= queries:
             raise ValueError(
-                f"values must have the shape [{queries} queries, {len(train_indices)} training "
-                f"indices], got {list(values.shape)}."
+                f"values must have the shape [up to {queries} queries, {len(train_indices)} "
+                f"training indices], got {list(values.shape)} from query {first_query} on."
             )
         if not len(train_indices):
             return
@@ -256,9 +263,9 @@ class MemorySink:
                 f"{int(columns.max())}."
             )
         block = values.detach().to("cpu", self.values.dtype)
-        require_finite(block, columns)
+        require_finite(block, columns, first_query)
         target = self.values if self.by_segment is None else self.by_segment[segment]
-        _add_columns(target, columns, block)
+        _add_columns(target[first_query:last_query], columns, block)
 
     def set_self_influence(self, values: Tensor) -> None:
         """Keep the self-influence [train] of every training example."""
@@ -297,14 +304,17 @@ def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:
     target[:, columns] += block
 
 
-def require_finite(values: Tensor, train_indices: Tensor | None = None) -> None:
+def require_finite(
+    values: Tensor, train_indices: Tensor | None = None, first_query: int = 0
+) -> None:
     """Raise an error that names the first query and training example whose score is not finite.
 
     Args:
         values: [query, block].
         train_indices: the training example of each column; its position when None.
+        first_query: the query of the first row.
     """
-    for query, row in enumerate(values):
+    for query, row in enumerate(values, start=first_query):
         # The sum of finite numbers may overflow, so it only says which rows to look at.
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):
             column = int((~row.isfinite()).nonzero()[0])

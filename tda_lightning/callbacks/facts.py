@@ -10,83 +10,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
-from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
+# Parameter and its group in the optimizer, by the module's names.
+Trained = Mapping[str, tuple[nn.Parameter, int]]
+
 _PACKAGES = ("tda-lightning", "torch", "lightning", "numpy", "h5py")
-
-
-def trained_parameters(
-    module: nn.Module, optimizer: Optimizer
-) -> dict[str, tuple[nn.Parameter, int]]:
-    """(parameter, group) by the module's names: what the optimizer holds and trains.
-
-    Raises:
-        UnsupportedTrainingError: the optimizer trains a parameter that is not the module's, or
-            nothing at all.
-    """
-    groups = {
-        id(parameter): number
-        for number, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
-    trained = {
-        name: (parameter, groups.pop(id(parameter)))
-        for name, parameter in module.named_parameters()
-        if id(parameter) in groups
-    }
-    if groups:
-        raise UnsupportedTrainingError(
-            f"The optimizer trains {len(groups)} parameters that are not among the module's "
-            f"named_parameters() (in parameter groups {sorted(set(groups.values()))}); expected "
-            "all of them there. Register them in the LightningModule."
-        )
-    if not trained:
-        raise UnsupportedTrainingError(
-            "The optimizer trains no parameter: each one it holds has requires_grad=False, "
-            "expected at least one to record."
-        )
-    return trained
-
-
-def training_loader(trainer: Trainer) -> Any:
-    """The one training loader.
-
-    Raises:
-        UnsupportedTrainingError: there are several, or its batches come out of order.
-    """
-    loader = trainer.train_dataloader
-    if isinstance(loader, (CombinedLoader, list, tuple, Mapping)):
-        flat = loader.flattened if isinstance(loader, CombinedLoader) else loader
-        raise UnsupportedTrainingError(
-            f"Training uses a collection of {len(flat)} loaders ({type(loader).__name__}), "
-            "expected a single DataLoader, so that each batch has one list of example indices. "
-            "Join the data sets, for instance with torch.utils.data.ConcatDataset."
-        )
-    if isinstance(loader, DataLoader) and loader.num_workers and not _in_order(loader):
-        raise UnsupportedTrainingError(
-            "The training DataLoader has in_order=False: its batches arrive in another order "
-            "than their indices are drawn, so they cannot be told apart. Set in_order=True."
-        )
-    return loader
-
-
-def _in_order(loader: DataLoader) -> bool:
-    return getattr(loader, "in_order", True)  # torch before 2.6 knows no other way
 
 
 def read_checkpoint(
     step: int,
     module: nn.Module,
     optimizer: Optimizer,
-    trained: Mapping[str, tuple[nn.Parameter, int]],
+    trained: Trained,
     with_optimizer: bool,
 ) -> Checkpoint:
     """The state after ``step`` steps; ``buffers`` has every tensor that no step moves.
@@ -115,7 +55,7 @@ def read_checkpoint(
 def read_facts(
     trainer: Trainer,
     module: LightningModule,
-    trained: Mapping[str, tuple[nn.Parameter, int]],
+    trained: Trained,
     num_examples: int | None,
     fingerprint: Mapping[str, str] | None,
     settings: Mapping[str, Any],

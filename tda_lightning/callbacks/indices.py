@@ -102,7 +102,7 @@ class _Delegate:
         object.__setattr__(self, "_wrapped", wrapped)
         object.__setattr__(self, "_capture", capture)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return type(self._wrapped)
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.facts import (
-    read_checkpoint,
-    read_facts,
+from tda_lightning.callbacks.checks import (
+    require_one_optimizer,
+    require_same_parameters,
+    require_start,
+    require_supported,
     trained_parameters,
     training_loader,
 )
+from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.schedule import spread
 from tda_lightning.callbacks.step_log import (
     StepLog,
     gradient_norm,
@@ -106,9 +107,11 @@ class TrajectoryRecorder(Callback):
         self._capture = IndexCapture()
         self._log = StepLog()
         self._facts: Facts | None = None  # None: nothing is being recorded
-        self._trained: dict[str, tuple[nn.Parameter, int]] = {}
+        self._idle = False
+        self._trained: Trained = {}
         self._schedule: frozenset[int] = frozenset()
         self._last_checkpoint = 0
+        self._state_kept = bool(self.save_optimizer)  # the last checkpoint has optimizer state
         self._num_written = 0  # checkpoints after the initial one
         self._no_indices: str | None = None
         self._warned = False
@@ -130,24 +133,6 @@ class TrajectoryRecorder(Callback):
             return True
         return step in self._schedule
 
-    def _plan(self, trainer: Trainer) -> frozenset[int]:
-        if self.every_n_steps is not None or self.every_n_epochs is not None:
-            return frozenset()
-        try:
-            total = trainer.estimated_stepping_batches
-        except MisconfigurationException:
-            total = math.inf  # accumulation that changes between epochs
-        if not 0 < total < math.inf:
-            if type(self).should_record is not TrajectoryRecorder.should_record:
-                return frozenset()
-            raise ValueError(
-                f"num_checkpoints={self.num_checkpoints} needs to know the number of optimizer "
-                "steps beforehand, and the trainer cannot tell it. Pass every_n_steps or "
-                "every_n_epochs, or set Trainer(max_steps=...)."
-            )
-        count = self.num_checkpoints
-        return frozenset(i * int(total) // count for i in range(1, count + 1)) - {0}
-
     # Before training: check everything, then write the first files.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -155,48 +140,29 @@ class TrajectoryRecorder(Callback):
             return
         self._capture.uninstall()
         self._reset()
-        if trainer.fast_dev_run:
+        self._idle = bool(getattr(trainer, "fast_dev_run", False))
+        if self._idle:
             rank_zero_warn("TrajectoryRecorder records nothing with fast_dev_run.")
             return
-        if not pl_module.automatic_optimization:
-            raise UnsupportedTrainingError(
-                "TrajectoryRecorder records automatic optimization with one optimizer, got "
-                "automatic_optimization=False (manual optimization). Let Lightning step the "
-                "optimizer, or train without the recorder."
-            )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise UnsupportedTrainingError(
-                "training_step takes a dataloader_iter and fetches batches itself, so they cannot "
-                "be told apart; expected training_step(self, batch, batch_idx)."
-            )
-        if trainer.world_size > 1:
-            raise UnsupportedTrainingError(
-                f"TrajectoryRecorder records training in one process, got {trainer.world_size}. "
-                "Use Trainer(devices=1, num_nodes=1)."
-            )
+        require_supported(trainer, pl_module)
         if not self.overwrite:
             self._writer.require_vacant()
         self._capture.install(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run and len(trainer.optimizers) != 1:
-            raise UnsupportedTrainingError(
-                f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} from "
-                "configure_optimizers(). Use one, with a parameter group for each setting."
-            )
+        if not self._idle:
+            require_one_optimizer(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if self._idle:
             return
-        if trainer.global_step:
-            raise UnsupportedTrainingError(
-                f"Training starts at step {trainer.global_step}, expected step 0: a trajectory "
-                "begins with the initial weights. Train from the start with a new Trainer."
-            )
+        require_start(trainer)
         optimizer = trainer.optimizers[0]
         dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = trained_parameters(pl_module, optimizer)
-        self._schedule = self._plan(trainer)
+        own = type(self).should_record is not TrajectoryRecorder.should_record
+        if self.every_n_steps is None and self.every_n_epochs is None:
+            self._schedule = spread(trainer, self.num_checkpoints, required=not own)
         if self._capture.absent is None and not self._capture.loaders:
             self._capture.absent = "the training loader was made before the recorder's setup"
         if self._capture.absent is not None:
@@ -272,28 +238,14 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._facts is None:
             return
-        self._require_unchanged(trainer)
         parameters = [parameter for parameter, _ in self._trained.values()]
+        require_same_parameters(trainer, parameters)
         # By on_train_batch_end a per-step scheduler has moved the rates on.
         self._applied = (
             read_rates(optimizer),
             read_hyperparameters(optimizer),
             gradient_norm(parameters),
         )
-
-    def _require_unchanged(self, trainer: Trainer) -> None:
-        held = {
-            id(parameter)
-            for group in trainer.optimizers[0].param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        }
-        if held != {id(parameter) for parameter, _ in self._trained.values()}:
-            raise UnsupportedTrainingError(
-                f"The set of trained parameters changed after step {trainer.global_step}: "
-                f"expected the {len(self._trained)} that training began with, got {len(held)}. "
-                "Freeze and unfreeze between fits, and record each fit in its own folder."
-            )
 
     def on_train_batch_end(
         self,
@@ -349,17 +301,18 @@ class TrajectoryRecorder(Callback):
         self._writer.append(steps)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        step = trainer.global_step
-        if step == self._last_checkpoint:
-            return
-        self._num_written += 1
-        every = int(self.save_optimizer)
+        step, every = trainer.global_step, int(self.save_optimizer)
+        new = step != self._last_checkpoint
+        self._num_written += new
         with_optimizer = bool(every) and (last or self._num_written % every == 0)
+        # Only its end shows which checkpoint of a run is the last; it may lack the state.
+        if not new and (self._state_kept or not with_optimizer):
+            return
         self._flush()
         self._writer.write_checkpoint(
             read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, with_optimizer)
         )
-        self._last_checkpoint = step
+        self._last_checkpoint, self._state_kept = step, with_optimizer
 
     # The end, of an epoch and of the run.
 

@@ -73,6 +73,7 @@ def _name_first(command: str, arguments: list[str]) -> list[str]:
 
 def _run(command: str, arguments: list[str]) -> int:
     import hydra
+
     from hydra_plugins.tda_lightning_searchpath import conf_directory
 
     function: Callable[[Any], None] = getattr(import_module("tda_lightning.cli.commands"), command)

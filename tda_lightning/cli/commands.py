@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
+from tda_lightning.store.layout import FACTS_FILE
 
 Command = Callable[[DictConfig], None]
 
@@ -86,8 +89,7 @@ def attribute(config: DictConfig) -> None:
             f"{target} already holds scores, which are kept. Choose another file with "
             "scores=FILE, or replace it with overwrite=true."
         )
-    changes = {key: value for key, value in config.data.items() if value is not None}
-    data = build(recorded.data, config.trust_config, **changes)
+    data = build(recorded.data, config.trust_config, **_given(config.data))
     # The trajectory has the weights: nothing here is going to train.
     module = build(recorded.model, config.trust_config, optimizer=None, scheduler=None)
     task = (
@@ -108,8 +110,58 @@ def attribute(config: DictConfig) -> None:
         trainer=_trainer(config.trainer, []),
         self_influence=config.self_influence,
     )
-    scores.save(target, overwrite=config.overwrite)
+    provenance = {
+        **scores.provenance,
+        "command": command_line(),
+        "config": OmegaConf.to_container(config, resolve=True),
+        "versions": {**versions(), **scores.provenance.get("versions", {})},
+    }
+    replace(scores, provenance=provenance).save(target, overwrite=config.overwrite)
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
+
+
+@clear_errors
+def report(config: DictConfig) -> None:
+    """Make an HTML page that shows a file of scores."""
+    from tda_lightning import Scores, Trajectory
+    from tda_lightning.report import write_report
+
+    source = Path(_required(config, "scores", "tda report scores=FILE"))
+    scores = Scores.load(source)
+    folder = _scored_trajectory(config, source, scores.provenance)
+    trajectory = None if folder is None else Trajectory.load(str(folder))
+    shown: dict[str, Any] = {}
+    if folder is not None and (folder / RECORDED).is_file():
+        # The queries are those of the attribution, which may have asked for fewer or others.
+        asked = scores.provenance.get("config", {}).get("data", {})
+        changes = {**_given(asked), **_given(config.data)}
+        data = build(load_config(folder).data, config.trust_config, **changes)
+        shown = {
+            "train": data.train_dataset,
+            "query": data.query_dataset,
+            "render": data.render,
+        }
+    path = write_report(
+        scores,
+        config.output or source.with_suffix(".html"),
+        trajectory=trajectory,
+        queries=None if config.queries is None else list(config.queries),
+        k=config.k,
+        num_suspects=config.num_suspects,
+        title=config.title,
+        **shown,
+    )
+    print(f"Report: {path}")
+
+
+@clear_errors
+def inspect(config: DictConfig) -> None:
+    """Show what is in a trajectory."""
+    from rich.console import Console
+
+    from tda_lightning.store.inspect import inspect_table
+
+    Console().print(inspect_table(_required(config, "trajectory", "tda inspect FOLDER")))
 
 
 class SaveConfig(Callback):
@@ -152,7 +204,26 @@ def _estimator_name() -> str:
         for override in hydra.overrides.task
         if override.startswith("estimator.")
     ]
-    return "-".join([hydra.runtime.choices.estimator, *sorted(given)])
+    return "-".join([str(hydra.runtime.choices["estimator"]), *sorted(given)])
+
+
+def _scored_trajectory(
+    config: DictConfig, scores: Path, provenance: Mapping[str, Any]
+) -> Path | None:
+    """The folder of the run that was scored, or None when it cannot be found."""
+    if config.trajectory is not None:
+        return Path(config.trajectory)
+    named = provenance.get("config", {}).get("trajectory") or provenance.get("trajectory")
+    # Beside the scores first: folders are moved as a whole.
+    for folder in (scores.absolute().parent.parent, Path(str(named))):
+        if (folder / FACTS_FILE).is_file():
+            return folder
+    return None
+
+
+def _given(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """The settings that are not null."""
+    return {str(key): value for key, value in settings.items() if value is not None}
 
 
 def _required(config: DictConfig, key: str, example: str) -> str:

@@ -1,0 +1,6 @@
+"""Curvature of the training loss, as eigenvalues in a basis that gradients can be turned into."""
+
+from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
+from tda_lightning.curvature.spectrum import Spectrum
+
+__all__ = ["CurvatureFit", "Spectrum", "check_kind", "unit_matrices", "units"]

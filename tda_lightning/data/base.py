@@ -41,6 +41,13 @@ class DataModule(LightningDataModule, ABC):
     def render(self, split: str, index: int) -> Rendered:
         """Example ``index`` of ``split`` ("train" or "query") as a reader wants to see it."""
 
+    def describe(self, outputs: Tensor) -> list[str]:
+        """In words, what the model said of each query, given its outputs [query, ...].
+
+        Empty when there is nothing to say beyond the measurement.
+        """
+        return []
+
     def setup(self, stage: str | None = None) -> None:
         if self._datasets is None:
             self._datasets = self.load()

@@ -19,7 +19,7 @@ from tda_lightning.report.rendered import Rendered
 
 
 class Split(NamedTuple):
-    """Raw pictures, uint8 [example, height, width] or [..., channel], and labels int64 [example]."""
+    """Raw pictures, uint8 [example, height, width(, channel)], and labels, int64 [example]."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -95,6 +95,13 @@ class ImageData(DataModule):
                 (_channels_first(query.images) - mean) / std, torch.from_numpy(query.labels)
             ),
         )
+
+    def describe(self, outputs: Tensor) -> list[str]:
+        probabilities, predicted = outputs.float().softmax(dim=1).max(dim=1)
+        return [
+            f"{self.classes[label]} ({probability:.0%})"
+            for probability, label in zip(probabilities.tolist(), predicted.tolist(), strict=True)
+        ]
 
     def render(self, split: str, index: int) -> Rendered:
         _, label = self.dataset(split)[index]

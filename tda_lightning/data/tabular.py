@@ -51,6 +51,7 @@ class ConcreteData(DataModule):
         self.split_seed = split_seed
         self.columns: list[str] = []
         self._rows: dict[str, Tensor] = {}
+        self._target_mean, self._target_std = 0.0, 1.0
 
     def load(self) -> tuple[Dataset, Dataset]:
         (path,) = find_files(self.root, "uci_concrete", ["concrete.csv"], self.source)
@@ -59,9 +60,7 @@ class ConcreteData(DataModule):
             raise ValueError(
                 f"num_query must be between 1 and {len(rows) - 1}, got {self.num_query}."
             )
-        order = torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(self.split_seed)
-        )
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.split_seed))
         query, train = rows[order[: self.num_query]], rows[order[self.num_query :]]
         train = train[choose(len(train), self.num_train, self.split_seed, "num_train")]
         self._rows = {"train": train, "query": query}
@@ -69,11 +68,17 @@ class ConcreteData(DataModule):
         mean, std = train.mean(dim=0), train.std(dim=0)
         # A column that never varies stays at 0 instead of becoming NaN.
         std = torch.where(std > 0, std, torch.ones_like(std))
+        self._target_mean, self._target_std = float(mean[-1]), float(std[-1])
         scaled = [((part - mean) / std).float() for part in (train, query)]
         return (
             TensorDataset(scaled[0][:, :-1], scaled[0][:, -1:]),
             TensorDataset(scaled[1][:, :-1], scaled[1][:, -1:]),
         )
+
+    def describe(self, outputs: Tensor) -> list[str]:
+        self.setup()
+        predicted = outputs[:, 0].double() * self._target_std + self._target_mean
+        return [f"{self.columns[-1]} {value:.4g}" for value in predicted.tolist()]
 
     def render(self, split: str, index: int) -> Rendered:
         self.setup()

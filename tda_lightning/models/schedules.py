@@ -18,9 +18,7 @@ def linear(
     optimizer: Optimizer, total_steps: int, warmup: float = 0.0, final: float = 0.0
 ) -> LRScheduler:
     """A straight line from the optimizer's rate to ``final`` times it."""
-    return _shaped(
-        optimizer, total_steps, warmup, lambda progress: 1 - (1 - final) * progress
-    )
+    return _shaped(optimizer, total_steps, warmup, lambda progress: 1 - (1 - final) * progress)
 
 
 def cosine(

@@ -7,8 +7,10 @@ figure fixes its colours where these few bars and lines follow the page's light 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,27 @@ class Chart:
     marks: tuple[Tick, ...] = ()
 
 
-def number(value: float, signed: bool = False) -> str:
-    """Three significant digits with a true minus sign: ``-0.0021``, ``+3.4·10⁻⁷``."""
+def number(value: float, signed: bool = False, among: float | None = None) -> str:
+    """Three significant digits, with powers of ten for small and large numbers.
+
+    Args:
+        value: the number.
+        signed: write a plus, too.
+        among: the largest of the numbers beside it, so that all are written alike.
+
+    Example:
+        >>> number(0.0021), number(3.4e-7, signed=True)
+        ('0.00210', '+3.40·10⁻⁷')
+    """
     if value == 0:
         return "0"
+    reference = f"{abs(value if among is None else among):.2e}"
     sign = "\N{MINUS SIGN}" if value < 0 else "+" if signed else ""
     size = f"{abs(value):.2e}"
     mantissa, exponent = size[:4], int(size[5:])
-    if -4 <= exponent < 5:
+    if -3 <= int(reference[5:]) < 5:
         return f"{sign}{float(size):.{max(0, 2 - exponent)}f}"
-    raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    raised = str(exponent).translate(_RAISED)
     return f"{sign}{mantissa}·10{raised}"
 
 
@@ -86,7 +99,7 @@ def short(value: float) -> str:
         return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
     mantissa, exponent = f"{value:.2e}".split("e")
     trimmed = mantissa.rstrip("0").rstrip(".").replace("-", "\N{MINUS SIGN}")
-    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    raised = str(int(exponent)).translate(_RAISED)
     return f"{trimmed}·10{raised}"
 
 
@@ -122,9 +135,7 @@ def bar_chart(
         if group % every == 0
     )
     y_ticks = tuple(Tick(y(value), short(value)) for value in ticks(low, high))
-    return Chart(
-        width, height, left, top, right, bottom, y(0), x_ticks, y_ticks, bars=tuple(bars)
-    )
+    return Chart(width, height, left, top, right, bottom, y(0), x_ticks, y_ticks, bars=tuple(bars))
 
 
 def sparkline(values: Sequence[float], scale: float) -> Chart:
@@ -144,8 +155,8 @@ def line_chart(
     curves: Sequence[tuple[Sequence[float], Sequence[float]]],
     bands: Sequence[tuple[float, float, str]] = (),
     marks: Sequence[tuple[float, str]] = (),
-    width: float = 720,
-    height: float = 210,
+    width: float = 560,
+    height: float = 240,
 ) -> Chart:
     """Lines from zero upwards over the same axis.
 
@@ -185,13 +196,11 @@ def line_chart(
     )
 
 
-def _scale(low: float, high: float, start: float, stop: float):  # type: ignore[no-untyped-def]
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (stop - start)
 
 
-def _thin(
-    xs: Sequence[float], ys: Sequence[float], limit: int
-) -> list[tuple[float, float]]:
+def _thin(xs: Sequence[float], ys: Sequence[float], limit: int) -> list[tuple[float, float]]:
     """At most about ``limit`` points; the extremes of every stretch stay."""
     points = list(zip(xs, ys, strict=True))
     if len(points) <= limit:

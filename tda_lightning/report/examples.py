@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from tda_lightning.report.charts import Chart, number, sparkline
 from tda_lightning.report.pictures import picture
 from tda_lightning.report.rendered import Rendered, Renderer
@@ -91,7 +94,7 @@ def listing(
             "train",
             index,
             "small",
-            score=number(value, signed=kind != "suspect"),
+            score=number(value, kind != "suspect", among=strongest or None),
             kind=kind,
             share=100 * abs(value) / strongest if strongest else 0.0,
             spark=sparkline(segments[place], tallest) if segments else None,
@@ -121,7 +124,7 @@ def shorten(text: str, letters: int) -> str:
 
 
 def _cell(value: Any) -> str:
-    if hasattr(value, "item") and getattr(value, "size", None) != 0:
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         value = value.item()
     if isinstance(value, float):
         return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")

@@ -63,7 +63,8 @@ class DatasetRenderer:
 
     def __call__(self, split: str, index: int) -> Rendered:
         dataset = self.train if split == "train" else self.query
-        return Rendered() if dataset is None else self.render(dataset[index])
+        # An iterable data set has no example number ``index`` to show.
+        return self.render(dataset[index]) if hasattr(dataset, "__getitem__") else Rendered()
 
     def render(self, item: Any) -> Rendered:
         """What one item of a data set looks like."""
@@ -101,7 +102,9 @@ class DatasetRenderer:
         number = array.reshape(-1)[0].item()
         if isinstance(number, int) and not isinstance(number, bool):
             known = self.class_names is not None and 0 <= number < len(self.class_names)
-            return str(self.class_names[number]) if known and self.class_names else f"label {number}"
+            return (
+                str(self.class_names[number]) if known and self.class_names else f"label {number}"
+            )
         return f"target {number:.4g}" if isinstance(number, float) else f"label {number}"
 
 

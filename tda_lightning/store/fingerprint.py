@@ -16,14 +16,15 @@ from tda_lightning.store.randomness import unchanged_randomness
 
 LENGTH = "length"
 _EXAMPLES = 64
+_UNREADABLE = "unreadable"
 _NAMED = 10  # differing examples that an error lists
 
 
 def fingerprint(dataset: Any) -> dict[str, str] | None:
     """Length of ``dataset`` and hashes of up to 64 evenly spaced examples.
 
-    Each example is read twice; one that differs between the readings (random augmentation) is
-    left out. Random generators, the data set's own included, are left as they were.
+    Each example is read twice; one that differs between the readings (random augmentation), or
+    cannot be read, is left out. Random generators, the data set's own included, are left as they were.
 
     Returns:
         ``{"length": "1000", "0": sha256, "15": sha256, ...}``, or None for an iterable data set.
@@ -33,7 +34,8 @@ def fingerprint(dataset: Any) -> dict[str, str] | None:
         return None
     count = min(size, _EXAMPLES)
     spaced = sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(count)})
-    return {LENGTH: str(size), **_hashes(dataset, spaced)}
+    hashes = _hashes(dataset, spaced)
+    return {LENGTH: str(size), **{i: h for i, h in hashes.items() if h != _UNREADABLE}}
 
 
 def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> None:
@@ -64,7 +66,8 @@ def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> No
         )
 
 
-def _size(dataset: Any) -> int | None:
+def num_examples(dataset: Any) -> int | None:
+    """Length of a data set that is read by position; None for an iterable one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
     return len(dataset) if hasattr(dataset, "__len__") else None
@@ -72,8 +75,16 @@ def _size(dataset: Any) -> int | None:
 
 def _hashes(dataset: Dataset, indices: list[int]) -> dict[str, str]:
     with unchanged_randomness(dataset):
-        first, second = ({i: digest(dataset[i]) for i in indices} for _ in range(2))
+        first, second = ({i: _read(dataset, i) for i in indices} for _ in range(2))
     return {str(i): first[i] for i in indices if first[i] == second[i]}
+
+
+def _read(dataset: Dataset, index: int) -> str:
+    try:
+        return digest(dataset[index])
+    except Exception:
+        # A sampler may know to avoid this example; it must not end a training that never reads it.
+        return _UNREADABLE
 
 
 def digest(value: Any) -> str:

@@ -26,7 +26,7 @@ _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object hea
 _INFLATION = 1100  # no HDF5 compression unpacks to more than this
 
 # torch dtypes that NumPy has; every other one is stored as unsigned integers of its width.
-_NUMPY = {
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype("<f8"),
     torch.float32: np.dtype("<f4"),
     torch.float16: np.dtype("<f2"),
@@ -39,7 +39,12 @@ _NUMPY = {
     torch.uint8: np.dtype("u1"),
     torch.bool: np.dtype("?"),
 }
-_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_UNSIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
 # Views between equal widths go through the signed twin, which every torch release has.
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

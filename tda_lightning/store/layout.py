@@ -1,7 +1,7 @@
 """All names and shapes of a trajectory on disk, on one page.
 
 A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
-``<name>.part`` and renamed into place, and is never changed afterwards. Every file carries the
+``<name>.part`` and renamed into place, and is never written into afterwards. Every file carries the
 root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
 Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches::
 

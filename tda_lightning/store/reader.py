@@ -29,20 +29,30 @@ def open_trajectory(path: str | Path) -> Trajectory:
         TrajectoryFormatError: a file of it is damaged or of a newer format version.
     """
     root = Path(path)
+    require_trajectory(root)
+    facts = read_facts(root)
+    checkpoints = CheckpointFolder(root, facts)
+    checkpoints.require_readable()
+    return Trajectory(
+        facts=facts,
+        steps=read_recorded_steps(root, facts, max(checkpoints)),
+        checkpoints=checkpoints,
+        curvature=CurvatureFolder(root),
+        path=str(root),
+    )
+
+
+def require_trajectory(root: Path) -> None:
+    """Check that ``root`` holds a trajectory.
+
+    Raises:
+        TrajectoryNotFoundError: it does not.
+    """
     if not (root / layout.FACTS_FILE).is_file():
         raise TrajectoryNotFoundError(
             f"No trajectory in {root}: expected a folder with {layout.FACTS_FILE}, as "
             f"TrajectoryRecorder writes it, got {_what_is(root)}. Check the path."
         )
-    facts = read_facts(root)
-    checkpoints = CheckpointFolder(root, facts)
-    return Trajectory(
-        facts=facts,
-        steps=_recorded_steps(root, facts, max(checkpoints)),
-        checkpoints=checkpoints,
-        curvature=CurvatureFolder(root),
-        path=str(root),
-    )
 
 
 def _what_is(root: Path) -> str:
@@ -84,14 +94,18 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
     root: Path
     facts: Facts
 
-    def __post_init__(self) -> None:
+    def require_readable(self) -> None:
+        """Open every file: a truncated one shows now and not hours into an attribution.
+
+        Raises:
+            TrajectoryFormatError: a file is missing, truncated or not a checkpoint.
+        """
         if 0 not in self._files():
             missing = layout.checkpoint_file(self.root, 0)
             raise TrajectoryFormatError(
                 f"{missing} is missing: expected the checkpoint of the initial weights, got "
                 f"checkpoints at steps {list(self._files())}. Restore the file, or record again."
             )
-        # A truncated file shows when it is opened: better now than hours into an attribution.
         for step, path in self._files().items():
             with reading(path, "checkpoint") as file:
                 _require_step(file, step)
@@ -114,11 +128,13 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
                     layout.decode(name): get_tensors(subgroup(states, name)) for name in states
                 }
             self._require_recorded(parameters)
+            # HDF5 lists names by the alphabet; the facts know the model's own order.
+            parameters = {name: parameters[name] for name in self.facts.parameters}
+            if optimizer is not None:
+                optimizer = {name: optimizer[name] for name in self.facts.parameters}
         if step > 0:
             with reading(files[0], "checkpoint") as file:
                 buffers = {**get_tensors(subgroup(file, layout.BUFFERS)), **buffers}
-        # HDF5 lists names by the alphabet; the facts know the model's own order.
-        parameters = {name: parameters[name] for name in self.facts.parameters}
         return Checkpoint(step, parameters, buffers, optimizer)
 
     def __iter__(self) -> Iterator[int]:
@@ -139,8 +155,12 @@ def _require_step(file: h5py.File, step: int) -> None:
         raise ValueError(f"the checkpoint of step {file.attrs[layout.STEP]}, expected step {step}")
 
 
-def _recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
-    """Steps 1 to ``last_step``; what was written after the last checkpoint is not looked at."""
+def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
+    """Steps 1 to ``last_step``; what was written after the last checkpoint is not looked at.
+
+    Raises:
+        TrajectoryFormatError: steps are missing, or a file of them is damaged.
+    """
     blocks, covered = [], 0
     for first, last, path in layout.steps_files(root):
         if last <= covered or covered >= last_step:

@@ -18,7 +18,7 @@ class TrajectoryWriter:
     """Appends steps and checkpoints to the trajectory in folder ``path``.
 
     Steps go to disk before the checkpoint that they lead to, so that every finished checkpoint
-    has its history. Finished files are never touched again.
+    has its history. A finished file is never written into, at most replaced by a whole one.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -49,9 +49,14 @@ class AttributionTask(ABC):
         """What is explained for each query, [batch]; smaller when the model does better."""
         return self.train_loss(module, batch)
 
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the measurement is the training loss, so that one pass serves both."""
+        return type(self).measurement is AttributionTask.measurement
+
     def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
-        """A loss of labels drawn from the model, [batch]: the second moment of each example's
-        gradient is the Gauss-Newton matrix of its ``train_loss``."""
+        """A loss of labels drawn from the model, or of other noise with their covariance, [batch]:
+        the second moment of its gradient is the Gauss-Newton matrix of ``train_loss``."""
         raise NotImplementedError(
             f"{type(self).__name__} has no sampled_loss, so curvature is the empirical Fisher. If "
             "its train_loss calls standard losses of torch.nn.functional, define sampled_loss as "

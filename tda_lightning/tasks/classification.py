@@ -79,6 +79,10 @@ class ClassificationTask(AttributionTask):
         )
         return self._position_mean(losses, target) / self.average_weight
 
+    @property
+    def measures_loss(self) -> bool:
+        return self.measure == "loss" and type(self).measurement is ClassificationTask.measurement
+
     def measurement(self, module: nn.Module, batch: Any) -> Tensor:
         if self.measure == "loss":
             return self.train_loss(module, batch)

@@ -20,21 +20,22 @@ from tda_lightning.tasks.interception import WeightedLoss
 
 
 def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Any) -> Tensor:
-    r"""A loss of each example under labels drawn from the model, [batch].
+    r"""A random loss of each example, [batch], with G_n the second moment of its gradient.
 
     .. math::
-        \sum_t \sqrt{w_{nt}} \, e_{nt}(\tilde y_{nt}), \qquad
-        E[\nabla \nabla^\top] = G_n
+        \sum_t \sqrt{w_{nt}} \, \langle \epsilon_{nt}, o_{nt} \rangle, \qquad
+        E[\epsilon \epsilon^\top] = e''_{nt}
 
-    Inside :func:`~tda_lightning.tasks.example_noise` the labels depend on the seed and the
-    example alone.
+    The noise has the covariance that the gradients of labels drawn from the model have (see
+    ``standard_losses`` on why it is not those labels themselves). Inside
+    :func:`~tda_lightning.tasks.example_noise` it depends on the seed and the example alone.
     """
     found, batch_size = _require_losses(task, module, batch)
-    total = 0.0
-    for stream, item in enumerate(found):
-        sampled = item.loss.sampled(item.scale(batch_size), stream)
-        total = total + sampled.sum(1)
-    return total
+    sampled = [
+        item.loss.sampled(item.scale(batch_size), stream).sum(1)
+        for stream, item in enumerate(found)
+    ]
+    return torch.stack(sampled).sum(0)
 
 
 def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) -> Iterator[Tensor]:

@@ -76,15 +76,17 @@ def intercept(
         all calls in order.
     """
     mode = _StandardLosses(masses, batch)
-    with torch.enable_grad(), mode:
-        total = run()
-    calls = mode.calls
-    if not isinstance(total, Tensor) or not calls:
-        return total, [], calls
-    if total.requires_grad:
-        weights = _derivatives(total, calls)
-    else:
-        weights = _derivatives_in_transform(run, mode)
+    with torch.enable_grad():
+        with mode:
+            total = run()
+        calls = mode.calls
+        if not calls:
+            return total, [], calls
+        weights: Sequence[Tensor | None]
+        if total.requires_grad:
+            weights = _derivatives(total, calls)
+        else:
+            weights = _derivatives_in_transform(run, mode)
     found = [
         WeightedLoss(call.loss, weight.detach())
         for call, weight in zip(calls, weights, strict=True)
@@ -150,17 +152,19 @@ class _StandardLosses(TorchFunctionMode):
         given = bound.arguments
         reduction = given["reduction"]
         if given["size_average"] is not None or given["reduce"] is not None:
-            reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"])
+            reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"], False)
         given.update(size_average=None, reduce=None, reduction="none")
-        values = func(**given)
-        if self.zero is not None:
-            values = values + self.zero.to(values.dtype)
-        elif not values.requires_grad and not _inside_transform():
-            # No graph (gradients switched off): a leaf is enough to find the weights.
-            values = values.detach().requires_grad_()
-        call = _READERS[func](values, given, reduction)
+        call = _READERS[func](lambda: self._connect(func(**given)), given, reduction)
         self.calls.append(call)
         return self._reduce(call)
+
+    def _connect(self, values: Tensor) -> Tensor:
+        if self.zero is not None:
+            return values + self.zero.to(values.dtype)
+        if not values.requires_grad and not _inside_transform():
+            # No graph (gradients switched off): a leaf is enough to find the weights.
+            return values.detach().requires_grad_()
+        return values
 
     def _reduce(self, call: Call) -> Tensor:
         values = call.loss.values
@@ -175,7 +179,10 @@ class _StandardLosses(TorchFunctionMode):
         return values.sum() / call.mass if call.mass is not None else values.mean()
 
 
-def _read_cross_entropy(values: Tensor, given: Mapping[str, Any], reduction: str) -> Call:
+# Each reader checks its arguments, and then calls ``evaluate`` for the loss of each element.
+def _read_cross_entropy(
+    evaluate: Callable[[], Tensor], given: Mapping[str, Any], reduction: str
+) -> Call:
     logits, target, weight = given["input"], given["target"], given["weight"]
     smoothing = given.get("label_smoothing", 0.0)
     classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
@@ -184,7 +191,7 @@ def _read_cross_entropy(values: Tensor, given: Mapping[str, Any], reduction: str
         target = (target.movedim(1, -1) if target.dim() > 1 else target).reshape(-1, classes)
         target = target * (1 - smoothing) + smoothing / classes
         curvature = (target if weight is None else target * weight).sum(-1).to(flat.dtype)
-        return Call(SoftmaxLoss(values, flat, curvature.detach()), None, reduction)
+        return Call(SoftmaxLoss(evaluate(), flat, curvature.detach()), None, reduction)
     ignore_index = given["ignore_index"]
     check_labels(target, classes, ignore_index)
     labels = target.flatten()
@@ -193,17 +200,20 @@ def _read_cross_entropy(values: Tensor, given: Mapping[str, Any], reduction: str
     if weight is not None:
         mass = weight[labels.where(kept, 0)] * kept
         curvature = (1 - smoothing) * mass + smoothing * weight.mean() * kept
-    return Call(SoftmaxLoss(values, flat, curvature.detach()), mass.sum().detach(), reduction)
+    loss = SoftmaxLoss(evaluate(), flat, curvature.detach())
+    return Call(loss, mass.sum().detach(), reduction)
 
 
-def _read_mse(values: Tensor, given: Mapping[str, Any], reduction: str) -> Call:
+def _read_mse(evaluate: Callable[[], Tensor], given: Mapping[str, Any], reduction: str) -> Call:
     outputs, target = given["input"], given["target"]
-    if values.shape != outputs.shape and values.shape != target.shape:
+    shape = torch.broadcast_shapes(outputs.shape, target.shape)
+    if shape not in (outputs.shape, target.shape):
         raise ValueError(
             f"mse_loss got outputs of shape {list(outputs.shape)} and targets of shape "
-            f"{list(target.shape)}: they broadcast to {list(values.shape)}, so that each example "
-            "is compared with the targets of others. Give both the same shape."
+            f"{list(target.shape)}: they broadcast to {list(shape)}, so that each example is "
+            "compared with the targets of others. Give both the same shape."
         )
+    values = evaluate()
     weight = given.get("weight")
     curvature = torch.ones_like(values) if weight is None else weight.expand_as(values)
     difference = (outputs - target).expand_as(values).flatten()
@@ -212,8 +222,11 @@ def _read_mse(values: Tensor, given: Mapping[str, Any], reduction: str) -> Call:
     return Call(loss, mass, reduction)
 
 
-def _read_binary_cross_entropy(values: Tensor, given: Mapping[str, Any], reduction: str) -> Call:
+def _read_binary_cross_entropy(
+    evaluate: Callable[[], Tensor], given: Mapping[str, Any], reduction: str
+) -> Call:
     logits, target = given["input"], given["target"]
+    values = evaluate()
     curvature = torch.ones_like(values)
     if given["pos_weight"] is not None:
         curvature = given["pos_weight"] * target + (1 - target)
@@ -225,7 +238,8 @@ def _read_binary_cross_entropy(values: Tensor, given: Mapping[str, Any], reducti
 
 # nll_loss is read as cross entropy: log-probabilities are logits of themselves, since
 # log_softmax(log_softmax(z)) = log_softmax(z).
-_READERS: dict[Callable[..., Tensor], Callable[[Tensor, Mapping[str, Any], str], Call]] = {
+_Reader = Callable[[Callable[[], Tensor], Mapping[str, Any], str], Call]
+_READERS: dict[Callable[..., Tensor], _Reader] = {
     F.cross_entropy: _read_cross_entropy,
     F.nll_loss: _read_cross_entropy,
     F.mse_loss: _read_mse,

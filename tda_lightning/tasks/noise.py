@@ -1,6 +1,6 @@
 """Randomness for sampled labels that belongs to the example, not to the batch it came in.
 
-A label is drawn with a number that is a hash of (seed, index of the example in its data set, loss
+Noise is drawn with a number that is a hash of (seed, index of the example in its data set, loss
 within the task, position within the example). Batch size, order, device and sharding therefore
 change nothing: two passes over the same data fit the same curvature.
 """
@@ -14,14 +14,14 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-RANDOM_BITS = 31  # leaves room for a product with a 2^30 total inside int64
+_BITS = 31  # of each hash; they fit an int32, which halves the memory of unpacking them
 
 _ACTIVE: ContextVar[tuple[int, Tensor] | None] = ContextVar("example_noise", default=None)
 
 
 @contextmanager
 def example_noise(seed: int, examples: Tensor) -> Iterator[None]:
-    """Draw the labels of this batch from (seed, example) alone while the context is active.
+    """Draw the noise of this batch from (seed, example) alone while the context is active.
 
     Args:
         seed: any integer.
@@ -55,7 +55,7 @@ def random_integers(batch: int, positions: int, stream: int, device: torch.devic
     """
     active = _ACTIVE.get()
     if active is None:
-        return torch.randint(1 << RANDOM_BITS, (batch, positions), device=device)
+        return torch.randint(1 << _BITS, (batch, positions), device=device)
     seed, examples = active
     if len(examples) != batch:
         raise ValueError(
@@ -65,14 +65,21 @@ def random_integers(batch: int, positions: int, stream: int, device: torch.devic
     examples = examples.to(device)
     key = _mix(_mix(examples * _ODD + _signed(_GAMMA * seed)) + _signed(_GAMMA * (stream + 1)))
     counter = torch.arange(1, positions + 1, device=device) * _signed(_GAMMA)
-    return _shift_right(_mix(key[:, None] + counter), 64 - RANDOM_BITS)
+    return _shift_right(_mix(key[:, None] + counter), 64 - _BITS)
 
 
-def random_signs(batch: int, positions: int, stream: int, like: Tensor) -> Tensor:
-    """+1 or -1 with equal probability, [batch, positions]: variance 1, and the smallest fourth
-    moment that variance 1 allows."""
-    bits = random_integers(batch, positions, stream, like.device) & 1
-    return (1 - 2 * bits).to(like.dtype)
+def random_signs(
+    batch: int, positions: int, count: int, stream: int, device: torch.device
+) -> Tensor:
+    """+1 or -1 with equal probability, int32 [batch, positions, count].
+
+    Variance 1, with the smallest fourth moment that variance 1 allows.
+    """
+    words = -(-count // _BITS)
+    integers = random_integers(batch, positions * words, stream, device).to(torch.int32)
+    places = torch.arange(_BITS, dtype=torch.int32, device=device)
+    bits = (integers.view(batch, positions, words, 1) >> places) & 1
+    return 1 - 2 * bits.flatten(2)[..., :count]
 
 
 def _signed(value: int) -> int:

@@ -4,6 +4,13 @@ Each holds the loss of every element (a class decision, a number, a bit) as the 
 for it, class weights included, and its curvature: the Hessian of the element's loss in the outputs
 is ``curvature`` times a fixed form that depends on the outputs alone. Elements are flattened with
 the batch axis leading.
+
+Labels drawn from the model have output gradients whose covariance is that Hessian. We draw the
+gradients instead, as a square root of the Hessian times random signs: all that curvature uses is
+the covariance, and this noise has it too, at a much smaller variance of the estimate. A model that
+is sure draws another label than its own once in a thousand examples, and the estimate hangs on
+those few; signs weigh every example the same (on digits at 100% training accuracy the error of the
+estimated matrix is 0.3 in place of 2.7). With one output, squared errors have no noise at all.
 """
 
 from __future__ import annotations
@@ -13,10 +20,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tda_lightning.tasks.noise import RANDOM_BITS, random_integers, random_signs
+from tda_lightning.tasks.noise import random_signs
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class StandardLoss:
     curvature: Tensor
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        """A loss whose gradient has second moment scale^2 x Hessian per element.
+        """A random loss whose gradient has second moment scale^2 x Hessian for each element.
 
         Args:
             scale: [batch, positions]; batch x positions elements.
@@ -58,41 +64,41 @@ class StandardLoss:
 
 @dataclass(frozen=True)
 class SoftmaxLoss(StandardLoss):
-    """Cross entropy: the Hessian in the logits is curvature x (diag(p) - p p^T)."""
+    r"""Cross entropy: the Hessian in the logits is curvature x (diag(p) - p p^T) = S S^T with
+
+    .. math::
+        S = diag(\sqrt p) - p \sqrt p^\top
+    """
 
     kind = "softmax"
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        labels = self._sample(*scale.shape, stream)
-        losses = F.cross_entropy(_full_precision(self.outputs), labels, reduction="none")
-        return scale * losses.view(scale.shape)
+        """S z . logits with random signs z, a linear loss."""
+        batch, positions = scale.shape
+        logits, probabilities = self._logits_and_probabilities()
+        shape = batch, positions, logits.shape[-1]
+        signs = random_signs(*shape, stream, logits.device).view(logits.shape)
+        roots = probabilities.sqrt() * signs
+        direction = roots - probabilities * roots.sum(-1, keepdim=True)
+        return scale * (direction * logits).sum(-1).view(scale.shape)
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
-        """One for each class c: sqrt(p_c) CE(c)."""
-        log_probabilities = F.log_softmax(_full_precision(self.outputs), dim=-1)
-        roots = (log_probabilities.detach() / 2).exp()
-        for index in range(self.outputs.shape[-1]):
-            losses = -roots[:, index] * log_probabilities[:, index]
-            yield scale * losses.view(scale.shape)
+        """One for each class, with a column of S for S z."""
+        logits, probabilities = self._logits_and_probabilities()
+        mean = (probabilities * logits).sum(-1)
+        roots = probabilities.sqrt()
+        for index in range(logits.shape[-1]):
+            yield scale * (roots[:, index] * (logits[:, index] - mean)).view(scale.shape)
 
     def describe(self, batch: int) -> list[str] | None:
-        if len(self.outputs) == batch:
-            return describe_classes(self.outputs)
-        return None
+        return describe_classes(self.outputs) if len(self.outputs) == batch else None
 
-    def _sample(self, batch: int, positions: int, stream: int) -> Tensor:
-        """Labels from the model by inverse distribution function, [elements].
-
-        The distribution function is counted in units of 2^-30: integer sums do not depend on the
-        order of addition, and a class of (nearly) no probability is never drawn.
-        """
-        logits = _full_precision(self.outputs.detach())
-        counts = (logits.softmax(-1) * (1 << 30)).round().to(torch.int32)
-        cumulative = counts.cumsum(-1, dtype=torch.int32)
-        total = cumulative[:, -1].long()
-        random = random_integers(batch, positions, stream, logits.device).flatten()
-        threshold = (random * total) >> RANDOM_BITS
-        return (cumulative <= threshold[:, None]).sum(-1)
+    def _logits_and_probabilities(self) -> tuple[Tensor, Tensor]:
+        """Logits [elements, classes], and the detached probabilities of the classes."""
+        logits = _full_precision(self.outputs)
+        probabilities = logits.detach().softmax(-1)
+        # Masked classes have a logit of -inf, and 0 x -inf would be NaN.
+        return logits.where(probabilities > 0, 0), probabilities
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,8 @@ class SquaredLoss(StandardLoss):
     predicted: Tensor
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        """Labels at o +- sqrt(1/2), the variance that METHODS asks for of (o - y)^2.
-
-        Two-point rather than normal labels: their second moment, which is all that curvature uses,
-        is the same, and with one output the product of gradients is the Gauss-Newton matrix
-        itself, without any noise.
-        """
-        signs = random_signs(*scale.shape, stream, like=self.outputs)
-        return scale * 2**0.5 * signs * self.outputs.view(scale.shape)
+        """Labels at o +- sqrt(1/2), the variance that METHODS asks for of (o - y)^2."""
+        return _random_signs(scale, stream) * next(self.factors(scale))
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
         yield scale * 2**0.5 * self.outputs.view(scale.shape)
@@ -126,9 +126,7 @@ class LogisticLoss(StandardLoss):
     kind = "logistic"
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        """Two-point noise of the Bernoulli labels' variance p (1 - p); see SquaredLoss."""
-        signs = random_signs(*scale.shape, stream, like=self.outputs)
-        return signs * next(self.factors(scale))
+        return _random_signs(scale, stream) * next(self.factors(scale))
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
         # p (1 - p) as a product of sigmoids keeps the digits that 1 - p loses near p = 1.
@@ -139,6 +137,10 @@ class LogisticLoss(StandardLoss):
     def describe(self, batch: int) -> list[str] | None:
         numbers = describe_numbers(self.outputs.sigmoid().reshape(batch, -1))
         return numbers and [f"probability {number}" for number in numbers]
+
+
+def _random_signs(scale: Tensor, stream: int) -> Tensor:
+    return random_signs(*scale.shape, 1, stream, scale.device).squeeze(-1)  # type: ignore[call-arg]
 
 
 def describe_classes(logits: Tensor) -> list[str]:

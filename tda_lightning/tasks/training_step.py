@@ -157,7 +157,6 @@ class TrainingStepTask(AttributionTask):
         """Compare an example's loss in the batch with its loss in a batch of one."""
         if size == 1:
             return
-        last = size - 1
         devices = {item.device for item in module.parameters() if item.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices):
             losses = self.train_loss(module, batch)
@@ -167,13 +166,21 @@ class TrainingStepTask(AttributionTask):
                 return
             try:
                 with example_noise(0, torch.zeros(1, dtype=torch.int64)):
-                    alone = self.train_loss(module, batches.take(batch, last, size))
+                    alone = torch.cat(
+                        [
+                            self.train_loss(module, batches.take(batch, index, size))
+                            for index in (0, size - 1)
+                        ]
+                    )
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
                 return  # the step needs more than one example: nothing to compare with
-        if not torch.allclose(losses[last], alone[0], rtol=1e-2, atol=1e-3 * float(losses.mean())):
+        together = losses[[0, -1]]
+        precise = losses.dtype in (torch.float32, torch.float64)
+        allowed = (1e-3 if precise else 3e-2) * float(losses.abs().mean())
+        if (together - alone).abs().max() > allowed:
             self._note(
-                f"The loss of one example is {float(losses[last]):.4g} in its batch but "
-                f"{float(alone[0]):.4g} alone: training_step mixes examples (a contrastive loss, "
+                f"The losses of the first and last example are {_short(together)} in their batch "
+                f"but {_short(alone)} alone: training_step mixes examples (a contrastive loss, "
                 "batch statistics) or flattens them with another axis leading. Scores then mean "
                 "little; give a task whose train_loss is each example's own."
             )
@@ -181,6 +188,10 @@ class TrainingStepTask(AttributionTask):
     def _note(self, text: str) -> None:
         self.notes.append(text)
         warnings.warn(text, stacklevel=4)
+
+
+def _short(values: Tensor) -> str:
+    return " and ".join(f"{value:.4g}" for value in values.tolist())
 
 
 def run_training_step(module: nn.Module, batch: Any) -> Tensor:

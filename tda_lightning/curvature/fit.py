@@ -1,0 +1,256 @@
+"""Fit the curvature of the training loss at one or several checkpoints.
+
+All choices estimate the Gauss-Newton matrix of the mean loss as trained, averaged over the
+checkpoints, in an eigenbasis:
+
+======== ==========================================================================
+exact    all parameters as one dense matrix; small models
+ekfac    per block, Kronecker eigenbasis with corrected eigenvalues (George et al. 2018,
+         1806.03884; Grosse et al. 2023, 2308.03296)
+kfac     per block, Kronecker product (Martens & Grosse 2015; shared weights: 'expand' of
+         Eschenhagen et al. 2023)
+diagonal squared gradients of single parameters
+identity no curvature
+======== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature.spectrum import Spectrum
+from tda_lightning.gradients import Dense, Gradient, scaled
+from tda_lightning.passes import Context, Pass
+
+KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
+# Float64 eigenvectors of a side this wide take half a gigabyte, and minutes to find.
+MAX_SIDE = 8192
+MAX_EXACT = 10_000
+_FORMAT = 1  # part of the cache's key: raise it when the meaning of fitted tensors changes
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(KINDS)}.")
+
+
+def units(kind: str, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+    """Gradients by unit of curvature: the blocks, or for ``exact`` one row of all parameters."""
+    if kind != "exact":
+        return dict(gradients)
+    everything = slice(None)
+    rows = [gradient.dense(everything).flatten(1) for gradient in gradients.values()]
+    return {"all parameters": Dense(torch.cat(rows, dim=1)[:, None, None])}
+
+
+def unit_matrices(kind: str, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for matrices [..., groups, rows, columns] by block."""
+    if kind != "exact":
+        return dict(matrices)
+    rows = [matrix.flatten(-3) for matrix in matrices.values()]
+    return {"all parameters": torch.cat(rows, dim=-1)[..., None, None, :]}
+
+
+class CurvatureFit:
+    """Plans the passes that fit a curvature, and holds it afterwards.
+
+    Args:
+        kind: one of ``KINDS``.
+        context: what the passes work with.
+        steps: checkpoints to average over.
+        scale: h, by unit, [groups, rows, columns]: fit the curvature of h * g instead of g (the
+            preconditioned gradients of Adam, METHODS.md); a missing unit has none.
+        seed: of the sampled labels.
+        title: of what is fitted, for progress bars.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        context: Context,
+        steps: Sequence[int],
+        scale: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        title: str = "curvature",
+    ):
+        check_kind(kind)
+        self.kind, self.context, self.steps = kind, context, tuple(steps)
+        self.scale, self.seed, self.title = dict(scale or {}), seed, title
+        self.spectra: dict[str, Spectrum] = {}
+        self._sums: dict[str, list[Tensor]] = {}
+        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        size = sum(block.size for block in context.blocks)
+        if kind == "exact" and size > MAX_EXACT:
+            raise ValueError(
+                f"curvature='exact' builds a dense matrix of all parameters: {size} x {size} "
+                f"numbers are {8 * size**2 / 2**30:.1f} GiB, and the limit is {MAX_EXACT} "
+                "parameters. Use curvature='ekfac', or restrict the task to some layers."
+            )
+
+    def passes(self) -> list[Pass]:
+        """The passes still to run: none when the fitted curvature was kept from before."""
+        if self.kind == "identity":
+            for name, shape in self._unit_shapes().items():
+                self.spectra[name] = Spectrum(None, None, self._ones(shape))
+            return []
+        self._key = self._cache_key()
+        if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
+            self.spectra = _unpack(kept)
+            return []
+        walks: list[tuple[str, Any, Any]]
+        if self.kind == "exact":
+            walks = [("Gauss-Newton", self._add_outer_products, self._finish_exact)]
+        elif self.kind == "diagonal":
+            walks = [("squares", self._add_squares, self._finish_eigenvalues)]
+        elif self.kind == "kfac":
+            walks = [("covariances", self._add_covariances, self._finish_kfac)]
+        else:
+            walks = [
+                ("covariances", self._add_covariances, self._finish_bases),
+                ("eigenvalues", self._add_squares, self._finish_eigenvalues),
+            ]
+        passes = []
+        for what, add, finish in walks:
+            for number, step in enumerate(self.steps):
+                last = number == len(self.steps) - 1
+                title = f"{self.title}: {what}, step {step}"
+                passes.append(Pass(title, step, self._bound(add, step), None, finish if last else None))
+        return passes
+
+    def _bound(self, add: Any, step: int) -> Any:
+        return lambda batch, examples, _: add(batch, examples, step)
+
+    def _gradients(self, batch: Any, examples: Tensor, step: int) -> dict[str, Gradient]:
+        # Another draw of labels at every checkpoint, the same in both passes over one.
+        found = self.context.fisher_gradients(batch, examples, self.seed + step)
+        by_unit = units(self.kind, found.blocks)
+        return {name: scaled(g, self.scale.get(name)) for name, g in by_unit.items()}
+
+    def _accumulate(self, name: str, values: Sequence[Tensor]) -> None:
+        """Add in float64: sums of many small squares lose digits in float32."""
+        exact = [value.double() for value in values]
+        known = self._sums.get(name)
+        self._sums[name] = exact if known is None else [a + b for a, b in zip(known, exact, strict=True)]
+
+    def _reduced(self) -> dict[str, list[Tensor]]:
+        """Sums over processes, divided by examples and checkpoints; forgotten afterwards."""
+        count = self.context.num_train * len(self.steps)
+        sums = {
+            name: [self.context.reduce(value) / count for value in values]
+            for name, values in self._sums.items()
+        }
+        self._sums = {}
+        return sums
+
+    def _add_covariances(self, batch: Any, examples: Tensor, step: int) -> None:
+        for name, gradient in self._gradients(batch, examples, step).items():
+            _, _, rows, columns = gradient.shape
+            sides = gradient.covariances((rows <= MAX_SIDE, columns <= MAX_SIDE))
+            self._accumulate(name, sides)
+
+    def _add_squares(self, batch: Any, examples: Tensor, step: int) -> None:
+        for name, gradient in self._gradients(batch, examples, step).items():
+            left, right = self._bases.get(name, (None, None))
+            self._accumulate(name, [gradient.sum_of_squares(left, right)])
+
+    def _add_outer_products(self, batch: Any, examples: Tensor, step: int) -> None:
+        for found in self.context.gauss_newton_gradients(batch, examples):
+            for name, gradient in units(self.kind, found.blocks).items():
+                rows = scaled(gradient, self.scale.get(name)).dense(slice(None)).flatten(1)
+                self._accumulate(name, [rows.T @ rows])
+
+    def _finish_exact(self) -> None:
+        for name, (matrix,) in self._reduced().items():
+            eigenvalues, vectors = torch.linalg.eigh(matrix)
+            self._keep(name, None, vectors[None], eigenvalues.clamp(min=0)[None, None])
+        self._store()
+
+    def _finish_bases(self) -> None:
+        for name, (left, right, _) in self._reduced().items():
+            dtype = next(self.context.module.parameters()).dtype
+            bases = (eigenvectors(left)[1], eigenvectors(right)[1])
+            self._bases[name] = tuple(None if b is None else b.to(dtype) for b in bases)  # type: ignore[assignment]
+
+    def _finish_kfac(self) -> None:
+        for name, (left, right, count) in self._reduced().items():
+            left_values, left_vectors = eigenvectors(left)
+            right_values, right_vectors = eigenvectors(right)
+            product = left_values[:, :, None] * right_values[:, None, :]
+            self._keep(name, left_vectors, right_vectors, product / count.view(-1, 1, 1))
+        self._store()
+
+    def _finish_eigenvalues(self) -> None:
+        for name, (squares,) in self._reduced().items():
+            self._keep(name, *self._bases.get(name, (None, None)), squares)
+        self._bases = {}
+        self._store()
+
+    def _keep(self, name: str, left: Tensor | None, right: Tensor | None, values: Tensor) -> None:
+        context = self.context
+        self.spectra[name] = Spectrum(left, right, values).to(context.device, context.dtype)
+
+    def _store(self) -> None:
+        self.context.trajectory.curvature[self._key] = _pack(self.spectra)
+
+    def _unit_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {b.name: torch.empty(b.shape, device="meta") for b in self.context.blocks}
+        return {name: tuple(t.shape) for name, t in unit_matrices(self.kind, shapes).items()}
+
+    def _ones(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
+
+    def _cache_key(self) -> str:
+        """A digest of everything that determines the fitted tensors."""
+        scales = hashlib.sha256()
+        for name, scale in sorted(self.scale.items()):
+            scales.update(name.encode())
+            scales.update(scale.detach().cpu().double().contiguous().numpy().tobytes())
+        description = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "steps": self.steps,
+            "seed": self.seed,
+            "scale": scales.hexdigest(),
+            "max_side": MAX_SIDE,
+            "alike": self.context.alike(self.steps),
+            "sampled": self.context.task.can_sample,
+            "blocks": [[b.name, *b.parameters, *b.shape] for b in self.context.blocks],
+        }
+        return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def eigenvectors(side: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues [groups, width] and eigenvectors, by float64; a diagonal keeps its axes."""
+    if side.dim() == 2:
+        return side, None
+    values, vectors = torch.linalg.eigh(side.double())
+    return values.clamp(min=0), vectors
+
+
+def _pack(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    tensors = {}
+    for position, (name, spectrum) in enumerate(spectra.items()):
+        prefix = f"{position}:{name}"
+        tensors[f"eigenvalues:{prefix}"] = spectrum.eigenvalues.cpu()
+        if spectrum.left is not None:
+            tensors[f"left:{prefix}"] = spectrum.left.cpu()
+        if spectrum.right is not None:
+            tensors[f"right:{prefix}"] = spectrum.right.cpu()
+    return tensors
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> dict[str, Spectrum]:
+    keys = [key.partition(":")[2] for key in tensors if key.startswith("eigenvalues:")]
+    keys.sort(key=lambda key: int(key.partition(":")[0]))
+    return {
+        key.partition(":")[2]: Spectrum(
+            tensors.get(f"left:{key}"), tensors.get(f"right:{key}"), tensors[f"eigenvalues:{key}"]
+        )
+        for key in keys
+    }

@@ -1,0 +1,63 @@
+"""Curvature of one unit (a block, or all parameters) in an eigenbasis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tda_lightning.gradients import matmul_sides
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A symmetric matrix on [groups, rows, columns]-shaped gradients, diagonal in the basis
+    left (x) right.
+
+    Attributes:
+        left: eigenvectors of the row side as columns, [groups, rows, rows]; None: the identity.
+        right: likewise of the column side, [groups, columns, columns].
+        eigenvalues: [groups, rows, columns], not negative.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    eigenvalues: Tensor
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """Coordinates of [..., groups, rows, columns] in the basis."""
+        return matmul_sides(self.left, matrix, self.right)
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        """From coordinates back to the parameters."""
+        left = None if self.left is None else self.left.transpose(-1, -2)
+        right = None if self.right is None else self.right.transpose(-1, -2)
+        return matmul_sides(left, coordinates, right)
+
+    def project_diagonal(self, diagonal: Tensor) -> Tensor:
+        """Diagonal, in the basis, of a matrix that is diagonal in the parameters."""
+        left = None if self.left is None else self.left.square()
+        right = None if self.right is None else self.right.square()
+        return matmul_sides(left, diagonal, right)
+
+    def shifted(self, diagonal: Tensor) -> Spectrum:
+        """The spectrum with ``diagonal`` [groups, rows, columns] (weight decay) added.
+
+        Exact for a uniform diagonal and for a unit that is one dense matrix; otherwise the
+        diagonal is kept up to its own projection on the basis.
+        """
+        uniform = bool((diagonal == diagonal.flatten()[0]).all())
+        dense = self.left is None and self.right is not None and diagonal.shape[:2] == (1, 1)
+        if dense and not uniform:
+            vectors = self.right.double()[0]  # type: ignore[union-attr]
+            matrix = vectors * self.eigenvalues.double()[0] @ vectors.T
+            values, vectors = torch.linalg.eigh(matrix + diagonal.double().flatten().diag())
+            own = self.eigenvalues
+            return Spectrum(None, vectors[None].to(own), values.to(own)[None, None])
+        return Spectrum(self.left, self.right, self.eigenvalues + self.project_diagonal(diagonal))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
+        left = None if self.left is None else self.left.to(device, dtype)
+        right = None if self.right is None else self.right.to(device, dtype)
+        return Spectrum(left, right, self.eigenvalues.to(device, dtype))

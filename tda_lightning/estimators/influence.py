@@ -1,0 +1,173 @@
+"""Influence functions at the final weights (Koh & Liang 2017, 1703.04730), with EK-FAC by default
+(Grosse et al. 2023, 2308.03296)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import CurvatureFit, check_kind, unit_matrices, units
+from tda_lightning.estimators.pairs import paired
+from tda_lightning.estimators.queries import query_gradients, query_rounds
+from tda_lightning.passes import Context, Pass, Plan
+
+
+@dataclass
+class InfluenceFunction:
+    r"""What the optimum of the training loss would lose without an example.
+
+    .. math::
+        s_{qn} = \frac1N \nabla m_q(\theta_T)^\top
+        (H + (\lambda + \delta) I)^{-1} \nabla l_n(\theta_T)
+
+    with :math:`\lambda` the recorded weight decay.
+
+    Attributes:
+        curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
+        damping: :math:`\delta`, absolute.
+        relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue; 0.1 when
+            neither is given.
+        seed: of the sampled labels.
+
+    References:
+        | Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017), sec. 2
+        | https://arxiv.org/abs/1703.04730
+        | Studying Large Language Model Generalization with Influence Functions (Grosse et al.,
+          2023), sec. 2.2, 3.1
+        | https://arxiv.org/abs/2308.03296
+    """
+
+    curvature: str = "ekfac"
+    damping: float | None = None
+    relative_damping: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_kind(self.curvature)
+        if self.damping is not None and self.relative_damping is not None:
+            raise ValueError(
+                f"Give damping (got {self.damping}) or relative_damping (got "
+                f"{self.relative_damping}), not both."
+            )
+        for name in ("damping", "relative_damping"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+
+    def segment_count(self, context: Context) -> int | None:
+        """Influence functions know no time."""
+        return None
+
+    def plan(self, context: Context) -> Plan:
+        """Fit curvature at the last checkpoint, then score the training set against it."""
+        run = _Run(self, context)
+        step = context.trajectory.last_step
+        passes = run.fit.passes()
+        for number, (start, stop) in enumerate(query_rounds(context, copies=2)):
+            run_self = context.self_influence and number == 0
+            passes.append(
+                Pass(
+                    "influence function",
+                    step,
+                    run.score(start, run_self),
+                    run.prepare(start, stop),
+                    run.finish if run_self else None,
+                )
+            )
+        damping = (
+            {"absolute": self.damping}
+            if self.damping is not None
+            else {"relative to the layer's mean eigenvalue": run.relative_damping}
+        )
+        return Plan(passes, {"damping": damping, "checkpoints": [step]})
+
+
+@dataclass
+class _Run:
+    options: InfluenceFunction
+    context: Context
+    fit: CurvatureFit = field(init=False)
+
+    def __post_init__(self) -> None:
+        context, kind = self.context, self.options.curvature
+        self.fit = CurvatureFit(kind, context, [context.trajectory.last_step], seed=self.options.seed)
+        given = self.options.relative_damping
+        self.relative_damping = 0.1 if given is None else given
+        self.self_influence: Tensor | None = None
+        self.responses: dict[str, Tensor] = {}
+
+    def inverse(self, name: str) -> Tensor:
+        """1 / (eigenvalue + weight decay + damping), [groups, rows, columns]."""
+        spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
+        damping: Any = self.options.damping
+        if damping is None:
+            damping = self.relative_damping * spectrum.eigenvalues.mean()
+        shifted = spectrum.eigenvalues + spectrum.project_diagonal(self.decay(name)) + damping
+        if not bool((shifted > 0).all()):
+            raise ValueError(
+                f"The curvature of {name} is singular and damping is 0: the inverse does not "
+                "exist. Give a positive damping."
+            )
+        return 1 / shifted
+
+    def decay(self, name: str) -> Tensor:
+        """Weight decay of every parameter at the last step."""
+        trajectory = self.context.trajectory
+        rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+        filled = {
+            key: torch.full(fact.shape, float(rates[fact.group]), dtype=torch.float64)
+            for key, fact in trajectory.facts.parameters.items()
+        }
+        matrices = {block.name: block.matrix(filled) for block in self.context.blocks}
+        found = unit_matrices(self.options.curvature, matrices)[name]
+        return found.to(self.context.device, self.context.dtype)
+
+    def prepare(self, start: int, stop: int) -> Any:
+        def begin() -> None:
+            queries = query_gradients(self.context, self.options.curvature, start, stop)
+            self.responses = {}
+            for name in list(queries):
+                spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
+                coordinates = spectrum.project(queries.pop(name)) * self.inverse(name)
+                self.responses[name] = spectrum.lift(coordinates)
+
+        return begin
+
+    def score(self, first_query: int, with_self: bool) -> Any:
+        def accumulate(batch: Any, examples: Tensor, _: int) -> None:
+            found = self.context.train_gradients(batch, examples)
+            gradients = units(self.options.curvature, found.blocks)
+            values = dot(self.responses, gradients) / self.context.num_train
+            self.context.sink.add(None, examples, values, first_query)
+            if with_self:
+                self._add_self(batch, examples, gradients)
+
+        return accumulate
+
+    def _add_self(self, batch: Any, examples: Tensor, gradients: Mapping[str, Any]) -> None:
+        measured = gradients
+        if not self.context.measures_loss:
+            found = self.context.measurement_gradients(batch, examples)
+            measured = units(self.options.curvature, found.blocks)
+        if self.self_influence is None:
+            self.self_influence = torch.zeros(
+                self.context.num_train, dtype=self.context.dtype, device=self.context.device
+            )
+        for name, gradient in gradients.items():
+            spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
+            own = paired(measured[name], gradient, spectrum, self.inverse(name))
+            self.self_influence[examples] += own / self.context.num_train
+
+    def finish(self) -> None:
+        assert self.self_influence is not None
+        self.context.sink.set_self_influence(self.context.reduce(self.self_influence).cpu())
+
+
+def dot(queries: Mapping[str, Tensor], gradients: Mapping[str, Any]) -> Tensor:
+    """Sum over units of the inner products: [query, batch]."""
+    products = [gradient.dot(queries[name]) for name, gradient in gradients.items()]
+    return torch.stack(products).sum(0)

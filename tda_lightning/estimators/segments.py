@@ -1,0 +1,176 @@
+"""What both orders of SOURCE share: each segment's geometry and curvature, and how the adjoint of
+a query goes from one segment to the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import CurvatureFit, Spectrum
+from tda_lightning.estimators.geometry import Geometry, segment_geometry
+from tda_lightning.estimators.spectral import MomentumAdjoint, segment_decay, segment_response
+from tda_lightning.gradients import Gradient, scaled
+from tda_lightning.passes import Context
+from tda_lightning.trajectory import Segment
+
+if TYPE_CHECKING:
+    from tda_lightning.estimators.source import Source
+
+Pair = tuple[Tensor, Tensor | None]  # factors of the adjoints (a, b); b None without a buffer
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One unit's segment as factors of the adjoints at its end, by eigenvalue: what the segment
+    takes in (``response``) and the adjoints at its start."""
+
+    response: Pair
+    a: Pair
+    b: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Adjoint:
+    """Adjoints of parameters (a) and momentum buffer (b) of some queries, by unit:
+    [query, groups, rows, columns]."""
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor] | None = None
+
+
+def combine(factors: Pair, a: Tensor, b: Tensor | None) -> Tensor:
+    """factors . (a, b)."""
+    out = factors[0] * a
+    return out if b is None or factors[1] is None else out + factors[1] * b
+
+
+@dataclass
+class SegmentedRun:
+    """Segments with their geometry and curvature."""
+
+    options: Source
+    context: Context
+    segments: tuple[Segment, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        options, context = self.options, self.context
+        self.segments = context.trajectory.segments(options.cuts())
+        self.geometries: list[Geometry] = []
+        self.fits: list[CurvatureFit] = []
+        for number, segment in enumerate(self.segments):
+            geometry = segment_geometry(context, segment, options.curvature)
+            fit = CurvatureFit(
+                options.curvature,
+                context,
+                segment.checkpoints,
+                geometry.scale,
+                options.seed,
+                f"segment {number + 1}",
+            )
+            self.geometries.append(geometry)
+            self.fits.append(fit)
+        self._spectra: dict[int, dict[str, Spectrum]] = {}
+        self._transfers: dict[int, dict[str, Transfer]] = {}
+
+    def spectra(self, number: int) -> dict[str, Spectrum]:
+        """Curvature of segment ``number`` plus weight decay, on the device, by unit."""
+        if number not in self._spectra:
+            place = (self.context.device, self.context.dtype)
+            decay = self.geometries[number].decay
+            self._spectra[number] = {
+                name: spectrum.to(*place).shifted(decay[name])
+                for name, spectrum in self.fits[number].spectra.items()
+            }
+        return self._spectra[number]
+
+    @property
+    def follows_buffer(self) -> bool:
+        """Whether the adjoint of the momentum buffer is carried along."""
+        return self.options.order == "recorded" or self.options.momentum == "recursion"
+
+    def transfers(self, number: int) -> dict[str, Transfer]:
+        """What segment ``number`` does to the adjoints, by unit."""
+        if number not in self._transfers:
+            self._transfers[number] = {
+                name: self._transfer(number, spectrum.eigenvalues)
+                for name, spectrum in self.spectra(number).items()
+            }
+        return self._transfers[number]
+
+    def _transfer(self, number: int, eigenvalues: Tensor) -> Transfer:
+        time = self.geometries[number].time
+        if not self.follows_buffer:
+            response = segment_response(time)(eigenvalues)
+            return Transfer((response, None), (segment_decay(time)(eigenvalues), None), None)
+        adjoint = MomentumAdjoint(eigenvalues)
+        taken = [torch.zeros_like(eigenvalues), torch.zeros_like(eigenvalues)]
+        for row in reversed(range(self.segments[number].start, self.segments[number].stop)):
+            for total, u in zip(taken, adjoint.step(*self.sgd_step(number, row)), strict=True):
+                total -= u
+        return Transfer((taken[0], taken[1]), adjoint.a, adjoint.b)
+
+    def sgd_step(self, number: int, row: int) -> tuple[float, float, float, bool]:
+        """(rate, momentum, dampening, nesterov) of one step for the reference group.
+
+        The other groups' rates are in the geometry, as ratios over the whole segment.
+        """
+        steps = self.context.trajectory.steps
+        hyper = steps.hyperparameters
+        momenta = hyper["momentum"][row]
+        if not bool((momenta == momenta[0]).all()):
+            raise ValueError(
+                f"The parameter groups have different momenta {momenta.tolist()}: following the "
+                "buffer step by step needs one. Use order='average' with "
+                "momentum='effective_rate'."
+            )
+        rates = self.context.trajectory.applied_rates(self.segments[number].rows).sum(0)
+        group = int(rates.argmax())
+        momentum = float(momenta[0])
+        # torch.optim.SGD fills the buffer undamped at its first step, and uses dampening only
+        # with momentum.
+        damped = momentum > 0 and row > 0
+        dampening = float(hyper["dampening"][row, group]) if damped else 0.0
+        nesterov = bool(hyper["nesterov"][row, group])
+        return float(steps.learning_rate[row, group]), momentum, dampening, nesterov
+
+    def enter(self, number: int, adjoint: Adjoint) -> Adjoint:
+        """The adjoints in the eigenbasis of segment ``number``."""
+        geometry, spectra = self.geometries[number], self.spectra(number)
+        a = {n: spectra[n].project(geometry.enter(n, x)) for n, x in adjoint.a.items()}
+        if adjoint.b is None:
+            return Adjoint(a)
+        b = {}
+        for name, value in adjoint.b.items():
+            if name in geometry.scale:
+                scale = geometry.scale[name]
+                value = torch.where(scale > 0, value / scale.clamp(min=1e-30), 0.0)
+            b[name] = spectra[name].project(value)
+        return Adjoint(a, b)
+
+    def leave(
+        self, number: int, inside: Adjoint, before: Adjoint, transfers: Mapping[str, Transfer]
+    ) -> Adjoint:
+        """The adjoints at the start of segment ``number``, back on the parameters.
+
+        ``inside`` holds the coordinates at its end, ``before`` the same on the parameters.
+        """
+        geometry, spectra = self.geometries[number], self.spectra(number)
+        a, b = {}, {}
+        for name, transfer in transfers.items():
+            own_b = None if inside.b is None else inside.b[name]
+            carried = spectra[name].lift(combine(transfer.a, inside.a[name], own_b))
+            a[name] = geometry.leave(name, carried, before.a[name])
+            if transfer.b is not None:
+                lifted = spectra[name].lift(combine(transfer.b, inside.a[name], own_b))
+                b[name] = geometry.enter(name, lifted)
+        return Adjoint(a, b or None)
+
+    def coordinates(self, number: int, name: str, gradient: Gradient, rows: slice) -> Tensor:
+        """h * g of some examples in the eigenbasis of segment ``number``."""
+        spectrum = self.spectra(number)[name]
+        own = scaled(gradient, self.geometries[number].scale.get(name))
+        return own.rotated(rows, spectrum.left, spectrum.right)

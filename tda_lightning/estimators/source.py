@@ -1,0 +1,102 @@
+"""SOURCE: approximate unrolled differentiation (Bae et al. 2024, 2405.12186)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tda_lightning.curvature import check_kind
+from tda_lightning.estimators.averaged import AveragedRun
+from tda_lightning.estimators.recorded import RecordedRun
+from tda_lightning.estimators.recorded_adam import RecordedAdamRun
+from tda_lightning.passes import Context, Plan
+
+ORDERS = ("average", "recorded")
+MOMENTUM = ("effective_rate", "recursion")
+_QUESTIONS = {
+    "average": "what training like this one does with an example (order of batches averaged out)",
+    "recorded": "what this very run did with an example (batches in their recorded order)",
+}
+
+
+@dataclass
+class Source:
+    r"""Follow a removed example's effect through training, segment by segment.
+
+    With curvature :math:`H_\ell` and gradients :math:`g_{\ell n}` averaged over a segment's
+    checkpoints, and :math:`\tau_\ell` the sum of its applied learning rates,
+
+    .. math::
+        s_{qn} = \frac1N \sum_\ell \nabla m_q(\theta_T)^\top S_L \cdots S_{\ell+1}\,
+        (I - e^{-\tau_\ell H_\ell}) H_\ell^{-1} g_{\ell n},
+        \qquad S_\ell = e^{-\tau_\ell H_\ell}
+
+    SGD's momentum, dampening and weight decay, and the preconditioner of Adam and AdamW, enter
+    through each segment's geometry. No damping is needed.
+
+    Attributes:
+        num_segments: cut the run into this many segments of equal length.
+        segment_steps: or at these steps.
+        curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
+        order: ``average``, the paper's: every example is used evenly within a segment; it answers
+            what training like this does. ``recorded``: the recorded batches in their order; it
+            answers what this run did, and follows exact unrolling closely.
+        momentum: SGD in ``order="average"``: ``effective_rate`` multiplies the rate by
+            (1 - dampening) / (1 - momentum); ``recursion`` follows the momentum buffer step by
+            step, which matters in runs of few steps. The recorded order always does.
+        seed: of the sampled labels.
+
+    Raises:
+        ValueError: at once for impossible settings; when planning, for a segment without a
+            checkpoint.
+        UnsupportedTrainingError: the optimizer has no formula.
+
+    References:
+        | Training Data Attribution via Approximate Unrolling (Bae et al., 2024), section 3
+        | https://arxiv.org/abs/2405.12186
+        | The recorded order is our own: METHODS.md, "SOURCE on the recorded order".
+    """
+
+    num_segments: int = 3
+    segment_steps: Sequence[int] | None = None
+    curvature: str = "ekfac"
+    order: str = "average"
+    momentum: str = "effective_rate"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_kind(self.curvature)
+        for name, value, known in (
+            ("order", self.order, ORDERS),
+            ("momentum", self.momentum, MOMENTUM),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        if self.segment_steps is None and self.num_segments < 1:
+            raise ValueError(f"num_segments must be at least 1, got {self.num_segments}.")
+
+    def cuts(self) -> int | list[int]:
+        """How the run is cut: a number of segments, or explicit steps."""
+        return self.num_segments if self.segment_steps is None else list(self.segment_steps)
+
+    def segment_count(self, context: Context) -> int:
+        """How many segments the scores are split by."""
+        return len(context.trajectory.segments(self.cuts()))
+
+    def plan(self, context: Context) -> Plan:
+        """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
+        adam = context.trajectory.require_optimizer() != "SGD"
+        run: AveragedRun | RecordedRun | RecordedAdamRun
+        if self.order == "average":
+            run = AveragedRun(self, context)
+        elif adam:
+            run = RecordedAdamRun(self, context)
+        else:
+            run = RecordedRun(self, context)
+        provenance: dict[str, Any] = {
+            "segments": [[s.start, s.stop] for s in run.segments],
+            "checkpoints": [list(s.checkpoints) for s in run.segments],
+            "question": _QUESTIONS[self.order],
+        }
+        return Plan(run.passes(), provenance)

@@ -1,0 +1,158 @@
+"""What an estimator asks for, and what it is given: passes over the training set at checkpoints.
+
+An estimator plans its passes ahead; whoever owns the loaders (``attribution.py``) runs them, one
+after another, on whatever devices and processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
+from tda_lightning.scores import ScoreSink
+from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
+from tda_lightning.trajectory import Checkpoint, Trajectory
+
+
+@dataclass
+class Pass:
+    """One walk over the training set.
+
+    Attributes:
+        title: a few words for the progress bar.
+        step: the checkpoint whose weights the module holds.
+        accumulate: called with every batch, its example indices, int64 [batch], and the batch's
+            position in ``order``.
+        begin: called before the first batch, the weights being in place.
+        end: called after the last batch of every process.
+        order: the batches as lists of example indices; None for every example once.
+    """
+
+    title: str
+    step: int
+    accumulate: Callable[[Any, Tensor, int], None]
+    begin: Callable[[], None] | None = None
+    end: Callable[[], None] | None = None
+    order: Sequence[Sequence[int]] | None = None
+
+
+@dataclass
+class Plan:
+    """The passes of an attribution and what a reader should know of how it was made."""
+
+    passes: list[Pass]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """Everything an estimator works with.
+
+    Attributes:
+        queries: loads the query examples from ``start`` to ``stop`` afresh, as (batch, query
+            indices) on the right device.
+        reduce: sums a tensor over processes.
+        alike: identifies everything that curvature depends on besides its own settings: weights,
+            data, task, code (a string that is part of the cache's key).
+    """
+
+    module: nn.Module
+    task: AttributionTask
+    trajectory: Trajectory
+    engine: GradientEngine
+    sink: ScoreSink
+    num_train: int
+    num_query: int
+    queries: Callable[[int, int], Iterable[tuple[Any, Tensor]]]
+    reduce: Callable[[Tensor], Tensor]
+    alike: Callable[[Sequence[int]], str]
+    self_influence: bool = True
+    batch_size: int = 256
+    _held: int | None = None
+    _weights: dict[int, Checkpoint] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.engine.blocks
+
+    @property
+    def held_step(self) -> int:
+        """The checkpoint whose weights the module holds."""
+        if self._held is None:
+            raise RuntimeError("No checkpoint has been loaded yet: call load(step) first.")
+        return self._held
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the scores: float64 for a module in float64, else float32."""
+        own = next(self.module.parameters()).dtype
+        return own if own == torch.float64 else torch.float32
+
+    def load(self, step: int) -> None:
+        """Put the weights and buffers of the checkpoint at ``step`` into the module.
+
+        What was read stays in memory: some passes go back and forth between checkpoints.
+        """
+        if step == self._held:
+            return
+        if step not in self._weights:
+            read = self.trajectory.checkpoints[step]
+            self._weights[step] = Checkpoint(step, read.parameters, read.buffers)
+        checkpoint = self._weights[step]
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        with torch.no_grad():
+            for name, value in {**checkpoint.buffers, **checkpoint.parameters}.items():
+                own[name].copy_(value)
+        self._held = step
+
+    def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+        """Per-example gradients of the training loss."""
+        return self.engine.gradients(
+            lambda module, part, _: self.task.train_loss(module, part), batch, examples
+        )
+
+    def measurement_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+        """Per-example gradients of the measurement."""
+        return self.engine.gradients(
+            lambda module, part, _: self.task.measurement(module, part), batch, examples
+        )
+
+    def fisher_gradients(self, batch: Any, examples: Tensor, seed: int) -> ExampleGradients:
+        """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
+        loss under sampled labels, or of the loss itself (empirical Fisher)."""
+        if not self.task.can_sample:
+            return self.train_gradients(batch, examples)
+
+        def sampled(module: nn.Module, part: Any, indices: Tensor) -> Tensor:
+            with example_noise(seed, indices):
+                return self.task.sampled_loss(module, part)
+
+        return self.engine.gradients(sampled, batch, examples)
+
+    def gauss_newton_gradients(self, batch: Any, examples: Tensor) -> Iterable[ExampleGradients]:
+        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
+        return self.engine.each_gradient(
+            lambda module, part, _: gauss_newton_losses(self.task, module, part), batch, examples
+        )
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the measurement is the training loss itself."""
+        return type(self.task).measurement is AttributionTask.measurement
+
+
+def memory_budget() -> int:
+    """Bytes that dense query gradients may take: a quarter of what the machine has free."""
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return 1 << 30

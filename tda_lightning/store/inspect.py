@@ -1,0 +1,170 @@
+"""What is in a trajectory's folder, is it whole, how big is it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from tda_lightning.errors import TrajectoryError
+from tda_lightning.store import layout
+from tda_lightning.store.curvature_folder import CurvatureFolder
+from tda_lightning.store.reader import (
+    CheckpointFolder,
+    read_facts,
+    read_recorded_steps,
+    require_trajectory,
+)
+from tda_lightning.trajectory import Facts, Steps
+
+_SHOWN = 24  # checkpoints; of more, the first and the last are shown
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a trajectory: what it holds and its bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of a trajectory's folder. It is whole when ``problems`` is empty."""
+
+    path: str
+    facts: Facts
+    steps: Steps | None  # None when they are damaged
+    checkpoints: dict[int, FileEntry]
+    curvature: tuple[FileEntry, ...]
+    scores: tuple[FileEntry, ...]
+    size: int
+    problems: tuple[str, ...]
+
+
+def describe(path: str | Path) -> Description:
+    """Read everything in the trajectory at ``path``, checksums included.
+
+    Raises:
+        TrajectoryNotFoundError: there is no trajectory.
+        TrajectoryFormatError: its facts cannot be read; other damage is among ``problems``.
+    """
+    root = Path(path)
+    require_trajectory(root)
+    facts = read_facts(root)
+    problems: list[str] = []
+    checkpoints, contents = CheckpointFolder(root, facts), {}
+    for step in checkpoints:
+        try:
+            kept = checkpoints[step].optimizer is not None
+            contents[step] = "weights and optimizer" if kept else "weights"
+        except (TrajectoryError, OSError) as error:
+            contents[step] = "damaged"
+            problems.append(str(error))
+    steps = None
+    try:
+        checkpoints.require_readable()
+        steps = read_recorded_steps(root, facts, max(checkpoints))
+    except (TrajectoryError, OSError) as error:
+        problems.extend([str(error)] if str(error) not in problems else [])
+    curvature = CurvatureFolder(root)
+    for key in curvature:
+        try:
+            curvature[key]
+        except (TrajectoryError, OSError) as error:
+            problems.append(str(error))
+    problems.extend(
+        f"{file} is unfinished: a process was stopped while it wrote. It is not read and can be "
+        "deleted."
+        for file in sorted(root.rglob("*.part"))
+    )
+    files = layout.checkpoint_files(root)
+    return Description(
+        path=str(root),
+        facts=facts,
+        steps=steps,
+        checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
+        curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
+        scores=tuple(_entry(f.name, f) for f in sorted((root / layout.SCORES_FOLDER).glob("*.h5"))),
+        size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
+        problems=tuple(problems),
+    )
+
+
+def inspect_table(path: str | Path) -> RenderableType:
+    """The trajectory at ``path`` as tables for a terminal: the run, then its files."""
+    found = describe(path)
+    run = Table("", "", title=f"Trajectory {escape(found.path)}", show_header=False)
+    for name, value in _run_rows(found):
+        run.add_row(name, escape(value))
+    whole = "[green]yes[/green]" if not found.problems else "[red]no[/red]"
+    run.add_row("whole", whole)
+    files = Table("file", "content", "size", title="Files")
+    files.columns[-1].justify = "right"
+    for kind, content, size in _file_rows(found):
+        files.add_row(kind, escape(content), size)
+    return Group(run, files, *(f"[red]{escape(problem)}[/red]" for problem in found.problems))
+
+
+def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
+    facts, steps, settings = found.facts, found.steps, found.facts.settings
+    count = sum(math.prod(fact.shape) for fact in facts.parameters.values())
+    yield "module", str(settings.get("module", "unknown"))
+    yield "trained parameters", f"{count:,} in {len(facts.parameters)} tensors"
+    yield "optimizer", facts.optimizer
+    yield "training examples", "unknown" if facts.num_examples is None else str(facts.num_examples)
+    if steps is not None and len(steps):
+        yield "steps", str(len(steps))
+        yield "epochs", str(int(steps.epoch.max()) + 1)
+        yield "learning rate", _range(steps.learning_rate)
+        yield "loss", _range(steps.loss)
+        yield "gradient norm", _range(steps.gradient_norm)
+        yield "batches", f"{len(steps.example_offsets) - 1:,}"
+    yield "example indices", str(settings.get("indices", "unknown"))
+    hashed = len(facts.fingerprint) - 1 if facts.fingerprint else 0  # one entry is the length
+    yield "fingerprint", f"{hashed} examples" if facts.fingerprint else "none"
+    for name in ("precision", "accumulate_grad_batches", "gradient_clip_val", "seed", "created"):
+        if settings.get(name) is not None:
+            yield name.replace("_", " "), str(settings[name])
+    versions = settings.get("versions") or {}
+    yield "versions", ", ".join(f"{package} {number}" for package, number in versions.items())
+    yield "size", _bytes(found.size)
+
+
+def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
+    entries = list(found.checkpoints.items())
+    half = _SHOWN // 2
+    shown = entries if len(entries) <= _SHOWN else [*entries[:half], *entries[-half:]]
+    for number, (step, entry) in enumerate(shown):
+        if number == half and len(shown) < len(entries):
+            hidden = entries[half:-half]
+            size = sum(entry.size for _, entry in hidden)
+            yield f"{len(hidden)} more checkpoints", "", _bytes(size)
+        yield f"checkpoint {step}", entry.name, _bytes(entry.size)
+    for entry in found.curvature:
+        yield "curvature", entry.name, _bytes(entry.size)
+    for entry in found.scores:
+        yield "scores", entry.name, _bytes(entry.size)
+
+
+def _entry(name: str, file: Path) -> FileEntry:
+    return FileEntry(name, file.stat().st_size)
+
+
+def _range(values: Tensor) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def _bytes(size: float) -> str:
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop()
+    return f"{size:.0f} B" if units[-1] == "B" else f"{size:.1f} {units[-1]}"

@@ -1,0 +1,229 @@
+"""Losses of single examples from an unchanged training step."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from tda_lightning.tasks import (
+    LanguageModelingTask,
+    RegressionTask,
+    TrainingStepTask,
+    as_task,
+    gauss_newton_losses,
+    silenced,
+)
+from tests.cases.tasks import (
+    CLASSES,
+    EXAMPLES,
+    INPUTS,
+    LABELS,
+    LANGUAGE,
+    PADDED,
+    SERIES,
+    SERIES_LABELS,
+    STEPS,
+    Step,
+    built,
+    flat_gradient,
+    one,
+    outer_sum,
+    per_example_gradients,
+    task_case,
+)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_intercepted_losses_average_to_the_unchanged_training_step(name):
+    module, batch = built(name)
+    loss = module.training_step(batch, 0)
+    loss = loss["loss"] if isinstance(loss, dict) else loss
+    task = TrainingStepTask()
+    losses = task.train_loss(module, batch)
+    assert losses.shape == (EXAMPLES,)
+    torch.testing.assert_close(losses.mean(), loss)
+    gradients = per_example_gradients(losses, module)
+    torch.testing.assert_close(gradients.mean(0), flat_gradient(loss, module))
+    # Each loss depends on its own example: the gradient to the other examples' inputs is zero.
+    inputs = batch[0].clone().requires_grad_()
+    losses = task.train_loss(module, (inputs, batch[1]))
+    for index in range(EXAMPLES):
+        (gradient,) = torch.autograd.grad(losses[index], inputs, retain_graph=True)
+        gradient[index] = 0
+        assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_engine_conditions_change_nothing(name):
+    """No parameter requires a gradient; first nothing else does, then a dummy in the outputs."""
+    module, batch = built(name)
+    wanted = TrainingStepTask().train_loss(module, batch).detach()
+    module.requires_grad_(False)
+    torch.testing.assert_close(TrainingStepTask().train_loss(module, batch), wanted)
+    with torch.no_grad():
+        values = TrainingStepTask().train_loss(module, batch)
+    assert not values.requires_grad
+    torch.testing.assert_close(values, wanted)
+    dummy = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    module.net.register_forward_hook(lambda *call: call[-1] + dummy)
+    torch.testing.assert_close(TrainingStepTask().train_loss(module, batch).detach(), wanted)
+
+
+def dense_gauss_newton(module, batch, inputs_of, hessian_of):
+    """J^T H J of one example by torch.func, from the Hessian of the loss in the outputs."""
+    parameters = dict(module.named_parameters())
+
+    def outputs(values):
+        return functional_call(module, values, (inputs_of(batch),)).flatten()
+
+    jacobian = torch.func.jacrev(outputs)(parameters)
+    jacobian = torch.cat([part.flatten(1) for part in jacobian.values()], 1)
+    hessian = torch.func.hessian(hessian_of)(outputs(parameters).detach())
+    return jacobian.T @ hessian @ jacobian
+
+
+def step_gauss_newton(name, index):
+    """The Gauss-Newton matrix of B times example ``index``'s share of the batch's loss."""
+    module, (inputs, targets) = built(name)
+    fixed = module(inputs).detach()
+    copy = Step(module.step)
+
+    def loss(outputs):
+        rows = list(fixed.unbind())
+        rows[index] = outputs.view_as(rows[index])
+        copy.forward = lambda x: torch.stack(rows)
+        total = copy.training_step((inputs, targets), 0)
+        return EXAMPLES * (total["loss"] if isinstance(total, dict) else total)
+
+    return dense_gauss_newton(module, inputs[index], lambda x: x, loss)
+
+
+# For log-probabilities the loss is linear; its Hessian in the logits is that of cross entropy.
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("example", [0, 4])
+def test_gauss_newton_losses_sum_to_the_dense_matrix(name, example):
+    module, batch = built(name)
+    found = outer_sum(TrainingStepTask(), module, batch, example)
+    torch.testing.assert_close(found, step_gauss_newton(name, example), rtol=1e-9, atol=1e-12)
+
+
+def test_prepare_makes_weighted_means_independent_of_the_batch():
+    for name in ("weights", "padding"):
+        module, batch = built(name)
+        task = TrainingStepTask()
+        whole = task.train_loss(module, batch)
+        task.prepare(module, batch)
+        torch.testing.assert_close(task.train_loss(module, batch), whole)
+        alone = torch.cat([task.train_loss(module, one(batch, i)) for i in range(EXAMPLES)])
+        torch.testing.assert_close(alone, whole)
+        assert any("held at its average" in note for note in task.notes)
+        assert task.settings()["mass_per_example"][0] > 0
+    task, module, _ = task_case("tokens batch")
+    task = LanguageModelingTask(reduction="batch")
+    batch = (LANGUAGE, PADDED)
+    whole = task.train_loss(module, batch)
+    flattened = F.cross_entropy(module(LANGUAGE).view(-1, CLASSES), PADDED.view(-1))
+    torch.testing.assert_close(whole.mean(), flattened)
+    task.prepare(module, batch)
+    torch.testing.assert_close(task.train_loss(module, one(batch, 1)), whole[1:2])
+
+
+def test_prepare_says_what_is_left_out():
+    def with_regulariser(self, x, y):
+        return F.cross_entropy(self(x), y) + sum(p.square().sum() for p in self.parameters())
+
+    task = TrainingStepTask()
+    with pytest.warns(UserWarning, match="belongs to no example and is left out"):
+        task.prepare(Step(with_regulariser), (INPUTS, LABELS))
+    assert len(task.notes) == 1
+    assert task.can_sample
+    with pytest.warns(UserWarning, match="no Gauss-Newton matrix"):
+        task.prepare(Step(lambda s, x, y: -F.cross_entropy(s(x), y)), (INPUTS, LABELS))
+    assert not task.can_sample
+    with pytest.raises(ValueError, match="negative weight"):
+        gauss_newton_losses(task, Step(lambda s, x, y: -F.cross_entropy(s(x), y)), (INPUTS, LABELS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task.prepare(*built("mean"))
+    assert task.notes == []
+    assert task.can_sample
+
+
+def contrastive(self, x, y):
+    return F.cross_entropy(self(x) @ self(x).T, torch.arange(len(x)))
+
+
+def time_first(self, x, y):
+    logits = self(x).transpose(0, 1).reshape(-1, CLASSES)
+    return F.cross_entropy(logits, y.T.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("step", "batch"),
+    [(contrastive, (INPUTS, LABELS)), (time_first, (SERIES, SERIES_LABELS))],
+)
+def test_prepare_notices_losses_that_mix_examples(step, batch):
+    torch.manual_seed(0)
+    task = TrainingStepTask()
+    with pytest.warns(UserWarning, match="mixes examples"):
+        task.prepare(Step(step), batch)
+
+
+def test_without_standard_losses_the_batch_mean_stands_for_each_example():
+    module = Step(lambda s, x, y: (s(x) - 1).abs().mean())
+    task, batch = TrainingStepTask(), (INPUTS, LABELS)
+    with pytest.warns(UserWarning, match="empirical Fisher"):
+        task.prepare(module, batch)
+    assert not task.separable
+    assert not task.can_sample
+    losses = task.train_loss(module, batch)
+    torch.testing.assert_close(losses, module.training_step(batch, 0).expand(EXAMPLES))
+    with pytest.raises(ValueError, match="depends on none of cross_entropy"):
+        gauss_newton_losses(task, module, batch)
+
+
+class Unwilling(Step):
+    """As a LightningModule inside another: logging raises."""
+
+    def log(self, *args, **kwargs):
+        raise RuntimeError("doesn't support logging")
+
+    log_dict = log
+
+
+def test_logging_is_silenced_and_restored():
+    def step(self, x, y):
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss)
+        self.inner.log_dict({"loss": loss})
+        return loss
+
+    module = Unwilling(step)
+    module.inner = Unwilling(step)
+    TrainingStepTask().train_loss(module, (INPUTS, LABELS))
+    with silenced(module):
+        module.log("a", 1)
+        with silenced(module):
+            module.log("a", 1)
+        module.inner.log("a", 1)
+    for part in (module, module.inner):
+        with pytest.raises(RuntimeError, match="doesn't support logging"):
+            part.log("a", 1)
+
+
+def test_training_step_signatures():
+    module = Step(STEPS["mean"][0])
+    module.training_step = lambda batch: STEPS["mean"][0](module, *batch)
+    assert TrainingStepTask().train_loss(module, (INPUTS, LABELS)).shape == (EXAMPLES,)
+    with pytest.raises(ValueError, match="Linear has no training_step"):
+        as_task(None).train_loss(nn.Linear(1, 1), INPUTS)
+    with pytest.raises(ValueError, match="to return one loss"):
+        as_task(None).train_loss(Step(lambda s, x, y: None), (INPUTS, LABELS))
+    with pytest.raises(TypeError, match="AttributionTask or None"):
+        as_task("classification")
+    assert as_task(task := RegressionTask()) is task
