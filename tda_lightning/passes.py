@@ -117,15 +117,11 @@ class Context:
 
     def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the training loss."""
-        return self.engine.gradients(
-            lambda module, part, _: self.task.train_loss(module, part), batch, examples
-        )
+        return self.engine.gradients(self.train_loss, batch, examples)
 
     def measurement_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
-        return self.engine.gradients(
-            lambda module, part, _: self.task.measurement(module, part), batch, examples
-        )
+        return self.engine.gradients(self.measurement, batch, examples)
 
     def fisher_gradients(self, batch: Any, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
@@ -141,14 +137,21 @@ class Context:
 
     def gauss_newton_gradients(self, batch: Any, examples: Tensor) -> Iterable[ExampleGradients]:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
-        return self.engine.each_gradient(
-            lambda module, part, _: gauss_newton_losses(self.task, module, part), batch, examples
-        )
 
-    @property
-    def measures_loss(self) -> bool:
-        """Whether the measurement is the training loss itself."""
-        return type(self.task).measurement is AttributionTask.measurement
+        def factors(module: nn.Module, part: Any, indices: Tensor) -> Iterable[Tensor]:
+            with example_noise(0, indices):
+                return gauss_newton_losses(self.task, module, part)
+
+        return self.engine.each_gradient(factors, batch, examples)
+
+    def train_loss(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+        # The noise is not used; its context tells the task how many examples there are.
+        with example_noise(0, examples):
+            return self.task.train_loss(module, batch)
+
+    def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+        with example_noise(0, examples):
+            return self.task.measurement(module, batch)
 
 
 def memory_budget() -> int:

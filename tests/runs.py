@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tda_lightning.callbacks import TrajectoryRecorder
 
+# Waking a second thread takes longer than all the work of so small a model.
+torch.set_num_threads(1)
+
 Optimizers = Callable[[LightningModule], Any]
 
 
@@ -61,7 +64,7 @@ class Net(LightningModule):
         x, y, index = batch
         self.seen.append(torch.as_tensor(index).reshape(-1).tolist())
         loss = (self.net(x.reshape(-1, 3)) - y.reshape(-1, 1)).square().mean()
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

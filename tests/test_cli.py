@@ -4,6 +4,7 @@ import shutil
 
 import h5py
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tda_lightning import Scores, Trajectory
@@ -80,19 +81,25 @@ def test_several_estimators_in_one_sweep(run):
 
 
 def test_settings_of_an_estimator_name_its_file(run):
-    assert main(["attribute", "runs/digits", "estimator.num_segments=2", "task=none"]) == 0
-    scores = Scores.load(run / "scores" / "source-num_segments=2.h5")
-    assert len(scores.by_segment) == 2
-    # The module's own training_step is the task's loss here, so nothing changes.
-    task = Scores.load(run / "scores" / "source.h5")
-    assert scores.values.corrcoef().shape == task.values.corrcoef().shape
+    assert main(["attribute", "runs/digits", "estimator.num_segments=2"]) == 0
+    file = run / "scores" / "source-num_segments-2.h5"
+    assert len(Scores.load(file).by_segment) == 2
+    assert main(["report", str(file)]) == 0
+
+
+def test_without_a_task_the_training_step_gives_the_same_scores(run):
+    given = ["runs/digits", "estimator=tracin"]
+    assert main(["attribute", *given]) == 0
+    assert main(["attribute", *given, "task=none", "scores=none.h5"]) == 0
+    expected = Scores.load(run / "scores" / "tracin.h5").values
+    torch.testing.assert_close(Scores.load("none.h5").values, expected)
 
 
 def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--multirun", *TINY, "seed=0,1"]) == 0
     folders = sorted((tmp_path / "runs" / "digits").iterdir())
-    assert len(folders) == 2
+    assert [folder.name.split("-")[-2:] for folder in folders] == [["seed", "0"], ["seed", "1"]]
     first, second = (load_config(folder) for folder in folders)
     assert (first.seed, second.seed) == (0, 1)
 
@@ -115,7 +122,7 @@ def test_help(capsys):
         ("attribute trajectory=nowhere", 1, "No trajectory in nowhere"),
         ("report", 1, "Expected scores, got none. For example: tda report scores=FILE"),
         ("report nowhere.h5", 1, "There is no scores file at nowhere.h5"),
-        ("inspect 'no where=x'", 1, "No trajectory in"),
+        ("inspect (no)[where]", 1, "No trajectory in (no)[where]"),
     ],
 )
 def test_wrong_calls_are_answered_in_words(command, status, message, tmp_path, monkeypatch, capsys):

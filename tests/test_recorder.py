@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
@@ -297,6 +298,12 @@ def test_last_step_is_kept_when_training_stops_early(tmp_path: Path) -> None:
     assert trajectory.num_steps == 5
 
 
+def test_two_recorders_record_alike(tmp_path: Path) -> None:
+    module = fit(tmp_path / "a", callbacks=(TrajectoryRecorder(tmp_path / "b"),))
+    assert batches(open_trajectory(tmp_path / "a")) == module.seen
+    assert batches(open_trajectory(tmp_path / "b")) == module.seen
+
+
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
 def test_a_failing_run_keeps_what_was_whole(hook: str, tmp_path: Path) -> None:
     def fail(trainer: Any, *_: Any) -> None:
@@ -414,6 +421,20 @@ def test_missing_indices_are_said(train: Any, reason: str, tmp_path: Path) -> No
     assert len(trajectory.steps) > 5
     assert len(trajectory.steps.examples) == 0
     assert not any(batches(trajectory)[0])
+
+
+def test_a_step_that_the_gradient_scaler_skips_has_no_rate(tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130)
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(tmp_path, callbacks=(snapshots,), plugins=[precision])
+    steps = open_trajectory(tmp_path).steps
+    weights = [snapshots.states[step]["net.0.weight"] for step in range(13)]
+    moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    assert (steps.learning_rate[:, 0] > 0).tolist() == moved
+    assert True in moved
+    assert False in moved
+    assert steps.loss.isfinite().all()
 
 
 class Batches:

@@ -64,12 +64,18 @@ class IndexCapture:
             return
         slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = getattr(loader, slot)
-        if type(sampler) is _RecordedSampler:
+        if type(sampler) is _RecordedSampler and sampler._capture is self:
             return  # the same loader, handed out again
         self.loaders.append(loader)
+        recorded = _RecordedSampler(sampler, self)
         # DataLoader refuses to have its samplers set; the instance's own dictionary does not.
-        vars(loader)[slot] = _RecordedSampler(sampler, self)
-        self._undo.append(lambda: vars(loader).__setitem__(slot, sampler))
+        vars(loader)[slot] = recorded
+
+        def put_back() -> None:
+            if vars(loader)[slot] is recorded:
+                vars(loader)[slot] = sampler
+
+        self._undo.append(put_back)
 
     def asked(self, iterator: _RecordedIterator) -> None:
         self._last_asked = iterator

@@ -64,7 +64,9 @@ def usage() -> str:
 def _name_first(command: str, arguments: list[str]) -> list[str]:
     """``tda inspect runs/digits`` means ``tda inspect trajectory=runs/digits``."""
     key = COMMANDS[command][1]
-    if key is None or not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+    if key is None or not arguments or arguments[0].startswith("-"):
+        return arguments
+    if "=" in arguments[0] and not os.path.exists(arguments[0]):
         return arguments
     # Quoted, because a path may hold what Hydra's grammar gives a meaning.
     quoted = arguments[0].replace("\\", "\\\\").replace("'", "\\'")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -188,23 +189,30 @@ def versions() -> dict[str, str]:
 
 
 def _output_folder(config: DictConfig) -> Path:
-    """Where to record; the runs of a sweep get a folder each, named by what differs."""
+    """Where to record; the runs of a sweep get a folder each, named by their settings."""
     folder = Path(config.output)
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return folder
-    return folder / (hydra.job.override_dirname.replace("/", "_") or str(hydra.job.num))
+    others = ("experiment=", "output=", "overwrite=")
+    settings = [given for given in hydra.overrides.task if not given.startswith(others)]
+    return folder / (_file_name(settings) or str(hydra.job.num))
 
 
 def _estimator_name() -> str:
-    """The estimator's name with the settings given on the command line: source-order=recorded."""
+    """The estimator's name with the settings given on the command line: source-order-recorded."""
     hydra = HydraConfig.get()
-    given = [
-        override.removeprefix("estimator.").replace("/", "_")
-        for override in hydra.overrides.task
-        if override.startswith("estimator.")
+    settings = [
+        given.removeprefix("estimator.")
+        for given in hydra.overrides.task
+        if given.startswith("estimator.")
     ]
-    return "-".join([str(hydra.runtime.choices["estimator"]), *sorted(given)])
+    return _file_name([str(hydra.runtime.choices["estimator"]), *settings])
+
+
+def _file_name(parts: Sequence[str]) -> str:
+    # "=" and "," in a path would mean something to Hydra when it is given to the next command.
+    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts)
 
 
 def _scored_trajectory(

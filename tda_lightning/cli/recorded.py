@@ -8,11 +8,12 @@ tasks, and of ``torch.nn`` and ``torch.optim``, are built unless the user says o
 from __future__ import annotations
 
 import inspect
-import sys
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,11 +32,10 @@ TRUSTED = (
 
 
 def command_line() -> str:
-    """The command that is running, as typed."""
-    import shlex
-
-    program, *arguments = sys.argv
-    return " ".join([program, *map(shlex.quote, arguments)])
+    """The command that is running, as one would type it to run it again."""
+    # Not sys.argv: in a sweep this is one of many runs, perhaps in a worker process.
+    hydra = HydraConfig.get()
+    return shlex.join(["tda", str(hydra.job.config_name), *hydra.overrides.task])
 
 
 def save_config(config: DictConfig, folder: str | Path, versions: dict[str, str]) -> None:

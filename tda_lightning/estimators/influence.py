@@ -150,7 +150,7 @@ class _Run:
 
     def _add_self(self, batch: Any, examples: Tensor, gradients: Mapping[str, Any]) -> None:
         measured = gradients
-        if not self.context.measures_loss:
+        if not self.context.task.measures_loss:
             found = self.context.measurement_gradients(batch, examples)
             measured = units(self.options.curvature, found.blocks)
         if self.self_influence is None:

@@ -125,7 +125,7 @@ class _Run:
     ) -> None:
         context = self.context
         measured = found
-        if not context.measures_loss:
+        if not context.task.measures_loss:
             measured = context.measurement_gradients(batch, examples).blocks
         if self.self_influence is None:
             self.self_influence = torch.zeros(

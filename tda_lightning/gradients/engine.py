@@ -58,6 +58,11 @@ class GradientEngine:
             raise RuntimeError("Call discover() with a first batch before asking for the blocks.")
         return self._blocks
 
+    @property
+    def generic(self) -> list[str]:
+        """Names of the parameters that are differentiated through ``torch.func``."""
+        return list(self._generic)
+
     def discover(
         self, loss: Loss, batch: Any, examples: Tensor, separable: bool = True
     ) -> dict[str, float]:
@@ -76,7 +81,7 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
-        plain = self._plain_gradient(loss, batch, examples)
+        plain = self.plain_gradient(loss, batch, examples)
         uses, mode, losses = self._forward(lambda *a: [loss(*a)], batch, examples)
         count = len(examples)
         broken = self._resolve(uses, next(losses), count, separable)
@@ -151,9 +156,9 @@ class GradientEngine:
         for use in uses:
             use.gradient = None
         if loss.requires_grad:
-            torch.autograd.grad(
-                loss.sum(), self._dummy, retain_graph=retain, allow_unused=True
-            )
+            with torch.enable_grad():
+                total = loss.sum()
+            torch.autograd.grad(total, self._dummy, retain_graph=retain, allow_unused=True)
 
     def _resolve(self, uses: list[Use], loss: Tensor, count: int, separable: bool) -> set[str]:
         """Find the layout of every use that has none; names of parameters without one."""
@@ -216,7 +221,7 @@ class GradientEngine:
 
         return nth
 
-    def _plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
+    def plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
         """Gradient of the summed losses by plain autograd."""
         with parameters_frozen(self.module), torch.enable_grad():
             parameters = [self.module.get_parameter(name) for name in self.names]

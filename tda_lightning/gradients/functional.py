@@ -66,7 +66,7 @@ def functional_gradients(
             return torch.func.functional_call(lossy, parameters, arguments).sum()
 
     axes = (None, [0 if cut else None for cut in sliced], 0)
-    with parameters_frozen(module):
+    with parameters_frozen(module), torch.enable_grad():
         try:
             mapped = torch.func.vmap(torch.func.grad(example_loss), axes, chunk_size=_CHUNK)
             gradients = mapped(values, leaves, examples)

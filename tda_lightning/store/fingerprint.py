@@ -24,7 +24,8 @@ def fingerprint(dataset: Any) -> dict[str, str] | None:
     """Length of ``dataset`` and hashes of up to 64 evenly spaced examples.
 
     Each example is read twice; one that differs between the readings (random augmentation), or
-    cannot be read, is left out. Random generators, the data set's own included, are left as they were.
+    cannot be read, is left out. Random generators, the data set's own included, are left as they
+    were.
 
     Returns:
         ``{"length": "1000", "0": sha256, "15": sha256, ...}``, or None for an iterable data set.

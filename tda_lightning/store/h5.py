@@ -55,7 +55,7 @@ def writing(path: Path, kind: str) -> Iterator[h5py.File]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
     try:
-        with h5py.File(aside, "w", libver=("v110", "v110"), locking=False) as file:
+        with h5py.File(aside, "w", libver=("v110", "v110")) as file:
             file.attrs["format"] = FORMAT
             file.attrs["version"] = FORMAT_VERSION
             file.attrs["kind"] = kind
@@ -72,8 +72,7 @@ def writing(path: Path, kind: str) -> Iterator[h5py.File]:
 def reading(path: Path, kind: str) -> Iterator[h5py.File]:
     """An existing file of ours; whatever is wrong with it becomes a TrajectoryFormatError."""
     try:
-        # Finished files never change, so no lock is needed and read-only folders can be read.
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(path, "r") as file:
             _check_header(file, path, kind)
             yield file
     except (TrajectoryError, FileNotFoundError, PermissionError):

@@ -79,7 +79,7 @@ class ScoreFile(MemorySink):
         try:
             # The latest layout guards HDF5's own records with checksums.
             with h5py.File(self._part, "w", libver="latest") as file:
-                file.attrs["format"] = FORMAT
+                file.attrs["format"] = _text(FORMAT)
                 file.attrs["format_version"] = FORMAT_VERSION
                 _reserve(file.create_dataset("values", shape, kind))
                 if num_segments is not None:
@@ -134,7 +134,7 @@ class ScoreFile(MemorySink):
             if self.self_influence is not None:
                 file["self_influence"] = self.self_influence.numpy()
                 file["checksums/self_influence"] = _checksum(self.self_influence.numpy())
-            file["provenance"] = provenance
+            file["provenance"] = _text(provenance)
             file["checksums/provenance"] = np.uint32(zlib.crc32(provenance.encode()))
 
 
@@ -164,8 +164,8 @@ def read_scores(
     try:
         with h5py.File(path, "r") as file:
             _require_format(path, file)
-            text = file["provenance"].asstr()[()]
-            _compare(path, "provenance", zlib.crc32(text.encode()), file)
+            text = bytes(file["provenance"][()])
+            _compare(path, "provenance", zlib.crc32(text), file)
             provenance = _cut(json.loads(text), rows, len(file["values"]), queries is not None)
             values = _read(path, file, "values", (rows,), mapped)
             by_segment = _read(path, file, "by_segment", (slice(None), rows), mapped)
@@ -182,10 +182,11 @@ def read_scores(
 
 
 def _require_format(path: Path, file: h5py.File) -> None:
-    if file.attrs.get("format") != FORMAT:
+    found = file.attrs.get("format")
+    if found != _text(FORMAT):
         raise TrajectoryFormatError(
             f"{path} is an HDF5 file but holds no scores: expected format = {FORMAT!r}, got "
-            f"{file.attrs.get('format')!r}. Give a file written by Scores.save."
+            f"{found!r}. Give a file written by Scores.save."
         )
     version = int(file.attrs["format_version"])
     if version > FORMAT_VERSION:
@@ -242,6 +243,12 @@ def _mapped(path: Path, dataset: h5py.Dataset, mode: Literal["r+", "c"]) -> Tens
         raise OSError("the file ends before its numbers do")
     array = np.memmap(path, dataset.dtype, mode, offset=offset, shape=dataset.shape)
     return torch.from_numpy(array)
+
+
+def _text(text: str) -> np.bytes_:
+    # Text of fixed length: HDF5 keeps the other kind in a heap without checksum, and a damaged
+    # heap can hang its reader.
+    return np.bytes_(text.encode())
 
 
 def _numpy_type(dtype: torch.dtype) -> str:

@@ -1,0 +1,453 @@
+"""Turn a recorded trajectory into scores: the training pass is ``Trainer.predict``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from tda_lightning.errors import TrajectoryMismatchError
+from tda_lightning.estimators import Estimator
+from tda_lightning.gradients import GradientEngine
+from tda_lightning.gradients.check import largest_errors
+from tda_lightning.loading import ExampleSource, PassLoader
+from tda_lightning.passes import Context, Plan
+from tda_lightning.scores import MemorySink, Scores, ScoreSink
+from tda_lightning.store import compare_fingerprints
+from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
+from tda_lightning.trajectory import Trajectory
+
+# Examples that the engine plans and checks itself on, and that identify code in the cache's key.
+_FIRST = 32
+
+
+class AttributionModule(LightningModule):
+    """Scores of training examples for queries, from a recorded trajectory.
+
+    Args:
+        module: an instance of the module that was trained; its weights come from the trajectory
+            and are put back as they were at the end.
+        trajectory: a folder that :class:`~tda_lightning.TrajectoryRecorder` wrote, or a
+            :class:`~tda_lightning.Trajectory`.
+        estimator: one of ``tda_lightning.estimators``.
+        task: the training loss and the measurement; None for the module's own ``training_step``.
+
+    Raises:
+        TrajectoryNotFoundError: the folder holds no trajectory.
+        TrajectoryMismatchError: the module's parameters are not the recorded ones.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trajectory: str | Trajectory,
+        estimator: Estimator,
+        task: AttributionTask | None = None,
+    ):
+        super().__init__()
+        self.module = module
+        self.trajectory = (
+            trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(str(trajectory))
+        )
+        self.estimator = estimator
+        self.task = as_task(task)
+        _require_same_parameters(module, self.trajectory)
+        self.trajectory.require_optimizer()
+        self._plan = Plan([])
+        self._running = -1
+
+    def attribute(
+        self,
+        train: Any,
+        query: Any,
+        batch_size: int = 256,
+        trainer: Trainer | None = None,
+        scores_path: str | None = None,
+        self_influence: bool = True,
+        overwrite: bool = False,
+    ) -> Scores:
+        """Score every training example for every query.
+
+        Args:
+            train: the recorded training set, a ``Dataset`` or a ``DataLoader`` over it. Column n
+                of the scores is its index n, whatever the loader's order.
+            query: what to explain, likewise.
+            batch_size: examples per batch where a data set was given.
+            trainer: runs the passes: its devices, strategy and precision; by default one device.
+            scores_path: stream the scores to this HDF5 file instead of holding them in memory.
+            self_influence: also score every training example for itself.
+            overwrite: replace a file at ``scores_path``.
+
+        Raises:
+            TrajectoryMismatchError: ``train`` is not the data of the run.
+            ValueError: an empty set, labels out of range, an impossible setting.
+            NonFiniteError: a loss or a score is NaN or infinite.
+        """
+        began = time.monotonic()
+        examples = ExampleSource.of(train, batch_size, "training")
+        queries = ExampleSource.of(query, batch_size, "query")
+        self._require_same_data(examples.dataset)
+        runner = trainer or _default_trainer()
+        with self._prepared():
+            context = self._context(examples, queries, self_influence)
+            # The sink needs the number of segments, and the plan only names the sink later.
+            context.sink = sink = self._sink(context, scores_path, overwrite, runner)
+            try:
+                plan = self.estimator.plan(context)
+                self._run(runner, context, plan, examples)
+                provenance = self._provenance(context, plan, runner)
+                provenance |= self._about_queries(context)
+                provenance["seconds"] = round(time.monotonic() - began, 3)
+                scores = sink.finish(provenance)
+            except BaseException:
+                sink.abort()
+                raise
+        if scores_path is not None and runner.world_size > 1 and runner.is_global_zero:
+            scores.save(scores_path, overwrite=overwrite)
+        return scores
+
+    def check(self, train: Any, query: Any, examples: int = 8) -> dict[str, float]:
+        """Compare the engine with plain autograd, example by example, on this model and data.
+
+        Prints and returns the largest relative error of each layer over the first ``examples``
+        training examples (training loss) and queries (measurement).
+        """
+        errors: dict[str, float] = {}
+        with self._prepared():
+            sources = [ExampleSource.of(train, examples, "training")]
+            sources.append(ExampleSource.of(query, examples, "query"))
+            context = self._context(*sources, self_influence=False)
+            for source, loss in zip(sources, (context.train_loss, context.measurement), strict=True):
+                batch, indices = self._first_batch(source, examples)
+                found = largest_errors(context.engine, loss, batch, indices)
+                for name, error in found.items():
+                    errors[name] = max(error, errors.get(name, 0.0))
+        table = Table("layer", "largest relative error", title="Engine against plain autograd")
+        for name, error in errors.items():
+            table.add_row(name, f"{error:.1e}")
+        Console().print(table)
+        return errors
+
+    # The walk: one ``Trainer.predict`` over one loader per pass.
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        part, indices, position = batch
+        self._start_through(dataloader_idx)
+        self._plan.passes[dataloader_idx].accumulate(part, indices, position)
+
+    def on_predict_epoch_end(self) -> None:
+        # A process may have had no batch of the last passes.
+        self._start_through(len(self._plan.passes))
+
+    def _start_through(self, number: int) -> None:
+        """End the pass under way and start those up to ``number``, in the same order everywhere."""
+        passes = self._plan.passes
+        while self._running < number:
+            if self._running >= 0 and (end := passes[self._running].end) is not None:
+                end()
+            self._running += 1
+            if self._running < len(passes):
+                one = passes[self._running]
+                self._current.load(one.step)
+                if one.begin is not None:
+                    one.begin()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        part, indices, position = batch
+        return self._placed(part, device), indices.to(device), position
+
+    def _placed(self, batch: Any, device: torch.device) -> Any:
+        """A batch on the device, by the module's own transfer hooks where it has them."""
+        if not isinstance(self.module, LightningModule):
+            return super().transfer_batch_to_device(batch, device, 0)
+        batch = self.module.on_before_batch_transfer(batch, 0)
+        batch = self.module.transfer_batch_to_device(batch, device, 0)
+        return self.module.on_after_batch_transfer(batch, 0)
+
+    def _run(self, trainer: Trainer, context: Context, plan: Plan, examples: ExampleSource) -> None:
+        if not plan.passes:
+            return
+        self._plan, self._running, self._current = plan, -1, context
+        loaders = [PassLoader(examples, one.order) for one in plan.passes]
+        with _gradients_in_predict(trainer):
+            trainer.predict(self, loaders, return_predictions=False)  # type: ignore[arg-type]
+        if trainer.world_size > 1 and isinstance(context.sink, MemorySink):
+            for matrix in (context.sink.values, context.sink.by_segment):
+                if matrix is not None:
+                    matrix.copy_(self._reduced(matrix))
+
+    @property
+    def pass_title(self) -> str:
+        """The pass under way, for the progress bar."""
+        passes = self._plan.passes
+        number = min(max(self._running, 0), len(passes) - 1)
+        return f"{passes[number].title} ({number + 1}/{len(passes)})" if passes else "Attributing"
+
+    # Preparation
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Eval mode and silent logging; weights, buffers and modes as before at the end."""
+        modes = {part: part.training for part in self.module.modules()}
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        before = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
+        self.module.eval()
+        try:
+            with silenced(self.module):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+            for part, mode in modes.items():
+                part.training = mode
+
+    def _context(
+        self, examples: ExampleSource, queries: ExampleSource, self_influence: bool
+    ) -> Context:
+        engine = GradientEngine(self.module, _attributed(self.trajectory, self.task))
+        batch, indices = self._first_batch(examples, _FIRST)
+        context = Context(
+            module=self.module,
+            task=self.task,
+            trajectory=self.trajectory,
+            engine=engine,
+            sink=MemorySink(len(queries), len(examples)),
+            num_train=len(examples),
+            num_query=len(queries),
+            queries=lambda start, stop: self._query_batches(queries, start, stop),
+            reduce=self._reduced,
+            alike=lambda steps: self._alike(context, steps, batch, indices),
+            self_influence=self_influence,
+            batch_size=examples.batch_size,
+        )
+        context.load(self.trajectory.last_step)
+        with example_noise(0, indices):
+            self.task.prepare(self.module, batch)
+        engine.discover(context.train_loss, batch, indices, self.task.separable)
+        return context
+
+    def _first_batch(self, source: ExampleSource, count: int) -> tuple[Any, Tensor]:
+        loader = source.loader([range(min(count, len(source)))])
+        batch, indices = next(iter(loader))
+        device = next(self.module.parameters()).device
+        return self._placed(batch, device), indices.to(device)
+
+    def _query_batches(
+        self, queries: ExampleSource, start: int, stop: int
+    ) -> Iterable[tuple[Any, Tensor]]:
+        device = next(self.module.parameters()).device
+        for batch, indices in queries.loader(queries.batches(start, stop)):
+            yield self._placed(batch, device), indices.to(device)
+
+    def _sink(
+        self, context: Context, path: str | None, overwrite: bool, trainer: Trainer
+    ) -> ScoreSink:
+        sizes = (context.num_query, context.num_train, self.estimator.segment_count(context))
+        if path is None or trainer.world_size > 1:
+            return MemorySink(*sizes, dtype=context.dtype)
+        # The one file format of scores lives with the other files.
+        from tda_lightning.store.scores_file import ScoreFile
+
+        return ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite)
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def _require_same_data(self, dataset: Any) -> None:
+        recorded = self.trajectory.facts
+        if recorded.num_examples is not None and len(dataset) != recorded.num_examples:
+            raise TrajectoryMismatchError(
+                f"The training set is not the recorded one: expected {recorded.num_examples} "
+                f"examples, got {len(dataset)}. Pass the training set of the recorded run, in its "
+                "order."
+            )
+        compare_fingerprints(recorded.fingerprint, dataset)
+
+    def _alike(
+        self, context: Context, steps: Sequence[int], batch: Any, indices: Tensor
+    ) -> str:
+        """Digest of weights, data, task and code, as far as it can be seen.
+
+        Code is seen by what it computes: the losses of the first examples at each checkpoint.
+        """
+        digest = hashlib.sha256()
+        held = context.held_step
+        for step in steps:
+            context.load(step)
+            for name, value in sorted(self.module.state_dict().items()):
+                digest.update(name.encode())
+                plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(plain.numpy().tobytes())
+            with torch.no_grad():
+                losses = context.train_loss(self.module, batch, indices)
+            digest.update(json.dumps([f"{loss:.3e}" for loss in losses.tolist()]).encode())
+        context.load(held)
+        facts = self.trajectory.facts
+        about = [facts.num_examples, dict(facts.fingerprint or {}), self.task.settings()]
+        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    # Provenance
+
+    def _provenance(self, context: Context, plan: Plan, trainer: Trainer) -> dict[str, Any]:
+        estimator = self.estimator
+        options = asdict(estimator) if is_dataclass(estimator) else {}  # type: ignore[arg-type]
+        notes = [*self.task.notes, *_notes(self.trajectory)]
+        if generic := context.engine.generic:
+            notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
+        curvature = options.get("curvature")
+        return {
+            "estimator": type(estimator).__name__,
+            "settings": options,
+            "curvature": curvature,
+            "fisher": _fisher(curvature, self.task),
+            "task": self.task.settings(),
+            "trajectory": self.trajectory.path or "in memory",
+            "model": type(self.module).__name__,
+            "steps": self.trajectory.last_step,
+            "num_train": context.num_train,
+            "trained_parameters": sum(block.size for block in context.blocks),
+            "world_size": trainer.world_size,
+            "precision": str(trainer.precision),
+            "device": str(trainer.strategy.root_device),
+            "versions": _versions(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "notes": notes,
+            **plan.provenance,
+        }
+
+    def _about_queries(self, context: Context) -> dict[str, Any]:
+        """Measurements and, where the task has words for them, predictions of the final model."""
+        context.load(self.trajectory.last_step)
+        measurements: list[float] = []
+        predictions: list[str] | None = []
+        with torch.no_grad():
+            for batch, indices in context.queries(0, context.num_query):
+                measurements += context.measurement(self.module, batch, indices).tolist()
+                with example_noise(0, indices):
+                    words = self.task.prediction(self.module, batch)
+                predictions = (
+                    None if words is None or predictions is None else predictions + words
+                )
+        found: dict[str, Any] = {"measurements": measurements}
+        return found if predictions is None else {**found, "predictions": predictions}
+
+
+class _PassProgress(RichProgressBar):
+    """Lightning's rich bar, saying which pass is under way."""
+
+    @property
+    def predict_description(self) -> str:
+        module = self.trainer.lightning_module
+        return module.pass_title if isinstance(module, AttributionModule) else "Predicting"
+
+
+def _default_trainer() -> Trainer:
+    return Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        callbacks=[_PassProgress()],
+    )
+
+
+@contextmanager
+def _gradients_in_predict(trainer: Trainer) -> Iterator[None]:
+    """``Trainer.predict`` without inference mode, which would forbid gradients."""
+    before = trainer.predict_loop.inference_mode
+    trainer.predict_loop.inference_mode = False
+    try:
+        yield
+    finally:
+        trainer.predict_loop.inference_mode = before
+
+
+def _require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
+    own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    recorded = {name: fact.shape for name, fact in trajectory.facts.parameters.items()}
+    missing = [name for name in recorded if name not in own]
+    reshaped = [
+        f"{name} ({list(shape)} recorded, {list(own[name])} in the module)"
+        for name, shape in recorded.items()
+        if name in own and own[name] != tuple(shape)
+    ]
+    if missing or reshaped:
+        parts = []
+        if missing:
+            parts.append(f"recorded but not in the module: {', '.join(missing)}")
+        if reshaped:
+            parts.append(f"of another shape: {', '.join(reshaped)}")
+        raise TrajectoryMismatchError(
+            f"The module's parameters are not the recorded ones: {'; '.join(parts)}. Build the "
+            "module as it was trained."
+        )
+
+
+def _attributed(trajectory: Trajectory, task: AttributionTask) -> list[str]:
+    """Names of the trained parameters that the task takes into account."""
+    names = list(trajectory.facts.parameters)
+    if task.layers is None:
+        return names
+    kept = [
+        name
+        for name in names
+        if any(name == layer or name.startswith(f"{layer}.") for layer in task.layers)
+    ]
+    if not kept:
+        raise ValueError(
+            f"task.layers={list(task.layers)} selects no trained parameter. Trained parameters: "
+            f"{', '.join(names)}."
+        )
+    return kept
+
+
+def _fisher(curvature: str | None, task: AttributionTask) -> str | None:
+    if curvature is None or curvature == "identity":
+        return None
+    if curvature == "exact":
+        return "Gauss-Newton matrix, exact"
+    if task.can_sample:
+        return "true Fisher (labels sampled from the model)"
+    return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
+
+
+def _notes(trajectory: Trajectory) -> list[str]:
+    settings = trajectory.facts.settings
+    notes = []
+    if settings.get("gradient_clip_val"):
+        notes.append(
+            f"Gradients were clipped at {settings['gradient_clip_val']} during training; the "
+            "formula takes the steps as unclipped."
+        )
+    return notes
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("tda-lightning", "torch", "lightning", "h5py"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

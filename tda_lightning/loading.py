@@ -1,0 +1,121 @@
+"""Data sets read with their indices: column n of the scores is index n, whatever the order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+
+class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[list[Any]], Any]):
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[int, Any]]) -> tuple[Any, Tensor]:
+        indices = torch.tensor([index for index, _ in items], dtype=torch.int64)
+        return self.collate([item for _, item in items]), indices
+
+
+@dataclass(frozen=True)
+class ExampleSource:
+    """A map-style data set and how its examples become batches."""
+
+    dataset: Any
+    batch_size: int
+    collate: Callable[[list[Any]], Any] = default_collate
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    @classmethod
+    def of(cls, data: Any, batch_size: int, what: str) -> ExampleSource:
+        """From a data set, or from a loader whose collate function and batch size are kept.
+
+        Raises:
+            ValueError: the data set is empty.
+            TypeError: it cannot be read by index.
+        """
+        if isinstance(data, DataLoader):
+            source = cls(
+                data.dataset,
+                data.batch_size or batch_size,
+                data.collate_fn if data.batch_size is not None else default_collate,
+                data.num_workers,
+                data.pin_memory,
+            )
+        else:
+            source = cls(data, batch_size)
+        dataset = source.dataset
+        readable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not readable or isinstance(dataset, IterableDataset):
+            raise TypeError(
+                f"{what} must be a map-style Dataset or a DataLoader over one, got "
+                f"{type(dataset).__name__}: scores belong to example indices."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"The {what} set is empty: there is nothing to attribute.")
+        if source.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        return source
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def loader(self, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+        """The given batches of indices, each as (batch, indices)."""
+        return DataLoader(
+            _Indexed(self.dataset),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=_Collate(self.collate),
+            num_workers=self.num_workers if len(batches) > 1 else 0,
+            pin_memory=self.pin_memory,
+        )
+
+    def batches(self, start: int = 0, stop: int | None = None) -> list[range]:
+        """Consecutive batches of the examples from ``start`` to ``stop``."""
+        end = len(self) if stop is None else stop
+        return [
+            range(first, min(first + self.batch_size, end))
+            for first in range(start, end, self.batch_size)
+        ]
+
+
+class PassLoader:
+    """The batches of one pass for this process: (batch, indices, position of the batch).
+
+    Not a ``DataLoader`` on purpose: Lightning would put a distributed sampler of its own into
+    one. Each process takes every world-size-th batch.
+    """
+
+    def __init__(self, source: ExampleSource, order: Sequence[Sequence[int]] | None):
+        self.source = source
+        self.order = source.batches() if order is None else order
+
+    def _own(self) -> range:
+        rank, world = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return range(rank, len(self.order), world)
+
+    def __len__(self) -> int:
+        return len(self._own())
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, int]]:
+        own = self._own()
+        loader = self.source.loader([self.order[position] for position in own])
+        for position, (batch, indices) in zip(own, loader, strict=True):
+            yield batch, indices, position

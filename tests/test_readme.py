@@ -1,0 +1,66 @@
+"""The README says what is true: its Python runs, its commands exist."""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning.cli import COMMANDS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+class Tiny(LightningModule):
+    """What a reader of the README brings along."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+    def training_step(self, batch, batch_index):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(LightningDataModule):
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset, batch_size=5, shuffle=True)
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    dataset = TensorDataset(torch.randn(20, 3), torch.arange(20) % 2)
+    names = {
+        "module": Tiny(),
+        "datamodule": Data(dataset),
+        "train_dataset": dataset,
+        "query_dataset": TensorDataset(torch.randn(4, 3), torch.arange(4) % 2),
+    }
+    exec(compile(example, "README.md", "exec"), names)
+    scores = names["scores"]
+    assert scores.values.shape == (4, 20)
+    torch.testing.assert_close(scores.by_segment.sum(0), scores.values)
+    assert (tmp_path / "scores.h5").is_file()
+
+
+def test_the_commands_exist():
+    used = set(re.findall(r"^tda (\w+)", README, flags=re.MULTILINE))
+    assert used == set(COMMANDS)
+
+
+def test_it_opens_with_the_two_commands():
+    assert re.search(r"\A# .*\n\n```\nmake demo .*\nmake test ", README)
