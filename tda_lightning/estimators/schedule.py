@@ -32,7 +32,7 @@ class Load:
 
     def interpolation(self) -> Tensor:
         """How far each example's step lies from ``before`` (0) to ``after`` (1), [load]."""
-        return (self.rows - self.before) / max(self.after - self.before, 1)
+        return (self.rows - self.before).double() / max(self.after - self.before, 1)
 
 
 def recorded_loads(trajectory: Trajectory, segment: Segment, size: int) -> list[Load]:

@@ -82,7 +82,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
     Example:
         >>> ticks(0, 0.1)
-        [0.0, 0.02, 0.04, 0.06, 0.08, 0.1]
+        [0.0, 0.025, 0.05, 0.075, 0.1]
     """
     if not high > low:
         return [low]
