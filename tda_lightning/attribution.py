@@ -189,12 +189,10 @@ class AttributionModule(LightningModule):
                 if matrix is not None:
                     matrix.copy_(self._reduced(matrix))
 
-    @property
-    def pass_title(self) -> str:
-        """The pass under way, for the progress bar."""
+    def pass_title(self, number: int) -> str:
+        """What pass ``number`` does, for the progress bar."""
         passes = self._plan.passes
-        number = min(max(self._running, 0), len(passes) - 1)
-        return f"{passes[number].title} ({number + 1}/{len(passes)})" if passes else "Attributing"
+        return f"{passes[number].title} ({number + 1}/{len(passes)})"
 
     # Preparation
 
@@ -235,6 +233,7 @@ class AttributionModule(LightningModule):
             batch_size=examples.batch_size,
         )
         context.load(self.trajectory.last_step)
+        self.task.training_batch_size = self.trajectory.batch_size
         with example_noise(0, indices):
             self.task.prepare(self.module, batch)
         engine.discover(context.train_loss, batch, indices, self.task.separable)
@@ -311,7 +310,7 @@ class AttributionModule(LightningModule):
     def _provenance(self, context: Context, plan: Plan, trainer: Trainer) -> dict[str, Any]:
         estimator = self.estimator
         options = asdict(estimator) if is_dataclass(estimator) else {}  # type: ignore[arg-type]
-        notes = [*self.task.notes, *_notes(self.trajectory)]
+        notes = [*self.task.notes, *_notes(self.trajectory), *plan.notes]
         if generic := context.engine.generic:
             notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
         curvature = options.get("curvature")
@@ -355,10 +354,22 @@ class AttributionModule(LightningModule):
 class _PassProgress(RichProgressBar):
     """Lightning's rich bar, saying which pass is under way."""
 
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._pass = dataloader_idx
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
     @property
     def predict_description(self) -> str:
         module = self.trainer.lightning_module
-        return module.pass_title if isinstance(module, AttributionModule) else "Predicting"
+        assert isinstance(module, AttributionModule)
+        return module.pass_title(self._pass)
 
 
 def _default_trainer() -> Trainer:
@@ -428,7 +439,7 @@ def _fisher(curvature: str | None, task: AttributionTask) -> str | None:
     if curvature == "exact":
         return "Gauss-Newton matrix, exact"
     if task.can_sample:
-        return "true Fisher (labels sampled from the model)"
+        return "true Fisher (sampled: random signs with the covariance of labels from the model)"
     return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
 
 

@@ -48,6 +48,7 @@ class Plan:
 
     passes: list[Pass]
     provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -148,6 +148,14 @@ class Trajectory:
         """Step of the last checkpoint: the model whose behaviour is explained."""
         return max(self.checkpoints)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Examples of the largest batch that one loss was taken over; None when unknown."""
+        if len(self.steps.examples):
+            return int(self.steps.example_offsets.diff().max())
+        recorded = self.facts.settings.get("batch_size")
+        return recorded if isinstance(recorded, int) else None
+
     def segments(self, cuts: int | Sequence[int]) -> tuple[Segment, ...]:
         """Cut the run into segments: a number of them, or the explicit steps between them.
 

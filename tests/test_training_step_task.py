@@ -227,3 +227,29 @@ def test_training_step_signatures():
     with pytest.raises(TypeError, match="AttributionTask or None"):
         as_task("classification")
     assert as_task(task := RegressionTask()) is task
+
+
+def test_a_step_that_sums_over_its_batch_is_found_and_measured_per_example():
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def training_step(self, batch, batch_idx):
+            inputs, target = batch
+            return F.cross_entropy(self.layer(inputs), target, reduction="sum")
+
+    torch.manual_seed(0)
+    module = Summing().double()
+    batch = (torch.randn(6, 3, dtype=torch.float64), torch.randint(4, (6,)))
+    own = F.cross_entropy(module.layer(batch[0]), batch[1], reduction="none")
+    task = TrainingStepTask()
+    with pytest.raises(ValueError, match="sums its loss over the batch"):
+        task.prepare(module, batch)
+    task.training_batch_size = 20
+    task.prepare(module, batch)
+    assert "sums its loss over batches of 20" in task.notes[0]
+    for size in (6, 4, 1):  # whatever the batch at hand
+        part = (batch[0][:size], batch[1][:size])
+        torch.testing.assert_close(task.train_loss(module, part), 20 * own[:size])
+        torch.testing.assert_close(task.measurement(module, part), own[:size])

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -22,10 +23,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
+from tda_lightning.attribution import AttributionModule
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
+from tda_lightning.data import DataModule
+from tda_lightning.report import write_report
+from tda_lightning.scores import Scores
+from tda_lightning.store.inspect import inspect_table
 from tda_lightning.store.layout import FACTS_FILE
+from tda_lightning.trajectory import Trajectory
 
 Command = Callable[[DictConfig], None]
 
@@ -36,6 +44,8 @@ def clear_errors(command: Command) -> Command:
     @functools.wraps(command)
     def run(config: DictConfig) -> None:
         _quiet_lightning()
+        if config.get("threads"):
+            torch.set_num_threads(config.threads)
         try:
             command(config)
         except CompactHydraException as error:
@@ -79,8 +89,6 @@ def train(config: DictConfig) -> None:
 @clear_errors
 def attribute(config: DictConfig) -> None:
     """Score the recorded training examples for the recorded queries."""
-    from tda_lightning import AttributionModule, Trajectory
-
     folder = Path(_required(config, "trajectory", "tda attribute trajectory=FOLDER"))
     target = Path(config.scores or folder / "scores" / f"{_estimator_name()}.h5")
     trajectory = Trajectory.load(str(folder))
@@ -104,29 +112,27 @@ def attribute(config: DictConfig) -> None:
         estimator=instantiate(config.estimator, _convert_="all"),
         task=task,
     )
+    streamed = target.with_name(f"{target.name}.stream") if config.stream else None
     scores = attribution.attribute(
         train=data.train_dataset,
         query=data.query_dataset,
         batch_size=config.batch_size,
         trainer=_trainer(config.trainer, []),
+        scores_path=None if streamed is None else str(streamed),
         self_influence=config.self_influence,
+        overwrite=True,
     )
-    provenance = {
-        **scores.provenance,
-        "command": command_line(),
-        "config": OmegaConf.to_container(config, resolve=True),
-        "versions": {**versions(), **scores.provenance.get("versions", {})},
-    }
-    replace(scores, provenance=provenance).save(target, overwrite=config.overwrite)
+    try:
+        _with_provenance(scores, config, data).save(target, overwrite=config.overwrite)
+    finally:
+        if streamed is not None:
+            streamed.unlink(missing_ok=True)
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
 
 
 @clear_errors
 def report(config: DictConfig) -> None:
     """Make an HTML page that shows a file of scores."""
-    from tda_lightning import Scores, Trajectory
-    from tda_lightning.report import write_report
-
     source = Path(_required(config, "scores", "tda report scores=FILE"))
     scores = Scores.load(source)
     folder = _scored_trajectory(config, source, scores.provenance)
@@ -158,10 +164,6 @@ def report(config: DictConfig) -> None:
 @clear_errors
 def inspect(config: DictConfig) -> None:
     """Show what is in a trajectory."""
-    from rich.console import Console
-
-    from tda_lightning.store.inspect import inspect_table
-
     Console().print(inspect_table(_required(config, "trajectory", "tda inspect FOLDER")))
 
 
@@ -186,6 +188,19 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _with_provenance(scores: Scores, config: DictConfig, data: DataModule) -> Scores:
+    """The scores, saying as well which command and settings made them."""
+    said = scores.provenance.get("predictions")
+    provenance = {
+        **scores.provenance,
+        "command": command_line(),
+        "config": OmegaConf.to_container(config, resolve=True),
+        "versions": {**versions(), **scores.provenance.get("versions", {})},
+        "predictions": said and data.reword(said),
+    }
+    return replace(scores, provenance=provenance)
 
 
 def _output_folder(config: DictConfig) -> Path:

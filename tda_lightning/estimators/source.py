@@ -99,4 +99,10 @@ class Source:
             "checkpoints": [list(s.checkpoints) for s in run.segments],
             "question": _QUESTIONS[self.order],
         }
-        return Plan(run.passes(), provenance)
+        notes = []
+        if isinstance(run, RecordedAdamRun) and context.self_influence:
+            notes.append(
+                "No self-influence: on the recorded order of Adam every example needs an adjoint "
+                "of its own. Ask for examples as queries, or use order='average'."
+            )
+        return Plan(run.passes(), provenance, notes)

@@ -55,7 +55,7 @@ class Block:
             tensor = tensors[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
             target = (1, 1, -1) if self.row else (self.groups, self.shape[1], -1)
-            parts.append(tensor.reshape(*lead, *target))
+            parts.append(tensor.reshape((*lead, *target)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class Block:
         widths = [math.prod(shape) // scale for shape in self.shapes]
         parts = matrix.split(widths, dim=-1)
         return {
-            name: part.reshape(*lead, *shape)
+            name: part.reshape((*lead, *shape))
             for name, shape, part in zip(self.parameters, self.shapes, parts, strict=True)
         }
 

@@ -83,7 +83,7 @@ class Gradient(ABC):
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
         total = None
         for rows in self.chunks():
-            part = self.rotated(rows, left, right).square_().sum(0)
+            part = self.rotated(rows, left, right).square().sum(0)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -94,7 +94,7 @@ class Gradient(ABC):
         """sum_ij weight_ij (left^T D_n right)_ij^2 of each example: [batch]."""
         parts = []
         for rows in self.chunks():
-            squares = self.rotated(rows, left, right).square_()
+            squares = self.rotated(rows, left, right).square()
             squares = squares if weight is None else squares * weight
             parts.append(squares.flatten(1).sum(1))
         return torch.cat(parts)

@@ -26,6 +26,8 @@ class AttributionTask(ABC):
         layers: names of modules (or their prefixes) whose parameters count; None for all.
         separable: False when the losses of single examples are not known and ``train_loss``
             repeats the mean loss of the batch.
+        training_batch_size: examples per batch in training, where that is known; set before
+            :meth:`prepare`. A loss that *sums* over its batch needs it.
 
     Example:
         >>> class Logistic(AttributionTask):
@@ -40,6 +42,7 @@ class AttributionTask(ABC):
 
     layers: Sequence[str] | None = None
     separable: bool = True
+    training_batch_size: int | None = None
 
     @abstractmethod
     def train_loss(self, module: nn.Module, batch: Any) -> Tensor:

@@ -35,6 +35,10 @@ class TrainingStepTask(AttributionTask):
     A weighted mean (class weights, ignored targets) divides by a number that differs between
     batches. :meth:`prepare` fixes it at its batch's average for an example, so that an example's
     loss does not depend on the batch it comes in; before that, it is each batch's own.
+
+    A step that *sums* over its batch is found by :meth:`prepare` too: its gradient is that of a
+    mean over ``training_batch_size`` examples of as many times the loss, and the measurement of a
+    query is the loss itself.
     """
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
@@ -44,6 +48,7 @@ class TrainingStepTask(AttributionTask):
     def _reset(self) -> None:
         self.separable = True
         self._can_sample = True
+        self._summed = False
         self._masses: list[Tensor | None] = []
         self._training_step: list[str | None] = []
 
@@ -84,17 +89,34 @@ class TrainingStepTask(AttributionTask):
                 "did for the first one. Give a task whose train_loss holds for every batch."
             )
         if known and self.separable:
-            losses = torch.stack([item.per_example(size) for item in found]).sum(0) * size
+            losses = torch.stack([item.per_example(size) for item in found]).sum(0)
+            losses = losses * self._examples_per_mean(size)
         else:
             losses = total.reshape(()).expand(size)
         return losses if torch.is_grad_enabled() else losses.detach()
+
+    def measurement(self, module: nn.Module, batch: Any) -> Tensor:
+        losses = self.train_loss(module, batch)
+        return losses / self._examples_per_mean(1) if self._summed else losses
+
+    @property
+    def measures_loss(self) -> bool:
+        return not self._summed
+
+    def _examples_per_mean(self, size: int) -> int:
+        """What turns an example's part of a batch's loss into its loss as trained."""
+        if not self._summed:
+            return size
+        assert self.training_batch_size is not None
+        return self.training_batch_size
 
     def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
     def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
         _, found, _, size = self._run(module, batch)
-        return [replace(item, weights=item.weights * size) for item in found], size
+        factor = self._examples_per_mean(size)
+        return [replace(item, weights=item.weights * factor) for item in found], size
 
     def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
         _, found, _, size = self._run(module, batch)
@@ -108,6 +130,7 @@ class TrainingStepTask(AttributionTask):
             **super().settings(),
             "training_step": self._training_step,
             "mass_per_example": masses,
+            "summed_over": self.training_batch_size if self._summed else None,
         }
 
     def _run(
@@ -177,13 +200,29 @@ class TrainingStepTask(AttributionTask):
         together = losses[[0, -1]]
         precise = losses.dtype in (torch.float32, torch.float64)
         allowed = (1e-3 if precise else 3e-2) * float(losses.abs().mean())
-        if (together - alone).abs().max() > allowed:
+        if (together - alone).abs().max() <= allowed:
+            return
+        if (together - size * alone).abs().max() <= allowed:
+            self._sum_over_batch()
+        else:
             self._note(
                 f"The losses of the first and last example are {_short(together)} in their batch "
                 f"but {_short(alone)} alone: training_step mixes examples (a contrastive loss, "
                 "batch statistics) or flattens them with another axis leading. Scores then mean "
                 "little; give a task whose train_loss is each example's own."
             )
+
+    def _sum_over_batch(self) -> None:
+        if self.training_batch_size is None:
+            raise ValueError(
+                "training_step sums its loss over the batch, and how large the training batches "
+                "were is not recorded. Give a task, or set task.training_batch_size."
+            )
+        self._summed = True
+        self.notes.append(
+            f"training_step sums its loss over batches of {self.training_batch_size}: curvature "
+            "and gradients are those of that sum; a smaller last batch counts as a full one."
+        )
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

@@ -1,0 +1,149 @@
+"""The linear datamodeling score (Park et al. 2023, 2303.14186): do scores predict retraining?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+
+from tda_lightning.scores import Scores
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over queries with a bootstrap interval.
+
+    The interval is over queries only: other subsets, or another training run, would vary too.
+
+    Attributes:
+        value: mean of ``per_query``, queries that are NaN left out.
+        low: lower end of the interval.
+        high: upper end.
+        per_query: float64 [query]; NaN where the truth does not vary and so ranks nothing.
+    """
+
+    value: float
+    low: float
+    high: float
+    per_query: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def draw_subsets(num_train: int, fraction: float, count: int, seed: int = 0) -> Tensor:
+    """Random subsets of round(fraction x num_train) kept examples: bool [subset, train].
+
+    Example:
+        >>> draw_subsets(num_train=20, fraction=0.95, count=3).sum(1)
+        tensor([19, 19, 19])
+    """
+    size = round(fraction * num_train)
+    if not 0 < size < num_train:
+        raise ValueError(
+            f"A fraction of {fraction} keeps {size} of {num_train} examples; expected a fraction "
+            "that keeps some and leaves some out."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    subsets = torch.zeros(count, num_train, dtype=torch.bool)
+    for row in subsets:
+        row[torch.randperm(num_train, generator=generator)[:size]] = True
+    return subsets
+
+
+def linear_datamodeling_score(
+    scores: Scores | Tensor,
+    subsets: Tensor,
+    outcomes: Tensor,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    r"""How well sums of scores rank the models retrained on subsets.
+
+    .. math::
+        LDS = \frac1Q \sum_q \rho\Big(\sum_{n \in S_m} s_{qn},\; -m_q(S_m)\Big)_{m = 1 \dots M}
+
+    with :math:`\rho` Spearman's rank correlation over the subsets. A positive score is a
+    proponent's, and its presence lowers the measurement, hence the minus.
+
+    Args:
+        scores: [query, train].
+        subsets: which examples each subset keeps, bool [subset, train].
+        outcomes: measurements after retraining, [subset, query]; or [subset, seed, query], of
+            which the mean over seeds is taken.
+        confidence: of the bootstrap interval over queries.
+        resamples: bootstrap samples.
+        seed: of the bootstrap.
+
+    References:
+        | TRAK: Attributing Model Behavior at Scale (Park et al., 2023), Definition 2.3
+        | https://arxiv.org/abs/2303.14186
+
+    Example:
+        >>> scores = torch.tensor([[1.0, 2.0, 4.0], [1.0, 1.0, -1.0]])
+        >>> subsets = draw_subsets(num_train=3, fraction=0.67, count=8)
+        >>> str(linear_datamodeling_score(scores, subsets, -subsets.float() @ scores.T))
+        '1.000 [1.000, 1.000]'
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    if outcomes.dim() == 3:
+        outcomes = outcomes.double().mean(1)
+    queries, train = values.shape
+    if subsets.dtype != torch.bool or subsets.dim() != 2 or subsets.shape[1] != train:
+        raise ValueError(
+            f"subsets must be bool [subset, {train}], True for the examples kept, got "
+            f"{subsets.dtype} of shape {list(subsets.shape)}."
+        )
+    if outcomes.shape != (len(subsets), queries):
+        raise ValueError(
+            f"outcomes must have the shape [{len(subsets)} subsets, {queries} queries], got "
+            f"{list(outcomes.shape)}."
+        )
+    if len(subsets) < 3:
+        raise ValueError(f"A rank correlation needs at least 3 subsets, got {len(subsets)}.")
+    predicted = (subsets.double() @ values.double().cpu().T).T
+    found = rank_correlation(predicted, -outcomes.double().cpu().T)
+    return bootstrap(found, confidence, resamples, seed)
+
+
+def difference(first: Interval, second: Interval, seed: int = 0) -> Interval:
+    """``first`` minus ``second``, query by query: the interval that tells two estimators apart.
+
+    Both saw the same queries and subsets, so their own intervals overlap more than they should.
+    """
+    return bootstrap(first.per_query - second.per_query, seed=seed)
+
+
+def rank_correlation(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Spearman's correlation of each row, [row].
+
+    0 where the prediction is constant (it says nothing), NaN where the truth is (it asks nothing).
+    """
+    a, b = (_centred_ranks(part.numpy()) for part in (predicted, truth))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.where((a == 0).all(1), 0.0, (a * b).sum(1) / size)
+    return torch.from_numpy(np.where((b == 0).all(1), np.nan, found))
+
+
+def bootstrap(
+    per_query: Tensor, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The mean with its percentile bootstrap interval (Efron 1979)."""
+    known = per_query.double()
+    kept = known[~known.isnan()].numpy()
+    if not len(kept):
+        raise ValueError("The outcomes of every query are constant: there is nothing to rank.")
+    draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
+    low, high = np.quantile(kept[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(kept.mean()), float(low), float(high), known)
+
+
+def _centred_ranks(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    ranks = rankdata(rows, axis=1)
+    return np.asarray(ranks - ranks.mean(axis=1, keepdims=True))
