@@ -65,7 +65,9 @@ class ConcreteData(DataModule):
         train = train[choose(len(train), self.num_train, self.split_seed, "num_train")]
         self._rows = {"train": train, "query": query}
 
-        mean, std = train.mean(dim=0), train.std(dim=0)
+        # Through numpy, whose sums do not depend on the number of threads.
+        mean = torch.from_numpy(train.numpy().mean(axis=0))
+        std = torch.from_numpy(train.numpy().std(axis=0, ddof=1))
         # A column that never varies stays at 0 instead of becoming NaN.
         std = torch.where(std > 0, std, torch.ones_like(std))
         self._target_mean, self._target_std = float(mean[-1]), float(std[-1])
