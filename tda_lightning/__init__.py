@@ -1,8 +1,32 @@
 """Which training examples caused this, by how much, and when in training?"""
 
-from tda_lightning.attribution import AttributionModule
-from tda_lightning.callbacks import TrajectoryRecorder
-from tda_lightning.scores import Scores
-from tda_lightning.trajectory import Trajectory
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tda_lightning.attribution import AttributionModule
+    from tda_lightning.callbacks import TrajectoryRecorder
+    from tda_lightning.scores import Scores
+    from tda_lightning.trajectory import Trajectory
 
 __all__ = ["AttributionModule", "Scores", "Trajectory", "TrajectoryRecorder"]
+
+_HOMES = {
+    "AttributionModule": "tda_lightning.attribution",
+    "Scores": "tda_lightning.scores",
+    "Trajectory": "tda_lightning.trajectory",
+    "TrajectoryRecorder": "tda_lightning.callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: Lightning takes seconds, and `tda --help` should not.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

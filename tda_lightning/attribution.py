@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
@@ -68,6 +68,8 @@ class AttributionModule(LightningModule):
         self.trajectory.require_optimizer()
         self._plan = Plan([])
         self._running = -1
+        # A pass of few batches leaves some processes none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def attribute(
         self,
@@ -78,6 +80,7 @@ class AttributionModule(LightningModule):
         scores_path: str | None = None,
         self_influence: bool = True,
         overwrite: bool = False,
+        provenance: Mapping[str, Any] | None = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -90,6 +93,7 @@ class AttributionModule(LightningModule):
             scores_path: stream the scores to this HDF5 file instead of holding them in memory.
             self_influence: also score every training example for itself.
             overwrite: replace a file at ``scores_path``.
+            provenance: what the caller has to say of how the scores were made, added to ours.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -108,10 +112,9 @@ class AttributionModule(LightningModule):
             try:
                 plan = self.estimator.plan(context)
                 self._run(runner, context, plan, examples)
-                provenance = self._provenance(context, plan, runner)
-                provenance |= self._about_queries(context)
-                provenance["seconds"] = round(time.monotonic() - began, 3)
-                scores = sink.finish(provenance)
+                made = self._provenance(context, plan, runner) | self._about_queries(context)
+                made["seconds"] = round(time.monotonic() - began, 3)
+                scores = sink.finish({**made, **(provenance or {})})
             except BaseException:
                 sink.abort()
                 raise
@@ -127,10 +130,10 @@ class AttributionModule(LightningModule):
         """
         errors: dict[str, float] = {}
         with self._prepared():
-            sources = [ExampleSource.of(train, examples, "training")]
-            sources.append(ExampleSource.of(query, examples, "query"))
-            context = self._context(*sources, self_influence=False)
-            for source, loss in zip(sources, (context.train_loss, context.measurement), strict=True):
+            training = ExampleSource.of(train, examples, "training")
+            queries = ExampleSource.of(query, examples, "query")
+            context = self._context(training, queries, self_influence=False)
+            for source, loss in ((training, context.train_loss), (queries, context.measurement)):
                 batch, indices = self._first_batch(source, examples)
                 found = largest_errors(context.engine, loss, batch, indices)
                 for name, error in found.items():
@@ -143,10 +146,11 @@ class AttributionModule(LightningModule):
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         part, indices, position = batch
         self._start_through(dataloader_idx)
         self._plan.passes[dataloader_idx].accumulate(part, indices, position)
+        return indices  # Lightning warns of a step that returns nothing
 
     def on_predict_epoch_end(self) -> None:
         # A process may have had no batch of the last passes.
@@ -256,11 +260,16 @@ class AttributionModule(LightningModule):
         self, context: Context, path: str | None, overwrite: bool, trainer: Trainer
     ) -> ScoreSink:
         sizes = (context.num_query, context.num_train, self.estimator.segment_count(context))
-        if path is None or trainer.world_size > 1:
+        if path is None:
             return MemorySink(*sizes, dtype=context.dtype)
         # The one file format of scores lives with the other files.
         from tda_lightning.store.scores_file import ScoreFile
 
+        if trainer.world_size > 1:
+            if trainer.is_global_zero:
+                # Saved at the end by one process; whether it can be is known before the work.
+                ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite).abort()
+            return MemorySink(*sizes, dtype=context.dtype)
         return ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite)
 
     def _reduced(self, values: Tensor) -> Tensor:
@@ -309,7 +318,11 @@ class AttributionModule(LightningModule):
 
     def _provenance(self, context: Context, plan: Plan, trainer: Trainer) -> dict[str, Any]:
         estimator = self.estimator
-        options = asdict(estimator) if is_dataclass(estimator) else {}  # type: ignore[arg-type]
+        options: dict[str, Any] = (
+            asdict(estimator)
+            if is_dataclass(estimator) and not isinstance(estimator, type)
+            else {}
+        )
         notes = [*self.task.notes, *_notes(self.trajectory), *plan.notes]
         if generic := context.engine.generic:
             notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
@@ -351,7 +364,7 @@ class AttributionModule(LightningModule):
         return found if predictions is None else {**found, "predictions": predictions}
 
 
-class _PassProgress(RichProgressBar):
+class PassProgressBar(RichProgressBar):
     """Lightning's rich bar, saying which pass is under way."""
 
     def on_predict_batch_start(
@@ -379,7 +392,7 @@ def _default_trainer() -> Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         inference_mode=False,
-        callbacks=[_PassProgress()],
+        callbacks=[PassProgressBar()],
     )
 
 

@@ -425,7 +425,7 @@ def test_missing_indices_are_said(train: Any, reason: str, tmp_path: Path) -> No
 
 def test_a_step_that_the_gradient_scaler_skips_has_no_rate(tmp_path: Path) -> None:
     snapshots = Snapshots()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fit(tmp_path, callbacks=(snapshots,), plugins=[precision])
     steps = open_trajectory(tmp_path).steps

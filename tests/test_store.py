@@ -200,8 +200,6 @@ def test_a_killed_run_is_readable_up_to_its_last_checkpoint(
     class Killed(BaseException):
         """Stands for a signal that lets nothing more be written."""
 
-    total = 0
-
     def replace(source: Any, target: Any, *, alive: list[int]) -> None:
         if not alive[0]:
             raise Killed
@@ -321,7 +319,7 @@ def test_mutated_files_give_the_truth_or_our_error(recorded: Path, tmp_path: Pat
     truth = everything(open_trajectory(recorded))
     names = [p.relative_to(recorded) for p in sorted(recorded.rglob("*.h5"))]
     generator, refused = random.Random(0), 0
-    for number in range(120):
+    for number in range(48):
         name = names[number % len(names)]
         path = Path(shutil.copytree(recorded, tmp_path / "mutated"))
         content = bytearray((path / name).read_bytes())
@@ -337,7 +335,7 @@ def test_mutated_files_give_the_truth_or_our_error(recorded: Path, tmp_path: Pat
         except TrajectoryError:
             refused += 1
         shutil.rmtree(path)
-    assert refused > 60
+    assert refused > 20
 
 
 def test_links_out_of_a_file_are_not_followed(copy: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class TrajectoryRecorder(Callback):
             several training loaders, several processes, or when resuming.
 
     Example:
+        >>> from tda_lightning import TrajectoryRecorder
         >>> recorder = TrajectoryRecorder("runs/fashion", num_checkpoints=6)
         >>> Trainer(max_epochs=10, callbacks=[recorder]).fit(module, datamodule)  # doctest: +SKIP
     """

@@ -9,7 +9,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from tda_lightning.attribution import AttributionModule
+from tda_lightning.attribution import AttributionModule, PassProgressBar
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
 from tda_lightning.data import DataModule
@@ -93,7 +92,7 @@ def attribute(config: DictConfig) -> None:
     target = Path(config.scores or folder / "scores" / f"{_estimator_name()}.h5")
     trajectory = Trajectory.load(str(folder))
     recorded = load_config(folder)
-    if target.exists() and not config.overwrite:
+    if target.exists() and not config.overwrite:  # known before anything is loaded
         raise FileExistsError(
             f"{target} already holds scores, which are kept. Choose another file with "
             "scores=FILE, or replace it with overwrite=true."
@@ -112,21 +111,16 @@ def attribute(config: DictConfig) -> None:
         estimator=instantiate(config.estimator, _convert_="all"),
         task=task,
     )
-    streamed = target.with_name(f"{target.name}.stream") if config.stream else None
     scores = attribution.attribute(
         train=data.train_dataset,
         query=data.query_dataset,
         batch_size=config.batch_size,
-        trainer=_trainer(config.trainer, []),
-        scores_path=None if streamed is None else str(streamed),
+        trainer=_trainer(config.trainer, [], PassProgressBar),
+        scores_path=str(target),
         self_influence=config.self_influence,
-        overwrite=True,
+        overwrite=config.overwrite,
+        provenance=_provenance(config, _predictions(module, data, trajectory)),
     )
-    try:
-        _with_provenance(scores, config, data).save(target, overwrite=config.overwrite)
-    finally:
-        if streamed is not None:
-            streamed.unlink(missing_ok=True)
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
 
 
@@ -190,17 +184,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _with_provenance(scores: Scores, config: DictConfig, data: DataModule) -> Scores:
-    """The scores, saying as well which command and settings made them."""
-    said = scores.provenance.get("predictions")
-    provenance = {
-        **scores.provenance,
-        "command": command_line(),
-        "config": OmegaConf.to_container(config, resolve=True),
-        "versions": {**versions(), **scores.provenance.get("versions", {})},
-        "predictions": said and data.reword(said),
-    }
-    return replace(scores, provenance=provenance)
+def _provenance(config: DictConfig, predictions: list[str]) -> dict[str, Any]:
+    """Which command and settings make the scores, and what the model says of each query."""
+    made = {"command": command_line(), "config": OmegaConf.to_container(config, resolve=True)}
+    return {**made, "predictions": predictions} if predictions else made
+
+
+def _predictions(module: LightningModule, data: DataModule, trajectory: Trajectory) -> list[str]:
+    """What the trained model says of each query, in the words of the data module if it has any."""
+    if type(data).describe is DataModule.describe:
+        return []
+    last = trajectory.checkpoints[trajectory.last_step]
+    module.load_state_dict({**last.buffers, **last.parameters}, strict=False)
+    module.eval()
+    with torch.no_grad():
+        return data.describe(torch.cat([module(batch[0]) for batch in data.val_dataloader()]))
 
 
 def _output_folder(config: DictConfig) -> Path:
@@ -255,10 +253,14 @@ def _required(config: DictConfig, key: str, example: str) -> str:
     return str(config[key])
 
 
-def _trainer(node: DictConfig, callbacks: list[Callback]) -> Trainer:
+def _trainer(
+    node: DictConfig,
+    callbacks: list[Callback],
+    progress: type[RichProgressBar] = RichProgressBar,
+) -> Trainer:
     bar = node.get("enable_progress_bar", True) and sys.stderr.isatty()
     if bar:
-        callbacks = [*callbacks, RichProgressBar()]
+        callbacks = [*callbacks, progress()]
     given = instantiate(node.get("callbacks"), _convert_="all") or []
     make = instantiate(node, _partial_=True, _convert_="all")
     return make(callbacks=[*given, *callbacks], enable_progress_bar=bool(bar))
@@ -270,3 +272,4 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="predict returned None.*")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import CurvatureFit, check_kind, unit_matrices, units
+from tda_lightning.curvature import CurvatureFit, Spectrum, check_kind, unit_matrices, units
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
@@ -99,20 +99,23 @@ class _Run:
         self.relative_damping = 0.1 if given is None else given
         self.self_influence: Tensor | None = None
         self.responses: dict[str, Tensor] = {}
+        self._damped: dict[str, Spectrum] = {}
 
-    def inverse(self, name: str) -> Tensor:
-        """1 / (eigenvalue + weight decay + damping), [groups, rows, columns]."""
-        spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
-        damping: Any = self.options.damping
-        if damping is None:
-            damping = self.relative_damping * spectrum.eigenvalues.mean()
-        shifted = spectrum.eigenvalues + spectrum.project_diagonal(self.decay(name)) + damping
-        if not bool((shifted > 0).all()):
-            raise ValueError(
-                f"The curvature of {name} is singular and damping is 0: the inverse does not "
-                "exist. Give a positive damping."
-            )
-        return 1 / shifted
+    def damped(self, name: str) -> Spectrum:
+        """Curvature plus weight decay plus damping, on the device."""
+        if name not in self._damped:
+            spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
+            damping: Any = self.options.damping
+            if damping is None:
+                damping = self.relative_damping * spectrum.eigenvalues.mean()
+            damped = spectrum.shifted(self.decay(name) + damping)
+            if not bool((damped.eigenvalues > 0).all()):
+                raise ValueError(
+                    f"The curvature of {name} is singular and damping is 0: the inverse does not "
+                    "exist. Give a positive damping."
+                )
+            self._damped[name] = damped
+        return self._damped[name]
 
     def decay(self, name: str) -> Tensor:
         """Weight decay of every parameter at the last step."""
@@ -131,8 +134,8 @@ class _Run:
             queries = query_gradients(self.context, self.options.curvature, start, stop)
             self.responses = {}
             for name in list(queries):
-                spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
-                coordinates = spectrum.project(queries.pop(name)) * self.inverse(name)
+                spectrum = self.damped(name)
+                coordinates = spectrum.project(queries.pop(name)) / spectrum.eigenvalues
                 self.responses[name] = spectrum.lift(coordinates)
 
         return begin
@@ -158,8 +161,8 @@ class _Run:
                 self.context.num_train, dtype=self.context.dtype, device=self.context.device
             )
         for name, gradient in gradients.items():
-            spectrum = self.fit.spectra[name].to(self.context.device, self.context.dtype)
-            own = paired(measured[name], gradient, spectrum, self.inverse(name))
+            spectrum = self.damped(name)
+            own = paired(measured[name], gradient, spectrum, 1 / spectrum.eigenvalues)
             self.self_influence[examples] += own / self.context.num_train
 
     def finish(self) -> None:

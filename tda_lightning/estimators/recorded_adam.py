@@ -305,12 +305,6 @@ class RecordedAdamRun(SegmentedRun):
     def _settings(self, row: int) -> AdamSettings:
         steps, facts = self.context.trajectory.steps, self.context.trajectory.facts
         hyper = {name: values[row] for name, values in steps.hyperparameters.items()}
-        for name in ("beta1", "beta2", "eps"):
-            if not bool((hyper[name] == hyper[name][0]).all()):
-                raise UnsupportedTrainingError(
-                    f"The parameter groups have different {name} {hyper[name].tolist()}; "
-                    "order='recorded' needs one. Use order='average'."
-                )
         if not self._groups:
             self._groups = self._unit(
                 {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import CurvatureFit, Spectrum
+from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.geometry import Geometry, segment_geometry
 from tda_lightning.estimators.spectral import MomentumAdjoint, segment_decay, segment_response
 from tda_lightning.gradients import Gradient, scaled
@@ -58,6 +59,7 @@ class SegmentedRun:
 
     def __post_init__(self) -> None:
         options, context = self.options, self.context
+        self._require_one_recursion()
         self.segments = context.trajectory.segments(options.cuts())
         self.geometries: list[Geometry] = []
         self.fits: list[CurvatureFit] = []
@@ -89,8 +91,27 @@ class SegmentedRun:
 
     @property
     def follows_buffer(self) -> bool:
-        """Whether the adjoint of the momentum buffer is carried along."""
-        return self.options.order == "recorded" or self.options.momentum == "recursion"
+        """Whether the adjoint of SGD's momentum buffer is carried along."""
+        sgd = self.context.trajectory.require_optimizer() == "SGD"
+        return sgd and (self.options.order == "recorded" or self.options.momentum == "recursion")
+
+    def _require_one_recursion(self) -> None:
+        """Steps that are followed one by one must follow one recursion in all groups."""
+        keys: tuple[str, ...] = ()
+        if self.follows_buffer:
+            keys = ("momentum", "dampening", "nesterov")
+        elif self.options.order == "recorded":
+            keys = ("beta1", "beta2", "eps")
+        for key in keys:
+            values = self.context.trajectory.steps.hyperparameters[key]
+            differs = (values != values[:, :1]).any(1)
+            if bool(differs.any()):
+                found = values[int(differs.nonzero()[0])].tolist()
+                raise UnsupportedTrainingError(
+                    f"The parameter groups have different {key} {found}: following the "
+                    "optimizer step by step needs one. Use order='average' with "
+                    "momentum='effective_rate'."
+                )
 
     def transfers(self, number: int) -> dict[str, Transfer]:
         """What segment ``number`` does to the adjoints, by unit."""
@@ -120,16 +141,9 @@ class SegmentedRun:
         """
         steps = self.context.trajectory.steps
         hyper = steps.hyperparameters
-        momenta = hyper["momentum"][row]
-        if not bool((momenta == momenta[0]).all()):
-            raise ValueError(
-                f"The parameter groups have different momenta {momenta.tolist()}: following the "
-                "buffer step by step needs one. Use order='average' with "
-                "momentum='effective_rate'."
-            )
         rates = self.context.trajectory.applied_rates(self.segments[number].rows).sum(0)
         group = int(rates.argmax())
-        momentum = float(momenta[0])
+        momentum = float(hyper["momentum"][row, group])
         # torch.optim.SGD fills the buffer undamped at its first step, and uses dampening only
         # with momentum.
         damped = momentum > 0 and row > 0

@@ -1,24 +1,31 @@
 """Many retrainings at once: models stacked along a leading axis, run by ``torch.func.vmap``.
 
-The optimizers step element by element, so torch.optim itself moves the stacked parameters.
+The supported optimizers move element by element, so torch.optim itself moves the stacked weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.evaluation.replay import (
+    Replay,
+    State,
+    apply_settings,
+    borrowed,
+    make_optimizer,
+    no_randomness,
+    require_finite,
+    weighted_mean,
+)
 from tda_lightning.tasks import AttributionTask, example_noise, silenced
-
-if TYPE_CHECKING:
-    from tda_lightning.evaluation.retraining import Replay, State
 
 
 class _Losses(nn.Module):
-    """A module whose forward is the losses, so that ``functional_call`` can swap parameters."""
+    """A module whose forward is the losses, so that ``functional_call`` can swap its tensors."""
 
     def __init__(self, module: nn.Module, task: AttributionTask) -> None:
         super().__init__()
@@ -27,3 +34,51 @@ class _Losses(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.task.train_loss(self.module, batch)
+
+
+def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
+    """One run for every row of ``weights``, [runs, train], all in step."""
+    losses = _Losses(replay.module, replay.task)
+    trajectory, runs = replay.trajectory, len(weights)
+    stacked = {
+        name: tensor.to(replay.device).expand(runs, *tensor.shape).clone()
+        for name, tensor in replay.start().items()
+    }
+    trained = {name: stacked[name].requires_grad_() for name in trajectory.facts.parameters}
+    optimizer = make_optimizer(trajectory, trained)
+
+    def batch_loss(state: State, own: Tensor, batch: Any) -> Tensor:
+        named = {f"module.{name}": tensor for name, tensor in state.items()}
+        return weighted_mean(torch.func.functional_call(losses, named, (batch,)), own)
+
+    each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
+    with borrowed(replay.module), silenced(replay.module), torch.enable_grad():
+        replay.module.train(replay.training)
+        for row in range(trajectory.last_step):
+            apply_settings(trajectory, optimizer, row)
+            optimizer.zero_grad()
+            for batch, examples in replay.batches(row):
+                own = weights[:, examples].to(replay.device)
+                with example_noise(0, examples), no_randomness():
+                    found = each(stacked, own, batch)
+                (found.sum() / int(trajectory.steps.accumulation[row])).backward()
+            _clip(replay, trained)
+            optimizer.step()
+    for run in range(runs):
+        state = {name: tensor[run].detach().clone() for name, tensor in stacked.items()}
+        require_finite(state)
+        yield state
+
+
+def _clip(replay: Replay, trained: State) -> None:
+    """Clip each run's gradient by its own norm, as ``torch.nn.utils`` does for one."""
+    gradients = [tensor.grad for tensor in trained.values() if tensor.grad is not None]
+    if not replay.clip or not gradients:
+        return
+    if replay.clip_by_value:
+        torch.nn.utils.clip_grad_value_(list(trained.values()), replay.clip)
+        return
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factors = (replay.clip / (norms + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))

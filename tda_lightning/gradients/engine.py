@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tda_lightning.errors import EngineError, NonFiniteError
 from tda_lightning.gradients.assemble import assemble, plan_blocks
@@ -32,9 +33,10 @@ class GradientEngine:
     """Per-example gradients of a loss with respect to the trained parameters.
 
     The first batch decides how each parameter is differentiated, and checks it: which axis of
-    every layer's output holds the examples is observed, and the sum over the examples must equal
-    plain autograd's gradient for every parameter, or it is differentiated through ``torch.func``
-    instead; if that does not agree either, an error names the parameter.
+    every layer's output holds the examples is observed, the sum over the examples must equal plain
+    autograd's gradient for every parameter, and the batch in reverse must give the same gradients
+    in reverse. A parameter that fails is differentiated through ``torch.func`` instead; if that
+    does not agree either, an error names it.
 
     Args:
         module: in eval mode; its weights may be exchanged between calls.
@@ -47,7 +49,8 @@ class GradientEngine:
         self.names = tuple(name for name in parameters)
         self._trained = {id(named[name]): name for name in self.names}
         self._shapes = {name: tuple(named[name].shape) for name in self.names}
-        self._layouts: dict[tuple[str, str, str, int], Layout] = {}
+        self._layouts: dict[tuple[str, str, str, int], set[Layout]] = {}
+        self._separable = True
         self._generic: list[str] = []
         self._blocks: list[Block] = []
 
@@ -81,28 +84,33 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
+        self._separable = separable
         plain = self.plain_gradient(loss, batch, examples)
         uses, mode, losses = self._forward(lambda *a: [loss(*a)], batch, examples)
-        count = len(examples)
-        broken = self._resolve(uses, next(losses), count, separable)
-        self._generic = [n for n in self.names if n in mode.generic | broken]
-        self._blocks = plan_blocks(self._shapes, self._native(uses))
-        errors = self._sum_errors(loss, batch, examples, plain)
-        wrong = [name for name, error in errors.items() if error > self._tolerance()]
+        broken = self._resolve(uses, next(losses), len(examples))
+        self._plan(uses, mode.generic | broken)
+        sums, errors = self._first_errors(loss, batch, examples, plain)
+        wrong = {name for name, error in errors.items() if error > self._tolerance()}
         if wrong:
-            self._generic = [n for n in self.names if n in {*self._generic, *wrong}]
-            self._blocks = plan_blocks(self._shapes, self._native(uses))
-            errors = self._sum_errors(loss, batch, examples, plain)
+            self._plan(uses, {*self._generic, *wrong})
+            sums, errors = self._first_errors(loss, batch, examples, plain)
         for name, error in errors.items():
             if error > self._tolerance():
+                what = "sum to the gradient of the batch"
+                if sums[name] <= self._tolerance():
+                    what = "stay the same when the batch is reversed"
                 raise EngineError(
-                    f"Parameter {name}: the per-example gradients do not sum to the gradient of "
-                    f"the batch (relative difference {error:.1e}). Examples of a batch influence "
-                    "one another (batch statistics, a contrastive loss), so there is no gradient "
-                    "of a single example. Restrict attribution to other layers (task.layers) or "
-                    "write a task whose losses are separate."
+                    f"Parameter {name}: the per-example gradients do not {what} (relative "
+                    f"difference {error:.1e}). Examples of a batch influence one another (batch "
+                    "statistics, a contrastive loss), so there is no gradient of a single "
+                    "example. Restrict attribution to other layers (task.layers) or write a task "
+                    "whose losses are separate."
                 )
-        return errors
+        return sums
+
+    def _plan(self, uses: list[Use], generic: set[str]) -> None:
+        self._generic = [name for name in self.names if name in generic]
+        self._blocks = plan_blocks(self._shapes, self._native(uses))
 
     def gradients(self, loss: Loss, batch: Any, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of ``loss`` for every block."""
@@ -121,8 +129,13 @@ class GradientEngine:
                     "batch did not show. Give a first batch that uses every layer as the others "
                     "do, or leave the layer out (task.layers)."
                 )
-            if number == 0:
-                self._resolve(uses, loss, count, separable=True)
+            if number == 0 and (broken := self._resolve(uses, loss, count) - set(self._generic)):
+                raise EngineError(
+                    f"Parameter {sorted(broken)[0]}: its layer's output in this batch of {count} "
+                    "examples is not laid out by example as in the first batch, so single "
+                    "examples cannot be told apart. Leave the layer out (task.layers), or let it "
+                    "see every example of a batch."
+                )
             generic = functional_gradients(
                 self.module, self._generic, self._nth(losses, number), batch, examples
             )
@@ -160,35 +173,55 @@ class GradientEngine:
                 total = loss.sum()
             torch.autograd.grad(total, self._dummy, retain_graph=retain, allow_unused=True)
 
-    def _resolve(self, uses: list[Use], loss: Tensor, count: int, separable: bool) -> set[str]:
-        """Find the layout of every use that has none; names of parameters without one."""
-        open_uses: dict[int, list[Layout]] = {}
+    def _resolve(self, uses: list[Use], loss: Tensor, count: int) -> set[str]:
+        """Find the layout of every use; names of the parameters of uses that have none."""
+        choices: dict[int, list[Layout]] = {}
         for position, use in enumerate(uses):
-            use.layout = self._layouts.get(use.key) if count > 1 else None
-            if use.layout is None:
-                open_uses[position] = candidates(use.output_shape, count, use.channel_axes)
-        if count > 1 and separable and open_uses:
-            # Two probes: the last example, and the first where that leaves a choice.
-            for example in (count - 1, 0):
-                self._backward(loss[example], uses, retain=True)
-                for position, choices in open_uses.items():
-                    gradient = uses[position].gradient
-                    if gradient is not None:
-                        open_uses[position] = [
-                            choice
-                            for choice in choices
-                            if consistent(choice, gradient, example, count)
-                        ]
+            admissible = candidates(use.output_shape, count, use.channel_axes)
+            seen = self._layouts.get(use.key, set()) if count > 1 else set()
+            known = [layout for layout in admissible if layout in seen]
+            if len(known) == 1:
+                use.layout = known[0]
+            else:
+                choices[position] = admissible
+        if count > 1 and self._separable and choices:
+            self._observe(uses, choices, loss, count)
         broken: set[str] = set()
-        for position, choices in open_uses.items():
+        for position, layouts in choices.items():
             use = uses[position]
-            if choices:
-                use.layout = choices[0]
-                if count > 1:
-                    self._layouts[use.key] = choices[0]
+            if layouts:
+                # Where several are left, all give the same gradients for this batch.
+                use.layout = layouts[0]
+                if count > 1 and (len(layouts) == 1 or not self._separable):
+                    self._layouts.setdefault(use.key, set()).add(layouts[0])
             else:
                 broken |= {ref.name for ref in (use.weight, use.bias) if ref is not None}
         return broken
+
+    def _observe(
+        self, uses: list[Use], choices: dict[int, list[Layout]], loss: Tensor, count: int
+    ) -> None:
+        """Strike out the layouts that single examples' gradients contradict.
+
+        Two examples with a gradient decide, unless they leave a choice.
+        """
+        self._backward(loss, uses, retain=True)
+        probed = {p: 0 for p in choices if _is_nonzero(uses[p].gradient)}
+        for example in (count - 1, *range(count - 1)):
+            undecided = [p for p, n in probed.items() if n < 2 or len(choices[p]) > 1]
+            if not undecided:
+                return
+            self._backward(loss[example], uses, retain=True)
+            for position in undecided:
+                gradient = uses[position].gradient
+                if gradient is None or not _is_nonzero(gradient):
+                    continue
+                probed[position] += 1
+                choices[position] = [
+                    layout
+                    for layout in choices[position]
+                    if consistent(layout, gradient, example, count)
+                ]
 
     def _native(self, uses: list[Use]) -> list[Use]:
         """Uses of parameters that are not differentiated through torch.func."""
@@ -236,22 +269,33 @@ class GradientEngine:
             gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
         return dict(zip(self.names, gradients, strict=True))
 
-    def _sum_errors(
+    def _first_errors(
         self, loss: Loss, batch: Any, examples: Tensor, plain: dict[str, Tensor]
-    ) -> dict[str, float]:
-        """|sum of per-example gradients - batch gradient| relative to the examples' norms."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """By parameter: |sum of per-example gradients - batch gradient| relative to the examples'
+        norms; and the larger of that and the relative change of any norm when the batch is
+        reversed."""
         found = self.gradients(loss, batch, examples).blocks
-        errors = {}
+        turned = _reversed(batch, len(examples))
+        again = None if turned is None else self.gradients(loss, turned, examples.flip(0)).blocks
+        sums, worst = {}, {}
         for block in self.blocks:
             gradient = found[block.name]
             total = block.tensors(gradient.mean() * gradient.batch)
+            squares = gradient.weighted_squares(None, None, None)
+            largest = squares.max()
+            order = 0.0
+            if again is not None and largest > 0:
+                others = again[block.name].weighted_squares(None, None, None).flip(0)
+                order = float((squares - others).abs().max() / largest)
             # Sums of gradients that cancel are compared with the size of what cancels.
-            spread = (gradient.weighted_squares(None, None, None).sum() * gradient.batch).sqrt()
+            spread = (squares.sum() * gradient.batch).sqrt()
             for name in block.parameters:
                 difference = (total[name] - plain[name]).norm()
                 scale = torch.maximum(plain[name].norm(), spread)
-                errors[name] = float(difference / scale) if scale > 0 else 0.0
-        return errors
+                sums[name] = float(difference / scale) if scale > 0 else 0.0
+                worst[name] = max(sums[name], order)
+        return sums, worst
 
     def _tolerance(self) -> float:
         """Far above rounding, far below what a lost or doubled term makes."""
@@ -269,6 +313,18 @@ def _check_losses(losses: Tensor, count: int, examples: Tensor) -> None:
     if bad.any():
         position = int(bad.nonzero()[0])
         raise NonFiniteError(
-            f"The loss of example {int(examples[position])} is {float(losses[position])}. "
+            f"The loss of example {int(examples[position])} is {float(losses[position].detach())}. "
             "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )
+
+
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+def _reversed(batch: Any, count: int) -> Any:
+    """The batch with its examples in reverse; None where it is not all tensors, example first."""
+    leaves, structure = pytree.tree_flatten(batch)
+    if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves):
+        return None
+    return pytree.tree_unflatten([leaf.flip(0) for leaf in leaves], structure)

@@ -58,6 +58,16 @@ class Gradient(ABC):
         """left^T D_n right: coordinates in an eigenbasis, [chunk, groups, rows, columns]."""
         return matmul_sides(left, self.dense(rows), right)
 
+    def in_basis(self, left: Tensor | None, right: Tensor | None) -> Gradient:
+        """The gradients in the coordinates of an eigenbasis: left^T D_n right."""
+        return Dense(torch.cat([self.rotated(rows, left, right) for rows in self.chunks()]))
+
+    @property
+    def rotation_cost(self) -> int:
+        """Multiplications that :meth:`in_basis` takes for one example."""
+        _, groups, rows, columns = self.shape
+        return groups * rows * columns * (rows + columns)
+
     def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments of the two sides, summed over examples: (rows, columns, count).
 
@@ -71,10 +81,8 @@ class Gradient(ABC):
         right: Tensor | float = 0.0
         for rows in self.chunks():
             dense = self.dense(rows)
-            flat_rows = dense.permute(1, 2, 0, 3).flatten(2)  # [groups, rows, chunk * columns]
-            flat_columns = dense.permute(1, 3, 0, 2).flatten(2)
-            left = left + _second_moment(flat_rows.transpose(1, 2), full[0])
-            right = right + _second_moment(flat_columns.transpose(1, 2), full[1])
+            left = left + _second_moment(dense.transpose(2, 3), full[0])
+            right = right + _second_moment(dense, full[1])
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
         trace = right.diagonal(dim1=1, dim2=2).sum(-1) if full[1] else right.sum(-1)
         return left, right, trace
@@ -111,8 +119,17 @@ class Gradient(ABC):
 
 
 def _second_moment(samples: Tensor, full: bool) -> Tensor:
-    """Sum of outer products of samples [groups, count, width], or only its diagonal."""
-    return samples.transpose(1, 2) @ samples if full else samples.square().sum(1)
+    """Sum of outer products of samples [chunk, groups, positions, width], by group, or only its
+    diagonal."""
+    if not full:
+        return samples.square().sum((0, 2))
+    # Copies, where needed at all, that run along the memory: transposing ones cost more than the
+    # product.
+    if samples.stride(3) == 1:
+        flat = samples.transpose(0, 1).flatten(1, 2)
+        return flat.transpose(1, 2) @ flat
+    flat = samples.permute(1, 3, 0, 2).flatten(2)
+    return flat @ flat.transpose(1, 2)
 
 
 class Dense(Gradient):
@@ -148,31 +165,46 @@ class Outer(Gradient):
         return self.outputs[rows].transpose(-1, -2) @ self.inputs(rows)
 
     def rotated(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+        # Each side before or after the sum over positions, whichever is cheaper.
         _, _, height, width = self.shape
-        first = self.positions * (height**2 + width**2)
-        after = height**2 * width + height * width**2
-        if first >= after:
-            return super().rotated(rows, left, right)
-        outputs, inputs = self._rotated_factors(rows, left, right)
-        return outputs.transpose(-1, -2) @ inputs
-
-    def _rotated_factors(
-        self, rows: slice, left: Tensor | None, right: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
         outputs, inputs = self.outputs[rows], self.inputs(rows)
-        return (
-            outputs if left is None else outputs @ left,
-            inputs if right is None else inputs @ right,
-        )
+        if left is not None and self.positions < width:
+            outputs, left = outputs @ left, None
+        if right is not None and self.positions < height:
+            inputs, right = inputs @ right, None
+        return matmul_sides(left, outputs.transpose(-1, -2) @ inputs, right)
+
+    def in_basis(self, left: Tensor | None, right: Tensor | None) -> Outer:
+        outputs = self.outputs if left is None else self.outputs @ left
+        if right is None:
+            return Outer(self.inputs, outputs, self.shape[3])
+        return Outer(lambda rows: self.inputs(rows) @ right, outputs, self.shape[3])
+
+    @property
+    def rotation_cost(self) -> int:
+        _, groups, rows, columns = self.shape
+        return groups * self.positions * (rows**2 + columns**2)
+
+    def dot(self, queries: Tensor) -> Tensor:
+        count, groups, height, width = queries.shape
+        if self.positions > 1 or count >= width:
+            return super().dot(queries)
+        # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
+        flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)  # [groups, columns, query * rows]
+        parts = []
+        for rows in self.chunks(count * groups * height):
+            inputs = self.inputs(rows).squeeze(2).transpose(0, 1)
+            outputs = self.outputs[rows].squeeze(2).transpose(0, 1)
+            products = (inputs @ flat).unflatten(2, (count, height)) @ outputs.unsqueeze(3)
+            parts.append(products.squeeze(3).sum(0).T)
+        return torch.cat(parts, dim=1)
 
     def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         left: Tensor | float = 0.0
         right: Tensor | float = 0.0
         for rows in self.chunks(self.shape[1] * self.positions * (self.shape[2] + self.shape[3])):
-            outputs = self.outputs[rows].transpose(0, 1).flatten(1, 2)
-            inputs = self.inputs(rows).transpose(0, 1).flatten(1, 2)
-            left = left + _second_moment(outputs, full[0])
-            right = right + _second_moment(inputs, full[1])
+            left = left + _second_moment(self.outputs[rows], full[0])
+            right = right + _second_moment(self.inputs(rows), full[1])
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
         return left, right, left.new_full((self.shape[1],), self.batch * self.positions)
 
@@ -180,19 +212,24 @@ class Outer(Gradient):
         if self.positions > 1:
             return super().sum_of_squares(left, right)
         # One position: the squared outer product is the outer product of the squares.
-        outputs, inputs = self._rotated_factors(slice(None), left, right)
-        return torch.einsum("bgo,bgi->goi", outputs.squeeze(2) ** 2, inputs.squeeze(2) ** 2)
+        outputs, inputs = self._squared_factors(left, right)
+        return torch.einsum("bgo,bgi->goi", outputs, inputs)
 
     def weighted_squares(
         self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         if self.positions > 1:
             return super().weighted_squares(left, right, weight)
-        outputs, inputs = self._rotated_factors(slice(None), left, right)
-        outputs, inputs = outputs.squeeze(2) ** 2, inputs.squeeze(2) ** 2
+        outputs, inputs = self._squared_factors(left, right)
         if weight is None:
             return (outputs.sum(-1) * inputs.sum(-1)).sum(1)
         return torch.einsum("bgo,goi,bgi->b", outputs, weight, inputs)
+
+    def _squared_factors(
+        self, left: Tensor | None, right: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        turned = self.in_basis(left, right)
+        return turned.outputs.squeeze(2) ** 2, turned.inputs(slice(None)).squeeze(2) ** 2
 
     def gram(self, queries: Outer) -> Tensor:
         """Inner products with factored queries through products of Gram matrices: [query, batch].
@@ -243,7 +280,7 @@ class Rows(Gradient):
         counts = values.new_zeros(self.shape[2]).index_add_(
             0, self.index, values.new_ones(len(self.index))
         )
-        return counts[None], _second_moment(values[None], full[1]), counts.sum()[None]
+        return counts[None], _second_moment(values[:, None, None], full[1]), counts.sum()[None]
 
     def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         if left is not None:

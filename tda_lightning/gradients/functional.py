@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tda_lightning.errors import EngineError
 from tda_lightning.gradients.capture import Capture
 
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -76,7 +77,15 @@ def functional_gradients(
                 f"time, which is slow: torch.func.vmap cannot take this model ({error}).",
                 stacklevel=2,
             )
-            gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
+            try:
+                gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
+            except Exception as alone:
+                raise EngineError(
+                    f"Parameter {names[0]}: the loss of a batch of one example cannot be computed "
+                    f"({alone}). Examples of a batch influence one another (batch statistics, a "
+                    "contrastive loss), or the model needs several. Restrict attribution to other "
+                    "layers (task.layers) or write a task whose losses are separate."
+                ) from alone
     return {name: gradients[f"module.{name}"].detach() for name in names}
 
 

@@ -1,0 +1,170 @@
+"""Every contraction of every factored form against the same on dense gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tda_lightning.gradients import Dense, Gradient, Outer, forms, scaled
+from tda_lightning.gradients.forms import Rows, Scaled, Sum
+
+BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
+
+
+def outer(positions: int, groups: int = GROUPS, height: int = HEIGHT, seed: int = 0) -> Outer:
+    torch.manual_seed(seed)
+    inputs = torch.randn(BATCH, groups, positions, WIDTH).double()
+    outputs = torch.randn(BATCH, groups, positions, height).double()
+    return Outer(inputs.__getitem__, outputs, WIDTH)
+
+
+def touched_rows() -> Rows:
+    """Example 3 touches nothing; some rows are touched twice by one example."""
+    torch.manual_seed(1)
+    example, index = torch.tensor([0, 0, 0, 1, 2, 4, 4]), torch.tensor([2, 0, 2, 1, 1, 0, 2])
+    return Rows(example, index, torch.randn(7, WIDTH).double(), BATCH, HEIGHT)
+
+
+def dense(groups: int = GROUPS) -> Dense:
+    torch.manual_seed(2)
+    return Dense(torch.randn(BATCH, groups, HEIGHT, WIDTH).double())
+
+
+def scale(groups: int = GROUPS) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.rand(groups, HEIGHT, WIDTH).double() + 0.1
+
+
+FORMS = {
+    "dense": dense,
+    "dense expanded": lambda: Dense(torch.ones(()).double().expand(BATCH, GROUPS, HEIGHT, WIDTH)),
+    "outer": lambda: outer(1),
+    "outer, two positions": lambda: outer(2),
+    "outer, many positions": lambda: outer(9),
+    "rows": touched_rows,
+    "sum": lambda: Sum([touched_rows(), outer(2, groups=1), dense(1)]),
+    "scaled dense": lambda: scaled(dense(), scale()),
+    "scaled outer": lambda: scaled(outer(2), scale()),
+    "outer scaled evenly": lambda: scaled(outer(2), torch.full((GROUPS, HEIGHT, WIDTH), 0.3)),
+    "scaled rows": lambda: scaled(touched_rows(), scale(1)),
+    "scaled sum": lambda: scaled(Sum([touched_rows(), dense(1)]), scale(1)),
+    "unscaled": lambda: scaled(outer(1), None),
+}
+SIDES = ["none", "left", "right", "both"]
+
+
+def bases(gradient: Gradient, sides: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    torch.manual_seed(4)
+    groups = gradient.shape[1]
+    left = torch.linalg.qr(torch.randn(groups, HEIGHT, HEIGHT).double())[0]
+    right = torch.linalg.qr(torch.randn(groups, WIDTH, WIDTH).double())[0]
+    return (
+        left if sides in ("left", "both") else None,
+        right if sides in ("right", "both") else None,
+    )
+
+
+def turned(values: torch.Tensor, left, right) -> torch.Tensor:
+    """left^T D right by einsum."""
+    if left is not None:
+        values = torch.einsum("gik,bgij->bgkj", left, values)
+    return values if right is None else torch.einsum("bgij,gjk->bgik", values, right)
+
+
+@pytest.fixture(params=["whole", "one example at a time"])
+def chunking(request, monkeypatch) -> None:
+    if request.param != "whole":
+        monkeypatch.setattr(forms, "CHUNK_SCALARS", 1)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("name", FORMS)
+def test_contractions(name) -> None:
+    gradient = FORMS[name]()
+    values = gradient.dense(slice(None)).clone()
+    assert gradient.shape == tuple(values.shape) == (BATCH, *gradient.shape[1:])
+    assert gradient.batch == BATCH
+    torch.testing.assert_close(gradient.dense(slice(1, 4)), values[1:4])
+    torch.testing.assert_close(gradient.mean(), values.mean(0))
+    queries = torch.randn(3, *values.shape[1:]).double()
+    expected = torch.einsum("qgij,bgij->qb", queries, values)
+    torch.testing.assert_close(gradient.dot(queries), expected)
+    # Nothing that was asked has changed the gradients.
+    torch.testing.assert_close(gradient.dense(slice(None)), values, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("name", FORMS)
+def test_squares_and_coordinates(name, sides) -> None:
+    gradient = FORMS[name]()
+    values = gradient.dense(slice(None)).clone()
+    left, right = bases(gradient, sides)
+    expected = turned(values, left, right)
+    weight = torch.rand(values.shape[1:]).double()
+    torch.testing.assert_close(gradient.rotated(slice(2, 5), left, right), expected[2:5])
+    torch.testing.assert_close(gradient.sum_of_squares(left, right), expected.square().sum(0))
+    for factor, value in ((weight, weight), (None, torch.ones(()).double())):
+        torch.testing.assert_close(
+            gradient.weighted_squares(left, right, factor),
+            (expected.square() * value).flatten(1).sum(1),
+        )
+    torch.testing.assert_close(gradient.dense(slice(None)), values, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("full", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("name", FORMS)
+def test_covariances(name, full) -> None:
+    """Factored: sums over positions of b b^T and a a^T; else D D^T and D^T D."""
+    gradient = FORMS[name]()
+    values = gradient.dense(slice(None))
+    left, right, count = gradient.covariances(full)
+    if isinstance(gradient, Outer):
+        outputs, inputs = gradient.outputs, gradient.inputs(slice(None))
+        rows = torch.einsum("bgti,bgtj->gij", outputs, outputs)
+        columns = torch.einsum("bgti,bgtj->gij", inputs, inputs)
+        total = torch.full((gradient.shape[1],), BATCH * gradient.positions).double()
+    elif isinstance(gradient, Rows):
+        # A token is a one-hot input: its covariance is diagonal, the number of its uses.
+        used = torch.zeros(HEIGHT).double().index_add_(
+            0, gradient.index, torch.ones(len(gradient.index)).double()
+        )
+        rows, total = torch.diag(used)[None], used.sum()[None]
+        columns = (gradient.values.T @ gradient.values)[None]
+    else:
+        rows = torch.einsum("bgij,bgkj->gik", values, values)
+        columns = torch.einsum("bgij,bgik->gjk", values, values)
+        total = values.square().sum((0, 2, 3))
+    torch.testing.assert_close(count, total)
+    for found, expected, whole in ((left, rows, full[0]), (right, columns, full[1])):
+        if found.dim() == 2:
+            assert not whole or isinstance(gradient, Rows)
+            expected = expected.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("positions", [1, 3])
+def test_products_of_gram_matrices(positions) -> None:
+    gradient, queries = outer(positions), outer(2, seed=7)
+    expected = torch.einsum(
+        "qgij,bgij->qb", queries.dense(slice(None)), gradient.dense(slice(None))
+    )
+    torch.testing.assert_close(gradient.gram(queries), expected)
+
+
+def test_gram_is_chosen_where_gradients_are_large_beside_their_factors() -> None:
+    wide = Outer(torch.zeros(2, 1, 1, 100).__getitem__, torch.zeros(2, 1, 1, 100), 100)
+    assert wide.gram_is_cheaper(wide)
+    assert not outer(9).gram_is_cheaper(outer(9))
+
+
+def test_forms_stay_factored_where_the_scale_allows_it() -> None:
+    assert isinstance(scaled(outer(2), torch.full((GROUPS, HEIGHT, WIDTH), 0.3)), Outer)
+    assert isinstance(scaled(touched_rows(), scale(1)), Rows)
+    assert isinstance(scaled(outer(2), scale()), Scaled)
+    expected = touched_rows().dense(slice(None)) * scale(1)
+    torch.testing.assert_close(scaled(touched_rows(), scale(1)).dense(slice(None)), expected)
+    expected = outer(2).dense(slice(None)) * scale()
+    torch.testing.assert_close(scaled(outer(2), scale()).dense(slice(None)), expected)
