@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,14 +18,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.loading import ExampleSource, PassLoader
+from tda_lightning.matching import (
+    attributed_parameters,
+    require_same_data,
+    require_same_parameters,
+)
 from tda_lightning.passes import Context, Plan
+from tda_lightning.provenance import fisher_of, notes_on, package_versions
 from tda_lightning.scores import MemorySink, Scores, ScoreSink
-from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
 
@@ -64,7 +67,7 @@ class AttributionModule(LightningModule):
         )
         self.estimator = estimator
         self.task = as_task(task)
-        _require_same_parameters(module, self.trajectory)
+        require_same_parameters(module, self.trajectory)
         self.trajectory.require_optimizer()
         self._plan = Plan([])
         self._running = -1
@@ -103,8 +106,13 @@ class AttributionModule(LightningModule):
         began = time.monotonic()
         examples = ExampleSource.of(train, batch_size, "training")
         queries = ExampleSource.of(query, batch_size, "query")
-        self._require_same_data(examples.dataset)
+        require_same_data(self.trajectory, examples.dataset)
         runner = trainer or _default_trainer()
+        if len(examples) < runner.world_size:
+            raise ValueError(
+                f"{len(examples)} training examples cannot be shared by {runner.world_size} "
+                "processes: give a trainer with fewer devices."
+            )
         with self._prepared():
             context = self._context(examples, queries, self_influence)
             # The sink needs the number of segments, and the plan only names the sink later.
@@ -169,7 +177,9 @@ class AttributionModule(LightningModule):
                 if one.begin is not None:
                     one.begin()
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         part, indices, position = batch
         return self._placed(part, device), indices.to(device), position
 
@@ -188,6 +198,8 @@ class AttributionModule(LightningModule):
         loaders = [PassLoader(examples, one.order) for one in plan.passes]
         with _gradients_in_predict(trainer):
             trainer.predict(self, loaders, return_predictions=False)  # type: ignore[arg-type]
+        # Lightning's loop has no end for a process without any batch.
+        self._start_through(len(plan.passes))
         if trainer.world_size > 1 and isinstance(context.sink, MemorySink):
             for matrix in (context.sink.values, context.sink.by_segment):
                 if matrix is not None:
@@ -197,8 +209,6 @@ class AttributionModule(LightningModule):
         """What pass ``number`` does, for the progress bar."""
         passes = self._plan.passes
         return f"{passes[number].title} ({number + 1}/{len(passes)})"
-
-    # Preparation
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -220,7 +230,7 @@ class AttributionModule(LightningModule):
     def _context(
         self, examples: ExampleSource, queries: ExampleSource, self_influence: bool
     ) -> Context:
-        engine = GradientEngine(self.module, _attributed(self.trajectory, self.task))
+        engine = GradientEngine(self.module, attributed_parameters(self.trajectory, self.task))
         batch, indices = self._first_batch(examples, _FIRST)
         context = Context(
             module=self.module,
@@ -244,8 +254,7 @@ class AttributionModule(LightningModule):
         return context
 
     def _first_batch(self, source: ExampleSource, count: int) -> tuple[Any, Tensor]:
-        loader = source.loader([range(min(count, len(source)))])
-        batch, indices = next(iter(loader))
+        batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
         device = next(self.module.parameters()).device
         return self._placed(batch, device), indices.to(device)
 
@@ -280,19 +289,7 @@ class AttributionModule(LightningModule):
         torch.distributed.all_reduce(total)
         return total
 
-    def _require_same_data(self, dataset: Any) -> None:
-        recorded = self.trajectory.facts
-        if recorded.num_examples is not None and len(dataset) != recorded.num_examples:
-            raise TrajectoryMismatchError(
-                f"The training set is not the recorded one: expected {recorded.num_examples} "
-                f"examples, got {len(dataset)}. Pass the training set of the recorded run, in its "
-                "order."
-            )
-        compare_fingerprints(recorded.fingerprint, dataset)
-
-    def _alike(
-        self, context: Context, steps: Sequence[int], batch: Any, indices: Tensor
-    ) -> str:
+    def _alike(self, context: Context, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
         """Digest of weights, data, task and code, as far as it can be seen.
 
         Code is seen by what it computes: the losses of the first examples at each checkpoint.
@@ -314,16 +311,12 @@ class AttributionModule(LightningModule):
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    # Provenance
-
     def _provenance(self, context: Context, plan: Plan, trainer: Trainer) -> dict[str, Any]:
         estimator = self.estimator
         options: dict[str, Any] = (
-            asdict(estimator)
-            if is_dataclass(estimator) and not isinstance(estimator, type)
-            else {}
+            asdict(estimator) if is_dataclass(estimator) and not isinstance(estimator, type) else {}
         )
-        notes = [*self.task.notes, *_notes(self.trajectory), *plan.notes]
+        notes = [*self.task.notes, *notes_on(self.trajectory), *plan.notes]
         if generic := context.engine.generic:
             notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
         curvature = options.get("curvature")
@@ -331,7 +324,7 @@ class AttributionModule(LightningModule):
             "estimator": type(estimator).__name__,
             "settings": options,
             "curvature": curvature,
-            "fisher": _fisher(curvature, self.task),
+            "fisher": fisher_of(curvature, self.task),
             "task": self.task.settings(),
             "trajectory": self.trajectory.path or "in memory",
             "model": type(self.module).__name__,
@@ -341,7 +334,7 @@ class AttributionModule(LightningModule):
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
             "device": str(trainer.strategy.root_device),
-            "versions": _versions(),
+            "versions": package_versions(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "notes": notes,
             **plan.provenance,
@@ -357,9 +350,7 @@ class AttributionModule(LightningModule):
                 measurements += context.measurement(self.module, batch, indices).tolist()
                 with example_noise(0, indices):
                     words = self.task.prediction(self.module, batch)
-                predictions = (
-                    None if words is None or predictions is None else predictions + words
-                )
+                predictions = None if words is None or predictions is None else predictions + words
         found: dict[str, Any] = {"measurements": measurements}
         return found if predictions is None else {**found, "predictions": predictions}
 
@@ -405,73 +396,3 @@ def _gradients_in_predict(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.predict_loop.inference_mode = before
-
-
-def _require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
-    own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    recorded = {name: fact.shape for name, fact in trajectory.facts.parameters.items()}
-    missing = [name for name in recorded if name not in own]
-    reshaped = [
-        f"{name} ({list(shape)} recorded, {list(own[name])} in the module)"
-        for name, shape in recorded.items()
-        if name in own and own[name] != tuple(shape)
-    ]
-    if missing or reshaped:
-        parts = []
-        if missing:
-            parts.append(f"recorded but not in the module: {', '.join(missing)}")
-        if reshaped:
-            parts.append(f"of another shape: {', '.join(reshaped)}")
-        raise TrajectoryMismatchError(
-            f"The module's parameters are not the recorded ones: {'; '.join(parts)}. Build the "
-            "module as it was trained."
-        )
-
-
-def _attributed(trajectory: Trajectory, task: AttributionTask) -> list[str]:
-    """Names of the trained parameters that the task takes into account."""
-    names = list(trajectory.facts.parameters)
-    if task.layers is None:
-        return names
-    kept = [
-        name
-        for name in names
-        if any(name == layer or name.startswith(f"{layer}.") for layer in task.layers)
-    ]
-    if not kept:
-        raise ValueError(
-            f"task.layers={list(task.layers)} selects no trained parameter. Trained parameters: "
-            f"{', '.join(names)}."
-        )
-    return kept
-
-
-def _fisher(curvature: str | None, task: AttributionTask) -> str | None:
-    if curvature is None or curvature == "identity":
-        return None
-    if curvature == "exact":
-        return "Gauss-Newton matrix, exact"
-    if task.can_sample:
-        return "true Fisher (sampled: random signs with the covariance of labels from the model)"
-    return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
-
-
-def _notes(trajectory: Trajectory) -> list[str]:
-    settings = trajectory.facts.settings
-    notes = []
-    if settings.get("gradient_clip_val"):
-        notes.append(
-            f"Gradients were clipped at {settings['gradient_clip_val']} during training; the "
-            "formula takes the steps as unclipped."
-        )
-    return notes
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("tda-lightning", "torch", "lightning", "h5py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found

@@ -21,6 +21,14 @@ class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, self.dataset[index]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
+        """Several at once: much faster for data sets that offer it (tables, subsets of them)."""
+        if hasattr(self.dataset, "__getitems__"):
+            items = self.dataset.__getitems__(list(indices))
+        else:
+            items = [self.dataset[index] for index in indices]
+        return list(zip(indices, items, strict=True))
+
 
 class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]):
@@ -85,13 +93,12 @@ class ExampleSource:
             pin_memory=self.pin_memory,
         )
 
-    def batches(self, start: int = 0, stop: int | None = None) -> list[range]:
+    def batches(
+        self, start: int = 0, stop: int | None = None, size: int | None = None
+    ) -> list[range]:
         """Consecutive batches of the examples from ``start`` to ``stop``."""
-        end = len(self) if stop is None else stop
-        return [
-            range(first, min(first + self.batch_size, end))
-            for first in range(start, end, self.batch_size)
-        ]
+        end, size = len(self) if stop is None else stop, size or self.batch_size
+        return [range(first, min(first + size, end)) for first in range(start, end, size)]
 
 
 class PassLoader:
@@ -103,19 +110,26 @@ class PassLoader:
 
     def __init__(self, source: ExampleSource, order: Sequence[Sequence[int]] | None):
         self.source = source
-        self.order = source.batches() if order is None else order
+        self.order = order
 
-    def _own(self) -> range:
+    def _own(self) -> list[tuple[int, Sequence[int]]]:
+        """Positions and batches of this process, whose rank is known only once it runs."""
         rank, world = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return range(rank, len(self.order), world)
+        order = self.order
+        if order is None:
+            # Small enough that no process goes without: all take part in sums over processes.
+            order = self.source.batches(
+                size=min(self.source.batch_size, max(1, len(self.source) // world))
+            )
+        return list(enumerate(order))[rank::world]
 
     def __len__(self) -> int:
         return len(self._own())
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, int]]:
         own = self._own()
-        loader = self.source.loader([self.order[position] for position in own])
-        for position, (batch, indices) in zip(own, loader, strict=True):
+        loader = self.source.loader([batch for _, batch in own])
+        for (position, _), (batch, indices) in zip(own, loader, strict=True):
             yield batch, indices, position

@@ -249,7 +249,10 @@ class MemorySink:
                 f"{len(self.by_segment)} segments, numbered from 0."
             )
         last_query = first_query + len(values)
-        if values.shape[1:] != (len(train_indices),) or not 0 <= first_query < last_query <= queries:
+        if (
+            values.shape[1:] != (len(train_indices),)
+            or not 0 <= first_query < last_query <= queries
+        ):
             raise ValueError(
                 f"values must have the shape [up to {queries} queries, {len(train_indices)} "
                 f"training indices], got {list(values.shape)} from query {first_query} on."

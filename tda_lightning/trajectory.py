@@ -80,9 +80,7 @@ class Steps:
         """Example indices of each batch that row ``row`` accumulated, in order."""
         first, last = int(self.batch_offsets[row]), int(self.batch_offsets[row + 1])
         bounds = self.example_offsets[first : last + 1].tolist()
-        return [
-            self.examples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [self.examples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 @dataclass(frozen=True)

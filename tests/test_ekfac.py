@@ -107,8 +107,7 @@ def test_source_and_influence_with_approximate_curvature(name, kind) -> None:
     run, module, data = train(case, OPTIMIZERS["decay"], checkpoints=(2, 5))
     segments, _, gradients, query = everything(case, run, module, data, [2])
     matrices = [
-        oracle_curvature(case, run, module, data, segment.checkpoints, kind)
-        for segment in segments
+        oracle_curvature(case, run, module, data, segment.checkpoints, kind) for segment in segments
     ]
     expected = oracles.source_average(run, segments, matrices, gradients, query)
     estimator = Source(segment_steps=[2], curvature=kind, seed=SEED)

@@ -191,7 +191,7 @@ def test_a_layer_that_later_sees_only_some_examples_is_refused_by_name() -> None
         try:
             found = dense(engine, case.loss, (part, targets))
         except EngineError as error:
-            assert "f.bias" in str(error) and "not laid out by example" in str(error)  # noqa: PT017
+            assert "f.bias" in str(error) and "not laid out by example" in str(error)
         else:
             truth = oracles.per_example_gradients(engine.module, case.loss, (part, targets))
             require_equal(found, truth)

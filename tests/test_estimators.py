@@ -46,7 +46,9 @@ def test_source(kind, name) -> None:
     run, module, data = train(case, OPTIMIZERS[name], checkpoints=CHECKPOINTS, schedule=schedule)
     for cuts in ({"num_segments": 2}, {"num_segments": 1}, {"segment_steps": [3, 5]}):
         estimator = Source(curvature="exact", **cuts)
-        expected = oracles.source_average(run, *everything(case, run, module, data, estimator.cuts()))
+        expected = oracles.source_average(
+            run, *everything(case, run, module, data, estimator.cuts())
+        )
         scores = attribute(case, run, module, data, estimator)
         assert relative(scores.by_segment, expected) < 1e-9
     require_agreement(scores, expected, case, run, module, data, estimator)
@@ -204,9 +206,7 @@ def test_recorded_order_is_exact_unrolling_where_curvature_is_constant(name) -> 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
 def test_recorded_order_is_closer_to_unrolling_than_the_average(name) -> None:
     batches = oracles.cut_batches(10, 2, epochs=5)
-    run, module, data = train(
-        MLP, OPTIMIZERS[name], batches=batches, checkpoints=range(0, 26, 5)
-    )
+    run, module, data = train(MLP, OPTIMIZERS[name], batches=batches, checkpoints=range(0, 26, 5))
     truth = oracles.unrolled(run, module, MLP.loss, data, MLP.loss, queries_of(MLP))
     average, recorded = (
         relative(

@@ -127,8 +127,10 @@ def test_covariances(name, full) -> None:
         total = torch.full((gradient.shape[1],), BATCH * gradient.positions).double()
     elif isinstance(gradient, Rows):
         # A token is a one-hot input: its covariance is diagonal, the number of its uses.
-        used = torch.zeros(HEIGHT).double().index_add_(
-            0, gradient.index, torch.ones(len(gradient.index)).double()
+        used = (
+            torch.zeros(HEIGHT)
+            .double()
+            .index_add_(0, gradient.index, torch.ones(len(gradient.index)).double())
         )
         rows, total = torch.diag(used)[None], used.sum()[None]
         columns = (gradient.values.T @ gradient.values)[None]

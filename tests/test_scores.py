@@ -271,7 +271,7 @@ class TestBadFiles:
             try:
                 assert equal(Scores.load(path), scores)  # an unused byte
             except TrajectoryFormatError as error:
-                assert "scores.h5" in str(error)  # noqa: PT017
+                assert "scores.h5" in str(error)
                 noticed += 1
         assert noticed > 20
 

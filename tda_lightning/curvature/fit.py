@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature.spectrum import Spectrum
+from tda_lightning.errors import NonFiniteError
 from tda_lightning.gradients import Dense, Gradient, scaled
 from tda_lightning.passes import Context, Pass
 
@@ -120,7 +121,9 @@ class CurvatureFit:
             for number, step in enumerate(self.steps):
                 last = number == len(self.steps) - 1
                 title = f"{self.title}: {what}, step {step}"
-                passes.append(Pass(title, step, self._bound(add, step), None, finish if last else None))
+                passes.append(
+                    Pass(title, step, self._bound(add, step), None, finish if last else None)
+                )
         return passes
 
     def _bound(self, add: Any, step: int) -> Any:
@@ -136,7 +139,9 @@ class CurvatureFit:
         """Add in float64: sums of many small squares lose digits in float32."""
         exact = [value.double() for value in values]
         known = self._sums.get(name)
-        self._sums[name] = exact if known is None else [a + b for a, b in zip(known, exact, strict=True)]
+        self._sums[name] = (
+            exact if known is None else [a + b for a, b in zip(known, exact, strict=True)]
+        )
 
     def _reduced(self) -> dict[str, list[Tensor]]:
         """Sums over processes, divided by examples and checkpoints; forgotten afterwards."""
@@ -146,6 +151,13 @@ class CurvatureFit:
             for name, values in self._sums.items()
         }
         self._sums = {}
+        for name, values in sums.items():
+            if not all(bool(value.isfinite().all()) for value in values):
+                raise NonFiniteError(
+                    f"The curvature of {name} at steps {list(self.steps)} is not finite: the "
+                    "gradient of a training example is NaN or infinite although its loss is not. "
+                    "Look for infinite inputs, or use earlier checkpoints."
+                )
         return sums
 
     def _add_covariances(self, batch: Any, examples: Tensor, step: int) -> None:

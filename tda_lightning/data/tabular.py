@@ -85,8 +85,11 @@ class ConcreteData(DataModule):
     def render(self, split: str, index: int) -> Rendered:
         self.setup()
         values = self._rows[split][index].tolist()
-        row = dict(zip(self.columns, values, strict=True))
-        return Rendered(caption=f"{self.columns[-1]} {values[-1]:g}", row=row)
+        # The target first: beside the score, where a reader compares them.
+        row = dict(
+            zip(self.columns[-1:] + self.columns[:-1], values[-1:] + values[:-1], strict=True)
+        )
+        return Rendered(row=row)
 
 
 def read_csv(path: Path) -> tuple[list[str], Tensor]:

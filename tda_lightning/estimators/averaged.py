@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import units
-from tda_lightning.estimators.influence import dot
-from tda_lightning.estimators.queries import query_gradients, query_rounds
+from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.estimators.segments import Adjoint, SegmentedRun, combine
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.forms import CHUNK_SCALARS
@@ -25,7 +24,7 @@ class AveragedRun(SegmentedRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.adjoint = Adjoint({})
-        self.responses: dict[str, Tensor] = {}
+        self.responses: dict[str, Response] = {}
         self.self_influence: Tensor | None = None
 
     def passes(self) -> list[Pass]:
@@ -38,9 +37,7 @@ class AveragedRun(SegmentedRun):
                     passes.append(Pass(title, step, self._score(number, start), begin))
         if self.context.self_influence:
             last = self.context.trajectory.last_step
-            passes.append(
-                Pass("self-influence", last, self._add_self, None, self._finish_self)
-            )
+            passes.append(Pass("self-influence", last, self._add_self, None, self._finish_self))
         return passes
 
     def _begin(self, number: int, step: int, start: int, stop: int) -> Callable[[], None]:
@@ -55,11 +52,16 @@ class AveragedRun(SegmentedRun):
             inside = self.enter(number, self.adjoint)
             transfers, spectra = self.transfers(number), self.spectra(number)
             geometry = self.geometries[number]
+            meetings = self.context.num_train * len(self.segments[number].checkpoints)
             self.responses = {}
             for name, a in inside.a.items():
                 b = None if inside.b is None else inside.b[name]
-                taken = spectra[name].lift(combine(transfers[name].response, a, b))
-                self.responses[name] = geometry.enter(name, taken)
+                taken = combine(transfers[name].response, a, b)
+                if name in geometry.scale:
+                    on_parameters = geometry.enter(name, spectra[name].lift(taken))
+                    self.responses[name] = Response(on_parameters, None, meetings)
+                else:
+                    self.responses[name] = Response(taken, spectra[name], meetings)
             if number > 0:
                 self.adjoint = self.leave(number, inside, self.adjoint, transfers)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import CurvatureFit, Spectrum, check_kind, unit_matrices, units
 from tda_lightning.estimators.pairs import paired
-from tda_lightning.estimators.queries import query_gradients, query_rounds
+from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
 
 
@@ -94,11 +94,13 @@ class _Run:
 
     def __post_init__(self) -> None:
         context, kind = self.context, self.options.curvature
-        self.fit = CurvatureFit(kind, context, [context.trajectory.last_step], seed=self.options.seed)
+        self.fit = CurvatureFit(
+            kind, context, [context.trajectory.last_step], seed=self.options.seed
+        )
         given = self.options.relative_damping
         self.relative_damping = 0.1 if given is None else given
         self.self_influence: Tensor | None = None
-        self.responses: dict[str, Tensor] = {}
+        self.responses: dict[str, Response] = {}
         self._damped: dict[str, Spectrum] = {}
 
     def damped(self, name: str) -> Spectrum:
@@ -131,12 +133,13 @@ class _Run:
 
     def prepare(self, start: int, stop: int) -> Any:
         def begin() -> None:
-            queries = query_gradients(self.context, self.options.curvature, start, stop)
             self.responses = {}
-            for name in list(queries):
+            kind, count = self.options.curvature, self.context.num_train
+            found = query_gradients(self.context, kind, start, stop, self.damped)
+            for name, coordinates in found.items():
                 spectrum = self.damped(name)
-                coordinates = spectrum.project(queries.pop(name)) / spectrum.eigenvalues
-                self.responses[name] = spectrum.lift(coordinates)
+                coordinates /= spectrum.eigenvalues
+                self.responses[name] = Response(coordinates, spectrum, count)
 
         return begin
 
@@ -168,9 +171,3 @@ class _Run:
     def finish(self) -> None:
         assert self.self_influence is not None
         self.context.sink.set_self_influence(self.context.reduce(self.self_influence).cpu())
-
-
-def dot(queries: Mapping[str, Tensor], gradients: Mapping[str, Any]) -> Tensor:
-    """Sum over units of the inner products: [query, batch]."""
-    products = [gradient.dot(queries[name]) for name, gradient in gradients.items()]
-    return torch.stack(products).sum(0)

@@ -1,13 +1,17 @@
-"""Measurement gradients of the queries, dense, in as many rounds as memory asks for."""
+"""Measurement gradients of the queries, dense, in as many rounds as memory asks for, and how the
+training examples meet them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import units
+from tda_lightning.curvature import Spectrum, units
+from tda_lightning.gradients import Gradient
+from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.passes import Context, memory_budget
 
 
@@ -24,11 +28,71 @@ def query_rounds(context: Context, copies: int) -> Iterator[tuple[int, int]]:
         )
 
 
-def query_gradients(context: Context, kind: str, start: int, stop: int) -> dict[str, Tensor]:
-    """Measurement gradients at the weights in place, by unit: [query, groups, rows, columns]."""
-    parts: dict[str, list[Tensor]] = {}
+def query_gradients(
+    context: Context,
+    kind: str,
+    start: int,
+    stop: int,
+    basis: Callable[[str], Spectrum] | None = None,
+) -> dict[str, Tensor]:
+    """Measurement gradients at the weights in place, by unit: [query, groups, rows, columns].
+
+    With ``basis`` they are coordinates in each unit's spectrum.
+    """
+    out: dict[str, Tensor] = {}
+    first = 0
     for batch, examples in context.queries(start, stop):
         found = context.measurement_gradients(batch, examples)
         for name, gradient in units(kind, found.blocks).items():
-            parts.setdefault(name, []).append(gradient.dense(slice(None)).to(context.dtype))
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+            if name not in out:
+                shape = (stop - start, *gradient.shape[1:])
+                out[name] = torch.empty(shape, dtype=context.dtype, device=context.device)
+            spectrum = None if basis is None else basis(name)
+            left, right = (None, None) if spectrum is None else (spectrum.left, spectrum.right)
+            for rows in gradient.chunks():
+                place = slice(first + rows.start, first + rows.stop)
+                out[name][place] = gradient.rotated(rows, left, right)
+        first += len(examples)
+    return out
+
+
+@dataclass
+class Response:
+    """What the queries ask of the examples of one unit: [query, groups, rows, columns],
+    coordinates in the basis of ``spectrum`` (None: the parameters' own axes).
+
+    Examples meet them in that basis or back on the parameters, whichever takes fewer operations
+    over ``meetings`` examples: turning a factored example costs far less than a dense query, but
+    there are more of them. The first examples decide.
+    """
+
+    values: Tensor
+    spectrum: Spectrum | None
+    meetings: int
+    _settled: bool = False
+
+    def dot(self, gradient: Gradient) -> Tensor:
+        """Inner products with the examples: [query, batch]."""
+        if not self._settled:
+            self._settle(gradient)
+        if self.spectrum is not None:
+            gradient = gradient.in_basis(self.spectrum.left, self.spectrum.right)
+        return gradient.dot(self.values)
+
+    def _settle(self, gradient: Gradient) -> None:
+        self._settled = True
+        if self.spectrum is None:
+            return
+        queries, groups, rows, columns = self.values.shape
+        lifting = queries * groups * rows * columns * (rows + columns)
+        if lifting <= self.meetings * gradient.rotation_cost:
+            # In place, a few at a time: one copy of the queries is enough.
+            for part in self.values.split(max(1, CHUNK_SCALARS // (groups * rows * columns))):
+                part.copy_(self.spectrum.lift(part))
+            self.spectrum = None
+
+
+def dot(responses: Mapping[str, Response], gradients: Mapping[str, Gradient]) -> Tensor:
+    """Sum over units of the inner products: [query, batch]."""
+    products = [responses[name].dot(gradient) for name, gradient in gradients.items()]
+    return torch.stack(products).sum(0)

@@ -77,13 +77,16 @@ class RecordedRun(SegmentedRun):
     def _end(self, number: int, with_self: bool) -> Callable[[], None]:
         def end() -> None:
             if number > 0:
-                self.adjoint = self.leave(
-                    number, self.inside, self.adjoint, self.transfers(number)
-                )
+                self.adjoint = self.leave(number, self.inside, self.adjoint, self.transfers(number))
             elif with_self:
-                assert self.self_influence is not None
-                total = self.context.reduce(self.self_influence)
-                self.context.sink.set_self_influence(total.cpu())
+                own = self.self_influence
+                if own is None:  # this process had no batch
+                    own = torch.zeros(
+                        self.context.num_train,
+                        dtype=self.context.dtype,
+                        device=self.context.device,
+                    )
+                self.context.sink.set_self_influence(self.context.reduce(own).cpu())
 
         return end
 

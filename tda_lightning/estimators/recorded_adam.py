@@ -336,8 +336,6 @@ class RecordedAdamRun(SegmentedRun):
         return found
 
 
-def _lerp(
-    ends: list[dict[str, Gradient]], name: str, between: Tensor, rows: slice
-) -> Tensor:
+def _lerp(ends: list[dict[str, Gradient]], name: str, between: Tensor, rows: slice) -> Tensor:
     before, after = (end[name].dense(rows) for end in ends)
     return torch.lerp(before, after, between[rows])

@@ -13,6 +13,7 @@ from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.gradients import Gradient, Outer, scaled
 from tda_lightning.passes import Context, Pass, Plan
 
+
 @dataclass
 class TracIn:
     r"""What each use of an example did to the query's measurement, forgetting left out.

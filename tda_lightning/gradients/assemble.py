@@ -107,7 +107,10 @@ def _add(
     assert use.gradient is not None and use.layout is not None
     if use.kind in ("norm", "elementwise"):
         normal, shape, axes = use.saved
-        for ref, product in ((weight, use.gradient * normal if weight else None), (bias, use.gradient)):
+        for ref, product in (
+            (weight, use.gradient * normal if weight else None),
+            (bias, use.gradient),
+        ):
             if ref is not None and product is not None:
                 moved = product.movedim(axes, tuple(range(-len(axes), 0)))
                 summed = use.layout.batch_first(moved, batch).reshape(batch, -1, *shape).sum(1)
@@ -160,14 +163,14 @@ def _inputs(use: Use, batch: int, column: float | None) -> Callable[[slice], Ten
         if column is None:
             return flat.__getitem__
         return lambda rows: F.pad(flat[rows], (0, 1), value=column)
-    images, *geometry = use.saved
-    spatial = len(geometry[0])
+    images, kernel, stride, padding, dilation, groups = use.saved
+    spatial = len(kernel)
     images = use.layout.batch_first(images, batch)
     images = images.reshape(batch, -1, *images.shape[-spatial - 1 :])
 
     def unfolded(rows: slice) -> Tensor:
         chunk = images[rows]
-        patches = unfold(chunk.flatten(0, 1), *geometry, column)
+        patches = unfold(chunk.flatten(0, 1), kernel, stride, padding, dilation, groups, column)
         return patches.unflatten(0, chunk.shape[:2]).transpose(1, 2).flatten(2, 3)
 
     return unfolded
@@ -232,9 +235,7 @@ def _merge(block: Block, pieces: _Pieces, batch: int, template: Tensor) -> Gradi
     terms += pieces.rows
     if pieces.dense:
         filled = {
-            name: pieces.dense[name]
-            if name in pieces.dense
-            else template.new_zeros(batch, *shape)
+            name: pieces.dense[name] if name in pieces.dense else template.new_zeros(batch, *shape)
             for name, shape in zip(block.parameters, block.shapes, strict=True)
         }
         terms.append(Dense(block.matrix(filled)))

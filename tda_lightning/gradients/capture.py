@@ -24,7 +24,7 @@ from tda_lightning.gradients.layout import Layout
 
 # Reading these of a parameter does not make a result depend on its values.
 _METADATA = frozenset(
-    "__get__ __len__ __repr__ __hash__ size dim ndimension numel stride storage_offset "
+    "__get__ __len__ __repr__ __hash__ size dim ndimension numel stride storage_offset "  # noqa: SIM905
     "is_floating_point is_complex is_contiguous data_ptr element_size get_device detach".split()
 )
 # ... but these attributes are views of the values.
@@ -206,12 +206,12 @@ def _convolution(
             f"A convolution was called on an input without a batch axis {tuple(input.shape)}. "
             "Keep the batch axis: per-example gradients need it."
         )
-    output = func(input, mode.constant(weight), mode.constant(bias), stride, padding, dilation, groups)
+    output = func(
+        input, mode.constant(weight), mode.constant(bias), stride, padding, dilation, groups
+    )
     saved = (input.detach(), tuple(weight.shape[2:]), stride, padding, dilation, groups)
     channel_axes = tuple(range(1, spatial + 2))
-    return mode.record(
-        "convolution", output, mode.ref(weight), mode.ref(bias), saved, channel_axes
-    )
+    return mode.record("convolution", output, mode.ref(weight), mode.ref(bias), saved, channel_axes)
 
 
 def _embedding(
@@ -260,9 +260,7 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    return _scaled_norm(
-        mode, F.rms_norm(input, normalized_shape, None, eps), weight, None, None
-    )
+    return _scaled_norm(mode, F.rms_norm(input, normalized_shape, None, eps), weight, None, None)
 
 
 def _group_norm(
@@ -344,9 +342,11 @@ def _elementwise(mode: Capture, func: Any, left: Any, right: Any, **options: Any
         mode.mark_generic(operands)
         return func(left, right, **options)
     parameter = operands[trained.index(True)]
-    output = func(*(mode.constant(x) if own else x for x, own in zip(operands, trained, strict=True)))
+    output = func(
+        *(mode.constant(x) if own else x for x, own in zip(operands, trained, strict=True))
+    )
     offset = output.dim() - parameter.dim()
-    if offset < 0 or offset == 0 and parameter.shape[:1] != (1,):
+    if offset < 0 or (offset == 0 and parameter.shape[:1] != (1,)):
         # No axis is left for the examples.
         mode.mark_generic((parameter,))
         return output
@@ -375,9 +375,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.multi_head_attention_forward: decompose.attention,
-    **{
-        operation: _elementwise
-        for operation in (
+    **dict.fromkeys(
+        (
             torch.add,
             torch.mul,
             Tensor.add,
@@ -386,8 +385,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             Tensor.__radd__,
             Tensor.__mul__,
             Tensor.__rmul__,
-        )
-    },
+        ),
+        _elementwise,
+    ),
     torch.lstm: decompose.recurrent,
     torch.gru: decompose.recurrent,
     torch.rnn_tanh: decompose.recurrent,

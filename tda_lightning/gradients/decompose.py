@@ -157,7 +157,11 @@ def recurrent(mode: Capture, func: Callable[..., Any], *args: Any, **kwargs: Any
         if dropout and training and layer < layers - 1:
             inputs = F.dropout(inputs, dropout, training=True)
     if is_lstm:
-        return inputs, torch.stack(final_hidden), torch.stack([c for c in final_cell if c is not None])
+        return (
+            inputs,
+            torch.stack(final_hidden),
+            torch.stack([c for c in final_cell if c is not None]),
+        )
     return inputs, torch.stack(final_hidden)
 
 

@@ -132,6 +132,17 @@ def _second_moment(samples: Tensor, full: bool) -> Tensor:
     return flat @ flat.transpose(1, 2)
 
 
+def _turned(samples: Tensor, basis: Tensor | None) -> Tensor:
+    """samples @ basis for samples [chunk, groups, positions, width]; None for the identity."""
+    if basis is None:
+        return samples
+    if samples.stride(3) != 1:  # transposed patches: one product for each example, no copy
+        return samples @ basis
+    # One product for each group: many thin ones would read the basis again for every example.
+    flat = samples.transpose(0, 1).flatten(1, 2) @ basis
+    return flat.unflatten(1, (samples.shape[0], samples.shape[2])).transpose(0, 1)
+
+
 class Dense(Gradient):
     """Gradients held as they are."""
 
@@ -168,17 +179,15 @@ class Outer(Gradient):
         # Each side before or after the sum over positions, whichever is cheaper.
         _, _, height, width = self.shape
         outputs, inputs = self.outputs[rows], self.inputs(rows)
-        if left is not None and self.positions < width:
-            outputs, left = outputs @ left, None
-        if right is not None and self.positions < height:
-            inputs, right = inputs @ right, None
+        if self.positions < width:
+            outputs, left = _turned(outputs, left), None
+        if self.positions < height:
+            inputs, right = _turned(inputs, right), None
         return matmul_sides(left, outputs.transpose(-1, -2) @ inputs, right)
 
     def in_basis(self, left: Tensor | None, right: Tensor | None) -> Outer:
-        outputs = self.outputs if left is None else self.outputs @ left
-        if right is None:
-            return Outer(self.inputs, outputs, self.shape[3])
-        return Outer(lambda rows: self.inputs(rows) @ right, outputs, self.shape[3])
+        outputs = _turned(self.outputs, left)
+        return Outer(lambda rows: _turned(self.inputs(rows), right), outputs, self.shape[3])
 
     @property
     def rotation_cost(self) -> int:
@@ -190,7 +199,7 @@ class Outer(Gradient):
         if self.positions > 1 or count >= width:
             return super().dot(queries)
         # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
-        flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)  # [groups, columns, query * rows]
+        flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
         parts = []
         for rows in self.chunks(count * groups * height):
             inputs = self.inputs(rows).squeeze(2).transpose(0, 1)
@@ -225,9 +234,7 @@ class Outer(Gradient):
             return (outputs.sum(-1) * inputs.sum(-1)).sum(1)
         return torch.einsum("bgo,goi,bgi->b", outputs, weight, inputs)
 
-    def _squared_factors(
-        self, left: Tensor | None, right: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _squared_factors(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
         turned = self.in_basis(left, right)
         return turned.outputs.squeeze(2) ** 2, turned.inputs(slice(None)).squeeze(2) ** 2
 
@@ -243,9 +250,9 @@ class Outer(Gradient):
             total: Tensor | float = 0.0
             for group in range(self.shape[1]):
                 outputs, inputs = self.outputs[rows, group], self.inputs(rows)[:, group]
-                products = (
-                    query_outputs[:, group].flatten(0, 1) @ outputs.flatten(0, 1).T
-                ) * (query_inputs[:, group].flatten(0, 1) @ inputs.flatten(0, 1).T)
+                products = (query_outputs[:, group].flatten(0, 1) @ outputs.flatten(0, 1).T) * (
+                    query_inputs[:, group].flatten(0, 1) @ inputs.flatten(0, 1).T
+                )
                 shape = (-1, queries.positions, len(outputs), self.positions)
                 total = total + products.reshape(shape).sum((1, 3))
             assert isinstance(total, Tensor)
@@ -286,9 +293,7 @@ class Rows(Gradient):
         if left is not None:
             return super().sum_of_squares(left, right)
         values = self.values if right is None else self.values @ right[0]
-        return values.new_zeros(self.shape[1:]).index_add_(
-            1, self.index, values.square()[None]
-        )
+        return values.new_zeros(self.shape[1:]).index_add_(1, self.index, values.square()[None])
 
     def weighted_squares(
         self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
@@ -306,7 +311,9 @@ class Rows(Gradient):
         step = max(1, CHUNK_SCALARS // (len(queries) * self.shape[3]))
         for start in range(0, len(self.index), step):
             part = slice(start, start + step)
-            products = torch.einsum("qkd,kd->qk", queries[:, 0, self.index[part]], self.values[part])
+            products = torch.einsum(
+                "qkd,kd->qk", queries[:, 0, self.index[part]], self.values[part]
+            )
             out.index_add_(1, self.example[part], products)
         return out
 

@@ -43,6 +43,11 @@ class Listing:
     columns: tuple[str, ...] = ()
     left_out: int = 0  # columns that did not fit
 
+    @property
+    def captions(self) -> bool:
+        """Whether any example has a caption."""
+        return any(entry.caption for entry in self.examples)
+
 
 def example(render: Renderer, split: str, index: int, size: str, **score: Any) -> Example:
     """Example ``index`` of ``split`` in the ``size`` "large" or "small"."""
