@@ -1,6 +1,15 @@
 """Curvature of the training loss, as eigenvalues in a basis that gradients can be turned into."""
 
 from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
+from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingFit
 from tda_lightning.curvature.spectrum import Spectrum
 
-__all__ = ["CurvatureFit", "Spectrum", "check_kind", "unit_matrices", "units"]
+__all__ = [
+    "CurvatureFit",
+    "DeflatedSpectrum",
+    "LeadingFit",
+    "Spectrum",
+    "check_kind",
+    "unit_matrices",
+    "units",
+]

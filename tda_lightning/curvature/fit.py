@@ -26,13 +26,15 @@ from torch import Tensor
 
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.errors import NonFiniteError
-from tda_lightning.gradients import Dense, Gradient, scaled
+from tda_lightning.gradients import Gradient, Joined, scaled
 from tda_lightning.passes import Context, Pass
 
 KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
 # Float64 eigenvectors of a side this wide take half a gigabyte, and minutes to find.
 MAX_SIDE = 8192
 MAX_EXACT = 10_000
+# The unit of curvature that spans all blocks.
+WHOLE = "all parameters"
 _FORMAT = 1  # part of the cache's key: raise it when the meaning of fitted tensors changes
 
 
@@ -45,9 +47,7 @@ def units(kind: str, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
     """Gradients by unit of curvature: the blocks, or for ``exact`` one row of all parameters."""
     if kind != "exact":
         return dict(gradients)
-    everything = slice(None)
-    rows = [gradient.dense(everything).flatten(1) for gradient in gradients.values()]
-    return {"all parameters": Dense(torch.cat(rows, dim=1)[:, None, None])}
+    return {WHOLE: Joined(list(gradients.values()))}
 
 
 def unit_matrices(kind: str, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def unit_matrices(kind: str, matrices: Mapping[str, Tensor]) -> dict[str, Tensor
     if kind != "exact":
         return dict(matrices)
     rows = [matrix.flatten(-3) for matrix in matrices.values()]
-    return {"all parameters": torch.cat(rows, dim=-1)[..., None, None, :]}
+    return {WHOLE: torch.cat(rows, dim=-1)[..., None, None, :]}
 
 
 class CurvatureFit:
@@ -100,24 +100,12 @@ class CurvatureFit:
             for name, shape in self._unit_shapes().items():
                 self.spectra[name] = Spectrum(None, None, self._ones(shape))
             return []
-        self._key = self._cache_key()
+        self._key = cache_key(self.context, self.kind, self.steps, self.seed, self.scale)
         if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
             self.spectra = _unpack(kept)
             return []
-        walks: list[tuple[str, Any, Any]]
-        if self.kind == "exact":
-            walks = [("Gauss-Newton", self._add_outer_products, self._finish_exact)]
-        elif self.kind == "diagonal":
-            walks = [("squares", self._add_squares, self._finish_eigenvalues)]
-        elif self.kind == "kfac":
-            walks = [("covariances", self._add_covariances, self._finish_kfac)]
-        else:
-            walks = [
-                ("covariances", self._add_covariances, self._finish_bases),
-                ("eigenvalues", self._add_squares, self._finish_eigenvalues),
-            ]
         passes = []
-        for what, add, finish in walks:
+        for what, add, finish in self._walks():
             for number, step in enumerate(self.steps):
                 last = number == len(self.steps) - 1
                 title = f"{self.title}: {what}, step {step}"
@@ -125,6 +113,19 @@ class CurvatureFit:
                     Pass(title, step, self._bound(add, step), None, finish if last else None)
                 )
         return passes
+
+    def _walks(self) -> list[tuple[str, Any, Any]]:
+        """(title, what to add of every batch, what to do in the end) of each walk over the data."""
+        if self.kind == "exact":
+            return [("Gauss-Newton", self._add_outer_products, self._finish_exact)]
+        if self.kind == "diagonal":
+            return [("squares", self._add_squares, self._finish_eigenvalues)]
+        if self.kind == "kfac":
+            return [("covariances", self._add_covariances, self._finish_kfac)]
+        return [
+            ("covariances", self._add_covariances, self._finish_bases),
+            ("eigenvalues", self._add_squares, self._finish_eigenvalues),
+        ]
 
     def _bound(self, add: Any, step: int) -> Any:
         return lambda batch, examples, _: add(batch, examples, step)
@@ -217,24 +218,27 @@ class CurvatureFit:
     def _ones(self, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
 
-    def _cache_key(self) -> str:
-        """A digest of everything that determines the fitted tensors."""
-        scales = hashlib.sha256()
-        for name, scale in sorted(self.scale.items()):
-            scales.update(name.encode())
-            scales.update(scale.detach().cpu().double().contiguous().numpy().tobytes())
-        description = {
-            "format": _FORMAT,
-            "kind": self.kind,
-            "steps": self.steps,
-            "seed": self.seed,
-            "scale": scales.hexdigest(),
-            "max_side": MAX_SIDE,
-            "alike": self.context.alike(self.steps),
-            "sampled": self.context.task.can_sample,
-            "blocks": [[b.name, *b.parameters, *b.shape] for b in self.context.blocks],
-        }
-        return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+def cache_key(
+    context: Context, kind: str, steps: Sequence[int], seed: int, scale: Mapping[str, Tensor]
+) -> str:
+    """A digest of everything that determines fitted tensors."""
+    scales = hashlib.sha256()
+    for name, values in sorted(scale.items()):
+        scales.update(name.encode())
+        scales.update(values.detach().cpu().double().contiguous().numpy().tobytes())
+    description = {
+        "format": _FORMAT,
+        "kind": kind,
+        "steps": steps,
+        "seed": seed,
+        "scale": scales.hexdigest(),
+        "max_side": MAX_SIDE,
+        "alike": context.alike(steps),
+        "sampled": context.task.can_sample,
+        "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def eigenvectors(side: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients import matmul_sides
+from tda_lightning.gradients import Gradient, matmul_sides
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Spectrum:
         left = None if self.left is None else self.left.transpose(-1, -2)
         right = None if self.right is None else self.right.transpose(-1, -2)
         return matmul_sides(left, coordinates, right)
+
+    def coordinates(self, gradient: Gradient, rows: slice) -> Tensor:
+        """Coordinates of some examples' gradients, by way of their factors."""
+        return gradient.rotated(rows, self.left, self.right)
 
     def project_diagonal(self, diagonal: Tensor) -> Tensor:
         """Diagonal, in the basis, of a matrix that is diagonal in the parameters."""

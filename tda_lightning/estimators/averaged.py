@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import units
+from tda_lightning.curvature import Spectrum, units
 from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.estimators.segments import Adjoint, SegmentedRun, combine
 from tda_lightning.gradients import Gradient
@@ -28,7 +28,7 @@ class AveragedRun(SegmentedRun):
         self.self_influence: Tensor | None = None
 
     def passes(self) -> list[Pass]:
-        passes = [one for fit in self.fits for one in fit.passes()]
+        passes = self.curvature_passes()
         for start, stop in query_rounds(self.context, copies=4 if self.follows_buffer else 3):
             for number in reversed(range(len(self.segments))):
                 for position, step in enumerate(self.segments[number].checkpoints):
@@ -46,7 +46,7 @@ class AveragedRun(SegmentedRun):
         def begin() -> None:
             if number == len(self.segments) - 1:
                 self.context.load(self.context.trajectory.last_step)
-                kind = self.options.curvature
+                kind = self.grouping
                 self.adjoint = Adjoint(query_gradients(self.context, kind, start, stop))
                 self.context.load(step)
             inside = self.enter(number, self.adjoint)
@@ -57,11 +57,12 @@ class AveragedRun(SegmentedRun):
             for name, a in inside.a.items():
                 b = None if inside.b is None else inside.b[name]
                 taken = combine(transfers[name].response, a, b)
-                if name in geometry.scale:
-                    on_parameters = geometry.enter(name, spectra[name].lift(taken))
-                    self.responses[name] = Response(on_parameters, None, meetings)
+                spectrum = spectra[name]
+                if isinstance(spectrum, Spectrum) and name not in geometry.scale:
+                    self.responses[name] = Response(taken, spectrum, meetings)
                 else:
-                    self.responses[name] = Response(taken, spectra[name], meetings)
+                    on_parameters = geometry.enter(name, spectrum.lift(taken))
+                    self.responses[name] = Response(on_parameters, None, meetings)
             if number > 0:
                 self.adjoint = self.leave(number, inside, self.adjoint, transfers)
 
@@ -72,7 +73,7 @@ class AveragedRun(SegmentedRun):
 
         def accumulate(batch: Any, examples: Tensor, _: int) -> None:
             found = self.context.train_gradients(batch, examples)
-            gradients = units(self.options.curvature, found.blocks)
+            gradients = units(self.grouping, found.blocks)
             values = dot(self.responses, gradients) * share
             self.context.sink.add(number, examples, values, first_query)
 
@@ -80,7 +81,7 @@ class AveragedRun(SegmentedRun):
 
     def _add_self(self, batch: Any, examples: Tensor, _: int) -> None:
         """Each example as its own query: gradients at all checkpoints, carried back together."""
-        context, kind = self.context, self.options.curvature
+        context, kind = self.context, self.grouping
         context.load(context.trajectory.last_step)
         measured = units(kind, context.measurement_gradients(batch, examples).blocks)
         trained: dict[int, dict[str, Gradient]] = {}

@@ -42,7 +42,7 @@ class RecordedRun(SegmentedRun):
 
     def passes(self) -> list[Pass]:
         context = self.context
-        passes = [one for fit in self.fits for one in fit.passes()]
+        passes = self.curvature_passes()
         loads = [recorded_loads(context.trajectory, s, context.batch_size) for s in self.segments]
         for start, stop in query_rounds(context, copies=6):
             with_self = context.self_influence and start == 0
@@ -63,7 +63,7 @@ class RecordedRun(SegmentedRun):
         def begin() -> None:
             if number == len(self.segments) - 1:
                 self.context.load(self.context.trajectory.last_step)
-                kind = self.options.curvature
+                kind = self.grouping
                 self.adjoint = Adjoint(query_gradients(self.context, kind, start, stop))
             self.inside = self.enter(number, self.adjoint)
             self.steppers = {
@@ -140,12 +140,12 @@ class RecordedRun(SegmentedRun):
 
     def _trained(self, step: int, batch: Any, examples: Tensor) -> dict[str, Gradient]:
         self.context.load(step)
-        return units(self.options.curvature, self.context.train_gradients(batch, examples).blocks)
+        return units(self.grouping, self.context.train_gradients(batch, examples).blocks)
 
     def _measured(self, batch: Any, examples: Tensor) -> dict[str, Gradient]:
         self.context.load(self.context.trajectory.last_step)
         found = self.context.measurement_gradients(batch, examples)
-        return units(self.options.curvature, found.blocks)
+        return units(self.grouping, found.blocks)
 
     def _interpolated(
         self,

@@ -71,7 +71,7 @@ class RecordedAdamRun(SegmentedRun):
 
     def passes(self) -> list[Pass]:
         context = self.context
-        passes = [one for fit in self.fits for one in fit.passes()]
+        passes = self.curvature_passes()
         checkpoints = sorted(context.trajectory.checkpoints)
         self._require_memory(checkpoints)
         for start, stop in query_rounds(context, copies=6):
@@ -152,7 +152,7 @@ class RecordedAdamRun(SegmentedRun):
             if fresh:
                 held = self.context.held_step
                 self.context.load(self.context.trajectory.last_step)
-                self.a = query_gradients(self.context, self.options.curvature, start, stop)
+                self.a = query_gradients(self.context, self.grouping, start, stop)
                 self.b = {name: torch.zeros_like(a) for name, a in self.a.items()}
                 self.e = {name: torch.zeros_like(a) for name, a in self.a.items()}
                 self.context.load(held)
@@ -170,7 +170,7 @@ class RecordedAdamRun(SegmentedRun):
                 name: torch.zeros(
                     last + 1 - start, *matrix.shape, dtype=context.dtype, device=context.device
                 )
-                for name, matrix in unit_matrices(self.options.curvature, shapes).items()
+                for name, matrix in unit_matrices(self.grouping, shapes).items()
             },
             {},
             {},
@@ -239,7 +239,7 @@ class RecordedAdamRun(SegmentedRun):
             name: values[name].to(context.device, context.dtype) for name in context.engine.names
         }
         matrices = {block.name: block.matrix(placed) for block in context.blocks}
-        return unit_matrices(self.options.curvature, matrices)
+        return unit_matrices(self.grouping, matrices)
 
     # The walk back
 
@@ -295,7 +295,7 @@ class RecordedAdamRun(SegmentedRun):
 
     def _curve(self, number: int, name: str, u: Tensor) -> Tensor:
         """H u, from the curvature h H h of the preconditioned gradients."""
-        spectrum = self.fits[number].spectra[name].to(self.context.device, self.context.dtype)
+        spectrum = self.curvature(number)[name]
         scale = self.geometries[number].scale.get(name)
         inverse = None if scale is None else torch.where(scale > 0, 1 / scale, 0.0)
         inside = spectrum.project(u if inverse is None else u * inverse)
@@ -332,7 +332,7 @@ class RecordedAdamRun(SegmentedRun):
         for step in (load.before, load.after):
             self.context.load(step)
             gradients = self.context.train_gradients(batch, examples)
-            found.append(units(self.options.curvature, gradients.blocks))
+            found.append(units(self.grouping, gradients.blocks))
         return found
 
 

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import CurvatureFit, Spectrum
+from tda_lightning.curvature import CurvatureFit, DeflatedSpectrum, LeadingFit, Spectrum
+from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.geometry import Geometry, segment_geometry
 from tda_lightning.estimators.spectral import MomentumAdjoint, segment_decay, segment_response
 from tda_lightning.gradients import Gradient, scaled
-from tda_lightning.passes import Context
+from tda_lightning.passes import Context, Pass
 from tda_lightning.trajectory import Segment
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.source import Source
 
+Curvature = Spectrum | DeflatedSpectrum
 Pair = tuple[Tensor, Tensor | None]  # factors of the adjoints (a, b); b None without a buffer
 
 
@@ -61,31 +63,53 @@ class SegmentedRun:
         options, context = self.options, self.context
         self._require_one_recursion()
         self.segments = context.trajectory.segments(options.cuts())
+        # With leading directions, the unit of curvature is all parameters together.
+        leading = options.leading(context)
+        self.grouping = "exact" if leading else options.curvature
         self.geometries: list[Geometry] = []
         self.fits: list[CurvatureFit] = []
+        self.leading: list[LeadingFit] = []
         for number, segment in enumerate(self.segments):
-            geometry = segment_geometry(context, segment, options.curvature)
-            fit = CurvatureFit(
-                options.curvature,
-                context,
-                segment.checkpoints,
-                geometry.scale,
-                options.seed,
-                f"segment {number + 1}",
+            title, kind, seed = f"segment {number + 1}", options.curvature, options.seed
+            geometry = segment_geometry(context, segment, kind)
+            self.fits.append(
+                CurvatureFit(kind, context, segment.checkpoints, geometry.scale, seed, title)
             )
+            if leading:
+                geometry = segment_geometry(context, segment, self.grouping)
+                scale = geometry.scale.get(WHOLE)
+                self.leading.append(
+                    LeadingFit(leading, context, segment.checkpoints, scale, seed, title)
+                )
             self.geometries.append(geometry)
-            self.fits.append(fit)
-        self._spectra: dict[int, dict[str, Spectrum]] = {}
+        self._curvature: dict[int, Mapping[str, Curvature]] = {}
+        self._spectra: dict[int, dict[str, Curvature]] = {}
         self._transfers: dict[int, dict[str, Transfer]] = {}
 
-    def spectra(self, number: int) -> dict[str, Spectrum]:
-        """Curvature of segment ``number`` plus weight decay, on the device, by unit."""
-        if number not in self._spectra:
+    def curvature_passes(self) -> list[Pass]:
+        """The passes that fit what is not kept from before."""
+        fits: list[CurvatureFit | LeadingFit] = [*self.fits, *self.leading]
+        return [one for fit in fits for one in fit.passes()]
+
+    def curvature(self, number: int) -> Mapping[str, Curvature]:
+        """Curvature of segment ``number`` on the device, by unit."""
+        if number not in self._curvature:
+            spectra = self.fits[number].spectra
             place = (self.context.device, self.context.dtype)
+            self._curvature[number] = (
+                {WHOLE: DeflatedSpectrum.of(self.leading[number], self.context.blocks, spectra)}
+                if self.leading
+                else {name: spectrum.to(*place) for name, spectrum in spectra.items()}
+            )
+        return self._curvature[number]
+
+    def spectra(self, number: int) -> dict[str, Curvature]:
+        """Curvature of segment ``number`` plus weight decay, by unit."""
+        if number not in self._spectra:
             decay = self.geometries[number].decay
             self._spectra[number] = {
-                name: spectrum.to(*place).shifted(decay[name])
-                for name, spectrum in self.fits[number].spectra.items()
+                name: spectrum.shifted(decay[name])
+                for name, spectrum in self.curvature(number).items()
             }
         return self._spectra[number]
 
@@ -187,4 +211,4 @@ class SegmentedRun:
         """h * g of some examples in the eigenbasis of segment ``number``."""
         spectrum = self.spectra(number)[name]
         own = scaled(gradient, self.geometries[number].scale.get(name))
-        return own.rotated(rows, spectrum.left, spectrum.right)
+        return spectrum.coordinates(own, rows)

@@ -2,7 +2,7 @@
 
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.engine import ExampleGradients, GradientEngine
-from tda_lightning.gradients.forms import Dense, Gradient, Outer, matmul_sides, scaled
+from tda_lightning.gradients.forms import Dense, Gradient, Joined, Outer, matmul_sides, scaled
 
 __all__ = [
     "Block",
@@ -10,6 +10,7 @@ __all__ = [
     "ExampleGradients",
     "Gradient",
     "GradientEngine",
+    "Joined",
     "Outer",
     "matmul_sides",
     "scaled",

@@ -247,9 +247,10 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _scaled_norm(
-        mode, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, None
-    )
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+    return _scaled_norm(mode, norm, weight, bias, None)
 
 
 def _rms_norm(
@@ -260,7 +261,10 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    return _scaled_norm(mode, F.rms_norm(input, normalized_shape, None, eps), weight, None, None)
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+
+    return _scaled_norm(mode, norm, weight, None, None)
 
 
 def _group_norm(
@@ -272,7 +276,10 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _scaled_norm(mode, F.group_norm(input, num_groups, None, None, eps), weight, bias, 1)
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+
+    return _scaled_norm(mode, norm, weight, bias, 1)
 
 
 def _batch_norm(
@@ -287,8 +294,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    normal = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-    return _scaled_norm(mode, normal, weight, bias, 1)
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return _scaled_norm(mode, norm, weight, bias, 1)
 
 
 def _instance_norm(
@@ -303,31 +312,34 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    normal = F.instance_norm(
-        input, running_mean, running_var, None, None, use_input_stats, momentum, eps
-    )
-    return _scaled_norm(mode, normal, weight, bias, 1)
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+
+    return _scaled_norm(mode, norm, weight, bias, 1)
 
 
 def _scaled_norm(
     mode: Capture,
-    normal: Tensor,
+    norm: Callable[[Tensor | None, Tensor | None], Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     channel: int | None,
 ) -> Tensor:
-    """normal * weight + bias; the parameters lie on axis ``channel``, or on the last axes."""
-    output = normal
+    """normal * weight + bias; the parameters lie on axis ``channel``, or on the last axes.
+
+    The output is the layer's own, bit for bit: another rounding would send values near zero to
+    the other side of a ReLU.
+    """
+    output = norm(mode.constant(weight), mode.constant(bias))
     parameter = weight if weight is not None else bias
-    if parameter is None:
+    if parameter is None or (mode.ref(weight) is None and mode.ref(bias) is None):
         return output
-    trailing = 0 if channel is None else normal.dim() - channel - 1
-    shape = (*parameter.shape, *(1,) * trailing)
-    if weight is not None:
-        output = output * mode.constant(weight).view(shape)
-    if bias is not None:
-        output = output + mode.constant(bias).view(shape)
-    first = normal.dim() - len(shape)
+    with torch.no_grad():
+        normal = output if mode.ref(weight) is None else norm(None, None)
+    trailing = 0 if channel is None else output.dim() - channel - 1
+    first = output.dim() - parameter.dim() - trailing
     axes = tuple(range(first, first + parameter.dim()))
     saved = (normal.detach(), tuple(parameter.shape), axes)
     return mode.record("norm", output, mode.ref(weight), mode.ref(bias), saved, axes)

@@ -15,7 +15,12 @@ from tda_lightning.gradients.assemble import assemble, plan_blocks
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture, Use
 from tda_lightning.gradients.forms import Gradient
-from tda_lightning.gradients.functional import Loss, functional_gradients, parameters_frozen
+from tda_lightning.gradients.functional import (
+    Loss,
+    functional_gradients,
+    in_double,
+    parameters_frozen,
+)
 from tda_lightning.gradients.layout import Layout, candidates, consistent
 
 Losses = Callable[[nn.Module, Any, Tensor], Iterable[Tensor]]
@@ -91,6 +96,9 @@ class GradientEngine:
         self._plan(uses, mode.generic | broken)
         sums, errors = self._first_errors(loss, batch, examples, plain)
         wrong = {name for name, error in errors.items() if error > self._tolerance()}
+        if wrong and (exact := self._errors_in_double(loss, batch, examples)) is not None:
+            sums, errors = exact
+            wrong = {name for name, error in errors.items() if error > self._tolerance()}
         if wrong:
             self._plan(uses, {*self._generic, *wrong})
             sums, errors = self._first_errors(loss, batch, examples, plain)
@@ -296,6 +304,26 @@ class GradientEngine:
                 sums[name] = float(difference / scale) if scale > 0 else 0.0
                 worst[name] = max(sums[name], order)
         return sums, worst
+
+    def _errors_in_double(
+        self, loss: Loss, batch: Any, examples: Tensor
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
+        """The same in float64, None where the module or its loss insists on its own precision.
+
+        Near a kink (a ReLU, a maximum) the rounding of float32 decides which way a gradient goes,
+        and another order of the batch may round otherwise. That is no error of ours.
+        """
+        if next(self.module.parameters()).dtype == torch.float64:
+            return None
+        precise = pytree.tree_map_only(
+            Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
+        )
+        try:
+            with in_double(self.module):
+                plain = self.plain_gradient(loss, precise, examples)
+                return self._first_errors(loss, precise, examples, plain)
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
     def _tolerance(self) -> float:
         """Far above rounding, far below what a lost or doubled term makes."""

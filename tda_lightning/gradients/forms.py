@@ -6,6 +6,7 @@ allows, over chunks of examples that keep the working set small.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -111,6 +112,13 @@ class Gradient(ABC):
         """Inner products with dense queries [query, groups, rows, columns]: [query, batch]."""
         flat = queries.flatten(1)
         return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in self.chunks()], dim=1)
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        """sum_n weights_kn D_n for weights [count, batch]: [count, groups, rows, columns]."""
+        total = weights.new_zeros(len(weights), math.prod(self.shape[1:]))
+        for rows in self.chunks():
+            total.addmm_(weights[:, rows], self.dense(rows).flatten(1))
+        return total.unflatten(1, self.shape[1:])
 
     def mean(self) -> Tensor:
         """Mean over the examples: [groups, rows, columns]."""
@@ -334,6 +342,31 @@ class Sum(Gradient):
 
     def dot(self, queries: Tensor) -> Tensor:
         return torch.stack([term.dot(queries) for term in self.terms]).sum(0)
+
+
+class Joined(Gradient):
+    """The gradients of several blocks end to end in one row: [batch, 1, 1, all parameters]."""
+
+    def __init__(self, blocks: Sequence[Gradient]):
+        self.blocks = blocks
+        self.widths = [math.prod(block.shape[1:]) for block in blocks]
+        self.shape = (blocks[0].batch, 1, 1, sum(self.widths))
+
+    @property
+    def cost_per_example(self) -> int:
+        return sum(block.cost_per_example for block in self.blocks) + self.shape[3]
+
+    def dense(self, rows: slice) -> Tensor:
+        parts = [block.dense(rows).flatten(1) for block in self.blocks]
+        return torch.cat(parts, dim=1)[:, None, None]
+
+    def dot(self, queries: Tensor) -> Tensor:
+        parts = queries.flatten(1).split(self.widths, dim=1)
+        own = [
+            block.dot(part.unflatten(1, block.shape[1:]))
+            for block, part in zip(self.blocks, parts, strict=True)
+        ]
+        return torch.stack(own).sum(0)
 
 
 class Scaled(Gradient):

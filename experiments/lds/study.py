@@ -1,0 +1,125 @@
+"""The single-run LDS of each estimator, with EK-FAC, on one recorded run.
+
+python experiments/lds/study.py study=digits
+python experiments/lds/study.py study=concrete data.root=FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from tda_lightning import AttributionModule, Trajectory
+from tda_lightning.evaluation import (
+    difference,
+    draw_subsets,
+    landing_error,
+    linear_datamodeling_score,
+    measure,
+    retrain,
+    retrain_each,
+)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="lds")
+def main(config: DictConfig) -> None:
+    """Record a run, score it, retrain it on subsets, and compare."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(config.threads)
+    data, module, task = record(config)
+    trajectory = Trajectory.load(config.output)
+
+    scores, seconds = {}, {}
+    for name, node in config.estimators.items():
+        started = time.monotonic()
+        attribution = AttributionModule(module, trajectory, instantiate(node), task)
+        scores[name] = attribution.attribute(
+            data.train_dataset, data.query_dataset, trainer=quiet(), self_influence=False
+        )
+        seconds[name] = time.monotonic() - started
+
+    subsets, outcomes = truth(config, trajectory, module, task, data)
+    found = {
+        name: linear_datamodeling_score(item, subsets, outcomes) for name, item in scores.items()
+    }
+    print(f"\n{config.name}: LDS, single run, {config.fraction:.0%} kept, {len(subsets)} subsets")
+    for name, lds in found.items():
+        print(f"  {name:<12} {lds}   ({seconds[name]:.1f} s)")
+    pairs = [("recorded", "source"), ("source", "influence"), ("source", "tracin")]
+    gaps = {
+        f"{a} - {b}": difference(found[a], found[b]) for a, b in pairs if {a, b} <= found.keys()
+    }
+    for name, gap in gaps.items():
+        print(f"  {name:<22} {gap}")
+    results = {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "lds": {name: [lds.value, lds.low, lds.high] for name, lds in found.items()},
+        "gaps": {name: [gap.value, gap.low, gap.high] for name, gap in gaps.items()},
+        "seconds": seconds,
+    }
+    Path(config.output, "results.json").write_text(json.dumps(results, indent=1))
+
+
+def record(config: DictConfig) -> tuple[Any, Any, Any]:
+    """Train once with the recorder; returns data, module and task."""
+    data = instantiate(config.data, _convert_="all")
+    data.setup()
+    seed_everything(config.seed, verbose=False)
+    module = instantiate(config.model, _convert_="all")
+    recorder = instantiate(config.recorder, _convert_="all")
+    trainer = instantiate(config.trainer, _convert_="all", _partial_=True)
+    trainer = trainer(callbacks=[recorder], enable_progress_bar=False)
+    trainer.fit(module, datamodule=data)
+    told = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+    print(f"{config.name}: {trainer.global_step} steps, {told}")
+    return data, module, instantiate(config.task, _convert_="all")
+
+
+def truth(
+    config: DictConfig, trajectory: Trajectory, module: Any, task: Any, data: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The subsets, bool [subset, train], and measurements after retraining, [subset, query]."""
+    work = (trajectory, module, task, data.train_dataset)
+    num_train = len(data.train_dataset)
+    landed = retrain(*work, torch.ones(num_train))
+    print(f"  replay lands within {landing_error(trajectory, landed):.1e} of the recorded end")
+    subsets = draw_subsets(num_train, config.fraction, config.num_subsets, config.subset_seed)
+    started = time.monotonic()
+    outcomes = torch.stack(
+        [
+            measure(module, task, state, data.query_dataset)
+            for state in retrain_each(*work, subsets.float(), together=config.together)
+        ]
+    )
+    print(f"  {len(subsets)} retrainings in {time.monotonic() - started:.0f} s")
+    np.savez_compressed(
+        Path(config.output, "outcomes.npz"), subsets=subsets.numpy(), outcomes=outcomes.numpy()
+    )
+    return subsets, outcomes
+
+
+def quiet() -> Trainer:
+    """A trainer for attribution without progress bars."""
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        inference_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
