@@ -12,12 +12,12 @@ import time
 from itertools import combinations
 from pathlib import Path
 
-from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
+import torch
 
 from tda_lightning import Scores
 from tda_lightning.cli import main as tda
 from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.evaluation import agreement, detection_auc
 
 RUN = Path("runs/demo")
 ESTIMATORS = ("source", "tracin", "influence")
@@ -31,19 +31,12 @@ def run(command: str) -> None:
         sys.exit(status)
 
 
-def flipped_labels() -> list[bool]:
-    """For each training example of the run, whether its label was flipped."""
+def flipped_labels() -> torch.Tensor:
+    """For each training example of the run, whether its label was flipped: bool [train]."""
     data = build(load_config(RUN).data, trust=False)
-    wrong = [False] * len(data.train_dataset)
-    for index in data.flipped.tolist():
-        wrong[index] = True
+    wrong = torch.zeros(len(data.train_dataset), dtype=torch.bool)
+    wrong[data.flipped] = True
     return wrong
-
-
-def agreement(first: Scores, second: Scores) -> float:
-    """Spearman's rank correlation between two estimators' scores, averaged over the queries."""
-    rows = zip(first.values, second.values, strict=True)
-    return sum(spearmanr(a, b).statistic for a, b in rows) / first.num_queries
 
 
 def main() -> None:
@@ -57,12 +50,14 @@ def main() -> None:
 
     scores = {name: Scores.load(RUN / "scores" / f"{name}.h5") for name in ESTIMATORS}
     wrong = flipped_labels()
-    print(f"\nFinding the {sum(wrong)} flipped labels among {len(wrong)} by self-influence (AUC):")
+    print(
+        f"\nFinding the {int(wrong.sum())} flipped labels among {len(wrong)} by self-influence (AUC):"
+    )
     for name in ESTIMATORS:
-        print(f"  {name:<10} {roc_auc_score(wrong, scores[name].self_influence):.3f}")
+        print(f"  {name:<10} {detection_auc(scores[name], wrong):.3f}")
     print(f"Agreement of the scores (Spearman, mean over {scores['source'].num_queries} queries):")
     for first, second in combinations(ESTIMATORS, 2):
-        print(f"  {first:<10} {second:<10} {agreement(scores[first], scores[second]):.3f}")
+        print(f"  {first:<10} {second:<10} {agreement(scores[first], scores[second]).value:.3f}")
     print(f"Report: {RUN / 'scores' / 'source.html'}")
     print(f"Done in {time.monotonic() - started:.0f} seconds.")
 

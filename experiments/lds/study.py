@@ -2,6 +2,7 @@
 
 python experiments/lds/study.py study=digits
 python experiments/lds/study.py study=concrete data.root=FOLDER
+python experiments/lds/study.py study=concrete data.root=FOLDER retrained=OLDER/outcomes.npz
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from tda_lightning.evaluation import (
     retrain_each,
 )
 
+PAIRS = [
+    ("source", "influence"),
+    ("source", "tracin"),
+    ("recorded", "source"),
+    ("recorded", "influence"),
+    ("source", "source_blocks"),
+    ("recorded", "recorded_blocks"),
+]
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="lds")
 def main(config: DictConfig) -> None:
@@ -54,13 +64,12 @@ def main(config: DictConfig) -> None:
     }
     print(f"\n{config.name}: LDS, single run, {config.fraction:.0%} kept, {len(subsets)} subsets")
     for name, lds in found.items():
-        print(f"  {name:<12} {lds}   ({seconds[name]:.1f} s)")
-    pairs = [("recorded", "source"), ("source", "influence"), ("source", "tracin")]
+        print(f"  {name:<16} {lds}   ({seconds[name]:.1f} s)")
     gaps = {
-        f"{a} - {b}": difference(found[a], found[b]) for a, b in pairs if {a, b} <= found.keys()
+        f"{a} - {b}": difference(found[a], found[b]) for a, b in PAIRS if {a, b} <= found.keys()
     }
     for name, gap in gaps.items():
-        print(f"  {name:<22} {gap}")
+        print(f"  {name:<27} {gap}")
     results = {
         "config": OmegaConf.to_container(config, resolve=True),
         "lds": {name: [lds.value, lds.low, lds.high] for name, lds in found.items()},
@@ -68,6 +77,12 @@ def main(config: DictConfig) -> None:
         "seconds": seconds,
     }
     Path(config.output, "results.json").write_text(json.dumps(results, indent=1))
+    # The sum of the scores of what each subset leaves out: what linear.py compares.
+    left_out = (~subsets).double()
+    np.savez_compressed(
+        Path(config.output, "predictions.npz"),
+        **{name: (left_out @ item.values.double().T).numpy() for name, item in scores.items()},
+    )
 
 
 def record(config: DictConfig) -> tuple[Any, Any, Any]:
@@ -89,11 +104,15 @@ def truth(
     config: DictConfig, trajectory: Trajectory, module: Any, task: Any, data: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The subsets, bool [subset, train], and measurements after retraining, [subset, query]."""
-    work = (trajectory, module, task, data.train_dataset)
     num_train = len(data.train_dataset)
+    subsets = draw_subsets(num_train, config.fraction, config.num_subsets, config.subset_seed)
+    last = trajectory.checkpoints[trajectory.last_step]
+    end = measure(module, task, {**last.buffers, **last.parameters}, data.query_dataset)
+    if config.retrained is not None:
+        return subsets, known(config.retrained, subsets, end)
+    work = (trajectory, module, task, data.train_dataset)
     landed = retrain(*work, torch.ones(num_train))
     print(f"  replay lands within {landing_error(trajectory, landed):.1e} of the recorded end")
-    subsets = draw_subsets(num_train, config.fraction, config.num_subsets, config.subset_seed)
     started = time.monotonic()
     outcomes = torch.stack(
         [
@@ -103,9 +122,25 @@ def truth(
     )
     print(f"  {len(subsets)} retrainings in {time.monotonic() - started:.0f} s")
     np.savez_compressed(
-        Path(config.output, "outcomes.npz"), subsets=subsets.numpy(), outcomes=outcomes.numpy()
+        Path(config.output, "outcomes.npz"),
+        subsets=subsets.numpy(),
+        outcomes=outcomes.numpy(),
+        end=end.numpy(),
     )
     return subsets, outcomes
+
+
+def known(path: str, subsets: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Measurements after retraining from an earlier study of the same run, to the bit."""
+    with np.load(path) as found:
+        kept = {name: torch.from_numpy(found[name]) for name in ("subsets", "outcomes", "end")}
+    count = len(subsets)
+    if not torch.equal(kept["subsets"][:count], subsets) or not torch.equal(kept["end"], end):
+        raise ValueError(
+            f"{path} comes from another run: expected its subsets and its measurements at the end "
+            "of training to be this run's. Leave retrained out to train again."
+        )
+    return kept["outcomes"][:count]
 
 
 def quiet() -> Trainer:

@@ -99,7 +99,8 @@ def attribute(config: DictConfig) -> None:
         )
     data = build(recorded.data, config.trust_config, **_given(config.data))
     # The trajectory has the weights: nothing here is going to train.
-    module = build(recorded.model, config.trust_config, optimizer=None, scheduler=None)
+    changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
+    module = build(recorded.model, config.trust_config, **changes)
     task = (
         instantiate(config.task, _convert_="all")
         if "task" in config
