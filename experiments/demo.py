@@ -50,9 +50,8 @@ def main() -> None:
 
     scores = {name: Scores.load(RUN / "scores" / f"{name}.h5") for name in ESTIMATORS}
     wrong = flipped_labels()
-    print(
-        f"\nFinding the {int(wrong.sum())} flipped labels among {len(wrong)} by self-influence (AUC):"
-    )
+    flipped = f"{int(wrong.sum())} flipped labels among {len(wrong)}"
+    print(f"\nFinding the {flipped} by self-influence (AUC):")
     for name in ESTIMATORS:
         print(f"  {name:<10} {detection_auc(scores[name], wrong):.3f}")
     print(f"Agreement of the scores (Spearman, mean over {scores['source'].num_queries} queries):")

@@ -19,6 +19,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.evaluation import (
@@ -102,25 +103,16 @@ def record(config: DictConfig) -> tuple[Any, Any, Any]:
 
 def truth(
     config: DictConfig, trajectory: Trajectory, module: Any, task: Any, data: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The subsets, bool [subset, train], and measurements after retraining, [subset, query]."""
     num_train = len(data.train_dataset)
     subsets = draw_subsets(num_train, config.fraction, config.num_subsets, config.subset_seed)
     last = trajectory.checkpoints[trajectory.last_step]
     end = measure(module, task, {**last.buffers, **last.parameters}, data.query_dataset)
     if config.retrained is not None:
-        return subsets, known(config.retrained, subsets, end)
-    work = (trajectory, module, task, data.train_dataset)
-    landed = retrain(*work, torch.ones(num_train))
-    print(f"  replay lands within {landing_error(trajectory, landed):.1e} of the recorded end")
-    started = time.monotonic()
-    outcomes = torch.stack(
-        [
-            measure(module, task, state, data.query_dataset)
-            for state in retrain_each(*work, subsets.float(), together=config.together)
-        ]
-    )
-    print(f"  {len(subsets)} retrainings in {time.monotonic() - started:.0f} s")
+        outcomes = known(config.retrained, subsets, end)
+    else:
+        outcomes = retrained(config, trajectory, module, task, data, subsets)
     np.savez_compressed(
         Path(config.output, "outcomes.npz"),
         subsets=subsets.numpy(),
@@ -130,7 +122,25 @@ def truth(
     return subsets, outcomes
 
 
-def known(path: str, subsets: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+def retrained(
+    config: DictConfig, trajectory: Trajectory, module: Any, task: Any, data: Any, subsets: Tensor
+) -> Tensor:
+    """Measurements after retraining on each subset, [subset, query]."""
+    work = (trajectory, module, task, data.train_dataset)
+    landed = retrain(*work, torch.ones(subsets.shape[1]))
+    print(f"  replay lands within {landing_error(trajectory, landed):.1e} of the recorded end")
+    started = time.monotonic()
+    outcomes = torch.stack(
+        [
+            measure(module, task, state, data.query_dataset)
+            for state in retrain_each(*work, subsets.float(), together=config.together)
+        ]
+    )
+    print(f"  {len(subsets)} retrainings in {time.monotonic() - started:.0f} s")
+    return outcomes
+
+
+def known(path: str, subsets: Tensor, end: Tensor) -> Tensor:
     """Measurements after retraining from an earlier study of the same run, to the bit."""
     with np.load(path) as found:
         kept = {name: torch.from_numpy(found[name]) for name in ("subsets", "outcomes", "end")}

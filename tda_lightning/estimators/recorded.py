@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import units
 from tda_lightning.estimators.queries import query_gradients, query_rounds
-from tda_lightning.estimators.schedule import Load, recorded_loads
+from tda_lightning.estimators.schedule import Load
 from tda_lightning.estimators.segments import Adjoint, SegmentedRun
 from tda_lightning.estimators.spectral import MomentumAdjoint
 from tda_lightning.gradients import Gradient
@@ -43,7 +43,7 @@ class RecordedRun(SegmentedRun):
     def passes(self) -> list[Pass]:
         context = self.context
         passes = self.curvature_passes()
-        loads = [recorded_loads(context.trajectory, s, context.batch_size) for s in self.segments]
+        loads = [self.loads(segment) for segment in self.segments]
         for start, stop in query_rounds(context, copies=6):
             with_self = context.self_influence and start == 0
             for number in reversed(range(len(self.segments))):

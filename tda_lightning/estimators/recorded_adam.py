@@ -21,7 +21,7 @@ from tda_lightning.curvature import unit_matrices, units
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.queries import query_gradients, query_rounds
 from tda_lightning.estimators.recorded import chunks, runs
-from tda_lightning.estimators.schedule import Load, interval_around, recorded_loads
+from tda_lightning.estimators.schedule import Load, interval_around
 from tda_lightning.estimators.segments import SegmentedRun
 from tda_lightning.gradients import Gradient
 from tda_lightning.passes import Pass, memory_budget
@@ -77,9 +77,7 @@ class RecordedAdamRun(SegmentedRun):
         for start, stop in query_rounds(context, copies=6):
             first = True
             for number in reversed(range(len(self.segments))):
-                loads = recorded_loads(
-                    context.trajectory, self.segments[number], context.batch_size
-                )
+                loads = self.loads(self.segments[number])
                 for interval in dict.fromkeys((load.before, load.after) for load in loads):
                     own = [load for load in loads if (load.before, load.after) == interval]
                     begin = self._begin(start, stop, first)
@@ -123,8 +121,7 @@ class RecordedAdamRun(SegmentedRun):
     def _earlier(self, start: int, stop: int) -> list[Load]:
         if start >= stop:
             return []
-        part = Segment(start, stop, ())
-        return recorded_loads(self.context.trajectory, part, self.context.batch_size)
+        return self.loads(Segment(start, stop, ()))
 
     def _require_memory(self, checkpoints: list[int]) -> None:
         longest = max(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,13 @@ class Load:
         return (self.rows - self.before).double() / max(self.after - self.before, 1)
 
 
-def recorded_loads(trajectory: Trajectory, segment: Segment, size: int) -> list[Load]:
+def recorded_loads(
+    trajectory: Trajectory, segment: Segment, size: int, share: Callable[[int], float]
+) -> list[Load]:
     """The segment's uses of examples, last step first, in loads of up to ``size``.
 
-    A load does not cross a checkpoint.
+    A load does not cross a checkpoint. ``share`` gives the weight of an example's loss in the loss
+    of a batch of so many (``AttributionTask.share``).
 
     Raises:
         UnsupportedTrainingError: the run has no example indices (an iterable data set).
@@ -68,13 +71,14 @@ def recorded_loads(trajectory: Trajectory, segment: Segment, size: int) -> list[
         uses.clear()
 
     for row in reversed(range(segment.start, segment.stop)):
-        own = interval_around(checkpoints, row)
-        if own != interval:
+        around = interval_around(checkpoints, row)
+        if around != interval:
             flush()
-            interval = own
+            interval = around
         divisor = int(trajectory.steps.accumulation[row])
         for batch in trajectory.steps.batches(row):
-            uses += [(row, index, 1 / (divisor * len(batch))) for index in batch.tolist()]
+            own = share(len(batch)) / divisor
+            uses += [(row, index, own) for index in batch.tolist()]
     flush()
     return loads
 

@@ -14,6 +14,7 @@ from tda_lightning.curvature import CurvatureFit, DeflatedSpectrum, LeadingFit, 
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.geometry import Geometry, segment_geometry
+from tda_lightning.estimators.schedule import Load, recorded_loads
 from tda_lightning.estimators.spectral import MomentumAdjoint, segment_decay, segment_response
 from tda_lightning.gradients import Gradient, scaled
 from tda_lightning.passes import Context, Pass
@@ -112,6 +113,11 @@ class SegmentedRun:
                 for name, spectrum in self.curvature(number).items()
             }
         return self._spectra[number]
+
+    def loads(self, segment: Segment) -> list[Load]:
+        """The recorded uses of examples in ``segment``, last step first."""
+        context = self.context
+        return recorded_loads(context.trajectory, segment, context.batch_size, context.task.share)
 
     @property
     def follows_buffer(self) -> bool:

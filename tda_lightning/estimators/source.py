@@ -11,6 +11,7 @@ from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
 from tda_lightning.passes import Context, Plan
+from tda_lightning.trajectory import Segment
 
 ORDERS = ("average", "recorded")
 MOMENTUM = ("effective_rate", "recursion")
@@ -131,10 +132,32 @@ class Source:
             "question": _QUESTIONS[self.order],
             "leading_directions": self.leading(context),
         }
-        notes = []
-        if isinstance(run, RecordedAdamRun) and context.self_influence:
+        # The recorded order of Adam takes every group's own rate at every step.
+        follows = isinstance(run, RecordedAdamRun)
+        notes = [] if follows else self._notes_on_rates(context, run.segments)
+        if follows and context.self_influence:
             notes.append(
                 "No self-influence: on the recorded order of Adam every example needs an adjoint "
                 "of its own. Ask for examples as queries, or use order='average'."
             )
         return Plan(run.passes(), provenance, notes)
+
+    def _notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
+        """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
+        facts = context.trajectory.facts.parameters
+        groups = sorted({facts[name].group for name in context.engine.names})
+        folded = []
+        for number, segment in enumerate(segments, start=1):
+            rates = context.trajectory.applied_rates(segment.rows)[:, groups]
+            times = rates.sum(0)
+            # Rates in a fixed ratio are, step by step, the same part of each group's sum.
+            differences = (rates * times.max() - rates[:, [int(times.argmax())]] * times).abs()
+            if bool((differences > 1e-6 * (rates.max() * times.max())).any()):
+                folded.append(str(number))
+        if not folded:
+            return []
+        return [
+            "The learning rates of the parameter groups change their ratio within segment "
+            f"{', '.join(folded)}: the ratio of their sums over the segment is used throughout. "
+            "More segments, or cuts (segment_steps) where a schedule changes, follow it closer."
+        ]

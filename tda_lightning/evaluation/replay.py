@@ -116,7 +116,7 @@ class Replay:
                 for batch, examples in self.batches(row):
                     with example_noise(0, examples), no_randomness():
                         losses = self.task.train_loss(module, batch)
-                    loss = weighted_mean(losses, weights[examples])
+                    loss = weighted_loss(self.task, losses, weights[examples])
                     (loss / int(self.trajectory.steps.accumulation[row])).backward()
                 self._clip(list(trained.values()))
                 optimizer.step()
@@ -134,9 +134,9 @@ class Replay:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip)
 
 
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the batch with the denominator kept."""
-    return (weights.to(losses) * losses).sum() / len(losses)
+def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:
+    """A batch's loss as trained with weights on its examples; what it divides by is kept."""
+    return (weights.to(losses) * losses).sum() * task.share(len(losses))
 
 
 def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:

@@ -19,7 +19,7 @@ from tda_lightning.evaluation.replay import (
     make_optimizer,
     no_randomness,
     require_finite,
-    weighted_mean,
+    weighted_loss,
 )
 from tda_lightning.tasks import AttributionTask, example_noise, silenced
 
@@ -49,7 +49,8 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
 
     def batch_loss(state: State, own: Tensor, batch: Any) -> Tensor:
         named = {f"module.{name}": tensor for name, tensor in state.items()}
-        return weighted_mean(torch.func.functional_call(losses, named, (batch,)), own)
+        found = torch.func.functional_call(losses, named, (batch,))
+        return weighted_loss(replay.task, found, own)
 
     each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
     with borrowed(replay.module), silenced(replay.module), torch.enable_grad():

@@ -52,6 +52,10 @@ class AttributionTask(ABC):
         """What is explained for each query, [batch]; smaller when the model does better."""
         return self.train_loss(module, batch)
 
+    def share(self, size: int) -> float:
+        """Weight of one example's ``train_loss`` in the loss of a training batch of ``size``."""
+        return 1 / size
+
     @property
     def measures_loss(self) -> bool:
         """Whether the measurement is the training loss, so that one pass serves both."""

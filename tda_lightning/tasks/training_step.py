@@ -99,6 +99,9 @@ class TrainingStepTask(AttributionTask):
         losses = self.train_loss(module, batch)
         return losses / self._examples_per_mean(1) if self._summed else losses
 
+    def share(self, size: int) -> float:
+        return 1 / self._examples_per_mean(size)
+
     @property
     def measures_loss(self) -> bool:
         return not self._summed
@@ -221,7 +224,8 @@ class TrainingStepTask(AttributionTask):
         self._summed = True
         self.notes.append(
             f"training_step sums its loss over batches of {self.training_batch_size}: curvature "
-            "and gradients are those of that sum; a smaller last batch counts as a full one."
+            "and gradients are those of that sum. Where the order of batches is averaged out, a "
+            "smaller last batch counts as a full one."
         )
 
     def _note(self, text: str) -> None:
