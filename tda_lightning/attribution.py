@@ -113,7 +113,7 @@ class AttributionModule(LightningModule):
                 f"{len(examples)} training examples cannot be shared by {runner.world_size} "
                 "processes: give a trainer with fewer devices."
             )
-        with self._prepared():
+        with self._prepared(runner.strategy.root_device):
             context = self._context(examples, queries, self_influence)
             # The sink needs the number of segments, and the plan only names the sink later.
             context.sink = sink = self._sink(context, scores_path, overwrite, runner)
@@ -198,6 +198,8 @@ class AttributionModule(LightningModule):
         loaders = [PassLoader(examples, one.order) for one in plan.passes]
         with _gradients_in_predict(trainer):
             trainer.predict(self, loaders, return_predictions=False)  # type: ignore[arg-type]
+        # Lightning leaves the module on the CPU.
+        self.module.to(trainer.strategy.root_device)
         # Lightning's loop has no end for a process without any batch.
         self._start_through(len(plan.passes))
         if trainer.world_size > 1 and isinstance(context.sink, MemorySink):
@@ -211,21 +213,29 @@ class AttributionModule(LightningModule):
         return f"{passes[number].title} ({number + 1}/{len(passes)})"
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Eval mode and silent logging; weights, buffers and modes as before at the end."""
+    def _prepared(self, device: torch.device | None = None) -> Iterator[None]:
+        """Eval mode and silent logging, on ``device``; weights, buffers, modes and device as
+        before at the end."""
         modes = {part: part.training for part in self.module.modules()}
-        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
-        before = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
+        before = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        home = next(self.module.parameters()).device
         self.module.eval()
         try:
+            # Plans place their tensors where the module is, so it moves before Lightning moves it.
+            self.module.to(device or home)
             with silenced(self.module):
                 yield
         finally:
+            self.module.to(home)
             with torch.no_grad():
-                for tensor, value in before:
-                    tensor.copy_(value)
+                # By name: moving a module replaces its buffers.
+                for name, tensor in self._tensors().items():
+                    tensor.copy_(before[name])
             for part, mode in modes.items():
                 part.training = mode
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
     def _context(
         self, examples: ExampleSource, queries: ExampleSource, self_influence: bool

@@ -158,6 +158,12 @@ def test_other_training_data_are_refused(run, capsys):
     assert not (run.parent.parent / "new.h5").exists()
 
 
+def test_another_model_is_refused(run, capsys):
+    assert main(["attribute", "runs/digits", "scores=new.h5", "+model.network.widths=[4]"]) == 1
+    assert "The module's parameters are not the recorded ones" in capsys.readouterr().err
+    assert not (run.parent.parent / "new.h5").exists()
+
+
 def test_damaged_files_are_named(run, capsys):
     content = (run / "trajectory.h5").read_bytes()
     (run / "trajectory.h5").write_bytes(content[: len(content) // 2])

@@ -165,6 +165,8 @@ def test_text_files(root):
     assert targets.tolist() == [[3, 2, 3, 2], [0, 1, 1, 2]]
     assert data.query_dataset.tensors[0].tolist() == [[0, 2, 0, 3]]
     assert data.render("train", 0).text == "a b a b a"
+    assert data.render("train", 1).text == "a \u2039c\u203a\na"
+    assert "are <unk> to the model" in data.render("query", 0).caption
     with pytest.raises(ValueError, match="no sequence of 50"):
         WikiText2Data(root=str(root), sequence_length=50).setup()
 

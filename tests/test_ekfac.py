@@ -4,40 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from tda_lightning.estimators import InfluenceFunction, Source
 from tests import oracles
 from tests.attributing import attribute, relative
-from tests.cases import Case
-from tests.cases.case import normal
-from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, everything, train
-from tests.sampled import SEED, layer_places, oracle_curvature
-
-
-def convolutions() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, stride=2, padding=1, padding_mode="reflect"),
-        nn.Tanh(),
-        nn.Conv2d(4, 4, (2, 1), groups=2, padding=(1, 0), bias=False),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(48, 3),
-    )
-
-
-def sequence() -> nn.Module:
-    """One layer for all positions, called twice; norms between."""
-    shared = nn.Linear(3, 3)
-    return nn.Sequential(shared, nn.LayerNorm(3), nn.Tanh(), shared, nn.Tanh(), nn.Linear(3, 4))
-
-
-CASES = {
-    "regression": MLP,
-    "classification": CLASSIFIER,
-    "convolutions": Case("ekfac/conv", convolutions, normal(2, 5, 6), "classification"),
-    "sequence": Case("ekfac/sequence", sequence, normal(5, 3), "classification"),
-}
+from tests.cases.training import OPTIMIZERS, everything, train
+from tests.sampled import CASES, SEED, layer_places, oracle_curvature
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal", "identity"])

@@ -253,6 +253,51 @@ def test_the_module_is_left_as_it_was() -> None:
         assert value.grad is None
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8), nn.GroupNorm(2, 8)])
+def test_norms_are_watched_without_another_rounding(norm) -> None:
+    """Another rounding turns gradients at the kinks of what follows (a ReLU, a maximum)."""
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(8) + 0.1)
+    inputs, seen = torch.randn(50, 8), []
+
+    def loss(module, batch, examples):
+        seen.append(module(batch))
+        return seen[-1].sum(1)
+
+    norm.eval()
+    engine = GradientEngine(norm, ["weight", "bias"])
+    engine.discover(loss, inputs, torch.arange(50))
+    plain = norm(inputs)
+    assert len(seen) > 2
+    assert all(torch.equal(output, plain) for output in (seen[0], seen[1]))
+
+
+class _AtAKink(nn.Module):
+    """Another gradient in the first place of a batch, where float32 rounds so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("limit", torch.tensor(0.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        turned = torch.zeros(len(inputs), 1)
+        turned[0] = 0.1 if inputs.dtype == torch.float32 else 0.0
+        return self.layer(inputs) * (1 + turned) + self.limit
+
+
+def test_rounding_at_a_kink_is_not_taken_for_examples_that_influence_one_another() -> None:
+    module, inputs = _AtAKink(), torch.randn(5, 3)
+    before = {name: (id(t), t.clone()) for name, t in module.state_dict(keep_vars=True).items()}
+    engine = GradientEngine(module, ["layer.weight", "layer.bias"])
+    engine.discover(lambda m, b, e: m(b).square().sum(1), inputs, torch.arange(5))
+    assert engine.generic == []
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        assert (id(tensor), tensor.dtype) == (before[name][0], torch.float32)
+        assert torch.equal(tensor, before[name][1])
+
+
 def test_float32_is_close_to_float64() -> None:
     """Single precision loses digits, not terms."""
     for name in ("conv/network", "transformer/encoder_batch_first", "lstm/classifier"):

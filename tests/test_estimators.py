@@ -314,3 +314,31 @@ def test_without_curvature_segments_only_split_the_time() -> None:
     torch.testing.assert_close(
         cut.by_segment, rates[:, None, None] * whole.values, rtol=1e-6, atol=0
     )
+
+
+def test_a_changing_ratio_of_rates_is_noted() -> None:
+    """Rates that a schedule moves together keep it; one that is frozen halfway does not."""
+
+    def notes(run, estimator) -> list[str]:
+        scores = attribute(MLP, run, module, data, estimator)
+        return [note for note in scores.provenance["notes"] if "change their ratio" in note]
+
+    cut = {"segment_steps": [4], "leading_directions": 0}
+    for optimizer in (rates, OPTIMIZERS["adamw_groups"]):
+        run, module, data = train(MLP, optimizer, checkpoints=CHECKPOINTS, schedule=schedule)
+        adam = optimizer is not rates
+        assert notes(run, Source(**cut)) == []
+        run.steps.learning_rate[6:, 1] = 0
+        (note,) = notes(run, Source(**cut))
+        assert "within segment 2:" in note
+        # The recorded order of Adam takes each group's rate at each step.
+        assert len(notes(run, Source(order="recorded", **cut))) == (0 if adam else 1)
+        run.steps.learning_rate[1, 0] *= 2
+        assert "within segment 1, 2:" in notes(run, Source(**cut))[0]
+        assert "within segment 1:" in notes(run, Source(1, leading_directions=0))[0]
+        task = CaseTask(MLP.kind)
+        task.layers = ["0"]
+        assert not any(
+            "change their ratio" in note
+            for note in attribute(MLP, run, module, data, Source(1), task=task).provenance["notes"]
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -10,7 +12,8 @@ from torch.utils.data import TensorDataset
 from tda_lightning.attribution import AttributionModule
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
-from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
+from tda_lightning.tasks import ClassificationTask, example_noise
+from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
 
@@ -22,19 +25,20 @@ pytestmark = [
 ESTIMATORS = {
     "source": Source(num_segments=2),
     "source exact": Source(num_segments=2, curvature="exact"),
+    "source leading": Source(num_segments=2, leading_directions=5),
     "source recorded": Source(num_segments=2, order="recorded"),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
 }
 
 
-@pytest.mark.parametrize("name", ["conv", "attention", "recurrent", "norm", "embedding"])
+@pytest.mark.parametrize("name", ["conv", "attention", "lstm/", "gru/", "norm", "embedding"])
 def test_gradients_are_those_of_the_cpu(name):
     chosen = [case for case in CASES if name in case.name and not case.may_refuse][:6]
     assert chosen
     for case in chosen:
         module, batch = case.build(), case.batch()
-        task = RegressionTask() if case.kind == "regression" else ClassificationTask()
+        task = CaseTask(case.kind)
         found = []
         for device in ("cpu", "cuda"):
             module.to(device)
@@ -58,8 +62,10 @@ def test_gradients_are_those_of_the_cpu(name):
 def test_scores_are_those_of_the_cpu(optimizer, name):
     run, module, data = train(CLASSIFIER, OPTIMIZERS[optimizer], checkpoints=(3, 6))
     scores = []
-    for accelerator in ("cpu", "cuda"):
-        run.curvature.clear()
+    # Last with the curvature that the GPU has left, read from memory.
+    for accelerator in ("cpu", "cuda", "cuda"):
+        if len(scores) < 2:
+            run.curvature.clear()
         attribution = AttributionModule(module, run, ESTIMATORS[name], ClassificationTask())
         trainer = Trainer(
             accelerator=accelerator,
@@ -70,7 +76,31 @@ def test_scores_are_those_of_the_cpu(optimizer, name):
         )
         queries = TensorDataset(*queries_of(CLASSIFIER))
         scores.append(attribution.attribute(TensorDataset(*data), queries, 4, trainer))
-    torch.testing.assert_close(scores[1].values, scores[0].values, rtol=1e-6, atol=1e-9)
+        assert next(module.parameters()).device.type == "cpu"
+    for found in scores[1:]:
+        assert "cuda" in found.provenance["device"]
+        torch.testing.assert_close(found.values, scores[0].values, rtol=1e-6, atol=1e-9)
+        if scores[0].self_influence is not None:
+            torch.testing.assert_close(
+                found.self_influence, scores[0].self_influence, rtol=1e-6, atol=1e-9
+            )
+
+
+def test_buffers_and_weights_are_put_back_where_they_were():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
+    case = dataclasses.replace(CLASSIFIER, name="batch norm", factory=lambda: module)
+    run, module, data = train(case, OPTIMIZERS["momentum"])
+    queries = TensorDataset(*queries_of(case))
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.add_(1)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    attribution = AttributionModule(module, run, TracIn(), ClassificationTask())
+    trainer = Trainer(accelerator="cuda", devices=1, logger=False, enable_checkpointing=False)
+    attribution.attribute(TensorDataset(*data), queries, 4, trainer)
+    for name, tensor in module.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, before[name])
 
 
 def test_sampled_labels_are_those_of_the_cpu():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tda_lightning.gradients import Dense, Gradient, Outer, forms, scaled
+from tda_lightning.gradients import Dense, Gradient, Joined, Outer, forms, scaled
 from tda_lightning.gradients.forms import Rows, Scaled, Sum
 
 BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
@@ -35,6 +35,16 @@ def scale(groups: int = GROUPS) -> torch.Tensor:
     return torch.rand(groups, HEIGHT, WIDTH).double() + 0.1
 
 
+def joined() -> Joined:
+    """Blocks of all forms and of different shapes."""
+    return Joined([outer(2), touched_rows(), dense(), scaled(outer(1, height=2), None)])
+
+
+def joined_scale() -> torch.Tensor:
+    torch.manual_seed(5)
+    return torch.rand(1, 1, joined().shape[3]).double() + 0.1
+
+
 FORMS = {
     "dense": dense,
     "dense expanded": lambda: Dense(torch.ones(()).double().expand(BATCH, GROUPS, HEIGHT, WIDTH)),
@@ -48,6 +58,9 @@ FORMS = {
     "outer scaled evenly": lambda: scaled(outer(2), torch.full((GROUPS, HEIGHT, WIDTH), 0.3)),
     "scaled rows": lambda: scaled(touched_rows(), scale(1)),
     "scaled sum": lambda: scaled(Sum([touched_rows(), dense(1)]), scale(1)),
+    "joined": joined,
+    "scaled joined": lambda: scaled(joined(), joined_scale()),
+    "joined of one": lambda: Joined([touched_rows()]),
     "unscaled": lambda: scaled(outer(1), None),
 }
 SIDES = ["none", "left", "right", "both"]
@@ -55,9 +68,9 @@ SIDES = ["none", "left", "right", "both"]
 
 def bases(gradient: Gradient, sides: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     torch.manual_seed(4)
-    groups = gradient.shape[1]
-    left = torch.linalg.qr(torch.randn(groups, HEIGHT, HEIGHT).double())[0]
-    right = torch.linalg.qr(torch.randn(groups, WIDTH, WIDTH).double())[0]
+    _, groups, height, width = gradient.shape
+    left = torch.linalg.qr(torch.randn(groups, height, height).double())[0]
+    right = torch.linalg.qr(torch.randn(groups, width, width).double())[0]
     return (
         left if sides in ("left", "both") else None,
         right if sides in ("right", "both") else None,
@@ -89,6 +102,9 @@ def test_contractions(name) -> None:
     queries = torch.randn(3, *values.shape[1:]).double()
     expected = torch.einsum("qgij,bgij->qb", queries, values)
     torch.testing.assert_close(gradient.dot(queries), expected)
+    weights = torch.randn(3, BATCH).double()
+    expected = torch.einsum("kb,bgij->kgij", weights, values)
+    torch.testing.assert_close(gradient.weighted_sums(weights), expected)
     # Nothing that was asked has changed the gradients.
     torch.testing.assert_close(gradient.dense(slice(None)), values, rtol=0, atol=0)
 
@@ -170,3 +186,9 @@ def test_forms_stay_factored_where_the_scale_allows_it() -> None:
     torch.testing.assert_close(scaled(touched_rows(), scale(1)).dense(slice(None)), expected)
     expected = outer(2).dense(slice(None)) * scale()
     torch.testing.assert_close(scaled(outer(2), scale()).dense(slice(None)), expected)
+
+
+def test_joined_gradients_are_the_blocks_end_to_end() -> None:
+    expected = torch.cat([block.dense(slice(1, 4)).flatten(1) for block in joined().blocks], 1)
+    torch.testing.assert_close(joined().dense(slice(1, 4)), expected[:, None, None])
+    assert joined().cost_per_example > sum(joined().widths)

@@ -125,7 +125,7 @@ def test_source_after_endless_steps_is_the_influence_function() -> None:
 
 def test_source_is_leave_one_out_on_a_quadratic() -> None:
     """Least squares by full batches: the derivative at once, retraining to the order 1/N."""
-    steps, left_out, errors = 60, range(5), []
+    steps, left_out, errors = 60, range(3), []
     for count in (20, 80):
         data, module, queries = LINEAR.batch(count), LINEAR.build(), queries_of(LINEAR)
         run = oracles.record_run(

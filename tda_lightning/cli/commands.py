@@ -78,7 +78,16 @@ def train(config: DictConfig) -> None:
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
     trainer = _trainer(config.trainer, [recorder, SaveConfig(config)])
-    trainer.fit(module, datamodule=data)
+    try:
+        trainer.fit(module, datamodule=data)
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning leaves without a word.
+        print(
+            f"Interrupted after {trainer.global_step} steps. What is recorded in {config.output} "
+            "can be inspected and attributed.",
+            file=sys.stderr,
+        )
+        raise
     measured = "".join(
         f", {name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
     )

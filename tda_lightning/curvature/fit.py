@@ -30,8 +30,11 @@ from tda_lightning.gradients import Gradient, Joined, scaled
 from tda_lightning.passes import Context, Pass
 
 KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
-# Float64 eigenvectors of a side this wide take half a gigabyte, and minutes to find.
+# A wider side keeps its own axes: float64 eigenvectors of this width take half a gigabyte, and
+# minutes to find. Gradients without factors (Adam's h * g) must be turned one by one, which costs
+# the width once more; their limit is where that overtakes everything else.
 MAX_SIDE = 8192
+MAX_DENSE_SIDE = 2048
 MAX_EXACT = 10_000
 # The unit of curvature that spans all blocks.
 WHOLE = "all parameters"
@@ -164,7 +167,8 @@ class CurvatureFit:
     def _add_covariances(self, batch: Any, examples: Tensor, step: int) -> None:
         for name, gradient in self._gradients(batch, examples, step).items():
             _, _, rows, columns = gradient.shape
-            sides = gradient.covariances((rows <= MAX_SIDE, columns <= MAX_SIDE))
+            limit = MAX_SIDE if gradient.factored else MAX_DENSE_SIDE
+            sides = gradient.covariances((rows <= limit, columns <= limit))
             self._accumulate(name, sides)
 
     def _add_squares(self, batch: Any, examples: Tensor, step: int) -> None:
@@ -233,7 +237,7 @@ def cache_key(
         "steps": steps,
         "seed": seed,
         "scale": scales.hexdigest(),
-        "max_side": MAX_SIDE,
+        "max_sides": [MAX_SIDE, MAX_DENSE_SIDE],
         "alike": context.alike(steps),
         "sampled": context.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],

@@ -154,7 +154,8 @@ class DeflatedSpectrum:
         """The leading directions in front of block-wise ``spectra``."""
         place = (leading.context.device, leading.context.dtype)
         rest = tuple(spectra[block.name].to(*place) for block in blocks)
-        parts = leading.vectors.split([block.size for block in blocks], dim=1)
+        vectors, values = leading.vectors.to(*place), leading.eigenvalues.to(*place)
+        parts = vectors.split([block.size for block in blocks], dim=1)
         turned = torch.cat(
             [
                 spectrum.project(part.unflatten(1, block.shape)).flatten(1)
@@ -163,9 +164,9 @@ class DeflatedSpectrum:
             dim=1,
         )
         own = torch.cat([spectrum.eigenvalues.flatten() for spectrum in rest])
-        left = (own - leading.eigenvalues @ turned.square()).clamp(min=0)
-        eigenvalues = torch.cat([leading.eigenvalues, left])[None, None]
-        return cls(leading.vectors, turned, tuple(blocks), rest, eigenvalues)
+        left = (own - values @ turned.square()).clamp(min=0)
+        eigenvalues = torch.cat([values, left])[None, None]
+        return cls(vectors, turned, tuple(blocks), rest, eigenvalues)
 
     def project(self, rows: Tensor) -> Tensor:
         """[..., 1, 1, parameters] -> [..., 1, 1, count + parameters]."""

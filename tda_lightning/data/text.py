@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ class WikiText2Data(DataModule):
         self.num_query = num_query
         self.subset_seed = subset_seed
         self.vocabulary: list[str] = []
+        self._words: dict[str, list[list[str]]] = {}
 
     def load(self) -> tuple[Dataset, Dataset]:
         names = ["wiki.valid.tokens.gz", "wiki.test.tokens.gz"]
@@ -73,18 +74,43 @@ class WikiText2Data(DataModule):
         self.vocabulary = build_vocabulary(words[0], self.vocabulary_size, self.min_count)
         train = sequences(encode(words[0], self.vocabulary), self.sequence_length)
         query = sequences(encode(words[1], self.vocabulary), self.sequence_length)
-        train = train[choose(len(train), self.num_train, self.subset_seed, "num_train")]
-        query = query[choose(len(query), self.num_query, self.subset_seed, "num_query")]
+        kept = [
+            choose(len(train), self.num_train, self.subset_seed, "num_train"),
+            choose(len(query), self.num_query, self.subset_seed, "num_query"),
+        ]
+        train, query = train[kept[0]], query[kept[1]]
+        length = self.sequence_length
+        self._words = {
+            split: [own[length * place : length * place + length + 1] for place in places.tolist()]
+            for split, own, places in zip(("train", "query"), words, kept, strict=True)
+        }
         return (
             TensorDataset(train[:, :-1], train[:, 1:]),
             TensorDataset(query[:, :-1], query[:, 1:]),
         )
 
     def render(self, split: str, index: int) -> Rendered:
-        inputs, targets = self.dataset(split)[index]
-        numbers = [int(inputs[0]), *targets.tolist()]
-        text = " ".join(self.vocabulary[number] for number in numbers)
-        return Rendered(caption=f"sequence {index}", text=text.replace(END_OF_LINE, "\n"))
+        self.dataset(split)
+        known = set(self.vocabulary)
+        words = [
+            word if word in known else f"\u2039{word}\u203a" for word in self._words[split][index]
+        ]
+        caption = "Words in \u2039 \u203a are <unk> to the model." if split == "query" else ""
+        return Rendered(caption, text=readable(words))
+
+
+def readable(words: Iterable[str]) -> str:
+    """Words as a text: lines where they end, and WikiText's marks inside numbers resolved.
+
+    Example:
+        >>> readable("3 @.@ 1 mi <eos> <eos> = = Film = = <eos> award @-@ winning".split())
+        '3.1 mi\\n= = Film = =\\naward-winning'
+    """
+    text = " ".join(words)
+    for mark in "-.,":
+        text = text.replace(f" @{mark}@ ", mark)
+    lines = [line.strip() for line in text.split(END_OF_LINE)]
+    return "\n".join(line for line in lines if line)
 
 
 def read_words(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ ORDERS = ("average", "recorded")
 MOMENTUM = ("effective_rate", "recursion")
 _LEADING = 64
 _FEWEST = 8  # not worth their passes below
-_LEADING_SCALARS = 1 << 29
+_LEADING_SCALARS = 1 << 28  # each direction is kept in two bases
 _SMALL = 1000
 _QUESTIONS = {
     "average": "what training like this one does with an example (order of batches averaged out)",
@@ -100,9 +100,9 @@ class Source:
 
     def leading(self, context: Context) -> int:
         """How many leading directions are kept for the model at hand."""
-        if self.leading_directions is not None:
-            return self.leading_directions
         size = sum(block.size for block in context.blocks)
+        if self.leading_directions is not None:
+            return min(self.leading_directions, size)
         if not self._blockwise or (self.order == "average" and size < _SMALL):
             return 0
         room = _LEADING_SCALARS // (size * self.segment_count(context))

@@ -17,9 +17,11 @@ from tda_lightning.gradients.capture import Capture, Use
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
+    doubled,
     functional_gradients,
     in_double,
     parameters_frozen,
+    plain_recurrence,
 )
 from tda_lightning.gradients.layout import Layout, candidates, consistent
 
@@ -264,7 +266,7 @@ class GradientEngine:
 
     def plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
         """Gradient of the summed losses by plain autograd."""
-        with parameters_frozen(self.module), torch.enable_grad():
+        with parameters_frozen(self.module), plain_recurrence(self.module), torch.enable_grad():
             parameters = [self.module.get_parameter(name) for name in self.names]
             for parameter in parameters:
                 parameter.requires_grad_(True)
@@ -315,9 +317,7 @@ class GradientEngine:
         """
         if next(self.module.parameters()).dtype == torch.float64:
             return None
-        precise = pytree.tree_map_only(
-            Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
-        )
+        precise = doubled(batch)
         try:
             with in_double(self.module):
                 plain = self.plain_gradient(loss, precise, examples)

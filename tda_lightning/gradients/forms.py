@@ -35,6 +35,7 @@ class Gradient(ABC):
     """Per-example gradients of one block: [batch, groups, rows, columns], not materialised."""
 
     shape: tuple[int, int, int, int]
+    factored = False  # whether sides can be turned without forming the gradient
 
     @abstractmethod
     def dense(self, rows: slice) -> Tensor:
@@ -169,6 +170,8 @@ class Outer(Gradient):
     ``outputs`` is b [batch, groups, positions, rows].
     """
 
+    factored = True
+
     def __init__(self, inputs: Callable[[slice], Tensor], outputs: Tensor, columns: int):
         self.inputs = inputs
         self.outputs = outputs
@@ -276,6 +279,8 @@ class Outer(Gradient):
 class Rows(Gradient):
     """Gradients that touch few rows (an embedding): row ``index[k]`` of example ``example[k]``
     is ``values[k]``, each pair at most once."""
+
+    factored = True
 
     def __init__(self, example: Tensor, index: Tensor, values: Tensor, batch: int, height: int):
         keys, inverse = torch.unique(example * height + index, return_inverse=True)

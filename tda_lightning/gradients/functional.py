@@ -46,6 +46,16 @@ def parameters_frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def plain_recurrence(module: nn.Module) -> Iterator[None]:
+    """Recurrent layers without cuDNN, whose backward pass refuses eval mode."""
+    if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+@contextmanager
 def in_double(module: nn.Module) -> Iterator[None]:
     """Weights and buffers in float64; at the end the very tensors of before."""
     parameters = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
@@ -66,6 +76,13 @@ def in_double(module: nn.Module) -> Iterator[None]:
             parameter.data = value
         for part, name, buffer in buffers:
             part._buffers[name] = buffer
+
+
+def doubled(batch: Any) -> Any:
+    """A batch with its floating-point tensors in float64."""
+    return pytree.tree_map_only(
+        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
+    )
 
 
 def functional_gradients(
@@ -101,7 +118,8 @@ def functional_gradients(
                 stacklevel=2,
             )
             try:
-                gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
+                with plain_recurrence(module):
+                    gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
             except Exception as alone:
                 raise EngineError(
                     f"Parameter {names[0]}: the loss of a batch of one example cannot be computed "

@@ -167,7 +167,7 @@ def line_chart(
     """
     left, top, right, bottom = 62.0, 26.0, width - 10, height - 26
     last = max(float(xs[-1]) for xs, _ in curves)
-    first = min(float(xs[0]) for xs, _ in curves)
+    first = min(float(at) for at in (*(xs[0] for xs, _ in curves), *(at for at, _ in marks)))
     low = min(0.0, *(min(ys) for _, ys in curves))
     high = max(max(ys) for _, ys in curves)
     x = _scale(first, max(last, first + 1), left, right)

@@ -14,7 +14,8 @@ def _self(**options) -> nn.Module:
 
     def forward(module: nn.Module, inputs: Tensor) -> Tensor:
         inputs = inputs.transpose(0, 1) if time_major else inputs
-        out = module.attention(inputs, inputs, inputs, need_weights=False, attn_mask=mask)[0]
+        own = None if mask is None else mask.to(inputs.device)
+        out = module.attention(inputs, inputs, inputs, need_weights=False, attn_mask=own)[0]
         return (out.transpose(0, 1) if time_major else out).tanh()
 
     return Function(forward, attention=nn.MultiheadAttention(4, 2, **options))
@@ -38,7 +39,7 @@ def _cross(**options) -> nn.Module:
 
 def _padded(module: nn.Module, inputs: Tensor) -> Tensor:
     """Masks the last position of the examples whose first feature there is positive."""
-    mask = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+    mask = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     mask[:, -1] = inputs[:, -1, 0] > 0
     return module.attention(inputs, inputs, inputs, key_padding_mask=mask)[0].tanh()
 
@@ -68,8 +69,10 @@ def _decode(module: nn.Module, inputs: Tensor) -> Tensor:
 def _language_model(module: nn.Module, numbers: Tensor) -> Tensor:
     """Positions come as arange: a layer whose input has no example axis."""
     time = numbers.shape[1]
-    hidden = module.tokens(numbers) + module.positions(torch.arange(time))
-    mask = nn.Transformer.generate_square_subsequent_mask(time, dtype=torch.float64)
+    hidden = module.tokens(numbers) + module.positions(torch.arange(time, device=numbers.device))
+    mask = nn.Transformer.generate_square_subsequent_mask(
+        time, device=numbers.device, dtype=torch.float64
+    )
     hidden = module.block(hidden, src_mask=mask, is_causal=True)
     return module.head(module.norm(hidden))
 

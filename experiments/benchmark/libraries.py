@@ -1,0 +1,196 @@
+"""One function for each measured job: set up what may be set up, and return the timed work.
+
+Every job starts from the same recorded trajectory and the same data sets in memory, runs on the
+CPU in float32 with the same batch size, and ends with the scores [query, train] in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.benchmark.works import Classifier, Work
+from tda_lightning import AttributionModule, Trajectory
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.tasks import AttributionTask, ClassificationTask
+
+Job = Callable[[], Tensor]
+
+
+class _EmpiricalTask(AttributionTask):
+    """Cross entropy without sampled labels: curvature is the empirical Fisher."""
+
+    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(module(inputs), labels, reduction="none")
+
+
+def _ours(
+    work: Work, folder: Path, estimator: Any, self_influence: bool, empirical: bool = False
+) -> Job:
+    train, query = work.data()
+    module = Classifier(work.network())
+    task = _EmpiricalTask() if empirical else ClassificationTask()
+
+    def job() -> Tensor:
+        attribution = AttributionModule(module, str(folder), estimator, task)
+        return attribution.attribute(
+            train, query, batch_size=work.batch_size, self_influence=self_influence
+        ).values
+
+    return job
+
+
+def ekfac_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, InfluenceFunction(curvature="ekfac"), self_influence=False)
+
+
+def ekfac_self_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, InfluenceFunction(curvature="ekfac"), self_influence=True)
+
+
+def empirical_tda_lightning(work: Work, folder: Path) -> Job:
+    estimator = InfluenceFunction(curvature="ekfac")
+    return _ours(work, folder, estimator, self_influence=False, empirical=True)
+
+
+def tracin_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, TracIn(), self_influence=False)
+
+
+def source_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, Source(num_segments=3), self_influence=False)
+
+
+def source_self_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, Source(num_segments=3), self_influence=True)
+
+
+def _weights(folder: Path, step: int) -> dict[str, Tensor]:
+    """The bare network's state at a recorded step."""
+    parameters = Trajectory.load(str(folder)).checkpoints[step].parameters
+    return {name.removeprefix("network."): value for name, value in parameters.items()}
+
+
+def _kronfluence(work: Work, folder: Path, self_influence: bool, empirical: bool = False) -> Job:
+    """Exact EK-FAC as documented: no low-rank queries, float32, one partition.
+
+    https://github.com/pomonam/kronfluence/blob/main/DOCUMENTATION.md
+    """
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    class Classification(Task):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            inputs, labels = batch
+            logits = model(inputs)
+            if sample:
+                with torch.no_grad():
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+            return F.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    train, query = work.data()
+    network = work.network()
+    network.load_state_dict(_weights(folder, Trajectory.load(str(folder)).last_step))
+    task = Classification()
+    network = prepare_model(network, task)
+    # The documented heuristic: damping of 0.1 times the mean eigenvalue, as ours by default.
+    scoring = ScoreArguments(damping_factor=None)
+
+    def job() -> Tensor:
+        with tempfile.TemporaryDirectory() as output:
+            analyzer = Analyzer(
+                "benchmark", network, task, cpu=True, output_dir=output, disable_tqdm=True
+            )
+            analyzer.fit_all_factors(
+                "ekfac",
+                train,
+                per_device_batch_size=work.batch_size,
+                factor_args=FactorArguments("ekfac", use_empirical_fisher=empirical),
+            )
+            analyzer.compute_pairwise_scores(
+                "scores",
+                "ekfac",
+                query,
+                train,
+                per_device_query_batch_size=work.batch_size,
+                per_device_train_batch_size=work.batch_size,
+                score_args=scoring,
+            )
+            scores = analyzer.load_pairwise_scores("scores")["all_modules"]
+            if self_influence:
+                analyzer.compute_self_scores(
+                    "self",
+                    "ekfac",
+                    train,
+                    per_device_train_batch_size=work.batch_size,
+                    score_args=scoring,
+                )
+            return scores / work.num_train
+
+    return job
+
+
+def ekfac_kronfluence(work: Work, folder: Path) -> Job:
+    return _kronfluence(work, folder, self_influence=False)
+
+
+def ekfac_self_kronfluence(work: Work, folder: Path) -> Job:
+    return _kronfluence(work, folder, self_influence=True)
+
+
+def empirical_kronfluence(work: Work, folder: Path) -> Job:
+    return _kronfluence(work, folder, self_influence=False, empirical=True)
+
+
+def tracin_captum(work: Work, folder: Path) -> Job:
+    """TracInCP over all layers with per-example gradients by batch, the faster of its two ways."""
+    from captum.influence import TracInCP
+
+    train, query = work.data()
+    network = work.network().eval()
+    recorded = sorted(step for step in Trajectory.load(str(folder)).checkpoints if step > 0)
+
+    def load(module: nn.Module, step: str) -> float:
+        module.load_state_dict(_weights(folder, int(step)))
+        # captum multiplies by the learning rate as the paper does. Ours weighs a checkpoint by the
+        # rates of the steps since the one before: here equal, so only a factor.
+        return 1.0
+
+    def job() -> Tensor:
+        tracin = TracInCP(
+            network,
+            train,
+            [str(step) for step in recorded],
+            checkpoints_load_func=load,
+            loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+            batch_size=work.batch_size,
+            sample_wise_grads_per_batch=True,
+        )
+        return tracin.influence(query.tensors)
+
+    return job
+
+
+JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
+    ("ekfac", "tda-lightning"): ekfac_tda_lightning,
+    ("ekfac", "kronfluence"): ekfac_kronfluence,
+    ("ekfac+self", "tda-lightning"): ekfac_self_tda_lightning,
+    ("ekfac+self", "kronfluence"): ekfac_self_kronfluence,
+    ("empirical", "tda-lightning"): empirical_tda_lightning,
+    ("empirical", "kronfluence"): empirical_kronfluence,
+    ("tracin", "tda-lightning"): tracin_tda_lightning,
+    ("tracin", "captum"): tracin_captum,
+    ("source", "tda-lightning"): source_tda_lightning,
+    ("source+self", "tda-lightning"): source_self_tda_lightning,
+}

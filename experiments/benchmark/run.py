@@ -1,0 +1,146 @@
+"""Measure every library on every work, each time in a fresh process, and print the table.
+
+python -m experiments.benchmark.run              the whole benchmark
+python -m experiments.benchmark.run --scale 0.02 a trial of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+# This process stays small and imports no torch: Linux hands its peak memory on to the children.
+OURS = "tda-lightning"
+# (work, job, checkpoints of the recorded run, libraries). The repeats are rounds over all rows, so
+# that whatever else the machine does meets all libraries alike.
+ROWS = (
+    ("mlp", "ekfac", 3, (OURS, "kronfluence")),
+    ("mlp", "ekfac+self", 3, (OURS, "kronfluence")),
+    ("mlp", "tracin", 3, (OURS, "captum")),
+    ("mlp", "source", 6, (OURS,)),
+    ("mlp", "source+self", 6, (OURS,)),
+    ("cnn", "ekfac", 3, (OURS, "kronfluence")),
+    ("cnn", "ekfac+self", 3, (OURS, "kronfluence")),
+    ("cnn", "tracin", 3, (OURS, "captum")),
+    ("cnn", "source", 6, (OURS,)),
+    ("cnn", "source+self", 6, (OURS,)),
+)
+# The same estimator without randomness on either side: the scores should be the same.
+AGREEMENT = (("mlp", "empirical", 3, "kronfluence"), ("cnn", "empirical", 3, "kronfluence"))
+TITLES = {
+    "ekfac": "EK-FAC factors + scores",
+    "ekfac+self": "the same + self-influence",
+    "tracin": "TracIn, 3 checkpoints",
+    "source": "SOURCE, 3 segments, 6 checkpoints",
+    "source+self": "the same + self-influence",
+}
+
+Found = dict[str, float]
+
+
+def measured(arguments: argparse.Namespace, work: str, job: str, count: int, library: str) -> Found:
+    """One fresh process."""
+    print(f"{work} {job} {library} ...", end=" ", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "experiments.benchmark.measure", work, job, library]
+    command += [str(arguments.folder / f"{work}-{count}")]
+    command += [str(scores_path(arguments, work, job, library))]
+    command += ["--scale", str(arguments.scale), "--threads", str(arguments.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: Found = json.loads(done.stdout.splitlines()[-1])
+    found["load"] = os.getloadavg()[0]
+    print(f"{found['seconds']:.1f} s, load {found['load']:.1f}", file=sys.stderr, flush=True)
+    return found
+
+
+def scores_path(arguments: argparse.Namespace, work: str, job: str, library: str) -> Path:
+    return arguments.folder / f"{work}-{job}-{library}.pt"
+
+
+def agreement(first: Path, second: Path) -> str:
+    """How two matrices of scores compare, worked out in a process that may import torch."""
+    program = (
+        "import sys, torch\n"
+        "a, b = (torch.load(path).double() for path in sys.argv[1:])\n"
+        "slope = float((a * b).sum() / (b * b).sum())\n"
+        "together = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]\n"
+        "rows = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b)]\n"
+        "print(f'{float(together):.6f} | {float(min(rows)):.6f} | {slope:.6f}')\n"
+    )
+    command = [sys.executable, "-c", program, str(first), str(second)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def table(results: dict[str, list[Found]]) -> str:
+    lines = [
+        "| work | job | library | wall s (median; all) | processor s | peak memory MB | "
+        "others / ours: wall, processor, memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for work, job, _, libraries in ROWS:
+        ours = None
+        for library in libraries:
+            runs = results.get(f"{work} {job} {library}")
+            if not runs:
+                continue
+            wall, cpu, memory = (
+                statistics.median(run[key] for run in runs)
+                for key in ("seconds", "cpu_seconds", "bytes")
+            )
+            every = ", ".join(f"{run['seconds']:.1f}" for run in runs)
+            ratio = ""
+            if ours is None:
+                ours = (wall, cpu, memory)
+            else:
+                parts = zip((wall, cpu, memory), ours, strict=True)
+                ratio = ", ".join(f"{other / own:.1f}" for other, own in parts)
+            lines.append(
+                f"| {work} | {TITLES[job]} | {library} | {wall:.1f} ({every}) | {cpu:.1f} | "
+                f"{memory / 1e6:.0f} | {ratio} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of examples")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="works and jobs, such as 'mlp ekfac'")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "experiments.benchmark.record", str(arguments.folder)]
+    command += ["--scale", str(arguments.scale)]
+    subprocess.run(command, check=True, capture_output=True)
+    results: dict[str, list[Found]] = {}
+    for _ in range(arguments.repeats):
+        for work, job, count, libraries in ROWS:
+            if arguments.only and f"{work} {job}" not in arguments.only:
+                continue
+            for library in libraries:
+                found = measured(arguments, work, job, count, library)
+                results.setdefault(f"{work} {job} {library}", []).append(found)
+                (arguments.folder / "results.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+    if not arguments.only:
+        print("\n| work | scores against | correlation of all | lowest of a query | slope |")
+        print("|---|---|---|---|---|")
+        for work, job, count, library in AGREEMENT:
+            for one in (OURS, library):
+                measured(arguments, work, job, count, one)
+            paths = [scores_path(arguments, work, job, one) for one in (OURS, library)]
+            print(f"| {work} | {library}, EK-FAC of the empirical Fisher | {agreement(*paths)} |")
+        for work in ("mlp", "cnn"):
+            paths = [scores_path(arguments, work, "tracin", one) for one in (OURS, "captum")]
+            print(f"| {work} | captum, TracInCP | {agreement(*paths)} |")
+
+
+if __name__ == "__main__":
+    main()
