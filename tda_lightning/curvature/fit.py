@@ -34,7 +34,7 @@ KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
 # minutes to find. Gradients without factors (Adam's h * g) must be turned one by one, which costs
 # the width once more; their limit is where that overtakes everything else.
 MAX_SIDE = 8192
-MAX_DENSE_SIDE = 2048
+MAX_DENSE_SIDE = 1024
 MAX_EXACT = 10_000
 # The unit of curvature that spans all blocks.
 WHOLE = "all parameters"
