@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
@@ -363,27 +363,6 @@ class AttributionModule(LightningModule):
                 predictions = None if words is None or predictions is None else predictions + words
         found: dict[str, Any] = {"measurements": measurements}
         return found if predictions is None else {**found, "predictions": predictions}
-
-
-class PassProgressBar(RichProgressBar):
-    """Lightning's rich bar, saying which pass is under way."""
-
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._pass = dataloader_idx
-        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    @property
-    def predict_description(self) -> str:
-        module = self.trainer.lightning_module
-        assert isinstance(module, AttributionModule)
-        return module.pass_title(self._pass)
 
 
 def _default_trainer() -> Trainer:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tda_lightning.gradients import Dense, Gradient, Joined, Outer, forms, scaled
-from tda_lightning.gradients.forms import Rows, Scaled, Sum
+from tda_lightning.gradients.composite import Rows, Scaled, Sum
 
 BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
 

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from tda_lightning.attribution import AttributionModule, PassProgressBar
+from tda_lightning.attribution import AttributionModule
+from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
 from tda_lightning.data import DataModule

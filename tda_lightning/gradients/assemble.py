@@ -13,7 +13,8 @@ from torch import Tensor
 from tda_lightning.errors import EngineError
 from tda_lightning.gradients.blocks import Block, block_name
 from tda_lightning.gradients.capture import Ref, Use
-from tda_lightning.gradients.forms import Dense, Gradient, Outer, Rows, Sum
+from tda_lightning.gradients.composite import Rows, Sum
+from tda_lightning.gradients.forms import Dense, Gradient, Outer
 
 
 def plan_blocks(shapes: dict[str, tuple[int, ...]], uses: Iterable[Use]) -> list[Block]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ class Gradient(ABC):
         right: Tensor | float = 0.0
         for rows in self.chunks():
             dense = self.dense(rows)
-            left = left + _second_moment(dense.transpose(2, 3), full[0])
-            right = right + _second_moment(dense, full[1])
+            left = left + second_moment(dense.transpose(2, 3), full[0])
+            right = right + second_moment(dense, full[1])
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
         trace = right.diagonal(dim1=1, dim2=2).sum(-1) if full[1] else right.sum(-1)
         return left, right, trace
@@ -127,7 +127,7 @@ class Gradient(ABC):
         return total / self.batch
 
 
-def _second_moment(samples: Tensor, full: bool) -> Tensor:
+def second_moment(samples: Tensor, full: bool) -> Tensor:
     """Sum of outer products of samples [chunk, groups, positions, width], by group, or only its
     diagonal."""
     if not full:
@@ -223,8 +223,8 @@ class Outer(Gradient):
         left: Tensor | float = 0.0
         right: Tensor | float = 0.0
         for rows in self.chunks(self.shape[1] * self.positions * (self.shape[2] + self.shape[3])):
-            left = left + _second_moment(self.outputs[rows], full[0])
-            right = right + _second_moment(self.inputs(rows), full[1])
+            left = left + second_moment(self.outputs[rows], full[0])
+            right = right + second_moment(self.inputs(rows), full[1])
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
         return left, right, left.new_full((self.shape[1],), self.batch * self.positions)
 
@@ -274,134 +274,3 @@ class Outer(Gradient):
         """Whether :meth:`gram` takes fewer operations than a product with dense queries."""
         _, _, rows, columns = self.shape
         return queries.positions * self.positions * (rows + columns) < rows * columns
-
-
-class Rows(Gradient):
-    """Gradients that touch few rows (an embedding): row ``index[k]`` of example ``example[k]``
-    is ``values[k]``, each pair at most once."""
-
-    factored = True
-
-    def __init__(self, example: Tensor, index: Tensor, values: Tensor, batch: int, height: int):
-        keys, inverse = torch.unique(example * height + index, return_inverse=True)
-        merged = values.new_zeros(len(keys), values.shape[-1]).index_add_(0, inverse, values)
-        self.example, self.index, self.values = keys // height, keys % height, merged
-        self.shape = (batch, 1, height, values.shape[-1])
-
-    def dense(self, rows: slice) -> Tensor:
-        start, stop, _ = rows.indices(self.batch)
-        inside = (self.example >= start) & (self.example < stop)
-        out = self.values.new_zeros(stop - start, *self.shape[1:])
-        out[self.example[inside] - start, 0, self.index[inside]] = self.values[inside]
-        return out
-
-    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-        values = self.values
-        counts = values.new_zeros(self.shape[2]).index_add_(
-            0, self.index, values.new_ones(len(self.index))
-        )
-        return counts[None], _second_moment(values[:, None, None], full[1]), counts.sum()[None]
-
-    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        if left is not None:
-            return super().sum_of_squares(left, right)
-        values = self.values if right is None else self.values @ right[0]
-        return values.new_zeros(self.shape[1:]).index_add_(1, self.index, values.square()[None])
-
-    def weighted_squares(
-        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
-    ) -> Tensor:
-        if left is not None:
-            return super().weighted_squares(left, right, weight)
-        values = self.values if right is None else self.values @ right[0]
-        squares = values.square()
-        if weight is not None:
-            squares = squares * weight[0, self.index]
-        return values.new_zeros(self.batch).index_add_(0, self.example, squares.sum(-1))
-
-    def dot(self, queries: Tensor) -> Tensor:
-        out = queries.new_zeros(len(queries), self.batch)
-        step = max(1, CHUNK_SCALARS // (len(queries) * self.shape[3]))
-        for start in range(0, len(self.index), step):
-            part = slice(start, start + step)
-            products = torch.einsum(
-                "qkd,kd->qk", queries[:, 0, self.index[part]], self.values[part]
-            )
-            out.index_add_(1, self.example[part], products)
-        return out
-
-
-class Sum(Gradient):
-    """Sum of forms that cannot be merged (a tied embedding and output head)."""
-
-    def __init__(self, terms: Sequence[Gradient]):
-        self.terms = terms
-        self.shape = terms[0].shape
-
-    @property
-    def cost_per_example(self) -> int:
-        return sum(term.cost_per_example for term in self.terms)
-
-    def dense(self, rows: slice) -> Tensor:
-        return torch.stack([term.dense(rows) for term in self.terms]).sum(0)
-
-    def dot(self, queries: Tensor) -> Tensor:
-        return torch.stack([term.dot(queries) for term in self.terms]).sum(0)
-
-
-class Joined(Gradient):
-    """The gradients of several blocks end to end in one row: [batch, 1, 1, all parameters]."""
-
-    def __init__(self, blocks: Sequence[Gradient]):
-        self.blocks = blocks
-        self.widths = [math.prod(block.shape[1:]) for block in blocks]
-        self.shape = (blocks[0].batch, 1, 1, sum(self.widths))
-
-    @property
-    def cost_per_example(self) -> int:
-        return sum(block.cost_per_example for block in self.blocks) + self.shape[3]
-
-    def dense(self, rows: slice) -> Tensor:
-        parts = [block.dense(rows).flatten(1) for block in self.blocks]
-        return torch.cat(parts, dim=1)[:, None, None]
-
-    def dot(self, queries: Tensor) -> Tensor:
-        parts = queries.flatten(1).split(self.widths, dim=1)
-        own = [
-            block.dot(part.unflatten(1, block.shape[1:]))
-            for block, part in zip(self.blocks, parts, strict=True)
-        ]
-        return torch.stack(own).sum(0)
-
-
-class Scaled(Gradient):
-    """Gradients multiplied elementwise by ``scale`` [groups, rows, columns]: h * g, the
-    preconditioned gradient of METHODS.md (SOURCE for Adam)."""
-
-    def __init__(self, gradient: Gradient, scale: Tensor):
-        self.gradient, self.scale = gradient, scale
-        self.shape = gradient.shape
-
-    @property
-    def cost_per_example(self) -> int:
-        return self.gradient.cost_per_example
-
-    def dense(self, rows: slice) -> Tensor:
-        return self.gradient.dense(rows) * self.scale
-
-    def dot(self, queries: Tensor) -> Tensor:
-        return self.gradient.dot(queries * self.scale)
-
-
-def scaled(gradient: Gradient, scale: Tensor | None) -> Gradient:
-    """``gradient`` times ``scale``, staying factored where the form allows it."""
-    if scale is None:
-        return gradient
-    if isinstance(gradient, Rows):
-        out = Rows.__new__(Rows)
-        out.example, out.index, out.shape = gradient.example, gradient.index, gradient.shape
-        out.values = gradient.values * scale[0, gradient.index]
-        return out
-    if isinstance(gradient, Outer) and bool((scale == scale.flatten()[0]).all()):
-        return Outer(gradient.inputs, gradient.outputs * scale.flatten()[0], gradient.shape[3])
-    return Scaled(gradient, scale)
