@@ -18,7 +18,7 @@ MOMENTUM = ("effective_rate", "recursion")
 _LEADING = 64
 _FEWEST = 8  # not worth their passes below
 _LEADING_SCALARS = 1 << 28  # each direction is kept in two bases
-_SMALL = 1000
+_SMALL = 1000  # a convention, not measured: the paper's form where `exact` is at hand
 _QUESTIONS = {
     "average": "what training like this one does with an example (order of batches averaged out)",
     "recorded": "what this very run did with an example (batches in their recorded order)",
