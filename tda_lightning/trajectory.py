@@ -7,8 +7,8 @@ builds one from dictionaries.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,44 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class BlockStatistics:
+    """Curvature of one block of parameters, summed over training examples: additive throughout.
+
+    ``left``, ``right`` and ``count`` are the second moments of the two sides of the examples'
+    gradients [groups, rows, columns], as :meth:`Gradient.covariances` gives them: left (x) right /
+    count is the Kronecker approximation of the summed curvature.
+
+    Attributes:
+        parameters: names, weight first.
+        shape: (groups, rows, columns).
+        left: of the rows, [groups, rows, rows]; or [groups, rows], a diagonal.
+        right: of the columns, likewise.
+        count: [groups].
+        trace: sum of the examples' squared norms, [1].
+        examples: how many were summed, [1].
+    """
+
+    parameters: tuple[str, ...]
+    shape: tuple[int, int, int]
+    left: Tensor
+    right: Tensor
+    count: Tensor
+    trace: Tensor
+    examples: Tensor
+
+    SUMS: ClassVar[tuple[str, ...]] = ("left", "right", "count", "trace", "examples")
+
+    def __add__(self, other: BlockStatistics) -> BlockStatistics:
+        if (self.parameters, self.shape) != (other.parameters, other.shape):
+            raise ValueError(f"{self.parameters} and {other.parameters} are different blocks.")
+        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in self.SUMS})
+
+
+# Curvature by block name, summed over the sampled examples of an interval (start, stop] of steps.
+Statistics = Mapping[str, BlockStatistics]
+
+
+@dataclass(frozen=True)
 class Segment:
     """Steps ``start`` < step <= ``stop``, represented by the checkpoints after its start up to
     and including its end."""
@@ -116,6 +154,7 @@ class Trajectory:
     """A recorded run. ``checkpoints`` loads one at a time; step 0 holds the initial weights.
 
     ``curvature`` keeps fitted curvature by a key of everything that determines it.
+    ``statistics`` are those gathered in training, by interval (start, stop): start < step <= stop.
     """
 
     facts: Facts
@@ -123,6 +162,19 @@ class Trajectory:
     checkpoints: Mapping[int, Checkpoint]
     curvature: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     path: str | None = None
+    statistics: Mapping[tuple[int, int], Statistics] = field(default_factory=dict)
+
+    def merged_statistics(self, start: int, stop: int) -> Statistics:
+        """Sums of the statistics of every interval that ends in ``start`` < step <= ``stop``.
+
+        Empty where none were recorded.
+        """
+        merged: dict[str, BlockStatistics] = {}
+        for interval in sorted(self.statistics):
+            if start < interval[1] <= stop:
+                for name, block in self.statistics[interval].items():
+                    merged[name] = merged[name] + block if name in merged else block
+        return merged
 
     @staticmethod
     def load(path: str) -> Trajectory:

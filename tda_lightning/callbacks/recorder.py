@@ -20,6 +20,11 @@ from tda_lightning.callbacks.checks import (
     trained_parameters,
     training_loader,
 )
+from tda_lightning.callbacks.curvature import (
+    CurvatureGatherer,
+    online_curvature,
+    require_uncompiled,
+)
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
 from tda_lightning.callbacks.schedule import spread
@@ -61,6 +66,14 @@ class TrajectoryRecorder(Callback):
         fingerprint: read some training examples before training, so that attribution can tell
             the recorded data from others. Random generators are put back as they were; only a
             data set that keeps count of its own readings can see it.
+        curvature: ``"online"`` gathers curvature statistics of every interval between checkpoints
+            while the model trains, so that attribution needs no pass for them; None leaves them
+            to be fitted at the checkpoints.
+        curvature_every: gather at every so many optimizer steps.
+        fisher: labels of the statistics: ``"true"``, sampled from the model, for one more backward
+            pass to the layers' outputs; ``"empirical"``, the data's own, for none.
+        curvature_device: where the sums are kept; None for where the model is.
+        curvature_dtype: of the sums, ``"float32"`` or ``"float64"``.
 
     Raises:
         TrajectoryExistsError: before training, when the folder holds a trajectory.
@@ -82,12 +95,18 @@ class TrajectoryRecorder(Callback):
         save_optimizer: bool | int = True,
         overwrite: bool = False,
         fingerprint: bool = True,
+        curvature: str | None = None,
+        curvature_every: int = 32,
+        fisher: str = "true",
+        curvature_device: str | None = None,
+        curvature_dtype: str = "float32",
     ) -> None:
         super().__init__()
         counts = {
             "num_checkpoints": num_checkpoints,
             "every_n_steps": every_n_steps,
             "every_n_epochs": every_n_epochs,
+            "curvature_every": curvature_every,
         }
         for name, value in counts.items():
             if value is not None and value < 1:
@@ -101,12 +120,22 @@ class TrajectoryRecorder(Callback):
         self.save_optimizer = save_optimizer
         self.overwrite = overwrite
         self.fingerprint = fingerprint
+        self.curvature = online_curvature(
+            curvature, curvature_every, fisher, curvature_device, curvature_dtype
+        )
         self._reset()
 
     def _reset(self) -> None:
         self._writer = TrajectoryWriter(self.path)
         self._capture = IndexCapture()
         self._log = StepLog()
+        self._gatherer: CurvatureGatherer | None = None
+        if self.curvature is not None:
+            self._gatherer = CurvatureGatherer(
+                self.curvature,
+                lambda: self._writer.num_steps + len(self._log) + 1,
+                lambda: self._batch,
+            )
         self._facts: Facts | None = None  # None: nothing is being recorded
         self._idle = False
         self._trained: Trained = {}
@@ -139,7 +168,7 @@ class TrajectoryRecorder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._capture.uninstall()
+        self._stop_listening()
         self._reset()
         self._idle = bool(getattr(trainer, "fast_dev_run", False))
         if self._idle:
@@ -149,6 +178,9 @@ class TrajectoryRecorder(Callback):
         if not self.overwrite:
             self._writer.require_vacant()
         self._capture.install(trainer)
+        if self._gatherer is not None:
+            require_uncompiled(pl_module)
+            self._gatherer.install(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._idle:
@@ -177,11 +209,14 @@ class TrajectoryRecorder(Callback):
             settings={
                 "indices": self._no_indices or "recorded",
                 "planned_checkpoints": sorted(self._schedule),
+                **({} if self.curvature is None else {"curvature": self.curvature.facts()}),
             },
         )
         initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
         self._writer.begin(facts, initial, overwrite=self.overwrite)
         self._facts = facts
+        if self._gatherer is not None:
+            self._gatherer.begin({name: p for name, (p, _) in self._trained.items()})
 
     def _without_indices(self, reason: str) -> None:
         self._no_indices = f"absent: {reason}"
@@ -233,6 +268,8 @@ class TrajectoryRecorder(Callback):
         if self._facts is not None:
             empty = as_indices([], 0)
             self._pending.append(empty if self._batch is None else self._batch)  # type: ignore[arg-type]
+            if self._gatherer is not None:
+                self._gatherer.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -310,6 +347,8 @@ class TrajectoryRecorder(Callback):
         if not new and (self._state_kept or not with_optimizer):
             return
         self._flush()
+        if self._gatherer is not None and new:
+            self._writer.write_statistics(self._last_checkpoint, step, self._gatherer.take())
         self._writer.write_checkpoint(
             read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, with_optimizer)
         )
@@ -328,7 +367,7 @@ class TrajectoryRecorder(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._capture.uninstall()
+        self._stop_listening()
         stepping = self._applied is not None
         if stepping or (self._in_batch and any(True for _ in pl_module.buffers())):
             # Weights or buffers may be those of no step: half stepped, or a forward pass ahead.
@@ -349,4 +388,9 @@ class TrajectoryRecorder(Callback):
         self._trained = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         self._capture.uninstall()
+        if self._gatherer is not None:
+            self._gatherer.uninstall()

@@ -2,14 +2,24 @@
 
 from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
 from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingFit
+from tda_lightning.curvature.recorded import (
+    RecordedFit,
+    check_statistics,
+    curvature_of,
+    uses_statistics,
+)
 from tda_lightning.curvature.spectrum import Spectrum
 
 __all__ = [
     "CurvatureFit",
     "DeflatedSpectrum",
     "LeadingFit",
+    "RecordedFit",
     "Spectrum",
     "check_kind",
+    "check_statistics",
+    "curvature_of",
     "unit_matrices",
     "units",
+    "uses_statistics",
 ]

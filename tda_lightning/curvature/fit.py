@@ -29,6 +29,9 @@ from tda_lightning.errors import NonFiniteError
 from tda_lightning.gradients import Gradient, Joined, scaled
 from tda_lightning.passes import Context, Pass
 
+Sides = tuple[Tensor | None, Tensor | None]
+Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
+
 KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
 # A wider side keeps its own axes: float64 eigenvectors of this width take half a gigabyte, and
 # minutes to find. Gradients without factors (Adam's h * g) must be turned one by one, which costs
@@ -72,6 +75,8 @@ class CurvatureFit:
             preconditioned gradients of Adam, METHODS.md); a missing unit has none.
         seed: of the sampled labels.
         title: of what is fitted, for progress bars.
+        bases: eigenvectors of both sides by unit, where they are known: ``ekfac`` then needs the
+            pass for its eigenvalues alone.
     """
 
     def __init__(
@@ -82,13 +87,15 @@ class CurvatureFit:
         scale: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         title: str = "curvature",
+        bases: Bases | None = None,
     ):
         check_kind(kind)
         self.kind, self.context, self.steps = kind, context, tuple(steps)
         self.scale, self.seed, self.title = dict(scale or {}), seed, title
         self.spectra: dict[str, Spectrum] = {}
         self._sums: dict[str, list[Tensor]] = {}
-        self._bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._known = None if bases is None else digest_of(bases)
+        self._bases = dict(bases or {})
         size = sum(block.size for block in context.blocks)
         if kind == "exact" and size > MAX_EXACT:
             raise ValueError(
@@ -103,7 +110,8 @@ class CurvatureFit:
             for name, shape in self._unit_shapes().items():
                 self.spectra[name] = Spectrum(None, None, self._ones(shape))
             return []
-        self._key = cache_key(self.context, self.kind, self.steps, self.seed, self.scale)
+        name = self.kind if self._known is None else f"{self.kind} in {self._known}"
+        self._key = cache_key(self.context, name, self.steps, self.seed, self.scale)
         if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
             self.spectra = _unpack(kept)
             return []
@@ -125,10 +133,15 @@ class CurvatureFit:
             return [("squares", self._add_squares, self._finish_eigenvalues)]
         if self.kind == "kfac":
             return [("covariances", self._add_covariances, self._finish_kfac)]
-        return [
-            ("covariances", self._add_covariances, self._finish_bases),
-            ("eigenvalues", self._add_squares, self._finish_eigenvalues),
-        ]
+        eigenvalues = ("eigenvalues", self._add_squares, self._finish_eigenvalues)
+        if self._known is not None:
+            dtype = self.context.dtype
+            self._bases = {
+                name: _placed(sides, self.context.device, dtype)
+                for name, sides in self._bases.items()
+            }
+            return [eigenvalues]
+        return [("covariances", self._add_covariances, self._finish_bases), eigenvalues]
 
     def _bound(self, add: Any, step: int) -> Any:
         return lambda batch, examples, _: add(batch, examples, step)
@@ -221,6 +234,22 @@ class CurvatureFit:
 
     def _ones(self, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
+
+
+def _placed(sides: Sides, device: torch.device, dtype: torch.dtype) -> Sides:
+    left, right = (None if side is None else side.to(device, dtype) for side in sides)
+    return left, right
+
+
+def digest_of(bases: Bases) -> str:
+    """Digest of bases, for the key of what is fitted in them."""
+    digest = hashlib.sha256()
+    for name, sides in sorted(bases.items()):
+        digest.update(name.encode())
+        for side in sides:
+            if side is not None:
+                digest.update(side.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def cache_key(

@@ -10,10 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import CurvatureFit, Spectrum, check_kind, unit_matrices, units
+from tda_lightning.curvature import (
+    CurvatureFit,
+    RecordedFit,
+    Spectrum,
+    check_kind,
+    check_statistics,
+    curvature_of,
+    unit_matrices,
+    units,
+)
+from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.trajectory import Trajectory
 
 
 @dataclass
@@ -31,6 +42,11 @@ class InfluenceFunction:
         damping: :math:`\delta`, absolute.
         relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue; 0.1 when
             neither is given.
+        statistics: ``recorded``: curvature from the statistics that
+            ``TrajectoryRecorder(curvature="online")`` gathered in the last interval before the
+            last checkpoint. ``corrected``: with one pass for EK-FAC's eigenvalues in their basis.
+            ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where they are
+            there.
         seed: of the sampled labels.
 
     References:
@@ -44,10 +60,12 @@ class InfluenceFunction:
     curvature: str = "ekfac"
     damping: float | None = None
     relative_damping: float | None = None
+    statistics: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
+        check_statistics(self.statistics, self.curvature)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError(
                 f"Give damping (got {self.damping}) or relative_damping (got "
@@ -83,19 +101,37 @@ class InfluenceFunction:
             if self.damping is not None
             else {"relative to the layer's mean eigenvalue": run.relative_damping}
         )
-        return Plan(passes, {"damping": damping, "checkpoints": [step]})
+        about = about_statistics(
+            self.statistics, self.curvature, context.trajectory, [last_interval(context.trajectory)]
+        )
+        return Plan(passes, {"damping": damping, "checkpoints": [step], **about})
+
+
+def last_interval(trajectory: Trajectory) -> tuple[int, int]:
+    """The steps before the last checkpoint that have recorded statistics, else all of them."""
+    with_examples = [
+        interval
+        for interval in sorted(trajectory.statistics, reverse=True)
+        if any(float(block.examples) for block in trajectory.statistics[interval].values())
+    ]
+    return with_examples[0] if with_examples else (0, trajectory.last_step)
 
 
 @dataclass
 class _Run:
     options: InfluenceFunction
     context: Context
-    fit: CurvatureFit = field(init=False)
+    fit: CurvatureFit | RecordedFit = field(init=False)
 
     def __post_init__(self) -> None:
         context, kind = self.context, self.options.curvature
-        self.fit = CurvatureFit(
-            kind, context, [context.trajectory.last_step], seed=self.options.seed
+        self.fit = curvature_of(
+            self.options.statistics,
+            kind,
+            context,
+            last_interval(context.trajectory),
+            [context.trajectory.last_step],
+            seed=self.options.seed,
         )
         given = self.options.relative_damping
         self.relative_damping = 0.1 if given is None else given

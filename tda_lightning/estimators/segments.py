@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import CurvatureFit, DeflatedSpectrum, LeadingFit, Spectrum
+from tda_lightning.curvature import (
+    CurvatureFit,
+    DeflatedSpectrum,
+    LeadingFit,
+    RecordedFit,
+    Spectrum,
+    curvature_of,
+)
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.geometry import Geometry, segment_geometry
@@ -68,13 +75,16 @@ class SegmentedRun:
         leading = options.leading(context)
         self.grouping = "exact" if leading else options.curvature
         self.geometries: list[Geometry] = []
-        self.fits: list[CurvatureFit] = []
+        self.fits: list[CurvatureFit | RecordedFit] = []
         self.leading: list[LeadingFit] = []
         for number, segment in enumerate(self.segments):
             title, kind, seed = f"segment {number + 1}", options.curvature, options.seed
             geometry = segment_geometry(context, segment, kind)
+            interval, steps = (segment.start, segment.stop), segment.checkpoints
             self.fits.append(
-                CurvatureFit(kind, context, segment.checkpoints, geometry.scale, seed, title)
+                curvature_of(
+                    options.statistics, kind, context, interval, steps, geometry.scale, seed, title
+                )
             )
             if leading:
                 geometry = segment_geometry(context, segment, self.grouping)
@@ -89,7 +99,7 @@ class SegmentedRun:
 
     def curvature_passes(self) -> list[Pass]:
         """The passes that fit what is not kept from before."""
-        fits: list[CurvatureFit | LeadingFit] = [*self.fits, *self.leading]
+        fits: list[CurvatureFit | RecordedFit | LeadingFit] = [*self.fits, *self.leading]
         return [one for fit in fits for one in fit.passes()]
 
     def curvature(self, number: int) -> Mapping[str, Curvature]:

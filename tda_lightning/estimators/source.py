@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tda_lightning.curvature import check_kind
+from tda_lightning.curvature import check_kind, check_statistics, uses_statistics
+from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
@@ -54,7 +55,11 @@ class Source:
             are kept exactly in front of a block-wise ``curvature`` (``curvature/leading.py``).
             0: blocks alone, the paper's form. None: 64, fewer where they would take more than
             2 GiB; 0 in ``order="average"`` for models of under 1,000 parameters, for which
-            ``exact`` costs little.
+            ``exact`` costs little, and where curvature was recorded in training.
+        statistics: ``recorded``: curvature from the statistics that
+            ``TrajectoryRecorder(curvature="online")`` gathered, without a pass over the data.
+            ``corrected``: one pass for EK-FAC's eigenvalues in their basis. ``fitted``: curvature
+            fitted at the checkpoints. ``auto``: recorded where they are there.
         seed: of the sampled labels.
 
     Raises:
@@ -74,10 +79,12 @@ class Source:
     order: str = "average"
     momentum: str = "effective_rate"
     leading_directions: int | None = None
+    statistics: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
+        check_statistics(self.statistics, self.curvature)
         for name, value, known in (
             ("order", self.order, ORDERS),
             ("momentum", self.momentum, MOMENTUM),
@@ -105,6 +112,8 @@ class Source:
             return min(self.leading_directions, size)
         if not self._blockwise or (self.order == "average" and size < _SMALL):
             return 0
+        if uses_statistics(self.statistics, self.curvature, context.trajectory):
+            return 0  # their passes are what recording was to save
         room = _LEADING_SCALARS // (size * self.segment_count(context))
         return min(_LEADING, room) if room >= _FEWEST else 0
 
@@ -132,6 +141,8 @@ class Source:
             "question": _QUESTIONS[self.order],
             "leading_directions": self.leading(context),
         }
+        spans = [(segment.start, segment.stop) for segment in run.segments]
+        provenance |= about_statistics(self.statistics, self.curvature, context.trajectory, spans)
         # The recorded order of Adam takes every group's own rate at every step.
         follows = isinstance(run, RecordedAdamRun)
         notes = [] if follows else self._notes_on_rates(context, run.segments)

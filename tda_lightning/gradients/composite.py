@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients import forms
-from tda_lightning.gradients.forms import Gradient, Outer
+from tda_lightning.gradients.forms import Dense, Gradient, Outer
 
 
 class Rows(Gradient):
@@ -141,3 +141,24 @@ def scaled(gradient: Gradient, scale: Tensor | None) -> Gradient:
     if isinstance(gradient, Outer) and bool((scale == scale.flatten()[0]).all()):
         return Outer(gradient.inputs, gradient.outputs * scale.flatten()[0], gradient.shape[3])
     return Scaled(gradient, scale)
+
+
+def first_examples(gradient: Gradient, count: int) -> Gradient:
+    """The gradients of the first ``count`` examples, in the form that they have."""
+    count = min(count, gradient.batch)
+    if count == gradient.batch:
+        return gradient
+    if isinstance(gradient, Outer):
+        inputs = gradient.inputs
+        return Outer(
+            lambda rows: inputs(slice(*rows.indices(count))),
+            gradient.outputs[:count],
+            gradient.shape[3],
+        )
+    if isinstance(gradient, Rows):
+        kept = gradient.example < count
+        parts = (gradient.example[kept], gradient.index[kept], gradient.values[kept])
+        return Rows(*parts, count, gradient.shape[2])
+    if isinstance(gradient, Sum):
+        return Sum([first_examples(term, count) for term in gradient.terms])
+    return Dense(gradient.dense(slice(0, count)))

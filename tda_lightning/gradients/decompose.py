@@ -155,7 +155,10 @@ def recurrent(mode: Capture, func: Callable[..., Any], *args: Any, **kwargs: Any
             outputs.append(torch.stack(steps[::-1] if direction else steps, dim=time_axis))
         inputs = torch.cat(outputs, dim=-1)
         if dropout and training and layer < layers - 1:
-            inputs = F.dropout(inputs, dropout, training=True)
+            # The fused layer drops with time first; the same random numbers then drop the same.
+            timed = inputs.transpose(0, 1).contiguous() if batch_first else inputs
+            dropped = F.dropout(timed, dropout, training=True)
+            inputs = dropped.transpose(0, 1) if batch_first else dropped
     if is_lstm:
         return (
             inputs,

@@ -239,11 +239,22 @@ class Outer(Gradient):
         self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         if self.positions > 1:
+            if left is None and right is None and weight is None and self.gram_is_cheaper(self):
+                return self._squared_norms()
             return super().weighted_squares(left, right, weight)
         outputs, inputs = self._squared_factors(left, right)
         if weight is None:
             return (outputs.sum(-1) * inputs.sum(-1)).sum(1)
         return torch.einsum("bgo,goi,bgi->b", outputs, weight, inputs)
+
+    def _squared_norms(self) -> Tensor:
+        """|D_n|^2 = sum_tu (b_t . b_u) (a_t . a_u), without forming D_n: [batch]."""
+        parts = []
+        for rows in self.chunks(self.shape[1] * self.positions**2 * 2):
+            outputs, inputs = self.outputs[rows], self.inputs(rows)
+            products = (outputs @ outputs.transpose(-1, -2)) * (inputs @ inputs.transpose(-1, -2))
+            parts.append(products.flatten(1).sum(1))
+        return torch.cat(parts)
 
     def _squared_factors(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
         turned = self.in_basis(left, right)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def _linear(mode: Capture, func: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
-    return mode.linear(input, weight, bias)
+    output = func(input, mode.constant(weight), mode.constant(bias))
+    return mode.record("linear", output, mode.ref(weight), mode.ref(bias), input.detach(), (-1,))
 
 
 def _convolution(
@@ -85,7 +86,7 @@ def _embedding(
         )
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    output = F.embedding(input, mode.constant(weight), padding_idx)
+    output = func(input, mode.constant(weight), padding_idx)
     return mode.record("embedding", output, ref, None, (input, padding_idx), (-1,))
 
 
@@ -98,10 +99,10 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-    return _scaled_norm(mode, norm, weight, bias, None)
+    output = func(input, normalized_shape, mode.constant(weight), mode.constant(bias), eps)
+    return _scaled_norm(
+        mode, output, lambda: F.layer_norm(input, normalized_shape, eps=eps), weight, bias, None
+    )
 
 
 def _rms_norm(
@@ -112,10 +113,10 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.rms_norm(input, normalized_shape, weight, eps)
-
-    return _scaled_norm(mode, norm, weight, None, None)
+    output = func(input, normalized_shape, mode.constant(weight), eps)
+    return _scaled_norm(
+        mode, output, lambda: F.rms_norm(input, normalized_shape, eps=eps), weight, None, None
+    )
 
 
 def _group_norm(
@@ -127,10 +128,10 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.group_norm(input, num_groups, weight, bias, eps)
-
-    return _scaled_norm(mode, norm, weight, bias, 1)
+    output = func(input, num_groups, mode.constant(weight), mode.constant(bias), eps)
+    return _scaled_norm(
+        mode, output, lambda: F.group_norm(input, num_groups, eps=eps), weight, bias, 1
+    )
 
 
 def _batch_norm(
@@ -145,10 +146,18 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-    return _scaled_norm(mode, norm, weight, bias, 1)
+    scale, shift = mode.constant(weight), mode.constant(bias)
+    output = func(input, running_mean, running_var, scale, shift, training, momentum, eps)
+    # The statistics of a batch in training come from the batch: a second call must not count.
+    kept = (None, None) if training else (running_mean, running_var)
+    return _scaled_norm(
+        mode,
+        output,
+        lambda: F.batch_norm(input, *kept, None, None, training, 0.0, eps),
+        weight,
+        bias,
+        1,
+    )
 
 
 def _instance_norm(
@@ -163,17 +172,23 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    def norm(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
-
-    return _scaled_norm(mode, norm, weight, bias, 1)
+    scale, shift = mode.constant(weight), mode.constant(bias)
+    output = func(input, running_mean, running_var, scale, shift, use_input_stats, momentum, eps)
+    kept = (None, None) if use_input_stats else (running_mean, running_var)
+    return _scaled_norm(
+        mode,
+        output,
+        lambda: F.instance_norm(input, *kept, None, None, use_input_stats, 0.0, eps),
+        weight,
+        bias,
+        1,
+    )
 
 
 def _scaled_norm(
     mode: Capture,
-    norm: Callable[[Tensor | None, Tensor | None], Tensor],
+    output: Tensor,
+    normalized: Callable[[], Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     channel: int | None,
@@ -183,12 +198,11 @@ def _scaled_norm(
     The output is the layer's own, bit for bit: another rounding would send values near zero to
     the other side of a ReLU.
     """
-    output = norm(mode.constant(weight), mode.constant(bias))
     parameter = weight if weight is not None else bias
     if parameter is None or (mode.ref(weight) is None and mode.ref(bias) is None):
         return output
     with torch.no_grad():
-        normal = output if mode.ref(weight) is None else norm(None, None)
+        normal = output if mode.ref(weight) is None else normalized()
     trailing = 0 if channel is None else output.dim() - channel - 1
     first = output.dim() - parameter.dim() - trailing
     axes = tuple(range(first, first + parameter.dim()))
@@ -223,6 +237,17 @@ def elementwise(mode: Capture, func: Any, left: Any, right: Any, **options: Any)
     )
 
 
+FUSED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: decompose.attention,
+    torch.lstm: decompose.recurrent,
+    torch.gru: decompose.recurrent,
+    torch.rnn_tanh: decompose.recurrent,
+    torch.rnn_relu: decompose.recurrent,
+    torch.lstm_cell: decompose.cell,
+    torch.gru_cell: decompose.cell,
+    torch.rnn_tanh_cell: decompose.cell,
+    torch.rnn_relu_cell: decompose.cell,
+}
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.conv1d: _convolution,
@@ -237,7 +262,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     F.group_norm: _group_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    F.multi_head_attention_forward: decompose.attention,
     **dict.fromkeys(
         (
             torch.add,
@@ -251,12 +275,5 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
         ),
         elementwise,
     ),
-    torch.lstm: decompose.recurrent,
-    torch.gru: decompose.recurrent,
-    torch.rnn_tanh: decompose.recurrent,
-    torch.rnn_relu: decompose.recurrent,
-    torch.lstm_cell: decompose.cell,
-    torch.gru_cell: decompose.cell,
-    torch.rnn_tanh_cell: decompose.cell,
-    torch.rnn_relu_cell: decompose.cell,
+    **FUSED,
 }

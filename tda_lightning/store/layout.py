@@ -26,6 +26,15 @@ Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` b
         optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
         random/<generator>      states of the random generators (torch, cuda<i>: uint8;
                                 python, numpy: JSON text)
+      statistics/<start>-<stop>.h5   kind "statistics": curvature summed in training over sampled
+                                examples of the steps start < step <= stop; such sums add up
+        blocks                  JSON text [1]: {block: {parameters, shape [groups, rows, columns]}}
+        <block>/left            second moment of the rows: [groups, rows] a diagonal; the lower
+                                triangle of a matrix, row by row, under "packed left"
+        <block>/right           likewise of the columns
+        <block>/count           [groups]: left (x) right / count is the summed curvature
+        <block>/trace           [1]: summed squared norms of the examples' gradients
+        <block>/examples        [1]: how many examples
       curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
         values/<name>           tensors
       scores/*.h5               scores that were computed from this trajectory
@@ -46,6 +55,7 @@ FORMAT_VERSION = 1
 FACTS_FILE = "trajectory.h5"
 STEPS_FOLDER = "steps"
 CHECKPOINTS_FOLDER = "checkpoints"
+STATISTICS_FOLDER = "statistics"
 CURVATURE_FOLDER = "curvature"
 SCORES_FOLDER = "scores"
 
@@ -55,6 +65,7 @@ BUFFERS = "buffers"
 OPTIMIZER = "optimizer"
 RANDOM = "random"
 VALUES = "values"
+BLOCKS = "blocks"
 HYPERPARAMETERS = "hyperparameters"
 STEP = "step"
 DTYPE = "dtype"
@@ -102,6 +113,19 @@ def checkpoint_files(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def statistics_file(root: Path, start: int, stop: int) -> Path:
+    return root / STATISTICS_FOLDER / f"{start:08d}-{stop:08d}.h5"
+
+
+def statistics_files(root: Path) -> dict[tuple[int, int], Path]:
+    """The statistics in ``root`` by interval (start, stop)."""
+    found = {}
+    for path in _files(root / STATISTICS_FOLDER):
+        if match := _STEPS_NAME.fullmatch(path.name):
+            found[int(match[1]), int(match[2])] = path
+    return dict(sorted(found.items()))
+
+
 def curvature_file(root: Path, key: str) -> Path:
     return root / CURVATURE_FOLDER / f"{key}.h5"
 
@@ -119,6 +143,7 @@ def recorded_files(root: Path) -> list[Path]:
         *([facts] if facts.exists() else []),
         *(path for _, _, path in steps_files(root)),
         *checkpoint_files(root).values(),
+        *statistics_files(root).values(),
         *curvature_files(root).values(),
     ]
 

@@ -16,6 +16,7 @@ from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.store import layout
 from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
 
 
@@ -39,6 +40,7 @@ def open_trajectory(path: str | Path) -> Trajectory:
         checkpoints=checkpoints,
         curvature=CurvatureFolder(root),
         path=str(root),
+        statistics=StatisticsFolder(root, max(checkpoints)),
     )
 
 

@@ -11,7 +11,8 @@ from tda_lightning.store.fingerprint import digest
 from tda_lightning.store.h5 import put_array, put_json, put_tensors, writing
 from tda_lightning.store.randomness import json_states, tensor_states
 from tda_lightning.store.reader import join_steps, read_steps
-from tda_lightning.trajectory import Checkpoint, Facts, Steps
+from tda_lightning.store.statistics_folder import write_statistics
+from tda_lightning.trajectory import Checkpoint, Facts, Statistics, Steps
 
 
 class TrajectoryWriter:
@@ -82,6 +83,10 @@ class TrajectoryWriter:
         self._write_checkpoint(
             Checkpoint(checkpoint.step, checkpoint.parameters, changed, checkpoint.optimizer)
         )
+
+    def write_statistics(self, start: int, stop: int, statistics: Statistics) -> None:
+        """Write the curvature summed over the steps ``start`` < step <= ``stop``."""
+        write_statistics(self.root, start, stop, statistics)
 
     def finish(self) -> None:
         """Join the files of steps into one: one file opens faster than many."""

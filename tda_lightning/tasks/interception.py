@@ -145,7 +145,7 @@ class _StandardLosses(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func not in _READERS:
+        if func not in READERS:
             return func(*args, **(kwargs or {}))
         bound = inspect.signature(func).bind(*args, **(kwargs or {}))
         bound.apply_defaults()
@@ -154,7 +154,7 @@ class _StandardLosses(TorchFunctionMode):
         if given["size_average"] is not None or given["reduce"] is not None:
             reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"], False)
         given.update(size_average=None, reduce=None, reduction="none")
-        call = _READERS[func](lambda: self._connect(func(**given)), given, reduction)
+        call = READERS[func](lambda: self._connect(func(**given)), given, reduction)
         self.calls.append(call)
         return self._reduce(call)
 
@@ -239,7 +239,7 @@ def _read_binary_cross_entropy(
 # nll_loss is read as cross entropy: log-probabilities are logits of themselves, since
 # log_softmax(log_softmax(z)) = log_softmax(z).
 _Reader = Callable[[Callable[[], Tensor], Mapping[str, Any], str], Call]
-_READERS: dict[Callable[..., Tensor], _Reader] = {
+READERS: dict[Callable[..., Tensor], _Reader] = {
     F.cross_entropy: _read_cross_entropy,
     F.nll_loss: _read_cross_entropy,
     F.mse_loss: _read_mse,

@@ -1,0 +1,143 @@
+"""Curvature from the statistics that were gathered in training, without a pass over the data.
+
+The Kronecker factors of a segment are sums over its intervals. Their eigenvectors are the basis,
+the products of their eigenvalues the eigenvalues, scaled so that each block's trace is the
+recorded one: what the Kronecker product gets wrong most, where positions are correlated, is its
+size. Products in place of EK-FAC's measured eigenvalues cost little (experiments/online has the
+figures); ``statistics="corrected"`` measures them, in one pass.
+
+For Adam the curvature of h * g is needed. Its factors follow from those of g where h is an outer
+product r c^T of a row and a column: diag(r) G diag(r) and diag(c) A diag(c). In its place stands
+the outer product of its row and column means (as in Adafactor: Shazeer & Stern 2018, 1804.04235).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tda_lightning.curvature.fit import CurvatureFit, eigenvectors
+from tda_lightning.curvature.spectrum import Spectrum
+from tda_lightning.passes import Context, Pass
+from tda_lightning.trajectory import BlockStatistics, Statistics, Trajectory
+
+STATISTICS = ("auto", "recorded", "corrected", "fitted")
+_KRONECKER = ("ekfac", "kfac")
+
+
+class RecordedFit:
+    """Curvature of recorded statistics: the face of a :class:`CurvatureFit` without passes."""
+
+    def __init__(self, spectra: Mapping[str, Spectrum]):
+        self.spectra = dict(spectra)
+
+    def passes(self) -> list[Pass]:
+        """None: everything has been recorded."""
+        return []
+
+
+def check_statistics(choice: str, kind: str) -> None:
+    if choice not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {choice!r}.")
+    if choice in ("recorded", "corrected") and kind not in _KRONECKER:
+        raise ValueError(
+            f"statistics={choice!r} are Kronecker factors: they go with curvature='ekfac' or "
+            f"'kfac', got curvature={kind!r}."
+        )
+
+
+def uses_statistics(choice: str, kind: str, trajectory: Trajectory) -> bool:
+    """Whether curvature of ``kind`` comes from the statistics recorded in training."""
+    if choice == "auto":
+        return kind in _KRONECKER and bool(trajectory.statistics)
+    return choice != "fitted"
+
+
+def curvature_of(
+    choice: str,
+    kind: str,
+    context: Context,
+    interval: tuple[int, int],
+    steps: Sequence[int],
+    scale: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    title: str = "curvature",
+) -> CurvatureFit | RecordedFit:
+    """Curvature of the steps in ``interval``: recorded where it can be, else fitted at the
+    checkpoints ``steps`` (see :class:`CurvatureFit` for the other arguments).
+
+    Raises:
+        ValueError: statistics are asked for, and there are none that fit the model.
+    """
+    if not uses_statistics(choice, kind, context.trajectory):
+        return CurvatureFit(kind, context, steps, scale, seed, title)
+    statistics = context.trajectory.merged_statistics(*interval)
+    _require_fitting(statistics, context, interval)
+    spectra = {
+        block.name: _spectrum(statistics[block.name], (scale or {}).get(block.name))
+        for block in context.blocks
+    }
+    if choice == "corrected":
+        bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
+        return CurvatureFit("ekfac", context, steps, scale, seed, title, bases)
+    place = (context.device, context.dtype)
+    return RecordedFit({name: spectrum.to(*place) for name, spectrum in spectra.items()})
+
+
+def _require_fitting(statistics: Statistics, context: Context, interval: tuple[int, int]) -> None:
+    advice = "Pass statistics='fitted' to fit curvature at the checkpoints."
+    if not any(float(block.examples) for block in statistics.values()):
+        raise ValueError(
+            f"No curvature statistics were recorded in steps {interval[0]} to {interval[1]}: "
+            "expected some from TrajectoryRecorder(curvature='online'), whose curvature_every may "
+            f"be longer than these steps. {advice}"
+        )
+    for block in context.blocks:
+        found = statistics.get(block.name)
+        if found is None or (found.parameters, found.shape) != (block.parameters, block.shape):
+            what = "none" if found is None else f"{list(found.parameters)} as {list(found.shape)}"
+            raise ValueError(
+                f"The recorded curvature statistics do not fit the model: expected a block of "
+                f"{list(block.parameters)} as {list(block.shape)}, got {what}. {advice}"
+            )
+
+
+def _spectrum(statistics: BlockStatistics, scale: Tensor | None) -> Spectrum:
+    left, right = (_mean(side, statistics) for side in (statistics.left, statistics.right))
+    count, trace = (
+        value.double() / statistics.examples.double()
+        for value in (statistics.count, statistics.trace)
+    )
+    # The trace of g's own factors shows by how much the product is off.
+    size = (_trace(left) * _trace(right) / count).sum()
+    off = trace / size.clamp(min=1e-300)
+    if scale is not None:
+        rows, columns = _outer_factors(scale.double().cpu())
+        left, right = _rescaled(left, rows), _rescaled(right, columns)
+    left_values, left_vectors = eigenvectors(left)
+    right_values, right_vectors = eigenvectors(right)
+    product = left_values[:, :, None] * right_values[:, None, :] / count.view(-1, 1, 1)
+    return Spectrum(left_vectors, right_vectors, product * off)
+
+
+def _mean(side: Tensor, statistics: BlockStatistics) -> Tensor:
+    return side.double().cpu() / statistics.examples.double().cpu()
+
+
+def _trace(side: Tensor) -> Tensor:
+    return side.sum(-1) if side.dim() == 2 else side.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _outer_factors(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """r [groups, rows] and c [groups, columns] with r c^T the outer product nearest ``scale`` in
+    its row and column means."""
+    rows, columns = scale.mean(-1), scale.mean(-2)
+    overall = rows.mean(-1, keepdim=True).clamp(min=1e-300)
+    return rows / overall.sqrt(), columns / overall.sqrt()
+
+
+def _rescaled(side: Tensor, factors: Tensor) -> Tensor:
+    if side.dim() == 2:
+        return side * factors**2
+    return factors[:, :, None] * side * factors[:, None, :]
