@@ -3,6 +3,7 @@
 python experiments/lds/study.py study=digits
 python experiments/lds/study.py study=concrete data.root=FOLDER
 python experiments/lds/study.py study=concrete data.root=FOLDER retrained=OLDER/outcomes.npz
+python experiments/lds/study.py --config-name online study=fashion_mnist data.root=FOLDER
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ PAIRS = [
     ("recorded", "influence"),
     ("source", "source_blocks"),
     ("recorded", "recorded_blocks"),
+    ("source_online", "source_fitted"),
+    ("source_corrected", "source_fitted"),
+    ("source_leading", "source_fitted"),
+    ("influence_online", "influence_fitted"),
+    ("influence_corrected", "influence_fitted"),
 ]
 
 
@@ -66,6 +72,7 @@ def main(config: DictConfig) -> None:
     print(f"\n{config.name}: LDS, single run, {config.fraction:.0%} kept, {len(subsets)} subsets")
     for name, lds in found.items():
         print(f"  {name:<16} {lds}   ({seconds[name]:.1f} s)")
+    print_agreement(scores)
     gaps = {
         f"{a} - {b}": difference(found[a], found[b]) for a, b in PAIRS if {a, b} <= found.keys()
     }
@@ -84,6 +91,16 @@ def main(config: DictConfig) -> None:
         Path(config.output, "predictions.npz"),
         **{name: (left_out @ item.values.double().T).numpy() for name, item in scores.items()},
     )
+
+
+def print_agreement(scores: dict[str, Any]) -> None:
+    """Correlation with, and slope against, the scores of curvature fitted afterwards."""
+    for name, item in scores.items():
+        reference = scores.get(f"{name.split('_')[0]}_fitted")
+        if reference is not None and reference is not item:
+            pair = torch.stack([reference.values.flatten(), item.values.flatten()]).double()
+            slope = float(pair[0] @ pair[1] / pair[0].square().sum())
+            print(f"  {name:<20} correlation {torch.corrcoef(pair)[0, 1]:.4f}, slope {slope:.3f}")
 
 
 def record(config: DictConfig) -> tuple[Any, Any, Any]:
