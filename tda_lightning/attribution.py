@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tda_lightning.callbacks.processes import require_scorable
 from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
@@ -104,6 +105,8 @@ class AttributionModule(LightningModule):
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began = time.monotonic()
+        if trainer is not None:
+            require_scorable(trainer)
         examples = ExampleSource.of(train, batch_size, "training")
         queries = ExampleSource.of(query, batch_size, "query")
         require_same_data(self.trajectory, examples.dataset)

@@ -22,7 +22,9 @@ from tda_lightning.callbacks.checks import (
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.schedule import spread
+from tda_lightning.callbacks.sharded import Shards
 from tda_lightning.callbacks.step_log import (
     StepLog,
     gradient_norm,
@@ -49,6 +51,11 @@ class TrajectoryRecorder(Callback):
     on, since to stop is the user's decision. A step that a gradient scaler skipped is recorded
     with learning rate 0. With ``Trainer(fast_dev_run=...)`` nothing is recorded.
 
+    With several processes the first one writes and every process's batches are recorded, as those
+    of one process that accumulates over all of them; parameters that FSDP spreads over processes
+    are gathered for each checkpoint. When such a training ends by an exception, the trajectory
+    ends at its last checkpoint: a process that may be gone cannot be asked for its batches.
+
     Args:
         path: folder of the trajectory.
         num_checkpoints: checkpoints after steps floor(i T / num_checkpoints), i = 1, 2, ..., of
@@ -65,7 +72,8 @@ class TrajectoryRecorder(Callback):
     Raises:
         TrajectoryExistsError: before training, when the folder holds a trajectory.
         UnsupportedTrainingError: before training, with manual optimization, several optimizers,
-            several training loaders, several processes, or when resuming.
+            several training loaders, a strategy whose processes do not train as one, or when
+            resuming.
 
     Example:
         >>> from tda_lightning import TrajectoryRecorder
@@ -105,6 +113,8 @@ class TrajectoryRecorder(Callback):
 
     def _reset(self) -> None:
         self._writer = TrajectoryWriter(self.path)
+        self._processes = Processes()
+        self._shards: Shards | None = None  # None: every process holds the whole model
         self._capture = IndexCapture()
         self._log = StepLog()
         self._facts: Facts | None = None  # None: nothing is being recorded
@@ -128,11 +138,22 @@ class TrajectoryRecorder(Callback):
     def should_record(self, step: int) -> bool:
         """Whether a checkpoint is kept after optimizer step ``step``; override it at will.
 
-        The last step, and the epochs of ``every_n_epochs``, are recorded besides.
+        The last step, and the epochs of ``every_n_epochs``, are recorded besides. With several
+        processes the first one's answer counts: an override is asked only there.
         """
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             return True
         return step in self._schedule
+
+    @property
+    def _overridden(self) -> bool:
+        return type(self).should_record is not TrajectoryRecorder.should_record
+
+    def _is_due(self, step: int) -> bool:
+        # Gathering needs all processes. Our own answer is the same in each of them.
+        if self._overridden:
+            return self._processes.by_first(lambda: self.should_record(step))
+        return self.should_record(step)
 
     # Before training: check everything, then write the first files.
 
@@ -146,6 +167,8 @@ class TrajectoryRecorder(Callback):
             rank_zero_warn("TrajectoryRecorder records nothing with fast_dev_run.")
             return
         require_supported(trainer, pl_module)
+        self._processes = Processes.of(trainer)
+        self._writer = self._processes.writer(self._writer)
         if not self.overwrite:
             self._writer.require_vacant()
         self._capture.install(trainer)
@@ -161,9 +184,9 @@ class TrajectoryRecorder(Callback):
         optimizer = trainer.optimizers[0]
         dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = trained_parameters(pl_module, optimizer)
-        own = type(self).should_record is not TrajectoryRecorder.should_record
         if self.every_n_steps is None and self.every_n_epochs is None:
-            self._schedule = spread(trainer, self.num_checkpoints, required=not own)
+            own = spread(trainer, self.num_checkpoints, required=not self._overridden)
+            self._schedule = self._processes.by_first(lambda: own)
         if self._capture.absent is None and not self._capture.loaders:
             self._capture.absent = "the training loader was made before the recorder's setup"
         if self._capture.absent is not None:
@@ -173,13 +196,18 @@ class TrajectoryRecorder(Callback):
             pl_module,
             self._trained,
             num_examples=num_examples(dataset),
-            fingerprint=fingerprint(dataset) if self.fingerprint else None,
+            fingerprint=self._processes.by_first(lambda: fingerprint(dataset))
+            if self.fingerprint
+            else None,
             settings={
                 "indices": self._no_indices or "recorded",
                 "planned_checkpoints": sorted(self._schedule),
             },
         )
         initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
+        self._shards = Shards.of(trainer.model)  # type: ignore[arg-type]
+        if self._shards is not None:
+            facts, initial = self._shards.facts(facts), self._shards.checkpoint(initial)
         self._writer.begin(facts, initial, overwrite=self.overwrite)
         self._facts = facts
 
@@ -239,13 +267,17 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._facts is None:
             return
-        parameters = [parameter for parameter, _ in self._trained.values()]
-        require_same_parameters(trainer, parameters)
+        parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
+        require_same_parameters(trainer, list(parameters.values()))
+        if self._shards is None:
+            norm = gradient_norm(list(parameters.values()))
+        else:
+            norm = self._shards.gradient_norm(parameters)
         # By on_train_batch_end a per-step scheduler has moved the rates on.
         self._applied = (
             read_rates(optimizer),
             read_hyperparameters(optimizer),
-            gradient_norm(parameters),
+            norm,
         )
 
     def on_train_batch_end(
@@ -285,13 +317,13 @@ class TrajectoryRecorder(Callback):
             scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
         )
         self._applied, self._pending, self._losses = None, [], []
-        if self.should_record(step):
+        if self._is_due(step):
             self._record(trainer, pl_module)
         elif len(self._log) >= _ROWS_IN_MEMORY:
             self._flush()
 
     def _flush(self) -> None:
-        steps = self._log.drain()
+        steps = self._processes.gathered(self._log.drain(), sharded=self._shards is not None)
         bad = (~steps.loss.isfinite()).nonzero()
         if len(bad) and not self._warned:
             self._warned = True
@@ -310,9 +342,12 @@ class TrajectoryRecorder(Callback):
         if not new and (self._state_kept or not with_optimizer):
             return
         self._flush()
-        self._writer.write_checkpoint(
-            read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, with_optimizer)
+        checkpoint = read_checkpoint(
+            step, pl_module, trainer.optimizers[0], self._trained, with_optimizer
         )
+        if self._shards is not None:
+            checkpoint = self._shards.checkpoint(checkpoint)
+        self._writer.write_checkpoint(checkpoint)
         self._last_checkpoint, self._state_kept = step, with_optimizer
 
     # The end, of an epoch and of the run.
@@ -332,6 +367,9 @@ class TrajectoryRecorder(Callback):
         stepping = self._applied is not None
         if stepping or (self._in_batch and any(True for _ in pl_module.buffers())):
             # Weights or buffers may be those of no step: half stepped, or a forward pass ahead.
+            self._facts = None
+        if self._processes.count > 1:
+            # To ask the others for their rows would be to wait for processes that may be gone.
             self._facts = None
         try:
             self._finish(trainer, pl_module)
