@@ -11,6 +11,7 @@ Parameters that are spread over processes (FSDP) are the subject of ``sharded.py
 from __future__ import annotations
 
 import pickle
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -26,12 +27,14 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
 
 from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.writer import TrajectoryWriter
-from tda_lightning.trajectory import Steps
+from tda_lightning.trajectory import Steps, Trajectory
 
 T = TypeVar("T")
 
@@ -80,6 +83,34 @@ def require_scorable(trainer: Trainer) -> None:
         )
 
 
+def written_by_first(trajectory: Trajectory) -> Trajectory:
+    """``trajectory``, to whose folder only the first process adds curvature: the others keep what
+    they have fitted to themselves."""
+    folder = trajectory.curvature
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank == 0 or not isinstance(folder, CurvatureFolder):
+        return trajectory
+    return replace(trajectory, curvature=ChainMap({}, folder))
+
+
+def require_same_plan(passes: Sequence[tuple[str, int]]) -> None:
+    """Check that every process is about to make the same passes: they add up what they find.
+
+    Raises:
+        RuntimeError: in every process, when one plans others.
+    """
+    if not _running():
+        return
+    plans = from_all(list(passes))
+    for rank, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise RuntimeError(
+                f"Process {rank} plans {len(plan)} passes over the training set, process 0 "
+                f"{len(plans[0])}; expected the same. Give every process the same arguments, "
+                "weights and data, and the same trajectory folder with its curvature."
+            )
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that train together: how many, and which one this is."""
@@ -98,10 +129,12 @@ class Processes:
     def by_first(self, action: Callable[[], T]) -> T:
         """``action`` in the first process; its result, or its error, in every one.
 
-        Every process must come here.
+        Every process must come here. Before the processes can talk the others get None.
         """
         if self.count == 1:
             return action()
+        if not _running():
+            return action() if self.is_first else cast(T, None)
         outcome: list[Any] = [None, None]
         caught: Exception | None = None
         if self.is_first:
@@ -237,9 +270,7 @@ def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if not _running() or dist.get_world_size() == 1:
         return dict(tensors)
-    kinds: list[Any] = [None] * dist.get_world_size()
-    own = sorted((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items())
-    dist.all_gather_object(kinds, own)
+    kinds = from_all(sorted((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
             odd = sorted({entry[0] for entry in set(kind) ^ set(kinds[0])})
@@ -261,6 +292,15 @@ def meeting_device() -> torch.device:
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def from_all(value: T) -> list[T]:
+    """What every process has for ``value``, by rank."""
+    if not _running():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _running() -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from tda_lightning.callbacks.processes import meeting_device
+from tda_lightning.callbacks.processes import from_all, meeting_device
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.trajectory import Checkpoint, Facts
 
@@ -65,7 +65,7 @@ class Shards:
             )
         shapes = {name: p.shape for name, p in parameters.items()} | _whole_shapes(flat, parameters)
         own = {name: _piece(p).numel() for name, p in parameters.items()}
-        everywhere = _from_all(own)
+        everywhere = from_all(own)
         sizes = {name: tuple(each[name] for each in everywhere) for name in parameters}
         return Shards(shapes, sizes)
 
@@ -122,7 +122,7 @@ class Shards:
             }
             for name, state in states.items()
         }
-        everywhere = _from_all(own)
+        everywhere = from_all(own)
         self._require_alike(everywhere)
         whole: dict[str, dict[str, Tensor]] = {}
         for name, state in states.items():
@@ -204,14 +204,6 @@ def _scalar(value: Any) -> Tensor | None:
         return None
     whole: Tensor = value.full_tensor() if _is_distributed(value) else value
     return whole.detach().cpu()
-
-
-def _from_all(value: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def _rank() -> int:
