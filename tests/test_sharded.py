@@ -26,6 +26,7 @@ from tests.attributing import quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS
 from tests.cases.training import train as train_case
 from tests.processes import connect, outcomes, results
+from tests.runs import adamw
 from tests.test_processes import Plain, require_equal, steps_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -195,7 +196,33 @@ def test_optimizer_state_of_another_layout_is_refused() -> None:
         assert "'rows' of 0.bias in 99 elements" in str(outcome.error)
 
 
-# With Lightning. Its FSDPStrategy wants CUDA (test_gpu.py); fully_shard runs anywhere.
+def test_replicas_of_shards_count_once() -> None:
+    """Four processes: two replicas, each spread over two."""
+
+    def work(rank: int) -> Any:
+        connect(rank, 4)
+        mesh = init_device_mesh("cpu", (2, 2))
+        module = wrap_old(build(), "HYBRID_SHARD", device_mesh=mesh)
+        shards = Shards.of(module)
+        module(batch(0)).square().mean().backward()
+        stepper = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), 0.1)
+        trained = trained_parameters(module, stepper)
+        norm = shards.gradient_norm({name: p for name, (p, _) in trained.items()})
+        whole = shards.checkpoint(read_checkpoint(0, module, stepper, trained, True))
+        return whole, float(norm)
+
+    found = results(work, count=4)
+    module = build()
+    module(batch(0)).square().mean().backward()
+    gradients = [p.grad.reshape(-1) for p in module.parameters() if p.grad is not None]
+    norm = sum(each**2 for _, each in found) ** 0.5
+    assert norm == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-5)
+    for name, parameter in module.named_parameters():
+        whole = found[0][0].parameters if parameter.requires_grad else found[0][0].buffers
+        torch.testing.assert_close(whole[name], parameter.detach())
+
+
+# With Lightning.
 
 
 class Sharding(Plain):
@@ -208,20 +235,53 @@ class Sharding(Plain):
         """The parent's own log cannot join pieces."""
 
 
-def record_sharded(rank: int, root: Path) -> list[list[int]]:
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    options = {"optimizers": lambda m: torch.optim.AdamW(m.parameters(), 0.01)}
-    seen = train(root / "sharded", {"module": Sharding, "strategy": strategy, **options}).seen
+class Sharded(Plain):
+    """For a strategy that cuts the module itself."""
+
+    on_before_optimizer_step = Sharding.on_before_optimizer_step
+
+
+class OnTheCPU(FSDPStrategy):
+    """Lightning's FSDPStrategy wants CUDA (see test_gpu.py), torch's FSDP does not."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=CPU, **self.kwargs)
+
+
+STRATEGIES = {
+    "FSDP": (Sharded, lambda: OnTheCPU(auto_wrap_policy={nn.Linear})),
+    "FSDP in one piece": (Sharded, lambda: OnTheCPU()),
+    "fully_shard": (Sharding, lambda: ModelParallelStrategy(2, 1)),
+}
+
+
+def record_sharded(rank: int, root: Path) -> None:
+    options = {"optimizers": adamw, "accumulate_grad_batches": 2}
+    for name, (module, strategy) in STRATEGIES.items():
+        train(root / name, {"module": module, "strategy": strategy(), **options})
     train(root / "replicated", options)
-    return seen
 
 
 def test_a_sharded_training_is_recorded_as_a_replicated_one(tmp_path: Path) -> None:
     results(record_sharded, tmp_path)
-    assert require_equal(tmp_path / "sharded", tmp_path / "replicated") > 20
-    found = open_trajectory(tmp_path / "sharded").facts
-    assert found.parameters == open_trajectory(tmp_path / "replicated").facts.parameters
-    assert found.settings["strategy"] == "ModelParallelStrategy"
+    expected = open_trajectory(tmp_path / "replicated")
+    for name in STRATEGIES:
+        assert require_equal(tmp_path / name, tmp_path / "replicated") > 20
+        assert open_trajectory(tmp_path / name).facts.parameters == expected.facts.parameters
+
+
+def test_fsdp_in_a_single_process(tmp_path: Path) -> None:
+    def record(rank: int) -> None:
+        for name, (module, strategy) in {**STRATEGIES, "one": (Plain, lambda: "auto")}.items():
+            if name == "fully_shard":
+                continue
+            options = {"module": module, "strategy": strategy(), "optimizers": adamw}
+            given = {"devices": 1, "use_distributed_sampler": False}
+            train(tmp_path / name, options, **given)
+
+    results(record, count=1)
+    for name in ("FSDP", "FSDP in one piece"):
+        assert require_equal(tmp_path / name, tmp_path / "one") > 20
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
