@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DistributedSampler, WeightedRandomSampler
 
 from tda_lightning.callbacks import TrajectoryRecorder
 from tda_lightning.callbacks.processes import interleaved, require_recordable, summed
-from tda_lightning.errors import TrajectoryExistsError, UnsupportedTrainingError
+from tda_lightning.errors import (
+    RecordingError,
+    TrajectoryExistsError,
+    UnsupportedTrainingError,
+)
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.trajectory import Steps
@@ -229,7 +233,46 @@ def fail_to_write(rank: int, path: Path) -> None:
 
 def test_an_error_of_the_writer_is_raised_in_every_process(tmp_path: Path) -> None:
     for outcome in outcomes(fail_to_write, tmp_path):
-        assert isinstance(outcome.error, OSError) and outcome.error.errno == 28, outcome.trace
+        assert isinstance(outcome.error, RecordingError), outcome.trace
+        assert "No space left on device" in str(outcome.error)
+
+
+def test_training_goes_on_in_every_process_where_that_is_wanted(tmp_path: Path) -> None:
+    def go_on(rank: int) -> int:
+        def full(self: Any, checkpoint: Any) -> None:
+            raise OSError(28, "No space left on device", str(self.root))
+
+        if rank == 0:
+            TrajectoryWriter.write_checkpoint = full  # type: ignore[method-assign]
+        module = train(tmp_path, {"recorder": {"on_error": "warn", "every_n_steps": 2}})
+        return module.trainer.global_step
+
+    assert results(go_on) == [6, 6]
+    assert sorted(open_trajectory(tmp_path).checkpoints) == [0]
+
+
+def test_a_resumed_training_is_recorded_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """Step 3 is in no trajectory file when training is interrupted, only in Lightning's."""
+    options: dict[str, Any] = {"optimizers": adamw, "recorder": {"every_n_steps": 2}}
+
+    def interrupted(rank: int) -> None:
+        saves = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", save_top_k=-1)
+        Fails.ranks = (1,)
+        options.update(module=Fails, enable_checkpointing=True)
+        train(tmp_path / "run", options, callbacks=(saves,))
+
+    def resumed(rank: int) -> None:
+        seed_everything(7, verbose=False)
+        recorder = TrajectoryRecorder(tmp_path / "run", **options["recorder"])
+        resuming = trainer(recorder, strategy="ddp", devices=2)
+        resuming.fit(Plain(adamw), shuffled(), ckpt_path=tmp_path / "ckpt" / "step=3.ckpt")
+
+    found = outcomes(interrupted)
+    assert isinstance(found[1].error, ArithmeticError) and found[0].error, found[0].trace
+    assert sorted(open_trajectory(tmp_path / "run").checkpoints) == [0, 2]
+    results(resumed)
+    results(lambda rank: train(tmp_path / "whole", options) and None)
+    assert require_equal(tmp_path / "run", tmp_path / "whole") > 20
 
 
 class Fails(Plain):

@@ -42,12 +42,12 @@ def require_one_optimizer(trainer: Trainer) -> None:
         )
 
 
-def require_start(trainer: Trainer) -> None:
-    if trainer.global_step:
-        raise UnsupportedTrainingError(
-            f"Training starts at step {trainer.global_step}, expected step 0: a trajectory "
-            "begins with the initial weights. Train from the start with a new Trainer."
-        )
+def indices_ended(reason: str) -> UnsupportedTrainingError:
+    """Earlier batches had their indices, this one has not."""
+    return UnsupportedTrainingError(
+        f"Example indices ended in mid-training: {reason}. Expected one kind of batch "
+        "throughout; use a sampler of integer positions for all of them."
+    )
 
 
 def require_same_parameters(trainer: Trainer, recorded: Sequence[nn.Parameter]) -> None:
