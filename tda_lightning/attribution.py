@@ -17,6 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tda_lightning.callbacks.processes import (
+    Processes,
+    require_same_plan,
+    require_scorable,
+    written_by_first,
+)
 from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
@@ -104,6 +110,8 @@ class AttributionModule(LightningModule):
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began = time.monotonic()
+        if trainer is not None:
+            require_scorable(trainer)
         examples = ExampleSource.of(train, batch_size, "training")
         queries = ExampleSource.of(query, batch_size, "query")
         require_same_data(self.trajectory, examples.dataset)
@@ -126,8 +134,8 @@ class AttributionModule(LightningModule):
             except BaseException:
                 sink.abort()
                 raise
-        if scores_path is not None and runner.world_size > 1 and runner.is_global_zero:
-            scores.save(scores_path, overwrite=overwrite)
+        if scores_path is not None and runner.world_size > 1:
+            Processes.of(runner).by_first(lambda: scores.save(scores_path, overwrite=overwrite))
         return scores
 
     def check(self, train: Any, query: Any, examples: int = 8) -> dict[str, float]:
@@ -153,6 +161,10 @@ class AttributionModule(LightningModule):
         return errors
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
+
+    def setup(self, stage: str) -> None:
+        # Before Lightning asks all processes for the length of each pass.
+        require_same_plan([(one.title, one.step) for one in self._plan.passes])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         part, indices, position = batch
@@ -245,7 +257,7 @@ class AttributionModule(LightningModule):
         context = Context(
             module=self.module,
             task=self.task,
-            trajectory=self.trajectory,
+            trajectory=written_by_first(self.trajectory),
             engine=engine,
             sink=MemorySink(len(queries), len(examples)),
             num_train=len(examples),
@@ -285,9 +297,10 @@ class AttributionModule(LightningModule):
         from tda_lightning.store.scores_file import ScoreFile
 
         if trainer.world_size > 1:
-            if trainer.is_global_zero:
-                # Saved at the end by one process; whether it can be is known before the work.
-                ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite).abort()
+            # Saved at the end by one process; whether it can be is known before the work.
+            Processes.of(trainer).by_first(
+                lambda: ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite).abort()
+            )
             return MemorySink(*sizes, dtype=context.dtype)
         return ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite)
 

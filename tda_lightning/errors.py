@@ -13,6 +13,10 @@ class TrajectoryExistsError(TrajectoryError, FileExistsError):
     """The folder already holds a trajectory and ``overwrite`` was not asked for."""
 
 
+class TrajectoryLockedError(TrajectoryError):
+    """Another recorder is writing into the folder."""
+
+
 class TrajectoryFormatError(TrajectoryError, ValueError):
     """A file is truncated, corrupted, or of a format version that this release does not read."""
 
@@ -23,6 +27,14 @@ class TrajectoryMismatchError(TrajectoryError, ValueError):
 
 class UnsupportedTrainingError(TrajectoryError, ValueError):
     """The run used an optimizer or a training mode that attribution has no formula for."""
+
+
+class ResumeError(UnsupportedTrainingError):
+    """Training continues a run whose recorded trajectory is missing, or is not its own."""
+
+
+class RecordingError(TrajectoryError, OSError):
+    """The trajectory cannot be written on: the disk is full, the folder is gone, ..."""
 
 
 class NonFiniteError(ArithmeticError):

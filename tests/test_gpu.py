@@ -6,16 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import TensorDataset
 
 from tda_lightning.attribution import AttributionModule
+from tda_lightning.callbacks import TrajectoryRecorder
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.store import open_trajectory
 from tda_lightning.tasks import ClassificationTask, example_noise
 from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+from tests.runs import Numbered, adamw, loader
+from tests.test_processes import Plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +60,43 @@ def test_gradients_are_those_of_the_cpu(name):
             found.append({n: g.dense(slice(None)).cpu() for n, g in gradients.items()})
         for block, expected in found[0].items():
             torch.testing.assert_close(found[1][block], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_fsdp_is_recorded_like_one_process(tmp_path):
+    """Lightning's FSDPStrategy in one GPU process: what is in the files is what the CPU records."""
+    for name in ("cpu", "cuda"):
+        seed_everything(7, verbose=False)
+        wrapped = FSDPStrategy(auto_wrap_policy={torch.nn.Linear})
+        Trainer(
+            accelerator=name,
+            strategy=wrapped if name == "cuda" else "auto",
+            devices=1,
+            max_epochs=2,
+            callbacks=[TrajectoryRecorder(tmp_path / name)],
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Plain(adamw), loader(Numbered(21), shuffle=True))
+    expected, found = (open_trajectory(tmp_path / name) for name in ("cpu", "cuda"))
+    assert found.facts.parameters == expected.facts.parameters
+    assert torch.equal(found.steps.examples, expected.steps.examples)
+    torch.testing.assert_close(
+        found.steps.gradient_norm, expected.steps.gradient_norm, rtol=1e-3, atol=1e-5
+    )
+    assert sorted(found.checkpoints) == sorted(expected.checkpoints)
+    for step, checkpoint in expected.checkpoints.items():
+        for kind in ("parameters", "buffers"):
+            ours, theirs = getattr(found.checkpoints[step], kind), getattr(checkpoint, kind)
+            assert ours.keys() == theirs.keys()
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+        assert found.checkpoints[step].optimizer.keys() == checkpoint.optimizer.keys()
+        for name, state in checkpoint.optimizer.items():
+            shapes = {key: tensor.shape for key, tensor in state.items()}
+            ours = found.checkpoints[step].optimizer[name]
+            assert {key: tensor.shape for key, tensor in ours.items()} == shapes
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from tda_lightning.callbacks.facts import Trained
+from tda_lightning.callbacks.processes import require_recordable
+from tda_lightning.callbacks.sharded import plain_name
 from tda_lightning.errors import UnsupportedTrainingError
 
 
@@ -29,11 +31,7 @@ def require_supported(trainer: Trainer, module: LightningModule) -> None:
             "training_step takes a dataloader_iter and fetches batches itself, so they cannot "
             "be told apart; expected training_step(self, batch, batch_idx)."
         )
-    if trainer.world_size > 1:
-        raise UnsupportedTrainingError(
-            f"TrajectoryRecorder records training in one process, got {trainer.world_size}. "
-            "Use Trainer(devices=1, num_nodes=1)."
-        )
+    require_recordable(trainer)
 
 
 def require_one_optimizer(trainer: Trainer) -> None:
@@ -44,12 +42,12 @@ def require_one_optimizer(trainer: Trainer) -> None:
         )
 
 
-def require_start(trainer: Trainer) -> None:
-    if trainer.global_step:
-        raise UnsupportedTrainingError(
-            f"Training starts at step {trainer.global_step}, expected step 0: a trajectory "
-            "begins with the initial weights. Train from the start with a new Trainer."
-        )
+def indices_ended(reason: str) -> UnsupportedTrainingError:
+    """Earlier batches had their indices, this one has not."""
+    return UnsupportedTrainingError(
+        f"Example indices ended in mid-training: {reason}. Expected one kind of batch "
+        "throughout; use a sampler of integer positions for all of them."
+    )
 
 
 def require_same_parameters(trainer: Trainer, recorded: Sequence[nn.Parameter]) -> None:
@@ -78,7 +76,7 @@ def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
         if parameter.requires_grad
     }
     trained = {
-        name: (parameter, groups.pop(id(parameter)))
+        plain_name(name): (parameter, groups.pop(id(parameter)))
         for name, parameter in module.named_parameters()
         if id(parameter) in groups
     }

@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from tda_lightning.callbacks.processes import summed
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
@@ -73,6 +74,16 @@ def online_curvature(
     return OnlineCurvature(every, fisher, device, getattr(torch, dtype))
 
 
+def require_whole(whole: bool) -> None:
+    """Check that every process holds the whole parameters."""
+    if not whole:
+        raise UnsupportedTrainingError(
+            "curvature='online' needs the whole parameters in every process, and the strategy "
+            "spreads them. Record with curvature=None and fit curvature afterwards, or train with "
+            "strategy='ddp'."
+        )
+
+
 def require_uncompiled(module: nn.Module) -> None:
     """Check that the layers' calls can be watched.
 
@@ -117,6 +128,7 @@ class CurvatureGatherer:
         self._parameters = dict(trained)
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._blocks, self._checked = [], False
+        self.sums, self._gathered = {}, 0
 
     def install(self, trainer: Trainer) -> None:
         """Watch the training steps of ``trainer``."""
@@ -234,9 +246,48 @@ class CurvatureGatherer:
         return BlockStatistics(block.parameters, block.shape, *placed)
 
     def take(self) -> dict[str, BlockStatistics]:
-        """The sums of this process, which begin anew."""
-        sums, self.sums = self.sums, {}
+        """The sums of all processes, which begin anew; every process must come here."""
+        sums, self.sums = self._of_all(), {}
         return sums
+
+    def _of_all(self) -> dict[str, BlockStatistics]:
+        totals = summed(
+            {
+                f"{kind}:{name}": getattr(block, kind)
+                for name, block in self.sums.items()
+                for kind in block.SUMS
+            }
+        )
+        return {
+            name: BlockStatistics(
+                block.parameters,
+                block.shape,
+                **{kind: totals[f"{kind}:{name}"] for kind in block.SUMS},
+            )
+            for name, block in self.sums.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of all processes, in plain containers; every process must come here."""
+        blocks = {
+            name: {
+                "parameters": list(block.parameters),
+                "shape": list(block.shape),
+                **{kind: getattr(block, kind).clone() for kind in block.SUMS},
+            }
+            for name, block in self._of_all().items()
+        }
+        return {"gathered": self._gathered, "sums": blocks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`: the first process has the sums of all."""
+        self._gathered = int(state["gathered"])
+        self.sums = {}
+        for name, about in state["sums"].items():
+            tensors = {kind: about[kind] for kind in BlockStatistics.SUMS}
+            shape = tuple(about["shape"])
+            block = BlockStatistics(tuple(about["parameters"]), shape, **tensors)
+            self.sums[name] = block if self._trainer.is_global_zero else _nothing(block)
 
 
 def _affordable(gradient: Gradient) -> int:

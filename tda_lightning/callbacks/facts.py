@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.sharded import plain_name
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
@@ -33,7 +34,8 @@ def read_checkpoint(
 
     Frozen parameters are among them: without these the model cannot be rebuilt.
     """
-    others = {n: p for n, p in module.named_parameters() if n not in trained}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    others = {plain_name(name): tensor for name, tensor in tensors}
     states = None
     if with_optimizer:
         states = {
@@ -47,7 +49,7 @@ def read_checkpoint(
     return Checkpoint(
         step=step,
         parameters={name: parameter.detach() for name, (parameter, _) in trained.items()},
-        buffers={**others, **dict(module.named_buffers())},
+        buffers={name: tensor for name, tensor in others.items() if name not in trained},
         optimizer=states,
     )
 

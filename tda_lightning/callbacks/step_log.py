@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tda_lightning.callbacks.indices import Indices
+from tda_lightning.store.reader import join_steps
 from tda_lightning.trajectory import Steps
 
 # What the formulas need, by torch.optim's own keys ("betas" becomes beta1 and beta2).
@@ -101,12 +102,13 @@ class StepLog:
     would make an accelerator wait at every step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Steps | None = None) -> None:
+        self._earlier = earlier  # rows from before a resume that are not on disk
         self._rows: list[_Row] = []
         self._settled = 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + (0 if self._earlier is None else len(self._earlier))
 
     def add(
         self,
@@ -150,8 +152,20 @@ class StepLog:
 
     def drain(self) -> Steps:
         """The rows as a table whose offsets count from 0; the log is empty afterwards."""
+        table = self.table()
+        self._earlier, self._rows, self._settled = None, [], 0
+        return table
+
+    def table(self) -> Steps:
+        """The rows as a table whose offsets count from 0; they stay in the log."""
+        earlier = [] if self._earlier is None or not len(self._earlier) else [self._earlier]
+        if earlier and not self._rows:
+            return earlier[0]
         self._settle()
-        rows, self._rows, self._settled = self._rows, [], 0
+        return join_steps([*earlier, self._table_of_rows()]) if earlier else self._table_of_rows()
+
+    def _table_of_rows(self) -> Steps:
+        rows = self._rows
         batches = [batch for row in rows for batch in row.batches]
         return Steps(
             epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tda_lightning.store import layout
+from tda_lightning.store.durable import make_folder
 from tda_lightning.store.h5 import get_tensors, put_tensors, reading, subgroup, writing
 
 
@@ -38,6 +39,7 @@ class CurvatureFolder(MutableMapping[str, Mapping[str, Tensor]]):
             )
         path = layout.curvature_file(self.root, key)
         try:
+            make_folder(path.parent)
             with writing(path, "curvature") as file:
                 put_tensors(file.create_group(layout.VALUES), value)
         except OSError as error:

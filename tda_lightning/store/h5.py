@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.errors import TrajectoryError, TrajectoryFormatError
+from tda_lightning.store.durable import AsideFile, sync_folder
 from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
 
 _CHUNK_BYTES = 1 << 22
@@ -51,20 +52,29 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextmanager
 def writing(path: Path, kind: str) -> Iterator[h5py.File]:
-    """A new file that appears under ``path`` whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A new file that appears under ``path``, in an existing folder, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, the folder is gone or may not be written to.
+    """
     aside = path.with_name(f"{path.name}.part")
     try:
-        with h5py.File(aside, "w", libver=("v110", "v110")) as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["version"] = FORMAT_VERSION
-            file.attrs["kind"] = kind
-            yield file
-        with open(aside, "rb+") as written:
-            os.fsync(written.fileno())
+        with AsideFile(aside) as target:
+            try:
+                with h5py.File(target, "w", libver=("v110", "v110")) as file:
+                    file.attrs["format"] = FORMAT
+                    file.attrs["version"] = FORMAT_VERSION
+                    file.attrs["kind"] = kind
+                    yield file
+            except Exception:
+                target.check()  # what HDF5 makes of a dropped write says nothing to anybody
+                raise
+            target.finish()
         os.replace(aside, path)
+        sync_folder(path.parent)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise
 
 

@@ -3,7 +3,12 @@
 A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
 ``<name>.part`` and renamed into place, and is never written into afterwards. Every file carries the
 root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
-Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches::
+Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches.
+
+Of a training in W processes the first writes. A step's batches are the first of every process in
+order of rank, then the second of every process, and so on; ``accumulation`` is W times each
+process's own, ``loss`` the mean over the batches of all of them. Tensors are whole, buffers and
+random states those of the first process::
 
     <trajectory>/
       trajectory.h5             kind "trajectory"

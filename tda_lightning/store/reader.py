@@ -163,14 +163,9 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
     Raises:
         TrajectoryFormatError: steps are missing, or a file of them is damaged.
     """
-    blocks, covered = [], 0
-    for first, last, path in layout.steps_files(root):
-        if last <= covered or covered >= last_step:
-            continue
-        if first != covered + 1:
-            break
-        blocks.append(read_steps(path, last - first + 1))
-        covered = last
+    files = steps_chain(root, last_step)
+    blocks = [read_steps(path, last - first + 1) for first, last, path in files]
+    covered = files[-1][1] if files else 0
     if covered < last_step:
         raise TrajectoryFormatError(
             f"{root / layout.STEPS_FOLDER} is incomplete: expected the steps 1 to {last_step}, "
@@ -180,6 +175,22 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
         groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
         return no_steps(groups)
     return first_steps(join_steps(blocks), last_step)
+
+
+def steps_chain(root: Path, last_step: int) -> list[tuple[int, int, Path]]:
+    """(first, last, file) of the steps files that together reach ``last_step``, or come closest.
+
+    A file that others cover is not among them: a process was killed while it joined files.
+    """
+    chain, covered = [], 0
+    for first, last, path in layout.steps_files(root):
+        if last <= covered or covered >= last_step:
+            continue
+        if first != covered + 1:
+            break
+        chain.append((first, last, path))
+        covered = last
+    return chain
 
 
 def no_steps(groups: int) -> Steps:

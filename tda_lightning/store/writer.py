@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 from tda_lightning.errors import TrajectoryExistsError
 from tda_lightning.store import layout
+from tda_lightning.store.cut import cut, remove_unfinished
+from tda_lightning.store.durable import make_folder, sync_folder
 from tda_lightning.store.fingerprint import digest
-from tda_lightning.store.h5 import put_array, put_json, put_tensors, writing
+from tda_lightning.store.h5 import put_json, put_tensors, writing
 from tda_lightning.store.randomness import json_states, tensor_states
-from tda_lightning.store.reader import join_steps, read_steps
+from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
 from tda_lightning.store.statistics_folder import write_statistics
+from tda_lightning.store.steps_file import write_steps
 from tda_lightning.trajectory import Checkpoint, Facts, Statistics, Steps
 
 
@@ -19,13 +25,16 @@ class TrajectoryWriter:
     """Appends steps and checkpoints to the trajectory in folder ``path``.
 
     Steps go to disk before the checkpoint that they lead to, so that every finished checkpoint
-    has its history. A finished file is never written into, at most replaced by a whole one.
+    has its history. A finished file is never written into, at most replaced by a whole one. What
+    a method has written when it returns survives a loss of power too. A folder that vanishes in
+    mid-recording is an ``OSError`` and is not made again: it would hold a part of a trajectory.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.root = Path(path)
         self._num_steps = 0
         self._initial: dict[str, str] = {}  # digests of the buffers in checkpoint 0
+        self._facts = b""  # content of the file of facts: whose folder it is
 
     @property
     def num_steps(self) -> int:
@@ -55,30 +64,64 @@ class TrajectoryWriter:
             # The facts go first: a half-removed folder must not look like a whole trajectory.
             for path in layout.recorded_files(self.root):
                 path.unlink()
+                if path.parent == self.root:
+                    sync_folder(self.root)
         else:
             self.require_vacant()
-        self._initial = {name: digest(buffer) for name, buffer in initial.buffers.items()}
+        remove_unfinished(self.root)
+        for folder in (layout.STEPS_FOLDER, layout.CHECKPOINTS_FOLDER):
+            make_folder(self.root / folder)
+        self._num_steps = 0
+        self._remember(initial)
         self._write_checkpoint(initial)
-        self.write_facts(facts)
+        self._write_facts(facts)
+
+    def resume(self, facts: Facts, rows: int, checkpoints: Collection[int]) -> None:
+        """Take up the trajectory in the folder after its first ``rows`` steps.
+
+        What else is there, steps, checkpoints and fitted curvature, is cut off.
+        """
+        cut(self.root, facts, rows, checkpoints)
+        self._num_steps = rows
+        self._facts = (self.root / layout.FACTS_FILE).read_bytes()
+        self._remember(CheckpointFolder(self.root, facts)[0])
+
+    def _remember(self, initial: Checkpoint) -> None:
+        self._initial = {name: digest(b.detach()) for name, b in initial.buffers.items()}
+
+    def _require_there(self) -> None:
+        """Check that the folder still holds this recording."""
+        os.stat(layout.checkpoint_file(self.root, 0))
+        if (self.root / layout.FACTS_FILE).read_bytes() != self._facts:
+            raise FileNotFoundError(
+                errno.ENOENT, "the trajectory was replaced by another one", str(self.root)
+            )
 
     def write_facts(self, facts: Facts) -> None:
+        """Replace the facts."""
+        self._require_there()
+        self._write_facts(facts)
+
+    def _write_facts(self, facts: Facts) -> None:
         with writing(self.root / layout.FACTS_FILE, "trajectory") as file:
             put_json(file, layout.FACTS, asdict(facts))
+        self._facts = (self.root / layout.FACTS_FILE).read_bytes()
 
     def append(self, steps: Steps) -> None:
         """Write ``steps``, which follow those already on disk; offsets count from 0."""
         if len(steps):
-            first, last = self._num_steps + 1, self._num_steps + len(steps)
-            self._write_steps(first, last, steps)
-            self._num_steps = last
+            self._require_there()
+            write_steps(self.root, self._num_steps + 1, steps)
+            self._num_steps += len(steps)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write ``checkpoint``; the steps that lead to it must be on disk."""
         assert checkpoint.step <= self._num_steps, (checkpoint.step, self._num_steps)
+        self._require_there()
         changed = {
             name: buffer
             for name, buffer in checkpoint.buffers.items()
-            if self._initial.get(name) != digest(buffer)
+            if self._initial.get(name) != digest(buffer.detach())
         }
         self._write_checkpoint(
             Checkpoint(checkpoint.step, checkpoint.parameters, changed, checkpoint.optimizer)
@@ -86,26 +129,22 @@ class TrajectoryWriter:
 
     def write_statistics(self, start: int, stop: int, statistics: Statistics) -> None:
         """Write the curvature summed over the steps ``start`` < step <= ``stop``."""
+        self._require_there()
+        make_folder(self.root / layout.STATISTICS_FOLDER)
         write_statistics(self.root, start, stop, statistics)
 
     def finish(self) -> None:
         """Join the files of steps into one: one file opens faster than many."""
+        self._require_there()
         blocks = layout.steps_files(self.root)
         if len(blocks) < 2:
             return
         steps = join_steps([read_steps(path, last - first + 1) for first, last, path in blocks])
-        self._write_steps(1, self._num_steps, steps)
+        write_steps(self.root, 1, steps)
         for _, _, path in blocks:
             # A kill before this line leaves files that the joined one covers: readers skip them.
             path.unlink()
-
-    def _write_steps(self, first: int, last: int, steps: Steps) -> None:
-        with writing(layout.steps_file(self.root, first, last), "steps") as file:
-            for column in layout.STEP_COLUMNS:
-                put_array(file, column, getattr(steps, column).numpy(), compress=True)
-            group = file.create_group(layout.HYPERPARAMETERS)
-            for name, values in steps.hyperparameters.items():
-                put_array(group, layout.encode(name), values.numpy(), compress=True)
+        sync_folder(self.root / layout.STEPS_FOLDER)
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         path = layout.checkpoint_file(self.root, checkpoint.step)

@@ -1,0 +1,226 @@
+"""Kills a training process, by SIGKILL, at random instants and at chosen ones.
+
+Every life of a story is a forked child (libraries are imported once) that trains or resumes, and
+is killed; after each kill the folder must open, and hold nothing but what the uninterrupted run
+holds. The last life is left alone, and what it leaves must equal the uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tda_lightning.errors import TrajectoryNotFoundError
+from tda_lightning.store import durable, open_trajectory
+from tda_lightning.store.writer import TrajectoryWriter
+from tda_lightning.trajectory import Trajectory
+from tests.resumable import differences, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
+]
+
+# What a process is killed within: methods of the writer, by what they do.
+WITHIN = {
+    "begin": "beginning",
+    "write_checkpoint": "a checkpoint",
+    "append": "a table",
+    "resume": "cutting",
+    "finish": "finishing",
+}
+EVENTS = {"begin": 40, "write_checkpoint": 150, "append": 40, "resume": 9, "finish": 30}
+# Each story is the lives before the last one: "any" instant, or within a method of the writer.
+STORIES = [
+    ["any", "any"],
+    ["any", "resume", "any"],
+    ["write_checkpoint", "resume", "resume"],
+    ["write_checkpoint", "append"],
+    ["append", "any", "finish"],
+    ["finish", "resume", "finish"],
+    ["finish", "finish"],
+    ["begin", "any"],
+    ["begin", "begin", "write_checkpoint", "resume"],
+    ["any", "write_checkpoint", "resume", "finish"],
+]
+KILLS = 44
+
+
+def run(folder: Path) -> None:
+    """Train from the last Lightning checkpoint in the folder, or from the start."""
+    found = sorted((folder / "kept").glob("*.ckpt"), key=lambda path: int(path.stem))
+    train(
+        folder / "run",
+        kept=folder / "kept",
+        every=3,
+        resume=found[-1] if found else None,
+        # Started again from nothing, it replaces what the killed one had begun.
+        recorder={"every_n_steps": 2, "overwrite": True},
+    )
+
+
+def child(folder: Path, before: Callable[[], None]) -> int:
+    """Process id of a forked process that trains."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        before()
+        run(folder)
+        status = 0
+    except BaseException:
+        (folder / "error.txt").write_text(traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+def kill_within(method: str, number: int) -> Callable[[], None]:
+    """Patch the child's writer: it kills itself at the ``number``-th event within ``method``.
+
+    An event is a write into a file, or the instant before or after a rename, a deletion or a
+    synchronisation.
+    """
+    inside, count = [False], [0]
+
+    def event() -> None:
+        if inside[0]:
+            count[0] += 1
+            if count[0] > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function: Any, within: bool = False) -> Any:
+        def patched(*args: Any, **options: Any) -> Any:
+            event()
+            if within:
+                inside[0] = True
+            try:
+                return function(*args, **options)
+            finally:
+                if within:
+                    inside[0] = False
+                event()
+
+        return patched
+
+    def patch() -> None:
+        writer: Any = TrajectoryWriter
+        setattr(writer, method, around(getattr(writer, method), within=True))
+        durable.AsideFile.write = around(durable.AsideFile.write)  # type: ignore[method-assign]
+        os.fsync = around(os.fsync)
+        os.replace = around(os.replace)
+        Path.unlink = around(Path.unlink)  # type: ignore[method-assign]
+
+    return patch
+
+
+class Tally:
+    """One run of the test: what was done, and to what end."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.random = root, random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.instants: list[str] = []
+        self.resumes = self.restarts = self.opened = self.compared = 0
+        start = time.monotonic()
+        pid = child(self.folder("whole"), lambda: None)
+        assert os.waitpid(pid, 0)[1] == 0, self.error("whole")
+        self.duration = time.monotonic() - start
+        self.whole = open_trajectory(root / "whole" / "run")
+
+    def folder(self, name: str) -> Path:
+        (self.root / name).mkdir(exist_ok=True)
+        return self.root / name
+
+    def error(self, name: str) -> str:
+        file = self.root / name / "error.txt"
+        return file.read_text() if file.exists() else "no error of its own"
+
+    def life(self, name: str, instant: str | None) -> bool:
+        """One child; whether it was killed."""
+        folder = self.folder(name)
+        resumes = bool(list((folder / "kept").glob("*.ckpt")))
+        if instant in WITHIN:
+            number = self.random.randrange(EVENTS[instant])
+            pid, said = child(folder, kill_within(instant, number)), f"{instant} {number}"
+        else:
+            pid, said = child(folder, lambda: None), ""
+            if instant is not None:
+                after = self.random.uniform(0, self.duration)
+                time.sleep(after)
+                os.kill(pid, signal.SIGKILL)
+                said = f"{after * 1000:.0f} ms"
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, signal.SIGKILL), self.error(name)
+        self.resumes += resumes
+        self.restarts += not resumes
+        if status:
+            self.kills[instant or ""] += 1
+            self.instants.append(said)
+        return bool(status)
+
+    def check_remains(self, name: str) -> None:
+        """What a kill has left opens, and is a part of the whole."""
+        path = self.root / name / "run"
+        try:
+            left = open_trajectory(path)
+        except TrajectoryNotFoundError:
+            # Killed before the first facts were there; nothing may have been recorded on.
+            assert not list((path / "steps").glob("*.h5"))
+            return
+        self.opened += 1
+        assert left.num_steps == left.last_step
+        require_part(left, self.whole)
+
+    def tell(self, name: str, story: list[str]) -> None:
+        for instant in story:
+            if self.life(name, instant):
+                self.check_remains(name)
+        assert not self.life(name, None)
+        count, differing = differences(self.root / "whole" / "run", self.root / name / "run")
+        assert not differing, (name, story, self.instants[-len(story) :], differing)
+        self.compared += count
+
+
+def require_part(left: Trajectory, whole: Trajectory) -> None:
+    assert torch.equal(left.steps.examples, whole.steps.examples[: len(left.steps.examples)])
+    assert torch.equal(left.steps.loss, whole.steps.loss[: len(left.steps)])
+    for step in left.checkpoints:
+        if step in whole.checkpoints:
+            mine, theirs = left.checkpoints[step].parameters, whole.checkpoints[step].parameters
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert step in whole.checkpoints
+
+
+def test_no_kill_loses_anything(tmp_path: Path) -> None:
+    seed = int(os.environ.get("TDA_KILL_SEED", random.SystemRandom().randrange(10**6)))
+    start = time.monotonic()
+    tally = Tally(tmp_path, seed)
+    number = 0
+    while number < len(STORIES) or sum(tally.kills.values()) < KILLS:
+        tally.tell(str(number), STORIES[number % len(STORIES)])
+        number += 1
+    print(
+        f"\nseed {seed}: {sum(tally.kills.values())} kills ({dict(tally.kills)}), "
+        f"{tally.resumes} resumes, {tally.restarts} starts, {number} stories, {tally.opened} "
+        f"remains opened, {tally.compared} datasets compared, in "
+        f"{time.monotonic() - start:.0f} s; an uninterrupted run takes {tally.duration:.2f} s.\n"
+        f"Instants: {', '.join(tally.instants)}",
+    )
+    assert sum(tally.kills.values()) >= KILLS
+    assert all(tally.kills[instant] for instant in ("any", *WITHIN))
+    assert tally.resumes >= KILLS // 2
+    assert tally.compared >= 100 * number

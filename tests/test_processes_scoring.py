@@ -1,0 +1,163 @@
+"""Scores of two processes, from a trajectory that two processes recorded, are those of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tda_lightning import AttributionModule, Scores
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tests.attributing import quiet, relative
+from tests.processes import outcomes, results
+from tests.runs import Numbered, adamw
+from tests.test_processes import Plain, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ESTIMATORS = {
+    "source": Source(2),
+    "source blocks": Source(2, leading_directions=0),
+    "source recorded": Source(2, order="recorded"),
+    "source recorded blocks": Source(2, order="recorded", leading_directions=0),
+    "tracin": TracIn(),
+    "influence": InfluenceFunction(),
+}
+OPTIMIZERS = {"sgd": None, "adamw": adamw}
+# 21 examples: neither batches of 4 nor two processes divide them.
+BATCH = 4
+
+
+class WithoutTask(Plain):
+    """Attributed through its own training step, whose log of batches is not wanted."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+
+def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Scores:
+    attribution = AttributionModule(WithoutTask(), str(folder), estimator)
+    return attribution.attribute(
+        Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
+    )
+
+
+def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
+    """Scores, what was fitted anew and warnings; the trajectories stay in ``root``."""
+    found = {}
+    for optimizer, maker in OPTIMIZERS.items():
+        train(root / optimizer, {"optimizers": maker, "module": WithoutTask})
+        for name, estimator in ESTIMATORS.items():
+            path = root / f"{optimizer} {name}.h5"
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                scores = attribute(
+                    root / optimizer,
+                    estimator,
+                    quiet(strategy="ddp", devices=2),
+                    scores_path=str(path),
+                )
+            saved = Scores.load(path)  # there for every process at once
+            assert torch.equal(saved.values, scores.values)
+            kept = [str(w.message) for w in heard if "not kept" in str(w.message)]
+            parts = (scores.values, scores.by_segment, scores.self_influence)
+            found[optimizer, name] = (*parts, scores.provenance["world_size"], kept)
+    return found
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: Any) -> tuple[Path, list[Any]]:
+    root = tmp_path_factory.mktemp("scored")
+    return root, results(record_and_score, root)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_scores_are_those_of_one_process(
+    name: str, optimizer: str, scored: Any, tmp_path: Path
+) -> None:
+    root, found = scored
+    shutil.copytree(root / optimizer, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
+    expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
+    for each in found:
+        values, by_segment, own, world_size, not_kept = each[optimizer, name]
+        assert relative(values, expected.values.double()) < 1e-5
+        if by_segment is not None:
+            for part, segment in zip(by_segment, expected.by_segment, strict=True):
+                assert relative(part, segment.double()) < 1e-5
+        if own is not None:
+            assert relative(own, expected.self_influence.double()) < 1e-5
+        assert world_size == 2 and not not_kept
+
+
+def test_curvature_is_kept_once_and_whole(scored: Any) -> None:
+    root, _ = scored
+    files = sorted(p.name for p in (root / "sgd" / "curvature").iterdir())
+    assert files and all(name.endswith(".h5") for name in files)
+
+
+def test_plans_that_differ_are_an_error_in_every_process(scored: Any) -> None:
+    def work(rank: int) -> None:
+        attribute(
+            scored[0] / "sgd",
+            Source(2, seed=5 + rank, leading_directions=4 * rank),
+            quiet(strategy="ddp", devices=2),
+        )
+
+    for outcome in outcomes(work):
+        assert isinstance(outcome.error, RuntimeError), outcome.trace
+        assert "plans" in str(outcome.error) and "expected the same" in str(outcome.error)
+
+
+def test_a_taken_scores_file_is_refused_in_every_process(scored: Any) -> None:
+    def work(rank: int) -> None:
+        path = str(scored[0] / "sgd tracin.h5")
+        options = {"strategy": "ddp", "devices": 2}
+        attribute(scored[0] / "sgd", TracIn(), quiet(**options))
+        attribute(scored[0] / "sgd", TracIn(), quiet(**options), scores_path=path)
+
+    for outcome in outcomes(work):
+        assert isinstance(outcome.error, FileExistsError), outcome.trace
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from tests.test_processes_scoring import WithoutTask, attribute
+from tests.attributing import quiet
+from tests.test_processes import train
+from tda_lightning.estimators import Source
+
+torch.set_num_threads(1)
+train(Path("run"), {"module": WithoutTask})
+attribute(Path("run"), Source(2), quiet(strategy="ddp", devices=2), scores_path="scores.h5")
+"""
+
+
+def test_as_a_script(tmp_path: Path) -> None:
+    """Lightning starts the second process by running the script again."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = attribute(tmp_path / "run", Source(2), quiet())
+    found = Scores.load(tmp_path / "scores.h5")
+    assert relative(found.values, expected.values.double()) < 1e-5
+    assert found.provenance["world_size"] == 2
