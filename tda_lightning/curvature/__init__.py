@@ -2,6 +2,7 @@
 
 from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
 from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingFit
+from tda_lightning.curvature.sides import check_dense_side, eigenbasis, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 
 __all__ = [
@@ -9,7 +10,10 @@ __all__ = [
     "DeflatedSpectrum",
     "LeadingFit",
     "Spectrum",
+    "check_dense_side",
     "check_kind",
+    "eigenbasis",
+    "side_forms",
     "unit_matrices",
     "units",
 ]

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import CurvatureFit, Spectrum, check_kind, unit_matrices, units
+from tda_lightning.curvature import (
+    CurvatureFit,
+    Spectrum,
+    check_dense_side,
+    check_kind,
+    unit_matrices,
+    units,
+)
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
@@ -31,6 +38,10 @@ class InfluenceFunction:
         damping: :math:`\delta`, absolute.
         relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue; 0.1 when
             neither is given.
+        dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
+            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
+            leading 256 directions and the diagonal. None: 4096; 1024 for layers whose gradients
+            have no factors (a weight used in two ways).
         seed: of the sampled labels.
 
     References:
@@ -44,10 +55,12 @@ class InfluenceFunction:
     curvature: str = "ekfac"
     damping: float | None = None
     relative_damping: float | None = None
+    dense_side: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
+        check_dense_side(self.dense_side)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError(
                 f"Give damping (got {self.damping}) or relative_damping (got "
@@ -95,7 +108,11 @@ class _Run:
     def __post_init__(self) -> None:
         context, kind = self.context, self.options.curvature
         self.fit = CurvatureFit(
-            kind, context, [context.trajectory.last_step], seed=self.options.seed
+            kind,
+            context,
+            [context.trajectory.last_step],
+            seed=self.options.seed,
+            dense_side=self.options.dense_side,
         )
         given = self.options.relative_damping
         self.relative_damping = 0.1 if given is None else given

@@ -74,7 +74,15 @@ class SegmentedRun:
             title, kind, seed = f"segment {number + 1}", options.curvature, options.seed
             geometry = segment_geometry(context, segment, kind)
             self.fits.append(
-                CurvatureFit(kind, context, segment.checkpoints, geometry.scale, seed, title)
+                CurvatureFit(
+                    kind,
+                    context,
+                    segment.checkpoints,
+                    geometry.scale,
+                    seed,
+                    title,
+                    options.dense_side,
+                )
             )
             if leading:
                 geometry = segment_geometry(context, segment, self.grouping)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tda_lightning.curvature import check_kind
+from tda_lightning.curvature import check_dense_side, check_kind
 from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
@@ -55,6 +55,10 @@ class Source:
             0: blocks alone, the paper's form. None: 64, fewer where they would take more than
             2 GiB; 0 in ``order="average"`` for models of under 1,000 parameters, for which
             ``exact`` costs little.
+        dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
+            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
+            leading 256 directions and the diagonal. None: 4096; with Adam, 1024 (the time to
+            turn every example's h * g grows with it).
         seed: of the sampled labels.
 
     Raises:
@@ -74,10 +78,12 @@ class Source:
     order: str = "average"
     momentum: str = "effective_rate"
     leading_directions: int | None = None
+    dense_side: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
+        check_dense_side(self.dense_side)
         for name, value, known in (
             ("order", self.order, ORDERS),
             ("momentum", self.momentum, MOMENTUM),
