@@ -24,14 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.sides import (
-    DENSE_SIDE,
-    DENSE_SIDE_UNFACTORED,
-    RANK,
-    check_dense_side,
-    eigenbasis,
-    side_forms,
-)
+from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.errors import NonFiniteError
 from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
@@ -112,7 +105,7 @@ class CurvatureFit:
             for name, shape in self._unit_shapes().items():
                 self.spectra[name] = Spectrum(None, None, self._ones(shape))
             return []
-        sides = [self.dense_side, DENSE_SIDE, DENSE_SIDE_UNFACTORED, RANK]
+        sides = limits(self.dense_side)
         self._key = cache_key(self.context, self.kind, self.steps, self.seed, self.scale, sides)
         if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
             self.spectra = _unpack(kept)
@@ -236,7 +229,7 @@ def cache_key(
     steps: Sequence[int],
     seed: int,
     scale: Mapping[str, Tensor],
-    sides: Sequence[int | None] = (),
+    sides: Sequence[int] = (),
 ) -> str:
     """A digest of everything that determines fitted tensors; ``sides``: how wide sides are kept."""
     scales = hashlib.sha256()

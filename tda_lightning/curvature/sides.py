@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.basis import Basis, Reflections
 from tda_lightning.gradients.forms import Gradient
-from tda_lightning.gradients.moments import FULL, SideForm, test_matrix
+from tda_lightning.gradients.moments import FULL, SideForm, random_test_matrix
 
 # The widest side whose moment is kept dense unasked: float64 eigenvectors of this width take
 # 128 MiB and 20 seconds of one core, eight times as long for twice the width.
@@ -40,6 +40,13 @@ def check_dense_side(dense_side: int | None) -> None:
         )
 
 
+def limits(dense_side: int | None) -> tuple[int, int, int]:
+    """Widest dense side of gradients with and without factors, and the rank of wider ones."""
+    if dense_side is None:
+        return DENSE_SIDE, DENSE_SIDE_UNFACTORED, RANK
+    return dense_side, dense_side, RANK
+
+
 def side_form(width: int, dense_side: int, rank: int) -> SideForm:
     """How the second moment of a side of ``width`` is summed: dense up to ``dense_side``, a
     sketch of ``rank`` beyond, unless that would be no smaller."""
@@ -52,10 +59,10 @@ def side_forms(gradient: Gradient, dense_side: int | None) -> tuple[SideForm, Si
     ``dense_side`` None: ``DENSE_SIDE``, or ``DENSE_SIDE_UNFACTORED`` for gradients without
     factors. A one-hot side is summed as its diagonal whatever its form here.
     """
-    if dense_side is None:
-        dense_side = DENSE_SIDE if gradient.factored else DENSE_SIDE_UNFACTORED
+    factored, unfactored, rank = limits(dense_side)
+    limit = factored if gradient.factored else unfactored
     _, _, rows, columns = gradient.shape
-    return side_form(rows, dense_side, RANK), side_form(columns, dense_side, RANK)
+    return side_form(rows, limit, rank), side_form(columns, limit, rank)
 
 
 def eigenbasis(moment: Tensor) -> tuple[Tensor, Basis]:
@@ -99,7 +106,7 @@ def leading_eigenpairs(sketch: Tensor) -> tuple[Tensor, Tensor]:
     """
     products = sketch[..., :-1].double()
     width, rank = products.shape[1:]
-    omega = test_matrix(width, rank, products.device, products.dtype)
+    omega = random_test_matrix(width, rank, products.device, products.dtype)
     # The sketch with orthonormal test vectors instead, which is better conditioned.
     orthonormal, triangle = torch.linalg.qr(omega)
     products = torch.linalg.solve_triangular(triangle, products, upper=True, left=False)

@@ -46,9 +46,7 @@ class Rows(Gradient):
         values = turned(self.values[None], right)[0]
         return values.new_zeros(self.shape[1:]).index_add_(1, self.index, values.square()[None])
 
-    def weighted_squares(
-        self, left: Basis, right: Basis, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         if left is not None:
             return super().weighted_squares(left, right, weight)
         values = turned(self.values[None], right)[0]

@@ -87,9 +87,7 @@ class Gradient(ABC):
         assert total is not None
         return total
 
-    def weighted_squares(
-        self, left: Basis, right: Basis, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         """sum_ij weight_ij (left^T D_n right)_ij^2 of each example: [batch]."""
         parts = []
         for rows in self.chunks():
@@ -210,9 +208,7 @@ class Outer(Gradient):
         outputs, inputs = self._squared_factors(left, right)
         return torch.einsum("bgo,bgi->goi", outputs, inputs)
 
-    def weighted_squares(
-        self, left: Basis, right: Basis, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         if self.positions > 1:
             return super().weighted_squares(left, right, weight)
         outputs, inputs = self._squared_factors(left, right)

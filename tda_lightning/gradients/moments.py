@@ -26,7 +26,7 @@ class SideForm:
     sketch   [groups, width, rank + 1] sum_x x (x^T Omega), and the diagonal in the last column
     ======== ===================== ===================================================
 
-    with Omega a fixed :func:`test_matrix` (Tropp et al. 2017, 1706.05736, section 2).
+    with Omega a fixed :func:`random_test_matrix` (Tropp et al. 2017, 1706.05736, section 2).
     """
 
     kind: Literal["full", "axes", "sketch"]
@@ -46,7 +46,7 @@ class SideForm:
             flat = columns.transpose(1, 2)
         if self.kind == "full":
             return columns @ flat
-        omega = test_matrix(flat.shape[2], self.rank, flat.device, flat.dtype)
+        omega = random_test_matrix(flat.shape[2], self.rank, flat.device, flat.dtype)
         diagonal = samples.square().sum((0, 2)).unsqueeze(2)
         return torch.cat([columns @ (flat @ omega), diagonal], dim=2)
 
@@ -61,7 +61,7 @@ FULL, AXES = SideForm("full"), SideForm("axes")
 
 
 @lru_cache(maxsize=4)
-def test_matrix(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_test_matrix(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Omega [width, rank], normal entries of variance 1 / width.
 
     It depends on width and rank alone, on every machine: sketches that are summed, now or from a
