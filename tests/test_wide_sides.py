@@ -30,10 +30,6 @@ WIDTH, RANK, GROUPS = 40, 6, 2
 CPU = torch.device("cpu")
 
 
-def omega(width: int, rank: int) -> Tensor:
-    return random_test_matrix(width, rank, CPU, torch.float64)
-
-
 def samples(number: int, seed: int = 0, width: int = WIDTH) -> Tensor:
     """[number, groups, 3 positions, width], directions of falling size."""
     torch.manual_seed(seed)
@@ -62,7 +58,9 @@ def test_basis_is_orthogonal_and_holds_the_leading_eigenvectors() -> None:
         eigenvalues.sum(1), matrix.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-12, atol=0
     )
     for group in range(GROUPS):
-        expected_values, expected = limited_eigenbasis(matrix[group], omega(WIDTH, RANK))
+        expected_values, expected = limited_eigenbasis(
+            matrix[group], random_test_matrix(WIDTH, RANK)
+        )
         torch.testing.assert_close(full[group], expected)
         torch.testing.assert_close(eigenvalues[group], expected_values)
         exact = torch.linalg.eigh(matrix[group])
@@ -206,7 +204,7 @@ def limit(monkeypatch, rank: int):
     def basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if len(matrix) <= rank + 1:
             return torch.linalg.eigh(matrix)
-        return limited_eigenbasis(matrix, omega(len(matrix), rank))
+        return limited_eigenbasis(matrix, random_test_matrix(len(matrix), rank))
 
     return basis
 

@@ -106,7 +106,7 @@ def leading_eigenpairs(sketch: Tensor) -> tuple[Tensor, Tensor]:
     """
     products = sketch[..., :-1].double()
     width, rank = products.shape[1:]
-    omega = random_test_matrix(width, rank, products.device, products.dtype)
+    omega = random_test_matrix(width, rank).to(products)
     # The sketch with orthonormal test vectors instead, which is better conditioned.
     orthonormal, triangle = torch.linalg.qr(omega)
     products = torch.linalg.solve_triangular(triangle, products, upper=True, left=False)

@@ -20,11 +20,11 @@ from torch import Tensor
 class SideForm:
     """How the second moment sum_x x x^T of a side is summed.
 
-    ======== ===================== ===================================================
-    full     [groups, width, width]    sum_x x x^T
-    axes     [groups, width]           its diagonal
-    sketch   [groups, width, rank + 1] sum_x x (x^T Omega), and the diagonal in the last column
-    ======== ===================== ===================================================
+    ====== ========================= ========================================================
+    full   [groups, width, width]    sum_x x x^T
+    axes   [groups, width]           its diagonal
+    sketch [groups, width, rank + 1] sum_x x (x^T Omega), and the diagonal in the last column
+    ====== ========================= ========================================================
 
     with Omega a fixed :func:`random_test_matrix` (Tropp et al. 2017, 1706.05736, section 2).
     """
@@ -46,7 +46,7 @@ class SideForm:
             flat = columns.transpose(1, 2)
         if self.kind == "full":
             return columns @ flat
-        omega = random_test_matrix(flat.shape[2], self.rank, flat.device, flat.dtype)
+        omega = _held(flat.shape[2], self.rank, flat.device, flat.dtype)
         diagonal = samples.square().sum((0, 2)).unsqueeze(2)
         return torch.cat([columns @ (flat @ omega), diagonal], dim=2)
 
@@ -60,12 +60,16 @@ class SideForm:
 FULL, AXES = SideForm("full"), SideForm("axes")
 
 
-@lru_cache(maxsize=4)
-def random_test_matrix(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Omega [width, rank], normal entries of variance 1 / width.
+def random_test_matrix(width: int, rank: int) -> Tensor:
+    """Omega [width, rank] in float64, normal entries of variance 1 / width.
 
     It depends on width and rank alone, on every machine: sketches that are summed, now or from a
     file, must share it. numpy promises that this generator's stream does not change.
     """
     values = np.random.RandomState(0).standard_normal((width, rank)) / math.sqrt(width)
-    return torch.from_numpy(values).to(device, dtype)
+    return torch.from_numpy(values)
+
+
+@lru_cache(maxsize=8)  # drawing it takes as long as a batch's products with it
+def _held(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return random_test_matrix(width, rank).to(device, dtype)
