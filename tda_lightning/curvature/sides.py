@@ -7,6 +7,7 @@ diagonal, d, goes to the axes:
 
     A ~ U diag(s) U^T + diag(d),    d = max(diag(A) - diag(U diag(s) U^T), 0)
 
+with as many of them as held-out products say are worth having.
 The basis is a full orthogonal Q: as many columns as U has are U's, up to sign, each in the place
 of the axis it stands for; the others are the remaining axes less what the leading eigenvectors
 hold of them. What EK-FAC then loses are only the off-diagonal entries between the latter.
@@ -19,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.basis import Basis, Reflections
+from tda_lightning.gradients.basis import Basis, Reflections, inverse, matmul_sides
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.moments import FULL, SideForm, random_test_matrix
 
@@ -81,9 +82,17 @@ def eigenbasis(moment: Tensor) -> tuple[Tensor, Basis]:
     if moment.shape[1] == moment.shape[2]:
         values, vectors = torch.linalg.eigh(moment.double())
         return values.clamp(min=0), vectors
-    values, vectors = leading_eigenpairs(moment)
+    products, diagonal = moment[..., :-1].double(), moment[..., -1].double()
+    omega = random_test_matrix(moment.shape[1], moment.shape[2] - 1).to(products)
+    values, vectors = leading_eigenpairs(products, omega)
+    count = worthwhile(products, omega, diagonal)
+    return _with_axes(values[:, :count], vectors[:, :, :count], diagonal)
+
+
+def _with_axes(values: Tensor, vectors: Tensor, diagonal: Tensor) -> tuple[Tensor, Basis]:
+    """diag(Q^T (U diag(s) U^T + diag(d)) Q) and Q, of U, s and the diagonal of A."""
     squares = vectors.square() @ values.unsqueeze(2)
-    left = (moment[..., -1].double() - squares.squeeze(2)).clamp(min=0)
+    left = (diagonal - squares.squeeze(2)).clamp(min=0)
     if not values.shape[1]:
         return left, None
     basis, axes = completed(vectors)
@@ -91,9 +100,32 @@ def eigenbasis(moment: Tensor) -> tuple[Tensor, Basis]:
     return eigenvalues.scatter_add(1, axes, values).clamp(min=0), basis
 
 
-def leading_eigenpairs(sketch: Tensor) -> tuple[Tensor, Tensor]:
+def worthwhile(products: Tensor, omega: Tensor, diagonal: Tensor) -> int | None:
+    """How many eigenvectors describe the matrix best, beside the axes; None: all there are.
+
+    Nystrom's last eigenvectors are mixtures, and worse than the axes where the matrix is nearly
+    diagonal (the output side of a softmax). An eighth of the test vectors is held out: the norm
+    of (A - M) Omega over those estimates the Frobenius norm of A - M, for the model M = Q diag Q^T
+    that the other test vectors give with 0, 1, 2, 4, ... eigenvectors.
+    """
+    held = max(1, omega.shape[1] // 8)
+    tests, outcomes = omega[:, -held:], products[..., -held:]
+    values, vectors = leading_eigenpairs(products[..., :-held], omega[:, :-held])
+    found = values.shape[1]
+    sizes = [0, *(2**power for power in range(found.bit_length()) if 2**power < found), found]
+    errors = []
+    for size in sizes:
+        eigenvalues, basis = _with_axes(values[:, :size], vectors[:, :, :size], diagonal)
+        coordinates = eigenvalues.unsqueeze(2) * matmul_sides(basis, tests, None)
+        predicted = matmul_sides(inverse(basis), coordinates, None)
+        errors.append(float((outcomes - predicted).square().sum()))
+    best = sizes[errors.index(min(errors))]
+    return None if best == found else best
+
+
+def leading_eigenpairs(products: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [groups, found], descending, and eigenvectors [groups, width, found] of Nystrom's
-    approximation; fewer than the sketch's rank where the matrix has fewer.
+    approximation from products A Omega [groups, width, rank]; fewer than rank where A has fewer.
 
     Departs from the paper's algorithm 3 in the shift: it grows with the rounding errors of the
     sums, which show in the asymmetry of Omega^T A Omega, and the root of that matrix is taken by
@@ -104,9 +136,7 @@ def leading_eigenpairs(sketch: Tensor) -> tuple[Tensor, Tensor]:
           al., 2017), algorithm 3
         | https://arxiv.org/abs/1706.05736
     """
-    products = sketch[..., :-1].double()
-    width, rank = products.shape[1:]
-    omega = random_test_matrix(width, rank).to(products)
+    width, rank = omega.shape
     # The sketch with orthonormal test vectors instead, which is better conditioned.
     orthonormal, triangle = torch.linalg.qr(omega)
     products = torch.linalg.solve_triangular(triangle, products, upper=True, left=False)
@@ -151,8 +181,8 @@ def completed(vectors: Tensor) -> tuple[Reflections, Tensor]:
     held = vectors * signs.unsqueeze(1)
     ones = -torch.ones(groups, 1, count).to(vectors)
     reflections = held.scatter_add(1, axes.unsqueeze(1), ones)
-    inverse = torch.eye(count).to(top) - (top * signs.unsqueeze(1)).transpose(1, 2)
-    return Reflections(reflections, torch.linalg.inv(inverse)), axes
+    core = torch.eye(count).to(top) - (top * signs.unsqueeze(1)).transpose(1, 2)
+    return Reflections(reflections, torch.linalg.inv(core)), axes
 
 
 def _pivots(vectors: Tensor) -> list[int]:
