@@ -100,7 +100,7 @@ def oracle_curvature(
             )
         else:
             matrix = oracles.second_moment(gradients[:, place])
-            values, vectors = basis(matrix)
+            values, vectors = (part[0] for part in basis(matrix[None]))
             if kind == "ekfac":
                 values = (vectors.T @ matrix @ vectors).diagonal()
             dense.append((place, vectors * values @ vectors.T))

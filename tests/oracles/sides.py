@@ -6,27 +6,34 @@ import torch
 from torch import Tensor
 
 
-def limited_eigenbasis(matrix: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [width] and orthogonal columns [width, width] of the approximation of a
-    positive-semidefinite ``matrix`` by its products with the columns of ``omega`` and its diagonal.
+def limited_eigenbasis(matrices: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [groups, width] and orthogonal columns [groups, width, width] of approximations
+    of positive-semidefinite ``matrices`` by their products with the columns of ``omega`` and
+    their diagonals.
 
-    Nystrom's approximation N = A Omega (Omega^T A Omega)^+ Omega^T A gives leading eigenvectors,
-    so many of them as predict the products with the last eighth of Omega best, when found from the
-    others (0, 1, 2, 4, ... or all of them). Those are completed by Householder's reflections, each vector in the place of the axis that
-    Gaussian elimination pivots on, and an eigenvalue is the diagonal entry of N + diag(A - N).
+    Nystrom's approximation N = A Omega (Omega^T A Omega)^+ Omega^T A gives leading eigenvectors:
+    so many, the same in all groups, as predict the products with the last eighth of Omega best,
+    when found from the others (0, 1, 2, 4, ... or all of them). They are completed by
+    Householder's reflections, each in the place of the axis that Gaussian elimination pivots on,
+    and an eigenvalue is the diagonal entry of N + diag(A - N).
     """
     held = max(1, omega.shape[1] // 8)
-    pairs = nystrom(matrix, omega[:, :-held])
-    found = len(pairs[0])
+    pairs = [nystrom(matrix, omega[:, :-held]) for matrix in matrices]
+    found = max(len(values) for values, _ in pairs)
     errors = {}
     for count in {0, found, *(2**power for power in range(8) if 2**power < found)}:
-        values, basis = with_axes(matrix, pairs[0][:count], pairs[1][:, :count])
-        model = basis @ values.diag() @ basis.T
-        errors[count] = float(((matrix - model) @ omega[:, -held:]).norm())
+        errors[count] = 0.0
+        for matrix, (values, vectors) in zip(matrices, pairs, strict=True):
+            own, basis = with_axes(matrix, values[:count], vectors[:, :count])
+            model = basis @ own.diag() @ basis.T
+            errors[count] += float(((matrix - model) @ omega[:, -held:]).square().sum())
     best = min(errors, key=lambda count: errors[count])
-    values, vectors = nystrom(matrix, omega)
-    count = len(values) if best == found else best
-    return with_axes(matrix, values[:count], vectors[:, :count])
+    bases = []
+    for matrix in matrices:
+        values, vectors = nystrom(matrix, omega)
+        count = len(values) if best == found else best
+        bases.append(with_axes(matrix, values[:count], vectors[:, :count]))
+    return torch.stack([own for own, _ in bases]), torch.stack([basis for _, basis in bases])
 
 
 def nystrom(matrix: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
