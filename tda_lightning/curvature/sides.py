@@ -7,9 +7,10 @@ diagonal, d, goes to the axes:
 
     A ~ U diag(s) U^T + diag(d),    d = max(diag(A) - diag(U diag(s) U^T), 0)
 
-with as many pairs as held-out products say are worth having (:func:`worthwhile`). The basis is a full orthogonal Q: as many columns as U has are U's, up to sign, each in the place
-of the axis it stands for; the others are the remaining axes less what the leading eigenvectors
-hold of them. What EK-FAC then loses are only the off-diagonal entries between the latter.
+with as many pairs as held-out products say are worth having (:func:`worthwhile`). The basis is a
+full orthogonal Q: as many columns as U has are U's, up to sign, each in the place of the axis it
+stands for; the others are the remaining axes less what the leading eigenvectors hold of them. What
+EK-FAC then loses are only the off-diagonal entries between the latter.
 """
 
 from __future__ import annotations
