@@ -108,7 +108,7 @@ class BlockStatistics:
     Attributes:
         parameters: names, weight first.
         shape: (groups, rows, columns).
-        left: of the rows, [groups, rows, rows]; or [groups, rows], a diagonal.
+        left: of the rows, [groups, rows, rows]; or its diagonal, or a sketch of it (SideForm).
         right: of the columns, likewise.
         count: [groups].
         trace: sum of the examples' squared norms, [1].

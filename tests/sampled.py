@@ -77,7 +77,9 @@ def layer_places(run) -> dict[str, Tensor]:
     return {layer: torch.cat(parts) for layer, parts in places.items()}
 
 
-def oracle_curvature(case, run, module, data, steps, kind, scale=None) -> Tensor:
+def oracle_curvature(
+    case, run, module, data, steps, kind, scale=None, basis=torch.linalg.eigh
+) -> Tensor:
     """The brute-force matrix of all parameters, averaged over checkpoints."""
     gradients = sampled_gradients(case, run, module, data, steps)
     if scale is not None:
@@ -93,7 +95,13 @@ def oracle_curvature(case, run, module, data, steps, kind, scale=None) -> Tensor
             states = [run.checkpoints[step] for step in steps]
             loss, count = sampled_loss(case, run, data), len(data[0])
             names = list(run.facts.parameters)
-            blocks += oracles.kronecker_blocks(module, layer, loss, count, names, states, scale)
+            blocks += oracles.kronecker_blocks(
+                module, layer, loss, count, names, states, scale, basis
+            )
         else:
-            dense.append((place, oracles.second_moment(gradients[:, place])))
+            matrix = oracles.second_moment(gradients[:, place])
+            values, vectors = (part[0] for part in basis(matrix[None]))
+            if kind == "ekfac":
+                values = (vectors.T @ matrix @ vectors).diagonal()
+            dense.append((place, vectors * values @ vectors.T))
     return oracles.embed_blocks(blocks, size, dense, kfac=kind == "kfac")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from tda_lightning.gradients import Dense, Gradient, Joined, Outer, forms, scaled
+from tda_lightning.curvature.sides import completed
+from tda_lightning.gradients import (
+    Basis,
+    Dense,
+    Gradient,
+    Joined,
+    Outer,
+    Reflections,
+    SideForm,
+    forms,
+    scaled,
+)
 from tda_lightning.gradients.composite import Rows, Scaled, Sum
+from tda_lightning.gradients.moments import AXES, FULL, random_test_matrix
 
 BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
 
@@ -63,18 +77,29 @@ FORMS = {
     "joined of one": lambda: Joined([touched_rows()]),
     "unscaled": lambda: scaled(outer(1), None),
 }
-SIDES = ["none", "left", "right", "both"]
+MOMENTS = (FULL, AXES, SideForm("sketch", 1))
+SIDES = ["none", "left", "right", "both", "reflections"]
 
 
-def bases(gradient: Gradient, sides: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def bases(gradient: Gradient, sides: str) -> tuple[Basis, Basis]:
     torch.manual_seed(4)
     _, groups, height, width = gradient.shape
     left = torch.linalg.qr(torch.randn(groups, height, height).double())[0]
     right = torch.linalg.qr(torch.randn(groups, width, width).double())[0]
+    if sides == "reflections":
+        return completed(left[..., :2])[0], completed(right[..., :1])[0]
     return (
         left if sides in ("left", "both") else None,
         right if sides in ("right", "both") else None,
     )
+
+
+def dense_basis(basis: Basis, groups: int, width: int) -> torch.Tensor | None:
+    """I - W T W^T."""
+    if not isinstance(basis, Reflections):
+        return basis
+    product = torch.einsum("gik,gkl,gjl->gij", basis.vectors, basis.core, basis.vectors)
+    return torch.eye(width).double().expand(groups, -1, -1) - product
 
 
 def turned(values: torch.Tensor, left, right) -> torch.Tensor:
@@ -116,7 +141,8 @@ def test_squares_and_coordinates(name, sides) -> None:
     gradient = FORMS[name]()
     values = gradient.dense(slice(None)).clone()
     left, right = bases(gradient, sides)
-    expected = turned(values, left, right)
+    _, groups, height, width = gradient.shape
+    expected = turned(values, dense_basis(left, groups, height), dense_basis(right, groups, width))
     weight = torch.rand(values.shape[1:]).double()
     torch.testing.assert_close(gradient.rotated(slice(2, 5), left, right), expected[2:5])
     torch.testing.assert_close(gradient.sum_of_squares(left, right), expected.square().sum(0))
@@ -129,13 +155,13 @@ def test_squares_and_coordinates(name, sides) -> None:
 
 
 @pytest.mark.usefixtures("chunking")
-@pytest.mark.parametrize("full", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("sides", list(itertools.product(MOMENTS, repeat=2)))
 @pytest.mark.parametrize("name", FORMS)
-def test_covariances(name, full) -> None:
+def test_covariances(name, sides) -> None:
     """Factored: sums over positions of b b^T and a a^T; else D D^T and D^T D."""
     gradient = FORMS[name]()
     values = gradient.dense(slice(None))
-    left, right, count = gradient.covariances(full)
+    left, right, count = gradient.covariances(sides)
     if isinstance(gradient, Outer):
         outputs, inputs = gradient.outputs, gradient.inputs(slice(None))
         rows = torch.einsum("bgti,bgtj->gij", outputs, outputs)
@@ -155,10 +181,13 @@ def test_covariances(name, full) -> None:
         columns = torch.einsum("bgij,bgik->gjk", values, values)
         total = values.square().sum((0, 2, 3))
     torch.testing.assert_close(count, total)
-    for found, expected, whole in ((left, rows, full[0]), (right, columns, full[1])):
-        if found.dim() == 2:
-            assert not whole or isinstance(gradient, Rows)
-            expected = expected.diagonal(dim1=1, dim2=2)
+    for found, expected, form in ((left, rows, sides[0]), (right, columns, sides[1])):
+        diagonal = expected.diagonal(dim1=1, dim2=2)
+        if form.kind == "axes" or (isinstance(gradient, Rows) and found is left):
+            expected = diagonal
+        elif form.kind == "sketch":
+            omega = random_test_matrix(expected.shape[1], 1)
+            expected = torch.cat([expected @ omega, diagonal.unsqueeze(2)], 2)
         torch.testing.assert_close(found, expected)
 
 

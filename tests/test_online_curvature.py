@@ -20,6 +20,7 @@ from tda_lightning.callbacks import TrajectoryRecorder
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.gradients.moments import FULL
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
@@ -300,7 +301,7 @@ def test_sampled_factors_equal_the_engines(case: str, tmp_path: Path) -> None:
         gradients = engine.gradients(sampled, batch, indices).blocks
         found = trajectory.statistics[step - 1, step]
         for name, gradient in gradients.items():
-            left, right, count = gradient.covariances((True, True))
+            left, right, count = gradient.covariances((FULL, FULL))
             block = found[name]
             torch.testing.assert_close(block.left.double(), left, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(block.right.double(), right, rtol=1e-5, atol=1e-7)

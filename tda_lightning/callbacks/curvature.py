@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from tda_lightning.callbacks.processes import summed
+from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
@@ -37,7 +38,6 @@ FISHERS = ("true", "empirical")
 # step's share of a mean; the pictures of a batch have far more pixels than that needs.
 _ROWS = 4096
 _WORK = 1 << 30
-_SIDE = 4096
 _FEWEST = 4  # examples, however many rows they have
 _NORMS = 8  # examples whose gradients are formed for the trace
 _SEED = 0
@@ -51,6 +51,7 @@ class OnlineCurvature:
     fisher: str
     device: str | None
     dtype: torch.dtype
+    dense_side: int | None
 
     def facts(self) -> dict[str, Any]:
         """What is recorded of them."""
@@ -58,7 +59,12 @@ class OnlineCurvature:
 
 
 def online_curvature(
-    curvature: str | None, every: int, fisher: str, device: str | None, dtype: str
+    curvature: str | None,
+    every: int,
+    fisher: str,
+    device: str | None,
+    dtype: str,
+    dense_side: int | None,
 ) -> OnlineCurvature | None:
     """The settings, checked; None for no statistics."""
     for name, value, known in (
@@ -71,7 +77,8 @@ def online_curvature(
             raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     if curvature is None:
         return None
-    return OnlineCurvature(every, fisher, device, getattr(torch, dtype))
+    check_dense_side(dense_side)
+    return OnlineCurvature(every, fisher, device, getattr(torch, dtype), dense_side)
 
 
 def require_whole(whole: bool) -> None:
@@ -233,10 +240,9 @@ class CurvatureGatherer:
             self.sums[name] = statistics if known is None else known + statistics
 
     def _statistics(self, block: Block, gradient: Gradient) -> BlockStatistics:
-        _, _, height, width = gradient.shape
         if not isinstance(gradient, Rows):  # few rows are touched, however many there are
             gradient = first_examples(gradient, _affordable(gradient))
-        left, right, count = gradient.covariances((height <= _SIDE, width <= _SIDE))
+        left, right, count = gradient.covariances(side_forms(gradient, self.settings.dense_side))
         few = first_examples(gradient, _NORMS)
         trace = few.weighted_squares(None, None, None).mean() * gradient.batch
         examples = left.new_tensor([gradient.batch])

@@ -104,6 +104,9 @@ class TrajectoryRecorder(Callback):
             pass to the layers' outputs; ``"empirical"``, the data's own, for none.
         curvature_device: where the sums are kept; None for where the model is.
         curvature_dtype: of the sums, ``"float32"`` or ``"float64"``.
+        curvature_dense_side: the widest side of a layer whose covariance is a dense matrix; of a
+            wider one (a head over a vocabulary) the leading 256 directions and the diagonal are
+            kept. None: 4096.
         on_error: what happens when the trajectory cannot be written (a full disk, a folder that
             is read-only or has vanished): "raise" stops training with a RecordingError, "warn"
             stops recording with one warning, and training goes on. What was recorded before
@@ -138,6 +141,7 @@ class TrajectoryRecorder(Callback):
         fisher: str = "true",
         curvature_device: str | None = None,
         curvature_dtype: str = "float32",
+        curvature_dense_side: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         super().__init__()
@@ -162,7 +166,12 @@ class TrajectoryRecorder(Callback):
         self.overwrite = overwrite
         self.fingerprint = fingerprint
         self.curvature = online_curvature(
-            curvature, curvature_every, fisher, curvature_device, curvature_dtype
+            curvature,
+            curvature_every,
+            fisher,
+            curvature_device,
+            curvature_dtype,
+            curvature_dense_side,
         )
         self.on_error = on_error
         # What else records during training and must survive a resume, by name: its state_dict()

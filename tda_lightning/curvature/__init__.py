@@ -8,6 +8,7 @@ from tda_lightning.curvature.recorded import (
     curvature_of,
     uses_statistics,
 )
+from tda_lightning.curvature.sides import check_dense_side, eigenbasis, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "LeadingFit",
     "RecordedFit",
     "Spectrum",
+    "check_dense_side",
     "check_kind",
     "check_statistics",
     "curvature_of",
+    "eigenbasis",
+    "side_forms",
     "unit_matrices",
     "units",
     "uses_statistics",

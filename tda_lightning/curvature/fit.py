@@ -24,24 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.errors import NonFiniteError
-from tda_lightning.gradients import Gradient, Joined, scaled
+from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
+from tda_lightning.gradients.basis import placed
 from tda_lightning.passes import Context, Pass
 
-Sides = tuple[Tensor | None, Tensor | None]
+Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
 
 KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
-# A wider side keeps its own axes: float64 eigenvectors of this width take half a gigabyte, and
-# minutes to find. Gradients without factors (Adam's h * g) must be turned one by one, which costs
-# the width once more; their limit is where that overtakes everything else.
-MAX_SIDE = 8192
-MAX_DENSE_SIDE = 1024
 MAX_EXACT = 10_000
 # The unit of curvature that spans all blocks.
 WHOLE = "all parameters"
-_FORMAT = 1  # part of the cache's key: raise it when the meaning of fitted tensors changes
+_FORMAT = 2  # part of the cache's key: raise it when the meaning of fitted tensors changes
 
 
 def check_kind(kind: str) -> None:
@@ -75,6 +72,8 @@ class CurvatureFit:
             preconditioned gradients of Adam, METHODS.md); a missing unit has none.
         seed: of the sampled labels.
         title: of what is fitted, for progress bars.
+        dense_side: the widest side of a block whose covariance is kept dense; a wider one is
+            rank-limited. None: the defaults of ``curvature/sides.py``.
         bases: eigenvectors of both sides by unit, where they are known: ``ekfac`` then needs the
             pass for its eigenvalues alone.
     """
@@ -87,15 +86,18 @@ class CurvatureFit:
         scale: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         title: str = "curvature",
+        dense_side: int | None = None,
         bases: Bases | None = None,
     ):
         check_kind(kind)
+        check_dense_side(dense_side)
         self.kind, self.context, self.steps = kind, context, tuple(steps)
         self.scale, self.seed, self.title = dict(scale or {}), seed, title
+        self.dense_side = dense_side
         self.spectra: dict[str, Spectrum] = {}
         self._sums: dict[str, list[Tensor]] = {}
         self._known = None if bases is None else digest_of(bases)
-        self._bases = dict(bases or {})
+        self._bases: dict[str, Sides] = dict(bases or {})
         size = sum(block.size for block in context.blocks)
         if kind == "exact" and size > MAX_EXACT:
             raise ValueError(
@@ -110,8 +112,9 @@ class CurvatureFit:
             for name, shape in self._unit_shapes().items():
                 self.spectra[name] = Spectrum(None, None, self._ones(shape))
             return []
+        sides = limits(self.dense_side)
         name = self.kind if self._known is None else f"{self.kind} in {self._known}"
-        self._key = cache_key(self.context, name, self.steps, self.seed, self.scale)
+        self._key = cache_key(self.context, name, self.steps, self.seed, self.scale, sides)
         if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
             self.spectra = _unpack(kept)
             return []
@@ -135,10 +138,10 @@ class CurvatureFit:
             return [("covariances", self._add_covariances, self._finish_kfac)]
         eigenvalues = ("eigenvalues", self._add_squares, self._finish_eigenvalues)
         if self._known is not None:
-            dtype = self.context.dtype
+            place = (self.context.device, self.context.dtype)
             self._bases = {
-                name: _placed(sides, self.context.device, dtype)
-                for name, sides in self._bases.items()
+                name: (placed(left, *place), placed(right, *place))
+                for name, (left, right) in self._bases.items()
             }
             return [eigenvalues]
         return [("covariances", self._add_covariances, self._finish_bases), eigenvalues]
@@ -179,10 +182,7 @@ class CurvatureFit:
 
     def _add_covariances(self, batch: Any, examples: Tensor, step: int) -> None:
         for name, gradient in self._gradients(batch, examples, step).items():
-            _, _, rows, columns = gradient.shape
-            limit = MAX_SIDE if gradient.factored else MAX_DENSE_SIDE
-            sides = gradient.covariances((rows <= limit, columns <= limit))
-            self._accumulate(name, sides)
+            self._accumulate(name, gradient.covariances(side_forms(gradient, self.dense_side)))
 
     def _add_squares(self, batch: Any, examples: Tensor, step: int) -> None:
         for name, gradient in self._gradients(batch, examples, step).items():
@@ -203,14 +203,14 @@ class CurvatureFit:
 
     def _finish_bases(self) -> None:
         for name, (left, right, _) in self._reduced().items():
-            dtype = next(self.context.module.parameters()).dtype
-            bases = (eigenvectors(left)[1], eigenvectors(right)[1])
-            self._bases[name] = tuple(None if b is None else b.to(dtype) for b in bases)  # type: ignore[assignment]
+            place = (left.device, next(self.context.module.parameters()).dtype)
+            bases = (eigenbasis(left)[1], eigenbasis(right)[1])
+            self._bases[name] = (placed(bases[0], *place), placed(bases[1], *place))
 
     def _finish_kfac(self) -> None:
         for name, (left, right, count) in self._reduced().items():
-            left_values, left_vectors = eigenvectors(left)
-            right_values, right_vectors = eigenvectors(right)
+            left_values, left_vectors = eigenbasis(left)
+            right_values, right_vectors = eigenbasis(right)
             product = left_values[:, :, None] * right_values[:, None, :]
             self._keep(name, left_vectors, right_vectors, product / count.view(-1, 1, 1))
         self._store()
@@ -221,7 +221,7 @@ class CurvatureFit:
         self._bases = {}
         self._store()
 
-    def _keep(self, name: str, left: Tensor | None, right: Tensor | None, values: Tensor) -> None:
+    def _keep(self, name: str, left: Basis, right: Basis, values: Tensor) -> None:
         context = self.context
         self.spectra[name] = Spectrum(left, right, values).to(context.device, context.dtype)
 
@@ -236,26 +236,28 @@ class CurvatureFit:
         return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
 
 
-def _placed(sides: Sides, device: torch.device, dtype: torch.dtype) -> Sides:
-    left, right = (None if side is None else side.to(device, dtype) for side in sides)
-    return left, right
-
-
 def digest_of(bases: Bases) -> str:
     """Digest of bases, for the key of what is fitted in them."""
     digest = hashlib.sha256()
     for name, sides in sorted(bases.items()):
         digest.update(name.encode())
         for side in sides:
-            if side is not None:
-                digest.update(side.detach().cpu().contiguous().numpy().tobytes())
+            parts = [side.vectors, side.core] if isinstance(side, Reflections) else [side]
+            for part in parts:
+                if part is not None:
+                    digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def cache_key(
-    context: Context, kind: str, steps: Sequence[int], seed: int, scale: Mapping[str, Tensor]
+    context: Context,
+    kind: str,
+    steps: Sequence[int],
+    seed: int,
+    scale: Mapping[str, Tensor],
+    sides: Sequence[int] = (),
 ) -> str:
-    """A digest of everything that determines fitted tensors."""
+    """A digest of everything that determines fitted tensors; ``sides``: how wide sides are kept."""
     scales = hashlib.sha256()
     for name, values in sorted(scale.items()):
         scales.update(name.encode())
@@ -266,7 +268,7 @@ def cache_key(
         "steps": steps,
         "seed": seed,
         "scale": scales.hexdigest(),
-        "max_sides": [MAX_SIDE, MAX_DENSE_SIDE],
+        "sides": sides,
         "alike": context.alike(steps),
         "sampled": context.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
@@ -274,32 +276,32 @@ def cache_key(
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def eigenvectors(side: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues [groups, width] and eigenvectors, by float64; a diagonal keeps its axes."""
-    if side.dim() == 2:
-        return side, None
-    values, vectors = torch.linalg.eigh(side.double())
-    return values.clamp(min=0), vectors
-
-
 def _pack(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:
     tensors = {}
     for position, (name, spectrum) in enumerate(spectra.items()):
         prefix = f"{position}:{name}"
         tensors[f"eigenvalues:{prefix}"] = spectrum.eigenvalues.cpu()
-        if spectrum.left is not None:
-            tensors[f"left:{prefix}"] = spectrum.left.cpu()
-        if spectrum.right is not None:
-            tensors[f"right:{prefix}"] = spectrum.right.cpu()
+        for side, basis in (("left", spectrum.left), ("right", spectrum.right)):
+            if isinstance(basis, Reflections):
+                tensors[f"{side}_vectors:{prefix}"] = basis.vectors.cpu()
+                tensors[f"{side}_core:{prefix}"] = basis.core.cpu()
+            elif basis is not None:
+                tensors[f"{side}:{prefix}"] = basis.cpu()
     return tensors
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> dict[str, Spectrum]:
     keys = [key.partition(":")[2] for key in tensors if key.startswith("eigenvalues:")]
     keys.sort(key=lambda key: int(key.partition(":")[0]))
+
+    def basis(side: str, key: str) -> Basis:
+        if f"{side}_core:{key}" in tensors:
+            return Reflections(tensors[f"{side}_vectors:{key}"], tensors[f"{side}_core:{key}"])
+        return tensors.get(f"{side}:{key}")
+
     return {
         key.partition(":")[2]: Spectrum(
-            tensors.get(f"left:{key}"), tensors.get(f"right:{key}"), tensors[f"eigenvalues:{key}"]
+            basis("left", key), basis("right", key), tensors[f"eigenvalues:{key}"]
         )
         for key in keys
     }

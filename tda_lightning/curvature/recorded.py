@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from tda_lightning.curvature.fit import CurvatureFit, eigenvectors
+from tda_lightning.curvature.fit import CurvatureFit
+from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.passes import Context, Pass
 from tda_lightning.trajectory import BlockStatistics, Statistics, Trajectory
@@ -63,6 +64,7 @@ def curvature_of(
     scale: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     title: str = "curvature",
+    dense_side: int | None = None,
 ) -> CurvatureFit | RecordedFit:
     """Curvature of the steps in ``interval``: recorded where it can be, else fitted at the
     checkpoints ``steps`` (see :class:`CurvatureFit` for the other arguments).
@@ -71,7 +73,7 @@ def curvature_of(
         ValueError: statistics are asked for, and there are none that fit the model.
     """
     if not uses_statistics(choice, kind, context.trajectory):
-        return CurvatureFit(kind, context, steps, scale, seed, title)
+        return CurvatureFit(kind, context, steps, scale, seed, title, dense_side)
     statistics = context.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, context, interval)
     spectra = {
@@ -80,7 +82,7 @@ def curvature_of(
     }
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
-        return CurvatureFit("ekfac", context, steps, scale, seed, title, bases)
+        return CurvatureFit("ekfac", context, steps, scale, seed, title, dense_side, bases)
     place = (context.device, context.dtype)
     return RecordedFit({name: spectrum.to(*place) for name, spectrum in spectra.items()})
 
@@ -104,40 +106,25 @@ def _require_fitting(statistics: Statistics, context: Context, interval: tuple[i
 
 
 def _spectrum(statistics: BlockStatistics, scale: Tensor | None) -> Spectrum:
-    left, right = (_mean(side, statistics) for side in (statistics.left, statistics.right))
-    count, trace = (
-        value.double() / statistics.examples.double()
-        for value in (statistics.count, statistics.trace)
+    left, right, count, trace = (
+        value.double().cpu() / statistics.examples.double().cpu()
+        for value in (statistics.left, statistics.right, statistics.count, statistics.trace)
     )
     # The trace of g's own factors shows by how much the product is off.
-    size = (_trace(left) * _trace(right) / count).sum()
+    size = (trace_of(left) * trace_of(right) / count).sum()
     off = trace / size.clamp(min=1e-300)
+    rows = columns = None
     if scale is not None:
         rows, columns = _outer_factors(scale.double().cpu())
-        left, right = _rescaled(left, rows), _rescaled(right, columns)
-    left_values, left_vectors = eigenvectors(left)
-    right_values, right_vectors = eigenvectors(right)
+    left_values, left_basis = eigenbasis(left, rows)
+    right_values, right_basis = eigenbasis(right, columns)
     product = left_values[:, :, None] * right_values[:, None, :] / count.view(-1, 1, 1)
-    return Spectrum(left_vectors, right_vectors, product * off)
-
-
-def _mean(side: Tensor, statistics: BlockStatistics) -> Tensor:
-    return side.double().cpu() / statistics.examples.double().cpu()
-
-
-def _trace(side: Tensor) -> Tensor:
-    return side.sum(-1) if side.dim() == 2 else side.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Spectrum(left_basis, right_basis, product * off)
 
 
 def _outer_factors(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """r [groups, rows] and c [groups, columns] with r c^T the outer product nearest ``scale`` in
-    its row and column means."""
+    """r [groups, rows] and c [groups, columns] whose outer product has the row and column means
+    of ``scale``."""
     rows, columns = scale.mean(-1), scale.mean(-2)
     overall = rows.mean(-1, keepdim=True).clamp(min=1e-300)
     return rows / overall.sqrt(), columns / overall.sqrt()
-
-
-def _rescaled(side: Tensor, factors: Tensor) -> Tensor:
-    if side.dim() == 2:
-        return side * factors**2
-    return factors[:, :, None] * side * factors[:, None, :]

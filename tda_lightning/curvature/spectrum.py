@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients import Gradient, matmul_sides
+from tda_lightning.gradients import Basis, Gradient, matmul_sides
+from tda_lightning.gradients.basis import diagonal_in, inverse, placed
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Spectrum:
     left (x) right.
 
     Attributes:
-        left: eigenvectors of the row side as columns, [groups, rows, rows]; None: the identity.
+        left: eigenvectors of the row side as columns, [groups, rows, rows] or reflections; None:
+            the identity.
         right: likewise of the column side, [groups, columns, columns].
         eigenvalues: [groups, rows, columns], not negative.
     """
 
-    left: Tensor | None
-    right: Tensor | None
+    left: Basis
+    right: Basis
     eigenvalues: Tensor
 
     def project(self, matrix: Tensor) -> Tensor:
@@ -31,9 +33,7 @@ class Spectrum:
 
     def lift(self, coordinates: Tensor) -> Tensor:
         """From coordinates back to the parameters."""
-        left = None if self.left is None else self.left.transpose(-1, -2)
-        right = None if self.right is None else self.right.transpose(-1, -2)
-        return matmul_sides(left, coordinates, right)
+        return matmul_sides(inverse(self.left), coordinates, inverse(self.right))
 
     def coordinates(self, gradient: Gradient, rows: slice) -> Tensor:
         """Coordinates of some examples' gradients, by way of their factors."""
@@ -41,9 +41,7 @@ class Spectrum:
 
     def project_diagonal(self, diagonal: Tensor) -> Tensor:
         """Diagonal, in the basis, of a matrix that is diagonal in the parameters."""
-        left = None if self.left is None else self.left.square()
-        right = None if self.right is None else self.right.square()
-        return matmul_sides(left, diagonal, right)
+        return diagonal_in(self.left, diagonal, self.right)
 
     def shifted(self, diagonal: Tensor) -> Spectrum:
         """The spectrum with ``diagonal`` [groups, rows, columns] (weight decay) added.
@@ -52,9 +50,9 @@ class Spectrum:
         diagonal is kept up to its own projection on the basis.
         """
         uniform = bool((diagonal == diagonal.flatten()[0]).all())
-        dense = self.left is None and self.right is not None and diagonal.shape[:2] == (1, 1)
-        if dense and not uniform:
-            vectors = self.right.double()[0]  # type: ignore[union-attr]
+        dense = self.left is None and diagonal.shape[:2] == (1, 1)
+        if dense and not uniform and isinstance(self.right, Tensor):
+            vectors = self.right.double()[0]
             matrix = vectors * self.eigenvalues.double()[0] @ vectors.T
             values, vectors = torch.linalg.eigh(matrix + diagonal.double().flatten().diag())
             own = self.eigenvalues
@@ -62,6 +60,5 @@ class Spectrum:
         return Spectrum(self.left, self.right, self.eigenvalues + self.project_diagonal(diagonal))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
-        left = None if self.left is None else self.left.to(device, dtype)
-        right = None if self.right is None else self.right.to(device, dtype)
+        left, right = (placed(basis, device, dtype) for basis in (self.left, self.right))
         return Spectrum(left, right, self.eigenvalues.to(device, dtype))

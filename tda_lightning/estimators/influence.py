@@ -14,6 +14,7 @@ from tda_lightning.curvature import (
     CurvatureFit,
     RecordedFit,
     Spectrum,
+    check_dense_side,
     check_kind,
     check_statistics,
     curvature_of,
@@ -47,6 +48,10 @@ class InfluenceFunction:
             last checkpoint. ``corrected``: with one pass for EK-FAC's eigenvalues in their basis.
             ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where they are
             there.
+        dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
+            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
+            leading 256 directions and the diagonal. None: 4096; 1024 for layers whose gradients
+            have no factors (a weight used in two ways).
         seed: of the sampled labels.
 
     References:
@@ -61,11 +66,13 @@ class InfluenceFunction:
     damping: float | None = None
     relative_damping: float | None = None
     statistics: str = "auto"
+    dense_side: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
         check_statistics(self.statistics, self.curvature)
+        check_dense_side(self.dense_side)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError(
                 f"Give damping (got {self.damping}) or relative_damping (got "
@@ -132,6 +139,7 @@ class _Run:
             last_interval(context.trajectory),
             [context.trajectory.last_step],
             seed=self.options.seed,
+            dense_side=self.options.dense_side,
         )
         given = self.options.relative_damping
         self.relative_damping = 0.1 if given is None else given

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import Spectrum, units
 from tda_lightning.gradients import Gradient
+from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.passes import Context, memory_budget
 
@@ -84,8 +85,10 @@ class Response:
         if self.spectrum is None:
             return
         queries, groups, rows, columns = self.values.shape
-        lifting = queries * groups * rows * columns * (rows + columns)
-        if lifting <= self.meetings * gradient.rotation_cost:
+        left, right = self.spectrum.left, self.spectrum.right
+        cost = turning_cost(left, rows) + turning_cost(right, columns)
+        lifting = queries * groups * rows * columns * cost
+        if lifting <= self.meetings * gradient.rotation_cost(left, right):
             # In place, a few at a time: one copy of the queries is enough.
             for part in self.values.split(max(1, CHUNK_SCALARS // (groups * rows * columns))):
                 part.copy_(self.spectrum.lift(part))

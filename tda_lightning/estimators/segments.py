@@ -83,7 +83,15 @@ class SegmentedRun:
             interval, steps = (segment.start, segment.stop), segment.checkpoints
             self.fits.append(
                 curvature_of(
-                    options.statistics, kind, context, interval, steps, geometry.scale, seed, title
+                    options.statistics,
+                    kind,
+                    context,
+                    interval,
+                    steps,
+                    geometry.scale,
+                    seed,
+                    title,
+                    options.dense_side,
                 )
             )
             if leading:

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tda_lightning.curvature import check_kind, check_statistics, uses_statistics
+from tda_lightning.curvature import (
+    check_dense_side,
+    check_kind,
+    check_statistics,
+    uses_statistics,
+)
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.recorded import RecordedRun
@@ -60,6 +65,10 @@ class Source:
             ``TrajectoryRecorder(curvature="online")`` gathered, without a pass over the data.
             ``corrected``: one pass for EK-FAC's eigenvalues in their basis. ``fitted``: curvature
             fitted at the checkpoints. ``auto``: recorded where they are there.
+        dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
+            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
+            leading 256 directions and the diagonal. None: 4096; with Adam, 1024 (the time to
+            turn every example's h * g grows with it).
         seed: of the sampled labels.
 
     Raises:
@@ -80,11 +89,13 @@ class Source:
     momentum: str = "effective_rate"
     leading_directions: int | None = None
     statistics: str = "auto"
+    dense_side: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
         check_statistics(self.statistics, self.curvature)
+        check_dense_side(self.dense_side)
         for name, value, known in (
             ("order", self.order, ORDERS),
             ("momentum", self.momentum, MOMENTUM),

@@ -1,11 +1,14 @@
 """Exact per-example gradients, kept factored."""
 
+from tda_lightning.gradients.basis import Basis, Reflections, matmul_sides
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Joined, scaled
 from tda_lightning.gradients.engine import ExampleGradients, GradientEngine
-from tda_lightning.gradients.forms import Dense, Gradient, Outer, matmul_sides
+from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.gradients.moments import SideForm
 
 __all__ = [
+    "Basis",
     "Block",
     "Dense",
     "ExampleGradients",
@@ -13,6 +16,8 @@ __all__ = [
     "GradientEngine",
     "Joined",
     "Outer",
+    "Reflections",
+    "SideForm",
     "matmul_sides",
     "scaled",
 ]

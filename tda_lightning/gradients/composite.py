@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients import forms
+from tda_lightning.gradients.basis import Basis, turned
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.gradients.moments import SideForm
 
 
 class Rows(Gradient):
@@ -31,25 +33,23 @@ class Rows(Gradient):
         out[self.example[inside] - start, 0, self.index[inside]] = self.values[inside]
         return out
 
-    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
         values = self.values
         counts = values.new_zeros(self.shape[2]).index_add_(
             0, self.index, values.new_ones(len(self.index))
         )
-        return counts[None], forms.second_moment(values[:, None, None], full[1]), counts.sum()[None]
+        return counts[None], sides[1].moment(values[:, None, None]), counts.sum()[None]
 
-    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if left is not None:
             return super().sum_of_squares(left, right)
-        values = self.values if right is None else self.values @ right[0]
+        values = turned(self.values[None], right)[0]
         return values.new_zeros(self.shape[1:]).index_add_(1, self.index, values.square()[None])
 
-    def weighted_squares(
-        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         if left is not None:
             return super().weighted_squares(left, right, weight)
-        values = self.values if right is None else self.values @ right[0]
+        values = turned(self.values[None], right)[0]
         squares = values.square()
         if weight is not None:
             squares = squares * weight[0, self.index]

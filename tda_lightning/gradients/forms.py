@@ -13,22 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from tda_lightning.gradients.basis import Basis, matmul_sides, turned, turning_cost
+from tda_lightning.gradients.moments import SideForm
+
 # Working memory of one chunk of dense gradients, in scalars: large enough for efficient matrix
 # products, small enough to stay out of the way of the model itself.
 CHUNK_SCALARS = 1 << 24
-
-
-def matmul_sides(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
-    """left^T @ matrix @ right with None for the identity, cheaper side first.
-
-    Shapes: left [groups, rows, rows], matrix [..., groups, rows, columns], right
-    [groups, columns, columns].
-    """
-    if left is not None:
-        matrix = left.transpose(-1, -2) @ matrix
-    if right is not None:
-        matrix = matrix @ right
-    return matrix
 
 
 class Gradient(ABC):
@@ -56,25 +46,25 @@ class Gradient(ABC):
         for start in range(0, self.batch, size):
             yield slice(start, min(start + size, self.batch))
 
-    def rotated(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def rotated(self, rows: slice, left: Basis, right: Basis) -> Tensor:
         """left^T D_n right: coordinates in an eigenbasis, [chunk, groups, rows, columns]."""
         return matmul_sides(left, self.dense(rows), right)
 
-    def in_basis(self, left: Tensor | None, right: Tensor | None) -> Gradient:
+    def in_basis(self, left: Basis, right: Basis) -> Gradient:
         """The gradients in the coordinates of an eigenbasis: left^T D_n right."""
         return Dense(torch.cat([self.rotated(rows, left, right) for rows in self.chunks()]))
 
-    @property
-    def rotation_cost(self) -> int:
+    def rotation_cost(self, left: Basis, right: Basis) -> int:
         """Multiplications that :meth:`in_basis` takes for one example."""
         _, groups, rows, columns = self.shape
-        return groups * rows * columns * (rows + columns)
+        cost = turning_cost(left, rows) + turning_cost(right, columns)
+        return groups * rows * columns * cost
 
-    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments of the two sides, summed over examples: (rows, columns, count).
 
-        A side is [groups, width, width], or its diagonal [groups, width] where ``full`` is False
-        or the side is one-hot. For a factored gradient these are the sums over positions of
+        Each in the form that ``sides`` asks for; that of a one-hot side is always its diagonal
+        [groups, width]. For a factored gradient these are the sums over positions of
         b b^T and a a^T (K-FAC expand, Eschenhagen et al. 2023) and their number; for a dense one
         sum D D^T, sum D^T D and their trace. Either way rows x columns / count is the Kronecker
         approximation of the summed Fisher.
@@ -83,13 +73,12 @@ class Gradient(ABC):
         right: Tensor | float = 0.0
         for rows in self.chunks():
             dense = self.dense(rows)
-            left = left + second_moment(dense.transpose(2, 3), full[0])
-            right = right + second_moment(dense, full[1])
+            left = left + sides[0].moment(dense.transpose(2, 3))
+            right = right + sides[1].moment(dense)
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
-        trace = right.diagonal(dim1=1, dim2=2).sum(-1) if full[1] else right.sum(-1)
-        return left, right, trace
+        return left, right, sides[1].trace(right)
 
-    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
         total = None
         for rows in self.chunks():
@@ -98,9 +87,7 @@ class Gradient(ABC):
         assert total is not None
         return total
 
-    def weighted_squares(
-        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         """sum_ij weight_ij (left^T D_n right)_ij^2 of each example: [batch]."""
         parts = []
         for rows in self.chunks():
@@ -127,28 +114,14 @@ class Gradient(ABC):
         return total / self.batch
 
 
-def second_moment(samples: Tensor, full: bool) -> Tensor:
-    """Sum of outer products of samples [chunk, groups, positions, width], by group, or only its
-    diagonal."""
-    if not full:
-        return samples.square().sum((0, 2))
-    # Copies, where needed at all, that run along the memory: transposing ones cost more than the
-    # product.
-    if samples.stride(3) == 1:
-        flat = samples.transpose(0, 1).flatten(1, 2)
-        return flat.transpose(1, 2) @ flat
-    flat = samples.permute(1, 3, 0, 2).flatten(2)
-    return flat @ flat.transpose(1, 2)
-
-
-def _turned(samples: Tensor, basis: Tensor | None) -> Tensor:
+def _turned(samples: Tensor, basis: Basis) -> Tensor:
     """samples @ basis for samples [chunk, groups, positions, width]; None for the identity."""
     if basis is None:
         return samples
     if samples.stride(3) != 1:  # transposed patches: one product for each example, no copy
-        return samples @ basis
+        return turned(samples, basis)
     # One product for each group: many thin ones would read the basis again for every example.
-    flat = samples.transpose(0, 1).flatten(1, 2) @ basis
+    flat = turned(samples.transpose(0, 1).flatten(1, 2), basis)
     return flat.unflatten(1, (samples.shape[0], samples.shape[2])).transpose(0, 1)
 
 
@@ -186,7 +159,7 @@ class Outer(Gradient):
     def dense(self, rows: slice) -> Tensor:
         return self.outputs[rows].transpose(-1, -2) @ self.inputs(rows)
 
-    def rotated(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def rotated(self, rows: slice, left: Basis, right: Basis) -> Tensor:
         # Each side before or after the sum over positions, whichever is cheaper.
         _, _, height, width = self.shape
         outputs, inputs = self.outputs[rows], self.inputs(rows)
@@ -196,14 +169,14 @@ class Outer(Gradient):
             inputs, right = _turned(inputs, right), None
         return matmul_sides(left, outputs.transpose(-1, -2) @ inputs, right)
 
-    def in_basis(self, left: Tensor | None, right: Tensor | None) -> Outer:
+    def in_basis(self, left: Basis, right: Basis) -> Outer:
         outputs = _turned(self.outputs, left)
         return Outer(lambda rows: _turned(self.inputs(rows), right), outputs, self.shape[3])
 
-    @property
-    def rotation_cost(self) -> int:
+    def rotation_cost(self, left: Basis, right: Basis) -> int:
         _, groups, rows, columns = self.shape
-        return groups * self.positions * (rows**2 + columns**2)
+        cost = rows * turning_cost(left, rows) + columns * turning_cost(right, columns)
+        return groups * self.positions * cost
 
     def dot(self, queries: Tensor) -> Tensor:
         count, groups, height, width = queries.shape
@@ -219,25 +192,23 @@ class Outer(Gradient):
             parts.append(products.squeeze(3).sum(0).T)
         return torch.cat(parts, dim=1)
 
-    def covariances(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
         left: Tensor | float = 0.0
         right: Tensor | float = 0.0
         for rows in self.chunks(self.shape[1] * self.positions * (self.shape[2] + self.shape[3])):
-            left = left + second_moment(self.outputs[rows], full[0])
-            right = right + second_moment(self.inputs(rows), full[1])
+            left = left + sides[0].moment(self.outputs[rows])
+            right = right + sides[1].moment(self.inputs(rows))
         assert isinstance(left, Tensor) and isinstance(right, Tensor)
         return left, right, left.new_full((self.shape[1],), self.batch * self.positions)
 
-    def sum_of_squares(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:
             return super().sum_of_squares(left, right)
         # One position: the squared outer product is the outer product of the squares.
         outputs, inputs = self._squared_factors(left, right)
         return torch.einsum("bgo,bgi->goi", outputs, inputs)
 
-    def weighted_squares(
-        self, left: Tensor | None, right: Tensor | None, weight: Tensor | None
-    ) -> Tensor:
+    def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
         if self.positions > 1:
             if left is None and right is None and weight is None and self.gram_is_cheaper(self):
                 return self._squared_norms()
@@ -256,7 +227,7 @@ class Outer(Gradient):
             parts.append(products.flatten(1).sum(1))
         return torch.cat(parts)
 
-    def _squared_factors(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _squared_factors(self, left: Basis, right: Basis) -> tuple[Tensor, Tensor]:
         turned = self.in_basis(left, right)
         return turned.outputs.squeeze(2) ** 2, turned.inputs(slice(None)).squeeze(2) ** 2
 

@@ -14,6 +14,7 @@ from tests.oracles.gradients import with_state
 
 # Loss (scalar) of example n under its sampled label.
 ExampleLoss = Callable[[nn.Module, int], Tensor]
+SideBasis = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class KroneckerBlock:
 
     def dense(self, kfac: bool = False) -> Tensor:
         """The block as a matrix over the row-major entries of ``coordinates``."""
-        vectors = torch.kron(self.output_vectors, self.input_vectors)
+        vectors = torch.kron(self.output_vectors.contiguous(), self.input_vectors.contiguous())
         values = self.kfac_eigenvalues if kfac else self.eigenvalues
         return vectors @ torch.diag(values.reshape(-1)) @ vectors.T
 
@@ -137,6 +138,7 @@ def kronecker_blocks(
     names: Sequence[str],
     states: Sequence[Checkpoint] | None = None,
     scale: Tensor | None = None,
+    basis: SideBasis = torch.linalg.eigh,
 ) -> list[KroneckerBlock]:
     """EK-FAC of one Linear or convolution layer, one block per convolution group.
 
@@ -148,11 +150,12 @@ def kronecker_blocks(
         scale: h [all parameters] to precondition the gradients by (Adam's P^(1/2)). There are no
             inputs and output gradients of h * D, so A and G are then those of the scaled D
             itself, E[D^T D] and E[D D^T].
+        basis: eigenvalues and orthonormal columns of a side's second moments, by group.
     """
     places = layer_coordinates(module, layer, names)
     bias = f"{layer}.bias".lstrip(".") in names
     modules = [module] if states is None else [with_state(module, state) for state in states]
-    blocks = []
+    sides, each = [], []
     for number, coordinates in enumerate(places):
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -171,11 +174,17 @@ def kronecker_blocks(
                     inputs.append(gradient.T @ gradient)
                     outputs.append(gradient @ gradient.T)
                 gradients.append(gradient)
-        first, second = torch.stack(inputs).mean(0), torch.stack(outputs).mean(0)
-        input_values, input_vectors = torch.linalg.eigh(first)
-        output_values, output_vectors = torch.linalg.eigh(second)
+        sides.append((torch.stack(inputs).mean(0), torch.stack(outputs).mean(0)))
+        each.append(gradients)
+    of_inputs = basis(torch.stack([first for first, _ in sides]))
+    of_outputs = basis(torch.stack([second for _, second in sides]))
+    blocks = []
+    for number, coordinates in enumerate(places):
+        first, second = sides[number]
+        input_values, input_vectors = (part[number] for part in of_inputs)
+        output_values, output_vectors = (part[number] for part in of_outputs)
         eigenvalues = torch.stack(
-            [(output_vectors.T @ gradient @ input_vectors) ** 2 for gradient in gradients]
+            [(output_vectors.T @ gradient @ input_vectors) ** 2 for gradient in each[number]]
         ).mean(0)
         blocks.append(
             KroneckerBlock(
