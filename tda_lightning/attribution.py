@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tda_lightning.callbacks.progress import PassProgressBar
+from tda_lightning.callbacks.progress import passing_trainer
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
@@ -28,6 +29,7 @@ from tda_lightning.matching import (
     require_same_parameters,
 )
 from tda_lightning.passes import Context, Plan
+from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
 from tda_lightning.provenance import fisher_of, notes_on, package_versions
 from tda_lightning.scores import MemorySink, Scores, ScoreSink
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
@@ -107,7 +109,7 @@ class AttributionModule(LightningModule):
         examples = ExampleSource.of(train, batch_size, "training")
         queries = ExampleSource.of(query, batch_size, "query")
         require_same_data(self.trajectory, examples.dataset)
-        runner = trainer or _default_trainer()
+        runner = trainer or passing_trainer()
         if len(examples) < runner.world_size:
             raise ValueError(
                 f"{len(examples)} training examples cannot be shared by {runner.world_size} "
@@ -151,6 +153,27 @@ class AttributionModule(LightningModule):
             table.add_row(name, f"{error:.1e}")
         Console().print(table)
         return errors
+
+    def plan(
+        self,
+        train: Any,
+        query: Any,
+        batch_size: int = 256,
+        trainer: Trainer | None = None,
+        self_influence: bool = True,
+    ) -> AttributionPlan:
+        """Say how long and how large :meth:`attribute` will be on this machine, in one process,
+        from a few timed batches. The arguments are the same; nothing is written."""
+        began = clock.now()
+        examples = ExampleSource.of(train, batch_size, "training")
+        queries = ExampleSource.of(query, batch_size, "query")
+        require_same_data(self.trajectory, examples.dataset)
+        device = (trainer or passing_trainer()).strategy.root_device
+        with PeakMemory() as memory, self._prepared(device):
+            context = self._context(examples, queries, self_influence)
+            place = functools.partial(self._placed, device=device)
+            rehearsal = Rehearsal(self.estimator, context, examples, place, memory)
+            return rehearsal.plan(began, lambda: self._about_queries(context))
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
 
@@ -363,17 +386,6 @@ class AttributionModule(LightningModule):
                 predictions = None if words is None or predictions is None else predictions + words
         found: dict[str, Any] = {"measurements": measurements}
         return found if predictions is None else {**found, "predictions": predictions}
-
-
-def _default_trainer() -> Trainer:
-    return Trainer(
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        callbacks=[PassProgressBar()],
-    )
 
 
 @contextmanager

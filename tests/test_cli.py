@@ -107,7 +107,7 @@ def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"tda {command}" in out for command in ("train", "attribute", "report", "inspect"))
+    assert all(f"tda {command}" in out for command in ("train", "plan", "attribute", "inspect"))
     assert main([]) == 2
 
 

@@ -22,6 +22,7 @@ from tda_lightning.callbacks.checks import (
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.plan import RecordingPlan, plan_recording
 from tda_lightning.callbacks.schedule import spread
 from tda_lightning.callbacks.step_log import (
     StepLog,
@@ -122,6 +123,20 @@ class TrajectoryRecorder(Callback):
         self._pending: list[Indices] = []  # batches whose gradients are in the parameters
         self._losses: list[Tensor] = []
         self._applied: tuple[list[float], dict[str, list[float]], Tensor] | None = None
+
+    def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
+        """Say how much disk and memory the recording of a fit will take; nothing is touched.
+
+        Args:
+            module: what will be trained.
+            trainer: what will train it.
+            train: its training loader or data module. Without one, the number of steps may be
+                unknown, and sizes are told for each step and checkpoint.
+
+        Raises:
+            UnsupportedTrainingError: the module configures no optimizer, or several.
+        """
+        return plan_recording(self, module, trainer, train)
 
     # When to record.
 
