@@ -32,6 +32,7 @@ from tda_lightning.passes import Context, Plan
 from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
 from tda_lightning.provenance import fisher_of, notes_on, package_versions
 from tda_lightning.scores import MemorySink, Scores, ScoreSink
+from tda_lightning.store.randomness import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
 
@@ -162,18 +163,18 @@ class AttributionModule(LightningModule):
         trainer: Trainer | None = None,
         self_influence: bool = True,
     ) -> AttributionPlan:
-        """Say how long and how large :meth:`attribute` will be on this machine, in one process,
-        from a few timed batches. The arguments are the same; nothing is written."""
-        began = clock.now()
-        examples = ExampleSource.of(train, batch_size, "training")
-        queries = ExampleSource.of(query, batch_size, "query")
-        require_same_data(self.trajectory, examples.dataset)
-        device = (trainer or passing_trainer()).strategy.root_device
-        with PeakMemory() as memory, self._prepared(device):
-            context = self._context(examples, queries, self_influence)
-            place = functools.partial(self._placed, device=device)
-            rehearsal = Rehearsal(self.estimator, context, examples, place, memory)
-            return rehearsal.plan(began, lambda: self._about_queries(context))
+        """Say how long and large :meth:`attribute` will be here, in one process, writing nothing."""
+        with PeakMemory() as memory, unchanged_randomness():
+            began = clock.now()
+            examples = ExampleSource.of(train, batch_size, "training")
+            queries = ExampleSource.of(query, batch_size, "query")
+            require_same_data(self.trajectory, examples.dataset)
+            device = (trainer or passing_trainer()).strategy.root_device
+            with self._prepared(device):
+                context = self._context(examples, queries, self_influence)
+                placed = functools.partial(self._placed, device=device)
+                rehearsal = Rehearsal(self.estimator, context, examples, placed, memory)
+                return rehearsal.plan(began, lambda: self._about_queries(context))
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
 

@@ -134,16 +134,14 @@ class Rehearsal:
         around = self._timed(lambda: self.context.load(one.step))
         if one.begin is not None:
             around += self._timed(one.begin)
-        first = self._feed(one) if one.order is None else None
+        if one.order is None:
+            around += self._feed(one)
         if key not in self._rates:
             self._rates[key] = self._time(one)
-        rate = self._rates[key]
-        if first is not None:
-            rate = replace(rate, first=first)
         if one.end is not None and not one.catches_up:
             around += self._timed(one.end)
         self._ends[one.title] = around
-        return around + self._batches(one, rate)
+        return around + self._batches(one, self._rates[key])
 
     def _batches(self, one: Pass, rate: _Rate) -> float:
         order = one.order
@@ -169,7 +167,7 @@ class Rehearsal:
             ended = clock.now()
             found.append((ended - began, len(indices)))
             total += ended - began
-            # The first batch of a recorded order may carry what _feed finds out elsewhere.
+            # The first batch of a recorded order carries what _feed finds out elsewhere.
             enough = len(found) > (one.order is not None)
             if enough and (total > _SECONDS or len(found) >= _BATCHES):
                 break
