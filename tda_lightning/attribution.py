@@ -163,7 +163,7 @@ class AttributionModule(LightningModule):
         trainer: Trainer | None = None,
         self_influence: bool = True,
     ) -> AttributionPlan:
-        """Say how long and large :meth:`attribute` will be here, in one process, writing nothing."""
+        """How long and large :meth:`attribute` will be here, in one process; nothing is written."""
         with PeakMemory() as memory, unchanged_randomness():
             began = clock.now()
             examples = ExampleSource.of(train, batch_size, "training")
