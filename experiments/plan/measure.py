@@ -29,8 +29,8 @@ EXPERIMENTS: dict[str, list[str]] = {
     "digits": [],
     "fashion_mnist_mlp": ["data.num_train=2000", "data.num_query=50", "trainer.max_epochs=2"],
     "fashion_mnist_cnn": ["data.num_train=1000", "data.num_query=50", "trainer.max_epochs=2"],
-    "cifar10_resnet9": ["data.num_train=320", "data.num_query=10", "trainer.max_epochs=2"],
-    "wikitext2_gpt": ["data.num_train=256", "data.num_query=10", "trainer.max_epochs=2"],
+    "cifar10_resnet9": ["data.num_train=128", "data.num_query=10", "trainer.max_epochs=2"],
+    "wikitext2_gpt": ["data.num_train=128", "data.num_query=10", "trainer.max_epochs=2"],
 }
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "tracin": {"_target_": "tda_lightning.estimators.TracIn"},
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="*", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--root", default=os.environ.get("TDA_DATA_ROOT", "data"))
     parser.add_argument("--folder", type=Path, default=Path("runs/plan"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
