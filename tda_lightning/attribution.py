@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -23,7 +24,7 @@ from tda_lightning.callbacks.processes import (
     require_scorable,
     written_by_first,
 )
-from tda_lightning.callbacks.progress import PassProgressBar
+from tda_lightning.callbacks.progress import passing_trainer
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
@@ -34,8 +35,10 @@ from tda_lightning.matching import (
     require_same_parameters,
 )
 from tda_lightning.passes import Context, Plan
+from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
 from tda_lightning.provenance import fisher_of, notes_on, package_versions
 from tda_lightning.scores import MemorySink, Scores, ScoreSink
+from tda_lightning.store.randomness import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
 
@@ -115,7 +118,7 @@ class AttributionModule(LightningModule):
         examples = ExampleSource.of(train, batch_size, "training")
         queries = ExampleSource.of(query, batch_size, "query")
         require_same_data(self.trajectory, examples.dataset)
-        runner = trainer or _default_trainer()
+        runner = trainer or passing_trainer()
         if len(examples) < runner.world_size:
             raise ValueError(
                 f"{len(examples)} training examples cannot be shared by {runner.world_size} "
@@ -159,6 +162,27 @@ class AttributionModule(LightningModule):
             table.add_row(name, f"{error:.1e}")
         Console().print(table)
         return errors
+
+    def plan(
+        self,
+        train: Any,
+        query: Any,
+        batch_size: int = 256,
+        trainer: Trainer | None = None,
+        self_influence: bool = True,
+    ) -> AttributionPlan:
+        """How long and large :meth:`attribute` will be here, in one process; nothing is written."""
+        with PeakMemory() as memory, unchanged_randomness():
+            began = clock.now()
+            examples = ExampleSource.of(train, batch_size, "training")
+            queries = ExampleSource.of(query, batch_size, "query")
+            require_same_data(self.trajectory, examples.dataset)
+            device = (trainer or passing_trainer()).strategy.root_device
+            with self._prepared(device):
+                context = self._context(examples, queries, self_influence)
+                placed = functools.partial(self._placed, device=device)
+                rehearsal = Rehearsal(self.estimator, context, examples, placed, memory)
+                return rehearsal.plan(began, lambda: self._about_queries(context))
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
 
@@ -376,17 +400,6 @@ class AttributionModule(LightningModule):
                 predictions = None if words is None or predictions is None else predictions + words
         found: dict[str, Any] = {"measurements": measurements}
         return found if predictions is None else {**found, "predictions": predictions}
-
-
-def _default_trainer() -> Trainer:
-    return Trainer(
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        callbacks=[PassProgressBar()],
-    )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class Pass:
         begin: called before the first batch, the weights being in place.
         end: called after the last batch of every process.
         order: the batches as lists of example indices; None for every example once.
+        catches_up: ``end`` only does what is left where another process had the last batches.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Pass:
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     order: Sequence[Sequence[int]] | None = None
+    catches_up: bool = False
 
 
 @dataclass

@@ -66,6 +66,39 @@ def test_a_report_and_an_inspection(run, capsys):
     assert "SGD" in out
 
 
+def test_plans_of_an_attribution(run, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["plan", "trajectory=runs/digits", "estimators.source.num_segments=2"]) == 0
+    out = capsys.readouterr().out
+    assert "60 training examples for 3 queries" in out
+    for name in ("source", "source_recorded", "tracin", "influence"):
+        assert name in out
+    assert main(["plan", "trajectory=runs/digits", "estimator=tracin"]) == 0
+    out = capsys.readouterr().out
+    assert "TracIn: time" in out
+    assert "preparation" in out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):
+    given = ["plan", "trajectory=runs/digits", "estimators.source.num_segments=50"]
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "not possible" in out
+    assert "source: Segment" in out
+    assert "tracin" in out
+    given = ["plan", "trajectory=runs/digits", "estimator=source", "estimator.num_segments=50"]
+    assert main(given) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_recording(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *TINY]) == 0
+    assert "Recording of 4 steps" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_moved_run_is_still_reported(run, tmp_path, monkeypatch):
     run.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -107,14 +140,15 @@ def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"tda {command}" in out for command in ("train", "attribute", "report", "inspect"))
+    commands = ("train", "plan", "attribute", "report", "inspect")
+    assert all(f"tda {command}" in out for command in commands)
     assert main([]) == 2
 
 
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, attribute"),
+        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, plan"),
         ("train experiment=nonsense", 1, "Could not find 'experiment/nonsense'"),
         ("train experiment=digits data.flip_fraction=2", 1, "flip_fraction must be in [0, 1)"),
         ("train experiment=concrete data.root=nowhere", 1, "Missing data files: nowhere/uci"),

@@ -26,3 +26,15 @@ class PassProgressBar(RichProgressBar):
     def predict_description(self) -> str:
         module: Any = self.trainer.lightning_module
         return str(module.pass_title(self._pass))
+
+
+def passing_trainer() -> Trainer:
+    """Runs the passes of an attribution on one device and shows how far it is."""
+    return Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        callbacks=[PassProgressBar()],
+    )

@@ -31,6 +31,7 @@ from tda_lightning.callbacks.curvature import (
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.plan import RecordingPlan, plan_recording
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.resume import (
     RecorderState,
@@ -216,6 +217,20 @@ class TrajectoryRecorder(Callback):
     def _rows(self) -> int:
         """Steps recorded, on disk or not."""
         return self._writer.num_steps + len(self._log)
+
+    def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
+        """Say how much disk and memory the recording of a fit will take; nothing is touched.
+
+        Args:
+            module: what will be trained.
+            trainer: what will train it.
+            train: its training loader or data module. Without one, the number of steps may be
+                unknown, and sizes are told for each step and checkpoint.
+
+        Raises:
+            UnsupportedTrainingError: the module configures no optimizer, or several.
+        """
+        return plan_recording(self, module, trainer, train)
 
     # When to record.
 

@@ -1,4 +1,4 @@
-"""The command line: ``tda train | attribute | report | inspect``, each a Hydra application."""
+"""The command line: ``tda train | plan | attribute | report | inspect``, Hydra applications."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any
 # What each command does, and which setting a plain first argument stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
+    "plan": ("what recording or attribution will cost here, before it runs", None),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "report": ("make an HTML page from a file of scores", "scores"),
     "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
 }
+
+# `tda plan` takes the settings of `tda train`, unless it is told of a trajectory.
+_ASKS_FOR_ATTRIBUTION = ("trajectory=", "-", "help")
 
 USAGE = """\
 tda: which training examples caused this, how much, and when in training.
@@ -24,6 +28,7 @@ Usage:
 
 For example:
     tda train      experiment=digits
+    tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
     tda report     scores=runs/digits/scores/source.h5
     tda inspect    runs/digits
@@ -52,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if command == "plan" and not any(text.startswith(_ASKS_FOR_ATTRIBUTION) for text in rest):
+        return _run("plan_recording", rest, settings="train")
     return _run(command, _name_first(command, rest))
 
 
@@ -73,14 +80,14 @@ def _name_first(command: str, arguments: list[str]) -> list[str]:
     return [f"{key}='{quoted}'", *arguments[1:]]
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def _run(command: str, arguments: list[str], settings: str | None = None) -> int:
     import hydra
 
     from hydra_plugins.tda_lightning_searchpath import conf_directory
 
     function: Callable[[Any], None] = getattr(import_module("tda_lightning.cli.commands"), command)
     application = hydra.main(
-        version_base="1.3", config_path=str(conf_directory()), config_name=command
+        version_base="1.3", config_path=str(conf_directory()), config_name=settings or command
     )(function)
     # hydra.main reads sys.argv; a command run from Python leaves it as it was.
     before = sys.argv

@@ -29,6 +29,8 @@ from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
 from tda_lightning.data import DataModule
+from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.planning import AttributionPlan, comparison
 from tda_lightning.report import write_report
 from tda_lightning.scores import Scores
 from tda_lightning.store.inspect import inspect_table
@@ -107,15 +109,7 @@ def attribute(config: DictConfig) -> None:
             f"{target} already holds scores, which are kept. Choose another file with "
             "scores=FILE, or replace it with overwrite=true."
         )
-    data = build(recorded.data, config.trust_config, **_given(config.data))
-    # The trajectory has the weights: nothing here is going to train.
-    changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
-    module = build(recorded.model, config.trust_config, **changes)
-    task = (
-        instantiate(config.task, _convert_="all")
-        if "task" in config
-        else build(recorded.get("task"), config.trust_config)
-    )
+    data, module, task = _recorded_parts(config, recorded)
     attribution = AttributionModule(
         module,
         trajectory=trajectory,
@@ -133,6 +127,45 @@ def attribute(config: DictConfig) -> None:
         provenance=_provenance(config, _predictions(module, data, trajectory)),
     )
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
+
+
+@clear_errors
+def plan(config: DictConfig) -> None:
+    """Show how long and how large attributions of a trajectory will be on this machine."""
+    folder = Path(_required(config, "trajectory", "tda plan trajectory=FOLDER"))
+    trajectory = Trajectory.load(str(folder))
+    data, module, task = _recorded_parts(config, load_config(folder))
+    trainer = _trainer(config.trainer, [], None)
+    one = {} if "estimator" not in config else {_estimator_name(): config.estimator}
+    plans: dict[str, AttributionPlan | str] = {}
+    for name, node in (one or config.estimators).items():
+        attribution = AttributionModule(
+            module, trajectory, instantiate(node, _convert_="all"), task
+        )
+        try:
+            plans[str(name)] = attribution.plan(
+                train=data.train_dataset,
+                query=data.query_dataset,
+                batch_size=config.batch_size,
+                trainer=trainer,
+                self_influence=config.self_influence,
+            )
+        except (UnsupportedTrainingError, ValueError) as error:
+            if one:
+                raise
+            plans[str(name)] = str(error)
+    console = Console()
+    console.print(*plans.values() if one else [comparison(plans)])
+
+
+@clear_errors
+def plan_recording(config: DictConfig) -> None:
+    """Show how much disk and memory the recording of a training run will take."""
+    config.output = str(_output_folder(config))
+    data = instantiate(config.data, _convert_="all")
+    module = instantiate(config.model, _convert_="all")
+    recorder = instantiate(config.recorder, _convert_="all")
+    Console().print(recorder.plan(module, _trainer(config.trainer, [recorder], None), data))
 
 
 @clear_errors
@@ -182,6 +215,22 @@ class SaveConfig(Callback):
         if trainer.is_global_zero:
             Path(self.config.output).mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.config.output, versions())
+
+
+def _recorded_parts(
+    config: DictConfig, recorded: DictConfig
+) -> tuple[DataModule, LightningModule, Any]:
+    """Data, module and task of a recorded run, with the changes that the command asks for."""
+    data = build(recorded.data, config.trust_config, **_given(config.data))
+    # The trajectory has the weights: nothing here is going to train.
+    changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
+    module = build(recorded.model, config.trust_config, **changes)
+    task = (
+        instantiate(config.task, _convert_="all")
+        if "task" in config
+        else build(recorded.get("task"), config.trust_config)
+    )
+    return data, module, task
 
 
 def versions() -> dict[str, str]:
@@ -267,10 +316,12 @@ def _required(config: DictConfig, key: str, example: str) -> str:
 def _trainer(
     node: DictConfig,
     callbacks: list[Callback],
-    progress: type[RichProgressBar] = RichProgressBar,
+    progress: type[RichProgressBar] | None = RichProgressBar,
 ) -> Trainer:
     bar = node.get("enable_progress_bar", True) and sys.stderr.isatty()
-    if bar:
+    if progress is None:
+        bar = False
+    elif bar:
         callbacks = [*callbacks, progress()]
     given = instantiate(node.get("callbacks"), _convert_="all") or []
     make = instantiate(node, _partial_=True, _convert_="all")

@@ -115,6 +115,7 @@ class RecordedAdamRun(SegmentedRun):
                 self._then(begin, last),
                 lambda: self._walk_to(number, int(rows.min())),
                 [load.examples for load in loads],
+                catches_up=True,
             ),
         ]
 

@@ -137,9 +137,16 @@ def _chunks(array: np.ndarray) -> tuple[int, ...]:
     room = max(1, _CHUNK_BYTES // array.itemsize)
     chunks = []
     for length in reversed(array.shape):
-        chunks.append(max(1, min(length, room)))
+        chunks.append(_even(length, max(1, room)))
         room //= chunks[-1]
     return tuple(reversed(chunks))
+
+
+def _even(length: int, room: int) -> int:
+    """A chunk of at most ``room`` that fills the last one well: HDF5 stores all of it."""
+    fewest = -(-length // room)
+    sizes = [-(-length // count) for count in range(max(1, fewest), fewest + 16)]
+    return max(1, min(sizes, key=lambda size: -(-length // max(1, size)) * size))
 
 
 def get_array(group: h5py.Group, name: str, dtype: np.dtype | str) -> np.ndarray:

@@ -1,0 +1,422 @@
+"""What is planned is what then happens, and planning changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.callbacks.plan import PARAMETERS, STATE, STEPS, RecordingPlan
+from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.planning import PeakMemory, clock
+from tda_lightning.planning.stand_ins import Decompositions
+from tda_lightning.store import layout
+from tests import runs
+from tests.attributing import CaseTask, quiet
+from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+
+# Recording
+
+
+def shown(plan: Any) -> str:
+    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(plan)
+    return console.export_text()
+
+
+class Wide(runs.Net):
+    """A few megabytes; one matrix is a little larger than a chunk of the store."""
+
+    def __init__(self, optimizers: Any) -> None:
+        super().__init__(optimizers)
+        self.net = nn.Sequential(
+            nn.Linear(3, 1000), nn.BatchNorm1d(1000), nn.Linear(1000, 1100), nn.Linear(1100, 1)
+        )
+
+
+STATES = {
+    "plain": (lambda m: torch.optim.SGD(m.parameters(), 1e-4), 0),
+    "momentum": (lambda m: torch.optim.SGD(m.parameters(), 1e-4, momentum=0.9), 1),
+    "adamw": (lambda m: torch.optim.AdamW(m.parameters(), 1e-4), 2),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_checkpoint_takes_what_is_planned(name: str, tmp_path: Path) -> None:
+    optimizers, copies = STATES[name]
+    recorder = TrajectoryRecorder(tmp_path, num_checkpoints=2)
+    module = Wide(optimizers)
+    plan = recorder.plan(module, runs.trainer(max_epochs=1), runs.loader())
+    runs.fit(tmp_path, module=module, recorder={"num_checkpoints": 2}, max_epochs=1)
+    parameters = 4 * sum(p.numel() for p in module.parameters())
+    first, *others = layout.checkpoint_files(tmp_path).values()
+    assert first.stat().st_size == pytest.approx(parameters, rel=0.02)
+    assert len(others) == 2
+    for file in others:
+        assert file.stat().st_size == pytest.approx((1 + copies) * parameters, rel=0.02)
+        assert file.stat().st_size == pytest.approx(plan.checkpoint_bytes, rel=0.005)
+    written = sum(file.stat().st_size for file in layout.checkpoint_files(tmp_path).values())
+    assert written == pytest.approx(plan.disk_bytes, rel=0.02)
+    by_name = {item.name: item for item in plan.disk}
+    assert by_name[PARAMETERS].bytes == parameters
+    tensors = len(list(module.parameters()))
+    assert by_name[STATE].bytes == copies * parameters + 4 * tensors * (name == "adamw")
+
+
+def test_a_small_checkpoint_is_mostly_structure(tmp_path: Path) -> None:
+    """Within a fifth: the states of the generators and HDF5's records outweigh 200 bytes."""
+    plan = TrajectoryRecorder(tmp_path).plan(runs.Net(), runs.trainer(), runs.loader())
+    runs.fit(tmp_path)
+    *_, last = layout.checkpoint_files(tmp_path).values()
+    assert last.stat().st_size == pytest.approx(plan.checkpoint_bytes, rel=0.2)
+
+
+class EveryPrime(TrajectoryRecorder):
+    def should_record(self, step: int) -> bool:
+        return step in (2, 3, 5, 7, 11)
+
+
+# 22 examples in batches of 4 are 6 batches an epoch.
+SCHEDULES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"num_checkpoints": 50}, {}),
+    ({"every_n_steps": 5}, {}),
+    ({"every_n_steps": 4, "save_optimizer": 2}, {"max_epochs": 3}),
+    ({"every_n_epochs": 2, "save_optimizer": False}, {"max_epochs": 3}),
+    ({"num_checkpoints": 3, "save_optimizer": 2}, {"accumulate_grad_batches": 4}),
+    ({"num_checkpoints": 2}, {"limit_train_batches": 5, "accumulate_grad_batches": 2}),
+    ({"num_checkpoints": 2}, {"limit_train_batches": 0.5}),
+    ({"num_checkpoints": 3}, {"max_epochs": -1, "max_steps": 7}),
+    ({"num_checkpoints": 3}, {"max_epochs": 2, "max_steps": 9}),
+    ({"num_checkpoints": 3}, {"max_epochs": None, "max_steps": 8}),
+]
+
+
+@pytest.mark.parametrize(("options", "limits"), SCHEDULES)
+def test_steps_and_checkpoints_are_counted(
+    options: dict[str, Any], limits: dict[str, Any], tmp_path: Path
+) -> None:
+    recorder = TrajectoryRecorder(tmp_path, **options)
+    plan = recorder.plan(runs.Net(), runs.trainer(**limits), runs.loader())
+    runs.fit(tmp_path, recorder=options, **limits)
+    require_as_recorded(plan, tmp_path)
+
+
+def test_a_schedule_of_ones_own_is_counted(tmp_path: Path) -> None:
+    recorder = EveryPrime(tmp_path)
+    plan = recorder.plan(runs.Net(), runs.trainer(), runs.loader())
+    runs.trainer(recorder).fit(runs.Net(), runs.loader())
+    require_as_recorded(plan, tmp_path)
+
+
+def require_as_recorded(plan: RecordingPlan, path: Path) -> None:
+    run = Trajectory.load(str(path))
+    assert plan.steps == run.num_steps
+    assert plan.checkpoints == len(run.checkpoints)
+    with_state = sum(any((kept.optimizer or {}).values()) for kept in run.checkpoints.values())
+    planned = {item.name: item for item in plan.disk}
+    assert (planned[STATE].count if STATE in planned else 0) == with_state
+    steps = run.steps
+    tables = [value for value in vars(steps).values() if isinstance(value, Tensor)]
+    size = sum(t.numel() * t.element_size() for t in [*tables, *steps.hyperparameters.values()])
+    # The offsets have one entry more than there are rows; a last batch may be short.
+    assert size - 16 <= planned[STEPS].total <= 1.5 * size
+
+
+def scheduled(module: Any) -> Any:
+    """Asks for the number of steps, draws, freezes and notes: all that a plan must not leave."""
+    module.drawn = torch.rand(1)
+    module.net[0].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), 0.05, 0.9)
+    total = int(module.trainer.estimated_stepping_batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Data(LightningDataModule):
+    """Splits with the global generator, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: Any = None
+
+    def setup(self, stage: str) -> None:
+        if self.part is None:
+            self.part = torch.utils.data.random_split(runs.Numbered(), [16, 6])[0]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.part, 4, shuffle=True)
+
+
+def test_training_after_a_plan_is_the_training_without(tmp_path: Path) -> None:
+    def trained(planned: bool) -> tuple[Any, Tensor]:
+        torch.manual_seed(3)
+        module, data, trainer = runs.Net(scheduled), Data(), runs.trainer()
+        if planned:
+            before = dict(vars(module))
+            plan = TrajectoryRecorder(tmp_path).plan(module, trainer, data)
+            assert plan.steps == 8
+            assert vars(module) == before
+            assert all(p.requires_grad and p.grad is None for p in module.parameters())
+        trainer.fit(module, data)
+        return module, torch.rand(3)
+
+    (plain, drawn), (planned, drawn_too) = trained(False), trained(True)
+    assert plain.seen == planned.seen
+    assert plain.losses == planned.losses
+    assert torch.equal(drawn, drawn_too)
+    for one, other in zip(plain.parameters(), planned.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tmp_path)
+    plan = recorder.plan(runs.Net(), runs.trainer())
+    assert (plan.steps, plan.checkpoints, plan.disk_bytes) == (None, None, None)
+    assert plan.checkpoint_bytes > 20_000
+    text = shown(plan)
+    assert "pass the loader or the data module as train=" in text
+    assert "at most 7 checkpoints" in text
+    plan = recorder.plan(runs.Net(), runs.trainer(), runs.loader(runs.Stream()))
+    assert plan.steps is None
+    assert "The loader has no length" in shown(plan)
+    plan = recorder.plan(runs.Net(), runs.trainer(max_steps=5), runs.loader(runs.Stream()))
+    assert (plan.steps, plan.checkpoints) == (5, 6)
+
+
+def test_an_optimizer_that_cannot_be_made_yet(tmp_path: Path) -> None:
+    def needs_data(module: Any) -> Any:
+        raise RuntimeError("where are the data")
+
+    recorder = TrajectoryRecorder(tmp_path)
+    plan = recorder.plan(runs.Net(needs_data), runs.trainer(), runs.loader())
+    assert plan.disk_bytes is None
+    assert "where are the data" in shown(plan)
+
+    def two(module: Any) -> Any:
+        return [torch.optim.SGD(module.parameters(), 0.1) for _ in range(2)]
+
+    with pytest.raises(UnsupportedTrainingError, match="got 2 optimizers"):
+        recorder.plan(runs.Net(two), runs.trainer(), runs.loader())
+
+
+# Attribution
+
+
+@pytest.fixture(scope="module")
+def work() -> Any:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6, 9))
+    return run, module, TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER))
+
+
+def adam_work() -> Any:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["adamw"], checkpoints=(3, 6, 9))
+    return run, module, TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER))
+
+
+@dataclasses.dataclass
+class Counting:
+    """An estimator whose passes count their batches."""
+
+    inner: Any
+    batches: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def segment_count(self, context: Context) -> int | None:
+        return self.inner.segment_count(context)
+
+    def plan(self, context: Context) -> Plan:
+        plan = self.inner.plan(context)
+        self.batches.clear()
+        for number, one in enumerate(plan.passes):
+            self.batches[number] = 0
+            one.accumulate = self._counted(number, one.accumulate)
+        return plan
+
+    def _counted(self, number: int, accumulate: Any) -> Any:
+        def counted(*arguments: Any) -> None:
+            self.batches[number] += 1
+            accumulate(*arguments)
+
+        return counted
+
+
+ESTIMATORS = {
+    "source": Source(),
+    "source, blocks": Source(leading_directions=8),
+    "source, recursion": Source(momentum="recursion"),
+    "source, exact": Source(curvature="exact"),
+    "recorded": Source(order="recorded"),
+    "tracin": TracIn(),
+    "influence": InfluenceFunction(),
+    "undamped": InfluenceFunction(curvature="exact", damping=0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds"),
+    [*((name, 3) for name in ESTIMATORS), ("recorded, adam", 3), ("source", 1), ("recorded", 1)],
+)
+def test_passes_batches_and_sizes_are_those_of_the_attribution(
+    name: str, rounds: int, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, examples, queries = adam_work() if name == "recorded, adam" else work
+    run = dataclasses.replace(run, curvature={})
+    if rounds > 1:
+        monkeypatch.setattr("tda_lightning.estimators.queries.memory_budget", lambda: 1)
+    counting = Counting(ESTIMATORS.get(name, ESTIMATORS["recorded"]))
+    if name == "undamped":
+        counting = Counting(InfluenceFunction(curvature="exact", damping=1e-3))
+        unchanged = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
+        assert unchanged.plan(examples, queries, 4, quiet()).seconds > 0
+    attribution = AttributionModule(module, run, counting, CaseTask("classification"))
+    weights = [p.clone() for p in module.parameters()]
+    torch.manual_seed(5)
+    plan = attribution.plan(examples, queries, 4, quiet())
+    drawn = torch.rand(2)
+    assert not run.curvature
+    for before, after in zip(weights, module.parameters(), strict=True):
+        assert torch.equal(before, after)
+    scores = attribution.attribute(examples, queries, 4, quiet())
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(2))
+    assert plan.num_passes == len(counting.batches)
+    assert plan.num_batches == sum(counting.batches.values())
+    kept = [scores.values, scores.by_segment]
+    assert plan.scores_bytes == sum(t.numel() * t.element_size() for t in kept if t is not None)
+    fitted = [tensor for one in run.curvature.values() for tensor in one.values()]
+    assert plan.curvature_bytes == sum(t.numel() * t.element_size() for t in fitted)
+    assert plan.seconds > 0
+    assert all(one.seconds >= 0 for one in plan.passes)
+    again = attribution.plan(examples, queries, 4, quiet())
+    assert again.curvature_bytes == 0
+    assert again.num_passes == plan.num_passes - _curvature_passes(plan)
+    assert f"{plan.num_train} training examples for 3 queries" in shown(plan)
+
+
+def _curvature_passes(plan: Any) -> int:
+    words = ("covariances", "eigenvalues", "leading", "Gauss-Newton")
+    return sum(one.count for one in plan.passes if any(word in one.title for word in words))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+@dataclasses.dataclass
+class Timed:
+    """Passes that take what a clock is told: begin 5, each example 2, the first batch 3 more."""
+
+    clock: Clock
+    orders: list[Any]
+    titles: list[str]
+    catches_up: bool = False
+
+    def segment_count(self, context: Context) -> int | None:
+        return None
+
+    def plan(self, context: Context) -> Plan:
+        def walk(title: str, order: Any) -> Pass:
+            first = True
+
+            def begin() -> None:
+                nonlocal first
+                first = True
+                self.clock.at += 5
+
+            def accumulate(batch: Any, examples: Tensor, position: int) -> None:
+                nonlocal first
+                self.clock.at += 2 * len(examples) + 3 * first
+                first = False
+
+            def end() -> None:
+                self.clock.at += 7
+
+            return Pass(title, 3, accumulate, begin, end, order, self.catches_up)
+
+        return Plan([walk(*one) for one in zip(self.titles, self.orders, strict=True)])
+
+
+@pytest.mark.parametrize("size", [10, 20])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_pass_takes_its_examples_times_their_time(
+    size: int, ordered: bool, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, _, queries = work
+    examples = TensorDataset(*CLASSIFIER.batch(size, 0))
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, num_examples=size))
+    own = Clock()
+    monkeypatch.setattr(clock, "now", own)
+    order = [list(range(start, start + 5)) for start in range(0, size, 5)] if ordered else None
+    titles = ["step 1", "step 2", "again", "again", "again", "again"]
+    estimator = Timed(own, [order] * 6, titles)
+    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))  # type: ignore[arg-type]
+    plan = attribution.plan(examples, queries, 4, quiet())
+    each = 5 + 3 + 2 * size + 7
+    assert plan.seconds == pytest.approx(6 * each)
+    assert [one.count for one in plan.passes] == [2, 4]
+    assert [one.seconds for one in plan.passes] == pytest.approx([each, each])
+    estimator.catches_up = True
+    assert attribution.plan(examples, queries, 4, quiet()).seconds == pytest.approx(6 * (each - 7))
+
+
+def test_wide_eigenvectors_are_timed_small_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, called = Clock(), []
+    true = torch.linalg.eigh
+
+    def eigh(matrix: Tensor) -> Any:
+        called.append(matrix.shape[-1])
+        own.at += 1
+        return true(matrix[:2, :2])
+
+    monkeypatch.setattr(clock, "now", own)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    with PeakMemory() as memory:
+        stand_ins = Decompositions(memory)
+        # The function mode sees torch's own function, not one that stands for it in a test.
+        for width, groups, seconds in ((2048, 1, 8.0), (2048, 2, 16.0), (512, 3, 3.0)):
+            before = stand_ins.owed
+            like = torch.eye(width).expand(groups, width, width)
+            values, vectors = stand_ins.__torch_function__(eigh, (), (like,))
+            assert stand_ins.owed - before == pytest.approx(seconds - (width == 512 or groups == 1))
+            assert values.shape == (groups, width)
+            assert vectors.shape == (groups, width, width)
+            assert vectors.is_contiguous()
+    assert called == [1024, 512]
+
+
+def test_decompositions_stand_in_for_torchs_own() -> None:
+    tall = torch.randn(40_000, 8, generator=torch.Generator().manual_seed(0))
+    with PeakMemory() as memory, Decompositions(memory) as stand_ins:
+        q = torch.linalg.qr(tall).Q
+        wide = torch.linalg.eigh(torch.eye(200)).eigenvectors
+        small = torch.linalg.eigh(torch.diag(torch.tensor([2.0, 1.0]))).eigenvalues
+    assert q.shape == tall.shape
+    assert wide.shape == (200, 200)
+    assert small.tolist() == [1.0, 2.0]
+    assert len(stand_ins._known) == 2
+
+
+def test_peak_memory_is_of_the_work_inside() -> None:
+    with PeakMemory() as memory:
+        before = memory.bytes
+        if before is None:
+            pytest.skip("the system does not tell")
+        torch.ones(25_000_000)
+        assert 80e6 < memory.bytes - before < 130e6
+        memory.also(1 << 40)
+        assert memory.bytes > 1 << 40
