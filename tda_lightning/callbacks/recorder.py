@@ -435,7 +435,7 @@ class TrajectoryRecorder(Callback):
                 self._flush()
 
     def _flush(self) -> None:
-        steps = self._log.drain()
+        steps = self._log.table()
         bad = (~steps.loss.isfinite()).nonzero()
         if len(bad) and not self._warned:
             self._warned = True
@@ -444,6 +444,7 @@ class TrajectoryRecorder(Callback):
                 f"{steps.loss[bad[0]].item()}; it is recorded as it is, and training goes on."
             )
         self._writer.append(steps)
+        self._log.clear()
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         step, every = trainer.global_step, int(self.save_optimizer)
