@@ -55,7 +55,7 @@ def require_last_whole(path: Path, step: int) -> None:
     found = describe(path)
     assert not found.problems
     assert not list(path.rglob("*.part"))
-    assert not (path / lock.LOCK_FILE).exists()
+    FolderLock(path).require_free()
 
 
 # Faults: each takes the folder and returns what undoes it.

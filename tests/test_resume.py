@@ -295,8 +295,8 @@ def test_what_cannot_be_continued_is_refused(
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.h5")}
     module = Resumable(optimizers)
     made = options.get("loader", resumable_loader)()
+    recorder = {"every_n_steps": 5, "overwrite": True}
     with pytest.raises(error, match=message):
-        recorder = {"every_n_steps": 5, "overwrite": True}
         train(target, resume=ckpt, module=module, loader=made, recorder=recorder)
     assert module.seen == []
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.h5")} == before

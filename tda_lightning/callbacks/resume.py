@@ -125,7 +125,9 @@ def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] 
     moved, or is called by another name. A single state is taken for ours in any case: what is
     wrong with the folder is then said when training starts.
     """
-    found = [s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()]
+    found = [
+        s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()
+    ]
     if len(found) > 1:
         try:
             run_id = read_facts(root).settings.get("run_id")

@@ -25,7 +25,7 @@ class AsideFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.error: OSError | None = None
-        self._file = open(path, "w+b", buffering=0)
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> AsideFile:
         return self
