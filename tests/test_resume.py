@@ -359,8 +359,8 @@ def test_parts_travel_with_the_state(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             return {"count": torch.tensor(self.counts.count)}
 
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.counts.count = int(state["count"])
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.counts.count = int(state_dict["count"])
 
     totals = []
     for resume in (None, tmp_path / "kept" / "4.ckpt"):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.checkpoint.stateful import Stateful
 
 from tda_lightning.callbacks.checks import indices_ended, trained_parameters, training_loader
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
@@ -34,6 +33,14 @@ from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, n
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.trajectory import Facts
+
+
+class Stateful(Protocol):
+    """Something whose state travels in Lightning's checkpoints: plain data and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class ContinuingRecorder(Callback):
