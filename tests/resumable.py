@@ -88,6 +88,7 @@ def train(
     every: int = 4,
     resume: Path | None = None,
     module: Any = None,
+    seen: list[list[int]] | None = None,
     optimizers: Optimizers | None = None,
     loader: Any = None,
     callbacks: tuple[Any, ...] = (),
@@ -97,12 +98,14 @@ def train(
 ) -> Any:
     """Train, recording to ``path``; Lightning checkpoints go to ``kept`` as ``<step>.ckpt``.
 
-    ``callbacks`` stand before the recorder, ``last`` after it.
+    ``callbacks`` stand before the recorder, ``last`` after it. ``seen`` takes the indices of the
+    batches; a ``module`` that is passed has other weights than the seeded one that is not.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="lightning.*(trainer|connectors|loops)")
         seed_everything(7, verbose=False)
         module = module or Resumable(optimizers)
+        module.seen = module.seen if seen is None else seen
         recorders = [TrajectoryRecorder(path, **(recorder or {}))] if path else []
         keeps = [saves(kept, every)] if kept else []
         everything = (*callbacks, *recorders, *last, *keeps)

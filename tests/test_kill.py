@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,16 @@ WITHIN = {
     "resume": "cutting",
     "finish": "finishing",
 }
-EVENTS = {"begin": 40, "write_checkpoint": 150, "append": 40, "resume": 9, "finish": 30}
+# Events (below) of which one is chosen; a resumed life may have fewer, and then ends of itself.
+EVENTS = {"begin": 110, "write_checkpoint": 250, "append": 120, "resume": 8, "finish": 50}
 # Each story is the lives before the last one: "any" instant, or within a method of the writer.
 STORIES = [
-    ["any", "any"],
-    ["any", "resume", "any"],
-    ["write_checkpoint", "resume", "resume"],
-    ["write_checkpoint", "append"],
-    ["append", "any", "finish"],
-    ["finish", "resume", "finish"],
-    ["finish", "finish"],
-    ["begin", "any"],
-    ["begin", "begin", "write_checkpoint", "resume"],
-    ["any", "write_checkpoint", "resume", "finish"],
+    ["any", "any", "any", "resume", "finish"],
+    ["begin", "write_checkpoint", "append", "resume", "resume", "finish"],
+    ["append", "any", "resume", "finish", "resume", "finish"],
+    ["begin", "begin", "any", "write_checkpoint", "any", "any"],
+    ["finish", "resume", "finish", "resume", "finish"],
+    ["any", "write_checkpoint", "resume", "append", "resume", "finish"],
 ]
 KILLS = 44
 
@@ -62,10 +60,12 @@ def run(folder: Path) -> None:
     train(
         folder / "run",
         kept=folder / "kept",
-        every=3,
+        # Not at the end of an epoch that another follows: Lightning 2.6 miscounts epochs after a
+        # resume from there, and a second resume trains too many steps, with or without us.
+        every=4,
         resume=found[-1] if found else None,
         # Started again from nothing, it replaces what the killed one had begun.
-        recorder={"every_n_steps": 2, "overwrite": True},
+        recorder={"every_n_steps": 3, "overwrite": True},
     )
 
 
@@ -154,7 +154,8 @@ class Tally:
         folder = self.folder(name)
         resumes = bool(list((folder / "kept").glob("*.ckpt")))
         if instant in WITHIN:
-            number = self.random.randrange(EVENTS[instant])
+            # The square prefers early ones: a life that ends of itself is a kill missed.
+            number = int(EVENTS[instant] * self.random.random() ** 2)
             pid, said = child(folder, kill_within(instant, number)), f"{instant} {number}"
         else:
             pid, said = child(folder, lambda: None), ""
@@ -205,10 +206,25 @@ def require_part(left: Trajectory, whole: Trajectory) -> None:
         assert step in whole.checkpoints
 
 
-def test_no_kill_loses_anything(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: a killed process leaves the same in it."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def cpu_seconds() -> float:
+    return sum(os.times()[:4])  # of this process and its children, user and system
+
+
+def test_no_kill_loses_anything(quick_disk: Path) -> None:
     seed = int(os.environ.get("TDA_KILL_SEED", random.SystemRandom().randrange(10**6)))
-    start = time.monotonic()
-    tally = Tally(tmp_path, seed)
+    start, cpu = time.monotonic(), cpu_seconds()
+    tally = Tally(quick_disk, seed)
     number = 0
     while number < len(STORIES) or sum(tally.kills.values()) < KILLS:
         tally.tell(str(number), STORIES[number % len(STORIES)])
@@ -217,7 +233,8 @@ def test_no_kill_loses_anything(tmp_path: Path) -> None:
         f"\nseed {seed}: {sum(tally.kills.values())} kills ({dict(tally.kills)}), "
         f"{tally.resumes} resumes, {tally.restarts} starts, {number} stories, {tally.opened} "
         f"remains opened, {tally.compared} datasets compared, in "
-        f"{time.monotonic() - start:.0f} s; an uninterrupted run takes {tally.duration:.2f} s.\n"
+        f"{time.monotonic() - start:.0f} s ({cpu_seconds() - cpu:.0f} s of one core); an "
+        f"uninterrupted run takes {tally.duration:.2f} s.\n"
         f"Instants: {', '.join(tally.instants)}",
     )
     assert sum(tally.kills.values()) >= KILLS

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.checks import (
@@ -20,49 +18,24 @@ from tda_lightning.callbacks.checks import (
     require_one_optimizer,
     require_same_parameters,
     require_supported,
-    trained_parameters,
-    training_loader,
 )
-from tda_lightning.callbacks.curvature import (
-    CurvatureGatherer,
-    online_curvature,
-    require_uncompiled,
-    require_whole,
-)
-from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
+from tda_lightning.callbacks.continuing import ContinuingRecorder
+from tda_lightning.callbacks.curvature import online_curvature, require_uncompiled
+from tda_lightning.callbacks.facts import read_checkpoint
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
 from tda_lightning.callbacks.plan import RecordingPlan, plan_recording
 from tda_lightning.callbacks.processes import Processes
-from tda_lightning.callbacks.resume import (
-    RecorderState,
-    continued_facts,
-    failure,
-    new_run_id,
-    no_history,
-    recorded_facts,
-    require_same_model,
-    require_same_weights,
-    state_of_folder,
-    stopped_state,
-)
-from tda_lightning.callbacks.schedule import spread
-from tda_lightning.callbacks.sharded import Shards
 from tda_lightning.callbacks.step_log import (
-    StepLog,
     gradient_norm,
     read_hyperparameters,
     read_rates,
 )
-from tda_lightning.errors import RecordingError, TrajectoryError, TrajectoryFormatError
-from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
-from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
-from tda_lightning.trajectory import Facts, Steps
 
 _ROWS_IN_MEMORY = 10_000
 
 
-class TrajectoryRecorder(Callback):
+class TrajectoryRecorder(ContinuingRecorder):
     """Writes down what attribution needs while a model trains, and changes nothing in it.
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
@@ -145,7 +118,6 @@ class TrajectoryRecorder(Callback):
         curvature_dense_side: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        super().__init__()
         counts = {
             "num_checkpoints": num_checkpoints,
             "every_n_steps": every_n_steps,
@@ -159,14 +131,7 @@ class TrajectoryRecorder(Callback):
             raise ValueError(f"save_optimizer must be True, False or k >= 1, got {save_optimizer}.")
         if on_error not in ("raise", "warn"):
             raise ValueError(f'on_error must be "raise" or "warn", got {on_error!r}.')
-        self.path = Path(path)
-        self.num_checkpoints = num_checkpoints
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = every_n_epochs
-        self.save_optimizer = save_optimizer
-        self.overwrite = overwrite
-        self.fingerprint = fingerprint
-        self.curvature = online_curvature(
+        online = online_curvature(
             curvature,
             curvature_every,
             fisher,
@@ -174,49 +139,15 @@ class TrajectoryRecorder(Callback):
             curvature_dtype,
             curvature_dense_side,
         )
+        super().__init__(path, online)
+        self.num_checkpoints = num_checkpoints
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.save_optimizer = save_optimizer
+        self.overwrite = overwrite
+        self.fingerprint = fingerprint
         self.on_error = on_error
-        # What else records during training and must survive a resume, by name: its state_dict()
-        # travels in the recorder's, and its load_state_dict() is called before training goes on.
-        self.parts: dict[str, Stateful] = {}
-        self._gatherer: CurvatureGatherer | None = None
-        if self.curvature is not None:
-            self._gatherer = CurvatureGatherer(
-                self.curvature, lambda: self._rows + 1, lambda: self._batch
-            )
-            self.parts["curvature"] = self._gatherer
-        self._processes = Processes()
-        self._shards: Shards | None = None  # None: every process holds the whole model
-        self._lock = FolderLock(self.path)
-        self._capture = IndexCapture()
-        self._idle = False
-        self._restored: Mapping[str, Any] | None = None  # state in the checkpoint to resume from
-        self._ended: Mapping[str, Any] = {}  # state_dict() once recording has ended
-        self._final: RecorderState | None = None  # where a further fit goes on
         self._reset()
-
-    def _reset(self) -> None:
-        self._writer = self._processes.writer(TrajectoryWriter(self.path))
-        self._log = StepLog()
-        self._facts: Facts | None = None  # None: nothing is being recorded
-        self._trained: Trained = {}
-        self._schedule: frozenset[int] = frozenset()
-        self._checkpoints = [0]  # steps of those kept
-        self._state_kept = bool(self.save_optimizer)  # the last checkpoint has optimizer state
-        self._no_indices: str | None = None
-        self._stopped: str | None = None  # why nothing is recorded any more
-        self._warned = False
-        # The step under way.
-        self._in_batch = False
-        self._batch: Indices | None = None
-        self._pending: list[Indices] = []  # batches whose gradients are in the parameters
-        self._losses: list[Tensor] = []
-        self._loss: tuple[Tensor, Tensor] | None = None  # of the batch under way, and its scale
-        self._applied: tuple[list[float], dict[str, list[float]], Tensor] | None = None
-
-    @property
-    def _rows(self) -> int:
-        """Steps recorded, on disk or not."""
-        return self._writer.num_steps + len(self._log)
 
     def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
         """Say how much disk and memory the recording of a fit will take; nothing is touched.
@@ -244,13 +175,12 @@ class TrajectoryRecorder(Callback):
             return True
         return step in self._schedule
 
-    @property
-    def _overridden(self) -> bool:
+    def _decides_itself(self) -> bool:
         return type(self).should_record is not TrajectoryRecorder.should_record
 
     def _is_due(self, step: int) -> bool:
         # Gathering needs all processes. Our own answer is the same in each of them.
-        if self._overridden:
+        if self._decides_itself():
             return self._processes.by_first(lambda: self.should_record(step))
         return self.should_record(step)
 
@@ -289,118 +219,6 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._idle:
             self._begin(trainer, pl_module)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new trajectory, or go on with the one that the training belongs to."""
-        step, state = trainer.global_step, self._final
-        if self._restored is not None:
-            state = RecorderState.unpack(self._restored)
-        elif step == 0:
-            state = None
-        elif state is None:
-            raise no_history(step, self.path)
-        again, self._restored = self._restored is None, None
-        self._ended, self._final = {}, None
-        self._reset()
-        optimizer = trainer.optimizers[0]
-        dataset = getattr(training_loader(trainer), "dataset", None)
-        self._trained = trained_parameters(pl_module, optimizer)
-        self._shards = Shards.of(trainer.model)  # type: ignore[arg-type]
-        if self._gatherer is not None:
-            require_whole(self._shards is None)
-            self._gatherer.begin({name: p for name, (p, _) in self._trained.items()})
-        if self.every_n_steps is None and self.every_n_epochs is None:
-            own = spread(trainer, self.num_checkpoints, required=not self._overridden)
-            self._schedule = self._processes.by_first(lambda: own)
-        if self._capture.absent is None and not self._capture.loaders:
-            self._capture.absent = "the training loader was made before the recorder's setup"
-        with self._disk():
-            if state is None:
-                self._start(trainer, pl_module, dataset)
-            else:
-                self._resume(trainer, pl_module, dataset, state, again)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule, dataset: Any) -> None:
-        if self._capture.absent is not None:
-            self._without_indices(self._capture.absent)
-        facts = read_facts(
-            trainer,
-            pl_module,
-            self._trained,
-            num_examples=num_examples(dataset),
-            fingerprint=self._processes.by_first(lambda: fingerprint(dataset))
-            if self.fingerprint
-            else None,
-            settings={
-                "indices": self._no_indices or "recorded",
-                "planned_checkpoints": sorted(self._schedule),
-                **({} if self.curvature is None else {"curvature": self.curvature.facts()}),
-                "run_id": new_run_id(),
-            },
-        )
-        optimizer = trainer.optimizers[0]
-        initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
-        if self._shards is not None:
-            facts, initial = self._shards.facts(facts), self._shards.checkpoint(initial)
-        self._processes.by_first(self._lock.acquire)
-        self._writer.begin(facts, initial, overwrite=self.overwrite)
-        self._facts = facts
-
-    def _resume(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        dataset: Any,
-        state: RecorderState,
-        again: bool,
-    ) -> None:
-        """Go on from ``state``; ``again``: in a further fit, whose optimizer is a new one."""
-        step = trainer.global_step
-        by_first = self._processes.by_first
-        recorded = by_first(lambda: recorded_facts(self.path, state, step))
-        now = read_facts(trainer, pl_module, self._trained, num_examples(dataset), None, {})
-        held = read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, False)
-        if self._shards is not None:
-            now, held = self._shards.facts(now), self._shards.checkpoint(held)
-        require_same_model(recorded, now)
-        by_first(lambda: compare_fingerprints(recorded.fingerprint, dataset))
-        by_first(self._lock.acquire)
-        if again:
-            last = state.checkpoints[-1]
-            by_first(lambda: require_same_weights(self.path, recorded, last, held.parameters))
-        earlier = {kept for kept in state.planned if kept <= step}
-        self._schedule = frozenset(earlier | {kept for kept in self._schedule if kept > step})
-        self._writer.resume(recorded, state.rows_on_disk, state.checkpoints)
-        if self._processes.count == 1:
-            self._log = StepLog(state.rows)
-        else:
-            self._writer.append(state.rows)  # they are those of all processes
-        self._checkpoints, self._state_kept = list(state.checkpoints), state.state_kept
-        facts = continued_facts(recorded, now, step, self._schedule, new_fit=again)
-        if facts != recorded:
-            self._writer.write_facts(facts)
-        for name, part in self.parts.items():
-            part.load_state_dict(state.parts[name])
-        self._facts = facts
-        indices = facts.settings["indices"]
-        self._no_indices = None if indices == "recorded" else indices
-        if self._no_indices is None and self._capture.absent is not None and self._rows:
-            self._facts = None
-            raise indices_ended(self._capture.absent)
-        if state.accumulated:
-            rank_zero_warn(
-                f"Training resumes after {state.accumulated} accumulated batches, and Lightning "
-                "keeps no gradients: the next step is made of the later batches alone, and is "
-                "recorded so."
-            )
-        self._make_up(trainer, pl_module, state.rows)
-
-    def _make_up(self, trainer: Trainer, pl_module: LightningModule, rows: Steps) -> None:
-        """Keep the checkpoint of a finished epoch that Lightning's was saved just before."""
-        every, epochs = self.every_n_epochs, trainer.current_epoch
-        ended = len(rows) and int(rows.epoch[-1]) < epochs
-        if every and ended and epochs % every == 0 and trainer.global_step > self._checkpoints[-1]:
-            self._record(trainer, pl_module)
 
     def _without_indices(self, reason: str) -> None:
         self._no_indices = f"absent: {reason}"
@@ -497,10 +315,6 @@ class TrajectoryRecorder(Callback):
             self._end_step(trainer, pl_module)
         self._batch, self._in_batch, self._loss = None, False, None
 
-    def _step_is_new(self, trainer: Trainer) -> bool:
-        """Whether the optimizer has made a step that is not recorded yet."""
-        return self._facts is not None and trainer.global_step > self._rows
-
     def _end_unseen_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a step whose on_train_batch_end has not come here yet."""
         if self._loss is not None:
@@ -533,11 +347,8 @@ class TrajectoryRecorder(Callback):
             with self._disk():
                 self._flush()
 
-    def _together(self, rows: Steps) -> Steps:
-        return self._processes.gathered(rows, sharded=self._shards is not None)
-
     def _flush(self) -> None:
-        steps = self._together(self._log.drain())
+        steps = self._together(self._log.table())
         bad = (~steps.loss.isfinite()).nonzero()
         if len(bad) and not self._warned:
             self._warned = True
@@ -546,6 +357,7 @@ class TrajectoryRecorder(Callback):
                 f"{steps.loss[bad[0]].item()}; it is recorded as it is, and training goes on."
             )
         self._writer.append(steps)
+        self._log.clear()
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         step, every = trainer.global_step, int(self.save_optimizer)
@@ -624,81 +436,3 @@ class TrajectoryRecorder(Callback):
         self._stop_listening()
         self._lock.release()
         self._restored = None
-
-    def _stop_listening(self) -> None:
-        self._capture.uninstall()
-        if self._gatherer is not None:
-            self._gatherer.uninstall()
-
-    # Resuming: the state that travels in Lightning's checkpoints.
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(path=str(self.path))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the trajectory stands: plain numbers, texts and tensors (:class:`RecorderState`).
-
-        After the end of training it is the state before the end, since a checkpoint at the last
-        step is kept only where training does not go on. Empty before anything was recorded.
-        """
-        if self._stopped is not None:
-            return stopped_state(self._stopped)
-        return dict(self._ended) if self._facts is None else self._state().pack()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._restored = state_dict
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        states = checkpoint.get("callbacks", {})
-        if self.state_key not in states:
-            self._restored = self._processes.by_first(lambda: state_of_folder(states, self.path))
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._step_is_new(trainer):
-            # A callback before this one saves in on_train_batch_end.
-            self._end_unseen_step(trainer, pl_module)
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
-
-    def _state(self) -> RecorderState:
-        assert self._facts is not None
-        return RecorderState(
-            run_id=self._facts.settings["run_id"],
-            global_step=self._rows,
-            rows_on_disk=self._writer.num_steps,
-            rows=self._together(self._log.table()),
-            checkpoints=tuple(self._checkpoints),
-            state_kept=self._state_kept,
-            planned=tuple(sorted(self._schedule)),
-            accumulated=len(self._pending),
-            parts={name: part.state_dict() for name, part in self.parts.items()},
-        )
-
-    def _keep_state(self) -> None:
-        if self._facts is not None:
-            self._ended = self._state().pack()
-
-    # Faults.
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Do what the disk may fail at; if it does, recording is over."""
-        try:
-            yield
-        except (OSError, TrajectoryFormatError) as error:
-            # What is wrong with the folder before training starts is the user's to see.
-            refused = isinstance(error, TrajectoryError)
-            if refused and (self._facts is None or not isinstance(error, TrajectoryFormatError)):
-                raise
-            step, self._facts = self._rows, None
-            self._stopped = f"after step {step}: {error}"
-            self._stop_listening()
-            self._lock.release()
-            message = failure(self.path, step, self._checkpoints[-1], error)
-            if self.on_error == "raise":
-                raise RecordingError(message) from error
-            rank_zero_warn(f"{message} Training goes on without recording.")

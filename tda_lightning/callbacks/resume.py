@@ -122,14 +122,19 @@ def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] 
     """Of the states of all callbacks, the one of the run in ``root``.
 
     The recorder's key names its folder; this is how its state is found after the folder has been
-    moved, or is called by another name.
+    moved, or is called by another name. A single state is taken for ours in any case: what is
+    wrong with the folder is then said when training starts.
     """
-    try:
-        run_id = read_facts(root).settings.get("run_id")
-    except (OSError, TrajectoryFormatError):
-        return None  # said when training starts: no history
-    found = [s for s in states.values() if isinstance(s, Mapping) and s.get("run_id") == run_id]
-    return found[0] if found and run_id is not None else None
+    found = [
+        s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()
+    ]
+    if len(found) > 1:
+        try:
+            run_id = read_facts(root).settings.get("run_id")
+        except (OSError, TrajectoryFormatError):
+            return None
+        found = [state for state in found if state["run_id"] == run_id]
+    return found[0] if found else None
 
 
 def failure(root: Path, step: int, kept: int, error: BaseException) -> str:

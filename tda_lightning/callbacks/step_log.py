@@ -96,7 +96,7 @@ class _Row:
 
 
 class StepLog:
-    """Rows since the last :meth:`drain`.
+    """Rows since the last :meth:`clear`.
 
     Losses and norms stay on their device until some hundred have gathered: fetching each one
     would make an accelerator wait at every step.
@@ -150,14 +150,12 @@ class StepLog:
                 row.rates = [0.0] * len(row.rates)  # skipped: nothing moved
         self._settled = len(self._rows)
 
-    def drain(self) -> Steps:
-        """The rows as a table whose offsets count from 0; the log is empty afterwards."""
-        table = self.table()
+    def clear(self) -> None:
+        """Forget the rows: they are on disk."""
         self._earlier, self._rows, self._settled = None, [], 0
-        return table
 
     def table(self) -> Steps:
-        """The rows as a table whose offsets count from 0; they stay in the log."""
+        """The rows as a table whose offsets count from 0."""
         earlier = [] if self._earlier is None or not len(self._earlier) else [self._earlier]
         if earlier and not self._rows:
             return earlier[0]

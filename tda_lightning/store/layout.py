@@ -1,7 +1,8 @@
 """All names and shapes of a trajectory on disk, on one page.
 
 A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
-``<name>.part`` and renamed into place, and is never written into afterwards. Every file carries the
+``<name>.part`` and renamed into place, and is never written into afterwards, though a resumed
+training removes what lies beyond its step and records it again. Every file carries the
 root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
 Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches.
 
@@ -43,6 +44,7 @@ random states those of the first process::
       curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
         values/<name>           tensors
       scores/*.h5               scores that were computed from this trajectory
+      recording.lock            locked while a recorder writes; means nothing when left behind
 
 A dataset of a tensor has the attribute ``dtype``, torch's name; what NumPy lacks (bfloat16, the
 float8 family) is stored as unsigned integers of the same width. In names "/" is written "%2F"
