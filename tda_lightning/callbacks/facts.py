@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.stepping import clipping_kind
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
+from tda_lightning.compiled import plain_buffers, plain_parameters
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
 # Parameter and its group in the optimizer, by the module's names.
@@ -33,7 +35,7 @@ def read_checkpoint(
 
     Frozen parameters are among them: without these the model cannot be rebuilt.
     """
-    others = {n: p for n, p in module.named_parameters() if n not in trained}
+    others = {n: p for n, p in plain_parameters(module).items() if n not in trained}
     states = None
     if with_optimizer:
         states = {
@@ -47,7 +49,7 @@ def read_checkpoint(
     return Checkpoint(
         step=step,
         parameters={name: parameter.detach() for name, (parameter, _) in trained.items()},
-        buffers={**others, **dict(module.named_buffers())},
+        buffers={**others, **plain_buffers(module)},
         optimizer=states,
     )
 
@@ -63,12 +65,7 @@ def read_facts(
     """The facts of the run that is about to start."""
     optimizer = trainer.optimizers[0]
     return Facts(
-        parameters={
-            name: ParameterFact(
-                tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), group
-            )
-            for name, (parameter, group) in trained.items()
-        },
+        parameters=parameter_facts(trained),
         optimizer=optimizer_name(optimizer),
         num_examples=num_examples,
         fingerprint=fingerprint,
@@ -76,7 +73,17 @@ def read_facts(
     )
 
 
-def _settings(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
+    """Shape, dtype and group of every trained parameter."""
+    return {
+        name: ParameterFact(
+            tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), group
+        )
+        for name, (parameter, group) in trained.items()
+    }
+
+
+def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     loader = trainer.train_dataloader
     return {
         "module": _path(module),
@@ -99,6 +106,7 @@ def _settings(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> dict
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "clipping": clipping_kind(trainer, module),
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),
         "world_size": trainer.world_size,

@@ -14,23 +14,28 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.checks import (
     require_one_optimizer,
-    require_same_parameters,
+    require_same_examples,
     require_start,
     require_supported,
+    require_whole_step,
     trained_parameters,
     training_loader,
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.order import come_first, precedes_averaging
 from tda_lightning.callbacks.schedule import spread
+from tda_lightning.callbacks.stages import begin_stage, held_parameters, ids, united
 from tda_lightning.callbacks.step_log import (
     StepLog,
     gradient_norm,
     read_hyperparameters,
     read_rates,
 )
+from tda_lightning.callbacks.stepping import StepWatch, clipping_kind, unscaled
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.store.fingerprint import fingerprint, num_examples
+from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.trajectory import Facts
 
@@ -41,13 +46,15 @@ class TrajectoryRecorder(Callback):
     """Writes down what attribution needs while a model trains, and changes nothing in it.
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
-    before clipping, example indices of every batch), checkpoints with buffers and optimizer
-    state, and the facts of the run. The initial weights and the last step are always kept. A
+    before clipping and what clipping left of it, example indices of every batch), checkpoints with
+    buffers and optimizer state, and the facts of the run. The initial weights and the last step are always kept. A
     run that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
     A loss that is NaN is recorded as it is, with one warning that names its step; training goes
-    on, since to stop is the user's decision. A step that a gradient scaler skipped is recorded
-    with learning rate 0. With ``Trainer(fast_dev_run=...)`` nothing is recorded.
+    on, since to stop is the user's decision. A step that a gradient scaler skipped is no step: it
+    has no row, steps are counted without it, and the facts say how many there were. Where
+    parameters are frozen or unfrozen, a stage begins. With ``Trainer(fast_dev_run=...)`` nothing
+    is recorded.
 
     Args:
         path: folder of the trajectory.
@@ -109,7 +116,11 @@ class TrajectoryRecorder(Callback):
         self._log = StepLog()
         self._facts: Facts | None = None  # None: nothing is being recorded
         self._idle = False
-        self._trained: Trained = {}
+        self._trained: Trained = {}  # in any stage so far
+        self._held: dict[int, int] = {}  # what the present stage trains
+        self._watch = StepWatch()
+        self._skipped = 0  # steps that Lightning counted and the optimizer did not take
+        self._dataset: Any = None
         self._schedule: frozenset[int] = frozenset()
         self._last_checkpoint = 0
         self._state_kept = bool(self.save_optimizer)  # the last checkpoint has optimizer state
@@ -140,6 +151,7 @@ class TrajectoryRecorder(Callback):
         if stage != "fit":
             return
         self._capture.uninstall()
+        self._watch.detach()
         self._reset()
         self._idle = bool(getattr(trainer, "fast_dev_run", False))
         if self._idle:
@@ -149,6 +161,7 @@ class TrajectoryRecorder(Callback):
         if not self.overwrite:
             self._writer.require_vacant()
         self._capture.install(trainer)
+        come_first(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._idle:
@@ -161,6 +174,7 @@ class TrajectoryRecorder(Callback):
         optimizer = trainer.optimizers[0]
         dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = trained_parameters(pl_module, optimizer)
+        self._held, self._dataset = ids(self._trained), dataset
         own = type(self).should_record is not TrajectoryRecorder.should_record
         if self.every_n_steps is None and self.every_n_epochs is None:
             self._schedule = spread(trainer, self.num_checkpoints, required=not own)
@@ -182,6 +196,21 @@ class TrajectoryRecorder(Callback):
         initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
         self._writer.begin(facts, initial, overwrite=self.overwrite)
         self._facts = facts
+        clips = clipping_kind(trainer, pl_module) != "none"
+        self._watch.attach(
+            trainer,
+            lambda: self._begin_batch(trainer, pl_module),
+            (lambda: self._gradient_norm(trainer)) if clips else None,
+        )
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps so far; ``trainer.global_step`` counts skipped ones besides."""
+        return self._writer.num_steps + len(self._log)
+
+    def _gradient_norm(self, trainer: Trainer) -> Tensor:
+        held = [p for p, _ in self._trained.values() if id(p) in self._held]
+        return unscaled(gradient_norm(held), trainer)
 
     def _without_indices(self, reason: str) -> None:
         self._no_indices = f"absent: {reason}"
@@ -200,6 +229,30 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         self._in_batch = True
         self._batch = self._take()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._facts is None:
+            return
+        self._pending, self._losses = [], []  # an epoch cut short; its gradients are zeroed
+        self._dataset = require_same_examples(trainer, self._facts, self._dataset)
+        if precedes_averaging(trainer):
+            self._record(trainer, pl_module, last=True)
+
+    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After every hook that may freeze or unfreeze, before the batch's forward pass."""
+        if self._facts is None or self._pending:
+            return
+        held = held_parameters(trainer.optimizers[0])
+        if held == self._held:
+            return
+        trained = trained_parameters(pl_module, trainer.optimizers[0])
+        everything = united(self._trained, trained, pl_module)
+        # The state at a stage's start comes first: a stage without it could not be read.
+        self._record(trainer, pl_module, last=True)
+        self._facts = begin_stage(self._facts, self._step, everything, trained)
+        self._writer.write_facts(self._facts)
+        self._trained = {name: everything[name] for name in self._facts.parameters}
+        self._held = held
 
     def _take(self) -> Indices | None:
         if self._facts is None or self._no_indices is not None:
@@ -239,13 +292,12 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._facts is None:
             return
-        parameters = [parameter for parameter, _ in self._trained.values()]
-        require_same_parameters(trainer, parameters)
+        require_whole_step(self._step, held_parameters(optimizer), self._held)
         # By on_train_batch_end a per-step scheduler has moved the rates on.
         self._applied = (
             read_rates(optimizer),
             read_hyperparameters(optimizer),
-            gradient_norm(parameters),
+            self._gradient_norm(trainer),
         )
 
     def on_train_batch_end(
@@ -263,16 +315,15 @@ class TrajectoryRecorder(Callback):
         if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
             # Lightning reports the loss after dividing it by the accumulation.
             self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
-        if trainer.global_step > self._writer.num_steps + len(self._log):
+        if self._watch.took_step():
             self._end_step(trainer, pl_module)
+        elif trainer.global_step > self._step + self._skipped:
+            self._skipped += 1
+            self._applied, self._pending, self._losses = None, [], []
         self._batch, self._in_batch = None, False
 
     def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        optimizer = trainer.optimizers[0]
-        if self._applied is None:  # the module's own optimizer_step did not step
-            none = [0.0] * len(optimizer.param_groups)
-            self._applied = (none, read_hyperparameters(optimizer), gradient_norm([]))
+        assert self._applied is not None
         rates, hyperparameters, norm = self._applied
         self._log.add(
             epoch=trainer.current_epoch,
@@ -280,12 +331,12 @@ class TrajectoryRecorder(Callback):
             hyperparameters=hyperparameters,
             losses=self._losses,
             norm=norm,
+            applied_norm=self._watch.applied_norm,
             batches=self._pending,
             accumulation=trainer.accumulate_grad_batches,
-            scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
         )
         self._applied, self._pending, self._losses = None, [], []
-        if self.should_record(step):
+        if self.should_record(self._step):
             self._record(trainer, pl_module)
         elif len(self._log) >= _ROWS_IN_MEMORY:
             self._flush()
@@ -302,7 +353,7 @@ class TrajectoryRecorder(Callback):
         self._writer.append(steps)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        step, every = trainer.global_step, int(self.save_optimizer)
+        step, every = self._step, int(self.save_optimizer)
         new = step != self._last_checkpoint
         self._num_written += new
         with_optimizer = bool(every) and (last or self._num_written % every == 0)
@@ -329,8 +380,10 @@ class TrajectoryRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._capture.uninstall()
+        self._watch.detach()
         stepping = self._applied is not None
-        if stepping or (self._in_batch and any(True for _ in pl_module.buffers())):
+        # In a validation, an averaging callback may have put its own weights into the module.
+        if stepping or trainer.validating or (self._in_batch and any(True for _ in pl_module.buffers())):
             # Weights or buffers may be those of no step: half stepped, or a forward pass ahead.
             self._facts = None
         try:
@@ -344,9 +397,12 @@ class TrajectoryRecorder(Callback):
         if self._facts is None:
             return
         self._record(trainer, pl_module, last=True)
+        settings = {**self._facts.settings, "skipped_steps": self._skipped}
+        self._writer.write_facts(replace(facts_up_to(self._facts, self._step), settings=settings))
         self._writer.finish()
         self._facts = None
         self._trained = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._capture.uninstall()
+        self._watch.detach()

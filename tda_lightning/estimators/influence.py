@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import CurvatureFit, Spectrum, check_kind, unit_matrices, units
+from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
@@ -83,7 +84,8 @@ class InfluenceFunction:
             if self.damping is not None
             else {"relative to the layer's mean eigenvalue": run.relative_damping}
         )
-        return Plan(passes, {"damping": damping, "checkpoints": [step]})
+        notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
+        return Plan(passes, {"damping": damping, "checkpoints": [step]}, notes)
 
 
 @dataclass

@@ -1,0 +1,51 @@
+"""When the recorder looks, among other callbacks that change what it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+
+def come_first(trainer: Trainer, callback: Callback) -> None:
+    """Let ``callback`` see every hook before the other callbacks, whose order stays.
+
+    Averaging callbacks replace the module's weights when training ends: the last checkpoint must
+    have been written by then.
+    """
+    others = [other for other in trainer.callbacks if other is not callback]
+    # A new list: Lightning is walking along the present one.
+    trainer.callbacks = [callback, *others]
+
+
+def precedes_averaging(trainer: Trainer) -> bool:
+    """Whether the epoch that starts takes no step, but averaged weights to count batch statistics.
+
+    ``StochasticWeightAveraging`` adds such an epoch for modules with batch norm.
+    """
+    return any(
+        isinstance(other, StochasticWeightAveraging) and trainer.current_epoch == other.swa_end + 1
+        for other in trainer.callbacks
+    )
+
+
+class BeforeBatch:
+    """Calls ``notify`` between the last hook of Lightning before a batch and its forward pass.
+
+    That is ``Strategy.on_train_batch_start``, which strategies may define and callbacks cannot.
+    """
+
+    def __init__(self, trainer: Trainer, notify: Callable[[], None]) -> None:
+        strategy, own = trainer.strategy, trainer.strategy.on_train_batch_start
+
+        def on_train_batch_start(*args: Any, **kwargs: Any) -> Any:
+            notify()
+            return own(*args, **kwargs)
+
+        strategy.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
+        self._strategy = strategy
+
+    def remove(self) -> None:
+        vars(self._strategy).pop("on_train_batch_start", None)
