@@ -21,9 +21,10 @@ def come_first(trainer: Trainer, callback: Callback) -> None:
 
 
 def precedes_averaging(trainer: Trainer) -> bool:
-    """Whether the epoch that starts takes no step, but averaged weights to count batch statistics.
+    """Whether training is over and the epoch that starts only counts the batch statistics of
+    averaged weights, as ``StochasticWeightAveraging`` does for modules with batch norm.
 
-    ``StochasticWeightAveraging`` adds such an epoch for modules with batch norm.
+    Lightning steps the optimizer once in it, at the last batch, with gradients left from training.
     """
     return any(
         isinstance(other, StochasticWeightAveraging) and trainer.current_epoch == other.swa_end + 1

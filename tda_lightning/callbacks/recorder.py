@@ -236,7 +236,7 @@ class TrajectoryRecorder(Callback):
         self._pending, self._losses = [], []  # an epoch cut short; its gradients are zeroed
         self._dataset = require_same_examples(trainer, self._facts, self._dataset)
         if precedes_averaging(trainer):
-            self._record(trainer, pl_module, last=True)
+            self._finish(trainer, pl_module)
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After every hook that may freeze or unfreeze, before the batch's forward pass."""
@@ -400,6 +400,7 @@ class TrajectoryRecorder(Callback):
         settings = {**self._facts.settings, "skipped_steps": self._skipped}
         self._writer.write_facts(replace(facts_up_to(self._facts, self._step), settings=settings))
         self._writer.finish()
+        self._watch.detach()
         self._facts = None
         self._trained = {}
 
