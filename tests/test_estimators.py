@@ -236,9 +236,7 @@ def test_recorded_order_takes_clipped_gradients_times_their_factor(name) -> None
     scores = attribute(LINEAR, run, module, data, estimator)
     assert relative(scores.values, truth) < 1e-9
     unclipped = dataclasses.replace(run.steps, clipping=torch.ones(12).double())
-    ignored = attribute(
-        LINEAR, dataclasses.replace(run, steps=unclipped), module, data, estimator
-    )
+    ignored = attribute(LINEAR, dataclasses.replace(run, steps=unclipped), module, data, estimator)
     assert relative(ignored.values, truth) > 0.1
 
 

@@ -68,7 +68,11 @@ def test_a_stage_begins_where_the_trained_parameters_change(hook: str, tmp_path:
     module = TogglesItself(sgd) if hook == "the module's" else Small(sgd)
     net = copy.deepcopy(module.net)
     accumulated = hook == "accumulated"
-    callbacks = [] if hook == "the module's" else [Toggles(hook.replace("accumulated", "on_train_epoch_start"))]
+    callbacks = (
+        []
+        if hook == "the module's"
+        else [Toggles(hook.replace("accumulated", "on_train_epoch_start"))]
+    )
     divisor = 4 if accumulated else 1
     trajectory = record(tmp_path, module, *callbacks, accumulate_grad_batches=divisor)
     log = train(
@@ -157,9 +161,7 @@ def trainable(net: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("save_optimizer", [True, False])
-def test_a_group_added_in_mid_run_had_no_rate_before(
-    save_optimizer: bool, tmp_path: Path
-) -> None:
+def test_a_group_added_in_mid_run_had_no_rate_before(save_optimizer: bool, tmp_path: Path) -> None:
     module = Small(trainable)
     net = copy.deepcopy(module.net)
     net[0].requires_grad_(False)

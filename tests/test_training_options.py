@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,19 @@ from tda_lightning.estimators import Source
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
 from tests.attributing import quiet
-from tests.plain_loop import Small, epochs, loss_of, norm_of, require_agreement, train
+from tests.plain_loop import Small, epochs, loss_of, require_agreement, train
 from tests.runs import Numbered, Stream, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def record(
-    path: Path, module: Any, data: Any = None, *callbacks: Any, validation: Any = None, **options: Any
+    path: Path,
+    module: Any,
+    data: Any = None,
+    *callbacks: Any,
+    validation: Any = None,
+    **options: Any,
 ) -> Any:
     """Train ``module``, recording every step; returns the trajectory."""
     recorder = TrajectoryRecorder(path, every_n_steps=1)

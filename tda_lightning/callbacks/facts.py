@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.stepping import clipping_kind
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
+from tda_lightning.callbacks.stepping import clipping_kind
 from tda_lightning.compiled import plain_buffers, plain_parameters
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 

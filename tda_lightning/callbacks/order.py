@@ -15,9 +15,9 @@ def come_first(trainer: Trainer, callback: Callback) -> None:
     Averaging callbacks replace the module's weights when training ends: the last checkpoint must
     have been written by then.
     """
-    others = [other for other in trainer.callbacks if other is not callback]
+    others = [other for other in _callbacks(trainer) if other is not callback]
     # A new list: Lightning is walking along the present one.
-    trainer.callbacks = [callback, *others]
+    vars(trainer)["callbacks"] = [callback, *others]
 
 
 def precedes_averaging(trainer: Trainer) -> bool:
@@ -28,8 +28,12 @@ def precedes_averaging(trainer: Trainer) -> bool:
     """
     return any(
         isinstance(other, StochasticWeightAveraging) and trainer.current_epoch == other.swa_end + 1
-        for other in trainer.callbacks
+        for other in _callbacks(trainer)
     )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(vars(trainer)["callbacks"])  # public, but not declared for type checkers
 
 
 class BeforeBatch:

@@ -25,7 +25,7 @@ from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
 from tda_lightning.callbacks.order import come_first, precedes_averaging
 from tda_lightning.callbacks.schedule import spread
-from tda_lightning.callbacks.stages import begin_stage, held_parameters, ids, united
+from tda_lightning.callbacks.stages import begin_stage, held_parameters, ids
 from tda_lightning.callbacks.step_log import (
     StepLog,
     gradient_norm,
@@ -46,9 +46,10 @@ class TrajectoryRecorder(Callback):
     """Writes down what attribution needs while a model trains, and changes nothing in it.
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
-    before clipping and what clipping left of it, example indices of every batch), checkpoints with
-    buffers and optimizer state, and the facts of the run. The initial weights and the last step are always kept. A
-    run that stops early or is killed leaves a readable trajectory up to its last checkpoint.
+    before clipping and what was left of it, example indices of every batch), checkpoints with
+    buffers and optimizer state, and the facts of the run. The initial weights and the last step
+    are always kept. A run that stops early or is killed leaves a readable trajectory up to its
+    last checkpoint.
 
     A loss that is NaN is recorded as it is, with one warning that names its step; training goes
     on, since to stop is the user's decision. A step that a gradient scaler skipped is no step: it
@@ -243,16 +244,15 @@ class TrajectoryRecorder(Callback):
         if self._facts is None or self._pending:
             return
         held = held_parameters(trainer.optimizers[0])
-        if held == self._held:
-            return
-        trained = trained_parameters(pl_module, trainer.optimizers[0])
-        everything = united(self._trained, trained, pl_module)
-        # The state at a stage's start comes first: a stage without it could not be read.
-        self._record(trainer, pl_module, last=True)
-        self._facts = begin_stage(self._facts, self._step, everything, trained)
-        self._writer.write_facts(self._facts)
-        self._trained = {name: everything[name] for name in self._facts.parameters}
-        self._held = held
+        if held != self._held:
+            trained = trained_parameters(pl_module, trainer.optimizers[0])
+            # The state at a stage's start comes first: a stage without it could not be read.
+            self._record(trainer, pl_module, last=True)
+            self._facts, self._trained = begin_stage(
+                self._facts, self._step, pl_module, self._trained, trained
+            )
+            self._writer.write_facts(self._facts)
+            self._held = held
 
     def _take(self) -> Indices | None:
         if self._facts is None or self._no_indices is not None:
@@ -383,7 +383,11 @@ class TrajectoryRecorder(Callback):
         self._watch.detach()
         stepping = self._applied is not None
         # In a validation, an averaging callback may have put its own weights into the module.
-        if stepping or trainer.validating or (self._in_batch and any(True for _ in pl_module.buffers())):
+        if (
+            stepping
+            or trainer.validating
+            or (self._in_batch and any(True for _ in pl_module.buffers()))
+        ):
             # Weights or buffers may be those of no step: half stepped, or a forward pass ahead.
             self._facts = None
         try:

@@ -28,8 +28,13 @@ def ids(trained: Trained) -> dict[int, int]:
     return {id(parameter): group for parameter, group in trained.values()}
 
 
-def united(recorded: Trained, trained: Trained, module: nn.Module) -> Trained:
-    """Everything trained in any stage so far, in the module's order.
+def begin_stage(
+    facts: Facts, start: int, module: nn.Module, recorded: Trained, trained: Trained
+) -> tuple[Facts, Trained]:
+    """The facts of a run whose rows from ``start`` on train ``trained``, and everything that is
+    trained in any of its stages, in the module's order.
+
+    A stage that got no row, or lies beyond ``start``, has never happened.
 
     Raises:
         UnsupportedTrainingError: a parameter has moved to another group of the optimizer.
@@ -42,21 +47,11 @@ def united(recorded: Trained, trained: Trained, module: nn.Module) -> Trained:
             f"{trained[name][1]} ({len(moved)} parameters in all moved); expected each to stay "
             "where it was. Change a group's settings instead, or add groups behind the others."
         )
-    both = {**recorded, **trained}
-    return {name: both[name] for name in plain_parameters(module) if name in both}
-
-
-def begin_stage(facts: Facts, start: int, everything: Trained, trained: Trained) -> Facts:
-    """The facts of a run whose rows from ``start`` on train ``trained``.
-
-    A stage that got no row, or lies beyond ``start``, has never happened.
-    """
-    earlier = [stage for stage in facts.stages if stage.start < start]
-    new = StageFact(start, tuple(trained))
-    if earlier and earlier[-1].parameters == new.parameters:
-        stages = tuple(earlier)  # frozen and unfrozen again without a step in between
-    else:
-        stages = (*earlier, new)
+    stages = [stage for stage in facts.stages if stage.start < start]
+    # Frozen and unfrozen again without a step in between, the stage before just goes on.
+    if not stages or stages[-1].parameters != tuple(trained):
+        stages.append(StageFact(start, tuple(trained)))
     used = {name for stage in stages for name in stage.parameters}
-    kept = {name: found for name, found in everything.items() if name in used}
-    return replace(facts, parameters=parameter_facts(kept), stages=stages)
+    both = {**recorded, **trained}
+    kept = {name: both[name] for name in plain_parameters(module) if name in used}
+    return replace(facts, parameters=parameter_facts(kept), stages=tuple(stages)), kept
