@@ -32,7 +32,7 @@ from tda_lightning.callbacks.step_log import (
     read_hyperparameters,
     read_rates,
 )
-from tda_lightning.callbacks.stepping import StepWatch, clipping_kind, unscaled
+from tda_lightning.callbacks.stepping import StepWatch, unscaled
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.store.fingerprint import fingerprint, num_examples
 from tda_lightning.store.reader import facts_up_to
@@ -46,16 +46,14 @@ class TrajectoryRecorder(Callback):
     """Writes down what attribution needs while a model trains, and changes nothing in it.
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
-    before clipping and what was left of it, example indices of every batch), checkpoints with
-    buffers and optimizer state, and the facts of the run. The initial weights and the last step
-    are always kept. A run that stops early or is killed leaves a readable trajectory up to its
-    last checkpoint.
+    before and after clipping, example indices of every batch), checkpoints with buffers and
+    optimizer state (the initial weights and the last step always), and the facts of the run. One
+    that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
     A loss that is NaN is recorded as it is, with one warning that names its step; training goes
-    on, since to stop is the user's decision. A step that a gradient scaler skipped is no step: it
-    has no row, steps are counted without it, and the facts say how many there were. Where
-    parameters are frozen or unfrozen, a stage begins. With ``Trainer(fast_dev_run=...)`` nothing
-    is recorded.
+    on, since to stop is the user's decision. A step that a gradient scaler skipped is no step; the
+    facts say how many there were. Where parameters are frozen or unfrozen, a stage begins. With
+    ``Trainer(fast_dev_run=...)`` nothing is recorded.
 
     Args:
         path: folder of the trajectory.
@@ -183,35 +181,28 @@ class TrajectoryRecorder(Callback):
             self._capture.absent = "the training loader was made before the recorder's setup"
         if self._capture.absent is not None:
             self._without_indices(self._capture.absent)
+        planned = sorted(self._schedule)
         facts = read_facts(
             trainer,
             pl_module,
             self._trained,
             num_examples=num_examples(dataset),
             fingerprint=fingerprint(dataset) if self.fingerprint else None,
-            settings={
-                "indices": self._no_indices or "recorded",
-                "planned_checkpoints": sorted(self._schedule),
-            },
+            settings={"indices": self._no_indices or "recorded", "planned_checkpoints": planned},
         )
         initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
         self._writer.begin(facts, initial, overwrite=self.overwrite)
         self._facts = facts
-        clips = clipping_kind(trainer, pl_module) != "none"
         self._watch.attach(
-            trainer,
-            lambda: self._begin_batch(trainer, pl_module),
-            (lambda: self._gradient_norm(trainer)) if clips else None,
+            trainer, lambda: self._begin_batch(trainer, pl_module), self._gradient_norm
         )
 
     @property
-    def _step(self) -> int:
-        """Optimizer steps so far; ``trainer.global_step`` counts skipped ones besides."""
+    def _step(self) -> int:  # trainer.global_step counts skipped ones besides
         return self._writer.num_steps + len(self._log)
 
-    def _gradient_norm(self, trainer: Trainer) -> Tensor:
-        held = [p for p, _ in self._trained.values() if id(p) in self._held]
-        return unscaled(gradient_norm(held), trainer)
+    def _gradient_norm(self) -> Tensor:
+        return gradient_norm([p for p, _ in self._trained.values() if id(p) in self._held])
 
     def _without_indices(self, reason: str) -> None:
         self._no_indices = f"absent: {reason}"
@@ -241,11 +232,10 @@ class TrajectoryRecorder(Callback):
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After every hook that may freeze or unfreeze, before the batch's forward pass."""
-        if self._facts is None or self._pending:
-            return
-        held = held_parameters(trainer.optimizers[0])
-        if held != self._held:
-            trained = trained_parameters(pl_module, trainer.optimizers[0])
+        optimizer = trainer.optimizers[0]
+        held = held_parameters(optimizer)
+        if self._facts is not None and not self._pending and held != self._held:
+            trained = trained_parameters(pl_module, optimizer)
             # The state at a stage's start comes first: a stage without it could not be read.
             self._record(trainer, pl_module, last=True)
             self._facts, self._trained = begin_stage(
@@ -294,11 +284,8 @@ class TrajectoryRecorder(Callback):
             return
         require_whole_step(self._step, held_parameters(optimizer), self._held)
         # By on_train_batch_end a per-step scheduler has moved the rates on.
-        self._applied = (
-            read_rates(optimizer),
-            read_hyperparameters(optimizer),
-            self._gradient_norm(trainer),
-        )
+        norm = unscaled(self._gradient_norm(), trainer)
+        self._applied = (read_rates(optimizer), read_hyperparameters(optimizer), norm)
 
     def on_train_batch_end(
         self,

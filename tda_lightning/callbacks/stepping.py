@@ -36,23 +36,25 @@ class StepWatch:
     def __init__(self) -> None:
         self.applied_norm: Tensor | None = None  # of the gradient that the last step used
         self._stepped = False
-        self._measure: Callable[[], Tensor] | None = None
+        self._clips = False
+        self._measure: Callable[[], Tensor]
         self._handles: list[Any] = []
 
     def attach(
         self,
         trainer: Trainer,
         before_batch: Callable[[], None],
-        measure: Callable[[], Tensor] | None,
+        measure: Callable[[], Tensor],
     ) -> None:
         """Watch the optimizer of ``trainer``.
 
         Args:
             before_batch: called before the forward pass of every batch, after all hooks.
-            measure: the gradient's norm, taken right before each step; None where nothing clips.
+            measure: the gradient's norm; taken right before each step where something may clip.
         """
         optimizer = trainer.optimizers[0]
-        self._measure = measure
+        self._clips = clipping_kind(trainer, trainer.lightning_module) != "none"
+        self._measure = lambda: unscaled(measure(), trainer)
         self._handles = [
             BeforeBatch(trainer, before_batch),
             optimizer.register_step_pre_hook(self._before),
@@ -69,17 +71,17 @@ class StepWatch:
         return stepped
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        measure, closure = self._measure, kwargs.get("closure")
-        if measure is None:
+        closure = kwargs.get("closure")
+        if not self._clips:
             return None
         if closure is None:
-            self.applied_norm = measure()
+            self.applied_norm = self._measure()
             return None
 
         # Lightning computes and clips the gradients inside the closure.
         def measured() -> Any:
             result = closure()
-            self.applied_norm = measure()
+            self.applied_norm = self._measure()
             return result
 
         return args, {**kwargs, "closure": measured}
