@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning
+from rich.console import Console
 from torch import nn
 
 from tda_lightning import AttributionModule
@@ -19,6 +21,7 @@ from tda_lightning.callbacks import TrajectoryRecorder
 from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.estimators import Source, TracIn
 from tda_lightning.store import layout, open_trajectory
+from tda_lightning.store.inspect import inspect_table
 from tda_lightning.trajectory import StageFact, Trajectory
 from tests.attributing import quiet
 from tests.plain_loop import Small, epochs, require_agreement, train
@@ -312,6 +315,9 @@ def test_files_of_version_1_are_one_unclipped_stage(tmp_path: Path) -> None:
 
 def test_estimators_refuse_several_stages_and_take_one(tmp_path: Path) -> None:
     trajectory = record(tmp_path, Small(sgd), Toggles("on_train_epoch_start"))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(inspect_table(tmp_path))
+    assert "3, from steps [0, 6, 12]" in console.export_text()
     with pytest.raises(UnsupportedTrainingError, match=r"3 stages .*steps \[6, 12\].*stages\(\)"):
         AttributionModule(Small(), trajectory, Source(1))
     data = Numbered()
