@@ -25,18 +25,20 @@ from tda_lightning.callbacks.processes import (
     written_by_first,
 )
 from tda_lightning.callbacks.progress import passing_trainer
+from tda_lightning.compiled import run_eagerly, uncompiled
 from tda_lightning.estimators import Estimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.loading import ExampleSource, PassLoader
 from tda_lightning.matching import (
     attributed_parameters,
+    require_one_stage,
     require_same_data,
     require_same_parameters,
 )
 from tda_lightning.passes import Context, Plan
 from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
-from tda_lightning.provenance import fisher_of, notes_on, package_versions
+from tda_lightning.provenance import fisher_of, package_versions
 from tda_lightning.scores import MemorySink, Scores, ScoreSink
 from tda_lightning.store.randomness import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
@@ -50,8 +52,9 @@ class AttributionModule(LightningModule):
     """Scores of training examples for queries, from a recorded trajectory.
 
     Args:
-        module: an instance of the module that was trained; its weights come from the trajectory
-            and are put back as they were at the end.
+        module: an instance of the module that was trained, compiled or not (it is run without the
+            compiler); its weights come from the trajectory and are put back as they were at the
+            end.
         trajectory: a folder that :class:`~tda_lightning.TrajectoryRecorder` wrote, or a
             :class:`~tda_lightning.Trajectory`.
         estimator: one of ``tda_lightning.estimators``.
@@ -70,14 +73,15 @@ class AttributionModule(LightningModule):
         task: AttributionTask | None = None,
     ):
         super().__init__()
-        self.module = module
+        self.module = uncompiled(module)
         self.trajectory = (
             trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(str(trajectory))
         )
         self.estimator = estimator
         self.task = as_task(task)
-        require_same_parameters(module, self.trajectory)
+        require_same_parameters(self.module, self.trajectory)
         self.trajectory.require_optimizer()
+        require_one_stage(self.trajectory)
         self._plan = Plan([])
         self._running = -1
         # A pass of few batches leaves some processes none.
@@ -252,6 +256,11 @@ class AttributionModule(LightningModule):
     def _prepared(self, device: torch.device | None = None) -> Iterator[None]:
         """Eval mode and silent logging, on ``device``; weights, buffers, modes and device as
         before at the end."""
+        with run_eagerly(self.module), self._borrowed(device):
+            yield
+
+    @contextmanager
+    def _borrowed(self, device: torch.device | None) -> Iterator[None]:
         modes = {part: part.training for part in self.module.modules()}
         before = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
         home = next(self.module.parameters()).device
@@ -363,7 +372,7 @@ class AttributionModule(LightningModule):
         options: dict[str, Any] = (
             asdict(estimator) if is_dataclass(estimator) and not isinstance(estimator, type) else {}
         )
-        notes = [*self.task.notes, *notes_on(self.trajectory), *plan.notes]
+        notes = [*self.task.notes, *plan.notes]
         if generic := context.engine.generic:
             notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
         curvature = options.get("curvature")

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tda_lightning.errors import TrajectoryMismatchError
+from tda_lightning.compiled import plain_parameters
+from tda_lightning.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.trajectory import Trajectory
@@ -26,7 +27,7 @@ def require_same_data(trajectory: Trajectory, dataset: Any) -> None:
 
 def require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
     """Refuse a module that does not hold every recorded parameter in its recorded shape."""
-    own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    own = {name: tuple(parameter.shape) for name, parameter in plain_parameters(module).items()}
     recorded = {name: fact.shape for name, fact in trajectory.facts.parameters.items()}
     missing = [name for name in recorded if name not in own]
     reshaped = [
@@ -43,6 +44,17 @@ def require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
         raise TrajectoryMismatchError(
             f"The module's parameters are not the recorded ones: {'; '.join(parts)}. Build the "
             "module as it was trained."
+        )
+
+
+def require_one_stage(trajectory: Trajectory) -> None:
+    """Refuse a run that froze or unfroze parameters: its parts are runs of their own."""
+    stages = trajectory.facts.stages
+    if len(stages) > 1:
+        raise UnsupportedTrainingError(
+            f"The run has {len(stages)} stages (its trained parameters change after steps "
+            f"{[stage.start for stage in stages[1:]]}), expected one. Attribute its parts, "
+            "Trajectory.load(path).stages(), one by one."
         )
 
 

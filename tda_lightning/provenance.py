@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from tda_lightning.tasks import AttributionTask
-from tda_lightning.trajectory import Trajectory
 
 
 def fisher_of(curvature: str | None, task: AttributionTask) -> str | None:
@@ -17,18 +16,6 @@ def fisher_of(curvature: str | None, task: AttributionTask) -> str | None:
     if task.can_sample:
         return "true Fisher (sampled: random signs with the covariance of labels from the model)"
     return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
-
-
-def notes_on(trajectory: Trajectory) -> list[str]:
-    """What of the run the formulas leave out."""
-    settings = trajectory.facts.settings
-    notes = []
-    if settings.get("gradient_clip_val"):
-        notes.append(
-            f"Gradients were clipped at {settings['gradient_clip_val']} during training; the "
-            "formula takes the steps as unclipped."
-        )
-    return notes
 
 
 def package_versions() -> dict[str, str]:

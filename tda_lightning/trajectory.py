@@ -28,12 +28,27 @@ class ParameterFact:
 
 
 @dataclass(frozen=True)
+class StageFact:
+    """A stretch of the run that trains one set of parameters.
+
+    Attributes:
+        start: rows of the steps table before it.
+        parameters: names of those that the optimizer holds and trains from there on.
+    """
+
+    start: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is fixed over the whole run.
 
-    ``parameters`` lists exactly what the optimizer holds and trains, by the module's names.
-    ``num_examples`` and ``fingerprint`` are None for an iterable data set. ``settings`` holds
-    what is only shown: trainer settings, scheduler, seed, module class, package versions.
+    ``parameters`` lists every parameter that the optimizer holds and trains in any stage, by the
+    module's names. ``num_examples`` and ``fingerprint`` are None for an iterable data set.
+    ``settings`` holds what is only shown: trainer settings, scheduler, seed, module class, package
+    versions. ``stages`` begin where parameters are frozen or unfrozen; without a list, one stage
+    trains all of them.
     """
 
     parameters: Mapping[str, ParameterFact]
@@ -41,6 +56,11 @@ class Facts:
     num_examples: int | None
     fingerprint: Mapping[str, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[StageFact, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            object.__setattr__(self, "stages", (StageFact(0, tuple(self.parameters)),))
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,8 @@ class Steps:
         examples: int64, the training-example indices of every batch in order. Empty when the
             data set was iterable and had none.
         accumulation: int64 [steps], the number that each batch loss of the step was divided by.
+        clipping: norm of the gradient after clipping over the norm before it, float64 [steps];
+            1 where nothing was clipped, and everywhere if not given.
     """
 
     epoch: Tensor
@@ -72,9 +94,31 @@ class Steps:
     example_offsets: Tensor
     examples: Tensor
     accumulation: Tensor
+    clipping: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.clipping is None:
+            object.__setattr__(self, "clipping", torch.ones(len(self.epoch), dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.epoch)
+
+    def between(self, start: int, stop: int) -> Steps:
+        """Rows ``start`` to ``stop`` as a table of their own, whose offsets count from 0."""
+        batches = self.batch_offsets[start : stop + 1]
+        examples = self.example_offsets[int(batches[0]) : int(batches[-1]) + 1]
+        return Steps(
+            epoch=self.epoch[start:stop],
+            learning_rate=self.learning_rate[start:stop],
+            hyperparameters={name: v[start:stop] for name, v in self.hyperparameters.items()},
+            loss=self.loss[start:stop],
+            gradient_norm=self.gradient_norm[start:stop],
+            batch_offsets=batches - batches[0],
+            example_offsets=examples - examples[0],
+            examples=self.examples[int(examples[0]) : int(examples[-1])],
+            accumulation=self.accumulation[start:stop],
+            clipping=self.clipping[start:stop],
+        )
 
     def batches(self, row: int) -> list[Tensor]:
         """Example indices of each batch that row ``row`` accumulated, in order."""
@@ -239,6 +283,13 @@ class Trajectory:
             segments.append(Segment(start, stop, inside))
         return tuple(segments)
 
+    def stages(self) -> tuple[Trajectory, ...]:
+        """The run cut where the set of trained parameters changed: each part looks like a run of
+        its own, step 0 being the state at its start. ``(self,)`` when there is one."""
+        from tda_lightning.stages import cut_into_stages
+
+        return cut_into_stages(self)
+
     def require_optimizer(self) -> str:
         """Name of the optimizer, or an error that lists the supported ones."""
         if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
@@ -252,7 +303,8 @@ class Trajectory:
         """Rates that reach the parameters, float64 [steps, groups].
 
         A constant gradient moves the parameters by eta (1 - tau) / (1 - mu) per step once the
-        momentum buffer is warm; Adam keeps eta, its preconditioner is counted apart.
+        momentum buffer is warm, and by as much less as clipping made it shorter; Adam keeps eta,
+        its preconditioner is counted apart.
         """
         rates = self.steps.learning_rate[rows]
         if self.facts.optimizer != "SGD":
@@ -261,4 +313,12 @@ class Trajectory:
         momentum, dampening = hyper["momentum"][rows], hyper["dampening"][rows]
         # torch.optim.SGD looks at dampening only when there is momentum.
         kept = torch.where(momentum > 0, 1 - dampening, torch.ones_like(dampening))
-        return rates * kept / (1 - momentum)
+        return rates * kept / (1 - momentum) * self.clipping_factors(rows)
+
+    def clipping_factors(self, rows: slice) -> Tensor:
+        """What clipping multiplied each step's gradient by, float64 [steps, 1].
+
+        The clipped gradient is k g; that k depends on g too is neglected. Clipping by value turns
+        the gradient besides, which no factor describes: the ratio of the lengths stands for it.
+        """
+        return self.steps.clipping[rows, None]

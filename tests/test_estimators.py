@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -218,6 +220,69 @@ def test_recorded_order_is_closer_to_unrolling_than_the_average(name) -> None:
     # With the curvature of a few checkpoints for a nonlinear model, not all of the rest goes.
     assert recorded < (0.9 if name == "momentum" else 0.4) * average
     assert recorded < 0.35
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if "groups" not in n])
+def test_recorded_order_takes_clipped_gradients_times_their_factor(name) -> None:
+    """As above, clipped: exact unrolling in which the factors are constants."""
+    whole = [[list(range(10))]] * 12
+    run, module, data = train(
+        LINEAR, OPTIMIZERS[name], batches=whole, checkpoints=range(13), clip_norm=0.3
+    )
+    assert 0 < float((run.steps.clipping < 1).double().mean()) <= 1
+    work = (run, module, LINEAR.loss, data, LINEAR.loss, queries_of(LINEAR))
+    truth = oracles.unrolled(*work, recorded_clipping=True)
+    estimator = Source(12, curvature="exact", order="recorded")
+    scores = attribute(LINEAR, run, module, data, estimator)
+    assert relative(scores.values, truth) < 1e-9
+    unclipped = dataclasses.replace(run.steps, clipping=torch.ones(12).double())
+    ignored = attribute(LINEAR, dataclasses.replace(run, steps=unclipped), module, data, estimator)
+    assert relative(ignored.values, truth) > 0.1
+
+
+@pytest.mark.parametrize("how", [{"clip_norm": 0.3}, {"clip_norm": 1.0}, {"clip_value": 0.1}])
+@pytest.mark.parametrize("name", ["sgd", "decay", "momentum", "nesterov", "adam", "adamw"])
+def test_the_factor_of_clipping_is_nearer_to_unrolling_than_ignoring_it(name, how) -> None:
+    batches = oracles.cut_batches(10, 2, epochs=5)
+    run, module, data = train(
+        MLP, OPTIMIZERS[name], batches=batches, checkpoints=range(0, 26, 5), **how
+    )
+    truth = oracles.unrolled(run, module, MLP.loss, data, MLP.loss, queries_of(MLP), **how)
+    unclipped = dataclasses.replace(run.steps, clipping=torch.ones(len(run.steps)).double())
+    estimators = [Source(5, curvature="exact", order=order) for order in ("average", "recorded")]
+    if name not in ("adam", "adamw"):
+        estimators.append(TracIn())
+    for estimator in estimators:
+        counted, ignored = (
+            relative(
+                attribute(
+                    MLP, dataclasses.replace(run, steps=steps), module, data, estimator
+                ).values,
+                truth,
+            )
+            for steps in (run.steps, unclipped)
+        )
+        assert counted < ignored
+
+
+def test_what_clipping_did_is_noted() -> None:
+    run, module, data = train(MLP, OPTIMIZERS["sgd"], clip_norm=0.5)
+    acted = run.steps.clipping != 1
+    said = f"by norm acted in {int(acted.sum())} of {len(run.steps)} steps, mean factor "
+    for estimator, treated in (
+        (TracIn(), True),
+        (Source(1), True),
+        (InfluenceFunction(), False),
+    ):
+        notes = attribute(MLP, run, module, data, estimator).provenance["notes"]
+        found = [note for note in notes if said in note]
+        assert len(found) == 1, notes
+        assert ("times the step's factor" in found[0]) == treated
+        assert "neglected" in found[0]
+    adam, module, data = train(MLP, OPTIMIZERS["adam"], clip_norm=0.5)
+    assert "Adam makes good" in str(attribute(MLP, adam, module, data, TracIn()).provenance)
+    plain, module, data = train(MLP, OPTIMIZERS["sgd"])
+    assert "lipping" not in str(attribute(MLP, plain, module, data, Source(1)).provenance)
 
 
 ESTIMATORS = {

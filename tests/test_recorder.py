@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
@@ -423,20 +422,6 @@ def test_missing_indices_are_said(train: Any, reason: str, tmp_path: Path) -> No
     assert not any(batches(trajectory)[0])
 
 
-def test_a_step_that_the_gradient_scaler_skips_has_no_rate(tmp_path: Path) -> None:
-    snapshots = Snapshots()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    fit(tmp_path, callbacks=(snapshots,), plugins=[precision])
-    steps = open_trajectory(tmp_path).steps
-    weights = [snapshots.states[step]["net.0.weight"] for step in range(13)]
-    moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
-    assert (steps.learning_rate[:, 0] > 0).tolist() == moved
-    assert True in moved
-    assert False in moved
-    assert steps.loss.isfinite().all()
-
-
 class Batches:
     """A loader that is no DataLoader."""
 
@@ -522,19 +507,6 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises((UnsupportedTrainingError, RuntimeError), match="optimizers"):
         trainer(TrajectoryRecorder(tmp_path / "run")).fit(Two(), loader())
     assert not (tmp_path / "run").exists()
-
-
-def test_unfreezing_in_mid_training_is_refused(tmp_path: Path) -> None:
-    class Unfreezes(Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net[0].requires_grad_(False)
-
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net[0].requires_grad_(trainer.current_epoch == 1)
-
-    with pytest.raises(UnsupportedTrainingError, match=r"after step 6: expected the 4 .* got 6"):
-        fit(tmp_path, callbacks=(Unfreezes(),))
-    assert open_trajectory(tmp_path).last_step == 6
 
 
 def test_training_that_has_begun_is_refused(tmp_path: Path) -> None:

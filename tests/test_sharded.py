@@ -17,7 +17,8 @@ from tda_lightning import AttributionModule
 from tda_lightning.callbacks.checks import trained_parameters
 from tda_lightning.callbacks.facts import read_checkpoint
 from tda_lightning.callbacks.processes import interleaved
-from tda_lightning.callbacks.sharded import Shards, plain_name
+from tda_lightning.callbacks.sharded import Shards
+from tda_lightning.compiled import plain_name
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import TracIn
 from tda_lightning.store import open_trajectory

@@ -135,7 +135,7 @@ def test_views_and_odd_names_come_back(tmp_path: Path) -> None:
 def test_files_are_readable_with_h5py_alone(recorded: Path) -> None:
     trajectory = open_trajectory(recorded)
     with h5py.File(recorded / "trajectory.h5") as file:
-        assert dict(file.attrs) == {"format": "tda-lightning", "version": 1, "kind": "trajectory"}
+        assert dict(file.attrs) == {"format": "tda-lightning", "version": 2, "kind": "trajectory"}
         facts = json.loads(file["facts"][0])
         assert facts["parameters"]["net.0.weight"] == {
             "shape": [5, 3],
@@ -265,8 +265,8 @@ FILES = ["trajectory.h5", "steps/00000001-00000012.h5", "checkpoints/00000006.h5
 @pytest.mark.parametrize("name", FILES)
 def test_a_newer_version_asks_for_an_upgrade(name: str, copy: Path) -> None:
     with h5py.File(copy / name, "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(TrajectoryFormatError, match=r"version 2.*up to version 1.*Upgrade") as info:
+        file.attrs["version"] = 3
+    with pytest.raises(TrajectoryFormatError, match=r"version 3.*up to version 2.*Upgrade") as info:
         open_trajectory(copy)
     assert str(copy / name) in str(info.value)
 

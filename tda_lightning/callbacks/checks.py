@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.callbacks.facts import Trained
 from tda_lightning.callbacks.processes import require_recordable
-from tda_lightning.callbacks.sharded import plain_name
-from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.compiled import plain_parameters
+from tda_lightning.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.store.fingerprint import LENGTH, compare_fingerprints
+from tda_lightning.trajectory import Facts
 
 
 def require_supported(trainer: Trainer, module: LightningModule) -> None:
@@ -50,16 +52,34 @@ def indices_ended(reason: str) -> UnsupportedTrainingError:
     )
 
 
-def require_same_parameters(trainer: Trainer, recorded: Sequence[nn.Parameter]) -> None:
-    """Check that the optimizer still trains what it trained when recording began."""
-    groups = trainer.optimizers[0].param_groups
-    held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-    if held != {id(p) for p in recorded}:
+def require_whole_step(step: int, held: Mapping[int, int], begun: Mapping[int, int]) -> None:
+    """Check that a step trains what was trained when its first batch began."""
+    if held != begun:
         raise UnsupportedTrainingError(
-            f"The set of trained parameters changed after step {trainer.global_step}: expected "
-            f"the {len(recorded)} that training began with, got {len(held)}. Freeze and unfreeze "
-            "between fits, and record each fit in its own folder."
+            f"The set of trained parameters changed in the midst of step {step + 1}: expected the "
+            f"{len(begun)} that it began with, got {len(held)}. Freeze and unfreeze between "
+            "optimizer steps, for instance in on_train_epoch_start."
         )
+
+
+def require_same_examples(trainer: Trainer, facts: Facts, first: Any) -> Any:
+    """The training data set of the epoch that starts, checked where it is another object.
+
+    Raises:
+        UnsupportedTrainingError: an index would stand for another example than before.
+    """
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if dataset is first or facts.num_examples is None:
+        return first
+    try:
+        compare_fingerprints(facts.fingerprint or {LENGTH: str(facts.num_examples)}, dataset)
+    except TrajectoryMismatchError as error:
+        raise UnsupportedTrainingError(
+            f"The training data set of epoch {trainer.current_epoch} is not the one that training "
+            f"began with: {error} Expected one data set whose indices mean the same in every "
+            "epoch. Vary the sampler instead, or record each part as a fit of its own."
+        ) from error
+    return dataset
 
 
 def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
@@ -76,8 +96,8 @@ def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
         if parameter.requires_grad
     }
     trained = {
-        plain_name(name): (parameter, groups.pop(id(parameter)))
-        for name, parameter in module.named_parameters()
+        name: (parameter, groups.pop(id(parameter)))
+        for name, parameter in plain_parameters(module).items()
         if id(parameter) in groups
     }
     if groups:

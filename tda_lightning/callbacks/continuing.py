@@ -15,7 +15,6 @@ from tda_lightning.callbacks.checks import indices_ended, trained_parameters, tr
 from tda_lightning.callbacks.curvature import (
     CurvatureGatherer,
     OnlineCurvature,
-    require_whole,
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices
@@ -33,11 +32,14 @@ from tda_lightning.callbacks.resume import (
     stopped_state,
 )
 from tda_lightning.callbacks.schedule import spread
-from tda_lightning.callbacks.sharded import Shards
-from tda_lightning.callbacks.step_log import StepLog
+from tda_lightning.callbacks.sharded import Shards, require_whole
+from tda_lightning.callbacks.stages import ids, stage_under_way
+from tda_lightning.callbacks.step_log import StepLog, gradient_norm
+from tda_lightning.callbacks.stepping import StepWatch
 from tda_lightning.errors import RecordingError, TrajectoryError, TrajectoryFormatError
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
+from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.trajectory import Facts, Steps
 
@@ -81,6 +83,7 @@ class ContinuingRecorder(Callback):
             self.parts["curvature"] = self._gatherer
         self._processes = Processes()
         self._shards: Shards | None = None  # None: every process holds the whole model
+        self._watch = StepWatch()
         self._lock = FolderLock(self.path)
         self._capture = IndexCapture()
         self._idle = False
@@ -93,7 +96,10 @@ class ContinuingRecorder(Callback):
         self._writer = self._processes.writer(TrajectoryWriter(self.path))
         self._log = StepLog()
         self._facts: Facts | None = None  # None: nothing is being recorded
-        self._trained: Trained = {}
+        self._trained: Trained = {}  # in any stage so far
+        self._held: dict[int, int] = {}  # what the present stage trains
+        self._skipped = 0  # steps that Lightning counted and the optimizer did not take
+        self._dataset: Any = None
         self._schedule: frozenset[int] = frozenset()
         self._checkpoints = [0]  # steps of those kept
         self._state_kept = bool(self.save_optimizer)  # the last checkpoint has optimizer state
@@ -130,11 +136,28 @@ class ContinuingRecorder(Callback):
     def _without_indices(self, reason: str) -> None:
         raise NotImplementedError
 
+    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise NotImplementedError
+
     def _together(self, rows: Steps) -> Steps:
         return self._processes.gathered(rows, sharded=self._shards is not None)
 
+    def _gradient_norm(self) -> Tensor:
+        """Of what the present stage trains; of this process's pieces where they are spread."""
+        held = {name: p for name, (p, _) in self._trained.items() if id(p) in self._held}
+        if self._shards is not None:
+            return self._shards.gradient_norm(held)
+        return gradient_norm(list(held.values()))
+
+    def _gather(self) -> None:
+        """Gather curvature of what the present stage trains."""
+        if self._gatherer is not None:
+            held = {name: p for name, (p, _) in self._trained.items() if id(p) in self._held}
+            self._gatherer.begin(held)
+
     def _stop_listening(self) -> None:
         self._capture.uninstall()
+        self._watch.detach()
         if self._gatherer is not None:
             self._gatherer.uninstall()
 
@@ -156,9 +179,10 @@ class ContinuingRecorder(Callback):
         dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = trained_parameters(pl_module, optimizer)
         self._shards = Shards.of(trainer.model)  # type: ignore[arg-type]
+        self._held, self._dataset = ids(self._trained), dataset
         if self._gatherer is not None:
-            require_whole(self._shards is None)
-            self._gatherer.begin({name: p for name, (p, _) in self._trained.items()})
+            require_whole(self._shards is None, "curvature='online'")
+            self._gather()
         if self.every_n_steps is None and self.every_n_epochs is None:
             own = spread(trainer, self.num_checkpoints, required=not self._decides_itself())
             self._schedule = self._processes.by_first(lambda: own)
@@ -169,6 +193,10 @@ class ContinuingRecorder(Callback):
                 self._start(trainer, pl_module, dataset)
             else:
                 self._resume(trainer, pl_module, dataset, state, again)
+        if self._facts is not None:
+            self._watch.attach(
+                trainer, lambda: self._begin_batch(trainer, pl_module), self._gradient_norm
+            )
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, dataset: Any) -> None:
         if self._capture.absent is not None:
@@ -205,9 +233,14 @@ class ContinuingRecorder(Callback):
         again: bool,
     ) -> None:
         """Go on from ``state``; ``again``: in a further fit, whose optimizer is a new one."""
-        step = trainer.global_step
+        step = state.rows_on_disk + len(state.rows)
         by_first = self._processes.by_first
-        recorded = by_first(lambda: recorded_facts(self.path, state, step))
+        recorded = by_first(lambda: recorded_facts(self.path, state, trainer.global_step))
+        recorded = facts_up_to(recorded, step)
+        if len(recorded.stages) > 1:
+            # The stage under way goes on; what is frozen or unfrozen now begins one of its own.
+            self._trained, self._held = stage_under_way(recorded, pl_module, self._trained)
+            self._gather()
         now = read_facts(trainer, pl_module, self._trained, num_examples(dataset), None, {})
         held = read_checkpoint(step, pl_module, trainer.optimizers[0], self._trained, False)
         if self._shards is not None:
@@ -226,6 +259,7 @@ class ContinuingRecorder(Callback):
         else:
             self._writer.append(state.rows)  # they are those of all processes
         self._checkpoints, self._state_kept = list(state.checkpoints), state.state_kept
+        self._skipped = state.global_step - step
         facts = continued_facts(recorded, now, step, self._schedule, new_fit=again)
         if facts != recorded:
             self._writer.write_facts(facts)
@@ -249,7 +283,7 @@ class ContinuingRecorder(Callback):
         """Keep the checkpoint of a finished epoch that Lightning's was saved just before."""
         every, epochs = self.every_n_epochs, trainer.current_epoch
         ended = len(rows) and int(rows.epoch[-1]) < epochs
-        if every and ended and epochs % every == 0 and trainer.global_step > self._checkpoints[-1]:
+        if every and ended and epochs % every == 0 and self._rows > self._checkpoints[-1]:
             self._record(trainer, pl_module)
 
     # Resuming: the state that travels in Lightning's checkpoints.
@@ -290,7 +324,7 @@ class ContinuingRecorder(Callback):
         assert self._facts is not None
         return RecorderState(
             run_id=self._facts.settings["run_id"],
-            global_step=self._rows,
+            global_step=self._rows + self._skipped,
             rows_on_disk=self._writer.num_steps,
             rows=self._together(self._log.table()),
             checkpoints=tuple(self._checkpoints),
@@ -306,7 +340,7 @@ class ContinuingRecorder(Callback):
 
     def _step_is_new(self, trainer: Trainer) -> bool:
         """Whether the optimizer has made a step that is not recorded yet."""
-        return self._facts is not None and trainer.global_step > self._rows
+        return self._facts is not None and trainer.global_step > self._rows + self._skipped
 
     # Faults.
 

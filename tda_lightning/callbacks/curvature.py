@@ -81,16 +81,6 @@ def online_curvature(
     return OnlineCurvature(every, fisher, device, getattr(torch, dtype), dense_side)
 
 
-def require_whole(whole: bool) -> None:
-    """Check that every process holds the whole parameters."""
-    if not whole:
-        raise UnsupportedTrainingError(
-            "curvature='online' needs the whole parameters in every process, and the strategy "
-            "spreads them. Record with curvature=None and fit curvature afterwards, or train with "
-            "strategy='ddp'."
-        )
-
-
 def require_uncompiled(module: nn.Module) -> None:
     """Check that the layers' calls can be watched.
 

@@ -13,8 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.sharded import plain_name
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
+from tda_lightning.callbacks.stepping import clipping_kind
+from tda_lightning.compiled import plain_buffers, plain_parameters
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
 # Parameter and its group in the optimizer, by the module's names.
@@ -34,8 +35,7 @@ def read_checkpoint(
 
     Frozen parameters are among them: without these the model cannot be rebuilt.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    others = {plain_name(name): tensor for name, tensor in tensors}
+    others = {**plain_parameters(module), **plain_buffers(module)}
     states = None
     if with_optimizer:
         states = {
@@ -65,12 +65,7 @@ def read_facts(
     """The facts of the run that is about to start."""
     optimizer = trainer.optimizers[0]
     return Facts(
-        parameters={
-            name: ParameterFact(
-                tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), group
-            )
-            for name, (parameter, group) in trained.items()
-        },
+        parameters=parameter_facts(trained),
         optimizer=optimizer_name(optimizer),
         num_examples=num_examples,
         fingerprint=fingerprint,
@@ -78,7 +73,17 @@ def read_facts(
     )
 
 
-def _settings(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
+    """Shape, dtype and group of every trained parameter."""
+    return {
+        name: ParameterFact(
+            tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), group
+        )
+        for name, (parameter, group) in trained.items()
+    }
+
+
+def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     loader = trainer.train_dataloader
     return {
         "module": _path(module),
@@ -101,6 +106,7 @@ def _settings(trainer: Trainer, module: nn.Module, optimizer: Optimizer) -> dict
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "clipping": clipping_kind(trainer, module),
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),
         "world_size": trainer.world_size,

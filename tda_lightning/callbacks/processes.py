@@ -215,13 +215,18 @@ def interleaved(parts: Sequence[Steps], *, sharded: bool = False) -> Steps:
     ]
     rows = [[batch for batch in row if batch is not None] for row in per_row]
     batches = [batch for row in rows for batch in row]
-    norm = first.gradient_norm
+    norm, clipping = first.gradient_norm, first.clipping
     if sharded:
-        norm = torch.stack([part.gradient_norm for part in parts]).square().sum(0).sqrt()
+        shares = torch.stack([part.gradient_norm for part in parts])
+        clipped = torch.stack([part.gradient_norm * part.clipping for part in parts])
+        norm = shares.square().sum(0).sqrt()
+        ratio = clipped.square().sum(0).sqrt() / norm
+        clipping = torch.where(norm > 0, ratio, 1.0)
     return replace(
         first,
         loss=_mean_loss(parts),
         gradient_norm=norm,
+        clipping=clipping,
         batch_offsets=_offsets([len(row) for row in rows]),
         example_offsets=_offsets([len(batch) for batch in batches]),
         examples=torch.cat([first.examples[:0], *batches]),

@@ -16,20 +16,26 @@ from torch.optim import Optimizer
 from tda_lightning.callbacks.checks import (
     indices_ended,
     require_one_optimizer,
-    require_same_parameters,
+    require_same_examples,
     require_supported,
+    require_whole_step,
+    trained_parameters,
 )
 from tda_lightning.callbacks.continuing import ContinuingRecorder
 from tda_lightning.callbacks.curvature import online_curvature, require_uncompiled
 from tda_lightning.callbacks.facts import read_checkpoint
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.order import come_first, precedes_averaging
 from tda_lightning.callbacks.plan import RecordingPlan, plan_recording
 from tda_lightning.callbacks.processes import Processes
+from tda_lightning.callbacks.sharded import require_whole
+from tda_lightning.callbacks.stages import begin_stage, held_parameters
 from tda_lightning.callbacks.step_log import (
-    gradient_norm,
     read_hyperparameters,
     read_rates,
 )
+from tda_lightning.callbacks.stepping import unscaled
+from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
 
 _ROWS_IN_MEMORY = 10_000
@@ -39,9 +45,9 @@ class TrajectoryRecorder(ContinuingRecorder):
     """Writes down what attribution needs while a model trains, and changes nothing in it.
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
-    before clipping, example indices of every batch), checkpoints with buffers and optimizer
-    state, and the facts of the run. The initial weights and the last step are always kept. A
-    run that stops early or is killed leaves a readable trajectory up to its last checkpoint.
+    before and after clipping, example indices of every batch), checkpoints with buffers and
+    optimizer state (the initial weights and the last step always), and the facts of the run. One
+    that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
     A run that is interrupted and resumed with ``Trainer.fit(ckpt_path=...)`` goes on with its
     trajectory: the recorder's state travels in Lightning's checkpoints, what was recorded after
@@ -49,8 +55,9 @@ class TrajectoryRecorder(ContinuingRecorder):
     A further fit of the same trainer and module goes on with it too.
 
     A loss that is NaN is recorded as it is, with one warning that names its step; training goes
-    on, since to stop is the user's decision. A step that a gradient scaler skipped is recorded
-    with learning rate 0. With ``Trainer(fast_dev_run=...)`` nothing is recorded.
+    on, since to stop is the user's decision. A step that a gradient scaler skipped is no step; the
+    facts say how many there were. Where parameters are frozen or unfrozen, a stage begins. With
+    ``Trainer(fast_dev_run=...)`` nothing is recorded.
 
     With several processes the first one writes and every process's batches are recorded, as those
     of one process that accumulates over all of them; parameters that FSDP spreads over processes
@@ -203,6 +210,7 @@ class TrajectoryRecorder(ContinuingRecorder):
         if self._gatherer is not None:
             require_uncompiled(pl_module)
             self._gatherer.install(trainer)
+        come_first(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._idle:
@@ -237,6 +245,33 @@ class TrajectoryRecorder(ContinuingRecorder):
     ) -> None:
         self._in_batch = True
         self._batch = self._take()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._facts is None:
+            return
+        self._pending, self._losses = [], []  # an epoch cut short; its gradients are zeroed
+        self._dataset = require_same_examples(trainer, self._facts, self._dataset)
+        if precedes_averaging(trainer):
+            self._finish(trainer, pl_module)
+
+    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After every hook that may freeze or unfreeze, before the batch's forward pass."""
+        optimizer = trainer.optimizers[0]
+        held = held_parameters(optimizer)
+        if self._facts is not None and not self._pending and held != self._held:
+            require_whole(self._shards is None, "freezing and unfreezing in mid-training")
+            trained = trained_parameters(pl_module, optimizer)
+            # The state at a stage's start comes first: a stage without it could not be read.
+            self._record(trainer, pl_module, last=True)
+            if self._facts is None:
+                return
+            self._facts, self._trained = begin_stage(
+                self._facts, self._rows, pl_module, self._trained, trained
+            )
+            with self._disk():
+                self._writer.write_facts(self._facts)
+            self._held = held
+            self._gather()
 
     def _take(self) -> Indices | None:
         if self._facts is None or self._no_indices is not None:
@@ -283,18 +318,10 @@ class TrajectoryRecorder(ContinuingRecorder):
     ) -> None:
         if self._facts is None:
             return
-        parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        require_same_parameters(trainer, list(parameters.values()))
-        if self._shards is None:
-            norm = gradient_norm(list(parameters.values()))
-        else:
-            norm = self._shards.gradient_norm(parameters)
+        require_whole_step(self._rows, held_parameters(optimizer), self._held)
         # By on_train_batch_end a per-step scheduler has moved the rates on.
-        self._applied = (
-            read_rates(optimizer),
-            read_hyperparameters(optimizer),
-            norm,
-        )
+        norm = unscaled(self._gradient_norm(), trainer)
+        self._applied = (read_rates(optimizer), read_hyperparameters(optimizer), norm)
 
     def on_train_batch_end(
         self,
@@ -312,7 +339,7 @@ class TrajectoryRecorder(ContinuingRecorder):
             # Lightning reports the loss after dividing it by the accumulation.
             self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if self._step_is_new(trainer):
-            self._end_step(trainer, pl_module)
+            self._close_step(trainer, pl_module)
         self._batch, self._in_batch, self._loss = None, False, None
 
     def _end_unseen_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -320,15 +347,19 @@ class TrajectoryRecorder(ContinuingRecorder):
         if self._loss is not None:
             loss, scale = self._loss
             self._losses.append(loss / scale * trainer.accumulate_grad_batches)
-        self._end_step(trainer, pl_module)
+        self._close_step(trainer, pl_module)
         self._in_batch, self._loss = False, None
 
+    def _close_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what Lightning has counted as a step, if the optimizer has taken it."""
+        if self._watch.took_step():
+            self._end_step(trainer, pl_module)
+        else:
+            self._skipped += 1
+            self._applied, self._pending, self._losses = None, [], []
+
     def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        optimizer = trainer.optimizers[0]
-        if self._applied is None:  # the module's own optimizer_step did not step
-            none = [0.0] * len(optimizer.param_groups)
-            self._applied = (none, read_hyperparameters(optimizer), gradient_norm([]))
+        assert self._applied is not None
         rates, hyperparameters, norm = self._applied
         self._log.add(
             epoch=trainer.current_epoch,
@@ -336,12 +367,12 @@ class TrajectoryRecorder(ContinuingRecorder):
             hyperparameters=hyperparameters,
             losses=self._losses,
             norm=norm,
+            applied_norm=self._watch.applied_norm,
             batches=self._pending,
             accumulation=trainer.accumulate_grad_batches,
-            scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
         )
         self._applied, self._pending, self._losses = None, [], []
-        if self._is_due(step):
+        if self._is_due(self._rows):
             self._record(trainer, pl_module)
         elif len(self._log) >= _ROWS_IN_MEMORY:
             with self._disk():
@@ -360,7 +391,7 @@ class TrajectoryRecorder(ContinuingRecorder):
         self._log.clear()
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        step, every = trainer.global_step, int(self.save_optimizer)
+        step, every = self._rows, int(self.save_optimizer)
         new = step != self._checkpoints[-1]
         number = len(self._checkpoints) - 1 + new  # the initial one does not count
         with_optimizer = bool(every) and (last or number % every == 0)
@@ -393,6 +424,8 @@ class TrajectoryRecorder(ContinuingRecorder):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        # In a validation, an averaging callback may have put its own weights into the module.
+        validating = trainer.validating
         self._stop_listening()
         if self._processes.count > 1 and self._facts is not None:
             # To ask the others for their rows would be to wait for processes that may be gone.
@@ -402,7 +435,8 @@ class TrajectoryRecorder(ContinuingRecorder):
                 self._end_unseen_step(trainer, pl_module)
             self._keep_state()
             stepping = self._applied is not None
-            if stepping or (self._in_batch and any(True for _ in pl_module.buffers())):
+            mid_batch = self._in_batch and any(True for _ in pl_module.buffers())
+            if stepping or validating or mid_batch:
                 # Weights or buffers may be those of no step: half stepped, or a forward pass
                 # ahead.
                 self._facts = None
@@ -418,13 +452,19 @@ class TrajectoryRecorder(ContinuingRecorder):
             return
         self._keep_state()
         self._record(trainer, pl_module, last=True)
+        facts = facts_up_to(self._facts, self._rows)
+        settings = {**facts.settings, "skipped_steps": self._skipped}
         with self._disk():
             if self._facts is not None:
+                self._writer.write_facts(replace(facts, settings=settings))
                 self._writer.finish()
         if self._facts is not None:
             self._final = self._state()
         self._facts = None
         self._trained = {}
+        self._watch.detach()
+        if self._gatherer is not None:
+            self._gatherer.uninstall()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is not None and not self._idle:

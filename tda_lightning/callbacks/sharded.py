@@ -20,17 +20,22 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from tda_lightning.callbacks.processes import from_all, meeting_device
+from tda_lightning.compiled import plain_parameters
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.trajectory import Checkpoint, Facts
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
+def require_whole(whole: bool, what: str) -> None:
+    """Check that every process holds the whole parameters, which ``what`` needs.
 
-def plain_name(name: str) -> str:
-    """The parameter's name in the module as the user wrote it, without the wrappers' own parts."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    Raises:
+        UnsupportedTrainingError: they are spread over processes.
+    """
+    if not whole:
+        raise UnsupportedTrainingError(
+            f"The strategy spreads the parameters over processes, and {what} can then not be "
+            "recorded. Do without it, or train with strategy='ddp'."
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Shards:
         Raises:
             UnsupportedTrainingError: FSDP has joined parameters into ones without a name.
         """
-        parameters = {plain_name(name): p for name, p in module.named_parameters()}
+        parameters = plain_parameters(module)
         flat = _units(module)
         if not flat and not any(_is_distributed(p) for p in parameters.values()):
             return None

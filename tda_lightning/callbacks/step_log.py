@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tda_lightning.callbacks.indices import Indices
-from tda_lightning.store.reader import join_steps
+from tda_lightning.store.reader import join_steps, widened
 from tda_lightning.trajectory import Steps
 
 # What the formulas need, by torch.optim's own keys ("betas" becomes beta1 and beta2).
@@ -90,9 +90,9 @@ class _Row:
     hyperparameters: dict[str, list[float]]
     losses: list[Any]  # 0-d tensors on any device, numbers once settled
     norm: Any
+    applied_norm: Any
     batches: list[Indices]
     accumulation: int
-    scaled: bool
 
 
 class StepLog:
@@ -117,9 +117,9 @@ class StepLog:
         hyperparameters: dict[str, list[float]],
         losses: list[Tensor],
         norm: Tensor,
+        applied_norm: Tensor | None,
         batches: list[Indices],
         accumulation: int,
-        scaled: bool,
     ) -> None:
         """One optimizer step.
 
@@ -129,25 +129,23 @@ class StepLog:
             hyperparameters: as :func:`read_hyperparameters` gives them.
             losses: of each batch, as the user's training_step returned it.
             norm: of the gradient before clipping.
+            applied_norm: after it; None where nothing clips.
             batches: example indices of each batch.
             accumulation: what each batch loss was divided by.
-            scaled: a gradient scaler was at work, which skips steps with infinite gradients.
         """
-        self._rows.append(
-            _Row(epoch, rates, hyperparameters, list(losses), norm, batches, accumulation, scaled)
-        )
+        after = norm if applied_norm is None else applied_norm
+        row = _Row(epoch, rates, hyperparameters, list(losses), norm, after, batches, accumulation)
+        self._rows.append(row)
         if len(self._rows) - self._settled >= _PENDING:
             self._settle()
 
     def _settle(self) -> None:
         rows = self._rows[self._settled :]
-        scalars = [scalar for row in rows for scalar in (*row.losses, row.norm)]
+        scalars = [s for row in rows for s in (*row.losses, row.norm, row.applied_norm)]
         numbers = iter(_fetch(scalars))
         for row in rows:
             row.losses = [next(numbers) for _ in row.losses]
-            row.norm = next(numbers)
-            if row.scaled and not math.isfinite(row.norm):
-                row.rates = [0.0] * len(row.rates)  # skipped: nothing moved
+            row.norm, row.applied_norm = next(numbers), next(numbers)
         self._settled = len(self._rows)
 
     def clear(self) -> None:
@@ -167,7 +165,7 @@ class StepLog:
         batches = [batch for row in rows for batch in row.batches]
         return Steps(
             epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),
-            learning_rate=_table([row.rates for row in rows]),
+            learning_rate=_table([row.rates for row in rows], fill=0.0),
             hyperparameters={
                 name: _table([row.hyperparameters[name] for row in rows])
                 for name in (rows[0].hyperparameters if rows else ())
@@ -178,6 +176,7 @@ class StepLog:
             example_offsets=_offsets([len(batch) for batch in batches]),
             examples=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *batches])),
             accumulation=torch.tensor([row.accumulation for row in rows], dtype=torch.int64),
+            clipping=_column([_ratio(row.applied_norm, row.norm) for row in rows]),
         )
 
 
@@ -202,8 +201,16 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _table(rows: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1 if rows else 0)
+def _ratio(after: float, before: float) -> float:
+    """1 where nothing was clipped: a gradient of nothing but zeros cannot be."""
+    return 1.0 if after == before else after / before if before else math.nan
+
+
+def _table(rows: Sequence[Sequence[float]], fill: float | None = None) -> Tensor:
+    """Rows of groups; groups may have been added from one row to the next."""
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    return widened([torch.tensor([row], dtype=torch.float64) for row in rows], fill)
 
 
 def _offsets(sizes: Sequence[int]) -> Tensor:

@@ -53,12 +53,17 @@ def segment_geometry(context: Context, segment: Segment, kind: str) -> Geometry:
     trajectory = context.trajectory
     optimizer = trajectory.require_optimizer()
     rates = trajectory.applied_rates(segment.rows)
+    clipping = trajectory.clipping_factors(segment.rows)
+    if optimizer != "SGD":
+        # Adam's moments are those of clipped gradients, so the gradients must be clipped too.
+        rates = rates * clipping
     times = rates.sum(0)
     time = float(times.max())
     ratios = times / time if time > 0 else torch.ones_like(times)
     raw = trajectory.steps.learning_rate[segment.rows]
     decays = trajectory.steps.hyperparameters["weight_decay"][segment.rows]
-    total = raw.sum(0)
+    # Decay is not clipped: against gradients that are, it weighs more.
+    total = (raw * clipping).sum(0)
     decay_of_group = torch.where(total > 0, (raw * decays).sum(0) / total.clamp(min=1e-300), 0.0)
     inverse_roots = _adam_metric(trajectory, segment) if optimizer != "SGD" else {}
     metric, decay, still = {}, {}, {}

@@ -22,6 +22,7 @@ from tda_lightning.curvature import (
     units,
 )
 from tda_lightning.estimators.about import about_statistics
+from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
 from tda_lightning.passes import Context, Pass, Plan
@@ -111,7 +112,8 @@ class InfluenceFunction:
         about = about_statistics(
             self.statistics, self.curvature, context.trajectory, [last_interval(context.trajectory)]
         )
-        return Plan(passes, {"damping": damping, "checkpoints": [step], **about})
+        notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
+        return Plan(passes, {"damping": damping, "checkpoints": [step], **about}, notes)
 
 
 def last_interval(trajectory: Trajectory) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class AdamSettings:
     groups differ."""
 
     rate: Units
+    clipping: float
     beta1: float
     beta2: float
     eps: float
@@ -202,6 +203,7 @@ class RecordedAdamRun(SegmentedRun):
             settings = self._settings(row)
             for name, gradient in reduced.items():
                 at = torch.lerp(weights[name], end[name], (row - start) / length)
+                gradient[row - start] *= settings.clipping
                 gradient[row - start] += settings.coupled[name] * at
                 now = gradient[row - start]
                 first[name] = settings.beta1 * first[name] + (1 - settings.beta1) * now
@@ -285,10 +287,11 @@ class RecordedAdamRun(SegmentedRun):
             u = (1 - settings.beta1) * b + 2 * (1 - settings.beta2) * gradient * e
             u = torch.where(second > 0, u, 0.0)
             a *= 1 - settings.decoupled[name]
-            a += settings.coupled[name] * u + self._curve(number, name, u)
+            clipped = settings.clipping * u
+            a += settings.coupled[name] * u + self._curve(number, name, clipped)
             b *= settings.beta1
             e *= settings.beta2
-            found[name] = u
+            found[name] = clipped
         return found
 
     def _curve(self, number: int, name: str, u: Tensor) -> Tensor:
@@ -314,6 +317,7 @@ class RecordedAdamRun(SegmentedRun):
         decoupled = facts.optimizer == "AdamW"
         return AdamSettings(
             self._by_group(rates),
+            float(self.context.trajectory.clipping_factors(slice(row, row + 1))),
             float(hyper["beta1"][0]),
             float(hyper["beta2"][0]),
             float(hyper["eps"][0]),

@@ -182,8 +182,8 @@ class SegmentedRun:
                 total -= u
         return Transfer((taken[0], taken[1]), adjoint.a, adjoint.b)
 
-    def sgd_step(self, number: int, row: int) -> tuple[float, float, float, bool]:
-        """(rate, momentum, dampening, nesterov) of one step for the reference group.
+    def sgd_step(self, number: int, row: int) -> tuple[float, float, float, bool, float]:
+        """(rate, momentum, dampening, nesterov, clipping) of one step for the reference group.
 
         The other groups' rates are in the geometry, as ratios over the whole segment.
         """
@@ -197,7 +197,8 @@ class SegmentedRun:
         damped = momentum > 0 and row > 0
         dampening = float(hyper["dampening"][row, group]) if damped else 0.0
         nesterov = bool(hyper["nesterov"][row, group])
-        return float(steps.learning_rate[row, group]), momentum, dampening, nesterov
+        clipping = float(self.context.trajectory.clipping_factors(slice(row, row + 1)))
+        return float(steps.learning_rate[row, group]), momentum, dampening, nesterov, clipping
 
     def enter(self, number: int, adjoint: Adjoint) -> Adjoint:
         """The adjoints in the eigenbasis of segment ``number``."""

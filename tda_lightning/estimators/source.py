@@ -14,6 +14,7 @@ from tda_lightning.curvature import (
 )
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.averaged import AveragedRun
+from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
 from tda_lightning.passes import Context, Plan
@@ -156,7 +157,9 @@ class Source:
         provenance |= about_statistics(self.statistics, self.curvature, context.trajectory, spans)
         # The recorded order of Adam takes every group's own rate at every step.
         follows = isinstance(run, RecordedAdamRun)
-        notes = [] if follows else self._notes_on_rates(context, run.segments)
+        notes = clipping_notes(context.trajectory)
+        if not follows:
+            notes += self._notes_on_rates(context, run.segments)
         if follows and context.self_influence:
             notes.append(
                 "No self-influence: on the recorded order of Adam every example needs an adjoint "

@@ -75,9 +75,17 @@ class MomentumAdjoint:
         self.b = (zero, one)
 
     def step(
-        self, rate: float, momentum: float, dampening: float, nesterov: bool
+        self,
+        rate: float,
+        momentum: float,
+        dampening: float,
+        nesterov: bool,
+        clipping: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Go one step back.
+
+        Args:
+            clipping: what the step's gradient was multiplied by.
 
         Returns:
             The coefficients of u, with which the step's gradients enter:
@@ -86,7 +94,7 @@ class MomentumAdjoint:
         kept = rate * momentum if nesterov else rate
         b = tuple(b - kept * a for a, b in zip(self.a, self.b, strict=True))
         u = tuple(
-            (1 - dampening) * b - (rate * a if nesterov else 0)
+            clipping * ((1 - dampening) * b - (rate * a if nesterov else 0))
             for a, b in zip(self.a, b, strict=True)
         )
         self.a = tuple(a + self.eigenvalues * u for a, u in zip(self.a, u, strict=True))  # type: ignore[assignment]

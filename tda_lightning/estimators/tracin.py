@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.gradients import Gradient, Outer, scaled
@@ -37,7 +38,9 @@ class TracIn:
 
     def plan(self, context: Context) -> Plan:
         """One pass for each checkpoint."""
-        context.trajectory.require_optimizer()
+        optimizer = context.trajectory.require_optimizer()
+        # Adam's step hardly depends on the gradient's scale, and TracIn leaves its metric out.
+        neglected = None if optimizer == "SGD" else "Adam makes good for the length of gradients"
         steps = _steps(context)
         starts = [0, *steps[:-1]]
         run = _Run(context)
@@ -56,7 +59,8 @@ class TracIn:
                     )
                 )
         segments = [[a, b] for a, b in zip(starts, steps, strict=True)]
-        return Plan(passes, {"checkpoints": steps, "segments": segments})
+        notes = clipping_notes(context.trajectory, neglected)
+        return Plan(passes, {"checkpoints": steps, "segments": segments}, notes)
 
 
 def _steps(context: Context) -> list[int]:

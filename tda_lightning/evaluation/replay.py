@@ -13,12 +13,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
+from tda_lightning.compiled import run_eagerly, uncompiled
 from tda_lightning.errors import (
     NonFiniteError,
     TrajectoryMismatchError,
     UnsupportedTrainingError,
 )
 from tda_lightning.loading import ExampleSource
+from tda_lightning.matching import require_one_stage
 from tda_lightning.tasks import AttributionTask, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
 
@@ -37,7 +39,7 @@ class Replay:
         training: bool,
     ) -> None:
         self.trajectory = trajectory
-        self.module = module
+        self.module = uncompiled(module)
         self.task = task
         self.training = training
         self.source = ExampleSource.of(dataset, 1, "training")
@@ -53,6 +55,12 @@ class Replay:
             raise UnsupportedTrainingError(
                 "The trajectory holds no example indices, so its batches cannot be replayed: "
                 f"indices are {facts.settings.get('indices', 'absent')}."
+            )
+        require_one_stage(self.trajectory)
+        if facts.settings.get("clipping") == "own":
+            raise UnsupportedTrainingError(
+                "The module clipped gradients in its own configure_gradient_clipping, which a "
+                "replay without Lightning does not call. Use Trainer(gradient_clip_val=...)."
             )
         precision = str(facts.settings.get("precision", "32-true"))
         if "mixed" in precision:
@@ -213,7 +221,13 @@ def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Weights, buffers, modes, gradients and what requires them, as before at the end."""
+    """Weights, buffers, modes, gradients and what requires them, as before at the end; nothing
+    is compiled meanwhile."""
+    with run_eagerly(module):
+        yield from _borrowed(module)
+
+
+def _borrowed(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     tensors = [*module.parameters(), *module.buffers()]

@@ -118,6 +118,10 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
     yield "module", str(settings.get("module", "unknown"))
     yield "trained parameters", f"{count:,} in {len(facts.parameters)} tensors"
     yield "optimizer", facts.optimizer
+    if len(facts.stages) > 1:
+        yield "stages", f"{len(facts.stages)}, from steps {[s.start for s in facts.stages]}"
+    if settings.get("skipped_steps"):
+        yield "skipped steps", str(settings["skipped_steps"])
     yield "training examples", "unknown" if facts.num_examples is None else str(facts.num_examples)
     if steps is not None and len(steps):
         yield "steps", str(len(steps))
@@ -125,6 +129,9 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
         yield "learning rate", _range(steps.learning_rate)
         yield "loss", _range(steps.loss)
         yield "gradient norm", _range(steps.gradient_norm)
+        if bool((clipped := steps.clipping != 1).any()):
+            factors = _range(steps.clipping[clipped])
+            yield "clipped", f"{int(clipped.sum())} steps, factor {factors}"
         yield "batches", f"{len(steps.example_offsets) - 1:,}"
     yield "example indices", str(settings.get("indices", "unknown"))
     hashed = len(facts.fingerprint) - 1 if facts.fingerprint else 0  # one entry is the length

@@ -14,19 +14,23 @@ random states those of the first process::
     <trajectory>/
       trajectory.h5             kind "trajectory"
         facts                   JSON text [1]: parameters {name: {shape, dtype, group}}, optimizer,
-                                num_examples, fingerprint {length, "<index>": sha256}, settings
+                                num_examples, fingerprint {length, "<index>": sha256}, settings,
+                                stages [{start, parameters [names]}] (since version 2)
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
-        learning_rate           float64 [S, P]   as applied
+        learning_rate           float64 [S, P]   as applied; a group that was added later has
+                                                 no column in earlier files, its rate being 0
         hyperparameters/<name>  float64 [S, P]
         loss                    float64 [S]      mean over the step's batches
         gradient_norm           float64 [S]      before clipping
         accumulation            int64   [S]      what each batch loss was divided by
+        clipping                float64 [S]      gradient norm after clipping / before; 1 where
+                                                 nothing was clipped (since version 2)
         batch_offsets           int64   [S + 1]  step s holds batches [s] to [s + 1]
         example_offsets         int64   [B + 1]  batch b holds examples [b] to [b + 1]
         examples                int64   [.]      training-example indices, in order
       checkpoints/<step>.h5     kind "checkpoint", attribute ``step``; 0 holds the initial weights
-        parameters/<name>       trained parameters, in their own dtype
+        parameters/<name>       parameters trained up to this step, in their own dtype
         buffers/<name>          every other tensor of the module (buffers, frozen parameters);
                                 left out where it still equals the one in checkpoint 0
         optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
@@ -57,7 +61,7 @@ import re
 from pathlib import Path
 
 FORMAT = "tda-lightning"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 FACTS_FILE = "trajectory.h5"
 STEPS_FOLDER = "steps"
@@ -84,10 +88,13 @@ STEP_COLUMNS = {
     "loss": "float64",
     "gradient_norm": "float64",
     "accumulation": "int64",
+    "clipping": "float64",
     "batch_offsets": "int64",
     "example_offsets": "int64",
     "examples": "int64",
 }
+# The first format version that has them, where it is not 1.
+SINCE = {"clipping": 2}
 
 _STEPS_NAME = re.compile(r"(\d{8,18})-(\d{8,18})\.h5")
 _CHECKPOINT_NAME = re.compile(r"(\d{8,18})\.h5")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from tda_lightning.store import layout
 from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
 from tda_lightning.store.statistics_folder import StatisticsFolder
-from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
+from tda_lightning.trajectory import (
+    Checkpoint,
+    Facts,
+    ParameterFact,
+    StageFact,
+    Steps,
+    Trajectory,
+)
 
 
 def open_trajectory(path: str | Path) -> Trajectory:
@@ -34,10 +41,12 @@ def open_trajectory(path: str | Path) -> Trajectory:
     facts = read_facts(root)
     checkpoints = CheckpointFolder(root, facts)
     checkpoints.require_readable()
+    steps = read_recorded_steps(root, facts, max(checkpoints))
+    facts = facts_up_to(facts, len(steps))
     return Trajectory(
         facts=facts,
-        steps=read_recorded_steps(root, facts, max(checkpoints)),
-        checkpoints=checkpoints,
+        steps=steps,
+        checkpoints=CheckpointFolder(root, facts),
         curvature=CurvatureFolder(root),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
@@ -79,7 +88,35 @@ def read_facts(root: Path) -> Facts:
             num_examples=None if text["num_examples"] is None else int(text["num_examples"]),
             fingerprint=None if text["fingerprint"] is None else _texts(text["fingerprint"]),
             settings=dict(text["settings"]),
+            stages=read_stages(text.get("stages", ()), list(text["parameters"])),
         )
+
+
+def read_stages(entries: Sequence[Any], parameters: Sequence[str]) -> tuple[StageFact, ...]:
+    """Stages as the facts' JSON has them."""
+    stages = tuple(
+        StageFact(int(entry["start"]), tuple(str(name) for name in entry["parameters"]))
+        for entry in entries
+    )
+    starts = [stage.start for stage in stages]
+    known = all(name in parameters for stage in stages for name in stage.parameters)
+    rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    if stages and (starts[0] != 0 or not rising or not known):
+        raise ValueError(f"stages that start at {starts}")
+    return stages
+
+
+def facts_up_to(facts: Facts, num_steps: int) -> Facts:
+    """The facts without stages of no recorded step, and what only those would train.
+
+    A stage is announced at its start, and the run may have been killed right after.
+    """
+    kept = tuple(stage for stage in facts.stages if stage.start < max(num_steps, 1))
+    if kept == facts.stages:
+        return facts
+    trained = {name for stage in kept for name in stage.parameters}
+    parameters = {name: fact for name, fact in facts.parameters.items() if name in trained}
+    return replace(facts, parameters=parameters, stages=kept)
 
 
 def _texts(mapping: Mapping[Any, Any]) -> dict[str, str]:
@@ -87,6 +124,9 @@ def _texts(mapping: Mapping[Any, Any]) -> dict[str, str]:
     if not all(key == "length" or key.isdecimal() for key in texts) or "length" not in texts:
         raise ValueError(f"a fingerprint with keys {list(texts)[:5]}")
     return texts
+
+
+_States = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +161,35 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             raise KeyError(step)
         with reading(files[step], "checkpoint") as file:
             _require_step(file, step)
-            parameters = get_tensors(subgroup(file, layout.PARAMETERS))
-            buffers = get_tensors(subgroup(file, layout.BUFFERS))
+            tensors = {
+                **get_tensors(subgroup(file, layout.BUFFERS)),
+                **get_tensors(subgroup(file, layout.PARAMETERS)),
+            }
             optimizer = None
             if layout.OPTIMIZER in file:
                 states = subgroup(file, layout.OPTIMIZER)
                 optimizer = {
                     layout.decode(name): get_tensors(subgroup(states, name)) for name in states
                 }
-            self._require_recorded(parameters)
+            if step == 0:
+                return self._checkpoint(step, tensors, optimizer)
+        with reading(files[0], "checkpoint") as file:
+            tensors = {**get_tensors(subgroup(file, layout.BUFFERS)), **tensors}
+            return self._checkpoint(step, tensors, optimizer)
+
+    def _checkpoint(
+        self, step: int, tensors: Mapping[str, Tensor], optimizer: _States | None
+    ) -> Checkpoint:
+        """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
+        self._require_recorded(tensors)
+        names = self.facts.parameters
+        return Checkpoint(
+            step=step,
             # HDF5 lists names by the alphabet; the facts know the model's own order.
-            parameters = {name: parameters[name] for name in self.facts.parameters}
-            if optimizer is not None:
-                optimizer = {name: optimizer[name] for name in self.facts.parameters}
-        if step > 0:
-            with reading(files[0], "checkpoint") as file:
-                buffers = {**get_tensors(subgroup(file, layout.BUFFERS)), **buffers}
-        return Checkpoint(step, parameters, buffers, optimizer)
+            parameters={name: tensors[name] for name in names},
+            buffers={name: tensor for name, tensor in tensors.items() if name not in names},
+            optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in names},
+        )
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files())
@@ -174,7 +226,7 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
     if not blocks:
         groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
         return no_steps(groups)
-    return first_steps(join_steps(blocks), last_step)
+    return join_steps(blocks).between(0, last_step)
 
 
 def steps_chain(root: Path, last_step: int) -> list[tuple[int, int, Path]]:
@@ -203,9 +255,11 @@ def no_steps(groups: int) -> Steps:
 def read_steps(path: Path, count: int) -> Steps:
     """The ``count`` steps that file ``path`` holds; offsets count from 0."""
     with reading(path, "steps") as file:
+        version = int(file.attrs["version"])
         columns = {
             name: torch.from_numpy(get_array(file, name, np.dtype(dtype)))
             for name, dtype in layout.STEP_COLUMNS.items()
+            if version >= layout.SINCE.get(name, 1)
         }
         group = subgroup(file, layout.HYPERPARAMETERS)
         hyperparameters = {
@@ -219,7 +273,7 @@ def read_steps(path: Path, count: int) -> Steps:
 
 def _check_steps(steps: Steps, count: int) -> None:
     """Shapes fit each other, and offsets lead from 0 to the end without going back."""
-    for column in ("epoch", "loss", "gradient_norm", "accumulation"):
+    for column in ("epoch", "loss", "gradient_norm", "accumulation", "clipping"):
         if tuple(getattr(steps, column).shape) != (count,):
             raise ValueError(f"column {column} does not hold {count} steps")
     shape = steps.learning_rate.shape
@@ -243,7 +297,7 @@ def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
 
 
 def join_steps(blocks: Sequence[Steps]) -> Steps:
-    """Consecutive pieces as one."""
+    """Consecutive pieces as one; parameter groups that a later piece added have rate 0 before."""
 
     def joined(column: str) -> Tensor:
         return torch.cat([getattr(block, column) for block in blocks])
@@ -257,31 +311,32 @@ def join_steps(blocks: Sequence[Steps]) -> Steps:
         return torch.cat(pieces)
 
     names = blocks[0].hyperparameters
+    hyperparameters = {n: widened([b.hyperparameters[n] for b in blocks]) for n in names}
     return Steps(
         epoch=joined("epoch"),
-        learning_rate=joined("learning_rate"),
-        hyperparameters={n: torch.cat([b.hyperparameters[n] for b in blocks]) for n in names},
+        learning_rate=widened([block.learning_rate for block in blocks], fill=0.0),
+        hyperparameters=hyperparameters,
         loss=joined("loss"),
         gradient_norm=joined("gradient_norm"),
         batch_offsets=chained("batch_offsets"),
         example_offsets=chained("example_offsets"),
         examples=joined("examples"),
         accumulation=joined("accumulation"),
+        clipping=joined("clipping"),
     )
 
 
-def first_steps(steps: Steps, count: int) -> Steps:
-    """The first ``count`` of ``steps``."""
-    batches = int(steps.batch_offsets[count])
-    examples = int(steps.example_offsets[batches])
-    return Steps(
-        epoch=steps.epoch[:count],
-        learning_rate=steps.learning_rate[:count],
-        hyperparameters={name: values[:count] for name, values in steps.hyperparameters.items()},
-        loss=steps.loss[:count],
-        gradient_norm=steps.gradient_norm[:count],
-        batch_offsets=steps.batch_offsets[: count + 1],
-        example_offsets=steps.example_offsets[: batches + 1],
-        examples=steps.examples[:examples],
-        accumulation=steps.accumulation[:count],
-    )
+def widened(tables: Sequence[Tensor], fill: float | None = None) -> Tensor:
+    """Tables [rows, groups] below each other, all as wide as the widest.
+
+    Args:
+        fill: what the missing groups get; None for the row's value of the first group, which a
+            formula for all groups can take.
+    """
+    width = max(table.shape[1] for table in tables)
+    filled = []
+    for table in tables:
+        missing = width - table.shape[1]
+        column = table[:, :1] if fill is None else torch.full_like(table[:, :1], fill)
+        filled.append(torch.cat([table, column.expand(-1, missing)], 1))
+    return torch.cat(filled)

@@ -55,6 +55,7 @@ def record_run(
     schedule: Callable[[int], float] = lambda row: 1.0,
     accumulation: int | None = None,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
 ) -> Trajectory:
     """Train a copy of ``module`` in eval mode by torch.optim and record it.
 
@@ -81,7 +82,7 @@ def record_run(
     )
     base = [group["lr"] for group in trainer.param_groups]
     kept = {0: _state(module, trainer, names, 0)}
-    rates, hyper, losses, norms = [], [], [], []
+    rates, hyper, losses, norms, factors = [], [], [], [], []
     for row, accumulated in enumerate(batches):
         divisor = accumulation or len(accumulated)
         for group, rate in zip(trainer.param_groups, base, strict=True):
@@ -95,8 +96,12 @@ def record_run(
             (mean / divisor).backward()
             means.append(mean.item())
         parameters = [p for group in trainer.param_groups for p in group["params"]]
-        limit = float("inf") if clip_norm is None else clip_norm
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        norms.append(_norm(parameters))
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        if clip_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, clip_value)
+        factors.append(_norm(parameters) / norms[-1])
         losses.append(sum(means) / len(means))
         trainer.step()
         if row + 1 in checkpoints or row + 1 == len(batches):
@@ -116,8 +121,14 @@ def record_run(
         example_offsets=torch.tensor([0, *sizes]).cumsum(0),
         examples=torch.tensor([n for step in batches for indices in step for n in indices]),
         accumulation=torch.tensor([accumulation or len(step) for step in batches]),
+        clipping=torch.tensor(factors, dtype=torch.float64),
     )
     return Trajectory(facts, steps, kept)
+
+
+def _norm(parameters: Sequence[Tensor]) -> float:
+    gradients = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
+    return float(torch.cat(gradients).norm())
 
 
 def _hyperparameters(trainer: Optimizer, group: dict) -> dict[str, float]:

@@ -7,6 +7,7 @@ example n's loss multiplied by w_n while every batch keeps its denominator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,14 @@ def replay(
     weights: Tensor,
     *,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
+    recorded_clipping: bool = False,
     renormalise: bool = False,
 ) -> dict[str, Tensor]:
     """The trained parameters as a differentiable function of the weights [train].
 
     Args:
+        recorded_clipping: multiply gradients by the recorded factors, as constants.
         renormalise: divide a batch by the sum of its weights: with a weight of 0 the example is
             truly removed. Otherwise every batch keeps its denominator.
     """
@@ -67,6 +71,10 @@ def replay(
             allow_unused=True,
             materialize_grads=True,
         )
+        if recorded_clipping:
+            gradients = tuple(gradient * float(steps.clipping[row]) for gradient in gradients)
+        if clip_value is not None:
+            gradients = tuple(gradient.clamp(-clip_value, clip_value) for gradient in gradients)
         if clip_norm is not None:
             norm = torch.cat([gradient.reshape(-1) for gradient in gradients]).norm()
             factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
@@ -123,12 +131,11 @@ def unrolled(
     data: Batch,
     measurement: Loss,
     queries: Batch,
-    *,
-    clip_norm: float | None = None,
+    **clipping: Any,
 ) -> Tensor:
     """-d m_q(theta_T) / d w_n at w = 1 through the whole training loop, [query, train]."""
     weights = torch.ones(num_examples(data), dtype=torch.float64, requires_grad=True)
-    trained = replay(trajectory, module, loss, data, weights, clip_norm=clip_norm)
+    trained = replay(trajectory, module, loss, data, weights, **clipping)
     module = with_state(module, trajectory.checkpoints[0])
     measured = _call(module, measurement, trained, queries)
     return torch.stack([-torch.autograd.grad(m, weights, retain_graph=True)[0] for m in measured])
