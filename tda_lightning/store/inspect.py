@@ -91,7 +91,7 @@ def describe(path: str | Path) -> Description:
         steps=steps,
         checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
         curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
-        scores=tuple(_entry(f.name, f) for f in sorted((root / layout.SCORES_FOLDER).glob("*.h5"))),
+        scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
         problems=tuple(problems),
     )
@@ -100,16 +100,21 @@ def describe(path: str | Path) -> Description:
 def inspect_table(path: str | Path) -> RenderableType:
     """The trajectory at ``path`` as tables for a terminal: the run, then its files."""
     found = describe(path)
-    run = Table("", "", title=f"Trajectory {escape(found.path)}", show_header=False)
+    run = Table("", "", title=f"Trajectory {_shown(found.path)}", show_header=False)
     for name, value in _run_rows(found):
-        run.add_row(name, escape(value))
+        run.add_row(name, _shown(value))
     whole = "[green]yes[/green]" if not found.problems else "[red]no[/red]"
     run.add_row("whole", whole)
     files = Table("file", "content", "size", title="Files")
     files.columns[-1].justify = "right"
     for kind, content, size in _file_rows(found):
-        files.add_row(kind, escape(content), size)
-    return Group(run, files, *(f"[red]{escape(problem)}[/red]" for problem in found.problems))
+        files.add_row(kind, _shown(content), size)
+    return Group(run, files, *(f"[red]{_shown(problem)}[/red]" for problem in found.problems))
+
+
+def _shown(text: str) -> str:
+    """Foreign text as it may stand in a terminal: without markup or control characters."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
@@ -132,8 +137,9 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
     for name in ("precision", "accumulate_grad_batches", "gradient_clip_val", "seed", "created"):
         if settings.get(name) is not None:
             yield name.replace("_", " "), str(settings[name])
-    versions = settings.get("versions") or {}
-    yield "versions", ", ".join(f"{package} {number}" for package, number in versions.items())
+    versions = settings.get("versions")
+    named = versions.items() if isinstance(versions, dict) else ()
+    yield "versions", ", ".join(f"{package} {number}" for package, number in named)
     yield "size", _bytes(found.size)
 
 

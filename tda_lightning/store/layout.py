@@ -71,8 +71,11 @@ STEP_COLUMNS = {
     "examples": "int64",
 }
 
-_STEPS_NAME = re.compile(r"(\d{8,18})-(\d{8,18})\.h5")
-_CHECKPOINT_NAME = re.compile(r"(\d{8,18})\.h5")
+# Exactly as written: at least eight digits, and no zero before more. A second name for a step
+# would hide the first.
+_STEP = r"(\d{8}|[1-9]\d{8,17})"
+_STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
+_CHECKPOINT_NAME = re.compile(rf"{_STEP}\.h5", re.ASCII)
 CURVATURE_KEY = re.compile(r"[0-9a-f]{1,128}")
 
 
@@ -110,6 +113,11 @@ def curvature_files(root: Path) -> dict[str, Path]:
     """The fitted curvature kept in ``root``, by key."""
     files = _files(root / CURVATURE_FOLDER)
     return {p.stem: p for p in files if p.suffix == ".h5" and CURVATURE_KEY.fullmatch(p.stem)}
+
+
+def scores_files(root: Path) -> list[Path]:
+    """The files of scores kept in ``root``."""
+    return [path for path in _files(root / SCORES_FOLDER) if path.suffix == ".h5"]
 
 
 def recorded_files(root: Path) -> list[Path]:

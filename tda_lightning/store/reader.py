@@ -14,8 +14,15 @@ from torch import Tensor
 
 from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.store import layout
+from tda_lightning.store.checked import get_integer, has, names
 from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.plausible import (
+    require_facts,
+    require_fitting,
+    require_states,
+    require_values,
+)
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
 
 
@@ -64,6 +71,7 @@ def _what_is(root: Path) -> str:
 def read_facts(root: Path) -> Facts:
     with reading(root / layout.FACTS_FILE, "trajectory") as file:
         text = get_json(file, layout.FACTS)
+        require_facts(text)
         return Facts(
             parameters={
                 str(name): ParameterFact(
@@ -122,11 +130,12 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             parameters = get_tensors(subgroup(file, layout.PARAMETERS))
             buffers = get_tensors(subgroup(file, layout.BUFFERS))
             optimizer = None
-            if layout.OPTIMIZER in file:
+            if has(file, layout.OPTIMIZER):
                 states = subgroup(file, layout.OPTIMIZER)
                 optimizer = {
-                    layout.decode(name): get_tensors(subgroup(states, name)) for name in states
+                    layout.decode(name): get_tensors(subgroup(states, name)) for name in names(states)
                 }
+                require_states(optimizer, parameters)
             self._require_recorded(parameters)
             # HDF5 lists names by the alphabet; the facts know the model's own order.
             parameters = {name: parameters[name] for name in self.facts.parameters}
@@ -151,8 +160,8 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
 
 
 def _require_step(file: h5py.File, step: int) -> None:
-    if int(file.attrs[layout.STEP]) != step:
-        raise ValueError(f"the checkpoint of step {file.attrs[layout.STEP]}, expected step {step}")
+    if (found := get_integer(file.attrs, layout.STEP)) != step:
+        raise ValueError(f"the checkpoint of step {found}, expected step {step}")
 
 
 def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
@@ -174,6 +183,7 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
             f"{root / layout.STEPS_FOLDER} is incomplete: expected the steps 1 to {last_step}, "
             f"got 1 to {covered}. Restore the missing files, or record again."
         )
+    require_fitting(root / layout.STEPS_FOLDER, blocks, facts)
     if not blocks:
         groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
         return no_steps(groups)
@@ -197,10 +207,11 @@ def read_steps(path: Path, count: int) -> Steps:
         group = subgroup(file, layout.HYPERPARAMETERS)
         hyperparameters = {
             layout.decode(name): torch.from_numpy(get_array(group, name, np.dtype("float64")))
-            for name in group
+            for name in names(group)
         }
         steps = Steps(hyperparameters=hyperparameters, **columns)
         _check_steps(steps, count)
+        require_values(steps)
         return steps
 
 
@@ -225,7 +236,9 @@ def _check_steps(steps: Steps, count: int) -> None:
 
 def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
     whole = offsets.dim() == 1 and len(offsets) == count >= 1
-    if not whole or offsets[0] != 0 or offsets[-1] != end or bool((offsets.diff() < 0).any()):
+    whole = whole and offsets[0] == 0 and offsets[-1] == end
+    # Differences come last: those between numbers of either sign may overflow.
+    if not whole or bool((offsets < 0).any()) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets do not lead from 0 to {end}")
 
 
