@@ -233,7 +233,17 @@ def _nested(generator: random.Random, value: Any) -> bytes:
 
 def _invalid(generator: random.Random, value: Any) -> bytes:
     text = json.dumps(value).encode()
-    bad = [b"", b"{", b"\xff\xfe", b"\xc3(", text[:-1], text + text, b"nan", b"9" * 6000, b"\xef\xbb\xbf{}"]
+    bad = [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"\xc3(",
+        text[:-1],
+        text + text,
+        b"nan",
+        b"9" * 6000,
+        b"\xef\xbb\xbf{}",
+    ]
     return generator.choice(bad)
 
 
@@ -332,7 +342,18 @@ def _other_filter(generator: random.Random, group: h5py.Group, name: str, place:
     group.create_dataset(name, data=np.zeros(5, dtype), **kind)
 
 
-MEMBERS = [b"../x", b"..", b"/abs", b"a" * 5000, b"%2F..", b"%2e", b"%", b"\xff\xfe", b" ", b"\x1b[31m"]
+MEMBERS = [
+    b"../x",
+    b"..",
+    b"/abs",
+    b"a" * 5000,
+    b"%2F..",
+    b"%2e",
+    b"%",
+    b"\xff\xfe",
+    b" ",
+    b"\x1b[31m",
+]
 
 
 def _hostile_name(generator: random.Random, file: h5py.File, place: Place) -> None:
@@ -341,8 +362,6 @@ def _hostile_name(generator: random.Random, file: h5py.File, place: Place) -> No
     odd = generator.choice(MEMBERS)
     plan = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     plan.set_create_intermediate_group(True)
-    kind = h5py.h5o.get_info(group[name].id)
-    assert kind is not None
     h5py.h5o.link(group[name].id, group.id, odd, lcpl=plan)
     if generator.random() < 0.5:
         del group[name]
@@ -392,8 +411,7 @@ VALUES: list[Any] = [
 def _owner(generator: random.Random, file: h5py.File) -> Any:
     """The file or a dataset, whichever has attributes."""
     group, name = pick(generator, file)
-    own = group[name] if len(group[name].attrs) and generator.random() < 0.6 else file
-    return own
+    return group[name] if len(group[name].attrs) and generator.random() < 0.6 else file
 
 
 def _attribute_gone(generator: random.Random, file: h5py.File, place: Place) -> None:

@@ -8,6 +8,7 @@ heap of texts. None of it is ever written here, so none of it is read.
 from __future__ import annotations
 
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,10 @@ def has(group: h5py.Group, name: str) -> bool:
 
 
 def names(group: h5py.Group) -> list[str]:
-    """The names in ``group``, which are UTF-8."""
-    found = list(group)
-    for name in found:
-        name.encode()  # h5py decodes other bytes to what cannot be encoded again
-    return found
+    """The names in ``group``, which are UTF-8: h5py gives others as bytes."""
+    if odd := [name for name in group if not isinstance(name, str)]:
+        raise ValueError(f"{group.name} has names that are not UTF-8, such as {odd[0][:100]!r}")
+    return list(group)
 
 
 def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
@@ -81,14 +81,15 @@ def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
         raise ValueError(f"{dataset.name} lies in another file")
     filters = {plan.get_filter(number)[0] for number in range(plan.get_nfilters())}
+    dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
     if not filters <= _FILTERS:
         raise ValueError(f"{dataset.name} is packed by unknown filters {sorted(filters)}")
-    if dataset.dtype.kind not in "biufcS" or dataset.shape is None:
-        raise ValueError(f"{dataset.name} holds no numbers or text, but {dataset.dtype}")
-    chunk = int(np.prod(dataset.chunks or (0,), dtype=object)) * dataset.dtype.itemsize
+    if dtype.kind not in "biufcS" or shape is None:
+        raise ValueError(f"{dataset.name} holds no numbers or text, but {dtype}")
+    chunk = math.prod(chunks or (0,)) * dtype.itemsize
     packed = h5py.h5z.FILTER_DEFLATE in filters
     room = dataset.id.get_storage_size() * (_INFLATION if packed else 1)
-    whole = int(np.prod(dataset.shape, dtype=object)) * dataset.dtype.itemsize
+    whole = math.prod(shape) * dtype.itemsize
     if whole > room or chunk > CHUNK_BYTES:
         raise ValueError(
             f"{dataset.name} claims {whole} bytes in chunks of {chunk}, and holds "
@@ -146,5 +147,3 @@ def _require_shallow(value: Any) -> None:
             return
         level = inner
     raise ValueError(f"JSON is nested more than {_DEPTH} deep")
-
-

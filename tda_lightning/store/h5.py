@@ -136,7 +136,10 @@ def _chunks(array: np.ndarray) -> tuple[int, ...]:
 
 def get_array(group: h5py.Group, name: str, dtype: np.dtype | str) -> np.ndarray:
     """Read what :func:`put_array` stored, refusing whatever it would not have written."""
-    dataset = own_dataset(group, name)
+    return _values(own_dataset(group, name), dtype)
+
+
+def _values(dataset: h5py.Dataset, dtype: np.dtype | str) -> np.ndarray:
     if dataset.dtype != np.dtype(dtype):
         raise ValueError(f"{dataset.name} has dtype {dataset.dtype}, expected {dtype}")
     return np.asarray(dataset[()])
@@ -162,12 +165,13 @@ def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
 
 
 def _get_tensor(group: h5py.Group, name: str) -> Tensor:
-    dtype = getattr(torch, get_text(own_dataset(group, name).attrs, DTYPE), None)
+    dataset = own_dataset(group, name)
+    dtype = getattr(torch, get_text(dataset.attrs, DTYPE), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} in {group.name} has an unknown dtype")
     if dtype in _NUMPY:
-        return torch.from_numpy(get_array(group, name, _NUMPY[dtype]))
-    array = get_array(group, name, _UNSIGNED[dtype.itemsize])
+        return torch.from_numpy(_values(dataset, _NUMPY[dtype]))
+    array = _values(dataset, _UNSIGNED[dtype.itemsize])
     signed = torch.from_numpy(array.view(array.dtype.str.replace("u", "i")))
     # A tensor without axes can only be viewed in another dtype by way of an axis.
     return signed.reshape(-1).view(dtype).reshape(array.shape)
@@ -192,4 +196,4 @@ def get_json(group: h5py.Group, name: str) -> Any:
     dataset = own_dataset(group, name)
     if dataset.dtype.kind != "S" or dataset.shape != (1,):
         raise ValueError(f"{dataset.name} is not one text")
-    return from_json(get_array(group, name, dataset.dtype)[0])
+    return from_json(_values(dataset, dataset.dtype)[0])

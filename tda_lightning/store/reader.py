@@ -108,15 +108,18 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         Raises:
             TrajectoryFormatError: a file is missing, truncated or not a checkpoint.
         """
+        self._require_initial()
+        for step, path in self._files().items():
+            with reading(path, "checkpoint") as file:
+                _require_step(file, step)
+
+    def _require_initial(self) -> None:
         if 0 not in self._files():
             missing = layout.checkpoint_file(self.root, 0)
             raise TrajectoryFormatError(
                 f"{missing} is missing: expected the checkpoint of the initial weights, got "
                 f"checkpoints at steps {list(self._files())}. Restore the file, or record again."
             )
-        for step, path in self._files().items():
-            with reading(path, "checkpoint") as file:
-                _require_step(file, step)
 
     def _files(self) -> dict[int, Path]:
         return layout.checkpoint_files(self.root)
@@ -125,6 +128,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         files = self._files()
         if step not in files:
             raise KeyError(step)
+        self._require_initial()  # it holds the buffers that never changed
         with reading(files[step], "checkpoint") as file:
             _require_step(file, step)
             parameters = get_tensors(subgroup(file, layout.PARAMETERS))
@@ -133,7 +137,8 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             if has(file, layout.OPTIMIZER):
                 states = subgroup(file, layout.OPTIMIZER)
                 optimizer = {
-                    layout.decode(name): get_tensors(subgroup(states, name)) for name in names(states)
+                    layout.decode(name): get_tensors(subgroup(states, name))
+                    for name in names(states)
                 }
                 require_states(optimizer, parameters)
             self._require_recorded(parameters)
@@ -236,7 +241,7 @@ def _check_steps(steps: Steps, count: int) -> None:
 
 def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
     whole = offsets.dim() == 1 and len(offsets) == count >= 1
-    whole = whole and offsets[0] == 0 and offsets[-1] == end
+    whole = whole and int(offsets[0]) == 0 and int(offsets[-1]) == end
     # Differences come last: those between numbers of either sign may overflow.
     if not whole or bool((offsets < 0).any()) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets do not lead from 0 to {end}")
