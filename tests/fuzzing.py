@@ -71,8 +71,17 @@ def run_cases(
     contents = {name: _contents(path) for name, path in bases.items()}
     outcomes: list[Outcome] = []
     while len(outcomes) < len(cases):
-        batch = cases[len(outcomes) : len(outcomes) + BATCH]
+        start = len(outcomes)
+        batch = cases[start : start + BATCH]
         outcomes += _in_child(batch, contents, read, workplace)
+        if outcomes[-1].failed:
+            # Alone: a crash may come from the case before, a hang from a busy machine.
+            (outcomes[-1],) = _in_child([outcomes[-1].case], contents, read, workplace)
+        for outcome in outcomes[start:]:
+            if outcome.failed:
+                print(f"{outcome.case.name}: {outcome.verdict}", flush=True)
+        if len(outcomes) // 1000 > start // 1000:
+            print(f"{len(outcomes)} cases", flush=True)
     return outcomes
 
 

@@ -34,6 +34,7 @@ from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe, description_table
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import RegressionTask
+from tests import fuzzing
 from tests.attributing import quiet
 from tests.fuzzing import Case, Outcome, run_cases
 from tests.mutations import BYTES, FOLDER
@@ -266,3 +267,48 @@ def test_damaged_files_give_our_error_or_valid_data(bases: dict[str, Path]) -> N
     # The mutations bite, and the untouched parts are still read.
     assert sum(outcome.verdict == "refused" for outcome in outcomes) > CASES / 3
     assert sum(outcome.verdict == "accepted" for outcome in outcomes) > CASES / 20
+
+
+def _raises(case: Case, folder: Path, victim: Path) -> bool:
+    raise KeyError("not ours")
+
+
+def _writes(case: Case, folder: Path, victim: Path) -> bool:
+    (folder.parent / "x").write_bytes(b"")
+    return True
+
+
+def _hangs(case: Case, folder: Path, victim: Path) -> bool:
+    while True:
+        pass
+
+
+def _crashes(case: Case, folder: Path, victim: Path) -> bool:
+    os.abort()
+
+
+def _hoards(case: Case, folder: Path, victim: Path) -> bool:
+    return bool(bytearray(1 << 32))
+
+
+@pytest.mark.parametrize(
+    ("bad", "verdict"),
+    [
+        (_raises, "KeyError: \"'not ours'\""),
+        (_writes, "files changed: ["),
+        (_hangs, "hangs: no answer"),
+        (_crashes, "the process died"),
+        (_hoards, "MemoryError"),
+    ],
+)
+def test_a_failing_reader_is_noticed(
+    bad: Any, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.5)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "a.h5").write_bytes(b"content")
+    untouched = Case(0, "none", "base", lambda generator, victim, place: None)
+    (outcome,) = run_cases([untouched], {"base": base}, bad, tmp_path / "work")
+    assert outcome.failed
+    assert outcome.verdict.startswith(verdict)

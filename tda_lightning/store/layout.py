@@ -3,9 +3,9 @@
 A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
 ``<name>.part`` and renamed into place, and is never written into afterwards. Every file carries the
 root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
-Attributes of text have fixed length: the
-other kind lies outside of all checksums, and HDF5 can hang on it. Nothing is pickled; texts are
-JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches::
+Attributes of text have fixed length: the other kind lies outside of all checksums, and HDF5 can
+hang on it. Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B``
+batches::
 
     <trajectory>/
       trajectory.h5             kind "trajectory"
