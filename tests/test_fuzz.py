@@ -164,11 +164,11 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
         for name, state in (checkpoint.optimizer or {}).items():
             assert name in checkpoint.parameters
             assert all(isinstance(value, torch.Tensor) for value in state.values())
-    for key in trajectory.curvature:
-        try:
-            assert all(isinstance(t, torch.Tensor) for t in trajectory.curvature[key].values())
-        except REFUSALS:
-            refused = True
+    try:
+        for value in trajectory.curvature.values():
+            assert all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+    except REFUSALS:
+        refused = True
     if attribute and not refused:
         # Whole, but perhaps of another model or with numbers beyond all measure.
         with suppress(TrajectoryError, NonFiniteError):
