@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter, defaultdict
@@ -24,12 +25,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from rich.console import Console
 
 from tda_lightning import AttributionModule, Scores, Trajectory
-from tda_lightning.errors import NonFiniteError, TrajectoryError, TrajectoryFormatError
+from tda_lightning.errors import (
+    NonFiniteError,
+    TrajectoryError,
+    TrajectoryFormatError,
+    TrajectoryMismatchError,
+)
 from tda_lightning.estimators import InfluenceFunction, TracIn
 from tda_lightning.report import write_report
 from tda_lightning.store import open_trajectory
@@ -267,6 +274,25 @@ def test_damaged_files_give_our_error_or_valid_data(bases: dict[str, Path]) -> N
     # The mutations bite, and the untouched parts are still read.
     assert sum(outcome.verdict == "refused" for outcome in outcomes) > CASES / 3
     assert sum(outcome.verdict == "accepted" for outcome in outcomes) > CASES / 20
+
+
+@pytest.mark.parametrize("rename", [False, True])
+def test_a_buffer_that_does_not_fit_the_module(
+    rename: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bases["adamw"], tmp_path / "copy"))
+    last = open_trajectory(copy).last_step
+    with h5py.File(copy / "checkpoints" / f"{last:08d}.h5", "r+") as file:
+        buffers, name = file["buffers"], "net.1.running_mean"
+        values, attributes = buffers[name][()], dict(buffers[name].attrs)
+        del buffers[name]
+        new = "elsewhere" if rename else name
+        buffers.create_dataset(new, data=values if rename else values[:1])
+        buffers[new].attrs.update(attributes)
+    with pytest.raises(
+        TrajectoryMismatchError, match=r"expected (elsewhere|net\.1\.running_mean) of"
+    ):
+        _attribute(copy, TracIn())
 
 
 def _raises(case: Case, folder: Path, victim: Path) -> bool:
