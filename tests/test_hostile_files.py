@@ -276,6 +276,15 @@ def test_query_indices_of_any_kind_are_reported(tmp_path: Path) -> None:
         assert write_report(odd, tmp_path / "page.html").is_file()
 
 
+@pytest.mark.parametrize("value", [-1e30, 1e30, -1.7e308, 1.7e308, 5e-324, 0.0])
+def test_extreme_scores_are_reported(value: float, tmp_path: Path) -> None:
+    values = torch.full((2, 4), value, dtype=torch.float64)
+    odd = Scores(values, values.expand(2, 2, 4).clone(), values[0].clone())
+    assert write_report(odd, tmp_path / "page.html").is_file()
+    odd.self_influence[0] = -value
+    assert write_report(odd, tmp_path / "page.html").is_file()
+
+
 # Inspection.
 
 
