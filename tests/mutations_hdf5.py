@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from tests import mutations_structure as structure
 from tests.mutations import Mutation, Place
 
 TEXTS = ("facts", "provenance")  # datasets of JSON
@@ -250,98 +251,6 @@ def _invalid(generator: random.Random, value: Any) -> bytes:
 # Structure.
 
 
-def _filled(shape: tuple[int, ...], dtype: str, **options: Any) -> dict[str, Any]:
-    return {"shape": shape, "dtype": dtype, **options}
-
-
-def _huge(generator: random.Random, group: h5py.Group, name: str, place: Place) -> Any:
-    """Claims of terabytes, of which nothing is stored."""
-    length = generator.choice([10**7, 10**10, 2**40])
-    chunks = (1 << 16,)
-    return _filled((length,), generator.choice(["<f4", "<i8", "<f8", "S1"]), chunks=chunks)
-
-
-def _bomb(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    dtype = generator.choice(["<f4", "<i8", "<f8"])
-    zeros = np.zeros(1 << 20, dtype)
-    group.create_dataset(name, data=zeros, compression="gzip", chunks=(1 << 18,))
-
-
-def _huge_chunk(generator: random.Random, group: h5py.Group, name: str, place: Place) -> Any:
-    """A few values in a chunk of gigabytes, of which HDF5 makes room for all."""
-    dtype = generator.choice(["<f4", "<i8", "<f8"])
-    return _filled((5,), dtype, chunks=(1 << 28,), maxshape=(None,), compression="gzip")
-
-
-def _virtual(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    source = generator.choice(["../../outside/secret.h5", str(place.outside / "fifo"), "."])
-    layout = h5py.VirtualLayout((5,), "<f4", maxshape=(None,))
-    layout[:] = h5py.VirtualSource(source, "tensor", (5,), "<f4", maxshape=(None,))[:]
-    group.create_virtual_dataset(name, layout)
-
-
-def _elsewhere(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    source = generator.choice([place.outside / "secret.h5", place.outside / "fifo", "../new.bin"])
-    dtype = generator.choice(["<f4", "<i8", "<f8"])
-    group.create_dataset(name, (5,), dtype, external=[(str(source), 0, 5 * 8)])
-
-
-def _external_link(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    target = generator.choice(["../../outside/secret.h5", str(place.outside / "fifo"), "../x", "."])
-    group[name] = h5py.ExternalLink(target, generator.choice(["/", "tensor"]))
-
-
-def _soft_link(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    group[name] = h5py.SoftLink(generator.choice(["/", ".", name, "/nothing", f"{group.name}"]))
-
-
-def _cycle(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    group[name] = generator.choice([group, group.file["/"]])
-
-
-def _group(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    group.create_group(name).create_group("deeper")
-
-
-def _reference(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    kind = generator.choice([h5py.ref_dtype, h5py.regionref_dtype])
-    group.create_dataset(name, (3,), kind)
-
-
-def _named_type(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    group[name] = np.dtype(generator.choice(["<f4", "<i8"]))
-
-
-def _odd_type(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    made = [
-        ((3,), np.dtype([("a", "<f4"), ("b", "<i8")])),
-        ((3,), h5py.vlen_dtype("<f4")),
-        ((1,), h5py.string_dtype()),
-        ((3,), h5py.enum_dtype({"a": 1, "b": 2}, "i1")),
-        ((3,), h5py.opaque_dtype("V5")),
-        ((3,), np.dtype(("<f4", (2, 2)))),
-    ]
-    shape, dtype = generator.choice(made)
-    group.create_dataset(name, shape, dtype)
-
-
-def _nothing(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    group[name] = h5py.Empty(generator.choice(["<f4", "<i8", "<f8", "S5"]))
-
-
-def _unknown_filter(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plan.set_chunk((5,))
-    plan.set_filter(generator.choice([307, 32_000, 40_000]), h5py.h5z.FLAG_OPTIONAL, (1, 2))
-    group.create_dataset(name, (5,), "<f4", dcpl=plan)
-
-
-def _other_filter(generator: random.Random, group: h5py.Group, name: str, place: Place) -> None:
-    kind = generator.choice([{"compression": "lzf"}, {"scaleoffset": 4}])
-    dtype = "<i8" if "scaleoffset" in kind else generator.choice(["<f4", "<f8"])
-    group.create_dataset(name, data=np.zeros(5, dtype), **kind)
-
-
 MEMBERS = [
     b"../x",
     b"..",
@@ -460,21 +369,21 @@ CONTENT: dict[str, Mutation] = {
     "JSON nested": _on_json(_nested, raw=True),
     "JSON changed": _on_json(_graft),
     "JSON hostile": _on_json(lambda g, value: _graft(g, _graft(g, _graft(g, value)))),
-    "huge": _replace(_huge),
-    "bomb": _replace(_bomb),
-    "huge chunk": _replace(_huge_chunk),
-    "virtual": _replace(_virtual),
-    "external storage": _replace(_elsewhere),
-    "external link": _replace(_external_link),
-    "soft link": _replace(_soft_link),
-    "cycle": _replace(_cycle),
-    "group": _replace(_group),
-    "reference": _replace(_reference),
-    "named type": _replace(_named_type),
-    "odd type": _replace(_odd_type),
-    "no value": _replace(_nothing),
-    "unknown filter": _replace(_unknown_filter),
-    "other filter": _replace(_other_filter),
+    "huge": _replace(structure.huge),
+    "bomb": _replace(structure.bomb),
+    "huge chunk": _replace(structure.huge_chunk),
+    "virtual": _replace(structure.virtual),
+    "external storage": _replace(structure.elsewhere),
+    "external link": _replace(structure.external_link),
+    "soft link": _replace(structure.soft_link),
+    "cycle": _replace(structure.cycle),
+    "group": _replace(structure.group),
+    "reference": _replace(structure.reference),
+    "named type": _replace(structure.named_type),
+    "odd type": _replace(structure.odd_type),
+    "no value": _replace(structure.nothing),
+    "unknown filter": _replace(structure.unknown_filter),
+    "other filter": _replace(structure.other_filter),
     "member name": _on_file(_hostile_name),
     "member gone": _on_file(_delete),
     "members exchanged": _on_file(_exchange),
