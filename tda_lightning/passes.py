@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
 from tda_lightning.scores import ScoreSink
 from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
@@ -115,6 +116,7 @@ class Context:
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         with torch.no_grad():
             for name, value in {**checkpoint.buffers, **checkpoint.parameters}.items():
+                _require_like(own.get(name), value, name, step)
                 own[name].copy_(value)
         self._held = step
 
@@ -162,3 +164,13 @@ def memory_budget() -> int:
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return 1 << 30
+
+
+def _require_like(own: Tensor | None, value: Tensor, name: str, step: int) -> None:
+    """Refuse a tensor that the module lacks, or has in another shape: copying may broadcast."""
+    if own is None or own.shape != value.shape:
+        found = "no such tensor" if own is None else list(own.shape)
+        raise TrajectoryMismatchError(
+            f"The checkpoint of step {step} does not fit the module: expected {name} of shape "
+            f"{list(value.shape)}, got {found}. Build the module as it was trained."
+        )

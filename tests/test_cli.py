@@ -216,6 +216,21 @@ def test_damaged_files_are_named(run, capsys):
     assert "holds no scores" in capsys.readouterr().err
 
 
+def test_inspecting_a_damaged_run_fails(run, capsys):
+    (run / "checkpoints" / "00000002.h5").write_bytes(b"hello")
+    assert main(["inspect", "runs/digits"]) == 1
+    out, error = capsys.readouterr()
+    assert "SGD" in out and "whole" in out
+    assert "runs/digits is not whole: 1 problem, listed above" in error
+
+
+def test_a_report_of_scores_with_an_odd_provenance(run):
+    scores = Scores.load(run / "scores" / "source.h5")
+    scores.provenance.update(config=["data"], trajectory="a" * 50, query_indices=["x", None, -1])
+    scores.save("odd.h5")
+    assert main(["report", "odd.h5"]) == 0
+
+
 @pytest.mark.parametrize(
     "target",
     [

@@ -228,7 +228,7 @@ class TestBadFiles:
             Scores.load(tmp_path / "none.h5")
 
     def test_a_folder(self, tmp_path):
-        with pytest.raises(TrajectoryFormatError, match="damaged or no scores file"):
+        with pytest.raises(TrajectoryFormatError, match="is a folder, expected a file"):
             Scores.load(tmp_path)
 
     def test_not_hdf5(self, tmp_path):

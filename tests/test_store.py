@@ -135,7 +135,7 @@ def test_views_and_odd_names_come_back(tmp_path: Path) -> None:
 def test_files_are_readable_with_h5py_alone(recorded: Path) -> None:
     trajectory = open_trajectory(recorded)
     with h5py.File(recorded / "trajectory.h5") as file:
-        assert dict(file.attrs) == {"format": "tda-lightning", "version": 2, "kind": "trajectory"}
+        assert dict(file.attrs) == {"format": b"tda-lightning", "version": 2, "kind": b"trajectory"}
         facts = json.loads(file["facts"][0])
         assert facts["parameters"]["net.0.weight"] == {
             "shape": [5, 3],
@@ -165,7 +165,7 @@ def test_a_bfloat16_module_is_recorded_in_its_own_precision(tmp_path: Path) -> N
     with h5py.File(tmp_path / "checkpoints" / "00000003.h5") as file:
         stored = file["parameters/net.0.weight"]
         assert stored.dtype == np.uint16
-        assert stored.attrs["dtype"] == "bfloat16"
+        assert stored.attrs["dtype"] == b"bfloat16"
 
 
 def test_what_no_step_moves_is_stored_once(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
 from tda_lightning.data import DataModule
-from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.planning import AttributionPlan, comparison
 from tda_lightning.report import write_report
 from tda_lightning.scores import Scores
-from tda_lightning.store.inspect import inspect_table
+from tda_lightning.store.inspect import describe, description_table
 from tda_lightning.store.layout import FACTS_FILE
 from tda_lightning.trajectory import Trajectory
 
@@ -178,7 +178,7 @@ def report(config: DictConfig) -> None:
     shown: dict[str, Any] = {}
     if folder is not None and (folder / RECORDED).is_file():
         # The queries are those of the attribution, which may have asked for fewer or others.
-        asked = scores.provenance.get("config", {}).get("data", {})
+        asked = _settings_of(_settings_of(scores.provenance, "config"), "data")
         changes = {**_given(asked), **_given(config.data)}
         data = build(load_config(folder).data, config.trust_config, **changes)
         shown = {
@@ -201,8 +201,13 @@ def report(config: DictConfig) -> None:
 
 @clear_errors
 def inspect(config: DictConfig) -> None:
-    """Show what is in a trajectory."""
-    Console().print(inspect_table(_required(config, "trajectory", "tda inspect FOLDER")))
+    """Show what is in a trajectory; fail when it is not whole."""
+    found = describe(_required(config, "trajectory", "tda inspect FOLDER"))
+    Console().print(description_table(found))
+    if count := len(found.problems):
+        raise TrajectoryFormatError(
+            f"{found.path} is not whole: {count} problem{'s' * (count > 1)}, listed above."
+        )
 
 
 class SaveConfig(Callback):
@@ -294,12 +299,18 @@ def _scored_trajectory(
     """The folder of the run that was scored, or None when it cannot be found."""
     if config.trajectory is not None:
         return Path(config.trajectory)
-    named = provenance.get("config", {}).get("trajectory") or provenance.get("trajectory")
+    named = _settings_of(provenance, "config").get("trajectory") or provenance.get("trajectory")
     # Beside the scores first: folders are moved as a whole.
     for folder in (scores.absolute().parent.parent, Path(str(named))):
         if (folder / FACTS_FILE).is_file():
             return folder
     return None
+
+
+def _settings_of(provenance: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of the provenance; none where a file from elsewhere has something else there."""
+    found = provenance.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _given(settings: Mapping[Any, Any]) -> dict[str, Any]:

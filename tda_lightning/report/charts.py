@@ -67,7 +67,9 @@ def number(value: float, signed: bool = False, among: float | None = None) -> st
     """
     if value == 0:
         return "0"
-    reference = f"{abs(value if among is None else among):.2e}"
+    if not math.isfinite(value):  # a sum of finite scores may overflow
+        return str(value)
+    reference = f"{abs(value if among is None or math.isinf(among) else among):.2e}"
     sign = "\N{MINUS SIGN}" if value < 0 else "+" if signed else ""
     size = f"{abs(value):.2e}"
     mantissa, exponent = size[:4], int(size[5:])
@@ -84,7 +86,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         >>> ticks(0, 0.1)
         [0.0, 0.025, 0.05, 0.075, 0.1]
     """
-    if not high > low:
+    # Beyond these, the differences of float64 are 0 or infinite; NaN compares as neither.
+    if not 1e-300 < high - low < 1e300:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -97,6 +100,8 @@ def short(value: float) -> str:
     """A tick's number, without needless zeros."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+    if not math.isfinite(value):
+        return str(value)
     mantissa, exponent = f"{value:.2e}".split("e")
     trimmed = mantissa.rstrip("0").rstrip(".").replace("-", "\N{MINUS SIGN}")
     raised = str(int(exponent)).translate(_RAISED)
@@ -169,7 +174,7 @@ def line_chart(
     last = max(float(xs[-1]) for xs, _ in curves)
     first = min(float(at) for at in (*(xs[0] for xs, _ in curves), *(at for at, _ in marks)))
     low = min(0.0, *(min(ys) for _, ys in curves))
-    high = max(max(ys) for _, ys in curves)
+    high = max(0.0, *(max(ys) for _, ys in curves))
     x = _scale(first, max(last, first + 1), left, right)
     y = _scale(low, high + (0.06 * (high - low) or 1.0), bottom, top)
     paths = []

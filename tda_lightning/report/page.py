@@ -6,6 +6,7 @@ page's own policy forbids it to run or to load anything.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def _require_lengths(
         )
 
 
+@functools.cache  # to compile the template takes longer than to fill it
 def _environment() -> Environment:
     # autoescape=True and not by file name: everything in this template is foreign text.
     return Environment(

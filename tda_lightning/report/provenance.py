@@ -27,8 +27,10 @@ def per_query(scores: Scores, name: str) -> list[Any] | None:
 
 def query_indices(scores: Scores) -> list[int]:
     """Positions of the queries in their data set."""
-    indices = per_query(scores, "query_indices")
-    return list(range(scores.num_queries)) if indices is None else [int(i) for i in indices]
+    indices = per_query(scores, "query_indices") or []
+    if not indices or not all(isinstance(index, int) and index >= 0 for index in indices):
+        return list(range(scores.num_queries))
+    return indices
 
 
 def segment_bounds(scores: Scores) -> list[tuple[float, float]] | None:

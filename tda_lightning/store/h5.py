@@ -19,12 +19,22 @@ import torch
 from torch import Tensor
 
 from tda_lightning.errors import TrajectoryError, TrajectoryFormatError
+from tda_lightning.store.checked import (
+    CHUNK_BYTES,
+    DAMAGE,
+    from_json,
+    get_integer,
+    get_text,
+    member,
+    names,
+    own_dataset,
+    put_text,
+    require_regular,
+)
 from tda_lightning.store.durable import AsideFile, sync_folder
 from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
 
-_CHUNK_BYTES = 1 << 22
 _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
-_INFLATION = 1100  # no HDF5 compression unpacks to more than this
 
 # torch dtypes that NumPy has; every other one is stored as unsigned integers of its width.
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -62,9 +72,9 @@ def writing(path: Path, kind: str) -> Iterator[h5py.File]:
         with AsideFile(aside) as target:
             try:
                 with h5py.File(target, "w", libver=("v110", "v110")) as file:
-                    file.attrs["format"] = FORMAT
+                    put_text(file.attrs, "format", FORMAT)
                     file.attrs["version"] = FORMAT_VERSION
-                    file.attrs["kind"] = kind
+                    put_text(file.attrs, "kind", kind)
                     yield file
             except Exception:
                 target.check()  # what HDF5 makes of a dropped write says nothing to anybody
@@ -81,23 +91,14 @@ def writing(path: Path, kind: str) -> Iterator[h5py.File]:
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[h5py.File]:
     """An existing file of ours; whatever is wrong with it becomes a TrajectoryFormatError."""
+    require_regular(path)
     try:
         with h5py.File(path, "r") as file:
             _check_header(file, path, kind)
             yield file
-    except (TrajectoryError, FileNotFoundError, PermissionError):
+    except (TrajectoryError, PermissionError):
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except DAMAGE as error:
         raise TrajectoryFormatError(
             f"{path} is truncated or corrupted: expected a complete {FORMAT} {kind} file, got "
             f"{type(error).__name__}: {error}. Restore the file from a copy, or record again."
@@ -105,12 +106,13 @@ def reading(path: Path, kind: str) -> Iterator[h5py.File]:
 
 
 def _check_header(file: h5py.File, path: Path, kind: str) -> None:
-    if file.attrs.get("format") != FORMAT or file.attrs.get("kind") != kind:
+    found = tuple(get_text(file.attrs, name) for name in ("format", "kind") if name in file.attrs)
+    if found != (FORMAT, kind):
         raise TrajectoryFormatError(
             f"{path} is not a {FORMAT} {kind} file: expected format {FORMAT!r} and kind {kind!r}, "
-            f"got {file.attrs.get('format')!r} and {file.attrs.get('kind')!r}. Check the path."
+            f"got {' and '.join(map(repr, found)) or 'neither'}. Check the path."
         )
-    version = int(file.attrs["version"])
+    version = get_integer(file.attrs, "version")
     if version > FORMAT_VERSION:
         raise TrajectoryFormatError(
             f"{path} has format version {version}, this release of tda-lightning reads up to "
@@ -134,7 +136,7 @@ def put_array(
 
 def _chunks(array: np.ndarray) -> tuple[int, ...]:
     """Whole trailing axes, cut where a chunk would grow beyond a few megabytes."""
-    room = max(1, _CHUNK_BYTES // array.itemsize)
+    room = max(1, CHUNK_BYTES // array.itemsize)
     chunks = []
     for length in reversed(array.shape):
         chunks.append(_even(length, max(1, room)))
@@ -151,29 +153,17 @@ def _even(length: int, room: int) -> int:
 
 def get_array(group: h5py.Group, name: str, dtype: np.dtype | str) -> np.ndarray:
     """Read what :func:`put_array` stored, refusing whatever it would not have written."""
-    dataset = _member(group, name, h5py.Dataset)
+    return _values(own_dataset(group, name), dtype)
+
+
+def _values(dataset: h5py.Dataset, dtype: np.dtype | str) -> np.ndarray:
     if dataset.dtype != np.dtype(dtype):
         raise ValueError(f"{dataset.name} has dtype {dataset.dtype}, expected {dtype}")
-    # Neither kind of dataset is ours; both would read files that were never asked for.
-    if dataset.is_virtual or dataset.external:
-        raise ValueError(f"{dataset.name} lies in another file")
-    if dataset.nbytes > _INFLATION * os.path.getsize(group.file.filename):
-        raise ValueError(f"{dataset.name} claims {dataset.nbytes} bytes")
     return np.asarray(dataset[()])
 
 
-def _member(group: h5py.Group, name: str, kind: type) -> Any:
-    """A dataset or group that lies in the file itself: links lead out of it."""
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise KeyError(f"{group.name} has no {name!r}")
-    member = group[name]
-    if not isinstance(member, kind):
-        raise TypeError(f"{name!r} in {group.name} is not a {kind.__name__}")
-    return member
-
-
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
-    return _member(group, name, h5py.Group)
+    return member(group, name, h5py.Group)
 
 
 def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
@@ -184,20 +174,21 @@ def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
             tensor = tensor.to_dense()
         tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         dataset = put_array(group, encode(name), _to_numpy(tensor))
-        dataset.attrs[DTYPE] = str(tensor.dtype).removeprefix("torch.")
+        put_text(dataset.attrs, DTYPE, str(tensor.dtype).removeprefix("torch."))
 
 
 def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
-    return {decode(name): _get_tensor(group, name) for name in group}
+    return {decode(name): _get_tensor(group, name) for name in names(group)}
 
 
 def _get_tensor(group: h5py.Group, name: str) -> Tensor:
-    dtype = getattr(torch, str(_member(group, name, h5py.Dataset).attrs[DTYPE]), None)
+    dataset = own_dataset(group, name)
+    dtype = getattr(torch, get_text(dataset.attrs, DTYPE), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} in {group.name} has an unknown dtype")
     if dtype in _NUMPY:
-        return torch.from_numpy(get_array(group, name, _NUMPY[dtype]))
-    array = get_array(group, name, _UNSIGNED[dtype.itemsize])
+        return torch.from_numpy(_values(dataset, _NUMPY[dtype]))
+    array = _values(dataset, _UNSIGNED[dtype.itemsize])
     signed = torch.from_numpy(array.view(array.dtype.str.replace("u", "i")))
     # A tensor without axes can only be viewed in another dtype by way of an axis.
     return signed.reshape(-1).view(dtype).reshape(array.shape)
@@ -219,7 +210,7 @@ def put_json(group: h5py.Group, name: str, value: Any) -> None:
 
 
 def get_json(group: h5py.Group, name: str) -> Any:
-    dataset = _member(group, name, h5py.Dataset)
+    dataset = own_dataset(group, name)
     if dataset.dtype.kind != "S" or dataset.shape != (1,):
         raise ValueError(f"{dataset.name} is not one text")
-    return json.loads(get_array(group, name, dataset.dtype)[0].decode())
+    return from_json(_values(dataset, dataset.dtype)[0])

@@ -47,6 +47,18 @@ class Description:
     size: int
     problems: tuple[str, ...]
 
+    @property
+    def planned_end(self) -> int | None:
+        """The step of the last checkpoint that the run planned and did not reach, else None."""
+        planned = self.facts.settings.get("planned_checkpoints")
+        steps = [step for step in planned if _is_step(step)] if isinstance(planned, list) else []
+        last = max(steps, default=0)
+        return last if last > max(self.checkpoints, default=0) else None
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 def describe(path: str | Path) -> Description:
     """Read everything in the trajectory at ``path``, checksums included.
@@ -72,7 +84,7 @@ def describe(path: str | Path) -> Description:
         checkpoints.require_readable()
         steps = read_recorded_steps(root, facts, max(checkpoints))
     except (TrajectoryError, OSError) as error:
-        problems.extend([str(error)] if str(error) not in problems else [])
+        problems.append(str(error))
     curvature = CurvatureFolder(root)
     for key in curvature:
         try:
@@ -91,25 +103,36 @@ def describe(path: str | Path) -> Description:
         steps=steps,
         checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
         curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
-        scores=tuple(_entry(f.name, f) for f in sorted((root / layout.SCORES_FOLDER).glob("*.h5"))),
+        scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
-        problems=tuple(problems),
+        problems=tuple(dict.fromkeys(problems)),
     )
 
 
 def inspect_table(path: str | Path) -> RenderableType:
     """The trajectory at ``path`` as tables for a terminal: the run, then its files."""
-    found = describe(path)
-    run = Table("", "", title=f"Trajectory {escape(found.path)}", show_header=False)
+    return description_table(describe(path))
+
+
+def description_table(found: Description) -> RenderableType:
+    """What :func:`describe` found, as tables for a terminal."""
+    run = Table("", "", title=f"Trajectory {_shown(found.path)}", show_header=False)
     for name, value in _run_rows(found):
-        run.add_row(name, escape(value))
+        run.add_row(name, _shown(value))
     whole = "[green]yes[/green]" if not found.problems else "[red]no[/red]"
     run.add_row("whole", whole)
+    if found.planned_end is not None:
+        run.add_row("interrupted", f"ended before its last planned checkpoint, {found.planned_end}")
     files = Table("file", "content", "size", title="Files")
     files.columns[-1].justify = "right"
     for kind, content, size in _file_rows(found):
-        files.add_row(kind, escape(content), size)
-    return Group(run, files, *(f"[red]{escape(problem)}[/red]" for problem in found.problems))
+        files.add_row(kind, _shown(content), size)
+    return Group(run, files, *(f"[red]{_shown(problem)}[/red]" for problem in found.problems))
+
+
+def _shown(text: str) -> str:
+    """Foreign text as it may stand in a terminal: without markup or control characters."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
@@ -139,8 +162,9 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
     for name in ("precision", "accumulate_grad_batches", "gradient_clip_val", "seed", "created"):
         if settings.get(name) is not None:
             yield name.replace("_", " "), str(settings[name])
-    versions = settings.get("versions") or {}
-    yield "versions", ", ".join(f"{package} {number}" for package, number in versions.items())
+    versions = settings.get("versions")
+    named = versions.items() if isinstance(versions, dict) else ()
+    yield "versions", ", ".join(f"{package} {number}" for package, number in named)
     yield "size", _bytes(found.size)
 
 

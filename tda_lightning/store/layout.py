@@ -4,7 +4,9 @@ A trajectory is a folder of HDF5 files. Every file is complete: it is written as
 ``<name>.part`` and renamed into place, and is never written into afterwards, though a resumed
 training removes what lies beyond its step and records it again. Every file carries the
 root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
-Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B`` batches.
+Attributes of text have fixed length: the other kind lies outside of all checksums, and HDF5 can
+hang on it. Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B``
+batches.
 
 Of a training in W processes the first writes. A step's batches are the first of every process in
 order of rank, then the second of every process, and so on; ``accumulation`` is W times each
@@ -96,8 +98,11 @@ STEP_COLUMNS = {
 # The first format version that has them, where it is not 1.
 SINCE = {"clipping": 2}
 
-_STEPS_NAME = re.compile(r"(\d{8,18})-(\d{8,18})\.h5")
-_CHECKPOINT_NAME = re.compile(r"(\d{8,18})\.h5")
+# Exactly as written: at least eight digits, and no zero before more. A second name for a step
+# would hide the first.
+_STEP = r"(\d{8}|[1-9]\d{8,17})"
+_STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
+_CHECKPOINT_NAME = re.compile(rf"{_STEP}\.h5", re.ASCII)
 CURVATURE_KEY = re.compile(r"[0-9a-f]{1,128}")
 
 
@@ -148,6 +153,11 @@ def curvature_files(root: Path) -> dict[str, Path]:
     """The fitted curvature kept in ``root``, by key."""
     files = _files(root / CURVATURE_FOLDER)
     return {p.stem: p for p in files if p.suffix == ".h5" and CURVATURE_KEY.fullmatch(p.stem)}
+
+
+def scores_files(root: Path) -> list[Path]:
+    """The files of scores kept in ``root``."""
+    return [path for path in _files(root / SCORES_FOLDER) if path.suffix == ".h5"]
 
 
 def recorded_files(root: Path) -> list[Path]:

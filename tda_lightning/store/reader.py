@@ -14,8 +14,15 @@ from torch import Tensor
 
 from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.store import layout
+from tda_lightning.store.checked import get_integer, has, names
 from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.plausible import (
+    require_facts,
+    require_fitting,
+    require_states,
+    require_values,
+)
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.trajectory import (
     Checkpoint,
@@ -75,6 +82,7 @@ def _what_is(root: Path) -> str:
 def read_facts(root: Path) -> Facts:
     with reading(root / layout.FACTS_FILE, "trajectory") as file:
         text = get_json(file, layout.FACTS)
+        require_facts(text)
         return Facts(
             parameters={
                 str(name): ParameterFact(
@@ -142,15 +150,18 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         Raises:
             TrajectoryFormatError: a file is missing, truncated or not a checkpoint.
         """
+        self._require_initial()
+        for step, path in self._files().items():
+            with reading(path, "checkpoint") as file:
+                _require_step(file, step)
+
+    def _require_initial(self) -> None:
         if 0 not in self._files():
             missing = layout.checkpoint_file(self.root, 0)
             raise TrajectoryFormatError(
                 f"{missing} is missing: expected the checkpoint of the initial weights, got "
                 f"checkpoints at steps {list(self._files())}. Restore the file, or record again."
             )
-        for step, path in self._files().items():
-            with reading(path, "checkpoint") as file:
-                _require_step(file, step)
 
     def _files(self) -> dict[int, Path]:
         return layout.checkpoint_files(self.root)
@@ -159,6 +170,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         files = self._files()
         if step not in files:
             raise KeyError(step)
+        self._require_initial()  # it holds the buffers that never changed
         with reading(files[step], "checkpoint") as file:
             _require_step(file, step)
             tensors = {
@@ -166,10 +178,11 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
                 **get_tensors(subgroup(file, layout.PARAMETERS)),
             }
             optimizer = None
-            if layout.OPTIMIZER in file:
+            if has(file, layout.OPTIMIZER):
                 states = subgroup(file, layout.OPTIMIZER)
                 optimizer = {
-                    layout.decode(name): get_tensors(subgroup(states, name)) for name in states
+                    layout.decode(name): get_tensors(subgroup(states, name))
+                    for name in names(states)
                 }
             if step == 0:
                 return self._checkpoint(step, tensors, optimizer)
@@ -183,6 +196,8 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
         self._require_recorded(tensors)
         names = self.facts.parameters
+        if optimizer is not None:
+            require_states(optimizer, {name: tensors[name] for name in names})
         return Checkpoint(
             step=step,
             # HDF5 lists names by the alphabet; the facts know the model's own order.
@@ -205,8 +220,8 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
 
 
 def _require_step(file: h5py.File, step: int) -> None:
-    if int(file.attrs[layout.STEP]) != step:
-        raise ValueError(f"the checkpoint of step {file.attrs[layout.STEP]}, expected step {step}")
+    if (found := get_integer(file.attrs, layout.STEP)) != step:
+        raise ValueError(f"the checkpoint of step {found}, expected step {step}")
 
 
 def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
@@ -223,6 +238,7 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
             f"{root / layout.STEPS_FOLDER} is incomplete: expected the steps 1 to {last_step}, "
             f"got 1 to {covered}. Restore the missing files, or record again."
         )
+    require_fitting(root / layout.STEPS_FOLDER, blocks, facts)
     if not blocks:
         groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
         return no_steps(groups)
@@ -264,10 +280,11 @@ def read_steps(path: Path, count: int) -> Steps:
         group = subgroup(file, layout.HYPERPARAMETERS)
         hyperparameters = {
             layout.decode(name): torch.from_numpy(get_array(group, name, np.dtype("float64")))
-            for name in group
+            for name in names(group)
         }
         steps = Steps(hyperparameters=hyperparameters, **columns)
         _check_steps(steps, count)
+        require_values(steps)
         return steps
 
 
@@ -292,7 +309,9 @@ def _check_steps(steps: Steps, count: int) -> None:
 
 def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
     whole = offsets.dim() == 1 and len(offsets) == count >= 1
-    if not whole or offsets[0] != 0 or offsets[-1] != end or bool((offsets.diff() < 0).any()):
+    whole = whole and int(offsets[0]) == 0 and int(offsets[-1]) == end
+    # Differences come last: those between numbers of either sign may overflow.
+    if not whole or bool((offsets < 0).any()) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets do not lead from 0 to {end}")
 
 

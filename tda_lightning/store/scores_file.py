@@ -18,7 +18,6 @@ Every file is written aside, under ``<name>.<process>.part``, and renamed when i
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from pathlib import Path
@@ -31,6 +30,18 @@ from torch import Tensor
 
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.scores import MemorySink, Scores, require_finite
+from tda_lightning.store.checked import (
+    DAMAGE,
+    from_json,
+    get_integer,
+    get_text,
+    has,
+    member,
+    own_dataset,
+    put_text,
+    require_regular,
+    to_json,
+)
 
 FORMAT = "tda-lightning scores"
 FORMAT_VERSION = 1
@@ -79,7 +90,7 @@ class ScoreFile(MemorySink):
         try:
             # The latest layout guards HDF5's own records with checksums.
             with h5py.File(self._part, "w", libver="latest") as file:
-                file.attrs["format"] = _text(FORMAT)
+                put_text(file.attrs, "format", FORMAT)
                 file.attrs["format_version"] = FORMAT_VERSION
                 _reserve(file.create_dataset("values", shape, kind))
                 if num_segments is not None:
@@ -158,37 +169,50 @@ def read_scores(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no scores file at {path}.")
+    require_regular(path)
     rows = slice(None) if queries is None else queries
     if rows.step is not None and rows.step < 1:
         raise ValueError(f"queries must be a slice with a positive step, got {rows}.")
     try:
         with h5py.File(path, "r") as file:
             _require_format(path, file)
-            text = bytes(file["provenance"][()])
-            _compare(path, "provenance", zlib.crc32(text), file)
-            provenance = _cut(json.loads(text), rows, len(file["values"]), queries is not None)
+            count = len(own_dataset(file, "values"))
+            provenance = _cut(_read_json(path, file), rows, count, queries is not None)
             values = _read(path, file, "values", (rows,), mapped)
             by_segment = _read(path, file, "by_segment", (slice(None), rows), mapped)
             self_influence = _read(path, file, "self_influence", (), False)
-    except TrajectoryFormatError:
+            assert values is not None
+            return Scores(values, by_segment, self_influence, provenance)
+    except (TrajectoryFormatError, PermissionError):
         raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        # What h5py raises depends on where the damage lies.
+    except DAMAGE as error:
         raise TrajectoryFormatError(
             f"{path} is damaged or no scores file ({error}). Save the scores again."
         ) from error
-    assert values is not None
-    return Scores(values, by_segment, self_influence, provenance)
+
+
+def _read_json(path: Path, file: h5py.File) -> dict[str, Any]:
+    dataset = own_dataset(file, "provenance")
+    if dataset.dtype.kind != "S" or dataset.shape != ():
+        raise TypeError("its provenance is no text")
+    text = bytes(dataset[()])
+    _compare(path, "provenance", zlib.crc32(text), file)
+    provenance = from_json(text)
+    if not isinstance(provenance, dict):
+        raise TypeError("its provenance is no JSON object")
+    return provenance
 
 
 def _require_format(path: Path, file: h5py.File) -> None:
-    found = file.attrs.get("format")
-    if found != _text(FORMAT):
+    found = get_text(file.attrs, "format") if "format" in file.attrs else None
+    if found != FORMAT:
         raise TrajectoryFormatError(
             f"{path} is an HDF5 file but holds no scores: expected format = {FORMAT!r}, got "
             f"{found!r}. Give a file written by Scores.save."
         )
-    version = int(file.attrs["format_version"])
+    version = get_integer(file.attrs, "format_version")
+    if version < 1:
+        raise ValueError(f"format version {version}")
     if version > FORMAT_VERSION:
         raise TrajectoryFormatError(
             f"{path} has scores format version {version}; this release reads up to "
@@ -199,20 +223,26 @@ def _require_format(path: Path, file: h5py.File) -> None:
 def _read(
     path: Path, file: h5py.File, name: str, rows: tuple[slice, ...], mapped: bool
 ) -> Tensor | None:
-    if name not in file and name != "values":
+    if not has(file, name) and name != "values":
         return None
+    dataset = own_dataset(file, name)
+    if dataset.dtype not in ("<f4", "<f8") or dataset.dtype != file["values"].dtype:
+        raise TypeError(f"{name!r} holds {dataset.dtype}")
     if mapped:
-        return _mapped(path, file[name], "c")[rows]
-    array = file[name][rows]
+        return _mapped(path, dataset, "c")[rows]
+    array = dataset[rows]
     found = _row_checksums(array) if rows else _checksum(array)
     _compare(path, name, found, file, rows)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name!r} is not finite")
     return torch.from_numpy(array)
 
 
 def _compare(
     path: Path, name: str, found: Any, file: h5py.File, rows: tuple[slice, ...] = ()
 ) -> None:
-    if not np.array_equal(file[f"checksums/{name}"][rows], found):
+    checksums = own_dataset(member(file, "checksums", h5py.Group), name)
+    if not np.array_equal(checksums[rows], found):
         raise TrajectoryFormatError(
             f"{path} is damaged: {name!r} does not match its checksum. Make the scores again."
         )
@@ -271,7 +301,7 @@ def _row_checksums(array: np.ndarray) -> np.ndarray:
 
 def _to_json(provenance: dict[str, Any]) -> str:
     try:
-        return json.dumps(provenance)
+        return to_json(provenance)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"provenance must hold only what JSON can hold (text, numbers, lists, dictionaries): "

@@ -1,0 +1,149 @@
+"""What a file of ours may hold, asked before HDF5 reads it.
+
+A file may come from anywhere. HDF5 follows links and virtual or external data sets into other
+files, makes room for whatever a header claims, waits for ever at a pipe, and can hang in a damaged
+heap of texts. None of it is ever written here, so none of it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from tda_lightning.errors import TrajectoryFormatError
+
+CHUNK_BYTES = 1 << 22
+_INFLATION = 1100  # deflate packs nothing tighter than this
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+_DEPTH = 100  # of nested JSON: what is deeper could not be shown either
+
+# What h5py, NumPy and our own checks raise for a damaged file depends on where the damage lies.
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def require_regular(path: Path) -> None:
+    """Check that ``path`` is a file: opening a pipe would wait for ever.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        TrajectoryFormatError: it is something else.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise TrajectoryFormatError(f"{path} is {what}, expected a file. Check the path.")
+
+
+def member(group: h5py.Group, name: str, kind: type) -> Any:
+    """A data set or group that lies in the file itself: links lead out of it."""
+    if "/" in name or name in ("", "."):
+        raise KeyError(f"{group.name} cannot have a member {name!r}")
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise KeyError(f"{group.name} has no {name!r}")
+    found = group[name]
+    if not isinstance(found, kind):
+        raise TypeError(f"{name!r} in {group.name} is not a {kind.__name__}")
+    return found
+
+
+def has(group: h5py.Group, name: str) -> bool:
+    """Whether there is a link ``name``, without following it as ``in`` does."""
+    return group.get(name, getlink=True) is not None
+
+
+def names(group: h5py.Group) -> list[str]:
+    """The names in ``group``, which are UTF-8: h5py gives others as bytes."""
+    if odd := [name for name in group if not isinstance(name, str)]:
+        raise ValueError(f"{group.name} has names that are not UTF-8, such as {odd[0][:100]!r}")
+    return list(group)
+
+
+def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
+    """A data set whose values lie in the file and take no more room than they may."""
+    dataset = member(group, name, h5py.Dataset)
+    plan = dataset.id.get_create_plist()
+    # Before its shape is asked for: that of a virtual one depends on other files.
+    if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
+        raise ValueError(f"{dataset.name} lies in another file")
+    filters = {plan.get_filter(number)[0] for number in range(plan.get_nfilters())}
+    dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
+    if not filters <= _FILTERS:
+        raise ValueError(f"{dataset.name} is packed by unknown filters {sorted(filters)}")
+    if dtype.kind not in "biufcS" or shape is None:
+        raise ValueError(f"{dataset.name} holds no numbers or text, but {dtype}")
+    chunk = math.prod(chunks or (0,)) * dtype.itemsize
+    packed = h5py.h5z.FILTER_DEFLATE in filters
+    room = dataset.id.get_storage_size() * (_INFLATION if packed else 1)
+    whole = math.prod(shape) * dtype.itemsize
+    if whole > room or chunk > CHUNK_BYTES:
+        raise ValueError(
+            f"{dataset.name} claims {whole} bytes in chunks of {chunk}, and holds "
+            f"{dataset.id.get_storage_size()}"
+        )
+    return dataset
+
+
+def put_text(attributes: h5py.AttributeManager, name: str, text: str) -> None:
+    """Text of fixed length: the other kind lies in a heap without a checksum."""
+    attributes[name] = np.bytes_(text.encode())
+
+
+def get_text(attributes: h5py.AttributeManager, name: str) -> str:
+    """What :func:`put_text` stored."""
+    kind = attributes.get_id(name).get_type()
+    if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        raise TypeError(f"attribute {name!r} is not a text of fixed length")
+    return bytes(attributes[name]).decode()
+
+
+def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
+    attribute = attributes.get_id(name)
+    if attribute.dtype.kind not in "iu" or attribute.shape != ():
+        raise TypeError(f"attribute {name!r} is not an integer")
+    return int(attributes[name])
+
+
+def to_json(value: Any) -> str:
+    """JSON text that :func:`from_json` reads.
+
+    Raises:
+        TypeError, ValueError: ``value`` is not what JSON can hold, or nested too deep.
+    """
+    _require_shallow(value)
+    return json.dumps(value)
+
+
+def from_json(text: bytes) -> Any:
+    value = json.loads(text.decode())
+    _require_shallow(value)
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    level: list[Any] = [value]
+    for _ in range(_DEPTH):
+        inner: list[Any] = []
+        for entry in level:
+            if isinstance(entry, dict):
+                inner.extend(entry.values())
+            elif isinstance(entry, (list, tuple)):
+                inner.extend(entry)
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"JSON is nested more than {_DEPTH} deep")

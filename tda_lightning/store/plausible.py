@@ -1,0 +1,131 @@
+"""What the records of a trajectory must satisfy before anything is computed with them.
+
+HDF5's checksums find accidents. A file that was made or changed by other means may be whole and
+still say what no run can: an example beyond the end of the data set, offsets that run backwards, a
+shape of a trillion numbers. Estimators index with these records and do not look again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.trajectory import Facts, Steps
+
+_MOST = 1 << 62  # numbers of a tensor, examples of a data set
+_GROUPS = 1 << 16
+# What the formulas look up by name.
+_REQUIRED = {
+    "SGD": {"momentum", "dampening", "nesterov", "weight_decay"},
+    "Adam": {"beta1", "beta2", "eps", "weight_decay"},
+    "AdamW": {"beta1", "beta2", "eps", "weight_decay"},
+}
+# States of torch.optim that have one number for each of the parameter's.
+_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def require_facts(text: Any) -> None:
+    """Check the JSON of a trajectory's facts.
+
+    Raises:
+        ValueError, TypeError, LookupError: it is not what a recorder writes.
+    """
+    for name, fact in text["parameters"].items():
+        shape, dtype = fact["shape"], fact["dtype"]
+        whole = isinstance(shape, list) and all(_is_count(length) for length in shape)
+        if not whole or math.prod(shape) > _MOST:
+            raise ValueError(f"parameter {name!r} has shape {str(shape)[:100]}")
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"parameter {name!r} has dtype {str(dtype)[:100]!r}")
+        if not _is_count(fact["group"], _GROUPS):
+            raise ValueError(f"parameter {name!r} is in group {str(fact['group'])[:100]}")
+    if not isinstance(text["optimizer"], str) or not isinstance(text["settings"], dict):
+        raise TypeError("optimizer is no text, or settings are no JSON object")
+    count, prints = text["num_examples"], text["fingerprint"]
+    if count is not None and not _is_count(count):
+        raise ValueError(f"num_examples is {str(count)[:100]}")
+    if prints is not None:
+        _require_fingerprint(prints, count)
+
+
+def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
+    length = _position(prints["length"])
+    if count is not None and length != count:
+        raise ValueError(f"a fingerprint of {length} examples, and {count} examples")
+    for key, value in prints.items():
+        if not isinstance(value, str) or (key != "length" and _position(key) >= length):
+            raise ValueError(f"a fingerprint of example {key[:100]!r} of {length}")
+
+
+def _position(text: Any) -> int:
+    if not isinstance(text, str) or not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise ValueError(f"{str(text)[:100]!r} is no number of an example")
+    return int(text)
+
+
+def _is_count(value: Any, most: int = _MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def require_values(steps: Steps) -> None:
+    """Check single values of steps whose shapes are right.
+
+    The loss and the gradient's norm of a run that diverged may well be NaN.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    if len(steps) and not steps.learning_rate.shape[1]:
+        raise ValueError("steps without parameter groups")
+    for name, values in {"learning_rate": steps.learning_rate, **steps.hyperparameters}.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+    if bool((steps.epoch < 0).any()) or bool((steps.accumulation < 1).any()):
+        raise ValueError("an epoch below 0, or an accumulation below 1")
+
+
+def require_fitting(path: Path, blocks: Sequence[Steps], facts: Facts) -> None:
+    """Check that files of steps fit each other and the facts.
+
+    Raises:
+        TrajectoryFormatError: they do not.
+    """
+    required = _REQUIRED.get(facts.optimizer, set())
+    group = max((fact.group for fact in facts.parameters.values()), default=0)
+    for block in blocks:
+        names = set(block.hyperparameters)
+        if names != set(blocks[0].hyperparameters) or not required <= names:
+            _refuse(path, f"the hyper-parameters of {facts.optimizer}", sorted(names))
+        last = int(block.examples.max()) if len(block.examples) else 0
+        if facts.num_examples is not None and last >= facts.num_examples:
+            _refuse(path, f"examples of {facts.num_examples}", f"example {last}")
+    columns = max((block.learning_rate.shape[1] for block in blocks), default=group + 1)
+    if columns <= group:
+        _refuse(path, f"{group + 1} parameter groups or more", columns)
+
+
+def _refuse(path: Path, expected: str, found: Any) -> None:
+    raise TrajectoryFormatError(
+        f"{path} does not belong to the facts beside it: expected {expected}, got {found}. "
+        "Restore the files from a copy, or record again."
+    )
+
+
+def require_states(
+    states: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor]
+) -> None:
+    """Check that optimizer states have the shapes of their parameters.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for name, parameter in parameters.items():
+        for key, value in states.get(name, {}).items():
+            if key in _LIKE_PARAMETER and value.shape != parameter.shape:
+                raise ValueError(f"{key} of {name} has shape {list(value.shape)}")

@@ -1,0 +1,320 @@
+"""What fuzzing found, and what it can only find by luck, each by its name.
+
+``tests/test_fuzz.py`` draws the damage; here it is placed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tda_lightning import Scores
+from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.report import write_report
+from tda_lightning.store import layout, open_trajectory
+from tda_lightning.store.checked import from_json, to_json
+from tda_lightning.store.inspect import describe, inspect_table
+from tests.runs import fit
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "recorded"
+    fit(path, recorder={"num_checkpoints": 2})
+    return path
+
+
+@pytest.fixture
+def copy(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "copy"))
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    path = tmp_path / "scores.h5"
+    Scores(torch.randn(3, 5), torch.randn(2, 3, 5), torch.rand(5), {"estimator": "x"}).save(path)
+    return path
+
+
+STEPS = "steps/00000001-00000012.h5"
+LAST = "checkpoints/00000012.h5"
+
+
+def put(path: Path, name: str, values: Any, **options: Any) -> None:
+    """Replace a data set, whose attributes are kept."""
+    with h5py.File(path, "r+", libver="latest") as file:
+        attributes = dict(file[name].attrs)
+        del file[name]
+        if not isinstance(values, h5py.ExternalLink):
+            file.create_dataset(name, data=values, **options).attrs.update(attributes)
+        else:
+            file[name] = values
+
+
+def change_facts(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    with h5py.File(root / "trajectory.h5") as file:
+        facts = json.loads(file["facts"][0])
+    change(facts)
+    text = json.dumps(facts).encode()
+    put(root / "trajectory.h5", "facts", np.array([text], f"S{len(text)}"))
+
+
+def sealed(path: Path) -> None:
+    """Make the checksums of a scores file agree with its content."""
+    with h5py.File(path, "r+", libver="latest") as file:
+        text = file["provenance"][()]
+        file["checksums/provenance"][...] = zlib.crc32(text)
+        for row in range(3):
+            file["checksums/values"][row] = zlib.crc32(file["values"][row].tobytes())
+
+
+# Waiting for ever.
+
+
+@pytest.mark.parametrize("name", ["trajectory.h5", STEPS, LAST])
+def test_texts_of_variable_length_are_not_read(name: str, copy: Path) -> None:
+    """HDF5 2.0 loops for ever over some single wrong bytes in the heap that holds them."""
+    with h5py.File(copy / name, "r+") as file:
+        file.attrs["kind"] = file.attrs["kind"].decode()
+    with pytest.raises(TrajectoryFormatError, match="'kind' is not a text of fixed length"):
+        open_trajectory(copy)
+
+
+def test_a_written_file_has_no_heap_of_texts(copy: Path, scores: Path) -> None:
+    for path in [*copy.rglob("*.h5"), scores]:
+        assert b"GCOL" not in path.read_bytes(), path.name
+
+
+def test_a_pipe_is_not_opened(copy: Path, scores: Path) -> None:
+    scores.unlink()
+    os.mkfifo(scores)
+    with pytest.raises(TrajectoryFormatError, match="is a pipe, socket or device"):
+        Scores.load(scores)
+    (copy / LAST).unlink()
+    (copy / LAST).symlink_to(scores)
+    assert open_trajectory(copy).last_step == 6
+
+
+@pytest.mark.parametrize("target", ["fifo", "checkpoints/00000012.h5"])
+def test_a_link_to_another_file_is_not_followed(target: str, copy: Path) -> None:
+    """Not even by asking whether the optional group of optimizer states is there."""
+    os.mkfifo(copy / "fifo")
+    put(copy / LAST, "optimizer", h5py.ExternalLink(str(copy / target), "/optimizer"))
+    with pytest.raises(TrajectoryFormatError, match="no 'optimizer'"):
+        open_trajectory(copy).checkpoints[12]
+
+
+# Memory.
+
+
+def test_claims_beyond_the_file_are_refused(copy: Path) -> None:
+    with h5py.File(copy / STEPS, "r+", libver="latest") as file:
+        del file["examples"]
+        file.create_dataset("examples", (2**40,), "<i8", chunks=(1 << 16,))
+    with pytest.raises(TrajectoryFormatError, match=r"claims \d+ bytes"):
+        open_trajectory(copy)
+
+
+def test_chunks_of_gigabytes_are_refused(copy: Path) -> None:
+    options = {"chunks": (1 << 28,), "maxshape": (None,), "compression": "gzip"}
+    with h5py.File(copy / STEPS, "r+", libver="latest") as file:
+        del file["loss"]
+        file.create_dataset("loss", (12,), "<f8", **options)
+    with pytest.raises(TrajectoryFormatError, match="in chunks of 2147483648"):
+        open_trajectory(copy)
+
+
+def test_a_number_for_a_provenance_makes_no_room(scores: Path) -> None:
+    """``bytes(n)`` makes n zeros."""
+    put(scores, "provenance", np.int64(10**15))
+    with pytest.raises(TrajectoryFormatError, match="provenance is no text"):
+        Scores.load(scores)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("name", ["٠٠٠٠٠٠٠٦.h5", "0000000006.h5", "00000006.h5.part", "6.h5"])
+def test_a_second_name_of_a_step_does_not_hide_it(name: str, copy: Path) -> None:
+    (copy / "checkpoints" / name).write_bytes(b"hello")
+    trajectory = open_trajectory(copy)
+    assert list(trajectory.checkpoints) == [0, 6, 12]
+    assert trajectory.checkpoints[6].step == 6
+
+
+def test_names_that_are_no_utf8_are_refused(copy: Path) -> None:
+    with h5py.File(copy / LAST, "r+") as file:
+        h5py.h5o.link(file["buffers/net.1.running_mean"].id, file["buffers"].id, b"\xff")
+    with pytest.raises(TrajectoryFormatError, match="names that are not UTF-8"):
+        open_trajectory(copy).checkpoints[12]
+
+
+# Numbers that would be computed with.
+
+
+def test_offsets_whose_differences_overflow(copy: Path) -> None:
+    with h5py.File(copy / STEPS) as file:
+        offsets = file["example_offsets"][()]
+    offsets[1:3] = [2**63 - 1, -2]
+    put(copy / STEPS, "example_offsets", offsets)
+    with pytest.raises(TrajectoryFormatError, match="offsets do not lead"):
+        open_trajectory(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("examples", 22, "expected examples of 22, got example 22"),
+        ("examples", -1, "negative example indices"),
+        ("accumulation", 0, "accumulation below 1"),
+        ("epoch", -1, "epoch below 0"),
+        ("learning_rate", np.inf, "learning_rate is not finite"),
+        ("hyperparameters/momentum", np.nan, "momentum is not finite"),
+    ],
+)
+def test_impossible_steps(column: str, value: float, message: str, copy: Path) -> None:
+    with h5py.File(copy / STEPS) as file:
+        values = file[column][()]
+    values[-1] = value
+    put(copy / STEPS, column, values)
+    with pytest.raises(TrajectoryFormatError, match=message):
+        open_trajectory(copy)
+
+
+def test_steps_without_what_the_formula_needs(copy: Path) -> None:
+    with h5py.File(copy / STEPS, "r+") as file:
+        del file["hyperparameters/dampening"]
+    with pytest.raises(TrajectoryFormatError, match="expected the hyper-parameters of SGD"):
+        open_trajectory(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f["parameters"]["net.0.weight"].update(group=1), "2 parameter groups or more"),
+        (lambda f: f["parameters"]["net.0.weight"].update(group=2**40), "is in group"),
+        (lambda f: f["parameters"]["net.0.weight"].update(shape=[5.0, 3]), "has shape"),
+        (lambda f: f["parameters"]["net.0.weight"].update(shape=[10**300]), "has shape"),
+        (lambda f: f["parameters"]["net.0.weight"].update(dtype="Tensor"), "has dtype 'Tensor'"),
+        (lambda f: f.update(num_examples=-1), "num_examples is -1"),
+        (lambda f: f.update(num_examples=23), "fingerprint of 22 examples, and 23"),
+        (lambda f: f["fingerprint"].update({"22": "00"}), "fingerprint of example '22' of 22"),
+        (lambda f: f["fingerprint"].update({"9" * 5000: "00"}), "is no number of an example"),
+        (lambda f: f["fingerprint"].update({"٣": "00"}), "is no number of an example"),
+        (lambda f: f.update(settings=[["seed", 1]]), "settings are no JSON object"),
+        (lambda f: f.update(optimizer=None), "optimizer is no text"),
+        (lambda f: f.update(parameters=[]), "AttributeError"),
+    ],
+)
+def test_impossible_facts(change: Callable[[Any], None], message: str, copy: Path) -> None:
+    change_facts(copy, change)
+    with pytest.raises(TrajectoryFormatError, match=message):
+        open_trajectory(copy)
+
+
+def test_optimizer_states_of_another_shape(copy: Path) -> None:
+    put(copy / LAST, "optimizer/net.0.weight/momentum_buffer", np.zeros((3, 5), np.float32))
+    with pytest.raises(TrajectoryFormatError, match=r"momentum_buffer of net\.0\.weight has shape"):
+        open_trajectory(copy).checkpoints[12]
+
+
+# Scores.
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((3, 5), np.nan, np.float32), "nan|not finite"),
+        (np.zeros((3, 6), np.float32), "by_segment"),
+        (np.zeros((3, 5), np.float16), "holds float16"),
+        (np.zeros((3, 5), ">f4"), "holds >f4"),
+        (np.zeros((3, 5), np.float64), "holds float32"),
+    ],
+)
+def test_impossible_scores(values: Any, message: str, mapped: bool, scores: Path) -> None:
+    put(scores, "values", values)
+    sealed(scores)
+    with pytest.raises(TrajectoryFormatError, match=message):
+        Scores.load(scores, mapped=mapped)
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"\xff", b"{", b"[" * 150 + b"]" * 150])
+def test_impossible_provenance(text: bytes, scores: Path) -> None:
+    put(scores, "provenance", np.bytes_(text))
+    sealed(scores)
+    with pytest.raises(TrajectoryFormatError, match="damaged or no scores file"):
+        Scores.load(scores)
+
+
+def test_json_is_as_deep_when_written_as_when_read() -> None:
+    value: Any = 1
+    for _ in range(99):
+        value = [value]
+    assert from_json(to_json(value).encode()) == value
+    with pytest.raises(ValueError, match="more than 100 deep"):
+        to_json([value])
+
+
+def test_query_indices_of_any_kind_are_reported(tmp_path: Path) -> None:
+    for indices in (["x", 1], [None, 1], [-1, 0], [[0], [1]], "ab", {"0": 1}):
+        odd = Scores(torch.randn(2, 4), provenance={"query_indices": indices})
+        assert write_report(odd, tmp_path / "page.html").is_file()
+
+
+@pytest.mark.parametrize("value", [-1e30, 1e30, -1.7e308, 1.7e308, 5e-324, 0.0])
+def test_extreme_scores_are_reported(value: float, tmp_path: Path) -> None:
+    values = torch.full((2, 4), value, dtype=torch.float64)
+    odd = Scores(values, values.expand(2, 2, 4).clone(), values[0].clone())
+    assert write_report(odd, tmp_path / "page.html").is_file()
+    odd.self_influence[0] = -value
+    assert write_report(odd, tmp_path / "page.html").is_file()
+
+
+# Inspection.
+
+
+def shown(path: Path) -> str:
+    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as screen:
+        console = Console(width=200, file=screen, record=True)
+        console.print(inspect_table(path))
+        return console.export_text()
+
+
+def test_a_folder_without_its_first_checkpoint_is_inspected(copy: Path) -> None:
+    layout.checkpoint_file(copy, 0).unlink()
+    problems = describe(copy).problems
+    assert len(problems) == 1 and "00000000.h5 is missing" in problems[0]
+
+
+def test_what_a_file_says_is_shown_without_its_control_characters(copy: Path) -> None:
+    odd = {"module": "\x1b[31m[red]\ud800", "versions": ["x"], "planned_checkpoints": "12"}
+    change_facts(copy, lambda facts: facts["settings"].update(odd))
+    (copy / "scores").mkdir()
+    (copy / "scores" / "gone.h5").symlink_to("nothing")
+    text = shown(copy)
+    assert "\ufffd[31m[red]\ufffd" in text
+    assert "\x1b" not in text
+    assert "interrupted" not in text
+
+
+def test_a_run_that_did_not_reach_its_end_is_said(copy: Path) -> None:
+    assert describe(copy).planned_end is None
+    layout.checkpoint_file(copy, 12).unlink()
+    found = describe(copy)
+    assert (found.planned_end, found.problems) == (12, ())
+    assert "ended before its last planned checkpoint, 12" in shown(copy)
