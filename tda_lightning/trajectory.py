@@ -187,6 +187,10 @@ class Trajectory:
             segments.append(Segment(start, stop, inside))
         return tuple(segments)
 
+    def stages(self) -> tuple[Trajectory, ...]:
+        """The stretches in which one set of parameters was trained, each like a run of its own."""
+        return (self,)
+
     def require_optimizer(self) -> str:
         """Name of the optimizer, or an error that lists the supported ones."""
         if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
