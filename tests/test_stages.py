@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +61,7 @@ class Problem:
     tasks: list[CaseTask]
     queries: tuple[Tensor, Tensor]
 
-    def scores(self, estimator, **options) -> Scores:
+    def scores(self, estimator, trainer=None, **options) -> Scores:
         attribution = AttributionModule(
             [stage.module for stage in self.stages],
             [stage.trajectory for stage in self.stages],
@@ -68,7 +72,7 @@ class Problem:
             [TensorDataset(*stage.data) for stage in self.stages],
             TensorDataset(*self.queries),
             batch_size=4,
-            trainer=quiet(),
+            trainer=trainer or quiet(),
             **options,
         )
 
@@ -345,6 +349,52 @@ def test_momentum_goes_on_within_one_run() -> None:
         assert relative(found[1], found[0]) < 1e-9
 
 
+def test_freezing_within_one_run_is_one_training_set() -> None:
+    """Both stages use the same examples: one column each, the exact sum of what both did."""
+    work = problem(
+        ((8, 2, "regression", 6), (8, 2, "regression", 6)), linear=True, checkpoints=range
+    )
+    first, second = work.stages
+    work.stages[1] = second = dataclasses.replace(
+        second,
+        data=first.data,
+        trajectory=oracles.record_run(
+            second.module,
+            second.loss,
+            first.data,
+            lambda m: SGD(Trained(m)),
+            [[list(range(8))]] * 6,
+            range(6),
+        ),
+    )
+    truth = work.unrolled()
+    estimator = Source(2, curvature="exact", order="recorded")
+    whole = staged(first.trajectory, (first.trajectory, second.trajectory))
+    attribution = AttributionModule(first.module, whole, estimator, work.tasks[0])
+    found = attribution.attribute(
+        TensorDataset(*first.data), TensorDataset(*work.queries), 4, quiet()
+    )
+    assert found.values.shape == (3, 8)
+    # Two segments in all, cut where the stage begins.
+    assert found.provenance["segments"] == [[0, 6], [6, 12]]
+    assert relative(found.by_segment[0], truth[:, :8]) < 1e-9
+    assert relative(found.values, truth[:, :8] + truth[:, 8:]) < 1e-9
+    assert [row["columns"] for row in found.provenance["stages"]] == [[0, 8], [0, 8]]
+    assert torch.equal(found.stage(0).values, found.by_segment[0])
+
+
+def test_an_influence_function_takes_a_staged_run_as_a_whole() -> None:
+    run, module, data = train(MLP, SGD, checkpoints=(2, 4, 6))
+    queries = TensorDataset(*MLP.batch(3, seed=7))
+    found = [
+        AttributionModule(module, one, InfluenceFunction("exact"), CaseTask(MLP.kind))
+        .attribute(TensorDataset(*data), queries, 4, quiet())
+        .values
+        for one in (run, staged(run, split(run, 4)))
+    ]
+    assert torch.equal(*found)
+
+
 def test_frozen_trunk_by_sampled_curvature_is_near_the_exact_one() -> None:
     """Blocks of EK-FAC with the coupling sampled, the same network at many draws of labels."""
     work = problem(batches=4)
@@ -448,6 +498,16 @@ def test_a_trunk_without_gradients_is_refused() -> None:
     with pytest.raises(EngineError, match="does not depend on any frozen parameter"):
         work.scores(Source(1))
 
+    class Half(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                shift = self.trunk.bias * 1.0
+            return self.head((inputs @ self.trunk.weight.T + shift).tanh())
+
+    work.stages[-1] = dataclasses.replace(last, module=Half(3, 1))
+    notes = work.scores(Source(1)).provenance["notes"]
+    assert any("frozen parameters trunk.bias as far as autograd" in note for note in notes)
+
 
 def test_one_module_and_task_serve_all_stages() -> None:
     """One module is loaded with the weights of whichever stage is at work."""
@@ -466,3 +526,45 @@ def test_one_module_and_task_serve_all_stages() -> None:
         quiet(),
     )
     torch.testing.assert_close(found.by_segment, expected.by_segment)
+
+
+SHARDED = {
+    "average": Source(2, curvature="exact"),
+    "recorded": Source(2, curvature="exact", order="recorded"),
+}
+SCRIPT = """
+import sys, torch
+from tests.attributing import quiet
+from tests.test_stages import SHARDED, problem
+
+torch.set_num_threads(1)
+work = problem(batches=4)
+found = {}
+for name, estimator in SHARDED.items():
+    for stage in work.stages:
+        stage.trajectory.curvature.clear()
+    trainer = quiet(devices=2, strategy="ddp")
+    found[name] = work.scores(estimator, trainer).by_segment
+torch.save(found, f"{sys.argv[1]}.{trainer.global_rank}")
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """The frozen parameters' adjoint is a sum over both."""
+    script, out = tmp_path / "script.py", tmp_path / "scores"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    work = problem(batches=4)
+    for name, estimator in SHARDED.items():
+        expected = work.scores(estimator).by_segment
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(f"{out}.{rank}")[name], expected)

@@ -41,6 +41,9 @@ class Source:
     SGD's momentum, dampening and weight decay, and the preconditioner of Adam and AdamW, enter
     through each segment's geometry. No damping is needed.
 
+    Over several trajectories (pre-training, then fine-tuning) every stage keeps its own N, loss,
+    gradients and curvature, and is cut into segments by itself; the queries are the last model's.
+
     Attributes:
         num_segments: cut the run into this many segments of equal length.
         segment_steps: or at these steps; over several trajectories, a list of them for each.
