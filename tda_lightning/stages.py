@@ -63,8 +63,8 @@ def set_up(
         TrajectoryMismatchError: a module is not the recorded one, or a stage does not begin with
             the weights that the one before ended with.
     """
-    single = isinstance(trajectory, str | Trajectory)
-    runs = [trajectory] if single else list(trajectory)  # type: ignore[arg-type, list-item]
+    # A path may be any object with a text: only a list is several.
+    runs: list[Any] = [*trajectory] if isinstance(trajectory, list | tuple) else [trajectory]
     if not runs:
         raise ValueError("trajectory is an empty list: give at least one recorded run.")
     modules: list[Any] = [*module] if isinstance(module, list | tuple) else [module] * len(runs)

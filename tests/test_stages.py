@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Scores, Trajectory
-from tda_lightning.errors import EngineError, TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.errors import (
+    EngineError,
+    TrajectoryMismatchError,
+    TrajectoryNotFoundError,
+    UnsupportedTrainingError,
+)
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.estimators.coupling import StageLink
 from tests import oracles
@@ -461,6 +466,10 @@ def test_stages_that_do_not_follow_one_another_are_refused() -> None:
         AttributionModule(*parts, Source(1), fresh=["head", "trunk"])
     with pytest.raises(ValueError, match="one for each of the 2 trajectories, got 1"):
         AttributionModule([first.module], parts[1], Source(1))
+    with pytest.raises(ValueError, match="empty list"):
+        AttributionModule(first.module, [], Source(1))
+    with pytest.raises(TrajectoryNotFoundError, match="no_such_run"):
+        AttributionModule(first.module, Path("no_such_run"), Source(1))
     with pytest.raises(ValueError, match="task must be one"):
         AttributionModule(*parts, Source(1), [CaseTask("regression")] * 3)
 
