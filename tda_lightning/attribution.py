@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tda_lightning.alike import digest_of
 from tda_lightning.callbacks.processes import (
     Processes,
     require_same_plan,
@@ -25,23 +22,20 @@ from tda_lightning.callbacks.processes import (
     written_by_first,
 )
 from tda_lightning.callbacks.progress import passing_trainer
-from tda_lightning.compiled import run_eagerly, uncompiled
-from tda_lightning.estimators import Estimator
+from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.loading import ExampleSource, PassLoader
-from tda_lightning.matching import (
-    attributed_parameters,
-    require_one_stage,
-    require_same_data,
-    require_same_parameters,
-)
-from tda_lightning.passes import Context, Plan
+from tda_lightning.matching import require_same_data
+from tda_lightning.passes import Context, Held, Plan, Stage
 from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
-from tda_lightning.provenance import fisher_of, package_versions
-from tda_lightning.scores import MemorySink, Scores, ScoreSink
+from tda_lightning.prepared import prepared
+from tda_lightning.provenance import about_queries, about_stages, how_made
+from tda_lightning.scores import MemorySink, Scores, ScoreSink, StageSink
+from tda_lightning.stages import StageSetup, set_up, training_sets, widened
 from tda_lightning.store.randomness import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
+from tda_lightning.tasks import AttributionTask, example_noise
 from tda_lightning.trajectory import Trajectory
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
@@ -56,9 +50,12 @@ class AttributionModule(LightningModule):
             compiler); its weights come from the trajectory and are put back as they were at the
             end.
         trajectory: a folder that :class:`~tda_lightning.TrajectoryRecorder` wrote, or a
-            :class:`~tda_lightning.Trajectory`.
+            :class:`~tda_lightning.Trajectory`. Or a list of them in order of training
+            (pre-training, then fine-tuning), with a list of modules and tasks, or one for all.
         estimator: one of ``tda_lightning.estimators``.
         task: the training loss and the measurement; None for the module's own ``training_step``.
+        fresh: modules or parameters that a later trajectory initialised anew under a name and
+            shape that the one before it has too.
 
     Raises:
         TrajectoryNotFoundError: the folder holds no trajectory.
@@ -67,21 +64,25 @@ class AttributionModule(LightningModule):
 
     def __init__(
         self,
-        module: nn.Module,
-        trajectory: str | Trajectory,
+        module: nn.Module | Sequence[nn.Module],
+        trajectory: str | Trajectory | Sequence[str | Trajectory],
         estimator: Estimator,
-        task: AttributionTask | None = None,
+        task: AttributionTask | Sequence[AttributionTask | None] | None = None,
+        fresh: Sequence[str] = (),
     ):
         super().__init__()
-        self.module = uncompiled(module)
-        self.trajectory = (
-            trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(str(trajectory))
-        )
+        staged = isinstance(estimator, StagedEstimator)
+        self.stages = set_up(module, trajectory, task, fresh, staged)
+        if self.stages[-1].run > 0 and not staged:
+            raise UnsupportedTrainingError(
+                f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
+                "score the examples of an earlier one. Use Source for several trajectories, or "
+                "give the last one only."
+            )
+        last = self.stages[-1]
+        self.module, self.trajectory, self.task = last.module, last.trajectory, last.task
+        self.earlier = nn.ModuleList(one.module for one in self.stages[:-1])
         self.estimator = estimator
-        self.task = as_task(task)
-        require_same_parameters(self.module, self.trajectory)
-        self.trajectory.require_optimizer()
-        require_one_stage(self.trajectory)
         self._plan = Plan([])
         self._running = -1
         # A pass of few batches leaves some processes none.
@@ -102,7 +103,9 @@ class AttributionModule(LightningModule):
 
         Args:
             train: the recorded training set, a ``Dataset`` or a ``DataLoader`` over it. Column n
-                of the scores is its index n, whatever the loader's order.
+                of the scores is its index n, whatever the loader's order. For several
+                trajectories a list of one each, whose columns follow one another
+                (:meth:`Scores.stage`), or one for all.
             query: what to explain, likewise.
             batch_size: examples per batch where a data set was given.
             trainer: runs the passes: its devices, strategy and precision; by default one device.
@@ -119,23 +122,30 @@ class AttributionModule(LightningModule):
         began = time.monotonic()
         if trainer is not None:
             require_scorable(trainer)
-        examples = ExampleSource.of(train, batch_size, "training")
+        sets = training_sets(train, self.stages[-1].run + 1)
+        examples = [ExampleSource.of(one, batch_size, "training") for one in sets]
         queries = ExampleSource.of(query, batch_size, "query")
-        require_same_data(self.trajectory, examples.dataset)
+        for setup in self.stages:
+            require_same_data(setup.trajectory, examples[setup.run].dataset)
         runner = trainer or passing_trainer()
-        if len(examples) < runner.world_size:
+        if (fewest := min(len(one) for one in examples)) < runner.world_size:
             raise ValueError(
-                f"{len(examples)} training examples cannot be shared by {runner.world_size} "
+                f"{fewest} training examples cannot be shared by {runner.world_size} "
                 "processes: give a trainer with fewer devices."
             )
-        with self._prepared(runner.strategy.root_device):
-            context = self._context(examples, queries, self_influence)
+        with prepared(self._modules_of_stages, runner.strategy.root_device):
+            stages = self._staged(examples, queries, self_influence)
+            context = stages[-1].context
             # The sink needs the number of segments, and the plan only names the sink later.
-            context.sink = sink = self._sink(context, scores_path, overwrite, runner)
+            counts = self._segment_counts(stages)
+            total = None if counts is None else sum(counts)
+            sizes = (context.num_query, stages[-1].columns.stop, total)
+            sink = self._sink(sizes, context.dtype, scores_path, overwrite, runner)
             try:
-                plan = self.estimator.plan(context)
-                self._run(runner, context, plan, examples)
-                made = self._provenance(context, plan, runner) | self._about_queries(context)
+                plan = self._planned(stages, sink, counts)
+                self._run(runner, stages, plan, examples, sink)
+                made = how_made(self.estimator, context, plan, runner)
+                made |= about_queries(context) | about_stages(stages, counts)
                 made["seconds"] = round(time.monotonic() - began, 3)
                 scores = sink.finish({**made, **(provenance or {})})
             except BaseException:
@@ -146,18 +156,20 @@ class AttributionModule(LightningModule):
         return scores
 
     def check(self, train: Any, query: Any, examples: int = 8) -> dict[str, float]:
-        """Compare the engine with plain autograd, example by example, on this model and data.
+        """Compare the engine with plain autograd, example by example, on this model and data
+        (those of the last stage, where there are several).
 
         Prints and returns the largest relative error of each layer over the first ``examples``
         training examples (training loss) and queries (measurement).
         """
         errors: dict[str, float] = {}
-        with self._prepared():
-            training = ExampleSource.of(train, examples, "training")
+        sets = training_sets(train, self.stages[-1].run + 1)
+        with prepared(self._modules_of_stages):
+            training = ExampleSource.of(sets[-1], examples, "training")
             queries = ExampleSource.of(query, examples, "query")
-            context = self._context(training, queries, self_influence=False)
+            context = self._context(self.stages[-1], training, queries, self_influence=False)
             for source, loss in ((training, context.train_loss), (queries, context.measurement)):
-                batch, indices = self._first_batch(source, examples)
+                batch, indices = self._first_batch(source, examples, context.module)
                 found = largest_errors(context.engine, loss, batch, indices)
                 for name, error in found.items():
                     errors[name] = max(error, errors.get(name, 0.0))
@@ -176,17 +188,22 @@ class AttributionModule(LightningModule):
         self_influence: bool = True,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written."""
+        if len(self.stages) > 1:
+            raise UnsupportedTrainingError(
+                f"plan() rehearses one stage of training, got {len(self.stages)}. Plan for each of "
+                "them, Trajectory.load(path).stages(), with its own module and data."
+            )
         with PeakMemory() as memory, unchanged_randomness():
             began = clock.now()
             examples = ExampleSource.of(train, batch_size, "training")
             queries = ExampleSource.of(query, batch_size, "query")
             require_same_data(self.trajectory, examples.dataset)
             device = (trainer or passing_trainer()).strategy.root_device
-            with self._prepared(device):
-                context = self._context(examples, queries, self_influence)
-                placed = functools.partial(self._placed, device=device)
+            with prepared([self.module], device):
+                context = self._context(self.stages[0], examples, queries, self_influence)
+                placed = functools.partial(self._placed, device=device, module=self.module)
                 rehearsal = Rehearsal(self.estimator, context, examples, placed, memory)
-                return rehearsal.plan(began, lambda: self._about_queries(context))
+                return rehearsal.plan(began, lambda: about_queries(context))
 
     # The walk: one ``Trainer.predict`` over one loader per pass.
 
@@ -213,7 +230,7 @@ class AttributionModule(LightningModule):
             self._running += 1
             if self._running < len(passes):
                 one = passes[self._running]
-                self._current.load(one.step)
+                self._current[one.stage].context.load(one.step)
                 if one.begin is not None:
                     one.begin()
 
@@ -221,29 +238,38 @@ class AttributionModule(LightningModule):
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
         part, indices, position = batch
-        return self._placed(part, device), indices.to(device), position
+        module = self.stages[self._plan.passes[dataloader_idx].stage].module
+        return self._placed(part, device, module), indices.to(device), position
 
-    def _placed(self, batch: Any, device: torch.device) -> Any:
+    def _placed(self, batch: Any, device: torch.device, module: nn.Module) -> Any:
         """A batch on the device, by the module's own transfer hooks where it has them."""
-        if not isinstance(self.module, LightningModule):
+        if not isinstance(module, LightningModule):
             return super().transfer_batch_to_device(batch, device, 0)
-        batch = self.module.on_before_batch_transfer(batch, 0)
-        batch = self.module.transfer_batch_to_device(batch, device, 0)
-        return self.module.on_after_batch_transfer(batch, 0)
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)
 
-    def _run(self, trainer: Trainer, context: Context, plan: Plan, examples: ExampleSource) -> None:
+    def _run(
+        self,
+        trainer: Trainer,
+        stages: Sequence[Stage],
+        plan: Plan,
+        examples: Sequence[ExampleSource],
+        sink: ScoreSink,
+    ) -> None:
         if not plan.passes:
             return
-        self._plan, self._running, self._current = plan, -1, context
-        loaders = [PassLoader(examples, one.order) for one in plan.passes]
+        self._plan, self._running, self._current = plan, -1, stages
+        loaders = [PassLoader(examples[stages[one.stage].run], one.order) for one in plan.passes]
         with _gradients_in_predict(trainer):
             trainer.predict(self, loaders, return_predictions=False)  # type: ignore[arg-type]
         # Lightning leaves the module on the CPU.
-        self.module.to(trainer.strategy.root_device)
+        for module in self._modules_of_stages:
+            module.to(trainer.strategy.root_device)
         # Lightning's loop has no end for a process without any batch.
         self._start_through(len(plan.passes))
-        if trainer.world_size > 1 and isinstance(context.sink, MemorySink):
-            for matrix in (context.sink.values, context.sink.by_segment):
+        if trainer.world_size > 1 and isinstance(sink, MemorySink):
+            for matrix in (sink.values, sink.by_segment):
                 if matrix is not None:
                     matrix.copy_(self._reduced(matrix))
 
@@ -252,90 +278,118 @@ class AttributionModule(LightningModule):
         passes = self._plan.passes
         return f"{passes[number].title} ({number + 1}/{len(passes)})"
 
-    @contextmanager
-    def _prepared(self, device: torch.device | None = None) -> Iterator[None]:
-        """Eval mode and silent logging, on ``device``; weights, buffers, modes and device as
-        before at the end."""
-        with run_eagerly(self.module), self._borrowed(device):
-            yield
+    @property
+    def _modules_of_stages(self) -> list[nn.Module]:
+        return list(dict.fromkeys(stage.module for stage in self.stages))
 
-    @contextmanager
-    def _borrowed(self, device: torch.device | None) -> Iterator[None]:
-        modes = {part: part.training for part in self.module.modules()}
-        before = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
-        home = next(self.module.parameters()).device
-        self.module.eval()
-        try:
-            # Plans place their tensors where the module is, so it moves before Lightning moves it.
-            self.module.to(device or home)
-            with silenced(self.module):
-                yield
-        finally:
-            self.module.to(home)
-            with torch.no_grad():
-                # By name: moving a module replaces its buffers.
-                for name, tensor in self._tensors().items():
-                    tensor.copy_(before[name])
-            for part, mode in modes.items():
-                part.training = mode
+    def _staged(
+        self, examples: Sequence[ExampleSource], queries: ExampleSource, self_influence: bool
+    ) -> list[Stage]:
+        """The stages as an estimator sees them."""
+        own_self = self_influence and len(self.stages) == 1
+        held: dict[nn.Module, Held] = {}
+        stages = []
+        for setup in self.stages:
+            source = examples[setup.run]
+            context = wide = self._context(
+                setup, source, queries, own_self, held.setdefault(setup.module, Held())
+            )
+            if setup.frozen:
+                batch = self._first_batch(source, _FIRST, setup.module)
+                wide = widened(context, setup.frozen, *batch)
+            before = sum(len(one) for one in examples[: setup.run])
+            columns = range(before, before + len(source))
+            stages.append(
+                Stage(
+                    context, wide, setup.frozen, setup.carried, setup.run, columns, setup.first_step
+                )
+            )
+        return stages
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+    def _segment_counts(self, stages: Sequence[Stage]) -> list[int] | None:
+        """Segments of each stage; None for an estimator without."""
+        if len(stages) > 1:
+            assert isinstance(self.estimator, StagedEstimator)
+            return self.estimator.stage_segment_counts(stages)
+        count = self.estimator.segment_count(stages[0].context)
+        return None if count is None else [count]
+
+    def _planned(self, stages: Sequence[Stage], sink: ScoreSink, counts: list[int] | None) -> Plan:
+        if len(stages) == 1:
+            stages[0].context.sink = sink
+            return self.estimator.plan(stages[0].context)
+        assert isinstance(self.estimator, StagedEstimator) and counts is not None
+        for number, stage in enumerate(stages):
+            stage.context.sink = StageSink(sink, sum(counts[:number]), stage.columns.start)
+        return self.estimator.plan_stages(stages)
 
     def _context(
-        self, examples: ExampleSource, queries: ExampleSource, self_influence: bool
+        self,
+        setup: StageSetup,
+        examples: ExampleSource,
+        queries: ExampleSource,
+        self_influence: bool,
+        held: Held | None = None,
     ) -> Context:
-        engine = GradientEngine(self.module, attributed_parameters(self.trajectory, self.task))
-        batch, indices = self._first_batch(examples, _FIRST)
+        module, task = setup.module, setup.task
+        engine = GradientEngine(module, setup.trained)
+        batch, indices = self._first_batch(examples, _FIRST, module)
         context = Context(
-            module=self.module,
-            task=self.task,
-            trajectory=written_by_first(self.trajectory),
+            module=module,
+            task=task,
+            trajectory=written_by_first(setup.trajectory),
             engine=engine,
             sink=MemorySink(len(queries), len(examples)),
             num_train=len(examples),
             num_query=len(queries),
-            queries=lambda start, stop: self._query_batches(queries, start, stop),
+            queries=lambda start, stop: self._query_batches(queries, start, stop, module),
             reduce=self._reduced,
-            alike=lambda steps: self._alike(context, steps, batch, indices),
+            alike=lambda steps: digest_of(context, steps, batch, indices),
             self_influence=self_influence,
             batch_size=examples.batch_size,
+            held=held or Held(),
         )
-        context.load(self.trajectory.last_step)
-        self.task.training_batch_size = self.trajectory.batch_size
+        context.load(setup.trajectory.last_step)
+        task.training_batch_size = setup.trajectory.batch_size
         with example_noise(0, indices):
-            self.task.prepare(self.module, batch)
-        engine.discover(context.train_loss, batch, indices, self.task.separable)
+            task.prepare(module, batch)
+        engine.discover(context.train_loss, batch, indices, task.separable)
         return context
 
-    def _first_batch(self, source: ExampleSource, count: int) -> tuple[Any, Tensor]:
+    def _first_batch(
+        self, source: ExampleSource, count: int, module: nn.Module
+    ) -> tuple[Any, Tensor]:
         batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
-        device = next(self.module.parameters()).device
-        return self._placed(batch, device), indices.to(device)
+        device = next(module.parameters()).device
+        return self._placed(batch, device, module), indices.to(device)
 
     def _query_batches(
-        self, queries: ExampleSource, start: int, stop: int
+        self, queries: ExampleSource, start: int, stop: int, module: nn.Module
     ) -> Iterable[tuple[Any, Tensor]]:
-        device = next(self.module.parameters()).device
+        device = next(module.parameters()).device
         for batch, indices in queries.loader(queries.batches(start, stop)):
-            yield self._placed(batch, device), indices.to(device)
+            yield self._placed(batch, device, module), indices.to(device)
 
     def _sink(
-        self, context: Context, path: str | None, overwrite: bool, trainer: Trainer
+        self,
+        sizes: tuple[int, int, int | None],
+        dtype: torch.dtype,
+        path: str | None,
+        overwrite: bool,
+        trainer: Trainer,
     ) -> ScoreSink:
-        sizes = (context.num_query, context.num_train, self.estimator.segment_count(context))
         if path is None:
-            return MemorySink(*sizes, dtype=context.dtype)
+            return MemorySink(*sizes, dtype=dtype)
         # The one file format of scores lives with the other files.
         from tda_lightning.store.scores_file import ScoreFile
 
         if trainer.world_size > 1:
             # Saved at the end by one process; whether it can be is known before the work.
             Processes.of(trainer).by_first(
-                lambda: ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite).abort()
+                lambda: ScoreFile(path, *sizes, dtype=dtype, overwrite=overwrite).abort()
             )
-            return MemorySink(*sizes, dtype=context.dtype)
-        return ScoreFile(path, *sizes, dtype=context.dtype, overwrite=overwrite)
+            return MemorySink(*sizes, dtype=dtype)
+        return ScoreFile(path, *sizes, dtype=dtype, overwrite=overwrite)
 
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum over processes."""
@@ -344,71 +398,6 @@ class AttributionModule(LightningModule):
         total = values.clone()
         torch.distributed.all_reduce(total)
         return total
-
-    def _alike(self, context: Context, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
-        """Digest of weights, data, task and code, as far as it can be seen.
-
-        Code is seen by what it computes: the losses of the first examples at each checkpoint.
-        """
-        digest = hashlib.sha256()
-        held = context.held_step
-        for step in steps:
-            context.load(step)
-            for name, value in sorted(self.module.state_dict().items()):
-                digest.update(name.encode())
-                plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(plain.numpy().tobytes())
-            with torch.no_grad():
-                losses = context.train_loss(self.module, batch, indices)
-            digest.update(json.dumps([f"{loss:.3e}" for loss in losses.tolist()]).encode())
-        context.load(held)
-        facts = self.trajectory.facts
-        about = [facts.num_examples, dict(facts.fingerprint or {}), self.task.settings()]
-        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
-
-    def _provenance(self, context: Context, plan: Plan, trainer: Trainer) -> dict[str, Any]:
-        estimator = self.estimator
-        options: dict[str, Any] = (
-            asdict(estimator) if is_dataclass(estimator) and not isinstance(estimator, type) else {}
-        )
-        notes = [*self.task.notes, *plan.notes]
-        if generic := context.engine.generic:
-            notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
-        curvature = options.get("curvature")
-        return {
-            "estimator": type(estimator).__name__,
-            "settings": options,
-            "curvature": curvature,
-            "fisher": fisher_of(curvature, self.task),
-            "task": self.task.settings(),
-            "trajectory": self.trajectory.path or "in memory",
-            "model": type(self.module).__name__,
-            "steps": self.trajectory.last_step,
-            "num_train": context.num_train,
-            "trained_parameters": sum(block.size for block in context.blocks),
-            "world_size": trainer.world_size,
-            "precision": str(trainer.precision),
-            "device": str(trainer.strategy.root_device),
-            "versions": package_versions(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "notes": notes,
-            **plan.provenance,
-        }
-
-    def _about_queries(self, context: Context) -> dict[str, Any]:
-        """Measurements and, where the task has words for them, predictions of the final model."""
-        context.load(self.trajectory.last_step)
-        measurements: list[float] = []
-        predictions: list[str] | None = []
-        with torch.no_grad():
-            for batch, indices in context.queries(0, context.num_query):
-                measurements += context.measurement(self.module, batch, indices).tolist()
-                with example_noise(0, indices):
-                    words = self.task.prediction(self.module, batch)
-                predictions = None if words is None or predictions is None else predictions + words
-        found: dict[str, Any] = {"measurements": measurements}
-        return found if predictions is None else {**found, "predictions": predictions}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,12 @@ from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
 from tda_lightning.scores import ScoreSink
 from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
 from tda_lightning.trajectory import Checkpoint, Trajectory
+
+NO_SELF = (
+    "No self-influence over several stages: an example of an earlier stage has no measurement of "
+    "its own on the final model. Attribute that stage's trajectory alone, or ask for examples as "
+    "queries."
+)
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Pass:
         end: called after the last batch of every process.
         order: the batches as lists of example indices; None for every example once.
         catches_up: ``end`` only does what is left where another process had the last batches.
+        stage: whose weights and training set these are, where a run has several stages.
     """
 
     title: str
@@ -43,6 +50,7 @@ class Pass:
     end: Callable[[], None] | None = None
     order: Sequence[Sequence[int]] | None = None
     catches_up: bool = False
+    stage: int = 0
 
 
 @dataclass
@@ -55,6 +63,14 @@ class Plan:
 
 
 @dataclass
+class Held:
+    """The checkpoint that a module holds; stages that train one module share it."""
+
+    trajectory: Trajectory | None = None
+    step: int | None = None
+
+
+@dataclass
 class Context:
     """Everything an estimator works with.
 
@@ -64,6 +80,7 @@ class Context:
         reduce: sums a tensor over processes.
         alike: identifies everything that curvature depends on besides its own settings: weights,
             data, task, code (a string that is part of the cache's key).
+        held: what the module holds, shared with whoever else loads weights into it.
     """
 
     module: nn.Module
@@ -78,7 +95,7 @@ class Context:
     alike: Callable[[Sequence[int]], str]
     self_influence: bool = True
     batch_size: int = 256
-    _held: int | None = None
+    held: Held = field(default_factory=Held)
     _weights: dict[int, Checkpoint] = field(default_factory=dict)
 
     @property
@@ -88,9 +105,9 @@ class Context:
     @property
     def held_step(self) -> int:
         """The checkpoint whose weights the module holds."""
-        if self._held is None:
+        if self.held.trajectory is not self.trajectory or self.held.step is None:
             raise RuntimeError("No checkpoint has been loaded yet: call load(step) first.")
-        return self._held
+        return self.held.step
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +124,7 @@ class Context:
 
         What was read stays in memory: some passes go back and forth between checkpoints.
         """
-        if step == self._held:
+        if self.held.trajectory is self.trajectory and self.held.step == step:
             return
         if step not in self._weights:
             read = self.trajectory.checkpoints[step]
@@ -118,7 +135,7 @@ class Context:
             for name, value in {**checkpoint.buffers, **checkpoint.parameters}.items():
                 _require_like(own.get(name), value, name, step)
                 own[name].copy_(value)
-        self._held = step
+        self.held.trajectory, self.held.step = self.trajectory, step
 
     def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the training loss."""
@@ -157,6 +174,37 @@ class Context:
     def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
         with example_noise(0, examples):
             return self.task.measurement(module, batch)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several consecutive stages of training: another loss, data, head or set of trained
+    parameters. It begins with the weights that the stage before it ended with.
+
+    Attributes:
+        context: of the parameters that the stage trains. Its ``queries`` are those of the final
+            model.
+        wide: of those and the frozen ones; ``context`` itself where none is frozen.
+        frozen: parameters that an earlier stage trained and this one only uses.
+        carried: parameters of ``wide`` whose values come from the stage before.
+        run: position of the recorded run; one run has several stages where the set of trained
+            parameters changed in it, and they share its columns.
+        columns: of the stage's training set among those of the scores.
+        first_step: steps of all stages before it.
+    """
+
+    context: Context
+    wide: Context
+    frozen: tuple[str, ...]
+    carried: tuple[str, ...]
+    run: int
+    columns: range
+    first_step: int
+
+
+def numbered(passes: Sequence[Pass], stage: int) -> list[Pass]:
+    """The passes of one stage among several."""
+    return [replace(one, stage=stage, title=f"stage {stage + 1}, {one.title}") for one in passes]
 
 
 def memory_budget() -> int:

@@ -149,6 +149,25 @@ class Scores:
         sums = self.values.new_zeros(self.num_queries, len(labels))
         return GroupScores(labels, sums.index_add_(1, columns, self.values))
 
+    def stage(self, number: int) -> Scores:
+        """The columns of one stage of training, from 0, where ``provenance["stages"]`` lists
+        several: column n is index n of that stage's training set."""
+        stages = self.provenance.get("stages")
+        if not stages or not 0 <= number < len(stages):
+            raise IndexError(
+                f"Stage {number} does not exist: the scores know {len(stages or ())} stages, "
+                "numbered from 0."
+            )
+        columns, segments = (slice(*stages[number][key]) for key in ("columns", "segments"))
+        by_segment = None if self.by_segment is None else self.by_segment[segments, :, columns]
+        values = self.values[:, columns] if by_segment is None else by_segment.sum(0)
+        own = None if self.self_influence is None else self.self_influence[columns]
+        known = {key: value for key, value in self.provenance.items() if key != "stages"}
+        about = {**known, "stage": stages[number]}
+        if self.by_segment is not None and "segments" in known:
+            about["segments"] = known["segments"][segments]
+        return Scores(values, by_segment, own, about)
+
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
 
@@ -199,6 +218,35 @@ class ScoreSink(Protocol):
 
     def abort(self) -> None:
         """Give up; a file leaves nothing behind. After ``finish`` it does nothing."""
+
+
+@dataclass(frozen=True)
+class StageSink:
+    """The part of ``sink`` that belongs to one stage of training."""
+
+    sink: ScoreSink
+    first_segment: int
+    first_column: int
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add to the stage's own segments and columns, which count from 0."""
+        assert segment is not None
+        columns = train_indices + self.first_column
+        self.sink.add(self.first_segment + segment, columns, values, first_query)
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Self-influence belongs to the scores of all stages together.")
+
+    def finish(self, provenance: dict[str, Any]) -> Scores:
+        """The finished scores of all stages."""
+        return self.sink.finish(provenance)
+
+    def abort(self) -> None:
+        """Give up the scores of all stages."""
+        self.sink.abort()
 
 
 class MemorySink:

@@ -286,7 +286,7 @@ class Trajectory:
     def stages(self) -> tuple[Trajectory, ...]:
         """The run cut where the set of trained parameters changed: each part looks like a run of
         its own, step 0 being the state at its start. ``(self,)`` when there is one."""
-        from tda_lightning.stages import cut_into_stages
+        from tda_lightning.stage_parts import cut_into_stages
 
         return cut_into_stages(self)
 

@@ -260,7 +260,7 @@ def test_few_directions_come_close_to_the_exact_matrix(optimizer, order) -> None
 def planned(size: int, segments: int = 3, **options) -> int:
     context = SimpleNamespace(
         blocks=[SimpleNamespace(size=size - 5), SimpleNamespace(size=5)],
-        trajectory=SimpleNamespace(segments=lambda cuts: [None] * segments),
+        trajectory=SimpleNamespace(segments=lambda cuts: [None] * segments, statistics={}),
     )
     return Source(**options).leading(context)
 

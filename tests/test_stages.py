@@ -1,331 +1,579 @@
-"""Frozen and unfrozen parameters: a stage begins, against a loop in torch alone."""
+"""Attribution through several stages of training, against unrolling and dense oracles."""
 
 from __future__ import annotations
 
 import copy
-import io
-import json
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import h5py
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
-from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from tda_lightning import AttributionModule
-from tda_lightning.callbacks import TrajectoryRecorder
-from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
-from tda_lightning.estimators import Source, TracIn
-from tda_lightning.store import layout, open_trajectory
-from tda_lightning.store.inspect import inspect_table
-from tda_lightning.trajectory import StageFact, Trajectory
-from tests.attributing import quiet
-from tests.plain_loop import Small, epochs, require_agreement, train
-from tests.runs import Numbered, fit, loader, trainer
-
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-BACK, HEAD = ("net.0.weight", "net.0.bias"), ("net.3.weight", "net.3.bias")
-NORM = ("net.1.weight", "net.1.bias")
-
-
-def sgd(net: nn.Module) -> Any:
-    return torch.optim.SGD(net.parameters(), 0.1, 0.9)
-
-
-def set_trained(net: nn.Module, epoch: int) -> None:
-    """Everything, then without the first layer, then that alone with the head."""
-    net[0].requires_grad_(epoch != 1)
-    net[1].requires_grad_(epoch != 2)
-
-
-class Toggles(Callback):
-    """Freezes and unfreezes in the hook of that name, each epoch another part."""
-
-    def __init__(self, hook: str) -> None:
-        setattr(self, hook, self.toggle)
-
-    def toggle(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        set_trained(pl_module.net, trainer.current_epoch)
-
-
-class TogglesItself(Small):
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        set_trained(self.net, self.current_epoch)
-
-
-def record(path: Path, module: Any, *callbacks: Any, **options: Any) -> Trajectory:
-    recorder = TrajectoryRecorder(path, **{"every_n_steps": 4, **options.pop("recorder", {})})
-    trainer(*callbacks, recorder, **{"max_epochs": 3, **options}).fit(module, loader())
-    return open_trajectory(path)
-
-
-@pytest.mark.parametrize(
-    "hook", ["on_train_epoch_start", "on_train_batch_start", "the module's", "accumulated"]
+from tda_lightning import AttributionModule, Scores, Trajectory
+from tda_lightning.errors import (
+    EngineError,
+    TrajectoryMismatchError,
+    TrajectoryNotFoundError,
+    UnsupportedTrainingError,
 )
-def test_a_stage_begins_where_the_trained_parameters_change(hook: str, tmp_path: Path) -> None:
-    module = TogglesItself(sgd) if hook == "the module's" else Small(sgd)
-    net = copy.deepcopy(module.net)
-    accumulated = hook == "accumulated"
-    callbacks = (
-        []
-        if hook == "the module's"
-        else [Toggles(hook.replace("accumulated", "on_train_epoch_start"))]
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators.coupling import StageLink
+from tests import oracles
+from tests.attributing import CaseTask, quiet, relative, slope
+from tests.cases.training import MLP, OPTIMIZERS, train
+from tests.oracles.stages import TrainedStage, frozen_names, source_stages, unrolled_stages
+
+KINDS = {"regression": oracles.mean_squared_error, "classification": oracles.cross_entropy}
+SGD, MOMENTUM = OPTIMIZERS["sgd"], OPTIMIZERS["momentum"]
+
+
+class Net(nn.Module):
+    """A trunk and a head; ``join`` puts a linear branch beside it, so that both are linear."""
+
+    def __init__(self, outputs: int, seed: int, linear: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = linear
+        self.trunk = nn.Linear(3, 2 if linear else 4)
+        self.head = nn.Linear(3 if linear else 4, outputs)
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.linear:
+            return self.head(inputs) + self.trunk(inputs)[:, : self.head.out_features]
+        return self.head(self.trunk(inputs).tanh())
+
+
+def batch(size: int, outputs: int, kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    if kind == "classification":
+        return inputs, torch.randint(outputs, (size,), generator=generator)
+    return inputs, torch.randn(size, outputs, generator=generator, dtype=torch.float64)
+
+
+@dataclasses.dataclass
+class Problem:
+    """Stages with their tasks and the last one's queries."""
+
+    stages: list[TrainedStage]
+    tasks: list[CaseTask]
+    queries: tuple[Tensor, Tensor]
+
+    def scores(self, estimator, trainer=None, **options) -> Scores:
+        attribution = AttributionModule(
+            [stage.module for stage in self.stages],
+            [stage.trajectory for stage in self.stages],
+            estimator,
+            self.tasks,
+        )
+        return attribution.attribute(
+            [TensorDataset(*stage.data) for stage in self.stages],
+            TensorDataset(*self.queries),
+            batch_size=4,
+            trainer=trainer or quiet(),
+            **options,
+        )
+
+    def unrolled(self) -> Tensor:
+        return torch.cat(unrolled_stages(self.stages, self.stages[-1].loss, self.queries), 1)
+
+
+# (examples, outputs, kind, steps) of each stage: different N, loss and head.
+DIFFERENT = ((10, 2, "regression", 8), (6, 3, "classification", 6))
+SAME_LOSS = ((10, 2, "regression", 8), (6, 2, "regression", 6))
+
+
+def problem(
+    plan: tuple = DIFFERENT,
+    optimizers: tuple[Callable, ...] = (SGD, SGD),
+    frozen: bool = True,
+    linear: bool = False,
+    batches: int | None = None,
+    checkpoints: Callable[[int], range] = lambda steps: range(0, steps, 2),
+) -> Problem:
+    """Train the stages one after another; each inherits what has the same name and shape.
+
+    Args:
+        frozen: all stages but the first keep the trunk as it is.
+        batches: batch size; all examples if None.
+    """
+    stages: list[TrainedStage] = []
+    tasks: list[CaseTask] = []
+    for number, ((size, outputs, kind, steps), optimizer) in enumerate(
+        zip(plan, optimizers, strict=True)
+    ):
+        module = Net(outputs, number, linear)
+        if stages:
+            before = stages[-1].trajectory
+            end = before.checkpoints[before.last_step]
+            own = module.state_dict()
+            known = {**end.buffers, **end.parameters}
+            own.update({k: v for k, v in known.items() if own[k].shape == v.shape})
+            if own["head.weight"].shape == known["head.weight"].shape and not linear:
+                own["head.weight"] = known["head.weight"]
+            module.load_state_dict(own)
+            module.trunk.requires_grad_(not frozen)
+        data = batch(size, outputs, kind, seed=number)
+        order = (
+            [[list(range(size))]] * steps
+            if batches is None
+            else oracles.cut_batches(size, batches, epochs=steps, seed=number)[:steps]
+        )
+        run = oracles.record_run(
+            module,
+            oracles.loss_of(KINDS[kind]),
+            data,
+            lambda m, make=optimizer: make(Trained(m)),
+            order,
+            checkpoints(steps),
+        )
+        stages.append(TrainedStage(run, module, KINDS[kind], data))
+        tasks.append(CaseTask(kind))
+    size, outputs, kind, _ = plan[-1]
+    return Problem(stages, tasks, batch(3, outputs, kind, seed=9))
+
+
+class Trained:
+    """Only what an optimizer should hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def parameters(self):
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "decay", "momentum", "dampening", "nesterov"])
+def test_recorded_order_is_exact_unrolling_where_curvature_is_constant(name, frozen) -> None:
+    """Least squares by full batches, a checkpoint after every step, both branches linear: the
+    frozen trunk of stage 2 and the head of stage 1 couple, and nothing is approximated."""
+    work = problem(
+        ((10, 2, "regression", 8), (6, 1, "regression", 6)),
+        (OPTIMIZERS[name], OPTIMIZERS[name]),
+        frozen,
+        linear=True,
+        checkpoints=range,
     )
-    divisor = 4 if accumulated else 1
-    trajectory = record(tmp_path, module, *callbacks, accumulate_grad_batches=divisor)
-    log = train(
-        net,
-        epochs(3),
-        sgd(net),
-        accumulate=lambda _: divisor,
-        before_epoch=lambda epoch, _: set_trained(net, epoch),
+    truth = work.unrolled()
+    scores = work.scores(Source(2, curvature="exact", order="recorded"))
+    assert truth[:, :10].abs().max() > 1e-3
+    assert relative(scores.values, truth) < 1e-9
+    assert abs(slope(scores.values, truth) - 1) < 1e-9
+
+
+def test_the_average_order_approaches_unrolling_with_the_rate() -> None:
+    """At the same training time, the error of constant gradients and exp goes down with eta."""
+    errors = []
+    for finer in (1, 2, 4):
+        optimizer = lambda m, rate=0.05 / finer: torch.optim.SGD(m.parameters(), rate)  # noqa: E731
+        plan = tuple((n, o, "regression", 8 * finer) for n, o in ((10, 2), (6, 1)))
+        work = problem(plan, (optimizer, optimizer), linear=True, checkpoints=range)
+        truth = work.unrolled()
+        steps = list(range(1, 8 * finer))
+        found = work.scores(Source(segment_steps=[steps, steps], curvature="exact")).values
+        errors.append(relative(found, truth))
+    assert errors[0] < 0.2
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert 0.4 < fine / coarse < 0.6
+
+
+def test_dropping_coupling_or_own_sizes_is_seen(monkeypatch) -> None:
+    """What the exact test above would miss if it could: both mistakes are far from the truth."""
+    work = problem(
+        ((10, 2, "regression", 8), (6, 1, "regression", 6)), linear=True, checkpoints=range
     )
-    require_agreement(trajectory, log)  # norms of the trained parameters only, among all
-    everything = (*BACK, *NORM, *HEAD)
-    per_epoch = 2 if accumulated else 6
-    assert trajectory.facts.stages == (
-        StageFact(0, everything),
-        StageFact(per_epoch, (*NORM, *HEAD)),
-        StageFact(2 * per_epoch, (*BACK, *HEAD)),
+    truth = work.unrolled()
+    estimator = Source(2, curvature="exact", order="recorded")
+    common = torch.cat([truth[:, :10] * 10 / 16, truth[:, 10:] * 6 / 16], 1)
+    assert relative(common, truth) > 0.3
+    assert relative(work.scores(estimator).values, truth) < 1e-9
+    plain = StageLink.__init__
+
+    def without(self, *arguments) -> None:
+        plain(self, *arguments)
+        self.couples = False
+
+    monkeypatch.setattr(StageLink, "__init__", without)
+    alone = work.scores(estimator).values
+    assert relative(alone[:, :10], truth[:, :10]) > 0.3
+    torch.testing.assert_close(alone[:, 10:], truth[:, 10:])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "dampening", "nesterov", "adam", "adamw"])
+def test_source_over_two_stages(name, frozen) -> None:
+    """A tanh network, a new head, another loss, another N, mini-batches: the dense formula."""
+    work = problem(optimizers=(OPTIMIZERS[name], OPTIMIZERS[name]), frozen=frozen, batches=4)
+    last = work.stages[-1]
+    cut = source_stages(work.stages, lambda run: run.segments(2), last.loss, work.queries)
+    scores = work.scores(Source(2, curvature="exact"))
+    assert scores.by_segment.shape == (4, 3, 16)
+    expected = torch.zeros_like(scores.by_segment)
+    expected[:2, :, :10], expected[2:, :, 10:] = cut
+    assert relative(scores.by_segment, expected) < 1e-9
+    assert relative(scores.values, expected.sum(0)) < 1e-9
+    if frozen:
+        alone = source_stages(
+            work.stages, lambda run: run.segments(2), last.loss, work.queries, coupled=False
+        )
+        assert relative(alone[0], cut[0]) > 0.05
+
+
+def test_three_stages_and_a_head_that_ends() -> None:
+    """Stage 1's head ends there, stage 2's is frozen in none; the trunk is frozen in stage 3."""
+    work = problem(
+        (*DIFFERENT, (5, 2, "regression", 4)), (MOMENTUM, OPTIMIZERS["adamw"], SGD), frozen=False
     )
-    assert list(trajectory.facts.parameters) == list(everything)
-    expected = {0, *range(4, 3 * per_epoch, 4), per_epoch, 2 * per_epoch, 3 * per_epoch}
-    assert set(trajectory.checkpoints) == expected
-    require_slices(trajectory)
+    last = work.stages[-1]
+    assert frozen_names(work.stages, 2) == []
+    cut = source_stages(work.stages, lambda run: run.segments(1), last.loss, work.queries)
+    scores = work.scores(Source(1, curvature="exact"))
+    assert relative(scores.values, torch.cat([part.sum(0) for part in cut], 1)) < 1e-9
+    # Heads of stages 1 and 3 have one shape, but stage 2 knows only its own.
+    rows = scores.provenance["stages"]
+    assert [row["columns"] for row in rows] == [[0, 10], [10, 16], [16, 21]]
+    assert [row["steps"] for row in rows] == [[0, 8], [8, 14], [14, 18]]
+    assert scores.provenance["segments"] == [[0, 8], [8, 14], [14, 18]]
 
 
-def require_slices(trajectory: Trajectory) -> None:
-    """Every piece of ``stages()`` against slices made by hand."""
-    whole = trajectory.steps
-    parts = trajectory.stages()
-    starts = [stage.start for stage in trajectory.facts.stages]
-    bounds = [*starts, len(whole)]
-    assert len(parts) == len(starts)
-    for number, part in enumerate(parts):
-        start, stop = bounds[number], bounds[number + 1]
-        names = trajectory.facts.stages[number].parameters
-        steps = part.steps
-        assert len(steps) == part.num_steps == part.last_step == stop - start
-        for column in ("epoch", "learning_rate", "loss", "gradient_norm", "accumulation"):
-            assert torch.equal(getattr(steps, column), getattr(whole, column)[start:stop])
-        assert torch.equal(steps.clipping, whole.clipping[start:stop])
-        for name, values in whole.hyperparameters.items():
-            assert torch.equal(steps.hyperparameters[name], values[start:stop])
-        for row in range(len(steps)):
-            own, all_of_it = steps.batches(row), whole.batches(start + row)
-            assert [b.tolist() for b in own] == [b.tolist() for b in all_of_it]
-        assert steps.batch_offsets[0] == steps.example_offsets[0] == 0
-        assert len(steps.examples) == steps.example_offsets[-1]
-        assert tuple(part.facts.parameters) == names
-        assert part.facts.stages == (StageFact(0, names),)
-        assert part.stages() == (part,)
-        kept = [s - start for s in sorted(trajectory.checkpoints) if start <= s <= stop]
-        assert list(part.checkpoints) == kept and len(part.checkpoints) == len(kept)
-        assert kept[0] == 0
-        for step in kept:
-            own, base = part.checkpoints[step], trajectory.checkpoints[start + step]
-            assert own.step == step
-            tensors = {**base.parameters, **base.buffers}
-            assert tuple(own.parameters) == names
-            assert {**own.parameters, **own.buffers}.keys() == tensors.keys()
-            for name, value in {**own.buffers, **own.parameters}.items():
-                assert torch.equal(value, tensors[name])
-            assert not own.parameters.keys() & own.buffers.keys()
-            for name in names:
-                state = base.optimizer[name]
-                assert own.optimizer[name].keys() == state.keys()
-        with pytest.raises(KeyError):
-            part.checkpoints[stop - start + 1]
-        # The parts are runs: segments can be cut, and what they do not train does not move.
-        assert part.segments(1)[0].checkpoints == tuple(s for s in kept if s > 0)
-        first, last = part.checkpoints[0], part.checkpoints[part.last_step]
-        for name in set(trajectory.facts.parameters) - set(names):
-            assert torch.equal(first.buffers[name], last.buffers[name])
+def split(run: Trajectory, step: int) -> tuple[Trajectory, Trajectory]:
+    """One run cut in two, each like a run of its own."""
+    steps, batches = run.steps, int(run.steps.batch_offsets[step])
+    examples = int(steps.example_offsets[batches])
+    columns = ("epoch", "learning_rate", "loss", "gradient_norm", "accumulation")
 
+    def part(rows: slice, offsets, inner, used) -> dict:
+        own = {name: getattr(steps, name)[rows] for name in columns}
+        hyper = {name: values[rows] for name, values in steps.hyperparameters.items()}
+        return {
+            **own,
+            "hyperparameters": hyper,
+            "batch_offsets": offsets,
+            "example_offsets": inner,
+            "examples": used,
+        }
 
-class Thaws(BaseFinetuning):
-    """As users do: the backbone is added to the optimizer when it thaws."""
-
-    def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.03)
-
-
-def trainable(net: nn.Module) -> Any:
-    return torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9)
-
-
-@pytest.mark.parametrize("save_optimizer", [True, False])
-def test_a_group_added_in_mid_run_had_no_rate_before(save_optimizer: bool, tmp_path: Path) -> None:
-    module = Small(trainable)
-    net = copy.deepcopy(module.net)
-    net[0].requires_grad_(False)
-    optimizer = trainable(net)
-
-    def thaw(epoch: int, _: Any) -> None:
-        if epoch == 1:
-            net[0].requires_grad_(True)
-            optimizer.add_param_group({"params": list(net[0].parameters()), "lr": 0.03})
-
-    options = {"save_optimizer": save_optimizer}
-    trajectory = record(tmp_path, module, Thaws(), recorder=options)
-    log = train(net, epochs(3), optimizer, before_epoch=thaw)
-    log.rates = [rates + [0.0] * (2 - len(rates)) for rates in log.rates]
-    require_agreement(trajectory, log)
-    assert {len(rates) for rates in log.rates} == {2}
-    assert trajectory.facts.stages == (
-        StageFact(0, (*NORM, *HEAD)),
-        StageFact(6, (*BACK, *NORM, *HEAD)),
+    first = part(
+        slice(0, step),
+        steps.batch_offsets[: step + 1],
+        steps.example_offsets[: batches + 1],
+        steps.examples[:examples],
     )
-    assert trajectory.facts.parameters["net.0.weight"].group == 1
-    assert trajectory.steps.learning_rate[6:, 1].tolist() == [0.03] * 12
-    # A formula that wants one momentum for all groups finds one.
-    assert bool((trajectory.steps.hyperparameters["momentum"] == 0.9).all())
-    # Checkpoints of both sides hold the same names, wherever they lie in the file.
-    for checkpoint in trajectory.checkpoints.values():
-        assert tuple(checkpoint.parameters) == (*BACK, *NORM, *HEAD)
-        assert (checkpoint.optimizer is not None) == save_optimizer
-    if save_optimizer:
-        require_slices(trajectory)
+    second = part(
+        slice(step, None),
+        steps.batch_offsets[step:] - batches,
+        steps.example_offsets[batches:] - examples,
+        steps.examples[examples:],
+    )
+    kept = run.checkpoints
+    early = {s: c for s, c in kept.items() if s <= step}
+    late = {s - step: dataclasses.replace(c, step=s - step) for s, c in kept.items() if s >= step}
+    return (
+        Trajectory(run.facts, dataclasses.replace(steps, **first), early),
+        Trajectory(run.facts, dataclasses.replace(steps, **second), late),
+    )
 
 
-def test_a_group_without_a_stage_widens_the_table(tmp_path: Path) -> None:
-    class Adds(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.current_epoch == 1:
-                frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
-                trainer.optimizers[0].add_param_group({"params": [frozen], "lr": 0.5})
+class Staged(Trajectory):
+    """A run that knows its stages, as one with a change of trained parameters does."""
 
-    trajectory = record(tmp_path, Small(sgd), Adds(), recorder={"every_n_steps": 100})
-    assert trajectory.steps.learning_rate.tolist() == [[0.1, 0.0]] * 6 + [[0.1, 0.5]] * 12
-    assert trajectory.stages() == (trajectory,)
+    parts: tuple[Trajectory, ...] = ()
+
+    def stages(self) -> tuple[Trajectory, ...]:
+        return self.parts
 
 
-def test_freezing_within_a_step_is_refused(tmp_path: Path) -> None:
-    class Within(Small):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.net[0].requires_grad_(batch_idx != 3)
-            return super().training_step(batch, batch_idx)
-
-    message = r"in the midst of step 4: expected the 6 .* got 4.*on_train_epoch_start"
-    with pytest.raises(UnsupportedTrainingError, match=message):
-        record(tmp_path, Within(sgd), recorder={"every_n_steps": 1})
-    assert open_trajectory(tmp_path).last_step == 3
+def staged(run: Trajectory, parts: tuple[Trajectory, ...]) -> Staged:
+    found = Staged(run.facts, run.steps, run.checkpoints)
+    object.__setattr__(found, "parts", parts)
+    return found
 
 
-def test_a_parameter_that_moves_to_another_group_is_refused(tmp_path: Path) -> None:
-    class Moves(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.current_epoch == 1:
-                groups = trainer.optimizers[0].param_groups
-                moved = groups[0]["params"].pop()
-                trainer.optimizers[0].add_param_group({"params": [moved]})
-
-    with pytest.raises(UnsupportedTrainingError, match=r"net\.3\.bias moved from group 0 .* 1 "):
-        record(tmp_path, Small(sgd), Moves())
-
-
-def test_freezing_before_the_first_step_or_after_the_last_is_no_stage(tmp_path: Path) -> None:
-    class Around(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net[0].requires_grad_(False)
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if trainer.global_step == 18:
-                pl_module.net[0].requires_grad_(True)
-
-    trajectory = record(tmp_path, Small(sgd), Around())
-    assert trajectory.facts.stages == (StageFact(0, (*NORM, *HEAD)),)
-    assert tuple(trajectory.facts.parameters) == (*NORM, *HEAD)
-    for checkpoint in trajectory.checkpoints.values():
-        assert tuple(checkpoint.parameters) == (*NORM, *HEAD)
-        assert set(BACK) <= checkpoint.buffers.keys()
+CUTTING = {
+    "exact": (SGD, Source(segment_steps=[4], curvature="exact")),
+    "ekfac": (SGD, Source(segment_steps=[4])),
+    "leading": (SGD, Source(segment_steps=[4], leading_directions=5)),
+    "adam": (OPTIMIZERS["adamw"], Source(segment_steps=[4], curvature="kfac")),
+    "recorded": (MOMENTUM, Source(segment_steps=[4], order="recorded")),
+    "recursion": (MOMENTUM, Source(segment_steps=[4], momentum="recursion")),
+    "tracin": (MOMENTUM, TracIn()),
+}
 
 
-def test_toggling_back_before_a_step_is_no_stage(tmp_path: Path) -> None:
-    class Back(Small):
-        """Freezes for a batch that makes no step."""
+@pytest.mark.parametrize("name", CUTTING)
+def test_a_run_cut_into_stages_is_the_same_run(name) -> None:
+    """The same data, loss and parameters before and after the cut: nothing may change."""
+    optimizer, estimator = CUTTING[name]
+    run, module, data = train(MLP, optimizer, checkpoints=(2, 3, 4, 5, 6))
+    queries = TensorDataset(*MLP.batch(3, seed=7))
 
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            self.net[0].requires_grad_(batch_idx != 2)
+    def scores(trajectory, own) -> Scores:
+        attribution = AttributionModule(module, trajectory, own, CaseTask(MLP.kind))
+        return attribution.attribute(TensorDataset(*data), queries, 4, quiet())
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
-
-    trajectory = record(tmp_path, Back(sgd))
-    assert trajectory.stages() == (trajectory,)
-    assert trajectory.num_steps == 15
-
-
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_run_killed_where_a_stage_begins_is_the_run_before(
-    announced: bool, tmp_path: Path
-) -> None:
-    """The checkpoint, then the facts: whichever was written last, what is there can be read."""
-    record(tmp_path, Small(sgd), Toggles("on_train_epoch_start"), max_epochs=2)
-    for file in layout.checkpoint_files(tmp_path).items():
-        if file[0] > 6:
-            file[1].unlink()
-    if not announced:
-        with h5py.File(tmp_path / layout.FACTS_FILE, "r+") as file:
-            facts = json.loads(file["facts"][0])
-            facts["stages"] = facts["stages"][:1]
-            del file["facts"]
-            text = json.dumps(facts).encode()
-            file.create_dataset("facts", data=[text], dtype=h5py.string_dtype("utf-8", len(text)))
-    trajectory = open_trajectory(tmp_path)
-    assert trajectory.num_steps == 6
-    assert trajectory.facts.stages == (StageFact(0, (*BACK, *NORM, *HEAD)),)
+    whole = scores(run, estimator)
+    parts = split(run, 4)
+    # Draws of labels differ with the step's number.
+    sampled = name in ("ekfac", "leading", "adam", "recorded", "recursion")
+    tolerance = 0.3 if sampled else 1e-9
+    one = scores(staged(run, parts), estimator)
+    assert one.values.shape == (3, 10)
+    assert relative(one.by_segment, whole.by_segment) < tolerance
+    assert one.provenance["segments"] == whole.provenance["segments"]
+    assert one.self_influence is None
+    if name == "tracin":
+        two = scores(list(parts), estimator)
+    elif name in ("recorded", "recursion"):
+        return  # as two runs, the second begins with an empty buffer
+    else:
+        two = scores(list(parts), dataclasses.replace(estimator, segment_steps=[[], []]))
+    assert two.values.shape == (3, 20)
+    torch.testing.assert_close(two.values[:, :10] + two.values[:, 10:], one.values)
 
 
-def test_a_lost_checkpoint_of_a_stage_is_named(tmp_path: Path) -> None:
-    record(tmp_path, Small(sgd), Toggles("on_train_epoch_start"))
-    layout.checkpoint_file(tmp_path, 6).unlink()
-    with pytest.raises(TrajectoryFormatError, match=r"checkpoint at step 6 is missing"):
-        open_trajectory(tmp_path).stages()
+def test_momentum_goes_on_within_one_run() -> None:
+    """With exact curvature no label is drawn, so the cut run is the whole run to rounding."""
+    run, module, data = train(MLP, MOMENTUM, checkpoints=(2, 3, 4, 5, 6))
+    queries = TensorDataset(*MLP.batch(3, seed=7))
+    for options in ({"order": "recorded"}, {"momentum": "recursion"}):
+        estimator = Source(segment_steps=[4], curvature="exact", **options)
+        found = [
+            AttributionModule(module, one, estimator, CaseTask(MLP.kind))
+            .attribute(TensorDataset(*data), queries, 4, quiet())
+            .by_segment
+            for one in (run, staged(run, split(run, 4)))
+        ]
+        assert relative(found[1], found[0]) < 1e-9
 
 
-def test_files_of_version_1_are_one_unclipped_stage(tmp_path: Path) -> None:
-    fit(tmp_path)
-    before = open_trajectory(tmp_path)
-    for path in [tmp_path / layout.FACTS_FILE, *(p for *_, p in layout.steps_files(tmp_path))]:
-        with h5py.File(path, "r+") as file:
-            file.attrs["version"] = 1
-            if "clipping" in file:
-                del file["clipping"]
-            else:
-                facts = json.loads(file["facts"][0])
-                del facts["stages"], file["facts"]
-                text = json.dumps(facts).encode()
-                kind = h5py.string_dtype("utf-8", len(text))
-                file.create_dataset("facts", data=[text], dtype=kind)
-    old = open_trajectory(tmp_path)
-    assert old.facts == before.facts
-    assert old.stages() == (old,)
-    assert old.steps.clipping.tolist() == [1.0] * 12
+def test_freezing_within_one_run_is_one_training_set() -> None:
+    """Both stages use the same examples: one column each, the exact sum of what both did."""
+    work = problem(
+        ((8, 2, "regression", 6), (8, 2, "regression", 6)), linear=True, checkpoints=range
+    )
+    first, second = work.stages
+    work.stages[1] = second = dataclasses.replace(
+        second,
+        data=first.data,
+        trajectory=oracles.record_run(
+            second.module,
+            second.loss,
+            first.data,
+            lambda m: SGD(Trained(m)),
+            [[list(range(8))]] * 6,
+            range(6),
+        ),
+    )
+    truth = work.unrolled()
+    estimator = Source(2, curvature="exact", order="recorded")
+    whole = staged(first.trajectory, (first.trajectory, second.trajectory))
+    attribution = AttributionModule(first.module, whole, estimator, work.tasks[0])
+    found = attribution.attribute(
+        TensorDataset(*first.data), TensorDataset(*work.queries), 4, quiet()
+    )
+    assert found.values.shape == (3, 8)
+    # Two segments in all, cut where the stage begins.
+    assert found.provenance["segments"] == [[0, 6], [6, 12]]
+    assert relative(found.by_segment[0], truth[:, :8]) < 1e-9
+    assert relative(found.values, truth[:, :8] + truth[:, 8:]) < 1e-9
+    assert [row["columns"] for row in found.provenance["stages"]] == [[0, 8], [0, 8]]
+    assert torch.equal(found.stage(0).values, found.by_segment[0])
 
 
-def test_estimators_refuse_several_stages_and_take_one(tmp_path: Path) -> None:
-    trajectory = record(tmp_path, Small(sgd), Toggles("on_train_epoch_start"))
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(inspect_table(tmp_path))
-    assert "3, from steps [0, 6, 12]" in console.export_text()
-    with pytest.raises(UnsupportedTrainingError, match=r"3 stages .*steps \[6, 12\].*stages\(\)"):
-        AttributionModule(Small(), trajectory, Source(1))
-    data = Numbered()
-    for part in trajectory.stages():
-        for estimator in (TracIn(), Source(1)):
-            attribution = AttributionModule(Small(), part, estimator)
-            scores = attribution.attribute(data, data, trainer=quiet())
-            assert scores.values.isfinite().all()
-            assert scores.provenance["trained_parameters"] == sum(
-                torch.Size(fact.shape).numel() for fact in part.facts.parameters.values()
-            )
+def test_an_influence_function_takes_a_staged_run_as_a_whole() -> None:
+    run, module, data = train(MLP, SGD, checkpoints=(2, 4, 6))
+    queries = TensorDataset(*MLP.batch(3, seed=7))
+    found = [
+        AttributionModule(module, one, InfluenceFunction("exact"), CaseTask(MLP.kind))
+        .attribute(TensorDataset(*data), queries, 4, quiet())
+        .values
+        for one in (run, staged(run, split(run, 4)))
+    ]
+    assert torch.equal(*found)
+
+
+def test_frozen_trunk_by_sampled_curvature_is_near_the_exact_one() -> None:
+    """Blocks of EK-FAC with the coupling sampled, the same network at many draws of labels."""
+    work = problem(batches=4)
+    exact = work.scores(Source(2, curvature="exact", order="recorded")).values[:, :10]
+    draws = [
+        work.scores(Source(2, order="recorded", leading_directions=30, seed=100 * seed)).values
+        for seed in range(4)
+    ]
+    mean = torch.stack(draws).mean(0)[:, :10]
+    assert relative(mean, exact) < 0.2
+
+
+def test_one_stage_alone_is_what_it_was() -> None:
+    """The last stage's columns do not know that another came before."""
+    work = problem(batches=4)
+    last = work.stages[-1]
+    alone = AttributionModule(last.module, last.trajectory, Source(2), work.tasks[-1])
+    own = alone.attribute(TensorDataset(*last.data), TensorDataset(*work.queries), 4, quiet())
+    both = work.scores(Source(2))
+    torch.testing.assert_close(both.stage(1).values, own.values)
+    assert "stages" not in own.provenance
+    assert both.stage(1).provenance["segments"] == [[8, 11], [11, 14]]
+    assert both.stage(0).values.shape == (3, 10)
+    assert torch.equal(both.stage(0).values, both.values[:, :10])
+    rows = both.provenance["stages"]
+    assert rows[1]["frozen_parameters"] == ["trunk.weight", "trunk.bias"]
+    assert [row["num_train"] for row in rows] == [10, 6]
+    assert both.provenance["num_train"] == 16
+    assert any("No self-influence" in note for note in both.provenance["notes"])
+    with pytest.raises(IndexError, match="know 2 stages"):
+        both.stage(2)
+    with pytest.raises(IndexError, match="know 0 stages"):
+        own.stage(0)
+
+
+def test_scores_of_stages_stream_to_a_file(tmp_path) -> None:
+    work = problem(batches=4)
+    path = tmp_path / "scores.h5"
+    found = work.scores(Source(2), scores_path=str(path))
+    again = work.scores(Source(2))
+    assert torch.equal(Scores.load(path).by_segment, again.by_segment)
+    assert torch.equal(found.values, again.values)
+
+
+def test_weights_of_all_modules_are_put_back() -> None:
+    work = problem(batches=4)
+    before = [copy.deepcopy(stage.module.state_dict()) for stage in work.stages]
+    work.scores(Source(2))
+    for stage, state in zip(work.stages, before, strict=True):
+        for name, value in stage.module.state_dict().items():
+            assert torch.equal(value, state[name])
+
+
+def test_stages_that_do_not_follow_one_another_are_refused() -> None:
+    work = problem(SAME_LOSS, frozen=False)
+    first, second = work.stages
+    parts = ([first.module, second.module], [first.trajectory, second.trajectory])
+    second.trajectory.checkpoints[0].parameters["head.weight"][0, 0] += 0.25
+    with pytest.raises(TrajectoryMismatchError, match=r"head.weight differs.*by up to 0.25"):
+        AttributionModule(*parts, Source(1))
+    # A head that was initialised anew under its old name and shape.
+    AttributionModule(*parts, Source(1), fresh=["head"])
+    with pytest.raises(TrajectoryMismatchError, match="shares no parameter"):
+        AttributionModule(*parts, Source(1), fresh=["head", "trunk"])
+    with pytest.raises(ValueError, match="one for each of the 2 trajectories, got 1"):
+        AttributionModule([first.module], parts[1], Source(1))
+    with pytest.raises(ValueError, match="empty list"):
+        AttributionModule(first.module, [], Source(1))
+    with pytest.raises(TrajectoryNotFoundError, match="no_such_run"):
+        AttributionModule(first.module, Path("no_such_run"), Source(1))
+    with pytest.raises(ValueError, match="task must be one"):
+        AttributionModule(*parts, Source(1), [CaseTask("regression")] * 3)
+
+
+def test_what_cannot_follow_stages_says_so() -> None:
+    work = problem()
+    with pytest.raises(UnsupportedTrainingError, match="Use Source"):
+        work.scores(InfluenceFunction())
+    with pytest.raises(ValueError, match="Use Source"):
+        work.scores(TracIn())
+    with pytest.raises(ValueError, match="one list of steps for each of the 2"):
+        work.scores(Source(segment_steps=[2]))
+    adam = problem(optimizers=(OPTIMIZERS["adam"], OPTIMIZERS["adam"]))
+    with pytest.raises(UnsupportedTrainingError, match="Use order='average'"):
+        adam.scores(Source(1, order="recorded"))
+    stages = [stage.trajectory for stage in work.stages]
+    module = AttributionModule([s.module for s in work.stages], stages, Source(1), work.tasks)
+    with pytest.raises(ValueError, match="train must be one data set, or a list"):
+        module.attribute([TensorDataset(*work.stages[0].data)], TensorDataset(*work.queries))
+
+
+def test_a_trunk_without_gradients_is_refused() -> None:
+    """Under no_grad() the first stage would silently get scores of zero."""
+
+    class Detached(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                features = self.trunk(inputs).tanh()
+            return self.head(features)
+
+    work = problem()
+    last = work.stages[-1]
+    detached = Detached(3, 1)
+    work.stages[-1] = dataclasses.replace(last, module=detached)
+    with pytest.raises(EngineError, match="does not depend on any frozen parameter"):
+        work.scores(Source(1))
+
+    class Half(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                shift = self.trunk.bias * 1.0
+            return self.head((inputs @ self.trunk.weight.T + shift).tanh())
+
+    work.stages[-1] = dataclasses.replace(last, module=Half(3, 1))
+    notes = work.scores(Source(1)).provenance["notes"]
+    assert any("frozen parameters trunk.bias as far as autograd" in note for note in notes)
+
+
+def test_one_module_and_task_serve_all_stages() -> None:
+    """One module is loaded with the weights of whichever stage is at work."""
+    work = problem(SAME_LOSS, (MOMENTUM, SGD), frozen=False, batches=4)
+    expected = work.scores(Source(2, curvature="exact", order="recorded"))
+    attribution = AttributionModule(
+        work.stages[0].module,
+        [stage.trajectory for stage in work.stages],
+        Source(2, curvature="exact", order="recorded"),
+        work.tasks[0],
+    )
+    found = attribution.attribute(
+        [TensorDataset(*stage.data) for stage in work.stages],
+        TensorDataset(*work.queries),
+        4,
+        quiet(),
+    )
+    torch.testing.assert_close(found.by_segment, expected.by_segment)
+
+
+SHARDED = {
+    "average": Source(2, curvature="exact"),
+    "recorded": Source(2, curvature="exact", order="recorded"),
+}
+SCRIPT = """
+import sys, torch
+from tests.attributing import quiet
+from tests.test_stages import SHARDED, problem
+
+torch.set_num_threads(1)
+work = problem(batches=4)
+found = {}
+for name, estimator in SHARDED.items():
+    for stage in work.stages:
+        stage.trajectory.curvature.clear()
+    trainer = quiet(devices=2, strategy="ddp")
+    found[name] = work.scores(estimator, trainer).by_segment
+torch.save(found, f"{sys.argv[1]}.{trainer.global_rank}")
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """The frozen parameters' adjoint is a sum over both."""
+    script, out = tmp_path / "script.py", tmp_path / "scores"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    work = problem(batches=4)
+    for name, estimator in SHARDED.items():
+        expected = work.scores(estimator).by_segment
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(f"{out}.{rank}")[name], expected)

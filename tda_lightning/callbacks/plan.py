@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Measured on files of 0 to 100 tensors: an empty checkpoint with the states of the generators,
 # and what every tensor and every parameter's group of optimizer state adds.
-_FILE, _TENSOR, _GROUP = 18_400, 340, 240
+_FILE, _TENSOR, _GROUP = 14_500, 290, 200
 _FACTS = 12_000  # the facts, and per parameter:
 _FACT = 90
 _ROW_OBJECTS = 1_500  # Python objects of a step that is not yet on disk

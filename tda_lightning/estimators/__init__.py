@@ -1,8 +1,8 @@
 """Estimators: each turns the recorded trajectory into scores in the project's one sign and unit."""
 
-from tda_lightning.estimators.base import Estimator
+from tda_lightning.estimators.base import Estimator, StagedEstimator
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.source import Source
 from tda_lightning.estimators.tracin import TracIn
 
-__all__ = ["Estimator", "InfluenceFunction", "Source", "TracIn"]
+__all__ = ["Estimator", "InfluenceFunction", "Source", "StagedEstimator", "TracIn"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Spectrum, units
-from tda_lightning.estimators.queries import Response, dot, query_gradients, query_rounds
+from tda_lightning.estimators.queries import Response, dot, query_rounds
 from tda_lightning.estimators.segments import Adjoint, SegmentedRun, combine
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.forms import CHUNK_SCALARS
@@ -29,15 +29,27 @@ class AveragedRun(SegmentedRun):
 
     def passes(self) -> list[Pass]:
         passes = self.curvature_passes()
-        for start, stop in query_rounds(self.context, copies=4 if self.follows_buffer else 3):
-            for number in reversed(range(len(self.segments))):
-                for position, step in enumerate(self.segments[number].checkpoints):
-                    begin = self._begin(number, step, start, stop) if position == 0 else None
-                    title = f"segment {number + 1}: scores, step {step}"
-                    passes.append(Pass(title, step, self._score(number, start), begin))
+        for start, stop in query_rounds(self.context, self.copies):
+            passes += self.round(start, stop)
         if self.context.self_influence:
             last = self.context.trajectory.last_step
             passes.append(Pass("self-influence", last, self._add_self, None, self._finish_self))
+        return passes
+
+    @property
+    def copies(self) -> int:
+        """Dense gradients of the queries in memory at a time."""
+        return 4 if self.follows_buffer else 3
+
+    def round(self, start: int, stop: int) -> list[Pass]:
+        """The passes that score queries ``start`` to ``stop``."""
+        passes = []
+        for number in reversed(range(len(self.segments))):
+            for position, step in enumerate(self.segments[number].checkpoints):
+                begin = self._begin(number, step, start, stop) if position == 0 else None
+                title = f"segment {number + 1}: scores, step {step}"
+                passes.append(Pass(title, step, self._score(number, start), begin))
+            passes += self.coupling_passes(number)
         return passes
 
     def _begin(self, number: int, step: int, start: int, stop: int) -> Callable[[], None]:
@@ -45,11 +57,10 @@ class AveragedRun(SegmentedRun):
 
         def begin() -> None:
             if number == len(self.segments) - 1:
-                self.context.load(self.context.trajectory.last_step)
-                kind = self.grouping
-                self.adjoint = Adjoint(query_gradients(self.context, kind, start, stop))
+                self.adjoint = self.arrive(start, stop)
                 self.context.load(step)
             inside = self.enter(number, self.adjoint)
+            self.meet_frozen(number, inside)
             transfers, spectra = self.transfers(number), self.spectra(number)
             geometry = self.geometries[number]
             meetings = self.context.num_train * len(self.segments[number].checkpoints)
@@ -63,8 +74,8 @@ class AveragedRun(SegmentedRun):
                 else:
                     on_parameters = geometry.enter(name, spectrum.lift(taken))
                     self.responses[name] = Response(on_parameters, None, meetings)
-            if number > 0:
-                self.adjoint = self.leave(number, inside, self.adjoint, transfers)
+            if self.goes_back(number):
+                self.adjoint = self.depart(number, inside, self.adjoint)
 
         return begin
 

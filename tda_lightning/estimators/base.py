@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
-from tda_lightning.passes import Context, Plan
+from tda_lightning.passes import Context, Plan, Stage
 
 
 class Estimator(Protocol):
@@ -15,3 +16,14 @@ class Estimator(Protocol):
 
     def plan(self, context: Context) -> Plan:
         """The passes over the training set that compute the scores into ``context.sink``."""
+
+
+@runtime_checkable
+class StagedEstimator(Estimator, Protocol):
+    """An estimator that also follows a query back through several stages of training."""
+
+    def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
+        """Into how many stretches the scores of each stage are split."""
+
+    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
+        """The passes over all stages' training sets, into each stage's ``context.sink``."""

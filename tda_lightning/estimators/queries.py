@@ -19,14 +19,15 @@ from tda_lightning.passes import Context, memory_budget
 def query_rounds(context: Context, copies: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose ``copies`` dense gradients fit the memory budget together."""
     size = sum(block.size for block in context.blocks)
-    item = torch.finfo(context.dtype).bits // 8
-    fitting = max(1, memory_budget() // (size * item * copies))
-    rounds = -(-context.num_query // fitting)
+    return rounds_of(context.num_query, size * copies * torch.finfo(context.dtype).bits // 8)
+
+
+def rounds_of(queries: int, bytes_each: int) -> Iterator[tuple[int, int]]:
+    """Ranges of ``queries`` that fit the memory budget together."""
+    fitting = max(1, memory_budget() // bytes_each)
+    rounds = -(-queries // fitting)
     for number in range(rounds):
-        yield (
-            number * context.num_query // rounds,
-            (number + 1) * context.num_query // rounds,
-        )
+        yield number * queries // rounds, (number + 1) * queries // rounds
 
 
 def query_gradients(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import units
-from tda_lightning.estimators.queries import query_gradients, query_rounds
+from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.estimators.schedule import Load
 from tda_lightning.estimators.segments import Adjoint, SegmentedRun
 from tda_lightning.estimators.spectral import MomentumAdjoint
@@ -39,33 +39,43 @@ class RecordedRun(SegmentedRun):
         self.next_row = 0
         self.u: dict[str, Coefficients] = {}
         self.self_influence: Tensor | None = None
+        self._loads: list[list[Load]] = []
 
     def passes(self) -> list[Pass]:
-        context = self.context
         passes = self.curvature_passes()
-        loads = [self.loads(segment) for segment in self.segments]
-        for start, stop in query_rounds(context, copies=6):
-            with_self = context.self_influence and start == 0
-            for number in reversed(range(len(self.segments))):
-                passes.append(
-                    Pass(
-                        f"segment {number + 1}: recorded steps",
-                        self.segments[number].checkpoints[-1],
-                        self._score(number, loads[number], start, with_self),
-                        self._begin(number, start, stop),
-                        self._end(number, with_self),
-                        [load.examples for load in loads[number]],
-                    )
+        for start, stop in query_rounds(self.context, self.copies):
+            passes += self.round(start, stop)
+        return passes
+
+    copies = 6  # dense gradients of the queries in memory at a time
+
+    def round(self, start: int, stop: int) -> list[Pass]:
+        """The passes that score queries ``start`` to ``stop``."""
+        if not self._loads:
+            self._loads = [self.loads(segment) for segment in self.segments]
+        passes = []
+        with_self = self.context.self_influence and start == 0
+        for number in reversed(range(len(self.segments))):
+            loads = self._loads[number]
+            passes.append(
+                Pass(
+                    f"segment {number + 1}: recorded steps",
+                    self.segments[number].checkpoints[-1],
+                    self._score(number, loads, start, with_self),
+                    self._begin(number, start, stop),
+                    self._end(number, with_self),
+                    [load.examples for load in loads],
                 )
+            )
+            passes += self.coupling_passes(number)
         return passes
 
     def _begin(self, number: int, start: int, stop: int) -> Callable[[], None]:
         def begin() -> None:
             if number == len(self.segments) - 1:
-                self.context.load(self.context.trajectory.last_step)
-                kind = self.grouping
-                self.adjoint = Adjoint(query_gradients(self.context, kind, start, stop))
+                self.adjoint = self.arrive(start, stop)
             self.inside = self.enter(number, self.adjoint)
+            self.meet_frozen(number, self.inside)
             self.steppers = {
                 name: MomentumAdjoint(spectrum.eigenvalues)
                 for name, spectrum in self.spectra(number).items()
@@ -76,8 +86,8 @@ class RecordedRun(SegmentedRun):
 
     def _end(self, number: int, with_self: bool) -> Callable[[], None]:
         def end() -> None:
-            if number > 0:
-                self.adjoint = self.leave(number, self.inside, self.adjoint, self.transfers(number))
+            if self.goes_back(number):
+                self.adjoint = self.depart(number, self.inside, self.adjoint)
             elif with_self:
                 own = self.self_influence
                 if own is None:  # this process had no batch

@@ -21,6 +21,7 @@ from tda_lightning.curvature import (
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.geometry import Geometry, segment_geometry
+from tda_lightning.estimators.queries import query_gradients
 from tda_lightning.estimators.schedule import Load, recorded_loads
 from tda_lightning.estimators.spectral import MomentumAdjoint, segment_decay, segment_response
 from tda_lightning.gradients import Gradient, scaled
@@ -28,6 +29,7 @@ from tda_lightning.passes import Context, Pass
 from tda_lightning.trajectory import Segment
 
 if TYPE_CHECKING:
+    from tda_lightning.estimators.coupling import StageLink
     from tda_lightning.estimators.source import Source
 
 Curvature = Spectrum | DeflatedSpectrum
@@ -61,10 +63,15 @@ def combine(factors: Pair, a: Tensor, b: Tensor | None) -> Tensor:
 
 @dataclass
 class SegmentedRun:
-    """Segments with their geometry and curvature."""
+    """Segments with their geometry and curvature.
+
+    Attributes:
+        link: to the stages of training before and after these segments; None for a single stage.
+    """
 
     options: Source
     context: Context
+    link: StageLink | None = None
     segments: tuple[Segment, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +138,42 @@ class SegmentedRun:
                 for name, spectrum in self.curvature(number).items()
             }
         return self._spectra[number]
+
+    def arrive(self, start: int, stop: int) -> Adjoint:
+        """The adjoints of queries ``start`` to ``stop`` at the end of the last segment."""
+        if self.link is not None:
+            return self.link.arrive(self.grouping, start, stop)
+        self.context.load(self.context.trajectory.last_step)
+        return Adjoint(query_gradients(self.context, self.grouping, start, stop))
+
+    def goes_back(self, number: int) -> bool:
+        """Whether anything was trained before segment ``number``."""
+        return number > 0 or (self.link is not None and self.link.has_earlier)
+
+    def depart(self, number: int, inside: Adjoint, before: Adjoint) -> Adjoint:
+        """:meth:`leave`, which the stage before learns of when it was the first segment."""
+        adjoint = self.leave(number, inside, before, self.transfers(number))
+        if number == 0 and self.link is not None:
+            self.link.depart(self.grouping, adjoint)
+        return adjoint
+
+    def meet_frozen(self, number: int, inside: Adjoint) -> None:
+        """Tell the frozen parameters how segment ``number`` responds to the queries."""
+        if self.link is None or not self.link.couples:
+            return
+        geometry, spectra = self.geometries[number], self.spectra(number)
+        response = {}
+        for name, transfer in self.transfers(number).items():
+            b = None if inside.b is None else inside.b[name]
+            taken = combine(transfer.response, inside.a[name], b)
+            response[name] = geometry.enter(name, spectra[name].lift(taken))
+        self.link.meet(self.grouping, response)
+
+    def coupling_passes(self, number: int) -> list[Pass]:
+        """The passes that carry the frozen parameters' adjoint across segment ``number``."""
+        if self.link is None:
+            return []
+        return self.link.passes(self.segments[number].checkpoints, f"segment {number + 1}")
 
     def loads(self, segment: Segment) -> list[Load]:
         """The recorded uses of examples in ``segment``, last step first."""

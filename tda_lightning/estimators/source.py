@@ -17,7 +17,8 @@ from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
-from tda_lightning.passes import Context, Plan
+from tda_lightning.estimators.staged import plan_stages, segment_counts
+from tda_lightning.passes import Context, Plan, Stage
 from tda_lightning.trajectory import Segment
 
 ORDERS = ("average", "recorded")
@@ -47,9 +48,12 @@ class Source:
     SGD's momentum, dampening and weight decay, and the preconditioner of Adam and AdamW, enter
     through each segment's geometry. No damping is needed.
 
+    Over several trajectories (pre-training, then fine-tuning) every stage keeps its own N, loss,
+    gradients and curvature, and is cut into segments by itself; the queries are the last model's.
+
     Attributes:
         num_segments: cut the run into this many segments of equal length.
-        segment_steps: or at these steps.
+        segment_steps: or at these steps; over several trajectories, a list of them for each.
         curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
         order: ``average``, the paper's: every example is used evenly within a segment; it answers
             what training like this does. ``recorded``: the recorded batches in their order; it
@@ -84,7 +88,7 @@ class Source:
     """
 
     num_segments: int = 3
-    segment_steps: Sequence[int] | None = None
+    segment_steps: Sequence[int] | Sequence[Sequence[int]] | None = None
     curvature: str = "ekfac"
     order: str = "average"
     momentum: str = "effective_rate"
@@ -131,7 +135,13 @@ class Source:
 
     def cuts(self) -> int | list[int]:
         """How the run is cut: a number of segments, or explicit steps."""
-        return self.num_segments if self.segment_steps is None else list(self.segment_steps)
+        if self.segment_steps is None:
+            return self.num_segments
+        if not all(isinstance(step, int) for step in self.segment_steps):
+            raise ValueError(
+                f"segment_steps must hold the steps of one trajectory, got {self.segment_steps}."
+            )
+        return list(self.segment_steps)  # type: ignore[arg-type]
 
     def segment_count(self, context: Context) -> int:
         """How many segments the scores are split by."""
@@ -159,7 +169,7 @@ class Source:
         follows = isinstance(run, RecordedAdamRun)
         notes = clipping_notes(context.trajectory)
         if not follows:
-            notes += self._notes_on_rates(context, run.segments)
+            notes += self.notes_on_rates(context, run.segments)
         if follows and context.self_influence:
             notes.append(
                 "No self-influence: on the recorded order of Adam every example needs an adjoint "
@@ -167,7 +177,17 @@ class Source:
             )
         return Plan(run.passes(), provenance, notes)
 
-    def _notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
+    def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
+        """How many segments the scores of each stage are split by."""
+        return segment_counts(self, stages)
+
+    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
+        """:meth:`plan` over several stages of training, last stage first."""
+        plan = plan_stages(self, stages)
+        plan.provenance["question"] = _QUESTIONS[self.order]
+        return plan
+
+    def notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
         """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
         facts = context.trajectory.facts.parameters
         groups = sorted({facts[name].group for name in context.engine.names})

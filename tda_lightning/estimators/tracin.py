@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.gradients import Gradient, Outer, scaled
-from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.passes import NO_SELF, Context, Pass, Plan, Stage, numbered
 
 
 @dataclass
@@ -61,6 +62,42 @@ class TracIn:
         segments = [[a, b] for a, b in zip(starts, steps, strict=True)]
         notes = clipping_notes(context.trajectory, neglected)
         return Plan(passes, {"checkpoints": steps, "segments": segments}, notes)
+
+    def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
+        """Checkpoints of each stage."""
+        return [self.segment_count(stage.context) for stage in stages]
+
+    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
+        """Every stage's own sum, the queries measured at its own checkpoints.
+
+        Raises:
+            ValueError: the stages differ in model or task, so that an earlier one cannot be asked
+                for the final model's measurement.
+        """
+        _require_one_measurement(stages)
+        plan = Plan([], {"checkpoints": [], "segments": []}, [NO_SELF])
+        for number, stage in enumerate(stages):
+            own = self.plan(stage.context)
+            plan.passes += numbered(own.passes, number)
+            at = stage.first_step
+            plan.provenance["checkpoints"] += [at + c for c in own.provenance["checkpoints"]]
+            plan.provenance["segments"] += [
+                [at + start, at + stop] for start, stop in own.provenance["segments"]
+            ]
+        return plan
+
+
+def _require_one_measurement(stages: Sequence[Stage]) -> None:
+    last = stages[-1].context
+    shapes = {name: p.shape for name, p in last.module.named_parameters()}
+    for number, stage in enumerate(stages, start=1):
+        own = {name: p.shape for name, p in stage.context.module.named_parameters()}
+        if own != shapes or stage.context.task.settings() != last.task.settings():
+            raise ValueError(
+                f"TracIn measures the queries at the checkpoints of every stage, and stage "
+                f"{number} has another model or task than the last one. Use Source, which asks "
+                "the final model alone."
+            )
 
 
 def _steps(context: Context) -> list[int]:

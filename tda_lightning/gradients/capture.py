@@ -127,6 +127,8 @@ class Capture(TorchFunctionMode):
         """Register a use and make its output's gradient reach it."""
         if self.dummy is None or (weight is None and bias is None):
             return output
+        if not torch.is_grad_enabled():
+            return output  # under no_grad() a parameter is a constant, for autograd and for us
         if not output.requires_grad:
             # Nothing upstream needs a gradient: a zero leaf gives the output a history without
             # making it a leaf itself (in-place activations may follow).

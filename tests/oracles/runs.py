@@ -68,7 +68,8 @@ def record_run(
     """
     module = copy.deepcopy(module).eval()
     trainer = optimizer(module)
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    held = {id(p) for group in trainer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in module.named_parameters() if id(p) in held}
     facts = Facts(
         parameters={
             names[id(parameter)]: ParameterFact(
@@ -149,7 +150,11 @@ def _state(module: nn.Module, trainer: Optimizer, names: dict[int, str], step: i
     return Checkpoint(
         step=step,
         parameters={names[id(p)]: p.detach().clone() for p in optimized},
-        buffers={name: buffer.clone() for name, buffer in module.named_buffers()},
+        # Frozen parameters too, as the recorder keeps them.
+        buffers={
+            **{n: p.detach().clone() for n, p in module.named_parameters() if id(p) not in names},
+            **{name: buffer.clone() for name, buffer in module.named_buffers()},
+        },
         optimizer={
             names[id(p)]: {
                 key: value.clone()
