@@ -219,17 +219,20 @@ def test_empirical_factors_equal_a_plain_loop(options: dict[str, Any], tmp_path:
     for step in range(1, trajectory.num_steps + 1):
         start = trajectory.checkpoints[step - 1]
         module.load_state_dict({**start.parameters, **start.buffers})
-        first = trajectory.steps.batches(step - 1)[0]
-        batch = [
-            torch.stack(part) if part[0].dim() else torch.tensor(part)
-            for part in zip(*[dataset[i] for i in first.tolist()], strict=True)
-        ]
-        expected = sides_by_hand(module, batch, torch.ones(len(first), dtype=torch.float64))
+        expected: dict[str, Any] = {}
+        count = 0
+        for indices in trajectory.steps.batches(step - 1):  # every accumulated one
+            batch = [part[indices] for part in dataset.tensors]
+            ones = torch.ones(len(indices), dtype=torch.float64)
+            count += len(indices)
+            for name, sides in sides_by_hand(module, batch, ones).items():
+                before = expected.get(name, (0, 0))
+                expected[name] = tuple(a + b for a, b in zip(before, sides, strict=True))
         found = trajectory.statistics[step - 1, step]
         for name, (left, right) in expected.items():
             torch.testing.assert_close(found[name].left[0].double(), left, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(found[name].right[0].double(), right, rtol=1e-5, atol=1e-7)
-            assert float(found[name].examples) == float(found[name].count) == len(first)
+            assert float(found[name].examples) == float(found[name].count) == count
 
 
 def test_a_scaler_does_not_scale_the_statistics(tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ class CurvatureGatherer:
         self._names: dict[int, str] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._blocks: list[Block] = []
-        self._gathered = 0  # the last step that was watched
         self._checked = False
         self._waiting: tuple[Observer, int] | None = None  # for training's own backward pass
         self._undo: Callable[[], None] | None = None
@@ -125,7 +124,7 @@ class CurvatureGatherer:
         self._parameters = dict(trained)
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._blocks, self._checked = [], False
-        self.sums, self._gathered = {}, 0
+        self.sums = {}
 
     def install(self, trainer: Trainer) -> None:
         """Watch the training steps of ``trainer``."""
@@ -153,9 +152,7 @@ class CurvatureGatherer:
         self._waiting = None
 
     def _wanted(self) -> bool:
-        step = self.next_step()
-        # Of accumulated batches the first stands for all.
-        return bool(self._names) and step % self.settings.every == 0 and step != self._gathered
+        return bool(self._names) and self.next_step() % self.settings.every == 0
 
     def _observed(
         self, output: Any, batch: Any, observer: Observer, losses: LossObserver | None
@@ -163,7 +160,6 @@ class CurvatureGatherer:
         total = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(total, Tensor) or not total.requires_grad:
             return  # the module skips this batch
-        self._gathered = self.next_step()
         indices = self.indices()
         size = num_examples(batch) if indices is None else len(indices)
         if losses is None:
@@ -175,7 +171,7 @@ class CurvatureGatherer:
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         if losses.losses:
-            with example_noise(_SEED + self._gathered, examples.to(device)):
+            with example_noise(_SEED + self.next_step(), examples.to(device)):
                 outputs, gradients = sampled_output_gradients(total, losses.losses, size)
         if not outputs:
             raise UnsupportedTrainingError(
@@ -221,7 +217,7 @@ class CurvatureGatherer:
         whole = all(bool(torch.isfinite(s.trace).all()) for s in added.values())
         if not whole:
             rank_zero_warn(
-                f"Curvature statistics of step {self._gathered} are not finite and are left out."
+                f"Curvature statistics of step {self.next_step()} are not finite and are left out."
             )
         for name, statistics in added.items():
             known = self.sums.get(name)
@@ -273,11 +269,10 @@ class CurvatureGatherer:
             }
             for name, block in self._of_all().items()
         }
-        return {"gathered": self._gathered, "sums": blocks}
+        return {"sums": blocks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`: the first process has the sums of all."""
-        self._gathered = int(state["gathered"])
         self.sums = {}
         for name, about in state["sums"].items():
             tensors = {kind: about[kind] for kind in BlockStatistics.SUMS}
