@@ -498,3 +498,14 @@ def test_statistics_of_another_model_are_refused(recorded: Any) -> None:
     }
     with pytest.raises(ValueError, match=r"do not fit the model.*network.0.weight.*got none"):
         scored(recorded, Source(), replace(trajectory, statistics=changed))
+
+
+def test_a_skipped_step_leaves_no_statistics(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # overflows until it has shrunk
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    run(tmp_path, lambda: Model(mlp()), data(vectors), plugins=[precision])
+    trajectory = open_trajectory(tmp_path)
+    assert 0 < trajectory.num_steps < 10
+    assert trajectory.facts.settings["skipped_steps"] == 10 - trajectory.num_steps
+    taken = float(trajectory.merged_statistics(0, 10)["network.0"].examples)
+    assert taken == len(trajectory.steps.examples)

@@ -116,6 +116,7 @@ class CurvatureGatherer:
         self._parameters: dict[str, nn.Parameter] = {}
         self._blocks: list[Block] = []
         self._checked = False
+        self._pending: dict[str, BlockStatistics] = {}  # of the step under way
         self._waiting: tuple[Observer, int] | None = None  # for training's own backward pass
         self._undo: Callable[[], None] | None = None
 
@@ -124,7 +125,7 @@ class CurvatureGatherer:
         self._parameters = dict(trained)
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._blocks, self._checked = [], False
-        self.sums = {}
+        self.sums, self._pending = {}, {}
 
     def install(self, trainer: Trainer) -> None:
         """Watch the training steps of ``trainer``."""
@@ -220,10 +221,15 @@ class CurvatureGatherer:
                 f"Curvature statistics of step {self.next_step()} are not finite and are left out."
             )
         for name, statistics in added.items():
-            known = self.sums.get(name)
             if not whole:
                 statistics = _nothing(statistics)
-            self.sums[name] = statistics if known is None else known + statistics
+            _accumulate(self._pending, name, statistics)
+
+    def end_step(self, taken: bool) -> None:
+        """The optimizer has made its step, or skipped it: then its batches belong to no step."""
+        for name, statistics in self._pending.items():
+            _accumulate(self.sums, name, statistics if taken else _nothing(statistics))
+        self._pending = {}
 
     def _statistics(self, block: Block, gradient: Gradient) -> BlockStatistics:
         if not isinstance(gradient, Rows):  # few rows are touched, however many there are
@@ -289,6 +295,10 @@ def _affordable(gradient: Gradient) -> int:
     else:
         rows, work = height, height * width * (height + width)
     return max(_FEWEST, min(_ROWS // rows, _WORK // (groups * work)))
+
+
+def _accumulate(sums: dict[str, BlockStatistics], name: str, added: BlockStatistics) -> None:
+    sums[name] = sums[name] + added if name in sums else added
 
 
 def _nothing(statistics: BlockStatistics) -> BlockStatistics:

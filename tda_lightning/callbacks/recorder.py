@@ -352,7 +352,10 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     def _close_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what Lightning has counted as a step, if the optimizer has taken it."""
-        if self._watch.took_step():
+        taken = self._watch.took_step()
+        if self._gatherer is not None:
+            self._gatherer.end_step(taken)
+        if taken:
             self._end_step(trainer, pl_module)
         else:
             self._skipped += 1
