@@ -157,6 +157,7 @@ class BlockStatistics:
         count: [groups].
         trace: sum of the examples' squared norms, [1].
         examples: how many were summed, [1].
+        samples: how many vectors ``left`` and ``right`` were summed over, [2].
     """
 
     parameters: tuple[str, ...]
@@ -166,8 +167,16 @@ class BlockStatistics:
     count: Tensor
     trace: Tensor
     examples: Tensor
+    samples: Tensor
 
-    SUMS: ClassVar[tuple[str, ...]] = ("left", "right", "count", "trace", "examples")
+    SUMS: ClassVar[tuple[str, ...]] = (
+        "left",
+        "right",
+        "count",
+        "trace",
+        "examples",
+        "samples",
+    )
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         if (self.parameters, self.shape) != (other.parameters, other.shape):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.callbacks import TrajectoryRecorder
+from tda_lightning.curvature.recorded import shrunk
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
@@ -509,3 +510,27 @@ def test_a_skipped_step_leaves_no_statistics(tmp_path: Path) -> None:
     assert trajectory.facts.settings["skipped_steps"] == 10 - trajectory.num_steps
     taken = float(trajectory.merged_statistics(0, 10)["network.0"].examples)
     assert taken == len(trajectory.steps.examples)
+
+
+def test_eigenvalues_of_few_samples_are_drawn_towards_their_mean() -> None:
+    torch.manual_seed(0)
+    width = 40
+    roots = torch.logspace(0, -1, width, dtype=torch.float64)
+    true = torch.diag(roots.square())
+    for samples in (20, 80, 4000):
+        rows = torch.randn(samples, width, dtype=torch.float64) * roots
+        moment = (rows.T @ rows / samples)[None]
+        values, vectors = torch.linalg.eigh(moment)
+        own = shrunk(values, moment, float(samples))
+        assert own.sum() == pytest.approx(float(values.sum()))
+        rebuilt = vectors * own.unsqueeze(1) @ vectors.transpose(1, 2)
+        before, after = (float((m[0] - true).norm()) for m in (moment, rebuilt))
+        assert after < before
+        # sklearn's OAS, written down independently: empirical (1 - rho) + rho mu.
+        empirical, mu = moment[0], float(moment[0].trace()) / width
+        alpha = float(empirical.square().mean())
+        num = alpha + mu**2
+        den = (samples + 1) * (alpha - mu**2 / width)
+        rho = min(1.0, num / den)
+        expected = (1 - rho) * empirical + rho * mu * torch.eye(width)
+        assert torch.allclose(rebuilt[0], expected, rtol=0.05, atol=0.02)

@@ -118,7 +118,7 @@ class TrajectoryRecorder(ContinuingRecorder):
         overwrite: bool = False,
         fingerprint: bool = True,
         curvature: str | None = None,
-        curvature_every: int = 32,
+        curvature_every: int = 16,
         fisher: str = "true",
         curvature_device: str | None = None,
         curvature_dtype: str = "float32",

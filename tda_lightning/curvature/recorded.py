@@ -3,8 +3,9 @@
 The Kronecker factors of a segment are sums over its intervals. Their eigenvectors are the basis,
 the products of their eigenvalues the eigenvalues, scaled so that each block's trace is the
 recorded one: what the Kronecker product gets wrong most, where positions are correlated, is its
-size. Products in place of EK-FAC's measured eigenvalues cost little (experiments/online has the
-figures); ``statistics="corrected"`` measures them, in one pass.
+size. Where few examples were gathered, the eigenvalues are drawn towards their mean
+(:func:`shrunk`). Products in place of EK-FAC's measured eigenvalues cost little
+(experiments/online has the figures); ``statistics="corrected"`` measures them, in one pass.
 
 For Adam the curvature of h * g is needed. Its factors follow from those of g where h is an outer
 product r c^T of a row and a column: diag(r) G diag(r) and diag(c) A diag(c). In its place stands
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from tda_lightning.curvature.fit import CurvatureFit
@@ -118,8 +120,37 @@ def _spectrum(statistics: BlockStatistics, scale: Tensor | None) -> Spectrum:
         rows, columns = _outer_factors(scale.double().cpu())
     left_values, left_basis = eigenbasis(left, rows)
     right_values, right_basis = eigenbasis(right, columns)
+    left_values = shrunk(left_values, left, float(statistics.samples[0]))
+    right_values = shrunk(right_values, right, float(statistics.samples[1]))
     product = left_values[:, :, None] * right_values[:, None, :] / count.view(-1, 1, 1)
     return Spectrum(left_basis, right_basis, product * off)
+
+
+def shrunk(eigenvalues: Tensor, moment: Tensor, samples: float) -> Tensor:
+    r"""Eigenvalues [groups, width] of a second moment of few samples, drawn towards their mean.
+
+    The eigenvalues of such an estimate are spread too far, to zero where there are fewer samples
+    than directions, and a curvature of nearly zero would let influence grow without bound:
+
+    .. math::
+        \lambda_i \leftarrow (1 - \rho) \lambda_i + \rho\, \bar\lambda, \qquad
+        \rho = \frac{(1 - 2/p) \sum \lambda^2 + (\sum \lambda)^2}
+        {(n + 1 - 2/p) (\sum \lambda^2 - (\sum \lambda)^2 / p)} \le 1
+
+    for n samples of width p. A diagonal, whose entries are estimated one by one, stays as it is.
+
+    References:
+        | Shrinkage Algorithms for MMSE Covariance Estimation (Chen et al., 2010), eq. 23 (OAS)
+        | https://arxiv.org/abs/0907.4698
+    """
+    width = eigenvalues.shape[-1]
+    if moment.dim() == 2 or width == 1:
+        return eigenvalues
+    total, squares = eigenvalues.sum(-1), eigenvalues.square().sum(-1)
+    over = (1 - 2 / width) * squares + total.square()
+    under = (samples + 1 - 2 / width) * (squares - total.square() / width)
+    part = torch.where(over < under, over / under.clamp(min=1e-300), 1.0).unsqueeze(-1)
+    return (1 - part) * eigenvalues + part * total.unsqueeze(-1) / width
 
 
 def _outer_factors(scale: Tensor) -> tuple[Tensor, Tensor]:

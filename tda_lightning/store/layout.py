@@ -47,6 +47,7 @@ random states those of the first process::
         <block>/count           [groups]: left (x) right / count is the summed curvature
         <block>/trace           [1]: summed squared norms of the examples' gradients
         <block>/examples        [1]: how many examples
+        <block>/samples         [2]: how many vectors left and right were summed over
       curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
         values/<name>           tensors
       scores/*.h5               scores that were computed from this trajectory

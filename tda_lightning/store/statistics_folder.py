@@ -62,9 +62,11 @@ def write_statistics(root: Path, start: int, stop: int, statistics: Statistics) 
             for name, block in statistics.items()
         }
         put_json(file, layout.BLOCKS, about)
-        for name, block in statistics.items():
-            group = file.create_group(layout.encode(name))
-            put_tensors(group, {n: getattr(block, n) for n in ("count", "trace", "examples")})
+        for key, block in statistics.items():
+            group = file.create_group(layout.encode(key))
+            put_tensors(
+                group, {n: getattr(block, n) for n in ("count", "trace", "examples", "samples")}
+            )
             for side in ("left", "right"):
                 put_side(group, side, getattr(block, side))
 
@@ -116,7 +118,7 @@ def _check(tensors: Mapping[str, Tensor], groups: int, rows: int, columns: int) 
         side = tensors[name]
         if side.dim() not in (2, 3) or tuple(side.shape[:2]) != (groups, width):
             raise ValueError(f"side {name} has shape {list(side.shape)}, expected width {width}")
-    for name, length in (("count", groups), ("trace", 1), ("examples", 1)):
+    for name, length in (("count", groups), ("trace", 1), ("examples", 1), ("samples", 2)):
         if tuple(tensors[name].shape) != (length,):
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected [{length}]")
     for name, tensor in tensors.items():
