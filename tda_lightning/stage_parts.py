@@ -1,4 +1,5 @@
-"""A run cut where its set of trained parameters changed, each part a run of its own."""
+"""A run cut where its set of trained parameters changed or a further fit began, each part a run of
+its own."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ def cut_into_stages(trajectory: Trajectory) -> tuple[Trajectory, ...]:
                 "Restore the file, or record again."
             )
     parts = []
+    taken: dict[str, int] = {}
     for stage, stop in zip(facts.stages, stops, strict=True):
+        if stage.new_optimizer:
+            taken = {}
         parameters = {
             name: fact for name, fact in facts.parameters.items() if name in stage.parameters
         }
@@ -41,8 +45,11 @@ def cut_into_stages(trajectory: Trajectory) -> tuple[Trajectory, ...]:
                     trajectory.checkpoints, stage.start, stop, tuple(parameters)
                 ),
                 statistics=StageStatistics(trajectory.statistics, stage.start, stop),
+                steps_before=dict(taken),
             )
         )
+        for name in parameters:
+            taken[name] = taken.get(name, 0) + stop - stage.start
     return tuple(parts)
 
 
