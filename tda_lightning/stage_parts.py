@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.trajectory import Checkpoint, StageFact, Statistics, Trajectory
@@ -84,7 +85,11 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
 
 @dataclass(frozen=True, eq=False)
 class StageStatistics(Mapping[tuple[int, int], Statistics]):
-    """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``."""
+    """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``.
+
+    Without any where no step of the stage was looked at, as in one shorter than
+    ``curvature_every``.
+    """
 
     run: Mapping[tuple[int, int], Statistics]
     start: int
@@ -97,9 +102,13 @@ class StageStatistics(Mapping[tuple[int, int], Statistics]):
         return self.run[self.start + first, self.start + last]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first, last in self.run:
-            if self.start <= first and last <= self.stop:
-                yield first - self.start, last - self.start
+        return iter(self._intervals)
+
+    @cached_property
+    def _intervals(self) -> list[tuple[int, int]]:
+        inside = [at for at in self.run if self.start <= at[0] and at[1] <= self.stop]
+        looked_at = any(float(b.examples) for at in inside for b in self.run[at].values())
+        return [(a - self.start, b - self.start) for a, b in inside] if looked_at else []
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._intervals)

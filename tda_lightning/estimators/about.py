@@ -37,8 +37,7 @@ def about_stage_statistics(
     """The same of several stages, some of which may have had theirs fitted: one entry each, None
     for those; empty where all were fitted."""
     found = [
-        about_statistics(choice, kind, stage, own)
-        for stage, own in zip(stages, spans, strict=True)
+        about_statistics(choice, kind, stage, own) for stage, own in zip(stages, spans, strict=True)
     ]
     if not any(found):
         return {}
