@@ -26,6 +26,7 @@ from tda_lightning.trajectory import StageFact, Trajectory
 from tests import oracles
 from tests.attributing import CaseTask, quiet, relative
 from tests.oracles.runs_in_stages import unrolled_run
+from tests.oracles.stages import TrainedStage, source_stages
 from tests.runs import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -150,6 +151,35 @@ def test_a_group_that_a_finetuning_callback_adds(tmp_path: Path) -> None:
     assert relative(scores(trajectory, module, RECORDED).values, truth) < 1e-9
     average = scores(trajectory, module, Source(2, curvature="exact", momentum="recursion"))
     assert 1e-6 < relative(average.values, truth) < 0.5
+
+
+@pytest.mark.parametrize("make", [sgd(weight_decay=0.1), sgd(momentum=0.5), adamw])
+def test_the_average_order_is_the_dense_formula(make: Any, tmp_path: Path) -> None:
+    """Frozen on the way, thawed, and another fit: four stages of one segment each."""
+    module = Linear(make)
+    trajectory = record(tmp_path, module, Trains("th h th th"), fits=(3, 1))
+    found = scores(trajectory, module, Source(segment_steps=[], curvature="exact"))
+    stages = [
+        TrainedStage(part, module, oracles.mean_squared_error, DATA) for part in trajectory.stages()
+    ]
+    cut = source_stages(stages, lambda run: run.segments(1), LOSS, QUERIES)
+    assert relative(found.by_segment, torch.cat(cut)) < 1e-9
+    assert found.values.shape == (3, 8)
+
+
+def test_the_average_order_approaches_unrolling_with_the_rate(tmp_path: Path) -> None:
+    errors = []
+    for finer in (1, 2):
+        module = Linear(lambda p, rate=0.1 / finer: torch.optim.SGD(p, rate))
+        plan = " ".join(part for part in ("h", "th", "h") for _ in range(finer))
+        fits = (2 * finer, finer)
+        trajectory = record(tmp_path / str(finer), module, Trains(plan), fits=fits)
+        truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES)
+        steps = list(range(1, 6 * finer))
+        found = scores(trajectory, module, Source(segment_steps=steps, curvature="exact"))
+        errors.append(relative(found.values, truth))
+    assert errors[0] < 0.2
+    assert 0.4 < errors[1] / errors[0] < 0.6
 
 
 def test_dampened_first_steps_beside_others_are_refused(tmp_path: Path) -> None:

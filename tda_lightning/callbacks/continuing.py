@@ -238,7 +238,7 @@ class ContinuingRecorder(Callback):
         by_first = self._processes.by_first
         recorded = by_first(lambda: recorded_facts(self.path, state, trainer.global_step))
         recorded = facts_up_to(recorded, step)
-        if again or len(recorded.stages) > 1:
+        if (again and self._shards is None) or len(recorded.stages) > 1:
             # The stage under way goes on; what is frozen or unfrozen now begins one of its own.
             self._trained, self._held = stage_under_way(recorded, pl_module, self._trained)
             self._gather()

@@ -41,7 +41,7 @@ def options_by_stage(options: Source, stages: Sequence[Stage]) -> list[Source]:
     """
     runs = sorted({stage.run for stage in stages})
     given: Any = options.segment_steps
-    nested = given is not None and all(isinstance(cuts, Sequence) for cuts in given)
+    nested = bool(given) and all(isinstance(cuts, Sequence) for cuts in given)
     if given is not None and len(runs) > 1 and not (nested and len(given) == len(runs)):
         raise ValueError(
             f"segment_steps must hold one list of steps for each of the {len(runs)} "
