@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.passes import Context, Plan, Stage
 from tda_lightning.tasks import AttributionTask, example_noise
 
@@ -80,7 +79,7 @@ def about_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> dict[
                 "steps": [stage.first_step, stage.first_step + context.trajectory.last_step],
                 "trained_parameters": sum(block.size for block in context.blocks),
                 "frozen_parameters": list(stage.frozen),
-                "notes": [*context.task.notes, *clipping_notes(context.trajectory)],
+                "notes": list(context.task.notes),
             }
         )
     paths = list(dict.fromkeys(row["trajectory"] for row in rows))

@@ -1,9 +1,11 @@
-"""A run cut where its set of trained parameters changed, each part a run of its own."""
+"""A run cut where its set of trained parameters changed or a further fit began, each part a run of
+its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.trajectory import Checkpoint, StageFact, Statistics, Trajectory
@@ -27,7 +29,10 @@ def cut_into_stages(trajectory: Trajectory) -> tuple[Trajectory, ...]:
                 "Restore the file, or record again."
             )
     parts = []
+    taken: dict[str, int] = {}
     for stage, stop in zip(facts.stages, stops, strict=True):
+        if stage.new_optimizer:
+            taken = {}
         parameters = {
             name: fact for name, fact in facts.parameters.items() if name in stage.parameters
         }
@@ -41,8 +46,11 @@ def cut_into_stages(trajectory: Trajectory) -> tuple[Trajectory, ...]:
                     trajectory.checkpoints, stage.start, stop, tuple(parameters)
                 ),
                 statistics=StageStatistics(trajectory.statistics, stage.start, stop),
+                steps_before=dict(taken),
             )
         )
+        for name in parameters:
+            taken[name] = taken.get(name, 0) + stop - stage.start
     return tuple(parts)
 
 
@@ -77,7 +85,11 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
 
 @dataclass(frozen=True, eq=False)
 class StageStatistics(Mapping[tuple[int, int], Statistics]):
-    """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``."""
+    """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``.
+
+    Without any where no step of the stage was looked at, as in one shorter than
+    ``curvature_every``.
+    """
 
     run: Mapping[tuple[int, int], Statistics]
     start: int
@@ -90,9 +102,13 @@ class StageStatistics(Mapping[tuple[int, int], Statistics]):
         return self.run[self.start + first, self.start + last]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first, last in self.run:
-            if self.start <= first and last <= self.stop:
-                yield first - self.start, last - self.start
+        return iter(self._intervals)
+
+    @cached_property
+    def _intervals(self) -> list[tuple[int, int]]:
+        inside = [at for at in self.run if self.start <= at[0] and at[1] <= self.stop]
+        looked_at = any(float(b.examples) for at in inside for b in self.run[at].values())
+        return [(a - self.start, b - self.start) for a, b in inside] if looked_at else []
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._intervals)

@@ -122,6 +122,7 @@ def _stage(
         )
     require_continuous(last.trajectory, trajectory, shared, len(before))
     frozen = [name for name in shared if name not in trajectory.facts.parameters]
+    require_still(trajectory, frozen, len(before) + 1)
     carried = [name for name in shared if name in trained or name in frozen]
     first = last.first_step + last.trajectory.last_step
     return StageSetup(
@@ -158,6 +159,19 @@ def require_continuous(
                 "consecutive stages of one training. Give trajectories of which each starts from "
                 "the last weights of the one before; a parameter that was initialised anew "
                 f"belongs into fresh=[{name.rpartition('.')[0] or name!r}]."
+            )
+
+
+def require_still(trajectory: Trajectory, frozen: Sequence[str], number: int) -> None:
+    """Refuse a stage that moved a parameter without training it."""
+    start, end = trajectory.checkpoints[0].buffers, trajectory.checkpoints[trajectory.last_step]
+    for name in frozen:
+        if not torch.equal(start[name], end.buffers[name]):
+            raise TrajectoryMismatchError(
+                f"{name} was frozen in stage {number} (requires_grad was False), and expected to "
+                "stay as it was, but it moved: an optimizer goes on stepping a parameter whose "
+                "gradient is zero instead of None. Freeze with zero_grad(set_to_none=True), "
+                "Lightning's default, and train again."
             )
 
 

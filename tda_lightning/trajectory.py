@@ -34,10 +34,14 @@ class StageFact:
     Attributes:
         start: rows of the steps table before it.
         parameters: names of those that the optimizer holds and trains from there on.
+        new_optimizer: it begins with a further fit, whose optimizer is a new one: momentum
+            buffers and Adam's moments start anew. Else they go on, those of parameters that were
+            frozen in between as well.
     """
 
     start: int
     parameters: tuple[str, ...]
+    new_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Facts:
     ``parameters`` lists every parameter that the optimizer holds and trains in any stage, by the
     module's names. ``num_examples`` and ``fingerprint`` are None for an iterable data set.
     ``settings`` holds what is only shown: trainer settings, scheduler, seed, module class, package
-    versions. ``stages`` begin where parameters are frozen or unfrozen; without a list, one stage
-    trains all of them.
+    versions. ``stages`` begin where parameters are frozen or unfrozen, and with every further fit;
+    without a list, one stage trains all of them.
     """
 
     parameters: Mapping[str, ParameterFact]
@@ -217,6 +221,8 @@ class Trajectory:
 
     ``curvature`` keeps fitted curvature by a key of everything that determines it.
     ``statistics`` are those gathered in training, by interval (start, stop): start < step <= stop.
+    ``steps_before``: in a stage of a run, how often its optimizer had stepped each parameter before
+    row 0; momentum buffers and Adam's moments of these go on, those of the others start anew.
     """
 
     facts: Facts
@@ -225,6 +231,7 @@ class Trajectory:
     curvature: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     path: str | None = None
     statistics: Mapping[tuple[int, int], Statistics] = field(default_factory=dict)
+    steps_before: Mapping[str, int] = field(default_factory=dict)
 
     def merged_statistics(self, start: int, stop: int) -> Statistics:
         """Sums of the statistics of every interval that ends in ``start`` < step <= ``stop``.
@@ -302,8 +309,9 @@ class Trajectory:
         return tuple(segments)
 
     def stages(self) -> tuple[Trajectory, ...]:
-        """The run cut where the set of trained parameters changed: each part looks like a run of
-        its own, step 0 being the state at its start. ``(self,)`` when there is one."""
+        """The run cut where the set of trained parameters changed or a further fit began: each
+        part looks like a run of its own, step 0 being the state at its start. ``(self,)`` when
+        there is one."""
         from tda_lightning.stage_parts import cut_into_stages
 
         return cut_into_stages(self)

@@ -278,7 +278,12 @@ def split(run: Trajectory, step: int) -> tuple[Trajectory, Trajectory]:
     late = {s - step: dataclasses.replace(c, step=s - step) for s, c in kept.items() if s >= step}
     return (
         Trajectory(run.facts, dataclasses.replace(steps, **first), early),
-        Trajectory(run.facts, dataclasses.replace(steps, **second), late),
+        Trajectory(
+            run.facts,
+            dataclasses.replace(steps, **second),
+            late,
+            steps_before=dict.fromkeys(run.facts.parameters, step),
+        ),
     )
 
 
@@ -482,9 +487,6 @@ def test_what_cannot_follow_stages_says_so() -> None:
         work.scores(TracIn())
     with pytest.raises(ValueError, match="one list of steps for each of the 2"):
         work.scores(Source(segment_steps=[2]))
-    adam = problem(optimizers=(OPTIMIZERS["adam"], OPTIMIZERS["adam"]))
-    with pytest.raises(UnsupportedTrainingError, match="Use order='average'"):
-        adam.scores(Source(1, order="recorded"))
     stages = [stage.trajectory for stage in work.stages]
     module = AttributionModule([s.module for s in work.stages], stages, Source(1), work.tasks)
     with pytest.raises(ValueError, match="train must be one data set, or a list"):

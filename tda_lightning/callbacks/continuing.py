@@ -233,13 +233,14 @@ class ContinuingRecorder(Callback):
         state: RecorderState,
         again: bool,
     ) -> None:
-        """Go on from ``state``; ``again``: in a further fit, whose optimizer is a new one."""
+        """Go on from ``state``; ``again``: in a further fit, which begins at no checkpoint of
+        Lightning's and so with the optimizer that the module configures."""
         step = state.rows_on_disk + len(state.rows)
         by_first = self._processes.by_first
         recorded = by_first(lambda: recorded_facts(self.path, state, trainer.global_step))
         by_first(lambda: require_same_curvature(recorded, self.curvature))
         recorded = facts_up_to(recorded, step)
-        if len(recorded.stages) > 1:
+        if (again and self._shards is None) or len(recorded.stages) > 1:
             # The stage under way goes on; what is frozen or unfrozen now begins one of its own.
             self._trained, self._held = stage_under_way(recorded, pl_module, self._trained)
             self._gather()
@@ -262,7 +263,9 @@ class ContinuingRecorder(Callback):
             self._writer.append(state.rows)  # they are those of all processes
         self._checkpoints, self._state_kept = list(state.checkpoints), state.state_kept
         self._skipped = state.global_step - step
-        facts = continued_facts(recorded, now, step, self._schedule, new_fit=again)
+        # A module may configure the optimizer that it had before: then its state goes on.
+        fit = {"new_fit": again, "new_optimizer": again and not trainer.optimizers[0].state}
+        facts = continued_facts(recorded, now, step, self._schedule, **fit)
         if facts != recorded:
             self._writer.write_facts(facts)
         for name, part in self.parts.items():

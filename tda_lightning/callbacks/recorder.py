@@ -52,7 +52,8 @@ class TrajectoryRecorder(ContinuingRecorder):
     A run that is interrupted and resumed with ``Trainer.fit(ckpt_path=...)`` goes on with its
     trajectory: the recorder's state travels in Lightning's checkpoints, what was recorded after
     the resumed one is cut off and made again, and the outcome is that of the uninterrupted run.
-    A further fit of the same trainer and module goes on with it too.
+    A further fit of the same trainer and module goes on with it too; a stage begins there, since
+    its optimizer is a new one.
 
     A loss that is NaN is recorded as it is, with one warning that names its step; training goes
     on, since to stop is the user's decision. A step that a gradient scaler skipped is no step; the

@@ -31,7 +31,7 @@ from tda_lightning.errors import (
 )
 from tda_lightning.store.cut import ADVICE
 from tda_lightning.store.reader import CheckpointFolder, read_facts, require_trajectory
-from tda_lightning.trajectory import Facts, Steps
+from tda_lightning.trajectory import Facts, StageFact, Steps
 
 FORMAT = 1
 # Settings that differ between two runs, or two starts of one run, that are the same otherwise.
@@ -246,13 +246,19 @@ def require_same_weights(
 
 
 def continued_facts(
-    recorded: Facts, now: Facts, step: int, planned: frozenset[int], *, new_fit: bool
+    recorded: Facts,
+    now: Facts,
+    step: int,
+    planned: frozenset[int],
+    *,
+    new_fit: bool,
+    new_optimizer: bool,
 ) -> Facts:
     """``recorded``, with what is different from step ``step`` on.
 
     Settings that have changed since (a raised number of epochs, another device) are listed under
     ``changes``; the settings themselves stay those of the start. ``fits`` lists the steps after
-    which a further fit began, with a new optimizer.
+    which a further fit began. Where its optimizer is a new one, a stage begins.
     """
     settings = dict(recorded.settings)
     present = json.loads(json.dumps(dict(now.settings)))
@@ -270,4 +276,7 @@ def continued_facts(
     if fits:
         settings["fits"] = fits
     settings["planned_checkpoints"] = sorted(planned)
-    return replace(recorded, settings=settings)
+    stages = recorded.stages
+    if new_optimizer and step:
+        stages = (*stages, StageFact(step, stages[-1].parameters, new_optimizer=True))
+    return replace(recorded, settings=settings, stages=stages)

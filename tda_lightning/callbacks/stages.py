@@ -1,4 +1,4 @@
-"""Where the set of trained parameters changes, a stage begins."""
+"""Where the set of trained parameters changes, or another optimizer begins, a stage begins."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def begin_stage(
             "where it was. Change a group's settings instead, or add groups behind the others."
         )
     stages = [stage for stage in facts.stages if stage.start < start]
+    new_fit = any(stage.new_optimizer for stage in facts.stages if stage.start == start)
     # Frozen and unfrozen again without a step in between, the stage before just goes on.
-    if not stages or stages[-1].parameters != tuple(trained):
-        stages.append(StageFact(start, tuple(trained)))
+    if not stages or new_fit or stages[-1].parameters != tuple(trained):
+        stages.append(StageFact(start, tuple(trained), new_fit))
     used = {name for stage in stages for name in stage.parameters}
     both = {**recorded, **trained}
     kept = {name: both[name] for name in plain_parameters(module) if name in used}

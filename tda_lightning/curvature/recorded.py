@@ -53,7 +53,10 @@ def check_statistics(choice: str, kind: str) -> None:
 def uses_statistics(choice: str, kind: str, trajectory: Trajectory) -> bool:
     """Whether curvature of ``kind`` comes from the statistics recorded in training."""
     if choice == "auto":
-        return kind in _KRONECKER and bool(trajectory.statistics)
+        # Of a run as a whole, the last stage knows what it trained itself.
+        last = trajectory.stages()[-1]
+        whole = last.facts.parameters.keys() == trajectory.facts.parameters.keys()
+        return kind in _KRONECKER and whole and bool(last.statistics)
     return choice != "fitted"
 
 

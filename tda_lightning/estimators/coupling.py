@@ -46,35 +46,35 @@ class StageLink:
         self.couples = bool(stage.frozen) and curvature != "identity"
         self.frozen: Named = {}
         self._trained: Named = {}
-        self._buffers: Named = {}
+        # Of momentum buffers or Adam's moments, those of frozen parameters apart: they wait.
+        self._moments: list[Named] = []
+        self._waiting: list[Named] = []
         self._response: dict[str, Tensor] = {}
         self._products: Named = {}
 
     def arrive(self, grouping: str, start: int, stop: int) -> Adjoint:
         """The adjoints of the stage's trained parameters at its end; those of the frozen ones are
         kept here."""
-        stage, buffers = self.stage, None
+        stage, moments = self.stage, []
         if self.later is None:
             stage.wide.load(stage.wide.trajectory.last_step)
             found = query_gradients(stage.wide, "blocks", start, stop)
             named = by_name(stage.wide, "blocks", found)
         else:
             named = self._filled(self.later.handed_over(), stop - start)
-            if self.later.stage.run == stage.run and self.later._buffers:
-                # Within one run the momentum buffers go on; a new run starts with empty ones.
-                kept = {
-                    n: b for n, b in self.later._buffers.items() if n in self.later.stage.carried
-                }
-                buffers = by_unit(stage.context, grouping, self._filled(kept, stop - start))
+            moments = [self._filled(m, stop - start) for m in self.later.moments_handed_over()]
         self.frozen = {name: named[name] for name in stage.frozen}
-        return Adjoint(by_unit(stage.context, grouping, named), buffers)
+        self._waiting = [{name: moment[name] for name in stage.frozen} for moment in moments]
+        return Adjoint(
+            by_unit(stage.context, grouping, named),
+            *(by_unit(stage.context, grouping, moment) for moment in moments),
+        )
 
     def depart(self, grouping: str, adjoint: Adjoint) -> None:
         """Keep the adjoints at the start of the stage."""
         self._trained = by_name(self.stage.context, grouping, adjoint.a)
-        self._buffers = (
-            {} if adjoint.b is None else by_name(self.stage.context, grouping, adjoint.b)
-        )
+        moments = [moment for moment in (adjoint.b, adjoint.e) if moment is not None]
+        self._moments = [by_name(self.stage.context, grouping, moment) for moment in moments]
 
     def handed_over(self) -> Named:
         """What the stage before is asked: the adjoints of the parameters that it handed on.
@@ -83,6 +83,15 @@ class StageLink:
         """
         everything = {**self._trained, **self.frozen}
         return {name: everything[name] for name in self.stage.carried}
+
+    def moments_handed_over(self) -> list[Named]:
+        """The adjoints of the optimizer's state that goes on from the stage before: buffers of
+        parameters that it had trained before; none where the optimizer is a new one."""
+        goes_on = self.stage.context.trajectory.steps_before
+        waiting = self._waiting or [{} for _ in self._moments]
+        both = [{**own, **late} for own, late in zip(self._moments, waiting, strict=True)]
+        kept = [{n: m for n, m in moment.items() if n in goes_on} for moment in both]
+        return kept if any(kept) else []
 
     def meet(self, grouping: str, response: Mapping[str, Tensor]) -> None:
         """Take a segment's response u to the queries, on the trained parameters, by unit."""

@@ -110,7 +110,7 @@ def _adam_metric(trajectory: Trajectory, segment: Segment) -> dict[str, Tensor]:
         for name, fact in trajectory.facts.parameters.items():
             beta = float(hyper["beta2"][step - 1, fact.group])
             eps = float(hyper["eps"][step - 1, fact.group])
-            if name not in states:
+            if "exp_avg_sq" not in states.get(name, {}):
                 # Never received a gradient: Adam keeps no state and does not move it.
                 inverse = torch.zeros(fact.shape, dtype=torch.float64)
             else:

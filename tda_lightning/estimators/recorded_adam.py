@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tda_lightning.curvature import unit_matrices, units
 from tda_lightning.errors import UnsupportedTrainingError
-from tda_lightning.estimators.queries import query_gradients, query_rounds
+from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.estimators.recorded import chunks, runs
 from tda_lightning.estimators.schedule import Load, interval_around
-from tda_lightning.estimators.segments import SegmentedRun
+from tda_lightning.estimators.segments import Adjoint, SegmentedRun
 from tda_lightning.gradients import Gradient
 from tda_lightning.passes import Pass, memory_budget
 from tda_lightning.trajectory import Segment
@@ -69,21 +69,28 @@ class RecordedAdamRun(SegmentedRun):
         self.next_row = 0
         self.u: Units = {}
         self._groups: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self.response: Units = {}
+        self._require_memory(sorted(self.context.trajectory.checkpoints))
+
+    copies = 6  # dense gradients of the queries in memory at a time
 
     def passes(self) -> list[Pass]:
-        context = self.context
         passes = self.curvature_passes()
-        checkpoints = sorted(context.trajectory.checkpoints)
-        self._require_memory(checkpoints)
-        for start, stop in query_rounds(context, copies=6):
-            first = True
-            for number in reversed(range(len(self.segments))):
-                loads = self.loads(self.segments[number])
-                for interval in dict.fromkeys((load.before, load.after) for load in loads):
-                    own = [load for load in loads if (load.before, load.after) == interval]
-                    begin = self._begin(start, stop, first)
-                    first = False
-                    passes += self._interval_passes(number, own, interval, begin, start)
+        for start, stop in query_rounds(self.context, self.copies):
+            passes += self.round(start, stop)
+        return passes
+
+    def round(self, start: int, stop: int) -> list[Pass]:
+        """The passes that score queries ``start`` to ``stop``."""
+        passes: list[Pass] = []
+        for number in reversed(range(len(self.segments))):
+            loads = self.loads(self.segments[number])
+            for interval in dict.fromkeys((load.before, load.after) for load in loads):
+                own = [load for load in loads if (load.before, load.after) == interval]
+                begin = self._begin(start, stop, not passes)
+                passes += self._interval_passes(number, own, interval, begin, start)
+            passes += self.coupling_passes(number)
         return passes
 
     def _interval_passes(
@@ -114,7 +121,7 @@ class RecordedAdamRun(SegmentedRun):
                 after,
                 self._score(number, loads, first_query),
                 self._then(begin, last),
-                lambda: self._walk_to(number, int(rows.min())),
+                lambda: self._end(number, int(rows.min())),
                 [load.examples for load in loads],
                 catches_up=True,
             ),
@@ -150,13 +157,24 @@ class RecordedAdamRun(SegmentedRun):
         def begin() -> None:
             if fresh:
                 held = self.context.held_step
-                self.context.load(self.context.trajectory.last_step)
-                self.a = query_gradients(self.context, self.grouping, start, stop)
-                self.b = {name: torch.zeros_like(a) for name, a in self.a.items()}
-                self.e = {name: torch.zeros_like(a) for name, a in self.a.items()}
+                found = self.arrive(start, stop)
+                self.a = found.a
+                self.b = found.b or {name: torch.zeros_like(a) for name, a in self.a.items()}
+                self.e = found.e or {name: torch.zeros_like(a) for name, a in self.a.items()}
                 self.context.load(held)
 
         return begin
+
+    def _end(self, number: int, row: int) -> None:
+        """Take the steps down to ``row``; at a segment's start, tell the stages before."""
+        self._walk_to(number, row)
+        if self.link is None or row > self.segments[number].start:
+            return
+        if self.link.couples:
+            self.link.meet(self.grouping, self.response)
+        self.response = {}
+        if number == 0:
+            self.link.depart(self.grouping, Adjoint(self.a, self.b, self.e))
 
     # Rebuilding the moments
 
@@ -218,12 +236,16 @@ class RecordedAdamRun(SegmentedRun):
 
     def _recorded_moments(self, step: int) -> tuple[Units, Units]:
         trajectory = self.context.trajectory
-        states = trajectory.checkpoints[step].optimizer if step > 0 else {}
+        before = trajectory.steps_before
+        states = trajectory.checkpoints[step].optimizer if step > 0 or before else {}
         if states is None:
             raise UnsupportedTrainingError(
                 f"The checkpoint at step {step} has no optimizer state, and Adam's moments are "
                 "part of the formula. Record with save_optimizer=True."
             )
+        if step == 0:
+            # What a new optimizer begins with is not what the one before left.
+            states = {name: state for name, state in states.items() if name in before}
         moments = []
         for key in ("exp_avg", "exp_avg_sq"):
             filled = {
@@ -270,10 +292,10 @@ class RecordedAdamRun(SegmentedRun):
     def _step(self, number: int, row: int) -> Units:
         """One step of the adjoint (METHODS.md, "Exact unrolling"); u, which meets the gradients."""
         settings, at = self._settings(row), row - self.moments.start
-        correction1 = 1 - settings.beta1 ** (row + 1)
-        correction2 = 1 - settings.beta2 ** (row + 1)
         found = {}
-        for name in self.a:
+        for name, taken in self._steps_before().items():
+            correction1 = 1 - settings.beta1 ** (taken + row + 1)
+            correction2 = 1 - settings.beta2 ** (taken + row + 1)
             a, b, e = self.a[name], self.b[name], self.e[name]
             first, second = self.moments.first[name][at], self.moments.second[name][at]
             root = (second / correction2).sqrt()
@@ -292,7 +314,22 @@ class RecordedAdamRun(SegmentedRun):
             b *= settings.beta1
             e *= settings.beta2
             found[name] = clipped
+            if self.link is not None and self.link.couples:
+                known = self.response.get(name)
+                self.response[name] = -clipped if known is None else known - clipped
         return found
+
+    def _steps_before(self) -> Units:
+        """How often each parameter had been stepped before row 0."""
+        if not self._counts:
+            trajectory = self.context.trajectory
+            self._counts = self._unit(
+                {
+                    name: torch.full(fact.shape, float(trajectory.steps_before.get(name, 0)))
+                    for name, fact in trajectory.facts.parameters.items()
+                }
+            )
+        return self._counts
 
     def _curve(self, number: int, name: str, u: Tensor) -> Tensor:
         """H u, from the curvature h H h of the preconditioned gradients."""

@@ -48,11 +48,12 @@ class Transfer:
 
 @dataclass
 class Adjoint:
-    """Adjoints of parameters (a) and momentum buffer (b) of some queries, by unit:
-    [query, groups, rows, columns]."""
+    """Adjoints of parameters (a) and momentum buffer (b), or Adam's first (b) and second moment
+    (e), of some queries, by unit: [query, groups, rows, columns]."""
 
     a: dict[str, Tensor]
     b: dict[str, Tensor] | None = None
+    e: dict[str, Tensor] | None = None
 
 
 def combine(factors: Pair, a: Tensor, b: Tensor | None) -> Tensor:
@@ -203,6 +204,23 @@ class SegmentedRun:
                     "optimizer step by step needs one. Use order='average' with "
                     "momentum='effective_rate'."
                 )
+        if self.follows_buffer:
+            self._require_one_beginning()
+
+    def _require_one_beginning(self) -> None:
+        """A new buffer's first step is not damped, and a step is damped for all or for none."""
+        trajectory = self.context.trajectory
+        hyper = {name: values[:1] for name, values in trajectory.steps.hyperparameters.items()}
+        damped = bool((hyper["dampening"] * (hyper["momentum"] > 0)).any())
+        names = self.context.engine.names
+        new = [name for name in names if name not in trajectory.steps_before]
+        if damped and 0 < len(new) < len(names):
+            raise UnsupportedTrainingError(
+                f"Dampening does not act on a parameter's first step: {new[0]} ({len(new)} "
+                "parameters in all) had its first where a stage of this run began, and "
+                f"{len(names) - len(new)} others had not. Use order='average' with "
+                "momentum='effective_rate'."
+            )
 
     def transfers(self, number: int) -> dict[str, Transfer]:
         """What segment ``number`` does to the adjoints, by unit."""
@@ -237,7 +255,10 @@ class SegmentedRun:
         momentum = float(hyper["momentum"][row, group])
         # torch.optim.SGD fills the buffer undamped at its first step, and uses dampening only
         # with momentum.
-        damped = momentum > 0 and row > 0
+        first = row == 0 and not self.context.trajectory.steps_before.keys() & set(
+            self.context.engine.names
+        )
+        damped = momentum > 0 and not first
         dampening = float(hyper["dampening"][row, group]) if damped else 0.0
         nesterov = bool(hyper["nesterov"][row, group])
         clipping = float(self.context.trajectory.clipping_factors(slice(row, row + 1)))

@@ -16,27 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.estimators.about import about_stage_statistics
 from tda_lightning.estimators.averaged import AveragedRun
+from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.coupling import StageLink
 from tda_lightning.estimators.queries import rounds_of
 from tda_lightning.estimators.recorded import RecordedRun
+from tda_lightning.estimators.recorded_adam import RecordedAdamRun
 from tda_lightning.passes import NO_SELF, Pass, Plan, Stage, numbered
-from tda_lightning.trajectory import Segment
+from tda_lightning.trajectory import Segment, Trajectory
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.source import Source
+
+StageRun = AveragedRun | RecordedRun | RecordedAdamRun
 
 
 def options_by_stage(options: Source, stages: Sequence[Stage]) -> list[Source]:
     """The settings for each stage, with its own cuts.
 
     A run that was recorded as one keeps the cuts that it would have as a whole, and gets further
-    ones where its stages begin.
+    ones where its stages begin. Of ``num_segments`` equal lengths, a cut that would leave a
+    segment of a stage without a checkpoint is left out.
     """
     runs = sorted({stage.run for stage in stages})
     given: Any = options.segment_steps
-    nested = given is not None and all(isinstance(cuts, Sequence) for cuts in given)
+    nested = bool(given) and all(isinstance(cuts, Sequence) for cuts in given)
     if given is not None and len(runs) > 1 and not (nested and len(given) == len(runs)):
         raise ValueError(
             f"segment_steps must hold one list of steps for each of the {len(runs)} "
@@ -56,8 +61,19 @@ def options_by_stage(options: Source, stages: Sequence[Stage]) -> list[Source]:
             cuts = list(given[runs.index(stage.run)] if nested else given)
         last = first + stage.context.trajectory.last_step
         inside = [cut - first for cut in cuts if first < cut < last]
+        if given is None:
+            inside = _with_checkpoints(inside, stage.context.trajectory)
         found.append(replace(options, segment_steps=inside))
     return found
+
+
+def _with_checkpoints(cuts: Sequence[int], trajectory: Trajectory) -> list[int]:
+    """Those of ``cuts`` between which every segment holds a checkpoint."""
+    steps, kept = sorted(trajectory.checkpoints), [0]
+    for cut in cuts:
+        if any(kept[-1] < step <= cut for step in steps):
+            kept.append(cut)
+    return kept[1:]
 
 
 def segment_counts(options: Source, stages: Sequence[Stage]) -> list[int]:
@@ -100,38 +116,28 @@ def plan_stages(options: Source, stages: Sequence[Stage]) -> Plan:
     }
     notes = [NO_SELF]
     for number, (one, run) in enumerate(zip(own, runs, strict=True), start=1):
-        found = one.notes_on_rates(run.context, run.segments)
+        found = clipping_notes(run.context.trajectory)
+        if not isinstance(run, RecordedAdamRun):
+            found += one.notes_on_rates(run.context, run.segments)
         notes += [f"Stage {number}: {note}" for note in found]
+    provenance |= about_stage_statistics(
+        options.statistics,
+        options.curvature,
+        [run.context.trajectory for run in runs],
+        [[(s.start, s.stop) for s in run.segments] for run in runs],
+    )
     return Plan(passes, provenance, notes)
 
 
-def _runs(own: Sequence[Source], stages: Sequence[Stage]) -> list[AveragedRun | RecordedRun]:
+def _runs(own: Sequence[Source], stages: Sequence[Stage]) -> list[StageRun]:
     """One run for each stage, each linked to the one after it."""
-    runs: list[AveragedRun | RecordedRun] = []
+    runs: list[StageRun] = []
     later: StageLink | None = None
     for options, stage in reversed(list(zip(own, stages, strict=True))):
-        adam = stage.context.trajectory.require_optimizer() != "SGD"
-        if options.order == "recorded" and adam:
-            raise UnsupportedTrainingError(
-                "order='recorded' follows Adam's moments within one stage only, and this training "
-                "has several. Use order='average'."
-            )
         later = StageLink(stage, later, options.curvature, options.seed)
-        kind = AveragedRun if options.order == "average" else RecordedRun
-        run = kind(options, stage.context, later)
-        if run.follows_buffer:
-            _require_fresh_buffer(stage, stages)
-        runs.append(run)
+        kind: type[StageRun] = AveragedRun
+        if options.order == "recorded":
+            adam = stage.context.trajectory.require_optimizer() != "SGD"
+            kind = RecordedAdamRun if adam else RecordedRun
+        runs.append(kind(options, stage.context, later))
     return runs[::-1]
-
-
-def _require_fresh_buffer(stage: Stage, stages: Sequence[Stage]) -> None:
-    """Within one run, old buffers go on beside those of parameters that training begins with."""
-    continues = stage.first_step > min(s.first_step for s in stages if s.run == stage.run)
-    hyper = stage.context.trajectory.steps.hyperparameters
-    if continues and bool((hyper["dampening"] * (hyper["momentum"] > 0)).any()):
-        raise UnsupportedTrainingError(
-            "Dampening does not act on a parameter's first step, and parameters began to be "
-            "trained at different steps of this run. Use order='average' with "
-            "momentum='effective_rate'."
-        )

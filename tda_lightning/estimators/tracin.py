@@ -79,6 +79,7 @@ class TracIn:
         for number, stage in enumerate(stages):
             own = self.plan(stage.context)
             plan.passes += numbered(own.passes, number)
+            plan.notes += [f"Stage {number + 1}: {note}" for note in own.notes]
             at = stage.first_step
             plan.provenance["checkpoints"] += [at + c for c in own.provenance["checkpoints"]]
             plan.provenance["segments"] += [

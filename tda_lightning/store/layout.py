@@ -17,7 +17,8 @@ random states those of the first process::
       trajectory.h5             kind "trajectory"
         facts                   JSON text [1]: parameters {name: {shape, dtype, group}}, optimizer,
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
-                                stages [{start, parameters [names]}] (since version 2)
+                                stages [{start, parameters [names], new_optimizer}] (since
+                                version 2)
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
         learning_rate           float64 [S, P]   as applied; a group that was added later has

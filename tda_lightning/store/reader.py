@@ -103,7 +103,11 @@ def read_facts(root: Path) -> Facts:
 def read_stages(entries: Sequence[Any], parameters: Sequence[str]) -> tuple[StageFact, ...]:
     """Stages as the facts' JSON has them."""
     stages = tuple(
-        StageFact(int(entry["start"]), tuple(str(name) for name in entry["parameters"]))
+        StageFact(
+            int(entry["start"]),
+            tuple(str(name) for name in entry["parameters"]),
+            bool(entry.get("new_optimizer", False)),
+        )
         for entry in entries
     )
     starts = [stage.start for stage in stages]

@@ -82,9 +82,9 @@ def _replay(stage: TrainedStage, weights: Tensor, before: dict[str, Tensor]) -> 
     for name, tensor in before.items():
         if name in values and values[name].shape == tensor.shape:
             values[name] = tensor
+    # Leaves of this stage: others' earlier steps depend on what was frozen then.
     for name in facts.parameters:
-        if not values[name].requires_grad:
-            values[name] = values[name].clone().requires_grad_()
+        values[name] = values[name].clone().requires_grad_()
     state: dict[str, dict[str, Tensor]] = {name: {} for name in facts.parameters}
     for row in range(len(steps)):
         total = torch.zeros(())

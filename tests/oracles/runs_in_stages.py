@@ -1,0 +1,65 @@
+"""Exact unrolling of one recorded run whose trained parameters change, and whose optimizer may be
+replaced by a new one: one loop over its rows, which knows nothing of stages as runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.trajectory import Trajectory
+from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
+from tests.oracles.unrolling import _adam, _call, _sgd
+
+
+def replay_run(
+    trajectory: Trajectory, module: nn.Module, loss: Loss, data: Batch, weights: Tensor
+) -> dict[str, Tensor]:
+    """All parameters at the end as a differentiable function of the weights [steps, train]."""
+    steps, facts = trajectory.steps, trajectory.facts
+    module = with_state(module, trajectory.checkpoints[0])
+    values = {name: p.detach().clone() for name, p in module.named_parameters()}
+    stages = {stage.start: stage for stage in facts.stages}
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
+    names: tuple[str, ...] = ()
+    update = _sgd if facts.optimizer == "SGD" else _adam
+    for row in range(len(steps)):
+        if row in stages:
+            names = stages[row].parameters
+            if stages[row].new_optimizer:
+                state = {name: {} for name in values}
+        # Leaves of this step: others' earlier steps depend on what was frozen then.
+        for name in names:
+            values[name] = values[name].clone().requires_grad_()
+        total = torch.zeros(())
+        for indices in steps.batches(row):
+            losses = _call(module, loss, values, take(data, indices))
+            part = (weights[row, indices] * losses).sum() / len(indices)
+            total = total + part / int(steps.accumulation[row])
+        gradients = torch.autograd.grad(total, [values[n] for n in names], create_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            group = facts.parameters[name].group
+            hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
+            rate = float(steps.learning_rate[row, group])
+            decoupled = facts.optimizer == "AdamW"
+            values[name] = update(values[name], gradient, state[name], rate, hyper, decoupled)
+    for name, value in trajectory.checkpoints[trajectory.last_step].parameters.items():
+        torch.testing.assert_close(values[name].detach(), value)  # it is that run
+    return values
+
+
+def unrolled_run(
+    trajectory: Trajectory,
+    module: nn.Module,
+    loss: Loss,
+    data: Batch,
+    queries: Batch,
+    since: int = 0,
+) -> Tensor:
+    """-d m_q / d w_n at w = 1, [query, train], of the uses of n in rows from ``since`` on."""
+    shape = len(trajectory.steps), num_examples(data)
+    weights = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+    values = replay_run(trajectory, module, loss, data, weights)
+    module = with_state(module, trajectory.checkpoints[0])
+    measured = _call(module, loss, values, queries)
+    rows = [torch.autograd.grad(m, weights, retain_graph=True)[0][since:].sum(0) for m in measured]
+    return -torch.stack(rows)
