@@ -21,9 +21,10 @@ from tda_lightning.store.reader import (
     read_recorded_steps,
     require_trajectory,
 )
+from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.trajectory import Facts, Steps
 
-_SHOWN = 24  # checkpoints; of more, the first and the last are shown
+_SHOWN = 24  # files of a kind; of more, the first and the last are shown
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Description:
     facts: Facts
     steps: Steps | None  # None when they are damaged
     checkpoints: dict[int, FileEntry]
+    statistics: tuple[FileEntry, ...]
     curvature: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
     size: int
@@ -85,6 +87,18 @@ def describe(path: str | Path) -> Description:
         steps = read_recorded_steps(root, facts, max(checkpoints))
     except (TrajectoryError, OSError) as error:
         problems.append(str(error))
+    gathered, statistics = StatisticsFolder(root, max(checkpoints, default=0)), []
+    for interval, file in sorted(layout.statistics_files(root).items()):
+        content = f"steps {interval[0] + 1} to {interval[1]}"
+        try:
+            # Later than the last checkpoint they are not read, and go when the run is resumed.
+            blocks = gathered.get(interval, {})
+            examples = max((int(block.examples) for block in blocks.values()), default=0)
+            content += f", {examples} examples"
+        except (TrajectoryError, OSError) as error:
+            content += ", damaged"
+            problems.append(str(error))
+        statistics.append(_entry(content, file))
     curvature = CurvatureFolder(root)
     for key in curvature:
         try:
@@ -102,6 +116,7 @@ def describe(path: str | Path) -> Description:
         facts=facts,
         steps=steps,
         checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
+        statistics=tuple(statistics),
         curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
@@ -158,6 +173,9 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
         yield "batches", f"{len(steps.example_offsets) - 1:,}"
     yield "example indices", str(settings.get("indices", "unknown"))
     hashed = len(facts.fingerprint) - 1 if facts.fingerprint else 0  # one entry is the length
+    online = settings.get("curvature")
+    if isinstance(online, dict):
+        yield "curvature", f"every {online.get('every')} steps, Fisher {online.get('fisher')}"
     yield "fingerprint", f"{hashed} examples" if facts.fingerprint else "none"
     for name in ("precision", "accumulate_grad_batches", "gradient_clip_val", "seed", "created"):
         if settings.get(name) is not None:
@@ -169,19 +187,23 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
 
 
 def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
-    entries = list(found.checkpoints.items())
-    half = _SHOWN // 2
-    shown = entries if len(entries) <= _SHOWN else [*entries[:half], *entries[-half:]]
-    for number, (step, entry) in enumerate(shown):
-        if number == half and len(shown) < len(entries):
-            hidden = entries[half:-half]
-            size = sum(entry.size for _, entry in hidden)
-            yield f"{len(hidden)} more checkpoints", "", _bytes(size)
-        yield f"checkpoint {step}", entry.name, _bytes(entry.size)
+    checkpoints = [(f"checkpoint {step}", entry) for step, entry in found.checkpoints.items()]
+    yield from _shortened(checkpoints, "checkpoints")
+    yield from _shortened([("statistics", entry) for entry in found.statistics], "statistics")
     for entry in found.curvature:
         yield "curvature", entry.name, _bytes(entry.size)
     for entry in found.scores:
         yield "scores", entry.name, _bytes(entry.size)
+
+
+def _shortened(entries: list[tuple[str, FileEntry]], what: str) -> Iterable[tuple[str, str, str]]:
+    half = _SHOWN // 2
+    shown = entries if len(entries) <= _SHOWN else [*entries[:half], *entries[-half:]]
+    for number, (kind, entry) in enumerate(shown):
+        if number == half and len(shown) < len(entries):
+            hidden = entries[half:-half]
+            yield f"{len(hidden)} more {what}", "", _bytes(sum(e.size for _, e in hidden))
+        yield kind, entry.name, _bytes(entry.size)
 
 
 def _entry(name: str, file: Path) -> FileEntry:
