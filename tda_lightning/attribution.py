@@ -54,12 +54,17 @@ class AttributionModule(LightningModule):
             (pre-training, then fine-tuning), with a list of modules and tasks, or one for all.
         estimator: one of ``tda_lightning.estimators``.
         task: the training loss and the measurement; None for the module's own ``training_step``.
-        fresh: modules or parameters that a later trajectory initialised anew under a name and
-            shape that the one before it has too.
+        fresh: names of modules or parameters that a later trajectory initialised anew under a
+            name and shape that the one before it has too.
 
     Raises:
         TrajectoryNotFoundError: the folder holds no trajectory.
-        TrajectoryMismatchError: the module's parameters are not the recorded ones.
+        TrajectoryFormatError: a file of it is damaged or of another format version.
+        TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
+            trajectory does not start from the last weights of the one before it.
+        UnsupportedTrainingError: the optimizer has no formula, or several trajectories are given
+            to an estimator other than ``Source``.
+        ValueError: lists of different lengths.
     """
 
     def __init__(
@@ -108,7 +113,8 @@ class AttributionModule(LightningModule):
                 (:meth:`Scores.stage`), or one for all.
             query: what to explain, likewise.
             batch_size: examples per batch where a data set was given.
-            trainer: runs the passes: its devices, strategy and precision; by default one device.
+            trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
+                by default one device.
             scores_path: stream the scores to this HDF5 file instead of holding them in memory.
             self_influence: also score every training example for itself.
             overwrite: replace a file at ``scores_path``.
@@ -187,7 +193,15 @@ class AttributionModule(LightningModule):
         trainer: Trainer | None = None,
         self_influence: bool = True,
     ) -> AttributionPlan:
-        """How long and large :meth:`attribute` will be here, in one process; nothing is written."""
+        """How long and large :meth:`attribute` will be here, in one process; nothing is written.
+
+        The arguments are those of :meth:`attribute`. A few batches of every pass are timed.
+
+        Raises:
+            TrajectoryMismatchError: ``train`` is not the data of the run.
+            UnsupportedTrainingError: there are several stages; each is planned by itself.
+            ValueError: an empty set, an impossible setting.
+        """
         if len(self.stages) > 1:
             raise UnsupportedTrainingError(
                 f"plan() rehearses one stage of training, got {len(self.stages)}. Plan for each of "

@@ -151,7 +151,11 @@ class Scores:
 
     def stage(self, number: int) -> Scores:
         """The columns of one stage of training, from 0, where ``provenance["stages"]`` lists
-        several: column n is index n of that stage's training set."""
+        several: column n is index n of that stage's training set.
+
+        Raises:
+            IndexError: there is no such stage.
+        """
         stages = self.provenance.get("stages")
         if not stages or not 0 <= number < len(stages):
             raise IndexError(

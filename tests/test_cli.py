@@ -73,7 +73,7 @@ def test_plans_of_an_attribution(run, tmp_path, capsys):
     assert "60 training examples for 3 queries" in out
     for name in ("source", "source_recorded", "tracin", "influence"):
         assert name in out
-    assert main(["plan", "trajectory=runs/digits", "estimator=tracin"]) == 0
+    assert main(["plan", "runs/digits", "estimator=tracin"]) == 0
     out = capsys.readouterr().out
     assert "TracIn: time" in out
     assert "preparation" in out

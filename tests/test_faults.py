@@ -200,7 +200,7 @@ def test_a_fault_before_training(on_error: Any, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(path, on_error=on_error)
     module = Resumable()
     if on_error == "raise":
-        with pytest.raises(RecordingError, match="after step 0: .*(Not a directory|File exists)"):
+        with pytest.raises(RecordingError, match="be begun: .*(Not a directory|File exists)"):
             train(None, module=module, last=(recorder,))
         assert module.seen == []
     else:

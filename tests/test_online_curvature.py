@@ -23,6 +23,7 @@ from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.moments import FULL
 from tda_lightning.store import open_trajectory
+from tda_lightning.store.inspect import describe
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
 from tda_lightning.trajectory import BlockStatistics
@@ -395,6 +396,17 @@ def test_other_losses_have_an_empirical_fisher(tmp_path: Path) -> None:
     assert float(open_trajectory(tmp_path).merged_statistics(0, 10)["network.0"].examples) == 80
 
 
+def test_an_inspection_shows_statistics_and_reads_them(tmp_path: Path) -> None:
+    run(tmp_path, lambda: Model(mlp()), data(vectors))
+    found = describe(tmp_path)
+    assert not found.problems
+    assert [entry.name.split(",")[0] for entry in found.statistics] == [
+        f"steps {start + 1} to {stop}" for start, stop in open_trajectory(tmp_path).statistics
+    ]
+    sorted((tmp_path / "statistics").iterdir())[0].write_bytes(b"hello")
+    assert len(describe(tmp_path).problems) == 1
+
+
 def test_a_penalty_on_the_weights_is_no_hindrance(tmp_path: Path) -> None:
     class Penalised(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -411,6 +423,10 @@ def test_a_penalty_on_the_weights_is_no_hindrance(tmp_path: Path) -> None:
         ({"curvature": "offline"}, "curvature must be one of None, 'online', got 'offline'"),
         ({"fisher": "real"}, "fisher must be one of 'true', 'empirical', got 'real'"),
         ({"curvature_dtype": "int8"}, "curvature_dtype must be one of 'float32', 'float64'"),
+        (
+            {"curvature": "online", "curvature_device": "gpu9"},
+            "curvature_device must name",
+        ),
         ({"curvature_every": 0}, "curvature_every must be at least 1, got 0"),
     ],
 )

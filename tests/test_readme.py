@@ -39,8 +39,8 @@ class Data(LightningDataModule):
         return DataLoader(self.dataset, batch_size=5, shuffle=True)
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    example, *others = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     dataset = TensorDataset(torch.randn(20, 3), torch.arange(20) % 2)
@@ -50,11 +50,17 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
         "train_dataset": dataset,
         "query_dataset": TensorDataset(torch.randn(4, 3), torch.arange(4) % 2),
     }
+    names["tuning_dataset"] = TensorDataset(torch.randn(15, 3), torch.arange(15) % 2)
+    names["tuning_data"] = Data(names["tuning_dataset"])
     exec(compile(example, "README.md", "exec"), names)
     scores = names["scores"]
     assert scores.values.shape == (4, 20)
     torch.testing.assert_close(scores.by_segment.sum(0), scores.values)
     assert (tmp_path / "scores.h5").is_file()
+    for other in others:
+        exec(compile(other, "README.md", "exec"), names)
+    assert names["scores"].values.shape == (4, 35)
+    assert names["scores"].stage(0).values.shape == (4, 20)
 
 
 def test_the_commands_exist():

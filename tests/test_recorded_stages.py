@@ -293,24 +293,13 @@ def test_a_lost_checkpoint_of_a_stage_is_named(tmp_path: Path) -> None:
         open_trajectory(tmp_path).stages()
 
 
-def test_files_of_version_1_are_one_unclipped_stage(tmp_path: Path) -> None:
+def test_files_of_version_1_are_refused(tmp_path: Path) -> None:
     fit(tmp_path)
-    before = open_trajectory(tmp_path)
-    for path in [tmp_path / layout.FACTS_FILE, *(p for *_, p in layout.steps_files(tmp_path))]:
-        with h5py.File(path, "r+") as file:
-            file.attrs["version"] = 1
-            if "clipping" in file:
-                del file["clipping"]
-            else:
-                facts = json.loads(file["facts"][0])
-                del facts["stages"], file["facts"]
-                text = json.dumps(facts).encode()
-                kind = h5py.string_dtype("utf-8", len(text))
-                file.create_dataset("facts", data=[text], dtype=kind)
-    old = open_trajectory(tmp_path)
-    assert old.facts == before.facts
-    assert old.stages() == (old,)
-    assert old.steps.clipping.tolist() == [1.0] * 12
+    with h5py.File(tmp_path / layout.FACTS_FILE, "r+") as file:
+        file.attrs["version"] = 1
+        file.attrs["format"] = "tda-lightning"  # of no fixed length, as they had it
+    with pytest.raises(TrajectoryFormatError, match=r"version 1, .* Record the run again"):
+        open_trajectory(tmp_path)
 
 
 def test_estimators_take_a_run_of_several_stages_and_each_of_them(tmp_path: Path) -> None:

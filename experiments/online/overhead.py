@@ -1,7 +1,7 @@
 """What recording costs: the time of training with it over the time without, in alternating runs.
 
 python experiments/online/overhead.py experiment=cifar10_resnet9 data.root=FOLDER
-python experiments/online/overhead.py experiment=wikitext2_gpt steps=192 data.root=FOLDER
+python experiments/online/overhead.py experiment=wikitext2_gpt +steps=192 data.root=FOLDER
 
 Checkpoints are as far apart as in the shipped experiment, curvature is gathered as often as by
 default. The first checkpoint and the last are part of every run, so a short one pays more for them.

@@ -85,6 +85,13 @@ def online_curvature(
     if curvature is None:
         return None
     check_dense_side(dense_side)
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            f"curvature_device must name a device such as 'cpu' or 'cuda:0', or be None for where "
+            f"the model is; got {device!r}."
+        ) from error
     return OnlineCurvature(every, fisher, device, getattr(torch, dtype), dense_side)
 
 

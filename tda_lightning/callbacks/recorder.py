@@ -80,8 +80,10 @@ class TrajectoryRecorder(ContinuingRecorder):
             data set that keeps count of its own readings can see it.
         curvature: ``"online"`` gathers curvature statistics of every interval between checkpoints
             while the model trains, so that attribution needs no pass for them; None leaves them
-            to be fitted at the checkpoints.
-        curvature_every: gather at every so many optimizer steps.
+            to be fitted at the checkpoints. It needs layers that are neither compiled nor spread
+            over processes (FSDP).
+        curvature_every: gather at every so many optimizer steps. Attribution needs such a step in
+            every segment: in short runs, gather more often.
         fisher: labels of the statistics: ``"true"``, sampled from the model, for one more backward
             pass to the layers' outputs; ``"empirical"``, the data's own, for none.
         curvature_device: where the sums are kept; None for where the model is.
@@ -98,7 +100,9 @@ class TrajectoryRecorder(ContinuingRecorder):
         TrajectoryExistsError: before training, when the folder holds a trajectory.
         TrajectoryLockedError: before training, when another recorder writes into the folder.
         UnsupportedTrainingError: before training, with manual optimization, several optimizers,
-            several training loaders, or a strategy whose processes do not train as one.
+            several training loaders, or a strategy whose processes do not train as one. In
+            training, when its options change what an index or a parameter stands for, or the
+            layers' calls cannot be watched for ``curvature="online"``.
         ResumeError: before training, when it does not start at step 0 and the trajectory of the
             steps before is missing or another run's.
         RecordingError: when the trajectory cannot be written, with ``on_error="raise"``.
@@ -107,6 +111,11 @@ class TrajectoryRecorder(ContinuingRecorder):
         >>> from tda_lightning import TrajectoryRecorder
         >>> recorder = TrajectoryRecorder("runs/fashion", num_checkpoints=6)
         >>> Trainer(max_epochs=10, callbacks=[recorder]).fit(module, datamodule)  # doctest: +SKIP
+
+    References:
+        | Kronecker factors and their eigenvalues: Studying Large Language Model Generalization
+          with Influence Functions (Grosse et al., 2023), sec. 2.2
+        | https://arxiv.org/abs/2308.03296
     """
 
     def __init__(
@@ -159,6 +168,8 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
         """Say how much disk and memory the recording of a fit will take; nothing is touched.
+
+        Sizes are in bytes. Curvature statistics (``curvature="online"``) are not counted.
 
         Args:
             module: what will be trained.

@@ -140,6 +140,11 @@ def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] 
 
 def failure(root: Path, step: int, kept: int, error: BaseException) -> str:
     """What to say when the trajectory cannot be written."""
+    if step == 0:
+        return (
+            f"The trajectory in {root} cannot be begun: {type(error).__name__}: {error}. Make "
+            "room, make the folder writable, or choose another one."
+        )
     return (
         f"The trajectory in {root} cannot be written after step {step}: "
         f"{type(error).__name__}: {error}. What was recorded up to the checkpoint at step {kept} "

@@ -11,7 +11,7 @@ from typing import Any
 # What each command does, and which setting a plain first argument stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
-    "plan": ("what recording or attribution will cost here, before it runs", None),
+    "plan": ("what recording or attribution will cost here, before it runs", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "report": ("make an HTML page from a file of scores", "scores"),
     "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
@@ -57,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if command == "plan" and not any(text.startswith(_ASKS_FOR_ATTRIBUTION) for text in rest):
-        return _run("plan_recording", rest, settings="train")
-    return _run(command, _name_first(command, rest))
+    named = _name_first(command, rest)
+    if command == "plan" and not any(text.startswith(_ASKS_FOR_ATTRIBUTION) for text in named):
+        return _run("plan_recording", named, settings="train")
+    return _run(command, named)
 
 
 def usage() -> str:

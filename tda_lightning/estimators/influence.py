@@ -47,13 +47,17 @@ class InfluenceFunction:
         statistics: ``recorded``: curvature from the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered in the last interval before the
             last checkpoint. ``corrected``: with one pass for EK-FAC's eigenvalues in their basis.
-            ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where they are
-            there.
+            ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where the run
+            has any and ``curvature`` is ``ekfac`` or ``kfac``, else fitted.
         dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
             and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
             leading 256 directions and the diagonal. None: 4096; 1024 for layers whose gradients
             have no factors (a weight used in two ways).
         seed: of the sampled labels.
+
+    Raises:
+        ValueError: at once for impossible settings; when planning, for statistics that are asked
+            for and were not recorded, or do not fit the model.
 
     References:
         | Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017), sec. 2

@@ -69,7 +69,8 @@ class Source:
         statistics: ``recorded``: curvature from the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered, without a pass over the data.
             ``corrected``: one pass for EK-FAC's eigenvalues in their basis. ``fitted``: curvature
-            fitted at the checkpoints. ``auto``: recorded where they are there.
+            fitted at the checkpoints. ``auto``: recorded where the run has any and ``curvature``
+            is ``ekfac`` or ``kfac``, else fitted. Each segment needs some.
         dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
             and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
             leading 256 directions and the diagonal. None: 4096; with Adam, 1024 (the time to
@@ -78,7 +79,7 @@ class Source:
 
     Raises:
         ValueError: at once for impossible settings; when planning, for a segment without a
-            checkpoint.
+            checkpoint, or without the statistics that it is to use.
         UnsupportedTrainingError: the optimizer has no formula.
 
     References:

@@ -29,7 +29,7 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class AttributionPlan:
-    """How long and how large an attribution is expected to be on this machine.
+    """How long (seconds) and how large (bytes) an attribution is expected to be on this machine.
 
     Attributes:
         estimator: class name.

@@ -106,13 +106,18 @@ def reading(path: Path, kind: str) -> Iterator[h5py.File]:
 
 
 def _check_header(file: h5py.File, path: Path, kind: str) -> None:
+    version = get_integer(file.attrs, "version") if "version" in file.attrs else FORMAT_VERSION
+    if 0 < version < FORMAT_VERSION:  # whose texts, the format's name too, are of another type
+        raise TrajectoryFormatError(
+            f"{path} has format version {version}, which this release of tda-lightning no longer "
+            f"reads: expected version {FORMAT_VERSION}. Record the run again."
+        )
     found = tuple(get_text(file.attrs, name) for name in ("format", "kind") if name in file.attrs)
     if found != (FORMAT, kind):
         raise TrajectoryFormatError(
             f"{path} is not a {FORMAT} {kind} file: expected format {FORMAT!r} and kind {kind!r}, "
             f"got {' and '.join(map(repr, found)) or 'neither'}. Check the path."
         )
-    version = get_integer(file.attrs, "version")
     if version > FORMAT_VERSION:
         raise TrajectoryFormatError(
             f"{path} has format version {version}, this release of tda-lightning reads up to "

@@ -24,7 +24,7 @@ from tda_lightning.store.reader import (
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.trajectory import Facts, Steps
 
-_SHOWN = 24  # checkpoints; of more, the first and the last are shown
+_SHOWN = 24  # files of a kind; of more, the first and the last are shown
 
 
 @dataclass(frozen=True)

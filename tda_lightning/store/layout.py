@@ -17,8 +17,7 @@ random states those of the first process::
       trajectory.h5             kind "trajectory"
         facts                   JSON text [1]: parameters {name: {shape, dtype, group}}, optimizer,
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
-                                stages [{start, parameters [names], new_optimizer}] (since
-                                version 2)
+                                stages [{start, parameters [names], new_optimizer}]
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
         learning_rate           float64 [S, P]   as applied; a group that was added later has
@@ -97,8 +96,6 @@ STEP_COLUMNS = {
     "example_offsets": "int64",
     "examples": "int64",
 }
-# The first format version that has them, where it is not 1.
-SINCE = {"clipping": 2}
 
 # Exactly as written: at least eight digits, and no zero before more. A second name for a step
 # would hide the first.

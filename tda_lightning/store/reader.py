@@ -275,11 +275,9 @@ def no_steps(groups: int) -> Steps:
 def read_steps(path: Path, count: int) -> Steps:
     """The ``count`` steps that file ``path`` holds; offsets count from 0."""
     with reading(path, "steps") as file:
-        version = int(file.attrs["version"])
         columns = {
             name: torch.from_numpy(get_array(file, name, np.dtype(dtype)))
             for name, dtype in layout.STEP_COLUMNS.items()
-            if version >= layout.SINCE.get(name, 1)
         }
         group = subgroup(file, layout.HYPERPARAMETERS)
         hyperparameters = {
