@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
 
 SUPPORTED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
 
@@ -170,9 +170,18 @@ class BlockStatistics:
     SUMS: ClassVar[tuple[str, ...]] = ("left", "right", "count", "trace", "examples")
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
-        if (self.parameters, self.shape) != (other.parameters, other.shape):
-            raise ValueError(f"{self.parameters} and {other.parameters} are different blocks.")
+        if self._kind() != other._kind():
+            raise TrajectoryFormatError(
+                f"Curvature statistics of different blocks cannot be added: expected "
+                f"{self._kind()}, got {other._kind()}. Restore the files from a copy, or record "
+                "again."
+            )
         return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in self.SUMS})
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What two blocks have in common that can be added."""
+        sides = [(name, list(getattr(self, name).shape)) for name in ("left", "right")]
+        return (*self.parameters, list(self.shape), *sides)
 
 
 # Curvature by block name, summed over the sampled examples of an interval (start, stop] of steps.

@@ -15,7 +15,7 @@ import numpy as np
 from tests import mutations_structure as structure
 from tests.mutations import Mutation, Place
 
-TEXTS = ("facts", "provenance")  # datasets of JSON
+TEXTS = ("facts", "provenance", "blocks")  # datasets of JSON
 
 
 def _on_file(change: Callable[[random.Random, h5py.File, Place], object]) -> Mutation:

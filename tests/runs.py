@@ -63,7 +63,7 @@ class Net(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, index = batch
         self.seen.append(torch.as_tensor(index).reshape(-1).tolist())
-        loss = (self.net(x.reshape(-1, 3)) - y.reshape(-1, 1)).square().mean()
+        loss = nn.functional.mse_loss(self.net(x.reshape(-1, 3)), y.reshape(-1, 1))
         self.losses.append(loss.item())
         return loss
 

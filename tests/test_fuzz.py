@@ -43,6 +43,7 @@ from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe, description_table
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import RegressionTask
+from tda_lightning.trajectory import BlockStatistics
 from tests import fuzzing
 from tests.attributing import quiet
 from tests.fuzzing import Case, Outcome, run_cases
@@ -67,7 +68,7 @@ class Pairs(Numbered):
 
 class Plain(Net):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return (self.net(batch[0]) - batch[1]).square().mean()
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
@@ -81,6 +82,8 @@ def bases() -> Iterator[dict[str, Path]]:
         os.chmod(root, 0o755)  # so that a child without privileges can be kept out of a part only
         train = loader(Pairs(), batch_size=8, shuffle=True)
         fit(root / "adamw", train, module=Plain(adamw), recorder={"num_checkpoints": 1})
+        online = {"every_n_steps": 2, "curvature": "online", "curvature_every": 1}
+        fit(root / "online", train, module=Plain(), recorder=online, max_steps=4)
         fit(
             root / "bfloat16",
             train,
@@ -128,7 +131,7 @@ def _attribute(folder: Path, estimator: Any, path: Path | None = None) -> Scores
 
 def cases(count: int, bases: dict[str, Path]) -> list[Case]:
     """``count`` cases: every mutation as often as any other, over all folders in turn."""
-    names, folders = list(MUTATIONS), [*bases, "scores", "scores"]
+    names, folders = list(MUTATIONS), [*bases, "online", "scores", "scores"]
     found = []
     for number in range(count):
         turn, place = divmod(number, len(names))
@@ -172,6 +175,14 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
             assert name in checkpoint.parameters
             assert all(isinstance(value, torch.Tensor) for value in state.values())
     try:
+        for interval in trajectory.statistics:
+            for block in trajectory.statistics[interval].values():
+                require_statistics(block)
+    except REFUSALS:
+        refused = True
+    with suppress(*REFUSALS):  # each may be whole, and another's
+        trajectory.merged_statistics(0, trajectory.last_step)
+    try:
         for value in trajectory.curvature.values():
             assert all(isinstance(tensor, torch.Tensor) for tensor in value.values())
     except REFUSALS:
@@ -203,6 +214,17 @@ def require_valid(trajectory: Trajectory) -> None:
             assert bool((batch >= 0).all())
             assert facts.num_examples is None or bool((batch < facts.num_examples).all())
     assert trajectory.batch_size is None or trajectory.batch_size >= 0
+
+
+def require_statistics(block: BlockStatistics) -> None:
+    """What :class:`tda_lightning.trajectory.BlockStatistics` promises."""
+    groups, rows, columns = block.shape
+    for side, width in ((block.left, rows), (block.right, columns)):
+        assert side.shape[:2] == (groups, width) and side.dim() in (2, 3)
+    assert block.count.shape == (groups,) and block.trace.shape == block.examples.shape == (1,)
+    assert block.parameters and all(isinstance(name, str) for name in block.parameters)
+    for kind in block.SUMS:
+        assert bool(getattr(block, kind).isfinite().all())
 
 
 def inspect_folder(folder: Path, show: bool) -> bool:

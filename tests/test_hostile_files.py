@@ -182,6 +182,7 @@ def test_offsets_whose_differences_overflow(copy: Path) -> None:
         ("examples", -1, "negative example indices"),
         ("accumulation", 0, "accumulation below 1"),
         ("epoch", -1, "epoch below 0"),
+        ("clipping", -0.5, "clipping factor below 0"),
         ("learning_rate", np.inf, "learning_rate is not finite"),
         ("hyperparameters/momentum", np.nan, "momentum is not finite"),
     ],
@@ -218,6 +219,12 @@ def test_steps_without_what_the_formula_needs(copy: Path) -> None:
         (lambda f: f.update(settings=[["seed", 1]]), "settings are no JSON object"),
         (lambda f: f.update(optimizer=None), "optimizer is no text"),
         (lambda f: f.update(parameters=[]), "AttributeError"),
+        (lambda f: f.update(stages={}), "stages are no list"),
+        (lambda f: f.update(stages=[{"start": "0", "parameters": []}]), "a stage starts at 0"),
+        (lambda f: f.update(stages=[{"start": 0, "parameters": ["x"]}]), "a stage trains"),
+        (lambda f: f.update(stages=[{"start": 0, "parameters": [[]]}]), "a stage trains"),
+        (lambda f: f.update(stages=[{"start": 0}]), "KeyError"),
+        (lambda f: f.update(stages=[0]), "TypeError"),
     ],
 )
 def test_impossible_facts(change: Callable[[Any], None], message: str, copy: Path) -> None:

@@ -37,19 +37,27 @@ WITHIN = {
     "begin": "beginning",
     "write_checkpoint": "a checkpoint",
     "append": "a table",
+    "write_statistics": "statistics",
     "resume": "cutting",
     "finish": "finishing",
 }
 # Events (below) of which one is chosen; a resumed life may have fewer, and then ends of itself.
-EVENTS = {"begin": 110, "write_checkpoint": 250, "append": 120, "resume": 8, "finish": 50}
+EVENTS = {
+    "begin": 110,
+    "write_checkpoint": 250,
+    "append": 120,
+    "write_statistics": 80,
+    "resume": 8,
+    "finish": 50,
+}
 # Each story is the lives before the last one: "any" instant, or within a method of the writer.
 STORIES = [
     ["any", "any", "any", "resume", "finish"],
     ["begin", "write_checkpoint", "append", "resume", "resume", "finish"],
     ["append", "any", "resume", "finish", "resume", "finish"],
-    ["begin", "begin", "any", "write_checkpoint", "any", "any"],
-    ["finish", "resume", "finish", "resume", "finish"],
-    ["any", "write_checkpoint", "resume", "append", "resume", "finish"],
+    ["begin", "begin", "write_statistics", "write_checkpoint", "any", "any"],
+    ["finish", "resume", "write_statistics", "resume", "finish"],
+    ["write_statistics", "write_checkpoint", "resume", "append", "resume", "finish"],
 ]
 KILLS = 44
 
@@ -65,7 +73,13 @@ def run(folder: Path) -> None:
         every=4,
         resume=found[-1] if found else None,
         # Started again from nothing, it replaces what the killed one had begun.
-        recorder={"every_n_steps": 3, "overwrite": True},
+        recorder={
+            "every_n_steps": 3,
+            "overwrite": True,
+            "curvature": "online",
+            "curvature_every": 2,
+            "fisher": "empirical",
+        },
     )
 
 
@@ -204,6 +218,14 @@ def require_part(left: Trajectory, whole: Trajectory) -> None:
             mine, theirs = left.checkpoints[step].parameters, whole.checkpoints[step].parameters
             assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
         assert step in whole.checkpoints
+    # Whatever checkpoints there are, their statistics are there too.
+    assert [stop for _, stop in left.statistics] == sorted(left.checkpoints)[1:]
+    for interval, blocks in left.statistics.items():
+        expected = whole.statistics[interval]
+        assert blocks.keys() == expected.keys()
+        for name, block in blocks.items():
+            for kind in block.SUMS:
+                assert torch.equal(getattr(block, kind), getattr(expected[name], kind))
 
 
 @pytest.fixture

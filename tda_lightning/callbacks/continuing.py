@@ -26,6 +26,7 @@ from tda_lightning.callbacks.resume import (
     new_run_id,
     no_history,
     recorded_facts,
+    require_same_curvature,
     require_same_model,
     require_same_weights,
     state_of_folder,
@@ -236,6 +237,7 @@ class ContinuingRecorder(Callback):
         step = state.rows_on_disk + len(state.rows)
         by_first = self._processes.by_first
         recorded = by_first(lambda: recorded_facts(self.path, state, trainer.global_step))
+        by_first(lambda: require_same_curvature(recorded, self.curvature))
         recorded = facts_up_to(recorded, step)
         if len(recorded.stages) > 1:
             # The stage under way goes on; what is frozen or unfrozen now begins one of its own.

@@ -55,7 +55,13 @@ class OnlineCurvature:
 
     def facts(self) -> dict[str, Any]:
         """What is recorded of them."""
-        return {"every": self.every, "fisher": f"{self.fisher} (in training)", "seed": _SEED}
+        return {
+            "every": self.every,
+            "fisher": f"{self.fisher} (in training)",
+            "seed": _SEED,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dense_side": self.dense_side,
+        }
 
 
 def online_curvature(
@@ -281,7 +287,9 @@ class CurvatureGatherer:
         """Go on from :meth:`state_dict`: the first process has the sums of all."""
         self.sums = {}
         for name, about in state["sums"].items():
-            tensors = {kind: about[kind] for kind in BlockStatistics.SUMS}
+            # Lightning loads its checkpoints onto the host.
+            device = self.settings.device or self._parameters[about["parameters"][0]].device
+            tensors = {kind: about[kind].to(device) for kind in BlockStatistics.SUMS}
             shape = tuple(about["shape"])
             block = BlockStatistics(tuple(about["parameters"]), shape, **tensors)
             self.sums[name] = block if self._trainer.is_global_zero else _nothing(block)

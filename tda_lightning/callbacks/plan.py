@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tda_lightning.callbacks.blueprint import Blueprint, blueprint
+from tda_lightning.callbacks.planned_curvature import NOTE, planned_curvature
 from tda_lightning.callbacks.planned_steps import PlannedSteps, planned_steps
 from tda_lightning.planning.records import readable_bytes
 from tda_lightning.store.layout import STEP_COLUMNS
@@ -106,6 +107,8 @@ MOVING = "buffers of normalization layers"
 FIXED = "other buffers and frozen parameters, where they stay as they are"
 STRUCTURE = "file structure and random states"
 STEPS = "steps table, before compression"
+STATISTICS = "curvature statistics of an interval"
+SUMS = "curvature sums, of the interval, the step and the batch"
 _IN_A_CHECKPOINT = (PARAMETERS, STATE, MOVING, STRUCTURE)
 
 
@@ -143,13 +146,14 @@ def plan_recording(
         PlanItem(STEPS, row, steps.total),
         PlanItem("facts of the run", _FACTS + _FACT * len(found.trained)),
     ]
-    return RecordingPlan(
-        steps.total,
-        count,
-        tuple(disk),
-        tuple(_memory(found, kept, steps, row)),
-        tuple(notes),
-    )
+    memory = _memory(found, kept, steps, row)
+    if recorder.curvature is not None:
+        curvature = planned_curvature(recorder.curvature, module, found.trained)
+        gathering = None if kept is None else _gathering(kept, recorder.curvature.every)
+        disk.append(PlanItem(STATISTICS, curvature.file, gathering))
+        memory.append(PlanItem(SUMS, curvature.sums, 3))
+        notes.append(NOTE)
+    return RecordingPlan(steps.total, count, tuple(disk), tuple(memory), tuple(notes))
 
 
 def _checkpoints(recorder: TrajectoryRecorder, steps: PlannedSteps) -> list[int] | None:
@@ -206,6 +210,12 @@ def _memory(
         PlanItem("rows of steps not yet written", row + _ROW_OBJECTS, _gap(kept, steps.total)),
     ]
     return items if on_host else [PlanItem("largest tensor, copied to the host", largest), *items]
+
+
+def _gathering(kept: list[int], every: int) -> int:
+    """Intervals between checkpoints in which a step is watched; the files of others are empty."""
+    ends = [0, *kept]
+    return sum(b // every > a // every for a, b in zip(ends, ends[1:], strict=False))
 
 
 def _gap(kept: list[int] | None, total: int | None) -> int | None:

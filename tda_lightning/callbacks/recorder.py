@@ -250,6 +250,8 @@ class TrajectoryRecorder(ContinuingRecorder):
         if self._facts is None:
             return
         self._pending, self._losses = [], []  # an epoch cut short; its gradients are zeroed
+        if self._gatherer is not None:
+            self._gatherer.end_step(False)
         self._dataset = require_same_examples(trainer, self._facts, self._dataset)
         if precedes_averaging(trainer):
             self._finish(trainer, pl_module)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda_lightning.callbacks.curvature import OnlineCurvature
 from tda_lightning.errors import (
     ResumeError,
     TrajectoryFormatError,
@@ -207,6 +208,23 @@ def require_same_model(recorded: Facts, now: Facts) -> None:
             f"The trained parameters are not the recorded ones: {len(names)} differ in name, "
             f"shape, dtype or parameter group, {names[0]} among them: expected "
             f"{recorded.parameters.get(names[0])}, got {now.parameters.get(names[0])}. {advice}"
+        )
+
+
+def require_same_curvature(recorded: Facts, now: OnlineCurvature | None) -> None:
+    """Check that statistics are gathered as before: their sums are added up over intervals.
+
+    Raises:
+        ResumeError: they are not.
+    """
+    before = recorded.settings.get("curvature")
+    after = None if now is None else now.facts()
+    if before != after:
+        raise ResumeError(
+            f"Curvature statistics would be gathered in another way: expected {before}, as when "
+            f"the recording began, got {after}. Resume with the recorded curvature, "
+            "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
+            "another folder."
         )
 
 

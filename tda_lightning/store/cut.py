@@ -17,13 +17,14 @@ def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> No
     """Leave the first ``rows`` steps and the ``checkpoints`` in ``root``, and remove the rest.
 
     A kill in the midst of it leaves a readable trajectory that can be cut again: a reader looks
-    at no steps beyond the last checkpoint, so checkpoints go first; and a file of steps that is
-    cut in two goes after its first part has been written.
+    at no steps or statistics beyond the last checkpoint, so checkpoints go first, the last one
+    before the others; and a file of steps that is cut in two goes after its first part has been
+    written.
 
     Raises:
-        ResumeError: steps or checkpoints that should stay are not there.
+        ResumeError: steps, checkpoints or statistics that should stay are not there.
     """
-    files = layout.checkpoint_files(root)
+    files, statistics = layout.checkpoint_files(root), layout.statistics_files(root)
     chain = steps_chain(root, rows)
     covered = chain[-1][1] if chain else 0
     if missing := sorted(set(checkpoints) - files.keys()):
@@ -37,11 +38,17 @@ def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> No
             f"The trajectory in {root} cannot be continued: expected the steps 1 to {rows}, as "
             f"when the Lightning checkpoint was saved, got 1 to {covered}. {ADVICE}"
         )
+    gathered = {0, *(stop for _, stop in statistics)}
+    lost = sorted(set(checkpoints) - gathered) if "curvature" in facts.settings else []
+    if lost:
+        raise ResumeError(
+            f"The trajectory in {root} cannot be continued: expected curvature statistics up to "
+            f"each checkpoint, got none up to {lost}. {ADVICE}"
+        )
     # Fitted curvature may be that of checkpoints which are about to be made again.
     _remove(layout.curvature_files(root).values())
-    statistics = layout.statistics_files(root)
+    _remove(files[step] for step in sorted(files.keys() - set(checkpoints), reverse=True))
     _remove(path for (_, stop), path in statistics.items() if stop not in set(checkpoints))
-    _remove(files[step] for step in files.keys() - set(checkpoints))
     kept = {path for _, _, path in chain}
     if covered > rows:
         kept = {write_steps(root, 1, read_recorded_steps(root, facts, rows))}

@@ -21,6 +21,7 @@ from tda_lightning.store.reader import (
     read_recorded_steps,
     require_trajectory,
 )
+from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.trajectory import Facts, Steps
 
 _SHOWN = 24  # checkpoints; of more, the first and the last are shown
@@ -42,6 +43,7 @@ class Description:
     facts: Facts
     steps: Steps | None  # None when they are damaged
     checkpoints: dict[int, FileEntry]
+    statistics: dict[tuple[int, int], FileEntry]
     curvature: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
     size: int
@@ -85,6 +87,7 @@ def describe(path: str | Path) -> Description:
         steps = read_recorded_steps(root, facts, max(checkpoints))
     except (TrajectoryError, OSError) as error:
         problems.append(str(error))
+    statistics = _statistics(root, facts, list(checkpoints), problems)
     curvature = CurvatureFolder(root)
     for key in curvature:
         try:
@@ -102,11 +105,43 @@ def describe(path: str | Path) -> Description:
         facts=facts,
         steps=steps,
         checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
+        statistics=statistics,
         curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
         problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def _statistics(
+    root: Path, facts: Facts, steps: list[int], problems: list[str]
+) -> dict[tuple[int, int], FileEntry]:
+    """The statistics by interval; what is wrong with them goes to ``problems``."""
+    folder = StatisticsFolder(root, max(steps, default=0))
+    found: dict[tuple[int, int], FileEntry] = {}
+    files = layout.statistics_files(root)
+    try:
+        intervals = list(folder)
+    except (TrajectoryError, OSError) as error:
+        problems.append(str(error))
+        return {interval: _entry("damaged", file) for interval, file in files.items()}
+    for interval in intervals:
+        try:
+            blocks = folder[interval]
+            examples = max((float(block.examples) for block in blocks.values()), default=0.0)
+            content = f"{examples:.0f} examples, {len(blocks)} blocks"
+        except (TrajectoryError, OSError) as error:
+            content = "damaged"
+            problems.append(str(error))
+        found[interval] = _entry(content, files[interval])
+    missing = sorted(set(steps) - {0, *(stop for _, stop in found)})
+    if missing and facts.settings.get("curvature") is not None:
+        problems.append(
+            f"{root / layout.STATISTICS_FOLDER} is incomplete: expected statistics up to each "
+            f"checkpoint, got none up to {missing[:10]}. Restore the missing files, or attribute "
+            "with statistics='fitted'."
+        )
+    return found
 
 
 def inspect_table(path: str | Path) -> RenderableType:
@@ -157,6 +192,8 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
             yield "clipped", f"{int(clipped.sum())} steps, factor {factors}"
         yield "batches", f"{len(steps.example_offsets) - 1:,}"
     yield "example indices", str(settings.get("indices", "unknown"))
+    if settings.get("curvature") is not None:
+        yield "curvature", _gathered(settings["curvature"])
     hashed = len(facts.fingerprint) - 1 if facts.fingerprint else 0  # one entry is the length
     yield "fingerprint", f"{hashed} examples" if facts.fingerprint else "none"
     for name in ("precision", "accumulate_grad_batches", "gradient_clip_val", "seed", "created"):
@@ -168,20 +205,37 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
     yield "size", _bytes(found.size)
 
 
+def _gathered(curvature: object) -> str:
+    """The settings of statistics in words."""
+    if not isinstance(curvature, dict):
+        return str(curvature)
+    fisher = str(curvature.get("fisher")).removesuffix(" (in training)")
+    return f"online, every {curvature.get('every')} steps, {fisher} Fisher"
+
+
 def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
-    entries = list(found.checkpoints.items())
-    half = _SHOWN // 2
-    shown = entries if len(entries) <= _SHOWN else [*entries[:half], *entries[-half:]]
-    for number, (step, entry) in enumerate(shown):
-        if number == half and len(shown) < len(entries):
-            hidden = entries[half:-half]
-            size = sum(entry.size for _, entry in hidden)
-            yield f"{len(hidden)} more checkpoints", "", _bytes(size)
-        yield f"checkpoint {step}", entry.name, _bytes(entry.size)
+    checkpoints = {f"checkpoint {step}": entry for step, entry in found.checkpoints.items()}
+    yield from _abridged(checkpoints, "checkpoints")
+    statistics = {
+        f"statistics {start}-{stop}": entry for (start, stop), entry in found.statistics.items()
+    }
+    yield from _abridged(statistics, "statistics")
     for entry in found.curvature:
         yield "curvature", entry.name, _bytes(entry.size)
     for entry in found.scores:
         yield "scores", entry.name, _bytes(entry.size)
+
+
+def _abridged(entries: dict[str, FileEntry], kind: str) -> Iterable[tuple[str, str, str]]:
+    """Rows of all entries, or of the first and the last."""
+    titles, half = list(entries), _SHOWN // 2
+    hidden = titles[half:-half] if len(titles) > _SHOWN else []
+    for title in titles:
+        if title in hidden[:1]:
+            size = sum(entries[one].size for one in hidden)
+            yield f"{len(hidden)} more {kind}", "", _bytes(size)
+        if title not in hidden:
+            yield title, entries[title].name, _bytes(entries[title].size)
 
 
 def _entry(name: str, file: Path) -> FileEntry:

@@ -52,6 +52,44 @@ def require_facts(text: Any) -> None:
         raise ValueError(f"num_examples is {str(count)[:100]}")
     if prints is not None:
         _require_fingerprint(prints, count)
+    _require_stages(text.get("stages", []), set(text["parameters"]))
+
+
+def _require_stages(stages: Any, known: set[str]) -> None:
+    if not isinstance(stages, list):
+        raise TypeError("stages are no list")
+    for stage in stages:
+        start, parameters = stage["start"], stage["parameters"]
+        if not _is_count(start):
+            raise ValueError(f"a stage starts at {str(start)[:100]}")
+        if not _is_names(parameters) or not set(parameters) <= known:
+            raise ValueError(f"a stage trains {str(parameters)[:100]}, not all of them parameters")
+
+
+def require_statistics(blocks: Any) -> None:
+    """Check the JSON of a file of statistics: {block: {parameters, shape}}.
+
+    Raises:
+        ValueError, TypeError, LookupError: it is not what a recorder writes.
+    """
+    if not isinstance(blocks, dict):
+        raise TypeError("blocks are no JSON object")
+    for name, about in blocks.items():
+        if set(about) != {"parameters", "shape"}:
+            raise ValueError(f"block {name[:100]!r} has {str(sorted(about))[:100]}")
+        shape, parameters = about["shape"], about["parameters"]
+        if not _is_names(parameters) or not parameters:
+            raise ValueError(f"block {name[:100]!r} is of {str(parameters)[:100]}")
+        whole = isinstance(shape, list) and len(shape) == 3
+        if not whole or not all(_is_count(n) and n > 0 for n in shape) or math.prod(shape) > _MOST:
+            raise ValueError(f"block {name[:100]!r} has shape {str(shape)[:100]}")
+    owned = [name for about in blocks.values() for name in about["parameters"]]
+    if len(owned) != len(set(owned)):
+        raise ValueError("a parameter is in two blocks")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
@@ -86,6 +124,9 @@ def require_values(steps: Steps) -> None:
     for name, values in {"learning_rate": steps.learning_rate, **steps.hyperparameters}.items():
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name} is not finite")
+    # A run that diverged has NaN here too, but no negative length.
+    if bool((steps.clipping < 0).any()):
+        raise ValueError("a clipping factor below 0")
     if bool((steps.epoch < 0).any()) or bool((steps.accumulation < 1).any()):
         raise ValueError("an epoch below 0, or an accumulation below 1")
 

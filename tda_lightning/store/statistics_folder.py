@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import numpy as np
 import torch
 from torch import Tensor
 
+from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.store import layout
+from tda_lightning.store.checked import names, own_dataset
 from tda_lightning.store.h5 import (
     get_json,
     get_tensors,
@@ -21,6 +22,7 @@ from tda_lightning.store.h5 import (
     subgroup,
     writing,
 )
+from tda_lightning.store.plausible import require_statistics
 from tda_lightning.trajectory import BlockStatistics, Statistics
 
 _PACKED = "packed "  # before the name of a symmetric matrix of which the lower triangle is kept
@@ -38,9 +40,11 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
         if path is None:
             raise KeyError(interval)
         with reading(path, "statistics") as file:
+            blocks = get_json(file, layout.BLOCKS)
+            require_statistics(blocks)
             return {
-                str(name): _read_block(subgroup(file, layout.encode(name)), about)
-                for name, about in get_json(file, layout.BLOCKS).items()
+                name: _read_block(subgroup(file, layout.encode(name)), **about)
+                for name, about in blocks.items()
             }
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -51,7 +55,20 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
 
     def _files(self) -> dict[tuple[int, int], Path]:
         files = layout.statistics_files(self.root)
-        return {interval: path for interval, path in files.items() if interval[1] <= self.last_step}
+        found = {
+            interval: path for interval, path in files.items() if interval[1] <= self.last_step
+        }
+        covered = 0
+        for start, stop in found:
+            if not covered <= start < stop:
+                # Sums over both would count their steps twice.
+                raise TrajectoryFormatError(
+                    f"{found[start, stop]} holds the statistics of steps {start + 1} to {stop}, "
+                    f"expected steps after {covered}, where those before it end. Remove the file "
+                    "that no recorder wrote, or record again."
+                )
+            covered = stop
+        return found
 
 
 def write_statistics(root: Path, start: int, stop: int, statistics: Statistics) -> None:
@@ -80,11 +97,13 @@ def _packed(side: Tensor) -> Tensor:
     return torch.cat(rows, dim=1)
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    groups, count = packed.shape
-    width = int(((8 * count + 1) ** 0.5 - 1) / 2)
-    if width * (width + 1) // 2 != count:
-        raise ValueError(f"{count} numbers are no triangle of a matrix")
+def _unpacked(packed: Tensor, groups: int, width: int) -> Tensor:
+    count = width * (width + 1) // 2
+    # Before there is room made for it.
+    if tuple(packed.shape) != (groups, count):
+        raise ValueError(
+            f"the triangle of a matrix has shape {list(packed.shape)}, expected {[groups, count]}"
+        )
     full, start = packed.new_zeros(groups, width, width), 0
     for i in range(width):
         full[:, i, : i + 1] = full[:, : i + 1, i] = packed[:, start : start + i + 1]
@@ -92,33 +111,54 @@ def _unpacked(packed: Tensor) -> Tensor:
     return full
 
 
-def _read_block(group: h5py.Group, about: Mapping[str, object]) -> BlockStatistics:
+def _read_block(
+    group: h5py.Group, parameters: Sequence[str], shape: Sequence[int]
+) -> BlockStatistics:
+    # As written: then a tensor is no larger than its file.
+    if packed := [n for n in names(group) if own_dataset(group, n).compression is not None]:
+        raise ValueError(f"{packed[0]!r} in {group.name} is compressed")
     tensors = get_tensors(group)
-    for name in ("left", "right"):
-        if (packed := tensors.pop(_PACKED + name, None)) is not None:
-            if packed.dim() != 2:
-                raise ValueError(f"side {name} has shape {list(packed.shape)}")
-            tensors[name] = _unpacked(packed)
-    parameters, shape = about["parameters"], about["shape"]
-    if not isinstance(parameters, list) or not isinstance(shape, list) or len(shape) != 3:
-        raise ValueError(f"a block of {parameters} with shape {shape}")
-    groups, rows, columns = (int(length) for length in shape)
-    _check(tensors, groups, rows, columns)
-    return BlockStatistics(
-        tuple(map(str, parameters)),
-        (groups, rows, columns),
-        **{name: tensors[name] for name in BlockStatistics.SUMS},
-    )
-
-
-def _check(tensors: Mapping[str, Tensor], groups: int, rows: int, columns: int) -> None:
+    groups, rows, columns = shape
     for name, width in (("left", rows), ("right", columns)):
-        side = tensors[name]
-        if side.dim() not in (2, 3) or tuple(side.shape[:2]) != (groups, width):
-            raise ValueError(f"side {name} has shape {list(side.shape)}, expected width {width}")
+        if (triangle := tensors.pop(_PACKED + name, None)) is not None:
+            if name in tensors:
+                raise ValueError(f"two kinds of side {name} in {group.name}")
+            tensors[name] = _unpacked(triangle, groups, width)
+        else:
+            _check_side(name, tensors[name], groups, width)
+    _check_values(tensors, groups)
+    return BlockStatistics(tuple(parameters), (groups, rows, columns), **tensors)
+
+
+def _check_side(name: str, side: Tensor, groups: int, width: int) -> None:
+    """A diagonal, or a sketch: some products of the matrix and its diagonal."""
+    shape = tuple(side.shape)
+    sketch = len(shape) == 3 and 2 <= shape[2] < width
+    if shape[:2] != (groups, width) or not (len(shape) == 2 or sketch):
+        raise ValueError(f"side {name} has shape {list(shape)}, expected width {width}")
+
+
+def _check_values(tensors: Mapping[str, Tensor], groups: int) -> None:
+    if set(tensors) != set(BlockStatistics.SUMS):
+        raise ValueError(f"a block of {sorted(tensors)}, expected {sorted(BlockStatistics.SUMS)}")
     for name, length in (("count", groups), ("trace", 1), ("examples", 1)):
         if tuple(tensors[name].shape) != (length,):
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected [{length}]")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not np.isfinite(float(tensor.double().sum())):
+        if (
+            tensor.dtype not in (torch.float32, torch.float64)
+            or tensor.dtype != tensors["left"].dtype
+        ):
+            raise ValueError(f"{name} has dtype {tensor.dtype}")
+        if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} is not all finite numbers")
+        if bool((_squares(tensor) < 0).any()):
+            raise ValueError(f"{name} is a sum of squares and has negative numbers")
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """What of a count or of a side, in any form, is a sum of squares."""
+    if tensor.dim() < 3:
+        return tensor
+    square = tensor.shape[1] == tensor.shape[2]
+    return tensor.diagonal(dim1=1, dim2=2) if square else tensor[..., -1]
