@@ -68,7 +68,7 @@ class Pairs(Numbered):
 
 class Plain(Net):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return (self.net(batch[0]) - batch[1]).square().mean()
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)

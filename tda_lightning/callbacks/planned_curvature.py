@@ -110,7 +110,10 @@ def _partner(part: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _is_partner(
-    part: nn.Module, name: str, waiting: Mapping[int, object], holders: Mapping[int, list[object]]
+    part: nn.Module,
+    name: str,
+    waiting: Mapping[int, object],
+    holders: Mapping[int, list[tuple[nn.Module, str]]],
 ) -> bool:
     """Whether parameter ``name`` is the bias of a weight that is trained, and of no other."""
     weight = getattr(part, name.replace("bias", "weight"), None) if "bias" in name else None

@@ -228,7 +228,8 @@ def require_same_curvature(recorded: Facts, now: OnlineCurvature | None) -> None
         raise ResumeError(
             f"Curvature statistics would be gathered in another way: expected {before}, as when "
             f"the recording began, got {after}. Resume with the recorded curvature, "
-            "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into another folder."
+            "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
+            "another folder."
         )
 
 
