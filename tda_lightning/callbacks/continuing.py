@@ -26,6 +26,7 @@ from tda_lightning.callbacks.resume import (
     new_run_id,
     no_history,
     recorded_facts,
+    require_same_curvature,
     require_same_model,
     require_same_weights,
     state_of_folder,
@@ -246,6 +247,7 @@ class ContinuingRecorder(Callback):
         if self._shards is not None:
             now, held = self._shards.facts(now), self._shards.checkpoint(held)
         require_same_model(recorded, now)
+        require_same_curvature(recorded, None if self.curvature is None else self.curvature.facts())
         by_first(lambda: compare_fingerprints(recorded.fingerprint, dataset))
         by_first(self._lock.acquire)
         if again:

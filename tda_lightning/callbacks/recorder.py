@@ -298,6 +298,8 @@ class TrajectoryRecorder(ContinuingRecorder):
     ) -> None:
         self._pending.clear()
         self._losses.clear()
+        if self._gatherer is not None:
+            self._gatherer.before_zero_grad()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor

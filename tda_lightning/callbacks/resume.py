@@ -210,6 +210,21 @@ def require_same_model(recorded: Facts, now: Facts) -> None:
         )
 
 
+def require_same_curvature(recorded: Facts, now: Mapping[str, Any] | None) -> None:
+    """Check that curvature is gathered as it was before: its sums go on.
+
+    Raises:
+        ResumeError: it is not.
+    """
+    before = recorded.settings.get("curvature")
+    if before != now:
+        raise ResumeError(
+            f"The curvature gathered in training was recorded with {before or 'curvature=None'}, "
+            f"and training resumes with {now or 'curvature=None'}. Resume with the recorder's "
+            "settings as they were, or train from the start into another folder."
+        )
+
+
 def require_same_weights(
     root: Path, facts: Facts, step: int, parameters: Mapping[str, Tensor]
 ) -> None:
