@@ -109,13 +109,11 @@ class Unordered(IterableDataset):
         return iter(data(vectors))
 
 
-class SkipsTheRest(Callback):
+class SkipsTheRest(Model):
     """Ends the first epoch in the midst of an accumulation."""
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> int | None:
-        return -1 if trainer.current_epoch == 0 and batch_idx == 3 else None
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 3 else None
 
 
 Case = dict[str, Any]
@@ -127,7 +125,7 @@ CASES: dict[str, Case] = {
     "an error": {"module": lambda: Fails(mlp())},
     "recomputed": {"module": lambda: Model(Recomputed())},
     "an epoch cut short": {
-        "callbacks": [SkipsTheRest],
+        "module": lambda: SkipsTheRest(mlp()),
         "accumulate_grad_batches": 2,
     },
     "validation": {"module": lambda: Validates(mlp()), "val_check_interval": 2},
