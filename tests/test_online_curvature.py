@@ -340,6 +340,30 @@ def test_steps_in_between_are_left_alone(tmp_path: Path) -> None:
     assert [interval[1] for interval, found in statistics.items() if found] == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({"num_checkpoints": 2}, 2),  # 10 steps: two in each interval of five
+        ({"num_checkpoints": 10}, 1),
+        ({"every_n_steps": 7}, 3),
+        ({"every_n_epochs": 1}, 16),
+        ({"num_checkpoints": 1}, 5),
+    ],
+)
+def test_short_intervals_are_watched_more_often(
+    options: dict[str, int], every: int, tmp_path: Path
+) -> None:
+    settings = {**options, "curvature_every": None}
+    run(tmp_path, lambda: Model(mlp()), data(vectors), settings)
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.facts.settings["curvature"]["every"] == every
+    watched = sum(8 * (len(found) > 0) for found in trajectory.statistics.values())
+    examples = trajectory.merged_statistics(0, 10).get("network.0")
+    assert (examples is None) == (every > 10)
+    if examples is not None:
+        assert float(examples.examples) == 8 * (10 // every) >= watched
+
+
 def test_sides_are_kept_as_they_are(tmp_path: Path) -> None:
     run(tmp_path, lambda: Model(Sequence()), data(tokens), {"curvature_dtype": "float64"})
     trajectory = open_trajectory(tmp_path)

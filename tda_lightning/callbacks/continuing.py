@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -156,6 +157,17 @@ class ContinuingRecorder(Callback):
             held = {name: p for name, (p, _) in self._trained.items() if id(p) in self._held}
             self._gatherer.begin(held)
 
+    def _watching(self) -> dict[str, Any] | None:
+        """What the facts say of the curvature that is gathered."""
+        return None if self._gatherer is None else self._gatherer.settings.facts()
+
+    def _watch_as(self, recorded: Any) -> None:
+        """Go on watching as often as before, where the recorder may choose."""
+        chosen = self.curvature is not None and self.curvature.every is None
+        if self._gatherer is not None and chosen and isinstance(recorded, Mapping):
+            settings = self._gatherer.settings
+            self._gatherer.settings = replace(settings, every=recorded.get("every"))
+
     def _stop_listening(self) -> None:
         self._capture.uninstall()
         self._watch.detach()
@@ -187,6 +199,9 @@ class ContinuingRecorder(Callback):
         if self.every_n_steps is None and self.every_n_epochs is None:
             own = spread(trainer, self.num_checkpoints, required=not self._decides_itself())
             self._schedule = self._processes.by_first(lambda: own)
+        if self._gatherer is not None and self.curvature is not None:
+            planned = {self.every_n_steps} if self.every_n_steps is not None else self._schedule
+            self._gatherer.settings = self.curvature.watching(planned)
         if self._capture.absent is None and not self._capture.loaders:
             self._capture.absent = "the training loader was made before the recorder's setup"
         with self._disk():
@@ -213,7 +228,7 @@ class ContinuingRecorder(Callback):
             settings={
                 "indices": self._no_indices or "recorded",
                 "planned_checkpoints": sorted(self._schedule),
-                **({} if self.curvature is None else {"curvature": self.curvature.facts()}),
+                **({} if self._gatherer is None else {"curvature": self._watching()}),
                 "run_id": new_run_id(),
             },
         )
@@ -238,7 +253,6 @@ class ContinuingRecorder(Callback):
         step = state.rows_on_disk + len(state.rows)
         by_first = self._processes.by_first
         recorded = by_first(lambda: recorded_facts(self.path, state, trainer.global_step))
-        by_first(lambda: require_same_curvature(recorded, self.curvature))
         recorded = facts_up_to(recorded, step)
         if (again and self._shards is None) or len(recorded.stages) > 1:
             # The stage under way goes on; what is frozen or unfrozen now begins one of its own.
@@ -249,6 +263,8 @@ class ContinuingRecorder(Callback):
         if self._shards is not None:
             now, held = self._shards.facts(now), self._shards.checkpoint(held)
         require_same_model(recorded, now)
+        self._watch_as(recorded.settings.get("curvature"))
+        require_same_curvature(recorded, self._watching())
         by_first(lambda: compare_fingerprints(recorded.fingerprint, dataset))
         by_first(self._lock.acquire)
         if again:

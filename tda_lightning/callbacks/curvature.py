@@ -11,9 +11,9 @@ point through which it goes. It is wrapped while a fit lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from tda_lightning.callbacks.complete import require_complete, unseen
 from tda_lightning.callbacks.processes import summed
+from tda_lightning.callbacks.undisturbed import undisturbed
+from tda_lightning.callbacks.wrapping import Wrapped
 from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.gradients.blocks import Block
@@ -30,7 +33,7 @@ from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observe import Observer, blocks_of, gradients_of
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.noise import example_noise
-from tda_lightning.tasks.observed import LossObserver, sampled_output_gradients
+from tda_lightning.tasks.observed import LossObserver, ObservedLoss, sampled_output_gradients
 from tda_lightning.trajectory import BlockStatistics
 
 FISHERS = ("true", "empirical")
@@ -41,6 +44,7 @@ _ROWS = 512
 _WORK = 1 << 29
 _FEWEST = 2  # examples, however many rows they have
 _NORMS = 8  # examples whose gradients are formed for the trace
+_EVERY = 16
 _SEED = 0
 
 
@@ -48,11 +52,20 @@ _SEED = 0
 class OnlineCurvature:
     """Settings of the statistics gathered in training."""
 
-    every: int
+    every: int | None
     fisher: str
     device: str | None
     dtype: torch.dtype
     dense_side: int | None
+
+    def watching(self, checkpoints: Collection[int]) -> OnlineCurvature:
+        """With the number of steps, where none was given: 16, or fewer so that two watched steps
+        fall between any two of the planned ``checkpoints``."""
+        if self.every is not None:
+            return self
+        steps = sorted({0, *checkpoints})
+        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        return replace(self, every=max(1, min([_EVERY, *(gap // 2 for gap in gaps)])))
 
     def facts(self) -> dict[str, Any]:
         """What is recorded of them."""
@@ -67,7 +80,7 @@ class OnlineCurvature:
 
 def online_curvature(
     curvature: str | None,
-    every: int,
+    every: int | None,
     fisher: str,
     device: str | None,
     dtype: str,
@@ -102,7 +115,8 @@ def require_uncompiled(module: nn.Module) -> None:
         UnsupportedTrainingError: some of the module is compiled.
     """
     for name, part in module.named_modules():
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+        compiled = ("_compiled_call_impl", "_compiler_ctx")  # the latter is Lightning's
+        if hasattr(part, "_orig_mod") or any(getattr(part, n, None) is not None for n in compiled):
             raise UnsupportedTrainingError(
                 f"curvature='online' watches the layers' calls, which torch.compile hides in "
                 f"{name or 'the module'}. Record with curvature=None and fit curvature afterwards, "
@@ -130,43 +144,47 @@ class CurvatureGatherer:
         self._parameters: dict[str, nn.Parameter] = {}
         self._blocks: list[Block] = []
         self._checked = False
+        self._batch: dict[str, BlockStatistics] = {}  # of a batch before its backward pass
         self._pending: dict[str, BlockStatistics] = {}  # of the step under way
         self._waiting: tuple[Observer, int] | None = None  # for training's own backward pass
-        self._undo: Callable[[], None] | None = None
+        self._watch: Wrapped | None = None
 
     def begin(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Gather for these parameters from now on."""
         self._parameters = dict(trained)
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._blocks, self._checked = [], False
-        self.sums, self._pending = {}, {}
+        self.sums, self._pending, self._batch = {}, {}, {}
 
     def install(self, trainer: Trainer) -> None:
         """Watch the training steps of ``trainer``."""
-        strategy, training_step = trainer.strategy, trainer.strategy.training_step
         self._trainer = trainer
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self._wanted():
-                return training_step(*args, **kwargs)
-            losses = LossObserver() if self.settings.fisher == "true" else None
-            observer = Observer(self._names, listen=losses is None)
-            with losses or nullcontext(), observer:
-                output = training_step(*args, **kwargs)
-            self._observed(output, args[0] if args else kwargs.get("batch"), observer, losses)
-            return output
+        def wrap(training_step: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                if not self._wanted():
+                    return training_step(*args, **kwargs)
+                empirical = self.settings.fisher == "empirical"
+                losses = None if empirical and self._checked else LossObserver()
+                observer = Observer(self._names, listen=empirical)
+                with losses or nullcontext(), observer:
+                    output = training_step(*args, **kwargs)
+                self._observed(output, args[0] if args else kwargs.get("batch"), observer, losses)
+                return output
 
-        strategy.training_step = watched  # type: ignore[method-assign]
-        self._undo = lambda: vars(strategy).pop("training_step", None)
+            return watched
+
+        self._watch = Wrapped(trainer.strategy, "training_step", wrap)
 
     def uninstall(self) -> None:
         """Put the strategy back as it was."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         self._waiting = None
 
     def _wanted(self) -> bool:
+        assert self.settings.every is not None
         return bool(self._names) and self.next_step() % self.settings.every == 0
 
     def _observed(
@@ -177,9 +195,12 @@ class CurvatureGatherer:
             return  # the module skips this batch
         indices = self.indices()
         size = num_examples(batch) if indices is None else len(indices)
-        if losses is None:
+        if self.settings.fisher == "empirical":
+            if losses is not None:
+                self._check(total, losses.losses, observer, size)
             self._waiting = (observer, size)
             return
+        assert losses is not None
         device = total.device
         examples = torch.arange(size) if indices is None else torch.as_tensor(indices)
         # Another draw of labels at every step.
@@ -196,14 +217,55 @@ class CurvatureGatherer:
                 "curvature=None and fit curvature afterwards."
             )
         parameters = list(self._parameters.values()) if not self._checked else []
-        own = observer.backward(outputs, gradients, parameters)
+        own = self._backward(observer, outputs, gradients, parameters)
         self._add(observer, size, dict(zip(self._parameters, own, strict=False)))
 
-    def after_backward(self) -> None:
-        """Training's own backward pass is done: take what the empirical Fisher waits for."""
-        if self._waiting is None:
+    def _backward(self, observer: Observer, *args: Any) -> list[Tensor | None]:
+        try:
+            with undisturbed(self._trainer.lightning_module):
+                return observer.backward(*args)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            raise UnsupportedTrainingError(
+                "curvature='online' needs a backward pass to the layers' outputs, which "
+                "torch.utils.checkpoint forbids with use_reentrant=True. Pass use_reentrant=False, "
+                "or record with curvature=None and fit curvature afterwards."
+            ) from error
+
+    def _check(
+        self, total: Tensor, losses: list[ObservedLoss], observer: Observer, size: int
+    ) -> None:
+        """Check once that every use is seen, by a backward pass from the arguments of the losses:
+        in training's own the gradients of a penalty on the weights arrive too."""
+        arguments = [loss.given[name] for loss in losses for name in loss.arguments]
+        if not arguments:
             return
-        (observer, size), self._waiting = self._waiting, None
+        found = torch.autograd.grad(total.sum(), arguments, retain_graph=True, allow_unused=True)
+        reached = [(a, g) for a, g in zip(arguments, found, strict=True) if g is not None]
+        if not reached:
+            return
+        outputs, gradients = zip(*reached, strict=True)
+        own = self._backward(observer, outputs, gradients, list(self._parameters.values()))
+        self._gradients(observer, size, dict(zip(self._parameters, own, strict=True)))
+        observer.forget()
+
+    def after_backward(self) -> None:
+        """Training's own backward pass is done: the batch belongs to the step under way."""
+        if self._waiting is not None:
+            self._after_waiting(*self._waiting)
+            self._waiting = None
+        for name, statistics in self._batch.items():
+            _accumulate(self._pending, name, statistics)
+        self._batch = {}
+
+    def before_zero_grad(self) -> None:
+        """Gradients are thrown away, and the batches that they came from with them."""
+        self._pending = {}
+
+    def _after_waiting(self, observer: Observer, size: int) -> None:
+        if not self._checked:
+            self._require_seen(observer)
         # Lightning divides the loss by the accumulation, and a scaler multiplies it.
         factor = float(self._trainer.accumulate_grad_batches * size)
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
@@ -211,9 +273,18 @@ class CurvatureGatherer:
             factor /= scaler.get_scale()
         self._add(observer, size, {}, factor)
 
-    def _add(
+    def _require_seen(self, observer: Observer) -> None:
+        """Check that each parameter that has got a gradient was seen in some use."""
+        refs = [ref for use in observer.uses() for ref in (use.weight, use.bias)]
+        seen = {ref.name for ref in refs if ref is not None}
+        for name, parameter in self._parameters.items():
+            if name not in seen and parameter.grad is not None and len(parameter.grad.nonzero()):
+                raise unseen(name)
+
+    def _gradients(
         self, observer: Observer, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
-    ) -> None:
+    ) -> dict[str, Gradient]:
+        """Of each block, the examples' gradients times ``factor``; ``own`` to compare with."""
         uses = observer.uses()
         if not uses:
             raise unseen(next(iter(self._parameters)))
@@ -226,7 +297,12 @@ class CurvatureGatherer:
         found = gradients_of(self._blocks, uses, size)
         if own:
             require_complete(self._blocks, found, own, observer.eps**0.5)
-        self._checked = True
+        return found
+
+    def _add(
+        self, observer: Observer, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
+    ) -> None:
+        found = self._gradients(observer, size, own, factor)
         added = {block.name: self._statistics(block, found[block.name]) for block in self._blocks}
         # Half precision overflows now and then; training skips such a step, and so do we.
         whole = all(bool(torch.isfinite(s.trace).all()) for s in added.values())
@@ -234,16 +310,14 @@ class CurvatureGatherer:
             rank_zero_warn(
                 f"Curvature statistics of step {self.next_step()} are not finite and are left out."
             )
-        for name, statistics in added.items():
-            if not whole:
-                statistics = _nothing(statistics)
-            _accumulate(self._pending, name, statistics)
+        self._checked = self._checked or whole  # what overflows shows nothing
+        self._batch = {n: s if whole else _nothing(s) for n, s in added.items()}
 
     def end_step(self, taken: bool) -> None:
         """The optimizer has made its step, or skipped it: then its batches belong to no step."""
         for name, statistics in self._pending.items():
             _accumulate(self.sums, name, statistics if taken else _nothing(statistics))
-        self._pending = {}
+        self._pending, self._batch = {}, {}
 
     def _statistics(self, block: Block, gradient: Gradient) -> BlockStatistics:
         if not isinstance(gradient, Rows):  # few rows are touched, however many there are
@@ -295,10 +369,10 @@ class CurvatureGatherer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`: the first process has the sums of all."""
         self.sums = {}
+        # Lightning loads checkpoints to the CPU.
+        device = self.settings.device or self._trainer.strategy.root_device
         for name, about in state["sums"].items():
-            # Lightning loads its checkpoints onto the host.
-            device = self.settings.device or self._parameters[about["parameters"][0]].device
-            tensors = {kind: about[kind].to(device) for kind in BlockStatistics.SUMS}
+            tensors = {n: about[n].to(device, self.settings.dtype) for n in BlockStatistics.SUMS}
             shape = tuple(about["shape"])
             block = BlockStatistics(tuple(about["parameters"]), shape, **tensors)
             self.sums[name] = block if self._trainer.is_global_zero else _nothing(block)
@@ -330,35 +404,3 @@ def _accumulate(sums: dict[str, BlockStatistics], name: str, added: BlockStatist
 def _nothing(statistics: BlockStatistics) -> BlockStatistics:
     zeros = {name: torch.zeros_like(getattr(statistics, name)) for name in statistics.SUMS}
     return BlockStatistics(statistics.parameters, statistics.shape, **zeros)
-
-
-def require_complete(
-    blocks: list[Block],
-    found: Mapping[str, Gradient],
-    own: Mapping[str, Tensor | None],
-    allowed: float,
-) -> None:
-    """Check that the examples' gradients sum to autograd's, parameter by parameter.
-
-    Raises:
-        UnsupportedTrainingError: some use of a parameter has not been seen.
-    """
-    for block in blocks:
-        gradient = found[block.name]
-        total = block.tensors(gradient.mean() * gradient.batch)
-        spread = gradient.weighted_squares(None, None, None).sum() * gradient.batch
-        for name in block.parameters:
-            plain = own[name]
-            expected = torch.zeros_like(total[name]) if plain is None else plain
-            difference = (total[name] - expected).norm()
-            if difference > allowed * torch.maximum(expected.norm(), spread.sqrt()):
-                raise unseen(name)
-
-
-def unseen(name: str) -> UnsupportedTrainingError:
-    return UnsupportedTrainingError(
-        f"Parameter {name} is used in training_step in a way that curvature='online' cannot see "
-        "(inside compiled or checkpointed code, or by an operation other than a linear, "
-        "convolution, embedding, norm, attention or recurrent layer). Record with curvature=None "
-        "and fit curvature afterwards."
-    )

@@ -24,6 +24,8 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from tda_lightning.callbacks.wrapping import Wrapped
+
 Indices = np.ndarray  # int64 [examples]
 
 
@@ -38,15 +40,16 @@ class IndexCapture:
 
     def install(self, trainer: Trainer) -> None:
         """Listen to every training loader that ``trainer`` is going to use."""
-        strategy, process = trainer.strategy, trainer.strategy.process_dataloader
 
-        def process_dataloader(dataloader: object) -> object:
-            if not (trainer.validating or trainer.sanity_checking):
-                self._listen(dataloader)
-            return process(dataloader)
+        def wrap(process: Callable[..., Any]) -> Callable[..., Any]:
+            def process_dataloader(dataloader: object) -> object:
+                if not (trainer.validating or trainer.sanity_checking):
+                    self._listen(dataloader)
+                return process(dataloader)
 
-        strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]
-        self._undo.append(lambda: vars(strategy).pop("process_dataloader", None))
+            return process_dataloader
+
+        self._undo.append(Wrapped(trainer.strategy, "process_dataloader", wrap).remove)
 
     def uninstall(self) -> None:
         """Put strategy and loaders back as they were."""
@@ -71,11 +74,7 @@ class IndexCapture:
         # DataLoader refuses to have its samplers set; the instance's own dictionary does not.
         vars(loader)[slot] = recorded
 
-        def put_back() -> None:
-            if vars(loader)[slot] is recorded:
-                vars(loader)[slot] = sampler
-
-        self._undo.append(put_back)
+        self._undo.append(lambda: _take_out(recorded, loader, slot))
 
     def asked(self, iterator: _RecordedIterator) -> None:
         self._last_asked = iterator
@@ -129,6 +128,21 @@ class _RecordedSampler(_Delegate):
 
     def __len__(self) -> int:
         return len(self._wrapped)
+
+
+def _take_out(recorded: _RecordedSampler, loader: DataLoader, slot: str) -> None:
+    """Leave what ``recorded`` wraps in its place, be it in the loader or in another recorder's."""
+    holder = vars(loader)[slot]
+    inner = object.__getattribute__(recorded, "_wrapped")
+    if holder is recorded:
+        vars(loader)[slot] = inner
+        return
+    while type(holder) is _RecordedSampler:
+        beneath = object.__getattribute__(holder, "_wrapped")
+        if beneath is recorded:
+            object.__setattr__(holder, "_wrapped", inner)
+            return
+        holder = beneath
 
 
 class _RecordedIterator(_Delegate):

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from tda_lightning.callbacks.wrapping import Wrapped
+
 
 def come_first(trainer: Trainer, callback: Callback) -> None:
     """Let ``callback`` see every hook before the other callbacks, whose order stays.
@@ -43,14 +45,14 @@ class BeforeBatch:
     """
 
     def __init__(self, trainer: Trainer, notify: Callable[[], None]) -> None:
-        strategy, own = trainer.strategy, trainer.strategy.on_train_batch_start
+        def wrap(own: Callable[..., Any]) -> Callable[..., Any]:
+            def on_train_batch_start(*args: Any, **kwargs: Any) -> Any:
+                notify()
+                return own(*args, **kwargs)
 
-        def on_train_batch_start(*args: Any, **kwargs: Any) -> Any:
-            notify()
-            return own(*args, **kwargs)
+            return on_train_batch_start
 
-        strategy.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-        self._strategy = strategy
+        self._wrapped = Wrapped(trainer.strategy, "on_train_batch_start", wrap)
 
     def remove(self) -> None:
-        vars(self._strategy).pop("on_train_batch_start", None)
+        self._wrapped.remove()

@@ -151,7 +151,11 @@ def plan_recording(
     memory = _memory(found, kept, steps, row)
     if recorder.curvature is not None:
         curvature = planned_curvature(recorder.curvature, module, found.trained)
-        gathering = None if kept is None else _gathering(kept, recorder.curvature.every)
+        by_epochs = recorder.every_n_epochs is not None
+        spread = set() if by_epochs or kept is None else set(kept)
+        by_steps = recorder.every_n_steps
+        watched = recorder.curvature.watching(spread if by_steps is None else {by_steps}).every
+        gathering = None if kept is None or watched is None else _gathering(kept, watched)
         disk.append(PlanItem(STATISTICS, curvature.file, gathering))
         memory.append(PlanItem(SUMS, curvature.sums, 3))
         notes.append(NOTE)

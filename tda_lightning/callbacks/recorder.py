@@ -83,7 +83,7 @@ class TrajectoryRecorder(ContinuingRecorder):
             to be fitted at the checkpoints. It needs layers that are neither compiled nor spread
             over processes (FSDP).
         curvature_every: gather at every so many optimizer steps. Attribution needs such a step in
-            every segment: in short runs, gather more often.
+            every segment. None: 16, or fewer so that two fall between any two checkpoints.
         fisher: labels of the statistics: ``"true"``, sampled from the model, for one more backward
             pass to the layers' outputs; ``"empirical"``, the data's own, for none.
         curvature_device: where the sums are kept; None for where the model is.
@@ -128,7 +128,7 @@ class TrajectoryRecorder(ContinuingRecorder):
         overwrite: bool = False,
         fingerprint: bool = True,
         curvature: str | None = None,
-        curvature_every: int = 16,
+        curvature_every: int | None = None,
         fisher: str = "true",
         curvature_device: str | None = None,
         curvature_dtype: str = "float32",
@@ -312,6 +312,8 @@ class TrajectoryRecorder(ContinuingRecorder):
     ) -> None:
         self._pending.clear()
         self._losses.clear()
+        if self._gatherer is not None:
+            self._gatherer.before_zero_grad()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor

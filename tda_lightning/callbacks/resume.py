@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.callbacks.curvature import OnlineCurvature
 from tda_lightning.errors import (
     ResumeError,
     TrajectoryFormatError,
@@ -216,18 +215,17 @@ def require_same_model(recorded: Facts, now: Facts) -> None:
         )
 
 
-def require_same_curvature(recorded: Facts, now: OnlineCurvature | None) -> None:
+def require_same_curvature(recorded: Facts, now: Mapping[str, Any] | None) -> None:
     """Check that statistics are gathered as before: their sums are added up over intervals.
 
     Raises:
         ResumeError: they are not.
     """
     before = recorded.settings.get("curvature")
-    after = None if now is None else now.facts()
-    if before != after:
+    if before != now:
         raise ResumeError(
             f"Curvature statistics would be gathered in another way: expected {before}, as when "
-            f"the recording began, got {after}. Resume with the recorded curvature, "
+            f"the recording began, got {now}. Resume with the recorded curvature, "
             "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
             "another folder."
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -103,4 +104,4 @@ def unscaled(norm: Tensor, trainer: Trainer) -> Tensor:
     fused = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
     if scaler is None or not fused:
         return norm
-    return norm / scaler.get_scale()
+    return norm / scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device

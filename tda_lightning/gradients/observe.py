@@ -167,6 +167,13 @@ class Observer(TorchFunctionMode):
             fused.gradients[position] = gradient
         return list(found[len(edges) :])
 
+    def forget(self) -> None:
+        """Forget the gradients that have arrived; another backward pass brings others."""
+        for use, _ in self._seen:
+            use.gradient = None
+        for fused in self._fused:
+            fused.gradients.clear()
+
     def uses(self) -> list[Use]:
         """Every use that a gradient has reached, those inside fused layers too, in float32 or
         wider."""
