@@ -184,8 +184,8 @@ class CurvatureGatherer:
         self._waiting = None
 
     def _wanted(self) -> bool:
-        assert self.settings.every is not None
-        return bool(self._names) and self.next_step() % self.settings.every == 0
+        every = self.settings.every
+        return bool(self._names) and every is not None and self.next_step() % every == 0
 
     def _observed(
         self, output: Any, batch: Any, observer: Observer, losses: LossObserver | None

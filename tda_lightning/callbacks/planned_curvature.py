@@ -26,7 +26,7 @@ NOTE = (
     "known before the first batch."
 )
 # Measured on files of 1 to 40 blocks: an empty file, and what every block adds.
-_FILE, _BLOCK = 400, 1_800
+_FILE, _BLOCK = 400, 2_100
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -50,7 +50,7 @@ class PlannedBlock:
         """Numbers of its sums; ``packed``: of a symmetric matrix the triangle."""
         factored, unfactored, rank = limits(dense_side)
         limit = factored if self.factored else unfactored
-        total = self.groups + 2  # count; trace and examples
+        total = self.groups + 4  # count; trace, examples and samples
         for width, axes in ((self.rows, self.one_hot), (self.columns, False)):
             if axes:
                 size = width
