@@ -343,11 +343,11 @@ def test_steps_in_between_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "every"),
     [
-        ({"num_checkpoints": 2}, 2),  # 10 steps: two in each interval of five
+        ({"num_checkpoints": 1}, 3),  # 10 steps: three in the interval of ten
+        ({"num_checkpoints": 2}, 1),
         ({"num_checkpoints": 10}, 1),
-        ({"every_n_steps": 7}, 3),
-        ({"every_n_epochs": 1}, 16),
-        ({"num_checkpoints": 1}, 5),
+        ({"every_n_steps": 7}, 2),
+        ({"every_n_epochs": 1}, 32),
     ],
 )
 def test_short_intervals_are_watched_more_often(

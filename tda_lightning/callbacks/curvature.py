@@ -44,7 +44,7 @@ _ROWS = 512
 _WORK = 1 << 29
 _FEWEST = 2  # examples, however many rows they have
 _NORMS = 8  # examples whose gradients are formed for the trace
-_EVERY = 16
+_EVERY = 32
 _SEED = 0
 
 
@@ -59,13 +59,13 @@ class OnlineCurvature:
     dense_side: int | None
 
     def watching(self, checkpoints: Collection[int]) -> OnlineCurvature:
-        """With the number of steps, where none was given: 16, or fewer so that two watched steps
+        """With the number of steps, where none was given: 32, or fewer so that three watched steps
         fall between any two of the planned ``checkpoints``."""
         if self.every is not None:
             return self
         steps = sorted({0, *checkpoints})
         gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
-        return replace(self, every=max(1, min([_EVERY, *(gap // 2 for gap in gaps)])))
+        return replace(self, every=max(1, min([_EVERY, *(gap // 3 for gap in gaps)])))
 
     def facts(self) -> dict[str, Any]:
         """What is recorded of them."""

@@ -83,7 +83,8 @@ class TrajectoryRecorder(ContinuingRecorder):
             to be fitted at the checkpoints. It needs layers that are neither compiled nor spread
             over processes (FSDP).
         curvature_every: gather at every so many optimizer steps. Attribution needs such a step in
-            every segment. None: 16, or fewer so that two fall between any two checkpoints.
+            every segment. None: 32, or fewer so that three fall between any two
+            checkpoints.
         fisher: labels of the statistics: ``"true"``, sampled from the model, for one more backward
             pass to the layers' outputs; ``"empirical"``, the data's own, for none.
         curvature_device: where the sums are kept; None for where the model is.
