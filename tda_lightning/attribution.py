@@ -28,7 +28,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.loading import ExampleSource, PassLoader
 from tda_lightning.matching import require_same_data
-from tda_lightning.passes import Context, Held, Plan, Stage
+from tda_lightning.passes import Context, Held, Pass, Plan, Stage
 from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
 from tda_lightning.prepared import prepared
 from tda_lightning.provenance import about_queries, about_stages, how_made
@@ -212,9 +212,15 @@ class AttributionModule(LightningModule):
             examples = ExampleSource.of(train, batch_size, "training")
             queries = ExampleSource.of(query, batch_size, "query")
             require_same_data(self.trajectory, examples.dataset)
-            device = (trainer or passing_trainer()).strategy.root_device
+            runner = trainer or passing_trainer()
+            device = runner.strategy.root_device
             with prepared([self.module], device):
-                context = self._context(self.stages[0], examples, queries, self_influence)
+                stages = self._staged([examples], queries, self_influence)
+                # Lightning's own start is a part of the work, the greater one of a small job.
+                step = self.trajectory.last_step
+                one = Plan([Pass("start", step, lambda *_: None, order=[[0]])])
+                self._run(runner, stages, one, [examples], stages[0].context.sink)
+                context = stages[0].context
                 placed = functools.partial(self._placed, device=device, module=self.module)
                 rehearsal = Rehearsal(self.estimator, context, examples, placed, memory)
                 return rehearsal.plan(began, lambda: about_queries(context))

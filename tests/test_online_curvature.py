@@ -347,7 +347,7 @@ def test_steps_in_between_are_left_alone(tmp_path: Path) -> None:
         ({"num_checkpoints": 2}, 1),
         ({"num_checkpoints": 10}, 1),
         ({"every_n_steps": 7}, 2),
-        ({"every_n_epochs": 1}, 32),
+        ({"every_n_epochs": 1}, 64),
     ],
 )
 def test_short_intervals_are_watched_more_often(

@@ -44,7 +44,7 @@ _ROWS = 512
 _WORK = 1 << 29
 _FEWEST = 2  # examples, however many rows they have
 _NORMS = 8  # examples whose gradients are formed for the trace
-_EVERY = 32
+_EVERY = 64
 _SEED = 0
 
 
@@ -59,7 +59,7 @@ class OnlineCurvature:
     dense_side: int | None
 
     def watching(self, checkpoints: Collection[int]) -> OnlineCurvature:
-        """With the number of steps, where none was given: 32, or fewer so that three watched steps
+        """With the number of steps, where none was given: 64, or fewer so that three watched steps
         fall between any two of the planned ``checkpoints``."""
         if self.every is not None:
             return self

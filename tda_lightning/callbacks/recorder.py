@@ -83,7 +83,7 @@ class TrajectoryRecorder(ContinuingRecorder):
             to be fitted at the checkpoints. It needs layers that are neither compiled nor spread
             over processes (FSDP).
         curvature_every: gather at every so many optimizer steps. Attribution needs such a step in
-            every segment. None: 32, or fewer so that three fall between any two
+            every segment. None: 64, or fewer so that three fall between any two
             checkpoints.
         fisher: labels of the statistics: ``"true"``, sampled from the model, for one more backward
             pass to the layers' outputs; ``"empirical"``, the data's own, for none.
