@@ -110,6 +110,9 @@ def train(
         keeps = [saves(kept, every)] if kept else []
         everything = (*callbacks, *recorders, *last, *keeps)
         options.setdefault("enable_checkpointing", bool(keeps))
+        if path is not None:
+            # Lightning's own checkpoints would else go to the working folder.
+            options.setdefault("default_root_dir", path.parent)
         made = trainer(*everything, **options)
         made.fit(module, loader or resumable_loader(), ckpt_path=resume)
     return made
