@@ -39,7 +39,7 @@ from tda_lightning.trajectory import BlockStatistics
 FISHERS = ("true", "empirical")
 # What one step adds to a covariance: rows (examples x positions), and multiplications. It is one
 # step's share of a mean; the pictures of a batch have far more pixels than that needs. Eight times
-# as many change no LDS by more than 0.005 (experiments/online).
+# as many changed no LDS of digits by more than 0.006.
 _ROWS = 512
 _WORK = 1 << 29
 _FEWEST = 2  # examples, however many rows they have
