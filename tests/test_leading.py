@@ -258,12 +258,14 @@ def test_few_directions_come_close_to_the_exact_matrix(optimizer, order) -> None
 
 
 def planned(size: int, segments: int = 3, **options) -> int:
-    context = SimpleNamespace(
-        blocks=[SimpleNamespace(size=size - 5), SimpleNamespace(size=5)],
-        trajectory=SimpleNamespace(
-            segments=lambda cuts: [None] * segments, statistics={}, stages=lambda: (None,)
-        ),
+    trajectory = SimpleNamespace(
+        segments=lambda cuts: [None] * segments,
+        statistics={},
+        stages=lambda: (trajectory,),
+        facts=SimpleNamespace(parameters={}),
     )
+    blocks = [SimpleNamespace(size=size - 5), SimpleNamespace(size=5)]
+    context = SimpleNamespace(blocks=blocks, trajectory=trajectory)
     return Source(**options).leading(context)
 
 
