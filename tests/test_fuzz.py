@@ -77,7 +77,7 @@ class Plain(Net):
 @pytest.fixture(scope="session")
 def bases() -> Iterator[dict[str, Path]]:
     """Recorded folders by name; a folder of scores is one of them."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.chmod(root, 0o755)  # so that a child without privileges can be kept out of a part only
         train = loader(Pairs(), batch_size=8, shuffle=True)
@@ -92,9 +92,10 @@ def bases() -> Iterator[dict[str, Path]]:
             max_steps=1,
         )
         # A run that was killed before its steps were joined.
-        patch.setattr(TrajectoryWriter, "finish", lambda self: None)
         wide = loader(Pairs(70), batch_size=16)
-        fit(root / "momentum", wide, module=Plain(), recorder={"every_n_steps": 2}, max_steps=4)
+        with pytest.MonkeyPatch.context() as patch:  # for this run alone
+            patch.setattr(TrajectoryWriter, "finish", lambda self: None)
+            fit(root / "momentum", wide, module=Plain(), recorder={"every_n_steps": 2}, max_steps=4)
         _attribute(root / "adamw", InfluenceFunction(), root / "scores" / "all" / "influence.h5")
         (root / "adamw" / "scores").mkdir()
         generator = torch.Generator().manual_seed(0)
