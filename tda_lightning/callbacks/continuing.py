@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,7 +55,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class ContinuingRecorder(Callback):
+class ContinuingRecorder(Callback, ABC):
     """A recorder's trajectory as far as it has come; a subclass says what is recorded.
 
     ``parts`` is for whatever else records during training and must survive a resume: by name,
@@ -121,25 +122,29 @@ class ContinuingRecorder(Callback):
         """Steps recorded, on disk or not."""
         return self._writer.num_steps + len(self._log)
 
+    @abstractmethod
     def _decides_itself(self) -> bool:
         """Whether a user has overridden ``should_record``: then no schedule is needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def should_record(self, step: int) -> bool:
         """Whether a checkpoint is kept after optimizer step ``step``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _record(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        raise NotImplementedError
+        """Keep a checkpoint, and the steps that lead to it."""
 
+    @abstractmethod
     def _end_unseen_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise NotImplementedError
+        """End a step whose on_train_batch_end has not come here yet."""
 
+    @abstractmethod
     def _without_indices(self, reason: str) -> None:
-        raise NotImplementedError
+        """Record no example indices, and say why."""
 
+    @abstractmethod
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise NotImplementedError
+        """Begin a stage where the set of trained parameters has changed."""
 
     def _together(self, rows: Steps) -> Steps:
         return self._processes.gathered(rows, sharded=self._shards is not None)
