@@ -32,9 +32,9 @@ from tda_lightning.passes import Context, Held, Pass, Plan, Stage
 from tda_lightning.planning import AttributionPlan, PeakMemory, Rehearsal, clock
 from tda_lightning.prepared import prepared
 from tda_lightning.provenance import about_queries, about_stages, how_made
+from tda_lightning.randomness import unchanged_randomness
 from tda_lightning.scores import MemorySink, Scores, ScoreSink, StageSink
 from tda_lightning.stages import StageSetup, set_up, training_sets, widened
-from tda_lightning.store.randomness import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, example_noise
 from tda_lightning.trajectory import Trajectory
 

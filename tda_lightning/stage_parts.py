@@ -74,6 +74,7 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
             parameters={name: whole.parameters[name] for name in self.names},
             buffers={**frozen, **whole.buffers},
             optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in self.names},
+            random=whole.random,
         )
 
     def __iter__(self) -> Iterator[int]:

@@ -87,6 +87,10 @@ class Steps:
         accumulation: int64 [steps], the number that each batch loss of the step was divided by.
         clipping: norm of the gradient after clipping over the norm before it, float64 [steps];
             1 where nothing was clipped, and everywhere if not given.
+        random: states of the random generators (as :mod:`tda_lightning.randomness` has them) right
+            before a batch was fetched, by its position in ``example_offsets``; only of batches
+            before which they were not what the batch before had left behind. A loader with workers
+            fetches elsewhere: its batches were ready, and it went on to ask for a later one.
     """
 
     epoch: Tensor
@@ -99,6 +103,7 @@ class Steps:
     examples: Tensor
     accumulation: Tensor
     clipping: Tensor = None  # type: ignore[assignment]
+    random: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.clipping is None:
@@ -110,7 +115,8 @@ class Steps:
     def between(self, start: int, stop: int) -> Steps:
         """Rows ``start`` to ``stop`` as a table of their own, whose offsets count from 0."""
         batches = self.batch_offsets[start : stop + 1]
-        examples = self.example_offsets[int(batches[0]) : int(batches[-1]) + 1]
+        first, last = int(batches[0]), int(batches[-1])
+        examples = self.example_offsets[first : last + 1]
         return Steps(
             epoch=self.epoch[start:stop],
             learning_rate=self.learning_rate[start:stop],
@@ -122,6 +128,7 @@ class Steps:
             examples=self.examples[int(examples[0]) : int(examples[-1])],
             accumulation=self.accumulation[start:stop],
             clipping=self.clipping[start:stop],
+            random={b - first: s for b, s in self.random.items() if first <= b < last},
         )
 
     def batches(self, row: int) -> list[Tensor]:
@@ -137,12 +144,15 @@ class Checkpoint:
 
     ``optimizer`` maps a parameter's name to its state tensors under torch.optim's own names
     (``momentum_buffer``; ``step``, ``exp_avg``, ``exp_avg_sq``); None when it was not recorded.
+    ``random`` holds the states of the random generators that the step left behind, as
+    :mod:`tda_lightning.randomness` has them, in a run of several processes those of the first.
     """
 
     step: int
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]] | None = None
+    random: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

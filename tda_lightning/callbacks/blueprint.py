@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.step_log import read_hyperparameters
 from tda_lightning.errors import UnsupportedTrainingError
-from tda_lightning.store.randomness import unchanged_randomness
+from tda_lightning.randomness import unchanged_randomness
 
 # Precisions for which Lightning changes the type of the weights themselves.
 _PRECISIONS = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}

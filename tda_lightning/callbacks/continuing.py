@@ -20,6 +20,7 @@ from tda_lightning.callbacks.curvature import (
 )
 from tda_lightning.callbacks.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.callbacks.indices import IndexCapture, Indices
+from tda_lightning.callbacks.jumps import Jumps
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.resume import (
     RecorderState,
@@ -37,9 +38,10 @@ from tda_lightning.callbacks.resume import (
 from tda_lightning.callbacks.schedule import spread
 from tda_lightning.callbacks.sharded import Shards, require_whole
 from tda_lightning.callbacks.stages import ids, stage_under_way
-from tda_lightning.callbacks.step_log import StepLog, gradient_norm
+from tda_lightning.callbacks.step_log import Batch, StepLog, gradient_norm
 from tda_lightning.callbacks.stepping import StepWatch
 from tda_lightning.errors import RecordingError, TrajectoryError, TrajectoryFormatError
+from tda_lightning.randomness import States, current_states
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.reader import facts_up_to
@@ -107,12 +109,13 @@ class ContinuingRecorder(Callback, ABC):
         self._checkpoints = [0]  # steps of those kept
         self._state_kept = bool(self.save_optimizer)  # the last checkpoint has optimizer state
         self._no_indices: str | None = None
+        self._jumps: Jumps | None = None  # None: random states are kept with checkpoints alone
         self._stopped: str | None = None  # why nothing is recorded any more
         self._warned = False
         # The step under way.
         self._in_batch = False
         self._batch: Indices | None = None
-        self._pending: list[Indices] = []  # batches whose gradients are in the parameters
+        self._pending: list[Batch] = []  # those whose gradients are in the parameters
         self._losses: list[Tensor] = []
         self._loss: tuple[Tensor, Tensor] | None = None  # of the batch under way, and its scale
         self._applied: tuple[list[float], dict[str, list[float]], Tensor] | None = None
@@ -232,18 +235,39 @@ class ContinuingRecorder(Callback, ABC):
             else None,
             settings={
                 "indices": self._no_indices or "recorded",
+                "random": self._random_recorded(),
                 "planned_checkpoints": sorted(self._schedule),
                 **({} if self._gatherer is None else {"curvature": self._watching()}),
                 "run_id": new_run_id(),
             },
         )
         optimizer = trainer.optimizers[0]
-        initial = read_checkpoint(0, pl_module, optimizer, self._trained, bool(self.save_optimizer))
+        initial = read_checkpoint(
+            0, pl_module, optimizer, self._trained, bool(self.save_optimizer), current_states()
+        )
         if self._shards is not None:
             facts, initial = self._shards.facts(facts), self._shards.checkpoint(initial)
         self._processes.by_first(self._lock.acquire)
         self._writer.begin(facts, initial, overwrite=self.overwrite)
         self._facts = facts
+        self._jumps = Jumps() if facts.settings["random"] == "recorded" else None
+
+    def _random_recorded(self) -> str:
+        """What the facts say of the random states before batches."""
+        several = "absent: several processes" if self._processes.count > 1 else None
+        return several or self._no_indices or "recorded"
+
+    def _note(self, **settings: Any) -> None:
+        """Change settings among the facts."""
+        assert self._facts is not None
+        self._facts = replace(self._facts, settings={**self._facts.settings, **settings})
+        with self._disk():
+            self._writer.write_facts(self._facts)
+
+    def _left(self) -> States:
+        """The states of the random generators that the last step left behind."""
+        left = None if self._jumps is None else self._jumps.left
+        return current_states() if left is None else left
 
     def _resume(
         self,
@@ -294,6 +318,11 @@ class ContinuingRecorder(Callback, ABC):
         self._facts = facts
         indices = facts.settings["indices"]
         self._no_indices = None if indices == "recorded" else indices
+        if facts.settings.get("random") == "recorded":
+            if self._processes.count > 1:
+                self._note(random=self._random_recorded())
+            else:
+                self._jumps = Jumps(state.left)
         if self._no_indices is None and self._capture.absent is not None and self._rows:
             self._facts = None
             raise indices_ended(self._capture.absent)
@@ -358,6 +387,7 @@ class ContinuingRecorder(Callback, ABC):
             planned=tuple(sorted(self._schedule)),
             accumulated=len(self._pending),
             parts={name: part.state_dict() for name, part in self.parts.items()},
+            left=None if self._jumps is None else self._jumps.left,
         )
 
     def _keep_state(self) -> None:

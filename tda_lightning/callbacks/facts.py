@@ -30,6 +30,7 @@ def read_checkpoint(
     optimizer: Optimizer,
     trained: Trained,
     with_optimizer: bool,
+    random: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """The state after ``step`` steps; ``buffers`` has every tensor that no step moves.
 
@@ -51,6 +52,7 @@ def read_checkpoint(
         parameters={name: parameter.detach() for name, (parameter, _) in trained.items()},
         buffers={name: tensor for name, tensor in others.items() if name not in trained},
         optimizer=states,
+        random=random,
     )
 
 
@@ -89,7 +91,7 @@ def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -
         "module": _path(module),
         "data_set": _path(getattr(loader, "dataset", loader)),
         "batch_size": getattr(loader, "batch_size", None),
-        "num_workers": getattr(loader, "num_workers", None),
+        "loader_workers": getattr(loader, "num_workers", None),
         "optimizer_class": _path(optimizer),
         "optimizer_groups": [
             {"lr": rate, **{name: values[group] for name, values in hyper.items()}}

@@ -12,6 +12,10 @@ A loader draws ahead for its worker processes, and more than one iterator can be
 loaders, a user who looks at the training data in a hook). So each iterator has a queue of its
 own, and a batch belongs to the iterator that was last asked: the loop asks for a batch right
 before ``on_train_batch_start``, and asks its iterator in the order in which it gets batches.
+
+The last time that a loader asks its sampler before a batch is also the last moment before whatever
+is drawn for that batch: a loader that fetches for itself then reads the examples, and one with
+workers has just got them. So this is where the states of the random generators are looked at.
 """
 
 from __future__ import annotations
@@ -25,14 +29,21 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from tda_lightning.callbacks.wrapping import Wrapped
+from tda_lightning.randomness import Snapshot
 
 Indices = np.ndarray  # int64 [examples]
 
 
 class IndexCapture:
-    """Listens to the training loaders of one fit."""
+    """Listens to the training loaders of one fit.
 
-    def __init__(self) -> None:
+    Args:
+        random: look at the random generators each time that a loader has asked for indices.
+    """
+
+    def __init__(self, random: bool = False) -> None:
+        self.before: Snapshot | None = None  # the generators, when indices were last asked for
+        self._random = random
         self.loaders: list[DataLoader] = []  # those listened to
         self.absent: str | None = None  # why there are no indices
         self._last_asked: _RecordedIterator | None = None
@@ -76,8 +87,17 @@ class IndexCapture:
 
         self._undo.append(lambda: _take_out(recorded, loader, slot))
 
-    def asked(self, iterator: _RecordedIterator) -> None:
+    @property
+    def ahead(self) -> bool:
+        """Whether the loader has drawn indices beyond those of the batch that the loop has got."""
+        return self._last_asked is not None and bool(self._last_asked.queue)
+
+    def asking(self, iterator: _RecordedIterator) -> None:
         self._last_asked = iterator
+
+    def asked(self) -> None:
+        if self._random:
+            self.before = Snapshot.take()
 
     def take(self) -> Any | None:
         """What the sampler handed out for the batch that the loop has just got."""
@@ -159,8 +179,12 @@ class _RecordedIterator(_Delegate):
 
     def __next__(self) -> Any:
         # At the end too: a loader with workers asks once more for each batch that it delivers.
-        self._capture.asked(self)
-        drawn = next(self._wrapped)
+        self._capture.asking(self)
+        try:
+            drawn = next(self._wrapped)
+        finally:
+            # A sampler may draw too, when it starts or each time.
+            self._capture.asked()
         # A sampler may reuse the list that it hands out.
         self.queue.append(list(drawn) if isinstance(drawn, list) else drawn)
         return drawn

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
-from tda_lightning.store.randomness import unchanged_randomness
+from tda_lightning.randomness import unchanged_randomness
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -25,20 +26,25 @@ from tda_lightning.callbacks.continuing import ContinuingRecorder
 from tda_lightning.callbacks.curvature import online_curvature, require_uncompiled
 from tda_lightning.callbacks.facts import read_checkpoint
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
+from tda_lightning.callbacks.jumps import Jumps
 from tda_lightning.callbacks.order import come_first, precedes_averaging
 from tda_lightning.callbacks.plan import RecordingPlan, plan_recording
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.sharded import require_whole
 from tda_lightning.callbacks.stages import begin_stage, held_parameters
 from tda_lightning.callbacks.step_log import (
+    Batch,
     read_hyperparameters,
     read_rates,
 )
 from tda_lightning.callbacks.stepping import unscaled
 from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
+from tda_lightning.trajectory import Facts
 
 _ROWS_IN_MEMORY = 10_000
+_JUMPS_IN_MEMORY = 1_000  # of 15 kB each
+_NO_INDICES = np.zeros(0, dtype=np.int64)
 
 
 class TrajectoryRecorder(ContinuingRecorder):
@@ -210,7 +216,6 @@ class TrajectoryRecorder(ContinuingRecorder):
         if stage != "fit":
             return
         self._stop_listening()
-        self._capture = IndexCapture()
         self._facts, self._restored = None, None
         self._idle = bool(getattr(trainer, "fast_dev_run", False))
         if self._idle:
@@ -218,6 +223,7 @@ class TrajectoryRecorder(ContinuingRecorder):
             return
         require_supported(trainer, pl_module)
         self._processes = Processes.of(trainer)
+        self._capture = IndexCapture(random=self._processes.count == 1)
         self._writer = self._processes.writer(TrajectoryWriter(self.path))
         self._capture.install(trainer)
         if self._gatherer is not None:
@@ -258,11 +264,22 @@ class TrajectoryRecorder(ContinuingRecorder):
     ) -> None:
         self._in_batch = True
         self._batch = self._take()
+        if self._facts is not None and self._jumps is not None:
+            self._begin_random(self._facts, self._jumps)
+
+    def _begin_random(self, facts: Facts, jumps: Jumps) -> None:
+        assert self._capture.before is not None
+        if self._capture.ahead and not facts.settings["loader_workers"]:
+            # The generators before the batch itself was fetched are those of a batch or more ago.
+            self._jumps = None
+            self._note(random="absent: batches are fetched ahead of their turn")
+        else:
+            jumps.begin_batch(self._capture.before)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._facts is None:
             return
-        self._pending, self._losses = [], []  # an epoch cut short; its gradients are zeroed
+        self._drop()  # an epoch cut short; its gradients are zeroed
         if self._gatherer is not None:
             self._gatherer.end_step(False)
         self._dataset = require_same_examples(trainer, self._facts, self._dataset)
@@ -302,19 +319,22 @@ class TrajectoryRecorder(ContinuingRecorder):
         if self._rows or self._pending:
             raise indices_ended(reason)
         self._without_indices(reason)
-        settings = {**self._facts.settings, "indices": self._no_indices}
-        self._facts = replace(self._facts, settings=settings)
-        with self._disk():
-            self._writer.write_facts(self._facts)
+        self._jumps = None
+        self._note(indices=self._no_indices, random=self._random_recorded())
         return None
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._pending.clear()
-        self._losses.clear()
+        self._drop()
         if self._gatherer is not None:
             self._gatherer.before_zero_grad()
+
+    def _drop(self) -> None:
+        """Forget the batches of the step under way, whose gradients are gone."""
+        self._pending, self._losses = [], []
+        if self._jumps is not None:
+            self._jumps.drop()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -325,8 +345,9 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._facts is not None:
-            empty = as_indices([], 0)
-            self._pending.append(empty if self._batch is None else self._batch)  # type: ignore[arg-type]
+            indices = _NO_INDICES if self._batch is None else self._batch
+            random = None if self._jumps is None else self._jumps.keep_batch()
+            self._pending.append(Batch(indices, random))
             if self._gatherer is not None:
                 self._gatherer.after_backward()
 
@@ -355,6 +376,8 @@ class TrajectoryRecorder(ContinuingRecorder):
         if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
             # Lightning reports the loss after dividing it by the accumulation.
             self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        if self._jumps is not None:
+            self._jumps.end_batch()
         if self._step_is_new(trainer):
             self._close_step(trainer, pl_module)
         self._batch, self._in_batch, self._loss = None, False, None
@@ -364,6 +387,8 @@ class TrajectoryRecorder(ContinuingRecorder):
         if self._loss is not None:
             loss, scale = self._loss
             self._losses.append(loss / scale * trainer.accumulate_grad_batches)
+        if self._jumps is not None:
+            self._jumps.end_batch()
         self._close_step(trainer, pl_module)
         self._in_batch, self._loss = False, None
 
@@ -376,7 +401,8 @@ class TrajectoryRecorder(ContinuingRecorder):
             self._end_step(trainer, pl_module)
         else:
             self._skipped += 1
-            self._applied, self._pending, self._losses = None, [], []
+            self._applied = None
+            self._drop()
 
     def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._applied is not None
@@ -392,9 +418,11 @@ class TrajectoryRecorder(ContinuingRecorder):
             accumulation=trainer.accumulate_grad_batches,
         )
         self._applied, self._pending, self._losses = None, [], []
+        if self._jumps is not None:
+            self._jumps.end_step()
         if self._is_due(self._rows):
             self._record(trainer, pl_module)
-        elif len(self._log) >= _ROWS_IN_MEMORY:
+        elif len(self._log) >= _ROWS_IN_MEMORY or self._log.num_jumps >= _JUMPS_IN_MEMORY:
             with self._disk():
                 self._flush()
 
@@ -424,7 +452,9 @@ class TrajectoryRecorder(ContinuingRecorder):
                 start = self._checkpoints[-1]
                 self._writer.write_statistics(start, step, self._gatherer.take())
             optimizer = trainer.optimizers[0]
-            checkpoint = read_checkpoint(step, pl_module, optimizer, self._trained, with_optimizer)
+            checkpoint = read_checkpoint(
+                step, pl_module, optimizer, self._trained, with_optimizer, self._left()
+            )
             if self._shards is not None:
                 checkpoint = self._shards.checkpoint(checkpoint)
             self._writer.write_checkpoint(checkpoint)

@@ -32,7 +32,7 @@ from tda_lightning.store.cut import ADVICE
 from tda_lightning.store.reader import CheckpointFolder, read_facts, require_trajectory
 from tda_lightning.trajectory import Facts, StageFact, Steps
 
-FORMAT = 1
+FORMAT = 2
 # Settings that differ between two runs, or two starts of one run, that are the same otherwise.
 _OF_ONE_START = (
     "run_id",
@@ -53,7 +53,8 @@ class RecorderState:
     trainer's. ``checkpoints`` were kept, the last with the optimizer's state if
     ``state_kept``; ``planned`` is the schedule of the whole run. ``accumulated`` counts batches
     whose gradients were not stepped yet. ``parts`` holds the states of whatever else records
-    (:attr:`TrajectoryRecorder.parts`), by name.
+    (:attr:`TrajectoryRecorder.parts`), by name. ``left`` are the states of the random generators
+    that the last step left behind; None where they are not recorded.
     """
 
     run_id: str
@@ -65,6 +66,7 @@ class RecorderState:
     planned: tuple[int, ...]
     accumulated: int = 0
     parts: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, Tensor] | None = None
 
     def pack(self) -> dict[str, Any]:
         """As plain containers, numbers and tensors."""
@@ -73,10 +75,11 @@ class RecorderState:
         return {
             "format": FORMAT,
             **fields,
-            "rows": {n: dict(c) if isinstance(c, Mapping) else c for n, c in columns.items()},
+            "rows": {name: _plain(column) for name, column in columns.items()},
             "checkpoints": list(self.checkpoints),
             "planned": list(self.planned),
             "parts": dict(self.parts),
+            "left": _plain(self.left),
         }
 
     @classmethod
@@ -106,6 +109,13 @@ class RecorderState:
             planned=tuple(state["planned"]),
         )
         return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value
 
 
 def new_run_id() -> str:

@@ -105,6 +105,7 @@ class Shards:
             parameters=self._whole_of(pieces.parameters),
             buffers=self._whole_of(pieces.buffers),
             optimizer=None if pieces.optimizer is None else self._whole_states(pieces.optimizer),
+            random=pieces.random,
         )
 
     def _whole_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tda_lightning.callbacks.indices import Indices
+from tda_lightning.randomness import States
 from tda_lightning.store.reader import join_steps, widened
 from tda_lightning.trajectory import Steps
 
@@ -90,6 +91,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
+class Batch(NamedTuple):
+    """A batch whose gradients are in the parameters."""
+
+    indices: Indices
+    random: States | None = None  # before it was fetched, where they had jumped
+
+
 @dataclass
 class _Row:
     epoch: int
@@ -98,7 +106,7 @@ class _Row:
     losses: list[Any]  # 0-d tensors on any device, numbers once settled
     norm: Any
     applied_norm: Any
-    batches: list[Indices]
+    batches: list[Batch]
     accumulation: int
 
 
@@ -113,6 +121,7 @@ class StepLog:
         self._earlier = earlier  # rows from before a resume that are not on disk
         self._rows: list[_Row] = []
         self._settled = 0
+        self.num_jumps = 0  # batches with random states
 
     def __len__(self) -> int:
         return len(self._rows) + (0 if self._earlier is None else len(self._earlier))
@@ -125,7 +134,7 @@ class StepLog:
         losses: list[Tensor],
         norm: Tensor,
         applied_norm: Tensor | None,
-        batches: list[Indices],
+        batches: list[Batch],
         accumulation: int,
     ) -> None:
         """One optimizer step.
@@ -137,12 +146,13 @@ class StepLog:
             losses: of each batch, as the user's training_step returned it.
             norm: of the gradient before clipping.
             applied_norm: after it; None where nothing clips.
-            batches: example indices of each batch.
+            batches: those that its gradient was accumulated over.
             accumulation: what each batch loss was divided by.
         """
         after = norm if applied_norm is None else applied_norm
         row = _Row(epoch, rates, hyperparameters, list(losses), norm, after, batches, accumulation)
         self._rows.append(row)
+        self.num_jumps += sum(batch.random is not None for batch in batches)
         if len(self._rows) - self._settled >= _PENDING:
             self._settle()
 
@@ -157,7 +167,7 @@ class StepLog:
 
     def clear(self) -> None:
         """Forget the rows: they are on disk."""
-        self._earlier, self._rows, self._settled = None, [], 0
+        self._earlier, self._rows, self._settled, self.num_jumps = None, [], 0, 0
 
     def table(self) -> Steps:
         """The rows as a table whose offsets count from 0."""
@@ -180,10 +190,13 @@ class StepLog:
             loss=_column([_mean(row.losses) for row in rows]),
             gradient_norm=_column([row.norm for row in rows]),
             batch_offsets=_offsets([len(row.batches) for row in rows]),
-            example_offsets=_offsets([len(batch) for batch in batches]),
-            examples=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *batches])),
+            example_offsets=_offsets([len(batch.indices) for batch in batches]),
+            examples=torch.from_numpy(
+                np.concatenate([np.zeros(0, np.int64), *(batch.indices for batch in batches)])
+            ),
             accumulation=torch.tensor([row.accumulation for row in rows], dtype=torch.int64),
             clipping=_column([_ratio(row.applied_norm, row.norm) for row in rows]),
+            random={b: batch.random for b, batch in enumerate(batches) if batch.random is not None},
         )
 
 

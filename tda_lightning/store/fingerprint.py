@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from tda_lightning.errors import TrajectoryMismatchError
-from tda_lightning.store.randomness import unchanged_randomness
+from tda_lightning.randomness import unchanged_randomness
 
 LENGTH = "length"
 _EXAMPLES = 64

@@ -31,13 +31,20 @@ random states those of the first process::
         batch_offsets           int64   [S + 1]  step s holds batches [s] to [s + 1]
         example_offsets         int64   [B + 1]  batch b holds examples [b] to [b + 1]
         examples                int64   [.]      training-example indices, in order
+        random/<generator>/     states of a random generator right before a batch was fetched, of R
+                                batches before which it or another was not as the batch before had
+                                left it; without any, there is no group
+          batches               int64   [R]      counted like those of example_offsets, increasing
+          states                        [R, .]   as in a checkpoint
       checkpoints/<step>.h5     kind "checkpoint", attribute ``step``; 0 holds the initial weights
         parameters/<name>       parameters trained up to this step, in their own dtype
         buffers/<name>          every other tensor of the module (buffers, frozen parameters);
                                 left out where it still equals the one in checkpoint 0
         optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
-        random/<generator>      states of the random generators (torch, cuda<i>: uint8;
-                                python, numpy: JSON text)
+        random/<generator>      states of the random generators that the step left behind (torch,
+                                cuda<i>: uint8; python, numpy: int64 [627], the 624 words and the
+                                position of a Mersenne twister, whether a second normal number
+                                waits, its bits); absent if not recorded
       statistics/<start>-<stop>.h5   kind "statistics": curvature summed in training over sampled
                                 examples of the steps start < step <= stop; such sums add up
         blocks                  JSON text [1]: {block: {parameters, shape [groups, rows, columns]}}
@@ -78,6 +85,8 @@ PARAMETERS = "parameters"
 BUFFERS = "buffers"
 OPTIMIZER = "optimizer"
 RANDOM = "random"
+RANDOM_BATCHES = "batches"
+RANDOM_STATES = "states"
 VALUES = "values"
 BLOCKS = "blocks"
 HYPERPARAMETERS = "hyperparameters"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
+from tda_lightning.randomness import TWISTERS, require_restorable
 from tda_lightning.store import layout
 from tda_lightning.store.checked import get_integer, has, names
 from tda_lightning.store.curvature_folder import CurvatureFolder
@@ -188,14 +189,22 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
                     layout.decode(name): get_tensors(subgroup(states, name))
                     for name in names(states)
                 }
+            random = None
+            if has(file, layout.RANDOM):
+                random = get_tensors(subgroup(file, layout.RANDOM))
+                require_restorable(random)
             if step == 0:
-                return self._checkpoint(step, tensors, optimizer)
+                return self._checkpoint(step, tensors, optimizer, random)
         with reading(files[0], "checkpoint") as file:
             tensors = {**get_tensors(subgroup(file, layout.BUFFERS)), **tensors}
-            return self._checkpoint(step, tensors, optimizer)
+            return self._checkpoint(step, tensors, optimizer, random)
 
     def _checkpoint(
-        self, step: int, tensors: Mapping[str, Tensor], optimizer: _States | None
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        optimizer: _States | None,
+        random: Mapping[str, Tensor] | None,
     ) -> Checkpoint:
         """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
         self._require_recorded(tensors)
@@ -208,6 +217,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             parameters={name: tensors[name] for name in names},
             buffers={name: tensor for name, tensor in tensors.items() if name not in names},
             optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in names},
+            random=random,
         )
 
     def __iter__(self) -> Iterator[int]:
@@ -284,10 +294,30 @@ def read_steps(path: Path, count: int) -> Steps:
             layout.decode(name): torch.from_numpy(get_array(group, name, np.dtype("float64")))
             for name in names(group)
         }
-        steps = Steps(hyperparameters=hyperparameters, **columns)
+        random = _read_random(subgroup(file, layout.RANDOM)) if has(file, layout.RANDOM) else {}
+        steps = Steps(hyperparameters=hyperparameters, random=random, **columns)
         _check_steps(steps, count)
         require_values(steps)
         return steps
+
+
+def _read_random(group: h5py.Group) -> dict[int, dict[str, Tensor]]:
+    """States of the random generators by batch."""
+    random: dict[int, dict[str, Tensor]] = {}
+    for name in names(group):
+        part = subgroup(group, name)
+        dtype = np.dtype("int64" if name in TWISTERS else "uint8")
+        batches = get_array(part, layout.RANDOM_BATCHES, np.dtype("int64"))
+        table = torch.from_numpy(get_array(part, layout.RANDOM_STATES, dtype))
+        rising = batches.ndim == 1 and bool((batches[:-1] < batches[1:]).all())
+        if not rising or len(table) != len(batches):
+            raise ValueError(f"random states of {name} belong to no increasing batches")
+        for batch, state in zip(batches.tolist(), table, strict=True):
+            # A tensor of its own: torch 2.13 crashes when it restores a row of a table.
+            random.setdefault(batch, {})[layout.decode(name)] = state.clone()
+    for states in random.values():
+        require_restorable(states)
+    return dict(sorted(random.items()))
 
 
 def _check_steps(steps: Steps, count: int) -> None:
@@ -307,6 +337,8 @@ def _check_steps(steps: Steps, count: int) -> None:
     _check_offsets(steps.example_offsets, len(steps.example_offsets), len(steps.examples))
     if len(steps.examples) and int(steps.examples.min()) < 0:
         raise ValueError("negative example indices")
+    if any(not 0 <= batch < len(steps.example_offsets) - 1 for batch in steps.random):
+        raise ValueError(f"random states of other batches than {len(steps.example_offsets) - 1}")
 
 
 def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
@@ -331,6 +363,10 @@ def join_steps(blocks: Sequence[Steps]) -> Steps:
             end += int(offsets[-1])
         return torch.cat(pieces)
 
+    random, before = {}, 0
+    for block in blocks:
+        random.update({before + batch: states for batch, states in block.random.items()})
+        before += int(block.batch_offsets[-1])
     names = blocks[0].hyperparameters
     hyperparameters = {n: widened([b.hyperparameters[n] for b in blocks]) for n in names}
     return Steps(
@@ -344,6 +380,7 @@ def join_steps(blocks: Sequence[Steps]) -> Steps:
         examples=joined("examples"),
         accumulation=joined("accumulation"),
         clipping=joined("clipping"),
+        random=random,
     )
 
 

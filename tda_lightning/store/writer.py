@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tda_lightning.errors import TrajectoryExistsError
@@ -14,7 +14,6 @@ from tda_lightning.store.cut import cut, remove_unfinished
 from tda_lightning.store.durable import make_folder, sync_folder
 from tda_lightning.store.fingerprint import digest
 from tda_lightning.store.h5 import put_json, put_tensors, writing
-from tda_lightning.store.randomness import json_states, tensor_states
 from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
 from tda_lightning.store.statistics_folder import write_statistics
 from tda_lightning.store.steps_file import write_steps
@@ -123,9 +122,7 @@ class TrajectoryWriter:
             for name, buffer in checkpoint.buffers.items()
             if self._initial.get(name) != digest(buffer.detach())
         }
-        self._write_checkpoint(
-            Checkpoint(checkpoint.step, checkpoint.parameters, changed, checkpoint.optimizer)
-        )
+        self._write_checkpoint(replace(checkpoint, buffers=changed))
 
     def write_statistics(self, start: int, stop: int, statistics: Statistics) -> None:
         """Write the curvature summed over the steps ``start`` < step <= ``stop``."""
@@ -156,7 +153,5 @@ class TrajectoryWriter:
                 states = file.create_group(layout.OPTIMIZER)
                 for name, state in checkpoint.optimizer.items():
                     put_tensors(states.create_group(layout.encode(name)), state)
-            generators = file.create_group(layout.RANDOM)
-            put_tensors(generators, tensor_states())
-            for name, state in json_states().items():
-                put_json(generators, name, state)
+            if checkpoint.random is not None:
+                put_tensors(file.create_group(layout.RANDOM), checkpoint.random)
