@@ -42,8 +42,9 @@ class IndexCapture:
     """
 
     def __init__(self, random: bool = False) -> None:
-        self.before: Snapshot | None = None  # the generators, when indices were last asked for
+        self.before: Snapshot | None = None  # the generators before the batch that was last taken
         self._random = random
+        self._asked_at: Snapshot | None = None  # when indices were last asked for
         self.loaders: list[DataLoader] = []  # those listened to
         self.absent: str | None = None  # why there are no indices
         self._last_asked: _RecordedIterator | None = None
@@ -89,18 +90,21 @@ class IndexCapture:
 
     @property
     def ahead(self) -> bool:
-        """Whether the loader has drawn indices beyond those of the batch that the loop has got."""
-        return self._last_asked is not None and bool(self._last_asked.queue)
+        """Whether the loader has ever asked for a batch before the loop had got the one before."""
+        return self._last_asked is not None and self._last_asked.ahead
 
     def asking(self, iterator: _RecordedIterator) -> None:
         self._last_asked = iterator
 
     def asked(self) -> None:
         if self._random:
-            self.before = Snapshot.take()
+            self._asked_at = Snapshot.take()
 
     def take(self) -> Any | None:
         """What the sampler handed out for the batch that the loop has just got."""
+        if self._random:
+            # A loop that gets its batches ahead of their turn has all before it gets to the last.
+            self.before, self._asked_at = self._asked_at or Snapshot.take(), None
         if self._last_asked is None or not self._last_asked.queue:
             return None
         return self._last_asked.queue.popleft()
@@ -168,11 +172,12 @@ def _take_out(recorded: _RecordedSampler, loader: DataLoader, slot: str) -> None
 class _RecordedIterator(_Delegate):
     """An iterator over batches of indices and those that were handed out, in order."""
 
-    __slots__ = ("queue",)
+    __slots__ = ("ahead", "queue")
 
     def __init__(self, wrapped: Any, capture: IndexCapture) -> None:
         super().__init__(wrapped, capture)
         object.__setattr__(self, "queue", deque())
+        object.__setattr__(self, "ahead", False)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -180,6 +185,8 @@ class _RecordedIterator(_Delegate):
     def __next__(self) -> Any:
         # At the end too: a loader with workers asks once more for each batch that it delivers.
         self._capture.asking(self)
+        if self.queue:
+            object.__setattr__(self, "ahead", True)
         try:
             drawn = next(self._wrapped)
         finally:
