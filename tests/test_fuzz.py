@@ -15,17 +15,20 @@ What a call may raise is part of its contract:
 from __future__ import annotations
 
 import io
+import math
 import os
+import random
 import shutil
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -38,6 +41,7 @@ from tda_lightning.errors import (
     TrajectoryMismatchError,
 )
 from tda_lightning.estimators import InfluenceFunction, TracIn
+from tda_lightning.randomness import current_states, restore_states, unchanged_randomness
 from tda_lightning.report import write_report
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe, description_table
@@ -160,6 +164,8 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
     except REFUSALS:
         return False
     require_valid(trajectory)
+    for states in trajectory.steps.random.values():
+        require_restorable(states)
     refused = False
     for step in trajectory.checkpoints:
         try:
@@ -175,6 +181,8 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
         for name, state in (checkpoint.optimizer or {}).items():
             assert name in checkpoint.parameters
             assert all(isinstance(value, torch.Tensor) for value in state.values())
+        if checkpoint.random is not None:
+            require_restorable(checkpoint.random)
     try:
         for interval in trajectory.statistics:
             for block in trajectory.statistics[interval].values():
@@ -215,6 +223,17 @@ def require_valid(trajectory: Trajectory) -> None:
             assert bool((batch >= 0).all())
             assert facts.num_examples is None or bool((batch < facts.num_examples).all())
     assert trajectory.batch_size is None or trajectory.batch_size >= 0
+
+
+def require_restorable(states: Mapping[str, torch.Tensor]) -> None:
+    """They can be restored, and a lot be drawn from them."""
+    with unchanged_randomness():
+        restore_states(states)
+        assert current_states().keys() >= {"torch", "python"}
+        for count in (1, 2000):
+            assert bool(torch.randn(count).isfinite().all())
+            assert np.isfinite(np.random.randn(count)).all()  # noqa: NPY002
+            assert all(math.isfinite(random.gauss(0, 1)) for _ in range(count))
 
 
 def require_statistics(block: BlockStatistics) -> None:

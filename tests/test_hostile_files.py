@@ -239,6 +239,111 @@ def test_optimizer_states_of_another_shape(copy: Path) -> None:
         open_trajectory(copy).checkpoints[12]
 
 
+def twister(place: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(state: np.ndarray) -> np.ndarray:
+        state = state.copy()
+        state[..., place] = value
+        return state
+
+    return change
+
+
+def torch_counts(left: int, following: int, waits: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    def change(state: np.ndarray) -> np.ndarray:
+        state = state.copy()
+        state[..., 8:12] = np.array([left], "<i4").view("u1")
+        state[..., 16:24] = np.array([following], "<u8").view("u1")
+        state[..., 5052] = waits
+        return state
+
+    return change
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "steps"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("numpy", twister(624, 625), "numpy is none of a Mersenne twister"),
+        ("numpy", twister(624, -1), "numpy is none of"),
+        ("python", twister(624, 2**40), "python is none of"),
+        ("python", twister(3, 2**32), "python is none of"),
+        ("python", twister(3, -1), "python is none of"),
+        ("numpy", twister(625, 2), "numpy is none of"),
+        ("numpy", twister(626, 0x7FF8 << 48), "numpy is none of"),  # NaN
+        ("numpy", lambda state: state * 0, "numpy is none of"),  # np.random.randn would never end
+        ("python", lambda state: state[..., :-1], r"python is torch\.int64 \[626\]"),
+        ("python", lambda state: state.astype(np.float64), "has dtype float64"),
+        # As torch has them each may be up to 624; the two together lead beyond its words.
+        ("torch", torch_counts(600, 600), "torch is none of"),
+        ("torch", torch_counts(0, 0), "torch is none of"),
+        ("torch", torch_counts(1, 2**32), "torch is none of"),
+        ("torch", torch_counts(1, 0, waits=2), "torch is none of"),
+        ("torch", lambda state: state[..., :-8], r"torch is torch\.uint8 \[5048\]"),
+        ("torch", lambda state: state * 0, "torch is none of"),
+    ],
+)
+def test_impossible_random_states(
+    where: str, name: str, change: Any, message: str, copy: Path
+) -> None:
+    path, member = (
+        (copy / LAST, f"random/{name}")
+        if where == "checkpoint"
+        else (copy / STEPS, f"random/{name}/states")
+    )
+    with h5py.File(path) as file:
+        state = file[member][()]
+    put(path, member, change(state))
+    with pytest.raises(TrajectoryFormatError, match=message):
+        open_trajectory(copy).checkpoints[12]
+
+
+def cuda(content: bytes) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        file["random/cuda0/batches"] = np.array([0], "<i8")
+        file["random/cuda0/states"] = np.frombuffer(content, "u1")[None]
+
+    return change
+
+
+def renamed(name: str) -> Callable[[h5py.File], None]:
+    return lambda file: file.move("random/numpy", f"random/{name}")
+
+
+def batches(*numbers: int) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        for group in file["random"].values():
+            del group["batches"]
+            group["batches"] = np.array(numbers, "<i8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.move("random/torch", "torch"), "expected torch's and Python's"),
+        (lambda file: file.move("random/python", "python"), "expected torch's and Python's"),
+        (renamed("cuda00"), "dtype int64|unknown generator"),
+        (cuda(bytes(15)), r"\[15\]"),
+        (cuda(bytes(8) + bytes([255]) * 8), "offset -1"),
+        (cuda(bytes(8) + bytes([2]) + bytes(7)), "offset 2"),
+        (batches(6, 0), "no increasing batches"),
+        (batches(0), "no increasing batches"),
+        (batches(-1, 0), "other batches than 12"),
+        (batches(0, 12), "other batches than 12"),
+        (batches(0, 2**62), "other batches than 12"),
+    ],
+)
+def test_impossible_groups_of_random_states(
+    change: Callable[[h5py.File], None], message: str, copy: Path
+) -> None:
+    with h5py.File(copy / STEPS, "r+") as file:
+        assert file["random/numpy/batches"][()].tolist() == [0, 6]
+        change(file)
+    with pytest.raises(TrajectoryFormatError, match=message):
+        open_trajectory(copy)
+
+
 # Scores.
 
 
