@@ -153,7 +153,7 @@ def test_as_a_script(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr
