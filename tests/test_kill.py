@@ -65,7 +65,7 @@ STORIES = [
     ["begin", "begin", "write_statistics", "write_checkpoint", "any", "any"],
     ["finish", "resume", "write_statistics", "resume", "finish"],
     ["write_statistics", "write_checkpoint", "resume", "append", "resume", "finish"],
-    [MOVING, "append", MOVING, "resume", MOVING],
+    [MOVING, "begin", MOVING, "resume", MOVING],
 ]
 KILLS = 44
 MOST_STORIES = 5 * len(STORIES)
