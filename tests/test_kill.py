@@ -186,6 +186,7 @@ class Tally:
         self.kills: Counter[str] = Counter()
         self.instants: list[str] = []
         self.resumes = self.restarts = self.opened = self.compared = self.torn = 0
+        self.resumed, self.steps_before = False, set[Path]()
         start = time.monotonic()
         pid = child(self.folder("whole"), temporary, nothing)
         assert os.waitpid(pid, 0)[1] == 0, self.error("whole")
@@ -211,7 +212,8 @@ class Tally:
         folder = self.folder(name)
         self.remove_torn(folder)
         left = SAVES - len(kept(folder))
-        resumes = left < SAVES
+        resumes = self.resumed = left < SAVES
+        self.steps_before = set((folder / "run" / "steps").glob("*.h5"))
         before, said = nothing, ""
         if instant in WITHIN:
             # The square prefers early ones: a life that ends of itself is a kill missed.
@@ -255,8 +257,10 @@ class Tally:
         try:
             left = open_trajectory(path)
         except TrajectoryNotFoundError:
-            # Killed before the first facts were there; nothing may have been recorded on.
-            assert not list((path / "steps").glob("*.h5"))
+            # Killed before the first facts were there, or while a run was replaced by one that
+            # begins anew; nothing may have been recorded on.
+            assert not self.resumed
+            assert set((path / "steps").glob("*.h5")) <= self.steps_before
             return
         self.opened += 1
         assert left.num_steps == left.last_step
