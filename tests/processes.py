@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import signal
 import socket
 import tempfile
@@ -29,7 +30,7 @@ class Outcome:
     trace: str = "killed: it hung"
 
 
-def outcomes(work: Callable[..., Any], *args: Any, count: int = 2, seconds: float = 60) -> list:
+def outcomes(work: Callable[..., Any], *args: Any, count: int = 2, seconds: float = 300) -> list:
     """``work(rank, *args)`` in ``count`` forked processes, which Lightning takes for its own."""
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
@@ -87,6 +88,8 @@ def _worker(folder: Path, port: int, rank: int, work: Callable[..., Any], args: 
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One below those that systems hand out by themselves: nobody is given it before it is used."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", random.SystemRandom().randrange(12_000, 32_000)))
+            return int(listener.getsockname()[1])

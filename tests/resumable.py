@@ -91,6 +91,7 @@ def train(
     seen: list[list[int]] | None = None,
     optimizers: Optimizers | None = None,
     loader: Any = None,
+    validation: Any = None,
     callbacks: tuple[Any, ...] = (),
     last: tuple[Any, ...] = (),
     recorder: dict[str, Any] | None = None,
@@ -114,7 +115,7 @@ def train(
             # Lightning's own checkpoints would else go to the working folder.
             options.setdefault("default_root_dir", path.parent)
         made = trainer(*everything, **options)
-        made.fit(module, loader or resumable_loader(), ckpt_path=resume)
+        made.fit(module, loader or resumable_loader(), validation, ckpt_path=resume)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,32 @@ def test_compiled_and_plain_modules_record_and_score_alike(how: str, tmp_path: P
             assert torch.equal(scores.values, expected.values)
             assert scores.provenance["notes"] == expected.provenance["notes"]
     assert [name for name, _ in module.named_parameters()] == names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs g++")
+def test_the_default_compiler(tmp_path: Path) -> None:
+    """It fuses and rounds in another order; all that is recorded is else the plain loop's."""
+    module, net = plain(), copy.deepcopy(plain().net)
+    module.net = torch.compile(module.net)
+    trainer(TrajectoryRecorder(tmp_path, every_n_steps=4)).fit(module, loader(DATA))
+    trajectory, log = open_trajectory(tmp_path), train(net, epochs(), sgd(net))
+    steps = trajectory.steps
+    assert list(trajectory.facts.parameters) == NAMES
+    assert [[b.tolist() for b in steps.batches(row)] for row in range(12)] == log.batches
+    for found, expected in ((steps.loss, log.losses), (steps.gradient_norm, log.norms)):
+        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+    for step, checkpoint in trajectory.checkpoints.items():
+        for name, value in {**checkpoint.parameters, **checkpoint.buffers}.items():
+            expected = log.states[step][name.removeprefix("net.")]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    scores, expected = (
+        AttributionModule(
+            given, dataclasses.replace(trajectory, curvature={}), Source(2)
+        ).attribute(DATA, DATA, trainer=quiet())
+        for given in (module, plain())
+    )
+    assert torch.equal(scores.values, expected.values)
 
 
 @pytest.mark.parametrize("how", ["submodule", "whole"])

@@ -301,6 +301,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
             if os.fork() == 0:  # a worker of it, which outlives it for a while
                 os.write(tell, b".")
                 time.sleep(3)
+                os._exit(0)
             time.sleep(60)
         finally:
             os._exit(0)

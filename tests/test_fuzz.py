@@ -372,7 +372,8 @@ def _hoards(case: Case, folder: Path, victim: Path) -> bool:
 def test_a_failing_reader_is_noticed(
     bad: Any, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuzzing, "SECONDS", 0.5)
+    if bad is _hangs:  # the others are to be noticed at once, on a busy machine too
+        monkeypatch.setattr(fuzzing, "SECONDS", 0.5)
     base = tmp_path / "base"
     base.mkdir()
     (base / "a.h5").write_bytes(b"content")

@@ -3,16 +3,21 @@
 Every life of a story is a forked child (libraries are imported once) that trains or resumes, and
 is killed; after each kill the folder must open, and hold nothing but what the uninterrupted run
 holds. The last life is left alone, and what it leaves must equal the uninterrupted run's.
+
+Lightning's own checkpoints are moved into place from where temporary files are, and to another
+file system a move is a copy: a kill may tear the newest. A life resumes from the last whole one.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +46,8 @@ WITHIN = {
     "resume": "cutting",
     "finish": "finishing",
 }
+MOVING = "move"  # within Lightning's moving of its own checkpoint into place
+KINDS = ("any", *WITHIN, MOVING)
 # Events (below) of which one is chosen; a resumed life may have fewer, and then ends of itself.
 EVENTS = {
     "begin": 110,
@@ -50,7 +57,7 @@ EVENTS = {
     "resume": 8,
     "finish": 50,
 }
-# Each story is the lives before the last one: "any" instant, or within a method of the writer.
+# Each story is the lives before the last one: "any" instant, or within what is named.
 STORIES = [
     ["any", "any", "any", "resume", "finish"],
     ["begin", "write_checkpoint", "append", "resume", "resume", "finish"],
@@ -58,13 +65,21 @@ STORIES = [
     ["begin", "begin", "write_statistics", "write_checkpoint", "any", "any"],
     ["finish", "resume", "write_statistics", "resume", "finish"],
     ["write_statistics", "write_checkpoint", "resume", "append", "resume", "finish"],
+    [MOVING, "begin", MOVING, "resume", MOVING],
 ]
 KILLS = 44
+MOST_STORIES = 5 * len(STORIES)
+SAVES = 3  # Lightning checkpoints of a whole run
+
+
+def kept(folder: Path) -> list[Path]:
+    """Lightning's checkpoints in the folder, in order."""
+    return sorted((folder / "kept").glob("*.ckpt"), key=lambda path: int(path.stem))
 
 
 def run(folder: Path) -> None:
     """Train from the last Lightning checkpoint in the folder, or from the start."""
-    found = sorted((folder / "kept").glob("*.ckpt"), key=lambda path: int(path.stem))
+    found = kept(folder)
     train(
         folder / "run",
         kept=folder / "kept",
@@ -83,8 +98,8 @@ def run(folder: Path) -> None:
     )
 
 
-def child(folder: Path, before: Callable[[], None]) -> int:
-    """Process id of a forked process that trains."""
+def child(folder: Path, temporary: Path, before: Callable[[], None]) -> int:
+    """Process id of a forked process that trains; one that hangs is ended by an alarm."""
     pid = os.fork()
     if pid:
         return pid
@@ -93,6 +108,8 @@ def child(folder: Path, before: Callable[[], None]) -> int:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        signal.alarm(300)
+        tempfile.tempdir = str(temporary)
         before()
         run(folder)
         status = 0
@@ -100,6 +117,10 @@ def child(folder: Path, before: Callable[[], None]) -> int:
         (folder / "error.txt").write_text(traceback.format_exc())
     finally:
         os._exit(status)
+
+
+def nothing() -> None:
+    """What is done before a life that is not killed from within."""
 
 
 def kill_within(method: str, number: int) -> Callable[[], None]:
@@ -141,19 +162,42 @@ def kill_within(method: str, number: int) -> Callable[[], None]:
     return patch
 
 
+def kill_moving(number: int, part: float) -> Callable[[], None]:
+    """The child kills itself when a ``part`` of its ``number``-th Lightning checkpoint is moved."""
+    count, real = [0], shutil.move
+
+    def move(source: str, target: Any, *args: Any, **options: Any) -> Any:
+        if str(target).endswith(".ckpt"):
+            if count[0] == number:
+                content = Path(source).read_bytes()
+                Path(target).write_bytes(content[: int(part * len(content))])
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+        return real(source, target, *args, **options)
+
+    return lambda: setattr(shutil, "move", move)
+
+
 class Tally:
     """One run of the test: what was done, and to what end."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.random = root, random.Random(seed)
+    def __init__(self, root: Path, temporary: Path, seed: int) -> None:
+        self.root, self.temporary, self.random = root, temporary, random.Random(seed)
         self.kills: Counter[str] = Counter()
         self.instants: list[str] = []
-        self.resumes = self.restarts = self.opened = self.compared = 0
+        self.resumes = self.restarts = self.opened = self.compared = self.torn = 0
+        self.resumed, self.steps_before = False, set[Path]()
         start = time.monotonic()
-        pid = child(self.folder("whole"), lambda: None)
+        pid = child(self.folder("whole"), temporary, nothing)
         assert os.waitpid(pid, 0)[1] == 0, self.error("whole")
+        assert len(kept(root / "whole")) == SAVES
         self.duration = time.monotonic() - start
         self.whole = open_trajectory(root / "whole" / "run")
+
+    @property
+    def enough(self) -> bool:
+        """Whether every kind of kill has happened, and many have."""
+        return self.kills.total() >= KILLS and all(self.kills[kind] for kind in KINDS)
 
     def folder(self, name: str) -> Path:
         (self.root / name).mkdir(exist_ok=True)
@@ -166,18 +210,26 @@ class Tally:
     def life(self, name: str, instant: str | None) -> bool:
         """One child; whether it was killed."""
         folder = self.folder(name)
-        resumes = bool(list((folder / "kept").glob("*.ckpt")))
+        self.remove_torn(folder)
+        left = SAVES - len(kept(folder))
+        resumes = self.resumed = left < SAVES
+        self.steps_before = set((folder / "run" / "steps").glob("*.h5"))
+        before, said = nothing, ""
         if instant in WITHIN:
             # The square prefers early ones: a life that ends of itself is a kill missed.
             number = int(EVENTS[instant] * self.random.random() ** 2)
-            pid, said = child(folder, kill_within(instant, number)), f"{instant} {number}"
-        else:
-            pid, said = child(folder, lambda: None), ""
-            if instant is not None:
-                after = self.random.uniform(0, self.duration)
-                time.sleep(after)
-                os.kill(pid, signal.SIGKILL)
-                said = f"{after * 1000:.0f} ms"
+            before, said = kill_within(instant, number), f"{instant} {number}"
+        elif instant == MOVING:
+            # In turn the first, which leaves nothing to resume from, and a later one.
+            number = self.kills[MOVING] % max(left, 1)
+            part = self.random.random()
+            before, said = kill_moving(number, part), f"{instant} {number} at {part:.0%}"
+        pid = child(folder, self.temporary, before)
+        if instant == "any":
+            after = self.random.uniform(0, self.duration)
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)
+            said = f"{after * 1000:.0f} ms"
         status = os.waitpid(pid, 0)[1]
         assert status in (0, signal.SIGKILL), self.error(name)
         self.resumes += resumes
@@ -187,14 +239,28 @@ class Tally:
             self.instants.append(said)
         return bool(status)
 
+    def remove_torn(self, folder: Path) -> None:
+        """What a user would do: a torn Lightning checkpoint is no good, and only one can be.
+
+        PyTorch's files are zip files, whose directory is their end: no part of one is one.
+        """
+        found = kept(folder)
+        torn = [path for path in found if not zipfile.is_zipfile(path)]
+        assert torn in ([], found[-1:]), (torn, found)
+        for path in torn:
+            path.unlink()
+        self.torn += len(torn)
+
     def check_remains(self, name: str) -> None:
         """What a kill has left opens, and is a part of the whole."""
         path = self.root / name / "run"
         try:
             left = open_trajectory(path)
         except TrajectoryNotFoundError:
-            # Killed before the first facts were there; nothing may have been recorded on.
-            assert not list((path / "steps").glob("*.h5"))
+            # Killed before the first facts were there, or while a run was replaced by one that
+            # begins anew; nothing may have been recorded on.
+            assert not self.resumed
+            assert set((path / "steps").glob("*.h5")) <= self.steps_before
             return
         self.opened += 1
         assert left.num_steps == left.last_step
@@ -243,23 +309,24 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])  # of this process and its children, user and system
 
 
-def test_no_kill_loses_anything(quick_disk: Path) -> None:
+def test_no_kill_loses_anything(quick_disk: Path, tmp_path: Path) -> None:
     seed = int(os.environ.get("TDA_KILL_SEED", random.SystemRandom().randrange(10**6)))
     start, cpu = time.monotonic(), cpu_seconds()
-    tally = Tally(quick_disk, seed)
+    tally = Tally(quick_disk, tmp_path, seed)
     number = 0
-    while number < len(STORIES) or sum(tally.kills.values()) < KILLS:
+    while number < len(STORIES) or (not tally.enough and number < MOST_STORIES):
         tally.tell(str(number), STORIES[number % len(STORIES)])
         number += 1
     print(
-        f"\nseed {seed}: {sum(tally.kills.values())} kills ({dict(tally.kills)}), "
+        f"\nseed {seed}: {tally.kills.total()} kills ({dict(tally.kills)}), "
         f"{tally.resumes} resumes, {tally.restarts} starts, {number} stories, {tally.opened} "
-        f"remains opened, {tally.compared} datasets compared, in "
+        f"remains opened, {tally.torn} of Lightning's checkpoints torn, "
+        f"{tally.compared} datasets compared, in "
         f"{time.monotonic() - start:.0f} s ({cpu_seconds() - cpu:.0f} s of one core); an "
         f"uninterrupted run takes {tally.duration:.2f} s.\n"
         f"Instants: {', '.join(tally.instants)}",
     )
-    assert sum(tally.kills.values()) >= KILLS
-    assert all(tally.kills[instant] for instant in ("any", *WITHIN))
+    assert tally.enough
+    assert tally.torn >= tally.kills[MOVING]
     assert tally.resumes >= KILLS // 2
     assert tally.compared >= 100 * number

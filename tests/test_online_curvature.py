@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.callbacks import TrajectoryRecorder
+from tda_lightning.callbacks import TrajectoryRecorder, curvature
+from tda_lightning.curvature import sides
 from tda_lightning.curvature.recorded import shrunk
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.moments import FULL
+from tda_lightning.gradients.observe import Observer
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
 from tda_lightning.trajectory import BlockStatistics
+from tests.attributing import relative
 from tests.runs import trainer
+from tests.test_wide_sides import VOCABULARY, Largest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -227,9 +231,9 @@ def test_empirical_factors_equal_a_plain_loop(options: dict[str, Any], tmp_path:
             batch = [part[indices] for part in dataset.tensors]
             ones = torch.ones(len(indices), dtype=torch.float64)
             count += len(indices)
-            for name, sides in sides_by_hand(module, batch, ones).items():
+            for name, pair in sides_by_hand(module, batch, ones).items():
                 before = expected.get(name, (0, 0))
-                expected[name] = tuple(a + b for a, b in zip(before, sides, strict=True))
+                expected[name] = tuple(a + b for a, b in zip(before, pair, strict=True))
         found = trajectory.statistics[step - 1, step]
         for name, (left, right) in expected.items():
             torch.testing.assert_close(found[name].left[0].double(), left, rtol=1e-5, atol=1e-7)
@@ -315,6 +319,56 @@ def test_sampled_factors_equal_the_engines(case: str, tmp_path: Path) -> None:
             torch.testing.assert_close(block.trace[0].double(), trace, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize(("fisher", "passes"), [("true", 10), ("empirical", 1)])
+def test_only_the_true_fisher_takes_backward_passes(
+    fisher: str, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at each watched step; the empirical Fisher's only one checks the first watched batch."""
+    count, backward = [0], Observer.backward
+
+    def counted(*args: Any) -> Any:
+        count[0] += 1
+        return backward(*args)
+
+    monkeypatch.setattr(Observer, "backward", counted)
+    run(tmp_path, lambda: Model(mlp()), data(vectors), {"fisher": fisher})
+    assert count == [passes]
+    assert float(open_trajectory(tmp_path).merged_statistics(0, 10)["network.0"].examples) == 80
+
+
+def test_a_large_batch_is_stood_for_by_its_first_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curvature, "_ROWS", 3)
+    monkeypatch.setattr(curvature, "_NORMS", 2)
+    dataset = data(lambda n: vectors(n).double())
+    settings = {"fisher": "empirical", "every_n_steps": 1}
+    run(tmp_path, lambda: Model(mlp()), dataset, settings, double=True, max_epochs=1)
+    trajectory = open_trajectory(tmp_path)
+    module = Model(mlp()).double()
+    for step in range(1, 6):
+        module.load_state_dict(dict(trajectory.checkpoints[step - 1].parameters))
+        indices = trajectory.steps.batches(step - 1)[0]
+        assert len(indices) == 8
+        first = [part[indices[:3]] for part in dataset.tensors]
+        found = trajectory.statistics[step - 1, step]
+        for name, (left, right) in sides_by_hand(module, first, torch.ones(3)).items():
+            block = found[name]
+            torch.testing.assert_close(block.left[0].double(), left, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(block.right[0].double(), right, rtol=1e-5, atol=1e-7)
+            assert [float(n) for n in (block.examples, block.count, *block.samples)] == [3] * 4
+        two = [part[indices[:2]] for part in dataset.tensors]
+        squares = dict.fromkeys(found, 0.0)
+        for example in range(2):
+            loss = module.loss(module(two[0][example : example + 1]), two[1][example : example + 1])
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
+            for (name, _), gradient in zip(module.named_parameters(), gradients, strict=True):
+                squares[name.rpartition(".")[0]] += float(gradient.square().sum())
+        for name, total in squares.items():
+            # The mean of two, for each of the three.
+            assert float(found[name].trace) == pytest.approx(total / 2 * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sums_of_intervals_equal_those_of_the_merged_interval(network: str, tmp_path: Path) -> None:
     make, inputs = NETWORKS[network]
@@ -378,6 +432,79 @@ def test_sides_are_kept_as_they_are(tmp_path: Path) -> None:
     assert projection.left.shape == (1, 24, 24)
     assert projection.right.shape == (1, 9, 9)
     assert isinstance(trajectory.statistics, StatisticsFolder)
+
+
+# Wide sides.
+
+
+class LastWords(nn.Module):
+    """An embedding of a vocabulary, and a head over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 4)
+        self.head = nn.Linear(4, VOCABULARY)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.embedding(inputs).mean(1))
+
+
+WIDE: dict[str, tuple[Made, Callable[[int], Tensor]]] = {
+    "vocabulary": (LastWords, lambda n: torch.randint(VOCABULARY, (n, 5))),
+    "inputs": (lambda: nn.Linear(VOCABULARY, 3), lambda n: torch.randn(n, VOCABULARY)),
+}
+
+
+@pytest.mark.parametrize("fisher", ["true", "empirical"])
+@pytest.mark.parametrize("case", WIDE)
+def test_no_matrix_of_a_vocabularys_width(
+    case: str, fisher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "RANK", 32)
+    make, inputs = WIDE[case]
+    settings = {"fisher": fisher, "num_checkpoints": 1, "save_optimizer": False}
+    dataset = data(inputs)
+    with Largest() as seen:
+        run(tmp_path, lambda: Model(make()), dataset, settings, max_steps=2)
+        statistics = open_trajectory(tmp_path).merged_statistics(0, 2)
+    assert seen.numel <= 200 * VOCABULARY  # the most are the bytes of the data's fingerprint
+    if case == "inputs":
+        assert statistics["network"].right.shape == (1, VOCABULARY + 1, 33)
+        return
+    assert statistics["network.embedding"].left.shape == (1, VOCABULARY)
+    assert statistics["network.head"].left.shape == (1, VOCABULARY, 33)
+
+
+def test_dense_sides_are_asked_for_and_limited_ones_approach_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broad() -> nn.Module:
+        return nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 18))
+
+    dataset = data(lambda n: torch.randn(n, 24), classes=18)
+
+    def scores(name: str, dense_side: int | None) -> tuple[Tensor, torch.Size]:
+        settings = {"curvature_dense_side": dense_side}
+        module = run(tmp_path / name, lambda: Model(broad()), dataset, settings)
+        trajectory = open_trajectory(tmp_path / name)
+        estimator = Source(2, statistics="recorded")
+        attribution = AttributionModule(module, trajectory, estimator, ClassificationTask())
+        side = trajectory.merged_statistics(0, 10)["network.0"].left
+        return attribution.attribute(dataset, dataset).values, side.shape
+
+    exact, shape = scores("dense", None)
+    assert shape == (1, 20, 20)
+    errors = []
+    for rank in (2, 5, 16):
+        monkeypatch.setattr(sides, "RANK", rank)
+        found, shape = scores(str(rank), 0)
+        assert shape == (1, 20, rank + 1)
+        errors.append(relative(found, exact.double()))
+    assert errors[0] > errors[2] > 0
+    assert errors[2] < 0.05
+    asked, shape = scores("asked", 30)
+    assert shape == (1, 20, 20)
+    assert torch.equal(asked, exact)
 
 
 # What cannot be gathered is refused.

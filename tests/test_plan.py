@@ -254,7 +254,11 @@ def test_statistics_take_what_is_planned(case: str, tmp_path: Path) -> None:
     sums = [getattr(block, kind) for block in blocks for kind in block.SUMS]
     # In the end there are as many numbers as were told, exactly.
     assert by_name[SUMS].bytes == sum(s.numel() * s.element_size() for s in sums)
-    assert "told from the kinds of modules" in shown(plan).replace("\n", " ")
+    text = shown(plan).replace("\n", " ")
+    assert "told from the kinds of modules" in text
+    assert "not counted" not in text
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*.h5"))
+    assert written == pytest.approx(plan.disk_bytes, rel=0.03)
 
 
 def test_statistics_of_small_layers_are_mostly_structure(tmp_path: Path) -> None:

@@ -30,7 +30,11 @@ ESTIMATORS = {
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
 }
-OPTIMIZERS = {"sgd": None, "adamw": adamw}
+RUNS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adamw": {"optimizers": adamw},
+    "online": {"recorder": {"curvature": "online", "curvature_every": 1, "fisher": "empirical"}},
+}
 # 21 examples: neither batches of 4 nor two processes divide them.
 BATCH = 4
 
@@ -52,14 +56,14 @@ def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Sco
 def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
     """Scores, what was fitted anew and warnings; the trajectories stay in ``root``."""
     found = {}
-    for optimizer, maker in OPTIMIZERS.items():
-        train(root / optimizer, {"optimizers": maker, "module": WithoutTask})
+    for run, options in RUNS.items():
+        train(root / run, {"module": WithoutTask, **options})
         for name, estimator in ESTIMATORS.items():
-            path = root / f"{optimizer} {name}.h5"
+            path = root / f"{run} {name}.h5"
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always")
                 scores = attribute(
-                    root / optimizer,
+                    root / run,
                     estimator,
                     quiet(strategy="ddp", devices=2),
                     scores_path=str(path),
@@ -68,7 +72,7 @@ def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
             assert torch.equal(saved.values, scores.values)
             kept = [str(w.message) for w in heard if "not kept" in str(w.message)]
             parts = (scores.values, scores.by_segment, scores.self_influence)
-            found[optimizer, name] = (*parts, scores.provenance["world_size"], kept)
+            found[run, name] = (*parts, scores.provenance["world_size"], kept)
     return found
 
 
@@ -78,17 +82,16 @@ def scored(tmp_path_factory: Any) -> tuple[Path, list[Any]]:
     return root, results(record_and_score, root)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_scores_are_those_of_one_process(
-    name: str, optimizer: str, scored: Any, tmp_path: Path
-) -> None:
+def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_path: Path) -> None:
     root, found = scored
-    shutil.copytree(root / optimizer, tmp_path / "run")
+    shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
+    assert ("statistics" in expected.provenance) == (run == "online" and name != "tracin")
     for each in found:
-        values, by_segment, own, world_size, not_kept = each[optimizer, name]
+        values, by_segment, own, world_size, not_kept = each[run, name]
         assert relative(values, expected.values.double()) < 1e-5
         if by_segment is not None:
             for part, segment in zip(by_segment, expected.by_segment, strict=True):
@@ -153,7 +156,7 @@ def test_as_a_script(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -283,6 +284,38 @@ def test_fsdp_in_a_single_process(tmp_path: Path) -> None:
     results(record, count=1)
     for name in ("FSDP", "FSDP in one piece"):
         assert require_equal(tmp_path / name, tmp_path / "one") > 20
+
+
+class Freezes(Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.net[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "last"),
+    [
+        ({"recorder": {"curvature": "online"}}, "curvature='online'", None),
+        ({"callbacks": (Freezes(),)}, "freezing and unfreezing in mid-training", 0),
+    ],
+)
+def test_what_needs_whole_parameters_is_refused(
+    options: dict[str, Any], what: str, last: int | None, tmp_path: Path
+) -> None:
+    def work(rank: int) -> None:
+        train(
+            tmp_path / "run",
+            {"module": Sharding, "strategy": STRATEGIES["fully_shard"][1]()},
+            **options,
+        )
+
+    for outcome in outcomes(work):
+        assert isinstance(outcome.error, UnsupportedTrainingError), outcome.trace
+        assert what in str(outcome.error) and "strategy='ddp'" in str(outcome.error)
+    if last is None:
+        assert not (tmp_path / "run").exists()
+    else:
+        assert open_trajectory(tmp_path / "run").last_step >= last
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])

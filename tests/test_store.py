@@ -234,6 +234,29 @@ def test_a_killed_run_is_readable_up_to_its_last_checkpoint(
     assert len(layout.steps_files(tmp_path / str(total - 1))) == 4
 
 
+def test_a_killed_replacement_leaves_no_trajectory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any of the deletions: what is left of the old files is not taken for a run."""
+    fit(tmp_path, recorder={"every_n_steps": 3, "curvature": "online", "fisher": "empirical"})
+    old = open_trajectory(tmp_path)
+    facts, initial = old.facts, old.checkpoints[0]
+    files = {p.name for p in tmp_path.rglob("*.h5")}
+    remove, seen = Path.unlink, set()
+
+    def unlink(path: Path, *args: Any, **options: Any) -> None:
+        remove(path, *args, **options)
+        seen.add(path.name)
+        with pytest.raises(TrajectoryNotFoundError):
+            open_trajectory(tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        TrajectoryWriter(tmp_path).begin(facts, initial, overwrite=True)
+    assert seen == files
+    assert open_trajectory(tmp_path).last_step == 0
+
+
 def test_a_joined_file_beside_its_pieces_is_enough(tmp_path: Path) -> None:
     fit(tmp_path, recorder={"every_n_steps": 3})
     whole = layout.steps_file(tmp_path, 1, 12)

@@ -283,7 +283,7 @@ class Sleeps(Callback):
     ("callbacks", "options"),
     [
         ([Stops()], {}),
-        ([Sleeps()], {"max_epochs": 1000, "max_time": {"seconds": 1}}),
+        ([Sleeps()], {"max_epochs": 1000, "max_time": {"seconds": 2}}),
         ([EarlyStopping("validation", patience=0, min_delta=10.0)], {"max_epochs": 50}),
         ([EarlyStopping("validation", patience=0, min_delta=10.0)], {"val_check_interval": 2}),
         ([Stops()], {"accumulate_grad_batches": 4, "max_epochs": 5}),
@@ -312,6 +312,21 @@ def test_several_fits_of_one_module_are_several_runs(tmp_path: Path) -> None:
     for number in range(3):
         trajectory = record(tmp_path / str(number), module, max_epochs=1)
         require_agreement(trajectory, train(net, epochs(1), sgd(net)))
+
+
+def test_several_fits_of_one_trainer_are_one_run(tmp_path: Path) -> None:
+    module = Small(sgd)
+    net = copy.deepcopy(module.net)
+    fitting = trainer(TrajectoryRecorder(tmp_path, every_n_steps=1), max_epochs=0)
+    for epoch in range(3):
+        fitting.fit_loop.max_epochs = epoch + 1
+        fitting.fit(module, loader())
+
+    def anew(epoch: int, optimizer: Any) -> None:
+        optimizer.state.clear()  # each fit makes an optimizer of its own
+
+    log = train(net, epochs(3), sgd(net), before_epoch=anew)
+    require_agreement(open_trajectory(tmp_path), log)
 
 
 # Data.
@@ -354,10 +369,14 @@ def test_data_sets_that_change_under_the_indices_are_refused(tmp_path: Path) -> 
 
 
 def test_a_stream_has_no_indices_and_says_so(tmp_path: Path) -> None:
-    trajectory = record(tmp_path, Small(sgd), loader(Stream()))
+    module = Small(sgd)
+    net = copy.deepcopy(module.net)
+    trajectory = record(tmp_path, module, loader(Stream()))
+    log = train(net, epochs(), sgd(net))
     absent = "absent: the training data set is an IterableDataset"
     assert trajectory.facts.settings["indices"] == absent
     assert trajectory.facts.num_examples is None
+    require_agreement(trajectory, log)
     assert describe(tmp_path).facts.settings["indices"] == absent
     assert len(trajectory.steps.examples) == 0
     attribution = AttributionModule(Small(), trajectory, Source(1, order="recorded"))

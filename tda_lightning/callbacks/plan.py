@@ -123,8 +123,6 @@ def plan_recording(
     count = None if kept is None else len(kept) + 1
     if kept is None and recorder.every_n_steps is None and recorder.every_n_epochs is None:
         notes.append(f"There are at most {recorder.num_checkpoints + 1} checkpoints.")
-    if recorder.curvature is not None:
-        notes.append("The statistics of curvature='online' are not counted.")
     every = int(recorder.save_optimizer)
     with_state = 0
     if every and kept is not None:

@@ -176,7 +176,7 @@ class TrajectoryRecorder(ContinuingRecorder):
     def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
         """Say how much disk and memory the recording of a fit will take; nothing is touched.
 
-        Sizes are in bytes. Curvature statistics (``curvature="online"``) are not counted.
+        Sizes are in bytes; how long each estimator will take, ``AttributionModule.plan`` says.
 
         Args:
             module: what will be trained.
