@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.callbacks.plan import (
+    JUMPS,
     PARAMETERS,
     STATE,
     STATISTICS,
@@ -140,6 +141,11 @@ def require_as_recorded(plan: RecordingPlan, path: Path) -> None:
     size = sum(t.numel() * t.element_size() for t in [*tables, *steps.hyperparameters.values()])
     # The offsets have one entry more than there are rows; a last batch may be short.
     assert size - 16 <= planned[STEPS].total <= 1.5 * size
+    assert planned[JUMPS].count == len(steps.random)
+    states = steps.random[0].values()
+    assert planned[JUMPS].bytes == pytest.approx(
+        sum(s.numel() * s.element_size() for s in states), rel=0.01
+    )
 
 
 def scheduled(module: Any) -> Any:

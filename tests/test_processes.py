@@ -192,6 +192,9 @@ def test_trajectory_is_that_of_one_process(case: str, recorded: Any, tmp_path: P
     assert facts.parameters == expected.parameters
     assert facts.fingerprint == expected.fingerprint
     assert facts.settings["world_size"] == 2
+    assert facts.settings["random"] == "absent: several processes"
+    assert open_trajectory(root / case).steps.random == {}
+    assert open_trajectory(root / case).checkpoints[0].random
 
 
 @pytest.mark.parametrize("case", ["true Fisher", "empirical Fisher"])

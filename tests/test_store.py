@@ -530,7 +530,14 @@ def test_inspect_shows_what_is_there(copy: Path) -> None:
     (copy / "scores").mkdir()
     (copy / "scores" / "source.h5").write_bytes(b"scores")
     text = show(copy)
-    for expected in ("AdamW", "checkpoint 12", "weights and optimizer", "0af3", "source.h5"):
+    for expected in (
+        "AdamW",
+        "checkpoint 12",
+        "weights and optimizer",
+        "0af3",
+        "source.h5",
+        "2 jumps",
+    ):
         assert expected in text
     assert "whole" in text
     assert "yes" in text

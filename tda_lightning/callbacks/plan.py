@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # Measured on files of 0 to 100 tensors: an empty checkpoint with the states of the generators,
 # and what every tensor and every parameter's group of optimizer state adds.
-_FILE, _TENSOR, _GROUP = 14_500, 290, 200
+_FILE, _TENSOR, _GROUP = 16_500, 290, 200
+_RANDOM = 15_100  # states of torch's, Python's and NumPy's generator
 _FACTS = 12_000  # the facts, and per parameter:
 _FACT = 90
 _ROW_OBJECTS = 1_500  # Python objects of a step that is not yet on disk
@@ -107,6 +108,7 @@ MOVING = "buffers of normalization layers"
 FIXED = "other buffers and frozen parameters, where they stay as they are"
 STRUCTURE = "file structure and random states"
 STEPS = "steps table, before compression"
+JUMPS = "random states, once in an epoch, before compression"
 STATISTICS = "curvature statistics of an interval"
 SUMS = "curvature sums, of the interval, the step and the batch"
 _IN_A_CHECKPOINT = (PARAMETERS, STATE, MOVING, STRUCTURE)
@@ -144,6 +146,7 @@ def plan_recording(
     disk += [
         PlanItem(STRUCTURE, structure, count),
         PlanItem(STEPS, row, steps.total),
+        *([PlanItem(JUMPS, _RANDOM, _epochs(steps))] if trainer.world_size == 1 else []),
         PlanItem("facts of the run", _FACTS + _FACT * len(found.trained)),
     ]
     memory = _memory(found, kept, steps, row)
@@ -191,6 +194,12 @@ def _buffers(module: nn.Module, found: Blueprint) -> tuple[list[Tensor], list[Te
         [found.others[name] for name in found.others if names.get(name, False)],
         [found.others[name] for name in found.others if not names.get(name, False)],
     )
+
+
+def _epochs(steps: PlannedSteps) -> int:
+    """Epochs that are begun. There is one at least."""
+    known = steps.total is not None and steps.per_epoch
+    return math.ceil(steps.total / steps.per_epoch) if known else 1  # type: ignore[operator]
 
 
 def _row_bytes(found: Blueprint, steps: PlannedSteps) -> int:

@@ -192,6 +192,11 @@ def _run_rows(found: Description) -> Iterable[tuple[str, str]]:
             yield "clipped", f"{int(clipped.sum())} steps, factor {factors}"
         yield "batches", f"{len(steps.example_offsets) - 1:,}"
     yield "example indices", str(settings.get("indices", "unknown"))
+    random = str(settings.get("random", "unknown"))
+    counted = (
+        f"{random}, {len(steps.random)} jumps" if steps is not None and steps.random else random
+    )
+    yield "random states", counted
     if settings.get("curvature") is not None:
         yield "curvature", _gathered(settings["curvature"])
     hashed = len(facts.fingerprint) - 1 if facts.fingerprint else 0  # one entry is the length
