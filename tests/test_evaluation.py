@@ -123,9 +123,23 @@ def test_replay_through_training_step_and_a_loader(tmp_path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_cannot_be_replayed(tmp_path) -> None:
+def test_dropout_is_replayed_from_the_recorded_states(tmp_path) -> None:
+    """Augmentation by all three generators too; the caller's own draws are left alone."""
+    data = recorded.Numbered(augment=True)
+    train = lambda: recorded.loader(data, shuffle=True)  # noqa: E731
+    module = recorded.fit(tmp_path / "run", train)
+    run = Trajectory.load(str(tmp_path / "run"))
+    before = torch.get_rng_state()
+    state = retrain(run, module, None, data, torch.ones(22))
+    assert landing_error(run, state) < 1e-6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_without_recorded_states_cannot_be_replayed(tmp_path) -> None:
     module = recorded.fit(tmp_path / "run")
     run = Trajectory.load(str(tmp_path / "run"))
+    settings = {**run.facts.settings, "random": "absent: several processes"}
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, settings=settings))
     work = (run, module, Squares(), recorded.Numbered(), torch.ones(22))
     with pytest.raises(UnsupportedTrainingError, match="draws random numbers"):
         retrain(*work)

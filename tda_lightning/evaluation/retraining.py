@@ -14,23 +14,18 @@ example of weight 0 also stays in the statistics.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.replay import (
-    Replay,
-    State,
-    borrowed,
-    device_of,
-    fetch,
-    load,
-    place,
-)
+from tda_lightning.errors import NonFiniteError
 from tda_lightning.evaluation.stacked import run_stacked
 from tda_lightning.loading import ExampleSource
+from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.replay import Replay, State, Walk, borrowed, fetch, initial, load, place
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
 
@@ -62,7 +57,8 @@ def retrain(
     Raises:
         TrajectoryMismatchError: another number of training examples than recorded.
         UnsupportedTrainingError: the run cannot be replayed: no batches were recorded, mixed
-            precision, or random numbers drawn in training (dropout).
+            precision, or random numbers drawn in training (dropout) without recorded states of
+            their generators.
         NonFiniteError: training with these weights diverged.
     """
     (state,) = retrain_each(trajectory, module, task, dataset, weights[None], training)
@@ -87,14 +83,57 @@ def retrain_each(
     Raises:
         As :func:`retrain` does.
     """
-    replay = Replay(trajectory, module, as_task(task), dataset, training)
-    replay.check(weights)
-    if together == 1:
-        for row in weights:
-            yield replay.run(row)
-        return
+    source = ExampleSource.of(dataset, 1, "training")
+    replay = Replay(trajectory, module, as_task(task), source, training)
+    replay.check()
+    _check_weights(replay, weights)
     for part in weights.split(together):
-        yield from run_stacked(replay, part)
+        for state in [_run(replay, part[0])] if together == 1 else run_stacked(replay, part):
+            _require_finite(state)
+            yield state
+
+
+def _run(replay: Replay, weights: Tensor) -> State:
+    """One run by torch.optim."""
+    with borrowed(replay.module), silenced(replay.module), torch.enable_grad():
+        walk = Walk(replay)
+        walk.restart(0)
+        replay.set_modes()
+        for row in range(replay.trajectory.last_step):
+            walk.step(row, weights)
+        return dict(walk.stand().tensors)
+
+
+def _check_weights(replay: Replay, weights: Tensor) -> None:
+    if weights.dim() != 2 or weights.shape[1] != len(replay.source):
+        raise ValueError(
+            f"weights must have the shape [runs, {len(replay.source)}], one number for each "
+            f"training example, got {list(weights.shape)}."
+        )
+    if bool((weights == 1).all()):
+        return
+    # On a copy: a task that prepares itself on one batch would fix what differs by batch.
+    probe = copy.deepcopy(replay.task)
+    examples = replay.trajectory.steps.batches(0)[0]
+    with borrowed(replay.module), silenced(replay.module), unchanged_randomness():
+        load(replay.module, initial(replay.trajectory))
+        replay.module.eval()
+        batch = replay.fetch(examples)
+        with example_noise(0, examples):
+            probe.prepare(replay.module, batch)
+    if not probe.separable:
+        raise ValueError(
+            "The losses of single examples are not known, so none can be left out: "
+            f"{' '.join(probe.notes)}"
+        )
+
+
+def _require_finite(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(
+                f"Retraining ended with {name} not finite: training with these weights diverged."
+            )
 
 
 def measure(
@@ -113,7 +152,7 @@ def measure(
         for indices in source.batches():
             examples = torch.tensor(indices)
             with example_noise(0, examples):
-                batch = place(fetch(source, examples), device_of(module))
+                batch = place(fetch(source, examples), module)
                 found.append(chosen.measurement(module, batch).detach())
     return torch.cat(found)
 

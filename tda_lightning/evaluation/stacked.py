@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.replay import (
+from tda_lightning.replay import (
     Replay,
     State,
     apply_settings,
     borrowed,
+    initial,
     make_optimizer,
     no_randomness,
-    require_finite,
     weighted_loss,
 )
 from tda_lightning.tasks import AttributionTask, example_noise, silenced
@@ -42,7 +42,7 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
     trajectory, runs = replay.trajectory, len(weights)
     stacked = {
         name: tensor.to(replay.device).expand(runs, *tensor.shape).clone()
-        for name, tensor in replay.start().items()
+        for name, tensor in initial(trajectory).items()
     }
     trained = {name: stacked[name].requires_grad_() for name in trajectory.facts.parameters}
     optimizer = make_optimizer(trajectory, trained)
@@ -54,11 +54,12 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
 
     each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
     with borrowed(replay.module), silenced(replay.module), torch.enable_grad():
-        replay.module.train(replay.training)
+        replay.set_modes()
         for row in range(trajectory.last_step):
             apply_settings(trajectory, optimizer, row)
             optimizer.zero_grad()
-            for batch, examples in replay.batches(row):
+            for examples in trajectory.steps.batches(row):
+                batch = replay.fetch(examples)
                 own = weights[:, examples].to(replay.device)
                 with example_noise(0, examples), no_randomness():
                     found = each(stacked, own, batch)
@@ -67,7 +68,6 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
             optimizer.step()
     for run in range(runs):
         state = {name: tensor[run].detach().clone() for name, tensor in stacked.items()}
-        require_finite(state)
         yield state
 
 

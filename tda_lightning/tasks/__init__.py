@@ -7,7 +7,7 @@ from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.regression import RegressionTask
 from tda_lightning.tasks.silence import silenced
-from tda_lightning.tasks.training_step import TrainingStepTask
+from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
 
 
 def as_task(task: AttributionTask | None) -> AttributionTask:
@@ -31,6 +31,7 @@ __all__ = [
     "as_task",
     "example_noise",
     "gauss_newton_losses",
+    "run_training_step",
     "sampled_gauss_newton_loss",
     "silenced",
 ]
