@@ -52,8 +52,9 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
     before and after clipping, example indices of every batch), checkpoints with buffers and
-    optimizer state (the initial weights and the last step always), and the facts of the run. One
-    that stops early or is killed leaves a readable trajectory up to its last checkpoint.
+    optimizer state (the initial weights and the last step always), the states of the random
+    generators with each checkpoint and wherever they jump between batches, and the facts of the
+    run. One that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
     A run that is interrupted and resumed with ``Trainer.fit(ckpt_path=...)`` goes on with its
     trajectory: the recorder's state travels in Lightning's checkpoints, what was recorded after
