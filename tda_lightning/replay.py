@@ -78,7 +78,8 @@ class Replay:
         settings = trajectory.facts.settings
         self.clip = settings.get("gradient_clip_val")
         self.clip_by_value = settings.get("gradient_clip_algorithm", "norm") == "value"
-        self.eval_modules = frozenset(settings.get("eval_modules", ()))
+        still = settings.get("eval_modules")
+        self.eval_modules = frozenset(still if isinstance(still, list) else ())
         # Of a loader with workers, fetching draws nothing from this process's generators.
         self._fetched_elsewhere = bool(settings.get("loader_workers"))
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.callbacks.stepping import clipping_kind
-from tda_lightning.compiled import plain_buffers, plain_parameters
+from tda_lightning.compiled import plain_buffers, plain_name, plain_parameters
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
 # Parameter and its group in the optimizer, by the module's names.
@@ -73,6 +73,11 @@ def read_facts(
         fingerprint=fingerprint,
         settings={**_settings(trainer, module, optimizer), **settings},
     )
+
+
+def modules_in_eval_mode(module: nn.Module) -> list[str]:
+    """Names of the parts that do not train: frozen batch statistics, dropout that is off."""
+    return [plain_name(name) for name, part in module.named_modules() if not part.training]
 
 
 def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
