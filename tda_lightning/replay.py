@@ -77,7 +77,9 @@ class Replay:
         self.source = source
         settings = trajectory.facts.settings
         self.clip = settings.get("gradient_clip_val")
-        self.clip_by_value = settings.get("gradient_clip_algorithm", "norm") == "value"
+        # Older runs hold the name of Lightning's own constant.
+        algorithm = str(settings.get("gradient_clip_algorithm", "norm"))
+        self.clip_by_value = algorithm in ("value", "GradClipAlgorithmType.VALUE")
         still = settings.get("eval_modules")
         self.eval_modules = frozenset(still if isinstance(still, list) else ())
         # Of a loader with workers, fetching draws nothing from this process's generators.
