@@ -1,4 +1,4 @@
-"""The differentiable run lands where the recorded one did, and its slopes are those of retraining."""
+"""The differentiable run lands where the recorded did, and its slopes are retraining's."""
 
 from __future__ import annotations
 

@@ -301,9 +301,7 @@ def _convolution() -> nn.Module:
 
 
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), normal(3)
-    ),
+    "mlp": Network(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), normal(3)),
     "dropout": Network(
         lambda: nn.Sequential(
             nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)
