@@ -128,12 +128,29 @@ class Replay:
                 f"examples, got {len(self.source)}."
             )
 
-    def set_modes(self) -> None:
-        """Train and eval mode of every part, as in the run."""
-        self.module.train(self.training)
-        for name, part in self.module.named_modules():
-            if name in self.eval_modules:
-                part.training = False
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The module in the modes of the run, its trained parameters alone requiring gradients;
+        as before at the end."""
+        parts = [(part, part.training) for part in self.module.modules()]
+        parameters = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
+        try:
+            self.module.train(self.training)
+            for name, part in self.module.named_modules():
+                if name in self.eval_modules:
+                    part.training = False
+            trained = self.trajectory.facts.parameters
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name in trained)
+                parameter.grad = None
+            with torch.enable_grad():
+                yield
+        finally:
+            for part, training in parts:
+                part.training = training
+            for parameter, required, gradient in parameters:
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
 
     def fetch(self, examples: Tensor) -> Any:
         """The batch of these examples, on the device of the module."""
@@ -162,18 +179,15 @@ class Replay:
 class Walk:
     """The recorded run, taken up at a checkpoint and trained on by torch.optim, step by step.
 
-    The module is borrowed (:func:`borrowed`) and silenced by whoever walks. Random generators are
-    the walk's own where their states were recorded; otherwise a step that draws is refused.
+    Whoever walks does so within :meth:`Replay.as_trained`, with the module silenced. Random
+    generators are the walk's own where their states were recorded; otherwise a step that draws is
+    refused.
     """
 
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
         module, facts = replay.module, replay.trajectory.facts
         self.trained = {name: module.get_parameter(name) for name in facts.parameters}
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.trained.values():
-            parameter.requires_grad_(True)
         self.optimizer = make_optimizer(replay.trajectory, self.trained)
         self.random: Snapshot | None = None
 

@@ -119,7 +119,7 @@ class Rehearsal:
                 title = _without_numbers(one.title)
                 group = groups.setdefault(title, _Group(title))
                 group.count += 1
-                group.batches += len(PassLoader(self.examples, one.order))
+                group.batches += len(PassLoader(self.examples, one.order, one.rows))
                 group.seconds += seconds
                 progress.advance()
         return list(groups.values())
@@ -161,7 +161,7 @@ class Rehearsal:
         """Time the first batches, as the real pass loads them."""
         found: list[tuple[float, int]] = []
         total, began = 0.0, clock.now()
-        for batch, indices, position in PassLoader(self.examples, one.order):
+        for batch, indices, position in PassLoader(self.examples, one.order, one.rows):
             one.accumulate(self.placed(batch), self._on_device(indices), position)
             synchronize(self.context.device)
             ended = clock.now()

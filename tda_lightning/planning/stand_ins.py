@@ -124,7 +124,7 @@ class KeptCurvature(MutableMapping[str, Mapping[str, Tensor]]):
 
     def _writing(self, key: str, value: Mapping[str, Tensor]) -> float:
         # Files of the store are written as the real ones are, elsewhere.
-        from tda_lightning.store.curvature_folder import CurvatureFolder
+        from tda_lightning.store.kept_folder import KeptFolder
 
         sample, left = {}, _SAMPLE_BYTES
         for name, tensor in value.items():
@@ -135,7 +135,7 @@ class KeptCurvature(MutableMapping[str, Mapping[str, Tensor]]):
         whole = sum(tensor.numel() * tensor.element_size() for tensor in value.values())
         with tempfile.TemporaryDirectory() as folder:
             began = clock.now()
-            CurvatureFolder(Path(folder))[key] = sample
+            KeptFolder(Path(folder))[key] = sample
             return (clock.now() - began) * whole / max(part, 1)
 
     def __delitem__(self, key: str) -> None:
@@ -162,6 +162,9 @@ class ScoresForgotten(MemorySink):
         # Curvature of a few batches may make a recursion diverge; the time is the same.
         with contextlib.suppress(NonFiniteError):
             super().add(segment, torch.arange(len(train_indices)), values, first_query)
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Forgotten."""
 
     def set_self_influence(self, values: Tensor) -> None:
         pass
