@@ -47,7 +47,8 @@ class ForwardWalk:
             room: bytes of a file for the states; None to keep them in memory.
         """
         self.states.clear()
-        if room is not None and self._disk is None:
+        if room is not None and (self._disk is None or self._disk.size < room):
+            self.close_file()
             self._disk = DiskRoom(room)
         if self._disk is not None:
             self._disk.clear()
@@ -91,6 +92,10 @@ class ForwardWalk:
         """Forget everything that was kept."""
         self.states.clear()
         self._standstills.clear()
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Remove the file of states, where there is one."""
         if self._disk is not None:
             self._disk.close()
             self._disk = None

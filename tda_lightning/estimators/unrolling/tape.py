@@ -59,6 +59,7 @@ class DiskRoom:
     """
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tda-unrolled-")
         file = str(Path(self._folder.name) / "states")
         self._bytes = torch.from_file(file, shared=True, size=max(size, 8), dtype=torch.uint8)
