@@ -60,7 +60,7 @@ class UnrolledRun:
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
-        self.sizes = state_bytes(self.replay, self.layers)
+        self.sizes = state_bytes(self.replay)
         self._require_budget()
 
     def plan(self) -> Plan:
