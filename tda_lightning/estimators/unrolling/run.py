@@ -196,6 +196,7 @@ class UnrolledRun:
         )
         if found is not None:
             self.back.restore(found)
+            self.certificate.restore(found)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the round: what :meth:`_begin` takes up again."""
@@ -203,7 +204,7 @@ class UnrolledRun:
         adjoint = self.back.adjoint
         kinds = {"a": adjoint.a, "b": adjoint.b, "e": adjoint.e, "c": self.back.statistics}
         named = {f"{kind}.{name}": t for kind, own in kinds.items() for name, t in own.items()}
-        return {**named, **self.back.tensors()}
+        return {**named, **self.back.tensors(), **self.certificate.tensors()}
 
     def _leave(self, last: bool) -> None:
         """The end of a round."""
