@@ -75,7 +75,7 @@ def test_every_optimizer(name: str) -> None:
 CLIPPED: dict[str, dict[str, float]] = {
     "norm": {"clip_norm": 0.8},
     "norm, always": {"clip_norm": 0.1},
-    "value": {"clip_value": 0.2},
+    "value": {"clip_value": 0.1},
 }
 
 
@@ -135,11 +135,6 @@ CASES: dict[str, Case] = {
         ),
         normal(3),
     ),
-    "frozen": Case(
-        "a frozen layer",
-        lambda: frozen(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), "0.weight"),
-        normal(3),
-    ),
 }
 
 
@@ -156,8 +151,6 @@ def test_every_kind_of_parameter(case: str, name: str) -> None:
         assert not last.get("spare.weight") and last["extra.weight"]
     if case == "sometimes" and name == "adamw":
         assert 0 < float(last["extra.weight"]["step"]) < run.last_step
-    if case == "frozen":
-        assert "0.weight" not in last or not last["0.weight"]
 
 
 @pytest.mark.parametrize("name", ["momentum and decay", "adam and decay", "adamw"])
@@ -300,6 +293,18 @@ def test_parts_in_eval_mode_stay_in_it(tmp_path: Path) -> None:
     assert scores.provenance["certificate"]["bit_equal"]
 
 
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+def test_frozen_parameters(name: str, tmp_path: Path) -> None:
+    network, optimizer = NETWORKS["transformer"], OPTIMIZERS[name]
+    frozen(module := network.module(optimizer), "net.positions.weight", "net.norm.bias")
+    run, _, data = record(tmp_path, network, optimizer, module=module, gradient_clip_val=1.0)
+    assert "net.norm.bias" not in run.facts.parameters
+    other, queries = network.module(optimizer, seed=4), network.data(2, seed=7)
+    scores = scores_of(run, other, data, queries, network.task)
+    require_equal(scores, expected_of(run, network, other, data, queries))
+    assert all(p.requires_grad for p in other.parameters())
+
+
 def test_the_path_through_running_statistics_matters(tmp_path: Path) -> None:
     """The derivative with running statistics held constant is another one."""
     network = NETWORKS["batch norm"]
@@ -319,7 +324,7 @@ def test_the_path_through_running_statistics_matters(tmp_path: Path) -> None:
     constant = oracles.removals(
         run, module, network.loss, fetching(data), held, everything(queries)
     ).sum(0)
-    assert relative(constant, expected) > 0.05
+    assert relative(constant, expected) > 0.01
 
 
 # Retraining
@@ -394,11 +399,12 @@ def test_weights_modes_and_draws_are_left_as_they_were(tmp_path: Path) -> None:
     network = NETWORKS["batch norm"]
     run, module, data = record(tmp_path, network, OPTIMIZERS["adamw"])
     module.net[1].eval()
+    queries = network.data(2, seed=7)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     modes = [part.training for part in module.modules()]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    scores_of(run, module, data, network.data(2, seed=7), network.task)
+    scores_of(run, module, data, queries, network.task)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in module.modules()] == modes
     for name, tensor in module.state_dict().items():

@@ -87,7 +87,7 @@ def test_other_labels(network: str, name: str, tmp_path: Path) -> None:
         labels = {n: (data[n][1] + torch.tensor([0.5, -1.0])).tolist() for n in (1, 4, 9)}
     renamed = data.tensors[1].clone()
     for n, label in labels.items():
-        renamed[n] = torch.as_tensor(label)
+        renamed[n] = torch.as_tensor(label, dtype=renamed.dtype)
     amounts = torch.zeros(10, dtype=torch.float64, requires_grad=True)
 
     def objective(module: nn.Module, batch: Any, examples: Tensor, row: int) -> Tensor:
@@ -149,7 +149,14 @@ def test_labels_that_are_not_there_are_refused() -> None:
         Unrolled(relabel={1: 0}, token_weights=True)
     for label in (7, [0, 1]):
         with pytest.raises(ValueError, match="label"):
-            unroll(CLASSIFIER, run, module, data, Unrolled(relabel={1: label}))
+            unroll(
+                CLASSIFIER,
+                run,
+                module,
+                data,
+                Unrolled(relabel={1: label}),
+                task=ClassificationTask(),
+            )
 
 
 # Groups
@@ -219,7 +226,7 @@ def test_tokens_without_a_target_have_no_score(tmp_path: Path) -> None:
     def each(module: nn.Module, batch: Any) -> Tensor:
         logits, kept = module(batch[0]), batch[1] != -100
         chosen = batch[1].clamp(min=0)[..., None]
-        return -kept * logits.log_softmax(-1).gather(-1, chosen)[..., 0]
+        return -logits.log_softmax(-1).gather(-1, chosen)[..., 0] * kept
 
     def losses(module: nn.Module, batch: Any) -> Tensor:
         """Such that the mean over examples of the sum over positions is the mean over tokens."""

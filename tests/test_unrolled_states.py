@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.estimators import Unrolled
+from tda_lightning.estimators.unrolling import unfinished
 from tests import oracles
 from tests.attributing import relative
 from tests.cases.training import MLP
@@ -88,12 +89,6 @@ def test_places_and_budgets(problem: Problem, tmp_path: Path, monkeypatch: Any) 
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_states_in_memory_need_room_for_them(problem: Problem) -> None:
-    least = problem.least(states="memory")
-    assert least > problem.least(states="recompute")
-    require_same(problem.scores(states="memory", memory_budget=least), problem.scores())
-
-
 def test_queries_in_rounds(problem: Problem) -> None:
     """Together, or as many at a time as there is memory for, or alone."""
     together = problem.scores()
@@ -114,13 +109,19 @@ def test_pieces_of_every_length(states: str, steps: int) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS["adamw"], batches=batches, checkpoints=())
     expected = unroll(MLP, run, module, data)
     with pytest.raises(ValueError, match="memory_budget") as error:
-        unroll(MLP, run, module, data, Unrolled(states=states, memory_budget=1))
+        unroll(MLP, run, module, data, Unrolled(memory_budget=1))
     least = max(int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]*", str(error)))
     found = unroll(MLP, run, module, data, Unrolled(states=states, memory_budget=least))
     require_same(found, expected)
 
 
 # Broken off and taken up again
+
+
+@pytest.fixture(autouse=True)
+def _kept_often(monkeypatch: Any) -> None:
+    """As if every interval took long."""
+    monkeypatch.setattr(unfinished, "_SECONDS", 0.0)
 
 
 class Interrupted(Dataset):

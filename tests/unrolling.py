@@ -335,9 +335,10 @@ def record(
     recorder: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Trajectory, Trained, Any]:
-    """A run of 10 examples, two epochs of three batches, in train mode: with its data and a
-    module of other weights."""
+    """A run of 10 examples, two epochs of three batches, in train mode: with its data and the
+    module that was given, or one of other weights."""
     data = network.data(10) if data is None else data
+    other = network.module(optimizers, seed=4) if module is None else module
     module = network.module(optimizers) if module is None else module
     fit(
         path,
@@ -346,7 +347,6 @@ def record(
         recorder={"every_n_steps": 2, **(recorder or {})},
         **options,
     )
-    other = network.module(optimizers, seed=4) if module.__class__ is Trained else module
     return Trajectory.load(str(path)), other, data
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda_lightning.randomness import restore_states, unchanged_randomness
 from tda_lightning.trajectory import Trajectory
@@ -89,7 +90,8 @@ class Retraced:
 
     def measure(self, measurement: Loss, queries: Batch) -> Tensor:
         """m_q in eval mode, [query]."""
-        return _call(self.module, measurement, self.parameters, queries)
+        with sdpa_kernel(SDPBackend.MATH):
+            return _call(self.module, measurement, self.parameters, queries)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and running statistics by the names of the module's own tensors."""
@@ -123,7 +125,8 @@ def retrace(
     module = with_running_norms(module)
     parameters = {n: first.parameters[n].clone().requires_grad_() for n in facts.parameters}
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    with unchanged_randomness():
+    # The fused kernels of attention can be differentiated only once.
+    with unchanged_randomness(), sdpa_kernel(SDPBackend.MATH):
         if first.random is not None:
             restore_states(first.random)
         for row in range(len(steps)):
