@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,29 @@ class Problem:
         work = (self.run, self.module, given, self.queries, self.network.task)
         return scores_of(*work, Unrolled(**options))
 
-    def least(self, **options: Any) -> int:
-        """The least budget, as an error says it."""
-        with pytest.raises(ValueError, match="memory_budget") as error:
-            self.scores(memory_budget=1, **options)
-        return max(int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]*", str(error)))
+    def first_query(self) -> Problem:
+        """The same for one query."""
+        one = TensorDataset(*(t[:1] for t in self.queries.tensors))
+        return dataclasses.replace(self, queries=one)
+
+    @property
+    def least(self) -> int:
+        return least_of(lambda: self.scores(memory_budget=1))
+
+
+def least_of(attributing: Callable[[], Any]) -> int:
+    """The least budget, as an error says it."""
+    with pytest.raises(ValueError, match="memory_budget is 1 bytes") as error:
+        attributing()
+    (found,) = re.findall(r"takes (\d+)\.", str(error.value))
+    return int(found)
 
 
 def require_same(one: Scores, other: Scores) -> None:
+    """To the bit."""
     assert torch.equal(one.values, other.values)
     assert torch.equal(one.by_segment, other.by_segment)  # type: ignore[arg-type]
+    assert one.provenance["certificate"] == other.provenance["certificate"]
 
 
 @pytest.fixture(params=["batch norm nesterov", "dropout adamw"])
@@ -77,42 +91,43 @@ def test_places_and_budgets(problem: Problem, tmp_path: Path, monkeypatch: Any) 
     expected = problem.scores()
     truth = expected_of(problem.run, problem.network, problem.module, problem.data, problem.queries)
     assert relative(expected.by_segment, truth) < EXACT
+    one = problem.first_query()
+    alone, least = one.scores(), problem.least
     for states in ("memory", "disk", "recompute", "auto"):
         require_same(problem.scores(states=states), expected)
-        if states == "memory":
-            continue
-        least = problem.least(states=states)
-        for budget in (least, least + least // 3, 3 * least, 20 * least):
-            require_same(problem.scores(states=states, memory_budget=budget), expected)
-        with pytest.raises(ValueError, match="memory_budget"):
-            problem.scores(states=states, memory_budget=least - 1)
+        for budget in (least, least + least // 3, 3 * least):
+            require_same(one.scores(states=states, memory_budget=budget), alone)
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.parametrize("states", ["auto", "recompute"])
+def test_too_small_a_budget_is_refused(problem: Problem, states: str) -> None:
+    least = problem.least
+    problem.scores(states=states, memory_budget=least)
+    with pytest.raises(ValueError, match=f"takes {least}\\."):
+        problem.scores(states=states, memory_budget=least - 1)
+
+
 def test_queries_in_rounds(problem: Problem) -> None:
-    """Together, or as many at a time as there is memory for, or alone."""
+    """Together, or as many at a time as there is memory for: the same to rounding."""
     together = problem.scores()
-    least = problem.least()
-    found = problem.scores(memory_budget=least)
-    assert torch.equal(found.values, together.values)
-    for number in range(3):
-        one = TensorDataset(*(t[number : number + 1] for t in problem.queries.tensors))
-        alone = dataclasses.replace(problem, queries=one).scores()
-        assert relative(alone.values, together.values[number : number + 1]) < 1e-11
+    rounds = problem.scores(memory_budget=problem.least)
+    assert relative(rounds.by_segment, together.by_segment) < 1e-12
+    assert rounds.provenance["certificate"] == together.provenance["certificate"]
+    alone = problem.first_query().scores()
+    assert relative(alone.values, together.values[:1]) < 1e-12
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 6, 13])
-@pytest.mark.parametrize("states", ["recompute", "disk"])
-def test_pieces_of_every_length(states: str, steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 13])
+def test_pieces_of_every_length(steps: int) -> None:
     """An interval of any number of steps, under the least budget."""
     batches = oracles.cut_batches(10, 4, epochs=5)[:steps]
     run, module, data = in_memory(MLP, OPTIMIZERS["adamw"], batches=batches, checkpoints=())
     expected = unroll(MLP, run, module, data)
-    with pytest.raises(ValueError, match="memory_budget") as error:
-        unroll(MLP, run, module, data, Unrolled(memory_budget=1))
-    least = max(int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]*", str(error)))
-    found = unroll(MLP, run, module, data, Unrolled(states=states, memory_budget=least))
-    require_same(found, expected)
+    least = least_of(lambda: unroll(MLP, run, module, data, Unrolled(memory_budget=1)))
+    for budget in (least, 3 * least):
+        found = unroll(MLP, run, module, data, Unrolled(memory_budget=budget))
+        assert relative(found.by_segment, expected.by_segment) < 1e-12
 
 
 # Broken off and taken up again
@@ -146,15 +161,14 @@ def stopped(problem: Problem, after: int, kind: Any = KeyboardInterrupt, **optio
         problem.scores(Interrupted(problem.data, after, kind), **options)
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("reopened", [True, False])
+@pytest.mark.parametrize(("kind", "reopened"), [(KeyboardInterrupt, True), (OSError, False)])
 def test_broken_off_work_is_taken_up(problem: Problem, reopened: bool, kind: Any) -> None:
     expected = problem.scores()
     watched = Interrupted(problem.data, None)
     require_same(problem.scores(watched), expected)
     assert not problem.run.unfinished
     whole, fewer = watched.count, 0
-    for part in (0.3, 0.5, 0.7, 0.85, 0.97):
+    for part in (0.3, 0.7, 0.97):
         stopped(problem, int(part * whole), kind)
         begun = bool(problem.run.unfinished)
         if reopened:
@@ -166,21 +180,22 @@ def test_broken_off_work_is_taken_up(problem: Problem, reopened: bool, kind: Any
         assert rest.count < whole if begun else rest.count == whole
         fewer += begun
         assert not problem.run.unfinished
-    assert 0 < fewer < 5
+    assert 0 < fewer < 3
 
 
 def test_work_broken_off_again_and_again(problem: Problem) -> None:
-    expected = problem.scores(memory_budget=problem.least())
-    for _ in range(40):
+    """Never is there time for all of it."""
+    expected = problem.scores()
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched)
+    for _ in range(3):
         try:
-            found = problem.scores(
-                Interrupted(problem.data, 150, RuntimeError), memory_budget=problem.least()
-            )
-        except RuntimeError:
+            found = problem.scores(Interrupted(problem.data, int(0.85 * watched.count), OSError))
+        except OSError:
             continue
         break
     else:
-        pytest.skip("an interval takes more than that")
+        pytest.fail("it came to no end")
     require_same(found, expected)
 
 
