@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Replay:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    @property
+    @cached_property
     def knows_randomness(self) -> bool:
         """Whether the states of the random generators were recorded."""
         recorded = self.trajectory.facts.settings.get("random") == "recorded"

@@ -81,7 +81,9 @@ class OptimizerAdjoint:
             # torch.optim.SGD begins a buffer with the whole gradient.
             fresh = name in state.fresh
             taken = 1.0 if fresh else 1 - self._setting("dampening", name, state)
-            b = self.b.setdefault(name, torch.zeros_like(a))
+            if name not in self.b:
+                self.b[name] = torch.zeros_like(a)
+            b = self.b[name]
             b.add_(a, alpha=-rate * (momentum if nesterov else 1))
             u = b if taken == 1 else taken * b
             if nesterov:

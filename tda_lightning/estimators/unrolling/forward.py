@@ -42,6 +42,9 @@ class ForwardWalk:
         self._standstills: dict[int, Standstill] = {}
         self._disk: DiskRoom | None = None
         self._start: dict[str, Tensor] = {}
+        self._steps = frozenset(replay.trajectory.checkpoints)
+        self._compared: set[int] = set()
+        self._earlier: tuple[int, Mapping[str, Tensor]] = (-1, {})
 
     def begin(self, move: Move, restart: int, room: int | None) -> None:
         """Stand at the start of ``move``, in the stretch after checkpoint ``restart``.
@@ -80,14 +83,8 @@ class ForwardWalk:
                 self.states.append(self._state(row, before, loss, draws))
         if row + 1 in move.cuts:
             self._standstills[row + 1] = self._walk.stand()
-        if row + 1 in trajectory.checkpoints:
-            earlier = max(step for step in trajectory.checkpoints if step <= row)
-            self.certificate.compare(
-                row + 1,
-                dict(replay.module.named_parameters()),
-                trajectory.checkpoints[row + 1].parameters,
-                trajectory.checkpoints[earlier].parameters,
-            )
+        if row + 1 in self._steps:
+            self._compare(row + 1)
         if row + 1 == move.stop:
             self._require_known_buffers()
 
@@ -102,6 +99,19 @@ class ForwardWalk:
         if self._disk is not None:
             self._disk.close()
             self._disk = None
+
+    def _compare(self, step: int) -> None:
+        """Compare the weights with the checkpoint after ``step``, unless that was done."""
+        if step in self._compared:
+            return
+        earlier = max(other for other in self._steps if other < step)
+        if self._earlier[0] != earlier:
+            self._earlier = (earlier, self.replay.trajectory.checkpoints[earlier].parameters)
+        recorded = self.replay.trajectory.checkpoints[step].parameters
+        weights = dict(self.replay.module.named_parameters())
+        self.certificate.compare(step, weights, recorded, self._earlier[1])
+        self._compared.add(step)
+        self._earlier = (step, recorded)
 
     def _before(self, row: int) -> tuple[dict[str, Tensor], frozenset[str]]:
         keep = keep_in_memory if self._disk is None else self._disk.keep

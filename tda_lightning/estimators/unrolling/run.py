@@ -103,17 +103,19 @@ class UnrolledRun:
     def _restarts(self, row: int | None) -> list[tuple[int, int]]:
         """The stretches up to ``row`` (None: the end) between checkpoints from which a replay can
         start, those whose optimizer state was recorded; the last one first."""
-        stops = [step for step in self.checkpoints if step == 0 or self._restartable(step)]
         end = self.trajectory.last_step if row is None else row
-        bounds = [step for step in stops if step < end] + [end]
+        bounds = [step for step in self._restartable if step < end] + [end]
         pairs = zip(bounds, bounds[1:], strict=False)
         return [(a, b) for a, b in pairs if b > self.first_row][::-1]
 
-    def _restartable(self, step: int) -> bool:
+    @functools.cached_property
+    def _restartable(self) -> list[int]:
+        """The checkpoints that hold all that training went on from."""
         momentum = self.trajectory.steps.hyperparameters.get("momentum")
         if momentum is not None and not bool(momentum.any()):
-            return True  # the weights are all there is
-        return self.trajectory.checkpoints[step].optimizer is not None
+            return self.checkpoints  # the weights are all there is
+        found = self.trajectory.checkpoints
+        return [step for step in self.checkpoints if step == 0 or found[step].optimizer is not None]
 
     def _round(self, start: int, stop: int, room: int) -> list[Pass]:
         """The passes for the queries ``start`` to ``stop``."""
