@@ -199,6 +199,29 @@ def test_work_broken_off_again_and_again(problem: Problem) -> None:
     require_same(found, expected)
 
 
+def test_tokens_are_kept_with_unfinished_work(tmp_path: Path) -> None:
+    """In rounds of queries too, and in a file of scores."""
+    network = NETWORKS["transformer"]
+    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **LONG)
+    problem = Problem(network, run, module, data, network.data(3, seed=7))
+    expected = problem.scores(token_weights=True)
+    watched = Interrupted(data, None)
+    problem.scores(watched, token_weights=True)
+    stopped(problem, int(0.9 * watched.count), token_weights=True)
+    assert run.unfinished
+    found = problem.scores(token_weights=True)
+    require_same(found, expected)
+    assert torch.equal(found.by_token, expected.by_token)  # type: ignore[arg-type]
+    rounds = problem.scores(token_weights=True, memory_budget=problem.least)
+    assert relative(rounds.by_token, expected.by_token) < 1e-12  # type: ignore[arg-type]
+    path = str(tmp_path / "scores.h5")
+    work = (run, module, data, problem.queries, network.task, Unrolled(token_weights=True))
+    streamed = scores_of(*work, scores_path=path)
+    for one in (streamed, Scores.load(path)):
+        require_same(one, expected)
+        assert torch.equal(one.by_token, expected.by_token)  # type: ignore[arg-type]
+
+
 def test_work_of_another_question_is_not_taken_up(problem: Problem) -> None:
     """Other queries, another model of the same shape, other settings."""
     expected = problem.scores()

@@ -24,6 +24,7 @@ class Unrolled:
     the Hessian of every step's loss. Nothing is approximated; the question is a local one all the
     same. A batch keeps its denominator (:func:`~tda_lightning.evaluation.as_removal` for true
     removal), and in a rough run a small weight change predicts no removal: ``tda check`` tells.
+    What a training step detaches counts as a constant, also where its value came from the weights.
 
     Every replay is compared with the recorded checkpoints (``provenance["certificate"]``).
 
