@@ -48,11 +48,11 @@ class UnrolledRun:
         self.options, self.context = options, context
         self.trajectory = context.trajectory
         self.replay = Replay(self.trajectory, context.module, context.task, context.examples)
-        require_exact(self.replay, context, options.relabel or {})
-        self.checkpoints = sorted(self.trajectory.checkpoints)
-        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         with self.replay.as_trained():
             self.layers = moving_layers(context.module)
+        require_exact(self.replay, context, options, self.layers)
+        self.checkpoints = sorted(self.trajectory.checkpoints)
+        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         self.certificate = Certificate(options.tolerance)
         self.forward = ForwardWalk(self.replay, self.layers, self.certificate)
         self.back: BackwardWalk | None = None
@@ -276,8 +276,9 @@ def _share(start: int, stop: int) -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return start, stop
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    size = stop - start
-    return start + rank * size // world, start + (rank + 1) * size // world
+    # Rounded up, so that the first process, which writes down what was found, is never without.
+    first, last = (-(-part * (stop - start) // world) for part in (rank, rank + 1))
+    return start + first, start + last
 
 
 def _group(found: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -36,8 +36,10 @@ class Unfinished:
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
         """That of the queries ``first`` to ``last``."""
+        if run.context.world_size > 1:
+            return Unfinished("", None)
         key = _key(run, first, last)
-        kept = run.trajectory.unfinished.get(key) if run.context.world_size == 1 else None
+        kept = run.trajectory.unfinished.get(key)
         found = None if kept is None else {name: tensor.clone() for name, tensor in kept.items()}
         return Unfinished(key, found, time.monotonic())
 
