@@ -13,15 +13,17 @@ _ELSEWHERE = 1e-2
 def smoothness_table(found: Smoothness) -> Table:
     """The three numbers with their intervals."""
     table = Table(title=f"Smoothness ({found.replays} replays, {found.seconds:.0f} s)")
-    table.add_column("what goes on to the whole removal")
-    table.add_column("number", justify="right")
+    table.add_column("")
+    table.add_column("how well the whole removal is foretold")
+    table.add_column("", justify="right")
     table.add_column("95% interval")
-    for what, number in (
-        ("the weights' movement from half of it (metasmoothness)", found.metasmoothness),
-        ("the queries' change at half of it (rank)", found.halfway),
-        (f"the queries' change at {found.share:g} of it, the derivative (rank)", found.derivative),
+    for name, what, number in (
+        ("metasmoothness", "signs of the weights' changes, from half of it", found.metasmoothness),
+        ("halfway", "ranks of the queries' changes, from half of it", found.halfway),
+        ("derivative", f"the same, from {found.share:g} of it", found.derivative),
     ):
-        table.add_row(what, f"{number.value:.3f}", f"{number.low:.3f} to {number.high:.3f}")
+        interval = f"{number.low:.3f} to {number.high:.3f}"
+        table.add_row(name, what, f"{number.value:.3f}", interval)
     return table
 
 

@@ -156,6 +156,11 @@ class Smoothness:
                 f"Smooth: the derivative of this run predicts what {removal} does. Trust what is "
                 "closest to it: exact unrolling, then Source(order='recorded')."
             )
+        if math.isnan(self.derivative.low):
+            return (
+                f"Undecided: {removal} changed too few measurements to compare. Ask for more "
+                "queries or a larger fraction."
+            )
         if self.verdict == "undecided":
             return (
                 f"Undecided: the interval of the derivative's agreement holds {THRESHOLD}. Ask for "
@@ -219,7 +224,7 @@ def smoothness(
     num_train = len(ExampleSource.of(dataset, 1, "training"))
     left_out = _random_sets(num_train, fraction, directions, seed)
     if not 0 < share < 0.5:
-        raise ValueError(f"share must be between 0 and 0.5, got {share}.")
+        raise ValueError(f"share must be above 0 and below 0.5, got {share}.")
     if (count := len(ExampleSource.of(queries, batch_size, "query"))) < 3:
         raise ValueError(f"A rank correlation needs at least 3 queries, got {count}.")
     shares = torch.tensor([share, 0.5, 1.0])
