@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.estimators.unrolling.tape import StepState
+from tda_lightning.replay import clips_by_value
 from tda_lightning.trajectory import Trajectory
 
 # The first steps of Adam cancel: where |g| is far above eps their update hardly depends on |g|,
@@ -163,7 +164,7 @@ class OptimizerAdjoint:
 
     def _clip_value(self) -> float | None:
         settings = self.trajectory.facts.settings
-        if settings.get("gradient_clip_algorithm", "norm") != "value":
+        if not clips_by_value(settings):
             return None
         limit = settings.get("gradient_clip_val")
         return float(limit) if limit else None

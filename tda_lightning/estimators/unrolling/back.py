@@ -60,14 +60,15 @@ class BackwardWalk:
     def step(self, state: StepState) -> None:
         """Go back through one step."""
         replay, steps = self.replay, self.replay.trajectory.steps
-        load(replay.module, {**state.buffers, **state.parameters})
+        load(replay.module, state.parameters)
         u = self.adjoint.enter(state)
-        batches = list(zip(steps.batches(state.row), state.draws, strict=True))
+        batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
-            for examples, draws in reversed(batches):
+            for examples, draws, counts in reversed(batches):
                 if not self._chunk:
                     self._settle(state.row, examples, draws)
+                load(replay.module, counts)
                 graph = self._graph(state.row, examples, draws)
                 losses.append(graph.loss)
                 self._add(graph, examples, u)

@@ -60,7 +60,7 @@ class UnrolledRun:
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
-        self.sizes = state_bytes(self.replay, self.layers)
+        self.sizes = state_bytes(self.replay)
         self._require_budget()
 
     def plan(self) -> Plan:
@@ -198,6 +198,7 @@ class UnrolledRun:
         )
         if found is not None:
             self.back.restore(found)
+            self.certificate.restore(found)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the round: what :meth:`_begin` takes up again."""
@@ -205,7 +206,7 @@ class UnrolledRun:
         adjoint = self.back.adjoint
         kinds = {"a": adjoint.a, "b": adjoint.b, "e": adjoint.e, "c": self.back.statistics}
         named = {f"{kind}.{name}": t for kind, own in kinds.items() for name, t in own.items()}
-        return {**named, **self.back.tensors()}
+        return {**named, **self.back.tensors(), **self.certificate.tensors()}
 
     def _leave(self, last: bool) -> None:
         """The end of a round."""
