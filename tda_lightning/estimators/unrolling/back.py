@@ -81,6 +81,7 @@ class BackwardWalk:
     def tensors(self) -> dict[str, Tensor]:
         """The scores so far, to go on from later."""
         found = {f"scores.{number}": values for number, values in self._finished.items()}
+        found["together"] = torch.tensor(self._chunk)
         return found if self.by_token is None else {**found, "by_token": self.by_token}
 
     def restore(self, found: Mapping[str, Tensor]) -> None:
@@ -89,6 +90,7 @@ class BackwardWalk:
             if name.startswith("scores."):
                 self._values = tensor.to(self.context.device)
                 self._end_segment(int(name.removeprefix("scores.")))
+        self._chunk = int(found["together"])
         self.by_token = found.get("by_token")
 
     def finish(self) -> None:
