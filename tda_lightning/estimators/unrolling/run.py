@@ -57,6 +57,8 @@ class UnrolledRun:
         self.forward = ForwardWalk(self.replay, self.layers, self.certificate)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
+        self._rounds: list[tuple[int, int]] = []
+        self._unfinished: list[Unfinished] = []
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
@@ -89,7 +91,8 @@ class UnrolledRun:
         passes: list[Pass] = []
         copies = 3 if self.trajectory.facts.optimizer == "SGD" else 5
         each = copies * self._parameter_count() * self.context.dtype.itemsize
-        for start, stop in rounds_of(self.context.num_query, each, self.budget // 2):
+        self._rounds = list(rounds_of(self.context.num_query, each, self.budget // 2))
+        for start, stop in self._rounds:
             room = max(self.budget // 2, self.budget - (stop - start) * each)
             passes += self._round(start, stop, room)
         passes[-1].end = _after(passes[-1].end, self._finish)
@@ -120,6 +123,7 @@ class UnrolledRun:
     def _round(self, start: int, stop: int, room: int) -> list[Pass]:
         """The passes for the queries ``start`` to ``stop``."""
         unfinished = Unfinished.of(self, start, stop)
+        self._unfinished.append(unfinished)
         passes: list[Pass] = []
         for a, b in self._restarts(unfinished.row):
             first = max(a, self.first_row)
@@ -127,8 +131,12 @@ class UnrolledRun:
             moves += plan_moves(first, b, self._room(b - first, room), *self.sizes)
             longest = max(m.stop - m.start for m in moves if m.kind == "keep")
             passes += [self._pass(move, a, b, longest) for move in moves]
-            keep = functools.partial(unfinished.keep, self, a)
-            passes[-1].end = _after(passes[-1].end, keep)
+            if a > self.first_row or len(self._rounds) > 1:
+                keep = functools.partial(unfinished.keep, self, max(a, self.first_row))
+                passes[-1].end = _after(passes[-1].end, keep)
+        if not passes:  # an interrupted attribution had done this round
+            nothing = Pass("taken up", self.trajectory.last_step, lambda *_: None, rows=())
+            passes.append(nothing)
         begin = functools.partial(self._begin, unfinished, start, stop)
         passes[0].begin = _after(begin, passes[0].begin)
         leave = functools.partial(self._leave, stop == self.context.num_query)
@@ -226,6 +234,8 @@ class UnrolledRun:
             self.context.sink.set_by_token(self.context.reduce(self.by_token))
 
     def _finish(self) -> None:
+        for unfinished in self._unfinished:
+            unfinished.discard(self)
         self.made["certificate"] = self.certificate.record()
         self.notes.append(self.certificate.note())
 
