@@ -183,6 +183,18 @@ def test_broken_off_work_is_taken_up(problem: Problem, reopened: bool, kind: Any
     assert 0 < fewer < 3
 
 
+def test_rounds_of_queries_that_are_done_are_not_done_again(problem: Problem) -> None:
+    budget = problem.least
+    expected = problem.scores(memory_budget=budget)
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched, memory_budget=budget)
+    stopped(problem, int(0.9 * watched.count), memory_budget=budget)
+    rest = Interrupted(problem.data, None)
+    require_same(problem.scores(rest, memory_budget=budget), expected)
+    assert rest.count < 0.5 * watched.count
+    assert not problem.run.unfinished
+
+
 def test_work_broken_off_again_and_again(problem: Problem) -> None:
     """Never is there time for all of it."""
     expected = problem.scores()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,8 @@ class Unrolled:
             raise ValueError(f"states must be one of {', '.join(STATES)}, got {self.states!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
+        if self.relabel is not None:
+            self.relabel = {int(index): _plain(label) for index, label in self.relabel.items()}
         if self.relabel and self.token_weights:
             raise ValueError(
                 "relabel changes an example's whole label, and token_weights splits its score by "
@@ -85,14 +87,13 @@ class Unrolled:
 
     def segment_count(self, context: Context) -> int:
         """One segment for each recorded interval between checkpoints."""
-        return len(intervals(context.trajectory.checkpoints))
+        return len(context.trajectory.checkpoints) - 1
 
     def plan(self, context: Context) -> Plan:
         """For every interval, last one first: a replay forwards, and the way back."""
         return UnrolledRun(self, context).plan()
 
 
-def intervals(checkpoints: Mapping[int, Any]) -> Sequence[tuple[int, int]]:
-    """(start, stop) between one recorded checkpoint and the next."""
-    steps = sorted(checkpoints)
-    return list(zip(steps, steps[1:], strict=False))
+def _plain(label: Any) -> Any:
+    """A label as numbers and lists: settings are written down with the scores."""
+    return label.tolist() if hasattr(label, "tolist") else label

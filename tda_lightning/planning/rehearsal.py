@@ -15,7 +15,6 @@ from tda_lightning.loading import ExampleSource, PassLoader
 from tda_lightning.passes import Context, Pass, Plan
 from tda_lightning.planning import clock
 from tda_lightning.planning.memory import PeakMemory
-from tda_lightning.planning.progress import SlowProgress
 from tda_lightning.planning.records import AttributionPlan, PassPlan
 from tda_lightning.planning.stand_ins import (
     Decompositions,
@@ -23,6 +22,7 @@ from tda_lightning.planning.stand_ins import (
     ScoresForgotten,
     synchronize,
 )
+from tda_lightning.progress import SlowProgress
 
 # A kind of pass is timed over at least one full batch, then until one of these is reached.
 _SECONDS, _BATCHES = 1.0, 12

@@ -48,15 +48,17 @@ class UnrolledRun:
         self.options, self.context = options, context
         self.trajectory = context.trajectory
         self.replay = Replay(self.trajectory, context.module, context.task, context.examples)
-        require_exact(self.replay, context, options.relabel or {})
-        self.checkpoints = sorted(self.trajectory.checkpoints)
-        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         with self.replay.as_trained():
             self.layers = moving_layers(context.module)
+        require_exact(self.replay, context, options, self.layers)
+        self.checkpoints = sorted(self.trajectory.checkpoints)
+        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         self.certificate = Certificate(options.tolerance)
         self.forward = ForwardWalk(self.replay, self.layers, self.certificate)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
+        self._rounds: list[tuple[int, int]] = []
+        self._unfinished: list[Unfinished] = []
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
@@ -89,7 +91,8 @@ class UnrolledRun:
         passes: list[Pass] = []
         copies = 3 if self.trajectory.facts.optimizer == "SGD" else 5
         each = copies * self._parameter_count() * self.context.dtype.itemsize
-        for start, stop in rounds_of(self.context.num_query, each, self.budget // 2):
+        self._rounds = list(rounds_of(self.context.num_query, each, self.budget // 2))
+        for start, stop in self._rounds:
             room = max(self.budget // 2, self.budget - (stop - start) * each)
             passes += self._round(start, stop, room)
         passes[-1].end = _after(passes[-1].end, self._finish)
@@ -120,6 +123,7 @@ class UnrolledRun:
     def _round(self, start: int, stop: int, room: int) -> list[Pass]:
         """The passes for the queries ``start`` to ``stop``."""
         unfinished = Unfinished.of(self, start, stop)
+        self._unfinished.append(unfinished)
         passes: list[Pass] = []
         for a, b in self._restarts(unfinished.row):
             first = max(a, self.first_row)
@@ -127,8 +131,12 @@ class UnrolledRun:
             moves += plan_moves(first, b, self._room(b - first, room), *self.sizes)
             longest = max(m.stop - m.start for m in moves if m.kind == "keep")
             passes += [self._pass(move, a, b, longest) for move in moves]
-            keep = functools.partial(unfinished.keep, self, a)
-            passes[-1].end = _after(passes[-1].end, keep)
+            if a > self.first_row or len(self._rounds) > 1:
+                keep = functools.partial(unfinished.keep, self, max(a, self.first_row))
+                passes[-1].end = _after(passes[-1].end, keep)
+        if not passes:  # an interrupted attribution had done this round
+            nothing = Pass("taken up", self.trajectory.last_step, lambda *_: None, rows=())
+            passes.append(nothing)
         begin = functools.partial(self._begin, unfinished, start, stop)
         passes[0].begin = _after(begin, passes[0].begin)
         leave = functools.partial(self._leave, stop == self.context.num_query)
@@ -226,6 +234,8 @@ class UnrolledRun:
             self.context.sink.set_by_token(self.context.reduce(self.by_token))
 
     def _finish(self) -> None:
+        for unfinished in self._unfinished:
+            unfinished.discard(self)
         self.made["certificate"] = self.certificate.record()
         self.notes.append(self.certificate.note())
 
@@ -277,8 +287,9 @@ def _share(start: int, stop: int) -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return start, stop
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    size = stop - start
-    return start + rank * size // world, start + (rank + 1) * size // world
+    # Rounded up, so that the first process, which writes down what was found, is never without.
+    first, last = (-(-part * (stop - start) // world) for part in (rank, rank + 1))
+    return start + first, start + last
 
 
 def _group(found: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
