@@ -54,7 +54,9 @@ class Unfinished:
         recent = time.monotonic() - self._kept_at < _SECONDS
         if run.context.world_size > 1 or (recent and row > run.first_row):
             return
-        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **run.tensors()}
+        # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
+        found = {name: tensor.clone() for name, tensor in run.tensors().items()}
+        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **found}
         self._kept_at = time.monotonic()
 
     def discard(self, run: UnrolledRun) -> None:
