@@ -96,11 +96,11 @@ def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):
 
 def test_a_check_of_gradients_replay_and_smoothness(run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert main(["check", "runs/digits", "directions=2", "fraction=0.1"]) == 0
+    assert main(["check", "runs/digits", "directions=3", "fraction=0.1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Engine against plain autograd" in out
     assert "A replay with all weights 1 lands on the recorded end, bit for bit." in out
-    assert "Smoothness (7 replays" in out
+    assert "Smoothness (10 replays" in out
     for word in ("metasmoothness", "halfway", "derivative", "95% interval"):
         assert word in out
     assert re.search("(Smooth|Rough|Undecided): ", out)
@@ -133,7 +133,7 @@ def test_a_check_of_a_run_that_cannot_be_replayed(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("directions=1", "needs at least 2 directions"),
+        ("directions=2", "needs at least 3 directions"),
         ("fraction=2", "fraction must be between 0 and 1"),
         ("data.num_query=2", "at least 3 queries, got 2"),
         ("+data.num_train=50", "expected 60 examples, got 50"),
