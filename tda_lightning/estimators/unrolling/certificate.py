@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,13 +27,13 @@ class Certificate:
             before; above it there is an error.
         largest: difference of a single weight.
         relative: largest distance of all weights, relative to how far they moved.
-        checkpoints: how many were compared.
+        steps: of the checkpoints that were compared; some are passed more than once.
     """
 
     tolerance: float
     largest: float = 0.0
     relative: float = 0.0
-    checkpoints: int = 0
+    steps: set[int] = field(default_factory=set)
 
     def compare(
         self,
@@ -64,12 +64,29 @@ class Certificate:
                 "raise Unrolled's tolerance and read the scores as those of a similar run."
             )
         self.relative = max(self.relative, relative)
-        self.checkpoints += 1
+        self.steps.add(step)
+
+    @property
+    def checkpoints(self) -> int:
+        """How many were compared."""
+        return len(self.steps)
 
     @property
     def bit_equal(self) -> bool:
         """Whether every weight was the recorded one, to the bit."""
         return self.largest == 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found so far, to go on from later."""
+        differences = torch.tensor([self.largest, self.relative], dtype=torch.float64)
+        steps = torch.tensor(sorted(self.steps), dtype=torch.int64)
+        return {"certificate.differences": differences, "certificate.steps": steps}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`tensors` gave."""
+        largest, relative = found["certificate.differences"].tolist()
+        self.largest, self.relative = max(self.largest, largest), max(self.relative, relative)
+        self.steps |= set(found["certificate.steps"].tolist())
 
     def record(self) -> dict[str, Any]:
         """For the provenance of scores."""

@@ -17,7 +17,7 @@ from tda_lightning.passes import Context
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolling.run import UnrolledRun
 
-_SECONDS = 30.0  # of work that may be lost; keeping it takes time too
+_SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer than a second
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Unfinished:
     key: str
     found: dict[str, Tensor] | None
     _kept_at: float = 0.0
+    _took: float = 0.0
 
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
@@ -55,10 +56,12 @@ class Unfinished:
             if self.key in kept:
                 del kept[self.key]
             return
-        if time.monotonic() - self._kept_at < _SECONDS:
+        began = time.monotonic()
+        if began - self._kept_at < _SECONDS * max(1.0, self._took):
             return
         kept[self.key] = {"row": torch.tensor(row), **run.tensors()}
         self._kept_at = time.monotonic()
+        self._took = self._kept_at - began
 
 
 def _key(run: UnrolledRun, first: int, last: int) -> str:
