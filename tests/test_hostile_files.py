@@ -382,9 +382,7 @@ def test_impossible_scores(values: Any, message: str, mapped: bool, scores: Path
         (np.zeros((3, 5, 4), np.float64), "holds float64"),
     ],
 )
-def test_impossible_scores_of_tokens(
-    tokens: Any, message: str, mapped: bool, scores: Path
-) -> None:
+def test_impossible_scores_of_tokens(tokens: Any, message: str, mapped: bool, scores: Path) -> None:
     put(scores, "by_token", tokens)
     sealed(scores)
     with pytest.raises(TrajectoryFormatError, match=message):
