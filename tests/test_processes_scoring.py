@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
 from tests.runs import Numbered, adamw
@@ -29,6 +30,7 @@ ESTIMATORS = {
     "source recorded blocks": Source(2, order="recorded", leading_directions=0),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
+    "unrolled": Unrolled(),
 }
 RUNS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -46,8 +48,15 @@ class WithoutTask(Plain):
         return (self.net(batch[0]) - batch[1]).square().mean()
 
 
+class PerExample(AttributionTask):
+    def train_loss(self, module: Any, batch: Any) -> torch.Tensor:
+        return (module.net(batch[0]) - batch[1]).square().mean(1)
+
+
 def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Scores:
-    attribution = AttributionModule(WithoutTask(), str(folder), estimator)
+    # The training step calls no standard loss: it does not tell one example's from another's.
+    task = PerExample() if isinstance(estimator, Unrolled) else None
+    attribution = AttributionModule(WithoutTask(), str(folder), estimator, task)
     return attribution.attribute(
         Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
     )
@@ -89,7 +98,7 @@ def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_p
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
-    assert ("statistics" in expected.provenance) == (run == "online" and name != "tracin")
+    assert ("statistics" in expected.provenance) == (run == "online" and name not in ("tracin", "unrolled"))
     for each in found:
         values, by_segment, own, world_size, not_kept = each[run, name]
         assert relative(values, expected.values.double()) < 1e-5
