@@ -98,7 +98,9 @@ def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_p
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
-    assert ("statistics" in expected.provenance) == (run == "online" and name not in ("tracin", "unrolled"))
+    assert ("statistics" in expected.provenance) == (
+        run == "online" and name not in ("tracin", "unrolled")
+    )
     for each in found:
         values, by_segment, own, world_size, not_kept = each[run, name]
         assert relative(values, expected.values.double()) < 1e-5
