@@ -56,7 +56,9 @@ class Unfinished:
         recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
         if run.context.world_size > 1 or (recent and row > run.first_row):
             return
-        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **run.tensors()}
+        # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
+        found = {name: tensor.clone() for name, tensor in run.tensors().items()}
+        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **found}
         self._kept_at = time.monotonic()
         self._took = self._kept_at - began
 
