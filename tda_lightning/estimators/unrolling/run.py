@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +54,10 @@ class UnrolledRun:
         require_exact(self.replay, context, options, self.layers)
         self.checkpoints = sorted(self.trajectory.checkpoints)
         self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
-        self.certificate = Certificate(options.tolerance)
-        self.forward = ForwardWalk(self.replay, self.layers, self.certificate)
+        # What a rehearsal replays is compared, because that takes time, and refused for nothing.
+        tolerance = math.inf if context.rehearsal else options.tolerance
+        self.certificate = Certificate(tolerance)
+        self.forward = ForwardWalk(self.replay, self.layers, self.certificate, context.rehearsal)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
         self._rounds: list[tuple[int, int]] = []
@@ -130,7 +133,9 @@ class UnrolledRun:
             moves = [Move("skip", a, first, (first,))] if first > a else []
             moves += plan_moves(first, b, self._room(b - first, room), *self.sizes)
             longest = max(m.stop - m.start for m in moves if m.kind == "keep")
-            passes += [self._pass(move, a, b, longest) for move in moves]
+            for move, held in zip(moves, self._held(moves), strict=True):
+                passes.append(self._pass(move, a, longest))
+                passes[-1].holds = held
             if a > self.first_row or len(self._rounds) > 1:
                 keep = functools.partial(unfinished.keep, self, max(a, self.first_row))
                 passes[-1].end = _after(passes[-1].end, keep)
@@ -143,6 +148,17 @@ class UnrolledRun:
         passes[-1].end = _after(passes[-1].end, leave)
         return passes
 
+    def _held(self, moves: Sequence[Move]) -> Iterator[int]:
+        """Bytes of main memory for states and standstills after each of the moves."""
+        state, standstill = self.sizes
+        standing: set[int] = set()
+        for move in moves:
+            standing |= set(move.cuts)
+            if move.kind == "keep":
+                standing.discard(move.start)
+            kept = move.kind == "keep" and self.options.states != "disk"
+            yield len(standing) * standstill + kept * (move.stop - move.start) * state
+
     def _room(self, steps: int, room: int) -> int:
         """Bytes that the states of a stretch of so many steps may take."""
         if self.options.states in ("memory", "disk"):
@@ -153,9 +169,13 @@ class UnrolledRun:
             )
         return room
 
-    def _pass(self, move: Move, a: int, b: int, longest: int) -> Pass:
-        doing = {"skip": "replay", "keep": "replay, kept", "back": "way back"}[move.kind]
-        title = f"steps {move.start + 1} to {move.stop}: {doing}"
+    def _pass(self, move: Move, a: int, longest: int) -> Pass:
+        first, last = move.start + 1, move.stop
+        title = {
+            "skip": f"steps {first} to {last}, replayed",
+            "keep": f"steps {first} to {last}, forwards",
+            "back": f"steps {last} to {first}, backwards",
+        }[move.kind]
         forward = self.forward
 
         def begin() -> None:
@@ -173,7 +193,8 @@ class UnrolledRun:
             else:
                 forward.step(int(rows), move)
 
-        return Pass(title, self.trajectory.last_step, accumulate, begin, rows=move.rows())
+        step, back = self.trajectory.last_step, move.kind == "back"
+        return Pass(title, step, accumulate, begin, rows=move.rows(), returns=back)
 
     # The queries of a round.
 
@@ -283,7 +304,8 @@ class UnrolledRun:
 
 
 def _share(start: int, stop: int) -> tuple[int, int]:
-    """The part of the queries ``start`` to ``stop`` that is this process's."""
+    """The part of the queries ``start`` to ``stop`` that is this process's; the first one, whose
+    certificate is kept, has some."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return start, stop
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -17,7 +17,7 @@ from tda_lightning.passes import Context
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolling.run import UnrolledRun
 
-_SECONDS = 30.0  # of work that may be lost; keeping it takes time too
+_SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer than a second
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Unfinished:
     key: str
     found: dict[str, Tensor] | None
     _kept_at: float = 0.0
+    _took: float = 0.0
 
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
@@ -51,13 +52,15 @@ class Unfinished:
 
     def keep(self, run: UnrolledRun, row: int) -> None:
         """Keep the state at ``row``, where much work would be lost without."""
-        recent = time.monotonic() - self._kept_at < _SECONDS
+        began = time.monotonic()
+        recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
         if run.context.world_size > 1 or (recent and row > run.first_row):
             return
         # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
         found = {name: tensor.clone() for name, tensor in run.tensors().items()}
         run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **found}
         self._kept_at = time.monotonic()
+        self._took = self._kept_at - began
 
     def discard(self, run: UnrolledRun) -> None:
         """Keep it no longer."""
