@@ -34,9 +34,10 @@ class Move:
         return rows[::-1] if self.kind == "back" else rows
 
 
-def least_budget(state: int, standstill: int) -> int:
-    """Bytes that any interval can be walked back with."""
-    return standstill + state
+def least_budget(steps: int, state: int, standstill: int) -> int:
+    """Bytes that an interval of so many steps can be walked back with: cut in two again and again,
+    a standstill for each time."""
+    return state + (steps - 1).bit_length() * standstill
 
 
 def plan_moves(start: int, stop: int, budget: int, state: int, standstill: int) -> Iterator[Move]:
@@ -63,11 +64,17 @@ def plan_moves(start: int, stop: int, budget: int, state: int, standstill: int) 
 
 def _pieces(steps: int, budget: int, state: int, standstill: int) -> int:
     """The fewest pieces whose states fit beside the standstills; where there is no such number,
-    as many as leave half of the budget for cutting again."""
+    as many as leave enough for cutting them again."""
     for pieces in range(2, steps + 1):
         taken = (pieces - 1) * standstill
         if taken + -(-steps // pieces) * state <= budget:
             return pieces
         if taken > budget:
             break
-    return max(2, min(steps, 1 + budget // 2 // standstill))
+    pieces = 2
+    while pieces < steps:
+        longest = -(-steps // (pieces + 1))
+        if pieces * standstill + least_budget(longest, state, standstill) > budget:
+            break
+        pieces += 1
+    return pieces

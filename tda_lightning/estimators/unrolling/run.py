@@ -165,7 +165,8 @@ class UnrolledRun:
             return _UNLIMITED
         if self.options.states == "recompute":
             return max(
-                least_budget(*self.sizes), min(room, round(steps**0.5 + 1) * sum(self.sizes))
+                least_budget(steps, *self.sizes),
+                min(room, round(steps**0.5 + 1) * sum(self.sizes)),
             )
         return room
 
@@ -294,7 +295,10 @@ class UnrolledRun:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
     def _require_budget(self) -> None:
-        states = least_budget(*self.sizes) if self.options.states in ("auto", "recompute") else 0
+        states = 0
+        if self.options.states in ("auto", "recompute"):
+            longest = max(b - max(a, self.first_row) for a, b in self._restarts(None))
+            states = least_budget(longest, *self.sizes)
         least = 2 * states
         if self.budget < least:
             raise ValueError(
