@@ -1,5 +1,6 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
+from tda_lightning.evaluation.ground_truth import GroundTruth, draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
     LeaveOneOut,
     agreement,
@@ -18,6 +19,7 @@ from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
 
 __all__ = [
     "Estimate",
+    "GroundTruth",
     "Interval",
     "LeaveOneOut",
     "Smoothness",
@@ -25,6 +27,7 @@ __all__ = [
     "as_removal",
     "detection_auc",
     "difference",
+    "draw_seeds",
     "draw_subsets",
     "landing_error",
     "leave_one_out",
@@ -33,4 +36,5 @@ __all__ = [
     "retrain",
     "retrain_each",
     "smoothness",
+    "what_determines",
 ]
