@@ -1,5 +1,6 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
+from tda_lightning.evaluation.afresh import FreshTraining, retrain_afresh
 from tda_lightning.evaluation.ground_truth import GroundTruth, draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
     LeaveOneOut,
@@ -12,6 +13,7 @@ from tda_lightning.evaluation.lds import (
     Interval,
     difference,
     draw_subsets,
+    interval_over_subsets,
     linear_datamodeling_score,
 )
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
@@ -19,6 +21,7 @@ from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
 
 __all__ = [
     "Estimate",
+    "FreshTraining",
     "GroundTruth",
     "Interval",
     "LeaveOneOut",
@@ -29,11 +32,13 @@ __all__ = [
     "difference",
     "draw_seeds",
     "draw_subsets",
+    "interval_over_subsets",
     "landing_error",
     "leave_one_out",
     "linear_datamodeling_score",
     "measure",
     "retrain",
+    "retrain_afresh",
     "retrain_each",
     "smoothness",
     "what_determines",

@@ -110,6 +110,10 @@ class GroundTruth:
         done[subset, seed], taken[subset, seed] = True, seconds
         return replace(self, outcomes=outcomes, done=done, seconds=taken)
 
+    def noting(self, **facts: Any) -> GroundTruth:
+        """With more to tell of how it was made."""
+        return replace(self, made_by={**self.made_by, **facts})
+
     def taking(self, found: GroundTruth) -> GroundTruth:
         """What is asked for here, with what ``found`` knows of it.
 
@@ -141,6 +145,7 @@ class GroundTruth:
             outcomes=self.outcomes.clone(),
             done=self.done.clone(),
             seconds=self.seconds.clone(),
+            made_by={**self.made_by, **found.made_by},
         )
         merged.outcomes[part], merged.done[part] = found.outcomes, found.done
         merged.seconds[part] = found.seconds

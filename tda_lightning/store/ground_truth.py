@@ -112,7 +112,8 @@ def read_ground_truth(path: str | os.PathLike[str]) -> GroundTruth:
             return GroundTruth(
                 protocol=protocol,  # type: ignore[arg-type]
                 **arrays,  # type: ignore[arg-type]
-                **{name: _object(file, name) for name in _OBJECTS},
+                configuration=_object(file, "configuration"),
+                made_by=_object(file, "made_by"),
             )
     except (TrajectoryFormatError, PermissionError):
         raise

@@ -1,0 +1,238 @@
+"""``tda evaluate``: scores before retrained models, on a tiny run of the digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tda_lightning import Scores
+from tda_lightning.cli import main, retraining
+from tda_lightning.evaluation import (
+    draw_subsets,
+    interval_over_subsets,
+    linear_datamodeling_score,
+)
+from tda_lightning.store.ground_truth import read_ground_truth
+
+TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", *TINY]) == 0
+        assert main(["attribute", "trajectory=runs/digits", "estimator=tracin"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of the finished run to work on and to spoil; the working directory holds it."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "digits"
+
+
+def table(run, name="single_run-0.5-0"):
+    return json.loads((run / "ground_truth" / f"{name}.json").read_text())
+
+
+def test_the_table_is_the_score_of_the_kept_measurements(run, capsys):
+    scores = "scores=runs/digits/scores/tracin.h5"
+    assert main(["evaluate", "trajectory=runs/digits", scores, "num_subsets=4"]) == 0
+    out = capsys.readouterr().out
+    assert "Protocol single_run: the recorded run replayed" in out
+    truth = read_ground_truth(run / "ground_truth" / "single_run-0.5-0.h5")
+    assert torch.equal(truth.subsets, draw_subsets(60, 0.5, 4))
+    assert truth.made_by["landing_error"] == 0
+    found = table(run)
+    expected = linear_datamodeling_score(
+        Scores.load(run / "scores" / "tracin.h5"), truth.subsets, truth.outcomes
+    )
+    row = found["rows"][0]
+    assert row["name"] == "tracin"
+    assert row["lds"] == pytest.approx(expected.value)
+    assert row["over_queries"] == pytest.approx([expected.low, expected.high])
+    assert found["protocol"] == "single_run"
+    sizes = ("num_subsets", "num_seeds", "num_queries", "num_train", "alpha")
+    assert [found[name] for name in sizes] == [4, 1, 4, 60, 0.5]
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["tracin", "random", "self_loss", "last_layer", "gradient_dot"]
+    assert all(name in out for name in names)
+
+
+def test_more_subsets_keep_the_measurements_that_are_there(run, monkeypatch):
+    given = ["evaluate", "runs/digits", "baselines=[]"]
+    assert main([*given, "num_subsets=3"]) == 0
+    path = run / "ground_truth" / "single_run-0.5-0.h5"
+    first = read_ground_truth(path)
+    made = []
+    one = retraining.measure
+    monkeypatch.setattr(retraining, "measure", lambda *a: made.append(1) or one(*a))
+    assert main([*given, "num_subsets=5"]) == 0
+    assert len(made) == 1 + 2  # the recorded end, and what was missing
+    second = read_ground_truth(path)
+    assert torch.equal(second.outcomes[:3], first.outcomes)
+    assert second.made_by == first.made_by
+    assert main([*given, "num_subsets=3"]) == 0  # all are kept, the first three are used
+    assert len(read_ground_truth(path).subsets) == 5
+    assert table(run)["num_subsets"] == 3
+
+
+def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=4"]
+    assert main([*given, "ground_truth=whole.h5"]) == 0
+    one, made = retraining.measure, []
+
+    def interrupted(*arguments):
+        made.append(1)
+        if len(made) == 4:  # the recorded end, then two retrainings
+            raise KeyboardInterrupt
+        return one(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retraining, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main([*given, "ground_truth=parts.h5"])
+    assert "Interrupted after 2 of 4 retrainings" in capsys.readouterr().err
+    assert read_ground_truth("parts.h5").done.flatten().tolist() == [True, True, False, False]
+    assert main([*given, "ground_truth=parts.h5"]) == 0
+    assert torch.equal(
+        read_ground_truth("parts.h5").outcomes, read_ground_truth("whole.h5").outcomes
+    )
+
+
+def test_several_processes_measure_the_same(run):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3", "threads=1"]
+    assert main([*given, "ground_truth=one.h5"]) == 0
+    assert main([*given, "ground_truth=two.h5", "processes=2"]) == 0
+    one, two = (read_ground_truth(name) for name in ("one.h5", "two.h5"))
+    torch.testing.assert_close(one.outcomes, two.outcomes, rtol=1e-5, atol=1e-6)
+
+
+def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
+    lengths, seeds = [], []
+    one = retraining.Trainer.fit
+
+    def fit(trainer, module, datamodule):
+        lengths.append(len(datamodule.train_dataloader().dataset))
+        seeds.append(datamodule.seed)
+        assert trainer.max_epochs == 2
+        return one(trainer, module, datamodule=datamodule)
+
+    monkeypatch.setattr(retraining.Trainer, "fit", fit)
+    given = ["evaluate", "runs/digits", "baselines=[random]", "protocol=algorithm", "alpha=0.8"]
+    assert main([*given, "num_subsets=3", "seeds=2"]) == 0
+    assert lengths == [48] * 6
+    assert len(set(seeds)) == 6
+    out = capsys.readouterr().out
+    assert "Protocol algorithm: trained anew" in out
+    assert "of the measurements' variance is between seeds" in out
+    truth = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
+    assert truth.outcomes.shape == (3, 2, 4)
+    assert (truth.outcomes[:, 0] != truth.outcomes[:, 1]).any()
+    assert 0 < table(run, "algorithm-0.8-0")["seed_variance_share"] <= 1
+    # One more seed, and the same again elsewhere: everything follows from the seeds.
+    assert main([*given, "num_subsets=3", "seeds=1", "ground_truth=again.h5"]) == 0
+    again = read_ground_truth("again.h5")
+    torch.testing.assert_close(again.outcomes[:, 0], truth.outcomes[:, 0])
+
+
+def test_another_configuration_is_refused(run, capsys):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3", "ground_truth=truth.h5"]
+    assert main(given) == 0
+    before = open("truth.h5", "rb").read()  # noqa: SIM115
+    for changed, message in (
+        ("alpha=0.7", "expected to keep 0.7 of the training examples, got 0.5"),
+        ("seed=1", "drawn from another seed"),
+        ("protocol=algorithm", "another configuration: it differs in protocol, training"),
+        ("task=classification task.measure=margin", "it differs in task"),
+    ):
+        assert main([*given, *changed.split()]) == 1
+        assert message in capsys.readouterr().err
+    assert open("truth.h5", "rb").read() == before  # noqa: SIM115
+
+
+def test_scores_of_something_else_are_refused(run, capsys):
+    scores = Scores.load(run / "scores" / "tracin.h5")
+    Scores(scores.values[:, :50]).save("short.h5")
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
+    assert main([*given, "scores=short.h5"]) == 1
+    assert "4 queries and 50 training examples" in capsys.readouterr().err
+    assert not (run / "ground_truth").exists()
+    other = dict(scores.provenance, measurements=[9.0, 9.0, 9.0, 9.0])
+    Scores(scores.values, provenance=other).save("other.h5")
+    assert main([*given, "scores=other.h5"]) == 1
+    assert "are of another run, task or set of queries" in capsys.readouterr().err
+
+
+def test_fewer_queries_than_recorded_are_judged_as_they_were_scored(run):
+    given = ["trajectory=runs/digits", "estimator=tracin", "scores=two.h5", "data.num_query=2"]
+    assert main(["attribute", *given]) == 0
+    assert main(["evaluate", "runs/digits", "scores=two.h5", "num_subsets=3"]) == 0
+    assert table(run)["num_queries"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("num_subsets=2", "at least 3 subsets, got num_subsets=2"),
+        ("alpha=1", "keeps 60 of 60 examples"),
+        ("seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
+        ("protocol=both", "protocol must be single_run or algorithm, got both"),
+        ("processes=0", "processes must be at least 1"),
+        ("baselines=[chance]", "baselines must be among random"),
+        ("scores=nowhere.h5", "There is no scores file at nowhere.h5"),
+        ("+data.num_train=50", "expected 60 examples, got 50"),
+    ],
+)
+def test_impossible_evaluations_are_answered_in_words(given, message, run, capsys):
+    assert main(["evaluate", "runs/digits", given]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (run / "ground_truth").exists()
+
+
+def test_a_damaged_ground_truth_is_named_and_kept(run, capsys):
+    (run / "ground_truth").mkdir()
+    path = run / "ground_truth" / "single_run-0.5-0.h5"
+    path.write_bytes(b"hello")
+    assert main(["evaluate", "runs/digits"]) == 1
+    assert "single_run-0.5-0.h5 is damaged or no ground truth" in capsys.readouterr().err
+    assert path.read_bytes() == b"hello"
+
+
+def test_one_process_at_a_time_adds_to_a_file(run, capsys):
+    path = run / "ground_truth" / "single_run-0.5-0.h5"
+    with retraining._alone(path):
+        assert main(["evaluate", "runs/digits", "num_subsets=3"]) == 1
+    assert "Another process is adding to" in capsys.readouterr().err
+    assert main(["evaluate", "runs/digits", "num_subsets=3", "baselines=[]"]) == 0
+    assert sorted(item.name for item in path.parent.iterdir()) == [
+        "single_run-0.5-0.h5",
+        "single_run-0.5-0.json",
+    ]
+
+
+def test_the_interval_over_subsets_covers_the_mean_of_the_subsets():
+    """Queries alike, so that only the subsets vary."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 30, generator=generator)
+    subsets = draw_subsets(30, 0.5, 400)
+    noise = 5 * torch.randn(400, 1, generator=generator)
+    outcomes = noise - subsets.float() @ scores.T
+    whole = linear_datamodeling_score(scores, subsets, outcomes).value
+    parts = [
+        interval_over_subsets(scores, subsets[i : i + 40], outcomes[i : i + 40])
+        for i in range(0, 400, 40)
+    ]
+    assert sum(item.low <= whole <= item.high for item in parts) >= 8
+    assert all(item.low < item.value < item.high for item in parts)
+    with pytest.raises(ValueError, match="at least 3 subsets"):
+        interval_over_subsets(scores, subsets[:2], outcomes[:2])
