@@ -61,6 +61,11 @@ def test_the_table_is_the_score_of_the_kept_measurements(run, capsys):
     assert found["protocol"] == "single_run"
     sizes = ("num_subsets", "num_seeds", "num_queries", "num_train", "alpha")
     assert [found[name] for name in sizes] == [4, 1, 4, 60, 0.5]
+    # A tenth of these labels was flipped.
+    wrong = {row["name"]: row.get("wrong_labels") for row in found["rows"]}
+    assert wrong["last_layer"] is None  # has no self-influence
+    assert 0 <= wrong["tracin"]["auc"] <= 1 and 0 <= wrong["self_loss"]["auc"] <= 1
+    assert "AUC" in out
     names = [row["name"] for row in found["rows"]]
     assert names == ["tracin", "random", "self_loss", "last_layer", "gradient_dot"]
     assert all(name in out for name in names)
@@ -176,6 +181,16 @@ def test_fewer_queries_than_recorded_are_judged_as_they_were_scored(run):
     assert main(["attribute", *given]) == 0
     assert main(["evaluate", "runs/digits", "scores=two.h5", "num_subsets=3"]) == 0
     assert table(run)["num_queries"] == 2
+
+
+def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys):
+    monkeypatch.setattr(retraining, "measure", lambda *_: torch.ones(4))
+    monkeypatch.setattr("tda_lightning.cli.commands.require_measurements", lambda *_: None)
+    assert main(["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]) == 0
+    assert "undefined: The" in capsys.readouterr().out
+    (row,) = table(run)["rows"]
+    assert row["lds"] is None
+    assert "constant: there is nothing to rank" in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from tda_lightning.cli.judged import (
     judged_json,
     judged_table,
     require_measurements,
+    wrong_labels,
 )
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
@@ -258,7 +259,8 @@ def evaluate(config: DictConfig) -> None:
     truth = ground_truth(parts, path)
     for file, found in scores.items():
         require_measurements(file, found, truth)
-    rows = [judge(name, found, truth) for name, found in scores.items()]
+    wrong = wrong_labels(parts.data)
+    rows = [judge(name, found, truth, wrong) for name, found in scores.items()]
     for name in config.baselines:
         started = time.monotonic()
         try:
@@ -266,7 +268,7 @@ def evaluate(config: DictConfig) -> None:
         except (UnsupportedTrainingError, ValueError) as error:
             rows.append(Judged(name, "baseline", reason=f"not possible: {error}"))
             continue
-        rows.append(judge(name, made, truth, time.monotonic() - started))
+        rows.append(judge(name, made, truth, wrong, time.monotonic() - started))
     seconds = time.monotonic() - began
     output = Path(config.output or path.with_suffix(".json"))
     about = {

@@ -14,6 +14,8 @@ from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.evaluation import (
     GroundTruth,
     Interval,
+    detection_auc,
+    found_within,
     interval_over_subsets,
     linear_datamodeling_score,
 )
@@ -24,6 +26,7 @@ _WORDS = {
     "single_run": "single_run: the recorded run replayed, what is left out at weight 0",
     "algorithm": "algorithm: trained anew on the smaller training set, from fresh seeds",
 }
+LOOKED_THROUGH = 0.1  # of the training set, most suspicious first
 _ELSEWHERE = 1e-2  # above rounding errors, even amplified over a long run
 
 
@@ -37,8 +40,10 @@ class Judged:
         over_queries: the linear datamodeling score with its interval over queries; None where it
             is not defined.
         over_subsets: the same with its interval over subsets.
-        seconds: to make the scores, where that was done or noted.
+        seconds: to make the scores, where that was done here.
         reason: why there is no number.
+        detection: how well self-influence finds the wrong labels: the AUC, and the share found in
+            the first tenth of the training set; None where no labels are known to be wrong.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Judged:
     over_subsets: Interval | None = None
     seconds: float | None = None
     reason: str | None = None
+    detection: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"name": self.name, "estimator": self.estimator}
@@ -61,23 +67,57 @@ class Judged:
                 undefined_queries=undefined,
             )
         row["seconds"] = self.seconds
+        if self.detection is not None:
+            row["wrong_labels"] = {
+                "auc": self.detection[0],
+                "found_within": {str(LOOKED_THROUGH): self.detection[1]},
+            }
         return row
 
 
-def judge(name: str, scores: Scores, truth: GroundTruth, seconds: float | None = None) -> Judged:
+def judge(
+    name: str,
+    scores: Scores,
+    truth: GroundTruth,
+    wrong: torch.Tensor | None = None,
+    seconds: float | None = None,
+) -> Judged:
     """Compare ``scores`` with the finished retrainings of ``truth``.
+
+    Args:
+        name: of the scores.
+        scores: [query, train].
+        truth: of the same queries and training examples.
+        wrong: which labels are known to be wrong, bool [train].
+        seconds: that it took to make the scores.
 
     Raises:
         TrajectoryMismatchError: they are of other queries or another training set.
     """
     truth.require_scores_of(scores.num_queries, scores.num_train)
     estimator = str(scores.provenance.get("estimator", "unknown"))
+    detection = None
+    if wrong is not None and scores.self_influence is not None:
+        found = found_within(scores, wrong, LOOKED_THROUGH)
+        detection = detection_auc(scores, wrong), found
     given = (scores, truth.subsets, truth.outcomes)
     try:
         lds = linear_datamodeling_score(*given)
     except NothingToRankError as error:
-        return Judged(name, estimator, seconds=seconds, reason=f"undefined: {error}")
-    return Judged(name, estimator, lds, interval_over_subsets(*given), seconds)
+        reason = f"undefined: {error}"
+        return Judged(name, estimator, seconds=seconds, reason=reason, detection=detection)
+    over_subsets = interval_over_subsets(*given)
+    return Judged(name, estimator, lds, over_subsets, seconds, detection=detection)
+
+
+def wrong_labels(data: Any) -> torch.Tensor | None:
+    """Which training labels the data module itself made wrong, bool [train]; None for none."""
+    flipped = getattr(data, "flipped", None)
+    if not isinstance(flipped, torch.Tensor) or not len(flipped):
+        return None
+    wrong = torch.zeros(len(data.train_dataset), dtype=torch.bool)
+    wrong[flipped] = True
+    return wrong
 
 
 def require_measurements(name: str, scores: Scores, truth: GroundTruth) -> None:
@@ -119,8 +159,11 @@ def judged_table(rows: Sequence[Judged]) -> Table:
     table = Table(title="Linear datamodeling score")
     table.add_column("scores", no_wrap=True)
     table.add_column("LDS", justify="right")
-    table.add_column("95% over queries", no_wrap=True)
-    table.add_column("95% over subsets", no_wrap=True)
+    table.add_column("95% over queries")
+    table.add_column("95% over subsets")
+    detected = any(row.detection is not None for row in rows)
+    if detected:
+        table.add_column("wrong labels")
     table.add_column("made in", justify="right", no_wrap=True)
     for row in rows:
         if row.over_queries is None or row.over_subsets is None:
@@ -132,6 +175,9 @@ def judged_table(rows: Sequence[Judged]) -> Table:
                 f"{lds.low:.3f} to {lds.high:.3f}",
                 "unknown" if math.isnan(other.low) else f"{other.low:.3f} to {other.high:.3f}",
             ]
+        if detected:
+            auc, share = row.detection or (math.nan, math.nan)
+            cells.append("" if row.detection is None else f"AUC {auc:.3f}, {share:.0%}")
         taken = "" if row.seconds is None else _duration(row.seconds)
         table.add_row(row.name, *cells, taken)
     return table
@@ -155,6 +201,11 @@ def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> st
         lines.append(
             f"{max(undefined)} queries measured the same after every retraining: their correlation "
             "is undefined and left out of the means."
+        )
+    if any(row.detection is not None for row in rows):
+        lines.append(
+            "Wrong labels are those that the data module flipped, found by self-influence: the AUC "
+            f"and the share of them among the first {LOOKED_THROUGH:.0%} of the training set."
         )
     if (share := seed_share(truth)) is not None:
         lines.append(
