@@ -10,12 +10,14 @@ import torch
 
 from tda_lightning import Scores
 from tda_lightning.cli import main, retraining
+from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation import (
     draw_subsets,
     interval_over_subsets,
     linear_datamodeling_score,
 )
 from tda_lightning.store.ground_truth import read_ground_truth
+from tda_lightning.store.scores_file import replace_provenance
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
 
@@ -251,3 +253,60 @@ def test_the_interval_over_subsets_covers_the_mean_of_the_subsets():
     assert all(item.low < item.value < item.high for item in parts)
     with pytest.raises(ValueError, match="at least 3 subsets"):
         interval_over_subsets(scores, subsets[:2], outcomes[:2])
+
+
+def test_a_spot_check_is_kept_with_the_scores(run, capsys):
+    assert main(["attribute", "runs/digits", "estimator=influence"]) == 0
+    files = [run / "scores" / f"{name}.h5" for name in ("influence", "tracin")]
+    before = [Scores.load(file) for file in files]
+    given = ["evaluate", "runs/digits", "spot_check=true", "baselines=[]", "num_subsets=4"]
+    assert main(given) == 0
+    assert "Kept in the provenance of" in capsys.readouterr().out
+    rows = table(run)["rows"]
+    for file, old, row in zip(files, before, rows, strict=True):
+        found = Scores.load(file)  # checksums compared
+        assert torch.equal(found.values, old.values)
+        assert torch.equal(found.self_influence, old.self_influence)
+        trust = found.provenance.pop("trust")
+        assert found.provenance == old.provenance
+        assert trust["spot_check"]["lds"] == row["lds"]
+        assert trust["spot_check"]["over_subsets"] == row["over_subsets"]
+        assert trust["spot_check"]["num_subsets"] == 4
+        assert trust["spot_check"]["protocol"] == "single_run"
+        assert "seed_variance_share" not in trust  # with one seed, nothing is known of it
+    influence, tracin = (Scores.load(file).provenance["trust"] for file in files)
+    assert influence["agreement"] == {"tracin": pytest.approx(tracin["agreement"]["influence"])}
+    assert influence["damping"]["setting"] == "relative_damping"
+    assert 0 < influence["damping"]["0.1"] <= 1 and 0 < influence["damping"]["10"] <= 1
+    assert "damping" not in tracin
+    assert sorted(item.name for item in files[0].parent.iterdir()) == ["influence.h5", "tracin.h5"]
+    assert main(["report", str(files[0])]) == 0
+    # A second one takes the first one's place, by other means.
+    given = [*given[:-1], "num_subsets=3", "protocol=algorithm", "seeds=2"]
+    assert main([*given, "scores=runs/digits/scores/tracin.h5"]) == 0
+    trust = Scores.load(files[1]).provenance["trust"]
+    assert trust["spot_check"]["protocol"] == "algorithm"
+    assert 0 < trust["seed_variance_share"] <= 1
+
+
+def test_a_spot_check_needs_scores(run, capsys):
+    shutil.rmtree(run / "scores")
+    assert main(["evaluate", "runs/digits", "spot_check=true"]) == 1
+    assert "A spot check is kept in the scores' files" in capsys.readouterr().err
+    assert main(["evaluate", "runs/digits", "num_subsets=3"]) == 0  # baselines alone
+
+
+def test_only_the_provenance_of_scores_is_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "scores.h5"
+    Scores(torch.randn(2, 3), provenance={"a": 1}).save(path)
+    content = path.read_bytes()
+    with pytest.raises(TypeError, match="only what JSON can hold"):
+        replace_provenance(path, {"a": torch.ones(1)})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        replace_provenance(path, {"a": 2})
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "foreign.h5").write_bytes(b"hello")
+    with pytest.raises(TrajectoryFormatError, match="no scores file"):
+        replace_provenance(tmp_path / "foreign.h5", {})

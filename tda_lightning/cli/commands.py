@@ -42,6 +42,7 @@ from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
 from tda_lightning.cli.retraining import Parts, ground_truth
 from tda_lightning.cli.smooth import landing, smoothness_table
+from tda_lightning.cli.trust import quiet_trainer, trust
 from tda_lightning.data import DataModule
 from tda_lightning.errors import (
     NonFiniteError,
@@ -65,9 +66,12 @@ from tda_lightning.scores import Scores
 from tda_lightning.store.durable import write_text
 from tda_lightning.store.inspect import describe, description_table
 from tda_lightning.store.layout import FACTS_FILE
+from tda_lightning.store.scores_file import replace_provenance
 from tda_lightning.trajectory import Trajectory
 
 Command = Callable[[DictConfig], None]
+# Retrained models: enough to tell estimators apart, and enough to see whether one can be trusted.
+_SUBSETS, _SPOT_CHECK = 30, 8
 
 
 def clear_errors(command: Command) -> Command:
@@ -238,6 +242,13 @@ def evaluate(config: DictConfig) -> None:
     folder = Path(_required(config, "trajectory", "tda evaluate trajectory=FOLDER scores=FILE"))
     files = _score_files(config, folder)
     scores = {path.stem: Scores.load(path) for path in files}
+    if config.spot_check and not scores:
+        raise ValueError(
+            "A spot check is kept in the scores' files, and there are none. For example: tda "
+            "evaluate trajectory=FOLDER scores=FILE spot_check=true"
+        )
+    if config.num_subsets is None:
+        config.num_subsets = _SPOT_CHECK if config.spot_check else _SUBSETS
     for name in config.baselines:
         if name not in BASELINES:
             raise ValueError(f"baselines must be among {', '.join(BASELINES)}, got {name}.")
@@ -280,8 +291,15 @@ def evaluate(config: DictConfig) -> None:
     }
     table = judged_json(rows, truth, seconds, about)
     write_text(output, json.dumps(table, indent=1))
+    if config.spot_check:
+        for kept_in, row in zip(files, rows, strict=False):
+            known = scores[row.name].provenance
+            kept = trust(row, scores, truth, parts, command_line())
+            replace_provenance(kept_in, {**known, "trust": kept})
     Console().print(judged_table(rows))
     print(how_judged(rows, truth, seconds), f"Ground truth: {path}", f"Table: {output}", sep="\n")
+    if config.spot_check:
+        print(f"Kept in the provenance of {', '.join(map(str, files))}")
 
 
 @clear_errors
@@ -395,17 +413,9 @@ def _baseline(name: str, parts: Parts) -> Scores:
         return self_loss(parts.module, parts.task, state, train, len(query), size)
     if name == "last_layer":
         return last_layer_cosine(parts.module, parts.task, state, train, query, size)
-    trainer = Trainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        inference_mode=False,
-    )
     run = last_checkpoint(parts.trajectory)
     dotted = AttributionModule(parts.module, run, TracIn(), parts.task)
-    found = dotted.attribute(train, query, size, trainer=trainer, self_influence=False)
+    found = dotted.attribute(train, query, size, trainer=quiet_trainer(), self_influence=False)
     return replace(found, provenance={**found.provenance, "estimator": name})
 
 
