@@ -14,6 +14,7 @@ from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation import (
     draw_subsets,
     interval_over_subsets,
+    leave_one_out,
     linear_datamodeling_score,
 )
 from tda_lightning.store.ground_truth import read_ground_truth
@@ -185,11 +186,28 @@ def test_fewer_queries_than_recorded_are_judged_as_they_were_scored(run):
     assert table(run)["num_queries"] == 2
 
 
+def test_leaving_one_out_is_judged_by_rank_and_slope(run, capsys):
+    given = ["evaluate", "runs/digits", "leave_out=1", "num_subsets=5", "baselines=[random]"]
+    assert main(given) == 0
+    assert "5 subsets of 59 of 60 training examples" in " ".join(capsys.readouterr().out.split())
+    truth = read_ground_truth(run / "ground_truth" / "single_run-leave_out-1-0.h5")
+    left_out = (~truth.subsets).nonzero()[:, 1]
+    assert len(set(left_out.tolist())) == len(left_out) == 5
+    scores = Scores.load(run / "scores" / "tracin.h5")
+    expected = leave_one_out(scores, left_out, truth.outcomes[:, 0], truth.baseline)
+    tracin, chance = table(run, "single_run-leave_out-1-0")["rows"]
+    assert tracin["slope"] == pytest.approx(expected.slope)
+    assert tracin["lds"] == pytest.approx(expected.rank.value)
+    assert chance["slope"] is None
+    assert main([*given, "num_subsets=61"]) == 1
+    assert "60 training examples to leave out one by one" in capsys.readouterr().err
+
+
 def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys):
     monkeypatch.setattr(retraining, "measure", lambda *_: torch.ones(4))
     monkeypatch.setattr("tda_lightning.cli.commands.require_measurements", lambda *_: None)
     assert main(["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]) == 0
-    assert "undefined: The" in capsys.readouterr().out
+    assert "No number for tracin, undefined: The outcomes" in capsys.readouterr().out
     (row,) = table(run)["rows"]
     assert row["lds"] is None
     assert "constant: there is nothing to rank" in row["reason"]
@@ -201,6 +219,7 @@ def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys)
         ("num_subsets=2", "at least 3 subsets, got num_subsets=2"),
         ("alpha=1", "keeps 60 of 60 examples"),
         ("seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
+        ("leave_out=60", "leave_out must be from 1 to 59, got 60"),
         ("protocol=both", "protocol must be single_run or algorithm, got both"),
         ("processes=0", "processes must be at least 1"),
         ("baselines=[chance]", "baselines must be among random"),

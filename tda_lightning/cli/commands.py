@@ -40,7 +40,7 @@ from tda_lightning.cli.judged import (
 )
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
-from tda_lightning.cli.retraining import Parts, ground_truth
+from tda_lightning.cli.retraining import Parts, file_name, ground_truth
 from tda_lightning.cli.smooth import landing, smoothness_table
 from tda_lightning.cli.trust import quiet_trainer, trust
 from tda_lightning.data import DataModule
@@ -257,8 +257,7 @@ def evaluate(config: DictConfig) -> None:
     config.data = {**config.data, **_given(asked), **_given(config.data)}
     parts = parts_to_retrain(config)
     require_same_data(parts.trajectory, parts.data.train_dataset)
-    name = f"{config.protocol}-{config.alpha:g}-{config.seed}"
-    path = Path(config.ground_truth or folder / "ground_truth" / f"{name}.h5")
+    path = Path(config.ground_truth or folder / "ground_truth" / f"{file_name(config)}.h5")
     shape = (len(parts.data.query_dataset), len(parts.data.train_dataset))
     for file, found in scores.items():  # known before hours of retraining
         if found.values.shape != shape:

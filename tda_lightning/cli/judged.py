@@ -16,9 +16,11 @@ from tda_lightning.evaluation import (
     Interval,
     detection_auc,
     found_within,
+    group_removal,
     interval_over_subsets,
     linear_datamodeling_score,
 )
+from tda_lightning.evaluation.baselines import BASELINES
 from tda_lightning.evaluation.lds import NothingToRankError
 from tda_lightning.scores import Scores
 
@@ -42,6 +44,9 @@ class Judged:
         over_subsets: the same with its interval over subsets.
         seconds: to make the scores, where that was done here.
         reason: why there is no number.
+        slope: of the measurements' changes on the predicted ones: 1 where the unit is right; None
+            under *algorithm*, where nothing tells what all examples together would have given, and
+            for scores without a unit.
         detection: how well self-influence finds the wrong labels: the AUC, and the share found in
             the first tenth of the training set; None where no labels are known to be wrong.
     """
@@ -52,6 +57,7 @@ class Judged:
     over_subsets: Interval | None = None
     seconds: float | None = None
     reason: str | None = None
+    slope: float | None = None
     detection: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +72,7 @@ class Judged:
                 over_subsets=_interval(self.over_subsets),
                 undefined_queries=undefined,
             )
+        row["slope"] = self.slope
         row["seconds"] = self.seconds
         if self.detection is not None:
             row["wrong_labels"] = {
@@ -106,8 +113,23 @@ def judge(
     except NothingToRankError as error:
         reason = f"undefined: {error}"
         return Judged(name, estimator, seconds=seconds, reason=reason, detection=detection)
-    over_subsets = interval_over_subsets(*given)
-    return Judged(name, estimator, lds, over_subsets, seconds, detection=detection)
+    return Judged(
+        name,
+        estimator,
+        lds,
+        interval_over_subsets(*given),
+        seconds,
+        slope=_slope(scores, truth) if estimator not in BASELINES else None,
+        detection=detection,
+    )
+
+
+def _slope(scores: Scores, truth: GroundTruth) -> float | None:
+    if truth.protocol != "single_run":
+        return None
+    outcomes = truth.outcomes.mean(1)
+    slope = group_removal(scores, truth.subsets, outcomes, truth.baseline).slope
+    return None if math.isnan(slope) else slope
 
 
 def wrong_labels(data: Any) -> torch.Tensor | None:
@@ -161,19 +183,21 @@ def judged_table(rows: Sequence[Judged]) -> Table:
     table.add_column("LDS", justify="right")
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
+    table.add_column("slope", justify="right", no_wrap=True)
     detected = any(row.detection is not None for row in rows)
     if detected:
         table.add_column("wrong labels")
     table.add_column("made in", justify="right", no_wrap=True)
     for row in rows:
         if row.over_queries is None or row.over_subsets is None:
-            cells = ["-", row.reason or "", ""]
+            cells = ["none", "", "", ""]
         else:
             lds, other = row.over_queries, row.over_subsets
             cells = [
                 f"{lds.value:.3f}",
                 f"{lds.low:.3f} to {lds.high:.3f}",
                 "unknown" if math.isnan(other.low) else f"{other.low:.3f} to {other.high:.3f}",
+                "" if row.slope is None else f"{row.slope:.3g}",
             ]
         if detected:
             auc, share = row.detection or (math.nan, math.nan)
@@ -188,10 +212,16 @@ def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> st
     subsets, seeds = truth.seeds.shape
     lines = [
         f"Protocol {_WORDS[truth.protocol]}.",
-        f"{subsets} subsets of {truth.fraction:.3g} of {truth.subsets.shape[1]} training examples, "
+        f"{subsets} subsets of {int(truth.subsets[0].sum())} of {truth.subsets.shape[1]} training "
+        "examples, "
         f"{seeds} seed{'s' * (seeds > 1)} each, {len(truth.baseline)} queries; "
         f"{_duration(float(truth.seconds.sum()))} of retraining in all, {_duration(seconds)} now.",
     ]
+    lines += [f"No number for {row.name}, {row.reason}" for row in rows if row.reason is not None]
+    if any(row.slope is not None for row in rows):
+        lines.append(
+            "Slope: of the measurements' changes on the predicted ones; 1 is the right unit."
+        )
     undefined = {
         int(row.over_queries.per_query.isnan().sum())
         for row in rows

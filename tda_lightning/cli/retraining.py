@@ -132,7 +132,7 @@ def ground_truth(parts: Parts, path: Path) -> GroundTruth:
             columns = max(columns, found.seeds.shape[1])
         asked = GroundTruth.asked(
             config.protocol,
-            draw_subsets(num_train, config.alpha, rows, config.seed),
+            _subsets(config, num_train, rows),
             _seeds(config.protocol, rows, columns, config.seed),
             baseline,
             determined,
@@ -239,6 +239,33 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
         with suppress(OSError):
             folder.rmdir()
+
+
+def file_name(config: DictConfig) -> str:
+    """Of a ground truth, without its ending: one file for each way to draw subsets."""
+    drawn = f"{config.alpha:g}" if config.leave_out is None else f"leave_out-{config.leave_out}"
+    return f"{config.protocol}-{drawn}-{config.seed}"
+
+
+def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:
+    """The first ``count`` subsets, bool [subset, train]: more of them begin with the same ones."""
+    left_out = config.leave_out
+    if left_out is None:
+        return draw_subsets(num_train, config.alpha, count, config.seed)
+    if not 1 <= left_out < num_train:
+        raise ValueError(f"leave_out must be from 1 to {num_train - 1}, got {left_out}.")
+    if left_out > 1:
+        return draw_subsets(num_train, (num_train - left_out) / num_train, count, config.seed)
+    if count > num_train:
+        raise ValueError(
+            f"There are {num_train} training examples to leave out one by one, got "
+            f"num_subsets={count}."
+        )
+    # Each of them at most once.
+    order = torch.randperm(num_train, generator=torch.Generator().manual_seed(config.seed))
+    kept = torch.ones(count, num_train, dtype=torch.bool)
+    kept[torch.arange(count), order[:count]] = False
+    return kept
 
 
 def _seeds(protocol: str, rows: int, columns: int, seed: int) -> Tensor:
