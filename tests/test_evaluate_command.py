@@ -74,6 +74,16 @@ def test_the_table_is_the_score_of_the_kept_measurements(run, capsys):
     assert all(name in out for name in names)
 
 
+def test_ground_truth_is_inspected_and_what_a_killed_process_left_goes(run, capsys):
+    (run / "ground_truth").mkdir()
+    (run / "ground_truth" / "single_run-0.5-0.h5.99.part").write_bytes(b"half")
+    assert main(["inspect", "runs/digits"]) == 1
+    assert main(["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "runs/digits"]) == 0
+    assert "ground truth" in capsys.readouterr().out
+
+
 def test_more_subsets_keep_the_measurements_that_are_there(run, monkeypatch):
     given = ["evaluate", "runs/digits", "baselines=[]"]
     assert main([*given, "num_subsets=3"]) == 0
@@ -105,8 +115,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(retraining, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main([*given, "ground_truth=parts.h5"])
+        assert main([*given, "ground_truth=parts.h5"]) == 130
     assert "Interrupted after 2 of 4 retrainings" in capsys.readouterr().err
     assert read_ground_truth("parts.h5").done.flatten().tolist() == [True, True, False, False]
     assert main([*given, "ground_truth=parts.h5"]) == 0

@@ -65,7 +65,7 @@ from tda_lightning.report import write_report
 from tda_lightning.scores import Scores
 from tda_lightning.store.durable import write_text
 from tda_lightning.store.inspect import describe, description_table
-from tda_lightning.store.layout import FACTS_FILE
+from tda_lightning.store.layout import FACTS_FILE, GROUND_TRUTH_FOLDER
 from tda_lightning.store.scores_file import replace_provenance
 from tda_lightning.trajectory import Trajectory
 
@@ -257,7 +257,8 @@ def evaluate(config: DictConfig) -> None:
     config.data = {**config.data, **_given(asked), **_given(config.data)}
     parts = parts_to_retrain(config)
     require_same_data(parts.trajectory, parts.data.train_dataset)
-    path = Path(config.ground_truth or folder / "ground_truth" / f"{file_name(config)}.h5")
+    kept = folder / GROUND_TRUTH_FOLDER / f"{file_name(config)}.h5"
+    path = Path(config.ground_truth or kept)
     shape = (len(parts.data.query_dataset), len(parts.data.train_dataset))
     for file, found in scores.items():  # known before hours of retraining
         if found.values.shape != shape:
@@ -293,8 +294,8 @@ def evaluate(config: DictConfig) -> None:
     if config.spot_check:
         for kept_in, row in zip(files, rows, strict=False):
             known = scores[row.name].provenance
-            kept = trust(row, scores, truth, parts, command_line())
-            replace_provenance(kept_in, {**known, "trust": kept})
+            found_out = trust(row, scores, truth, parts, command_line())
+            replace_provenance(kept_in, {**known, "trust": found_out})
     Console().print(judged_table(rows))
     print(how_judged(rows, truth, seconds), f"Ground truth: {path}", f"Table: {output}", sep="\n")
     if config.spot_check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from tda_lightning.store.lock import FolderLock
 from tda_lightning.trajectory import Trajectory
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
+_INTERRUPTED = 130  # exit status, as of a command that SIGINT ends
 # Where the data lie, in which order they come and who is asked do not belong to the algorithm.
 _NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "num_workers")
 
@@ -163,14 +165,14 @@ def _retrained(parts: Parts, truth: GroundTruth, path: Path) -> GroundTruth:
                 write_ground_truth(truth, path)
                 done += 1
                 progress.advance()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning leaves without a word.
         print(
             f"Interrupted after {done} of {len(missing)} retrainings, which are kept in {path}. "
             "The same command goes on from there.",
             file=sys.stderr,
         )
-        raise
+        raise SystemExit(_INTERRUPTED) from stop
     return truth
 
 
@@ -211,6 +213,8 @@ def _begin(settings: Any) -> None:
     from tda_lightning.cli.commands import parts_to_retrain, quiet_lightning
 
     quiet_lightning()
+    # Of an interruption the first process tells; the others end without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     config = OmegaConf.create(settings)
     torch.set_num_threads(config.threads or 1)
     _own.append(parts_to_retrain(config))
@@ -234,6 +238,10 @@ def _alone(path: Path) -> Iterator[None]:
             "of scores to one command: scores=[A,B]."
         ) from error
     try:
+        for file in path.parent.iterdir():
+            # What a killed process had begun to write.
+            if file.name.startswith(f"{path.name}.") and file.name.endswith(".part"):
+                file.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
