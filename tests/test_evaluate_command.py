@@ -7,18 +7,23 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tda_lightning import Scores
 from tda_lightning.cli import main, retraining
+from tda_lightning.cli.commands import parts_to_retrain
+from tda_lightning.cli.recorded import load_config
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation import (
     draw_subsets,
     interval_over_subsets,
     leave_one_out,
     linear_datamodeling_score,
+    retrain_afresh,
 )
 from tda_lightning.store.ground_truth import read_ground_truth
 from tda_lightning.store.scores_file import replace_provenance
+from tests.test_config import make
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
 
@@ -158,6 +163,34 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
     assert main([*given, "num_subsets=3", "seeds=1", "ground_truth=again.h5"]) == 0
     again = read_ground_truth("again.h5")
     torch.testing.assert_close(again.outcomes[:, 0], truth.outcomes[:, 0])
+
+
+def test_trained_anew_on_everything_with_its_own_seed_it_is_the_recorded_run(run):
+    """So what else differs between a subset's training and the recorded one is the seed."""
+    config = make("evaluate", "trajectory=runs/digits", "protocol=algorithm")
+    parts = parts_to_retrain(config)
+    state = retrain_afresh(parts._fresh, torch.ones(60, dtype=torch.bool), parts.recorded.seed)
+    end = parts.trajectory.checkpoints[parts.trajectory.last_step]
+    for name, tensor in end.parameters.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "os.system"}, "trains with os.system; expected lightning.pytorch.Trainer"),
+        (
+            {"_target_": "lightning.pytorch.Trainer", "callbacks": [{"_target_": "os.system"}]},
+            "builds os.system, which is not part of this library",
+        ),
+    ],
+)
+def test_a_recorded_trainer_builds_only_what_is_known(node, message, run, capsys):
+    config = load_config(run)
+    config.trainer = node
+    OmegaConf.save(config, run / "config.yaml")
+    assert main(["evaluate", "runs/digits", "protocol=algorithm", "num_subsets=3"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused(run, capsys):
