@@ -142,6 +142,8 @@ class AttributionModule(LightningModule):
         with prepared(self._modules_of_stages, runner.strategy.root_device):
             stages = self._staged(examples, queries, self_influence)
             context = stages[-1].context
+            for stage in stages:
+                stage.context.world_size = runner.world_size
             # The sink needs the number of segments, and the plan only names the sink later.
             counts = self._segment_counts(stages)
             total = None if counts is None else sum(counts)
@@ -258,6 +260,8 @@ class AttributionModule(LightningModule):
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
         part, indices, position = batch
+        if part is None:
+            return batch
         module = self.stages[self._plan.passes[dataloader_idx].stage].module
         return self._placed(part, device, module), indices.to(device), position
 
@@ -280,7 +284,9 @@ class AttributionModule(LightningModule):
         if not plan.passes:
             return
         self._plan, self._running, self._current = plan, -1, stages
-        loaders = [PassLoader(examples[stages[one.stage].run], one.order) for one in plan.passes]
+        loaders = [
+            PassLoader(examples[stages[one.stage].run], one.order, one.rows) for one in plan.passes
+        ]
         with _gradients_in_predict(trainer):
             trainer.predict(self, loaders, return_predictions=False)  # type: ignore[arg-type]
         # Lightning leaves the module on the CPU.
@@ -362,6 +368,7 @@ class AttributionModule(LightningModule):
             sink=MemorySink(len(queries), len(examples)),
             num_train=len(examples),
             num_query=len(queries),
+            examples=examples,
             queries=lambda start, stop: self._query_batches(queries, start, stop, module),
             reduce=self._reduced,
             alike=lambda steps: digest_of(context, steps, batch, indices),

@@ -106,11 +106,22 @@ class PassLoader:
 
     Not a ``DataLoader`` on purpose: Lightning would put a distributed sampler of its own into
     one. Each process takes every world-size-th batch.
+
+    Args:
+        source: the training set.
+        order: its batches; None for every example once.
+        rows: visit these instead, all of them in every process: (None, row, position).
     """
 
-    def __init__(self, source: ExampleSource, order: Sequence[Sequence[int]] | None):
+    def __init__(
+        self,
+        source: ExampleSource,
+        order: Sequence[Sequence[int]] | None,
+        rows: Sequence[int] | None = None,
+    ):
         self.source = source
         self.order = order
+        self.rows = rows
 
     def _own(self) -> list[tuple[int, Sequence[int]]]:
         """Positions and batches of this process, whose rank is known only once it runs."""
@@ -126,9 +137,13 @@ class PassLoader:
         return list(enumerate(order))[rank::world]
 
     def __len__(self) -> int:
-        return len(self._own())
+        return len(self._own()) if self.rows is None else len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, int]]:
+        if self.rows is not None:
+            for position, row in enumerate(self.rows):
+                yield None, torch.tensor([row]), position
+            return
         own = self._own()
         loader = self.source.loader([batch for _, batch in own])
         for (position, _), (batch, indices) in zip(own, loader, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
+from tda_lightning.loading import ExampleSource
 from tda_lightning.scores import ScoreSink
 from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
 from tda_lightning.trajectory import Checkpoint, Trajectory
@@ -39,6 +40,11 @@ class Pass:
         begin: called before the first batch, the weights being in place.
         end: called after the last batch of every process.
         order: the batches as lists of example indices; None for every example once.
+        rows: steps of the run to visit in this order, in every process, instead of batches: for
+            work that fetches its batches itself. ``accumulate`` is called with None, the row,
+            int64 [1], and its position.
+        returns: the rows are those of the pass before, the last one first, and need what it kept.
+        holds: bytes of main memory that it and those before have filled for later passes.
         catches_up: ``end`` only does what is left where another process had the last batches.
         stage: whose weights and training set these are, where a run has several stages.
     """
@@ -49,6 +55,9 @@ class Pass:
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     order: Sequence[Sequence[int]] | None = None
+    rows: Sequence[int] | None = None
+    returns: bool = False
+    holds: int = 0
     catches_up: bool = False
     stage: int = 0
 
@@ -75,12 +84,16 @@ class Context:
     """Everything an estimator works with.
 
     Attributes:
+        examples: the training set.
         queries: loads the query examples from ``start`` to ``stop`` afresh, as (batch, query
             indices) on the right device.
         reduce: sums a tensor over processes.
         alike: identifies everything that curvature depends on besides its own settings: weights,
             data, task, code (a string that is part of the cache's key).
         held: what the module holds, shared with whoever else loads weights into it.
+        world_size: processes that will share the passes.
+        rehearsal: every pass visits its first few batches or rows only. No pass leads to where the
+            next one begins, so that what is found on the way tells nothing of the run.
     """
 
     module: nn.Module
@@ -90,12 +103,15 @@ class Context:
     sink: ScoreSink
     num_train: int
     num_query: int
+    examples: ExampleSource
     queries: Callable[[int, int], Iterable[tuple[Any, Tensor]]]
     reduce: Callable[[Tensor], Tensor]
     alike: Callable[[Sequence[int]], str]
     self_influence: bool = True
     batch_size: int = 256
     held: Held = field(default_factory=Held)
+    world_size: int = 1
+    rehearsal: bool = False
     _weights: dict[int, Checkpoint] = field(default_factory=dict)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ class Replay:
         self.source = source
         settings = trajectory.facts.settings
         self.clip = settings.get("gradient_clip_val")
-        self.clip_by_value = settings.get("gradient_clip_algorithm", "norm") == "value"
-        self.eval_modules = frozenset(settings.get("eval_modules", ()))
+        self.clip_by_value = clips_by_value(settings)
+        still = settings.get("eval_modules")
+        self.eval_modules = frozenset(still if isinstance(still, list) else ())
         # Of a loader with workers, fetching draws nothing from this process's generators.
         self._fetched_elsewhere = bool(settings.get("loader_workers"))
 
@@ -86,7 +88,7 @@ class Replay:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    @property
+    @cached_property
     def knows_randomness(self) -> bool:
         """Whether the states of the random generators were recorded."""
         recorded = self.trajectory.facts.settings.get("random") == "recorded"
@@ -125,12 +127,29 @@ class Replay:
                 f"examples, got {len(self.source)}."
             )
 
-    def set_modes(self) -> None:
-        """Train and eval mode of every part, as in the run."""
-        self.module.train(self.training)
-        for name, part in self.module.named_modules():
-            if name in self.eval_modules:
-                part.training = False
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The module in the modes of the run, its trained parameters alone requiring gradients;
+        as before at the end."""
+        parts = [(part, part.training) for part in self.module.modules()]
+        parameters = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
+        try:
+            self.module.train(self.training)
+            for name, part in self.module.named_modules():
+                if name in self.eval_modules:
+                    part.training = False
+            trained = self.trajectory.facts.parameters
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name in trained)
+                parameter.grad = None
+            with torch.enable_grad():
+                yield
+        finally:
+            for part, training in parts:
+                part.training = training
+            for parameter, required, gradient in parameters:
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
 
     def fetch(self, examples: Tensor) -> Any:
         """The batch of these examples, on the device of the module."""
@@ -159,18 +178,15 @@ class Replay:
 class Walk:
     """The recorded run, taken up at a checkpoint and trained on by torch.optim, step by step.
 
-    The module is borrowed (:func:`borrowed`) and silenced by whoever walks. Random generators are
-    the walk's own where their states were recorded; otherwise a step that draws is refused.
+    Whoever walks does so within :meth:`Replay.as_trained`, with the module silenced. Random
+    generators are the walk's own where their states were recorded; otherwise a step that draws is
+    refused.
     """
 
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
         module, facts = replay.module, replay.trajectory.facts
         self.trained = {name: module.get_parameter(name) for name in facts.parameters}
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.trained.values():
-            parameter.requires_grad_(True)
         self.optimizer = make_optimizer(replay.trajectory, self.trained)
         self.random: Snapshot | None = None
 
@@ -269,13 +285,22 @@ class Walk:
         """Called when the gradients of a step are complete."""
 
     def _clip(self) -> None:
-        replay, parameters = self.replay, list(self.trained.values())
+        replay = self.replay
+        # In the optimizer's order, as in training: the order decides the norm's last bit.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not replay.clip:
             return
         if replay.clip_by_value:
             torch.nn.utils.clip_grad_value_(parameters, replay.clip)
         else:
             torch.nn.utils.clip_grad_norm_(parameters, replay.clip)
+
+
+def clips_by_value(settings: Mapping[str, Any]) -> bool:
+    """Whether gradients were clipped by value, if at all."""
+    # Older runs hold the name of Lightning's own constant.
+    algorithm = str(settings.get("gradient_clip_algorithm", "norm"))
+    return algorithm in ("value", "GradClipAlgorithmType.VALUE")
 
 
 def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class Scores:
             for an estimator without segments.
         self_influence: [train], the score of each training example as its own query; None when
             it was not computed.
+        by_token: [query, train, position], the score of each term of a training example's loss
+            (the tokens of a sequence), which sums to ``values`` over positions; 0 beyond the end
+            of a shorter example; None when it was not asked for.
         provenance: how the scores were made, JSON-able. Two keys hold one entry per query, in
             order, and are shown beside it in the report: ``predictions`` (texts) and
             ``measurements`` (numbers). ``query_indices`` holds the positions of the queries in
@@ -51,6 +54,7 @@ class Scores:
     by_segment: Tensor | None = None
     self_influence: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    by_token: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -71,9 +75,18 @@ class Scores:
                 f"self_influence must hold one number for each of the {train} training examples, "
                 f"got shape {list(self.self_influence.shape)}."
             )
+        if self.by_token is not None and (
+            self.by_token.ndim != 3 or self.by_token.shape[:2] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_token must have the shape [{queries}, {train}, position], got "
+                f"{list(self.by_token.shape)}."
+            )
         require_finite(self.values)
         if self.self_influence is not None:
             require_finite_self_influence(self.self_influence)
+        if self.by_token is not None:
+            require_finite_tokens(self.by_token)
 
     @property
     def num_queries(self) -> int:
@@ -170,7 +183,8 @@ class Scores:
         about = {**known, "stage": stages[number]}
         if self.by_segment is not None and "segments" in known:
             about["segments"] = known["segments"][segments]
-        return Scores(values, by_segment, own, about)
+        by_token = None if self.by_token is None else self.by_token[:, columns]
+        return Scores(values, by_segment, own, about, by_token)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
@@ -217,6 +231,9 @@ class ScoreSink(Protocol):
     def set_self_influence(self, values: Tensor) -> None:
         """Keep the self-influence [train] of every training example."""
 
+    def set_by_token(self, values: Tensor) -> None:
+        """Keep the scores of single terms, [query, train, position]."""
+
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores; a file appears under its name only now."""
 
@@ -243,6 +260,10 @@ class StageSink:
     def set_self_influence(self, values: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Self-influence belongs to the scores of all stages together.")
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Scores by token belong to the scores of all stages together.")
 
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores of all stages."""
@@ -276,6 +297,7 @@ class MemorySink:
             None if num_segments is None else torch.zeros(num_segments, *shape, dtype=dtype)
         )
         self.self_influence: Tensor | None = None
+        self.by_token: Tensor | None = None
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -332,10 +354,20 @@ class MemorySink:
         require_finite_self_influence(values)
         self.self_influence = values.detach().to("cpu", self.values.dtype)
 
+    def set_by_token(self, values: Tensor) -> None:
+        """Keep the scores of single terms, [query, train, position]."""
+        if values.ndim != 3 or values.shape[:2] != self.values.shape:
+            raise ValueError(
+                f"by_token must have the shape [{', '.join(map(str, self.values.shape))}, "
+                f"position], got {list(values.shape)}."
+            )
+        require_finite_tokens(values)
+        self.by_token = values.detach().to("cpu", self.values.dtype)
+
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores."""
         self._sum_segments()
-        return Scores(self.values, self.by_segment, self.self_influence, provenance)
+        return Scores(self.values, self.by_segment, self.self_influence, provenance, self.by_token)
 
     def abort(self) -> None:
         """Nothing to undo in memory."""
@@ -377,6 +409,18 @@ def require_finite(
             raise NonFiniteError(
                 f"The score of query {query} for training example {example} is "
                 f"{float(row[column])}. Check the data of both and the training for divergence."
+            )
+
+
+def require_finite_tokens(values: Tensor) -> None:
+    """Raise an error that names the first term of an example whose score is not finite."""
+    for query, rows in enumerate(values):  # one at a time: the file may be larger than memory
+        if not bool(rows.isfinite().all()):
+            example, position = (~rows.isfinite()).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"The score of query {query} for position {position} of training example {example} "
+                f"is {float(rows[example, position])}. Check the data of both and the training for "
+                "divergence."
             )
 
 

@@ -107,9 +107,8 @@ def loader(dataset: Any = None, batch_size: int | None = 4, **options: Any) -> D
 
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    options = {"max_epochs": 2, "enable_checkpointing": False, **options}
+    options = {"accelerator": "cpu", "max_epochs": 2, "enable_checkpointing": False, **options}
     return Trainer(
-        accelerator="cpu",
         callbacks=list(callbacks),
         logger=False,
         enable_progress_bar=False,

@@ -19,8 +19,9 @@ from tda_lightning.tasks import ClassificationTask, example_noise
 from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
-from tests.runs import Numbered, adamw, loader
+from tests.runs import Numbered, adamw, fit, loader
 from tests.test_processes import Plain
+from tests.test_random_states import require_repeatable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,3 +156,20 @@ def test_sampled_labels_are_those_of_the_cpu():
         with example_noise(3, torch.arange(7, device=device)):
             losses.append(ClassificationTask().sampled_loss(module.to(device), placed).cpu())
     torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_is_repeated_bit_for_bit(workers, tmp_path):
+    """Dropout draws from the device's generator."""
+    data = Numbered(augment=not workers)
+    fit(
+        tmp_path,
+        lambda: loader(data, shuffle=True, num_workers=workers),
+        recorder={"every_n_steps": 4},
+        validation=loader(Numbered(8, seed=1)),
+        val_check_interval=3,
+        accelerator="cuda",
+        devices=1,
+    )
+    run = require_repeatable(tmp_path, data, device="cuda")
+    assert "cuda0" in run.steps.random[0]

@@ -43,10 +43,10 @@ def _restored() -> Iterator[None]:
 # Replaying
 
 
-def replay(run: Trajectory, start: int, data: Any, module: Net) -> None:
+def replay(run: Trajectory, start: int, data: Any, module: Net, device: str = "cpu") -> None:
     """Train on from checkpoint ``start`` in torch alone, and compare with all that follows."""
     first, steps = run.checkpoints[start], run.steps
-    module.train().load_state_dict({**first.parameters, **first.buffers})
+    module.train().to(device).load_state_dict({**first.parameters, **first.buffers})
     named = dict(module.named_parameters())
     for name, parameter in named.items():
         parameter.requires_grad_(name in run.facts.parameters)
@@ -54,7 +54,7 @@ def replay(run: Trajectory, start: int, data: Any, module: Net) -> None:
     assert first.optimizer is not None
     for name, state in first.optimizer.items():
         if state:
-            optimizer.state[named[name]] = {key: value.clone() for key, value in state.items()}
+            optimizer.state[named[name]] = {k: v.to(device).clone() for k, v in state.items()}
     assert first.random is not None
     restore_states(first.random)
     for row in range(start, len(steps)):
@@ -62,7 +62,7 @@ def replay(run: Trajectory, start: int, data: Any, module: Net) -> None:
         for batch in steps.batches(row):
             if position in steps.random:
                 restore_states(steps.random[position])
-            examples = default_collate([data[i] for i in batch.tolist()])
+            examples = [p.to(device) for p in default_collate([data[i] for i in batch.tolist()])]
             loss = module.training_step(module.on_after_batch_transfer(examples, 0), 0)
             (loss / int(steps.accumulation[row])).backward()
             losses.append(loss.item())
@@ -79,10 +79,10 @@ def require_same(run: Trajectory, step: int, module: nn.Module, optimizer: Any) 
     tensors = {**expected.parameters, **expected.buffers}
     assert tensors.keys() == module.state_dict().keys()
     for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, tensors[name]), (step, name)
+        assert torch.equal(tensor.cpu(), tensors[name]), (step, name)
     for name, state in (expected.optimizer or {}).items():
         for key, value in state.items():
-            assert torch.equal(optimizer.state[named[name]][key], value), (step, name, key)
+            assert torch.equal(optimizer.state[named[name]][key].cpu(), value), (step, name, key)
     assert expected.random is not None
     require_alike(current_states(), expected.random)
 
@@ -92,7 +92,7 @@ def require_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Non
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def require_repeatable(path: Path, data: Any, make: Any = Net) -> Trajectory:
+def require_repeatable(path: Path, data: Any, make: Any = Net, device: str = "cpu") -> Trajectory:
     """Every recorded checkpoint leads to the ones after it."""
     whole = open_trajectory(path)
     assert whole.facts.settings["random"] == "recorded"
@@ -101,7 +101,7 @@ def require_repeatable(path: Path, data: Any, make: Any = Net) -> Trajectory:
         starts = list(run.checkpoints)
         assert len(starts) > 2
         for start in starts[:-1]:
-            replay(run, start, data, make())
+            replay(run, start, data, make(), device)
     return whole
 
 
@@ -417,6 +417,24 @@ def test_a_numpy_generator_of_another_kind_is_left_out() -> None:
         restore_states(states)
     finally:
         np.random.set_bit_generator(twister)  # type: ignore[attr-defined]
+
+
+def test_cuda_has_a_state_once_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [torch.arange(16, dtype=torch.uint8) * 4 + device for device in range(11)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [s.clone() for s in kept])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kept))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, device: kept[device].copy_(s))
+    before = Snapshot.take()
+    states = current_states()
+    assert len(states) == 14
+    assert torch.equal(states["cuda10"], kept[10])
+    # Files list them by the alphabet.
+    assert Snapshot.of(dict(sorted(states.items()))) == before
+    kept[10][8] += 4
+    assert Snapshot.take() != before
+    restore_states(states)
+    assert Snapshot.take() == before
 
 
 def test_states_of_devices_that_are_not_here_are_passed_over() -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.step_log import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.callbacks.stepping import clipping_kind
-from tda_lightning.compiled import plain_buffers, plain_parameters
+from tda_lightning.compiled import plain_buffers, plain_name, plain_parameters
 from tda_lightning.trajectory import Checkpoint, Facts, ParameterFact
 
 # Parameter and its group in the optimizer, by the module's names.
@@ -75,6 +75,11 @@ def read_facts(
     )
 
 
+def modules_in_eval_mode(module: nn.Module) -> list[str]:
+    """Names of the parts that do not train: frozen batch statistics, dropout that is off."""
+    return [plain_name(name) for name, part in module.named_modules() if not part.training]
+
+
 def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
     """Shape, dtype and group of every trained parameter."""
     return {
@@ -87,6 +92,7 @@ def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
 
 def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     loader = trainer.train_dataloader
+    algorithm = trainer.gradient_clip_algorithm or "norm"
     return {
         "module": _path(module),
         "data_set": _path(getattr(loader, "dataset", loader)),
@@ -107,7 +113,7 @@ def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm)),
         "clipping": clipping_kind(trainer, module),
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),

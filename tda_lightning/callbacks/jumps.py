@@ -2,7 +2,8 @@
 
 Draws within a batch follow from the states before it. Those in between do not (a new epoch's
 sampler and workers draw seeds, a validation or another callback draws what it likes), so the states
-are kept of each batch before which there were any.
+are kept of each batch before which there were any. What a callback draws in the midst of a batch
+looks like a draw of the batch itself: whoever repeats the batch must repeat the callback.
 """
 
 from __future__ import annotations

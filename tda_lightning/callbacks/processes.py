@@ -32,7 +32,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tda_lightning.errors import UnsupportedTrainingError
-from tda_lightning.store.curvature_folder import CurvatureFolder
+from tda_lightning.store.kept_folder import KeptFolder
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.trajectory import Steps, Trajectory
 
@@ -88,7 +88,7 @@ def written_by_first(trajectory: Trajectory) -> Trajectory:
     they have fitted to themselves."""
     folder = trajectory.curvature
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    if rank == 0 or not isinstance(folder, CurvatureFolder):
+    if rank == 0 or not isinstance(folder, KeptFolder):
         return trajectory
     return replace(trajectory, curvature=ChainMap({}, folder))
 

@@ -24,7 +24,7 @@ from tda_lightning.callbacks.checks import (
 )
 from tda_lightning.callbacks.continuing import ContinuingRecorder
 from tda_lightning.callbacks.curvature import online_curvature, require_uncompiled
-from tda_lightning.callbacks.facts import read_checkpoint
+from tda_lightning.callbacks.facts import modules_in_eval_mode, read_checkpoint
 from tda_lightning.callbacks.indices import IndexCapture, Indices, as_indices
 from tda_lightning.callbacks.jumps import Jumps
 from tda_lightning.callbacks.order import come_first, precedes_averaging
@@ -52,8 +52,9 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     Recorded are the steps table (applied learning rates, optimizer settings, loss, gradient norm
     before and after clipping, example indices of every batch), checkpoints with buffers and
-    optimizer state (the initial weights and the last step always), and the facts of the run. One
-    that stops early or is killed leaves a readable trajectory up to its last checkpoint.
+    optimizer state (the initial weights and the last step always), the states of the random
+    generators with each checkpoint and wherever they jump between batches, and the facts of the
+    run. One that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
     A run that is interrupted and resumed with ``Trainer.fit(ckpt_path=...)`` goes on with its
     trajectory: the recorder's state travels in Lightning's checkpoints, what was recorded after
@@ -288,9 +289,15 @@ class TrajectoryRecorder(ContinuingRecorder):
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After every hook that may freeze or unfreeze, before the batch's forward pass."""
+        if self._facts is not None and not self._rows and not self._pending:
+            still = modules_in_eval_mode(pl_module)
+            if still != self._facts.settings.get("eval_modules", []):
+                self._note(eval_modules=still)
+        if self._facts is None:
+            return
         optimizer = trainer.optimizers[0]
         held = held_parameters(optimizer)
-        if self._facts is not None and not self._pending and held != self._held:
+        if not self._pending and held != self._held:
             require_whole(self._shards is None, "freezing and unfreezing in mid-training")
             trained = trained_parameters(pl_module, optimizer)
             # The state at a stage's start comes first: a stage without it could not be read.

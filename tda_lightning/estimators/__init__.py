@@ -4,5 +4,6 @@ from tda_lightning.estimators.base import Estimator, StagedEstimator
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.source import Source
 from tda_lightning.estimators.tracin import TracIn
+from tda_lightning.estimators.unrolled import Unrolled
 
-__all__ = ["Estimator", "InfluenceFunction", "Source", "StagedEstimator", "TracIn"]
+__all__ = ["Estimator", "InfluenceFunction", "Source", "StagedEstimator", "TracIn", "Unrolled"]

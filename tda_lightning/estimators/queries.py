@@ -22,9 +22,12 @@ def query_rounds(context: Context, copies: int) -> Iterator[tuple[int, int]]:
     return rounds_of(context.num_query, size * copies * torch.finfo(context.dtype).bits // 8)
 
 
-def rounds_of(queries: int, bytes_each: int) -> Iterator[tuple[int, int]]:
-    """Ranges of ``queries`` that fit the memory budget together."""
-    fitting = max(1, memory_budget() // bytes_each)
+def rounds_of(
+    queries: int, bytes_each: int, budget: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of ``queries`` that fit together into ``budget`` bytes, by default
+    :func:`~tda_lightning.passes.memory_budget`."""
+    fitting = max(1, (memory_budget() if budget is None else budget) // bytes_each)
     rounds = -(-queries // fitting)
     for number in range(rounds):
         yield number * queries // rounds, (number + 1) * queries // rounds

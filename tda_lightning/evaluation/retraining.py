@@ -95,10 +95,9 @@ def retrain_each(
 
 def _run(replay: Replay, weights: Tensor) -> State:
     """One run by torch.optim."""
-    with borrowed(replay.module), silenced(replay.module), torch.enable_grad():
+    with borrowed(replay.module), silenced(replay.module), replay.as_trained():
         walk = Walk(replay)
         walk.restart(0)
-        replay.set_modes()
         for row in range(replay.trajectory.last_step):
             walk.step(row, weights)
         return dict(walk.stand().tensors)

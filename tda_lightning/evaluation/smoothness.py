@@ -164,7 +164,7 @@ class Smoothness:
         if self.verdict == "smooth":
             return (
                 f"Smooth: the derivative of this run predicts what {removal} does. Trust what is "
-                "closest to it: exact unrolling, then Source(order='recorded')."
+                "closest to it: Unrolled, then Source(order='recorded')."
             )
         if math.isnan(self.derivative.low):
             return (
@@ -178,7 +178,7 @@ class Smoothness:
             )
         rough = (
             f"Rough: the derivative of this run does not predict what {removal} does. Do not "
-            "trust exact unrolling. "
+            "trust Unrolled. "
         )
         if self.halfway.low >= THRESHOLD:
             return rough + (

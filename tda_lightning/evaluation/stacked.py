@@ -53,8 +53,7 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
         return weighted_loss(replay.task, found, own)
 
     each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
-    with borrowed(replay.module), silenced(replay.module), torch.enable_grad():
-        replay.set_modes()
+    with borrowed(replay.module), silenced(replay.module), replay.as_trained():
         for row in range(trajectory.last_step):
             apply_settings(trajectory, optimizer, row)
             optimizer.zero_grad()

@@ -46,7 +46,8 @@ def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> No
             f"each checkpoint, got none up to {lost}. {ADVICE}"
         )
     # Fitted curvature may be that of checkpoints which are about to be made again.
-    _remove(layout.curvature_files(root).values())
+    for kind in (layout.CURVATURE_FOLDER, layout.UNFINISHED_FOLDER):
+        _remove(layout.kept_files(root, kind).values())
     _remove(files[step] for step in sorted(files.keys() - set(checkpoints), reverse=True))
     _remove(path for (_, stop), path in statistics.items() if stop not in set(checkpoints))
     kept = {path for _, _, path in chain}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tda_lightning.errors import TrajectoryError
 from tda_lightning.store import layout
-from tda_lightning.store.curvature_folder import CurvatureFolder
+from tda_lightning.store.kept_folder import KeptFolder
 from tda_lightning.store.reader import (
     CheckpointFolder,
     read_facts,
@@ -45,6 +45,7 @@ class Description:
     checkpoints: dict[int, FileEntry]
     statistics: dict[tuple[int, int], FileEntry]
     curvature: tuple[FileEntry, ...]
+    unfinished: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
     size: int
     problems: tuple[str, ...]
@@ -88,12 +89,15 @@ def describe(path: str | Path) -> Description:
     except (TrajectoryError, OSError) as error:
         problems.append(str(error))
     statistics = _statistics(root, facts, list(checkpoints), problems)
-    curvature = CurvatureFolder(root)
-    for key in curvature:
-        try:
-            curvature[key]
-        except (TrajectoryError, OSError) as error:
-            problems.append(str(error))
+    kept_folders = [
+        KeptFolder(root, kind) for kind in (layout.CURVATURE_FOLDER, layout.UNFINISHED_FOLDER)
+    ]
+    for folder in kept_folders:
+        for key in folder:
+            try:
+                folder[key]
+            except (TrajectoryError, OSError) as error:
+                problems.append(str(error))
     problems.extend(
         f"{file} is unfinished: a process was stopped while it wrote. It is not read and can be "
         "deleted."
@@ -106,11 +110,16 @@ def describe(path: str | Path) -> Description:
         steps=steps,
         checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
         statistics=statistics,
-        curvature=tuple(_entry(k, file) for k, file in layout.curvature_files(root).items()),
+        curvature=_kept(root, layout.CURVATURE_FOLDER),
+        unfinished=_kept(root, layout.UNFINISHED_FOLDER),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
         problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def _kept(root: Path, kind: str) -> tuple[FileEntry, ...]:
+    return tuple(_entry(key, file) for key, file in layout.kept_files(root, kind).items())
 
 
 def _statistics(
@@ -227,6 +236,8 @@ def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
     yield from _abridged(statistics, "statistics")
     for entry in found.curvature:
         yield "curvature", entry.name, _bytes(entry.size)
+    for entry in found.unfinished:
+        yield "unfinished", entry.name, _bytes(entry.size)
     for entry in found.scores:
         yield "scores", entry.name, _bytes(entry.size)
 

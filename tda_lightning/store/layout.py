@@ -57,6 +57,8 @@ random states those of the first process::
         <block>/samples         [2]: how many vectors left and right were summed over
       curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
         values/<name>           tensors
+      unfinished/<key>.h5       kind "unfinished": where an interrupted exact unrolling goes on
+        values/<name>           tensors
       scores/*.h5               scores that were computed from this trajectory
       recording.lock            locked while a recorder writes; means nothing when left behind
 
@@ -78,6 +80,7 @@ STEPS_FOLDER = "steps"
 CHECKPOINTS_FOLDER = "checkpoints"
 STATISTICS_FOLDER = "statistics"
 CURVATURE_FOLDER = "curvature"
+UNFINISHED_FOLDER = "unfinished"
 SCORES_FOLDER = "scores"
 
 FACTS = "facts"
@@ -111,7 +114,7 @@ STEP_COLUMNS = {
 _STEP = r"(\d{8}|[1-9]\d{8,17})"
 _STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
 _CHECKPOINT_NAME = re.compile(rf"{_STEP}\.h5", re.ASCII)
-CURVATURE_KEY = re.compile(r"[0-9a-f]{1,128}")
+KEY = re.compile(r"[0-9a-f]{1,128}")
 
 
 def steps_file(root: Path, first: int, last: int) -> Path:
@@ -153,14 +156,14 @@ def statistics_files(root: Path) -> dict[tuple[int, int], Path]:
     return dict(sorted(found.items()))
 
 
-def curvature_file(root: Path, key: str) -> Path:
-    return root / CURVATURE_FOLDER / f"{key}.h5"
+def kept_file(root: Path, kind: str, key: str) -> Path:
+    return root / kind / f"{key}.h5"
 
 
-def curvature_files(root: Path) -> dict[str, Path]:
-    """The fitted curvature kept in ``root``, by key."""
-    files = _files(root / CURVATURE_FOLDER)
-    return {p.stem: p for p in files if p.suffix == ".h5" and CURVATURE_KEY.fullmatch(p.stem)}
+def kept_files(root: Path, kind: str) -> dict[str, Path]:
+    """The fitted curvature, or the unfinished work, kept in ``root``, by key."""
+    files = _files(root / kind)
+    return {p.stem: p for p in files if p.suffix == ".h5" and KEY.fullmatch(p.stem)}
 
 
 def scores_files(root: Path) -> list[Path]:
@@ -176,7 +179,8 @@ def recorded_files(root: Path) -> list[Path]:
         *(path for _, _, path in steps_files(root)),
         *checkpoint_files(root).values(),
         *statistics_files(root).values(),
-        *curvature_files(root).values(),
+        *kept_files(root, CURVATURE_FOLDER).values(),
+        *kept_files(root, UNFINISHED_FOLDER).values(),
     ]
 
 

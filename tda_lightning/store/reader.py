@@ -16,8 +16,8 @@ from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.randomness import TWISTERS, require_restorable
 from tda_lightning.store import layout
 from tda_lightning.store.checked import get_integer, has, names
-from tda_lightning.store.curvature_folder import CurvatureFolder
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.kept_folder import KeptFolder
 from tda_lightning.store.plausible import (
     require_facts,
     require_fitting,
@@ -55,7 +55,8 @@ def open_trajectory(path: str | Path) -> Trajectory:
         facts=facts,
         steps=steps,
         checkpoints=CheckpointFolder(root, facts),
-        curvature=CurvatureFolder(root),
+        curvature=KeptFolder(root, layout.CURVATURE_FOLDER),
+        unfinished=KeptFolder(root, layout.UNFINISHED_FOLDER),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
     )

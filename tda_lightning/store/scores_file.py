@@ -6,10 +6,12 @@ Layout, format version 1::
     /values                 float32 or float64 [query, train]
     /by_segment             the same type [segment, query, train]; absent without segments
     /self_influence         the same type [train]; absent when not computed
+    /by_token               the same type [query, train, position]; absent when not asked for
     /provenance             text, a JSON object: how the scores were made
     /checksums/values       uint32 [query], CRC-32 of the bytes of each row of /values
     /checksums/by_segment   uint32 [segment, query]
     /checksums/self_influence  uint32 scalar
+    /checksums/by_token     uint32 [query, train]
     /checksums/provenance   uint32 scalar
 
 The numbers lie contiguously and uncompressed, so that a file larger than memory can be mapped.
@@ -85,6 +87,7 @@ class ScoreFile(MemorySink):
         self._part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         self.by_segment = None
         self.self_influence = None
+        self.by_token = None
         shape = (num_queries, num_train)
         kind = _numpy_type(dtype)
         try:
@@ -145,6 +148,9 @@ class ScoreFile(MemorySink):
             if self.self_influence is not None:
                 file["self_influence"] = self.self_influence.numpy()
                 file["checksums/self_influence"] = _checksum(self.self_influence.numpy())
+            if self.by_token is not None:
+                file["by_token"] = self.by_token.contiguous().numpy()
+                file["checksums/by_token"] = _row_checksums(self.by_token.contiguous().numpy())
             file["provenance"] = _text(provenance)
             file["checksums/provenance"] = np.uint32(zlib.crc32(provenance.encode()))
 
@@ -159,6 +165,8 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
             file.by_segment.copy_(scores.by_segment)
         if scores.self_influence is not None:
             file.set_self_influence(scores.self_influence)
+        if scores.by_token is not None:
+            file.set_by_token(scores.by_token)
         file.publish(scores.provenance)
 
 
@@ -181,8 +189,9 @@ def read_scores(
             values = _read(path, file, "values", (rows,), mapped)
             by_segment = _read(path, file, "by_segment", (slice(None), rows), mapped)
             self_influence = _read(path, file, "self_influence", (), False)
+            by_token = _read(path, file, "by_token", (rows,), mapped)
             assert values is not None
-            return Scores(values, by_segment, self_influence, provenance)
+            return Scores(values, by_segment, self_influence, provenance, by_token)
     except (TrajectoryFormatError, PermissionError):
         raise
     except DAMAGE as error:

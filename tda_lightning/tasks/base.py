@@ -6,13 +6,14 @@ import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from tda_lightning.tasks.interception import WeightedLoss, intercept
+from tda_lightning.tasks import batches
+from tda_lightning.tasks.interception import WeightedLoss, by_term, intercept
 
 
 class AttributionTask(ABC):
@@ -55,6 +56,36 @@ class AttributionTask(ABC):
     def share(self, size: int) -> float:
         """Weight of one example's ``train_loss`` in the loss of a training batch of ``size``."""
         return 1 / size
+
+    def batch_loss(
+        self, module: nn.Module, batch: Any, by_position: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a training batch as optimised, and what each example contributes to it.
+
+        Args:
+            by_position: contributions of each example's single terms (the tokens of a sequence)
+                in place of their sums.
+
+        Returns:
+            A scalar, and [batch] or [batch, position]. With example n's loss weighted by w_n the
+            scalar changes by contribution n times (w_n - 1); a part that belongs to no example (a
+            regulariser) is in the scalar only.
+        """
+        if by_position:
+            losses, found, _ = intercept(lambda: self.train_loss(module, batch))
+            share = self.share(len(losses))
+            return losses.sum() * share, by_term(found, len(losses)) * share
+        losses = self.train_loss(module, batch)
+        return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
+
+    def relabelled(self, batch: Any, labels: Mapping[int, Any]) -> Any:
+        """The batch with other labels at some of its positions.
+
+        Raises:
+            ValueError: the batch is none of (inputs, target) or a dictionary with a target, or a
+                label has another shape than those of the batch.
+        """
+        return batches.with_labels(batch, labels, getattr(self, "target", None))
 
     @property
     def measures_loss(self) -> bool:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks.noise import active_examples
@@ -46,6 +47,31 @@ def split_target(batch: Any, target: str | None = None) -> tuple[Any, Tensor]:
             "Override forward(module, batch) of the task for other targets."
         )
     return inputs, found
+
+
+def with_labels(batch: Any, labels: Mapping[int, Any], target: str | None = None) -> Any:
+    """A copy of the batch whose target is changed at some positions.
+
+    Args:
+        batch: a tuple or list with the target last, or a dictionary, as in :func:`split_target`.
+        labels: new label by position in the batch.
+        target: the dictionary's key of the target.
+    """
+    _, found = split_target(batch, target)
+    changed = found.clone()
+    for position, label in labels.items():
+        given = torch.as_tensor(label, dtype=found.dtype, device=found.device)
+        if given.shape != found.shape[1:]:
+            raise ValueError(
+                f"A new label has the shape {list(given.shape)}, expected that of the labels in "
+                f"the batch, {list(found.shape[1:])}."
+            )
+        changed[position] = given
+    if isinstance(batch, Mapping):
+        (key,) = [name for name, value in batch.items() if value is found]
+        return {**batch, key: changed}
+    parts = [*batch[:-1], changed]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def call(module: nn.Module, inputs: Any) -> Tensor:

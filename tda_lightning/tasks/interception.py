@@ -61,6 +61,23 @@ class WeightedLoss:
         return leading % batch == 0
 
 
+def by_term(found: Sequence[WeightedLoss], batch: int) -> Tensor:
+    """Weight x loss of each example's single terms, summed over losses: [batch, position].
+
+    Raises:
+        ValueError: there is no standard loss, or the losses have different numbers of terms.
+    """
+    parts = [(item.weights * item.loss.values).reshape(batch, -1) for item in found]
+    lengths = sorted({part.shape[1] for part in parts})
+    if len(lengths) != 1:
+        raise ValueError(
+            "The terms of single positions are not known: expected standard losses of "
+            f"torch.nn.functional with the same number of terms for each example, got {lengths}. "
+            "Attribute to whole examples (token_weights=False)."
+        )
+    return torch.stack(parts).sum(0)
+
+
 def intercept(
     run: Callable[[], Tensor], masses: Sequence[Tensor | None] = (), batch: int = 1
 ) -> tuple[Tensor, list[WeightedLoss], list[Call]]:

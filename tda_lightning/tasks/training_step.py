@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask, source_digest
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
-from tda_lightning.tasks.interception import Call, WeightedLoss, intercept
+from tda_lightning.tasks.interception import Call, WeightedLoss, by_term, intercept
 from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.silence import silenced
 
@@ -94,6 +94,23 @@ class TrainingStepTask(AttributionTask):
         else:
             losses = total.reshape(()).expand(size)
         return losses if torch.is_grad_enabled() else losses.detach()
+
+    def batch_loss(
+        self, module: nn.Module, batch: Any, by_position: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        size = batches.num_examples(batch)
+        with silenced(module):
+            # What a mean divides by is this batch's own, not held as for single examples.
+            total, found, _ = intercept(lambda: run_training_step(module, batch))
+        total = total.reshape(())
+        if not found or not all(item.fits(size) for item in found):
+            raise ValueError(
+                "The losses of single examples in training_step are not known: it calls no "
+                f"standard loss of {size} examples. Give a task."
+            )
+        if by_position:
+            return total, by_term(found, size)
+        return total, torch.stack([item.per_example(size) for item in found]).sum(0)
 
     def measurement(self, module: nn.Module, batch: Any) -> Tensor:
         losses = self.train_loss(module, batch)

@@ -1,4 +1,4 @@
-"""Fitted curvature kept beside the trajectory it was fitted on."""
+"""Tensors kept beside the trajectory that they come from: fitted curvature, unfinished work."""
 
 from __future__ import annotations
 
@@ -15,37 +15,42 @@ from tda_lightning.store.h5 import get_tensors, put_tensors, reading, subgroup, 
 
 
 @dataclass(frozen=True, eq=False)
-class CurvatureFolder(MutableMapping[str, Mapping[str, Tensor]]):
-    """Named tensors by a hexadecimal key, one file for each key under ``<root>/curvature``.
+class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
+    """Named tensors by a hexadecimal key, one file for each key under ``<root>/<kind>``.
 
-    Where the folder cannot be written, what is set is not kept, with a warning: curvature can
-    always be fitted again.
+    Where the folder cannot be written, what is set is not kept, with a warning: it can always be
+    computed again.
+
+    Attributes:
+        root: of the trajectory.
+        kind: ``curvature``, or ``unfinished``: where an interrupted attribution goes on.
     """
 
     root: Path
+    kind: str = "curvature"
 
     def __getitem__(self, key: str) -> Mapping[str, Tensor]:
         path = self._files().get(key)
         if path is None:
             raise KeyError(key)
-        with reading(path, "curvature") as file:
+        with reading(path, self.kind) as file:
             return get_tensors(subgroup(file, layout.VALUES))
 
     def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
-        if not layout.CURVATURE_KEY.fullmatch(key):
+        if not layout.KEY.fullmatch(key):
             raise ValueError(
-                f"A curvature key must be hexadecimal digits in lower case, got {key!r}: "
-                "pass a digest of everything that determines the curvature."
+                f"A key of {self.kind} must be hexadecimal digits in lower case, got {key!r}: "
+                "pass a digest of everything that determines it."
             )
-        path = layout.curvature_file(self.root, key)
+        path = layout.kept_file(self.root, self.kind, key)
         try:
             make_folder(path.parent)
-            with writing(path, "curvature") as file:
+            with writing(path, self.kind) as file:
                 put_tensors(file.create_group(layout.VALUES), value)
         except OSError as error:
             warnings.warn(
-                f"Fitted curvature is not kept, because {path} cannot be written: {error}. "
-                "Scores are not affected; the next attribution will fit it again.",
+                f"{path} cannot be written, so its {self.kind} is not kept: {error}. "
+                "Scores are not affected; the next attribution will compute it again.",
                 stacklevel=2,
             )
 
@@ -62,4 +67,4 @@ class CurvatureFolder(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._files())
 
     def _files(self) -> dict[str, Path]:
-        return layout.curvature_files(self.root)
+        return layout.kept_files(self.root, self.kind)

@@ -1,0 +1,1 @@
+"""Exact unrolling, piece by piece: replays, their states, the adjoints of the optimizers' steps."""
