@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Replay:
         self.source = source
         settings = trajectory.facts.settings
         self.clip = settings.get("gradient_clip_val")
-        self.clip_by_value = settings.get("gradient_clip_algorithm", "norm") == "value"
+        self.clip_by_value = clips_by_value(settings)
         still = settings.get("eval_modules")
         self.eval_modules = frozenset(still if isinstance(still, list) else ())
         # Of a loader with workers, fetching draws nothing from this process's generators.
@@ -87,7 +88,7 @@ class Replay:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    @property
+    @cached_property
     def knows_randomness(self) -> bool:
         """Whether the states of the random generators were recorded."""
         recorded = self.trajectory.facts.settings.get("random") == "recorded"
@@ -284,13 +285,22 @@ class Walk:
         """Called when the gradients of a step are complete."""
 
     def _clip(self) -> None:
-        replay, parameters = self.replay, list(self.trained.values())
+        replay = self.replay
+        # In the optimizer's order, as in training: the order decides the norm's last bit.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not replay.clip:
             return
         if replay.clip_by_value:
             torch.nn.utils.clip_grad_value_(parameters, replay.clip)
         else:
             torch.nn.utils.clip_grad_norm_(parameters, replay.clip)
+
+
+def clips_by_value(settings: Mapping[str, Any]) -> bool:
+    """Whether gradients were clipped by value, if at all."""
+    # Older runs hold the name of Lightning's own constant.
+    algorithm = str(settings.get("gradient_clip_algorithm", "norm"))
+    return algorithm in ("value", "GradClipAlgorithmType.VALUE")
 
 
 def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:

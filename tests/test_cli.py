@@ -1,5 +1,6 @@
 """The command line, from training to the report, on a tiny run of the digits."""
 
+import re
 import shutil
 
 import h5py
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
 from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.evaluation import Estimate, Smoothness
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=3", "trainer.max_epochs=2"]
 
@@ -109,6 +111,59 @@ def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
+def test_a_check_of_gradients_replay_and_smoothness(run, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["check", "runs/digits", "directions=3", "fraction=0.1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Engine against plain autograd" in out
+    assert "A replay with all weights 1 lands on the recorded end, bit for bit." in out
+    assert "Smoothness (10 replays" in out
+    for word in ("metasmoothness", "halfway", "derivative", "95% interval"):
+        assert word in out
+    assert re.search("(Smooth|Rough|Undecided): ", out)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_rough_run_is_a_finding_not_a_failure(run, monkeypatch, capsys):
+    unlike = Estimate(torch.zeros(2), 0.0, -0.1, 0.1)
+    found = Smoothness(unlike, unlike, unlike, 0.05, 0.001, 0.5, 0.0, 8, 1.0)
+    monkeypatch.setattr("tda_lightning.cli.commands.smoothness", lambda *_, **__: found)
+    assert main(["check", "runs/digits"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "misses the recorded end by 5.0e-01 of the way" in out
+    assert "Usual causes: another device" in out
+    assert "Rough: the derivative of this run does not predict" in out
+
+
+def test_a_check_of_a_run_that_cannot_be_replayed(tmp_path, monkeypatch, capsys):
+    """The engine is checked all the same."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "trainer.precision=bf16-mixed"]) == 0
+    assert main(["check", "runs/digits"]) == 1
+    out, error = capsys.readouterr()
+    assert "Engine against plain autograd" in out
+    assert "Smoothness" not in out
+    assert "trained with precision=bf16-mixed" in error
+    assert "Whether the run is smooth is therefore not known" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("directions=2", "needs at least 3 directions"),
+        ("fraction=2", "fraction must be between 0 and 1"),
+        ("data.num_query=2", "at least 3 queries, got 2"),
+        ("+data.num_train=50", "expected 60 examples, got 50"),
+        ("device=nowhere", "nowhere"),
+    ],
+)
+def test_impossible_checks_are_answered_in_words(given, message, run, capsys):
+    assert main(["check", "runs/digits", given]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
 def test_a_plan_of_a_recording(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *TINY]) == 0
@@ -157,7 +212,7 @@ def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    commands = ("train", "plan", "attribute", "report", "inspect")
+    commands = ("train", "plan", "attribute", "check", "report", "inspect")
     assert all(f"tda {command}" in out for command in commands)
     assert main([]) == 2
 
@@ -171,6 +226,7 @@ def test_help(capsys):
         ("train experiment=concrete data.root=nowhere", 1, "Missing data files: nowhere/uci"),
         ("attribute", 1, "Expected trajectory, got none. For example: tda attribute"),
         ("attribute trajectory=nowhere", 1, "No trajectory in nowhere"),
+        ("check", 1, "Expected trajectory, got none. For example: tda check trajectory=FOLDER"),
         ("report", 1, "Expected scores, got none. For example: tda report scores=FILE"),
         ("report nowhere.h5", 1, "There is no scores file at nowhere.h5"),
         ("inspect (no)[where]", 1, "No trajectory in (no)[where]"),

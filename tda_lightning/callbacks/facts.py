@@ -92,6 +92,7 @@ def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
 
 def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     loader = trainer.train_dataloader
+    algorithm = trainer.gradient_clip_algorithm or "norm"
     return {
         "module": _path(module),
         "data_set": _path(getattr(loader, "dataset", loader)),
@@ -112,7 +113,7 @@ def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm)),
         "clipping": clipping_kind(trainer, module),
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),

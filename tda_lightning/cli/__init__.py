@@ -1,4 +1,4 @@
-"""The command line: ``tda train | plan | attribute | report | inspect``, Hydra applications."""
+"""The command line: ``tda train | plan | attribute | check | ...``, Hydra applications."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
     "plan": ("what recording or attribution will cost here, before it runs", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
+    "check": ("is the engine exact, and the run smooth enough for derivatives", "trajectory"),
     "report": ("make an HTML page from a file of scores", "scores"),
     "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
 }
@@ -30,6 +31,7 @@ For example:
     tda train      experiment=digits
     tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
+    tda check      runs/digits
     tda report     scores=runs/digits/scores/source.h5
     tda inspect    runs/digits
 

@@ -28,8 +28,12 @@ from tda_lightning.attribution import AttributionModule
 from tda_lightning.callbacks.progress import PassProgressBar
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
+from tda_lightning.cli.smooth import landing, smoothness_table
 from tda_lightning.data import DataModule
-from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
+from tda_lightning.errors import NonFiniteError, TrajectoryFormatError, UnsupportedTrainingError
+from tda_lightning.estimators import Source
+from tda_lightning.evaluation import smoothness
+from tda_lightning.matching import require_same_data
 from tda_lightning.planning import AttributionPlan, comparison
 from tda_lightning.report import write_report
 from tda_lightning.scores import Scores
@@ -175,6 +179,39 @@ def plan_recording(config: DictConfig) -> None:
 
 
 @clear_errors
+def check(config: DictConfig) -> None:
+    """Show whether gradients are exact, the run can be replayed, and derivatives can be trusted."""
+    folder = Path(_required(config, "trajectory", "tda check trajectory=FOLDER"))
+    trajectory = Trajectory.load(str(folder))
+    data, module, task = _recorded_parts(config, load_config(folder))
+    module.to(_replay_device(config.device, trajectory))
+    train, query = data.train_dataset, data.query_dataset
+    AttributionModule(module, trajectory, Source(), task).check(train, query, config.examples)
+    try:
+        require_same_data(trajectory, train)
+        found = smoothness(
+            trajectory,
+            module,
+            task,
+            train,
+            query,
+            directions=config.directions,
+            fraction=config.fraction,
+            share=config.share,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            together=config.together,
+        )
+    except (NonFiniteError, UnsupportedTrainingError) as error:
+        raise type(error)(
+            f"{error} Whether the run is smooth is therefore not known; Source in the averaged "
+            "order, influence functions and TracIn need no replay."
+        ) from error
+    console = Console()
+    console.print(landing(found.landing_error), smoothness_table(found), found.advice, sep="\n")
+
+
+@clear_errors
 def report(config: DictConfig) -> None:
     """Make an HTML page that shows a file of scores."""
     source = Path(_required(config, "scores", "tda report scores=FILE"))
@@ -242,6 +279,14 @@ def _recorded_parts(
         else build(recorded.get("task"), config.trust_config)
     )
     return data, module, task
+
+
+def _replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
+    """The device asked for; else where the run was trained: elsewhere it rounds otherwise."""
+    if asked is not None:
+        return torch.device(asked)
+    on_cuda = str(trajectory.facts.settings.get("device", "cpu")).startswith("cuda")
+    return torch.device("cuda" if on_cuda and torch.cuda.is_available() else "cpu")
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Unrolled:
     the Hessian of every step's loss. Nothing is approximated; the question is a local one all the
     same. A batch keeps its denominator (:func:`~tda_lightning.evaluation.as_removal` for true
     removal), and in a rough run a small weight change predicts no removal: ``tda check`` tells.
+    What a training step detaches counts as a constant, also where its value came from the weights.
 
     Every replay is compared with the recorded checkpoints (``provenance["certificate"]``).
 
@@ -76,9 +77,8 @@ class Unrolled:
             raise ValueError(f"states must be one of {', '.join(STATES)}, got {self.states!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
-        for index in self.relabel or ():
-            if not isinstance(index, int):
-                raise ValueError(f"relabel names training examples by index, got {index!r}.")
+        if self.relabel is not None:
+            self.relabel = {int(index): _plain(label) for index, label in self.relabel.items()}
         if self.relabel and self.token_weights:
             raise ValueError(
                 "relabel changes an example's whole label, and token_weights splits its score by "
@@ -87,14 +87,13 @@ class Unrolled:
 
     def segment_count(self, context: Context) -> int:
         """One segment for each recorded interval between checkpoints."""
-        return len(intervals(context.trajectory.checkpoints))
+        return len(context.trajectory.checkpoints) - 1
 
     def plan(self, context: Context) -> Plan:
         """For every interval, last one first: a replay forwards, and the way back."""
         return UnrolledRun(self, context).plan()
 
 
-def intervals(checkpoints: Mapping[int, Any]) -> Sequence[tuple[int, int]]:
-    """(start, stop) between one recorded checkpoint and the next."""
-    steps = sorted(checkpoints)
-    return list(zip(steps, steps[1:], strict=False))
+def _plain(label: Any) -> Any:
+    """A label as numbers and lists: settings are written down with the scores."""
+    return label.tolist() if hasattr(label, "tolist") else label

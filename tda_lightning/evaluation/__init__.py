@@ -14,10 +14,13 @@ from tda_lightning.evaluation.lds import (
     linear_datamodeling_score,
 )
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
+from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
 
 __all__ = [
+    "Estimate",
     "Interval",
     "LeaveOneOut",
+    "Smoothness",
     "agreement",
     "as_removal",
     "detection_auc",
@@ -29,4 +32,5 @@ __all__ = [
     "measure",
     "retrain",
     "retrain_each",
+    "smoothness",
 ]

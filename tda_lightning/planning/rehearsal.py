@@ -15,7 +15,6 @@ from tda_lightning.loading import ExampleSource, PassLoader
 from tda_lightning.passes import Context, Pass, Plan
 from tda_lightning.planning import clock
 from tda_lightning.planning.memory import PeakMemory
-from tda_lightning.planning.progress import SlowProgress
 from tda_lightning.planning.records import AttributionPlan, PassPlan
 from tda_lightning.planning.stand_ins import (
     Decompositions,
@@ -24,6 +23,7 @@ from tda_lightning.planning.stand_ins import (
     UnfinishedLeft,
     synchronize,
 )
+from tda_lightning.progress import SlowProgress
 
 # A kind of pass is timed over at least one full batch, then until one of these is reached.
 _SECONDS, _BATCHES = 1.0, 12
@@ -36,6 +36,9 @@ class _Rate:
 
     per_example: float
     first: float
+
+
+_NOTHING = _Rate(0.0, 0.0)  # of a pass without rows
 
 
 @dataclass
@@ -137,12 +140,12 @@ class Rehearsal:
         kind = _without_numbers(one.title) if one.order is None else _without_steps(one.title)
         key = (kind, one.order is None, min(round_number, 1))
         if round_number == 2:
-            return self._ends[one.title] + self._batches(one, self._rates[key])
+            return self._ends[one.title] + self._batches(one, self._rates.get(key, _NOTHING))
         around = self._timed(lambda: self.context.load(one.step))
         if one.begin is not None:
             around += self._timed(one.begin)
         if one.rows is not None:
-            around += self._walk(one, key)
+            around += self._walk(one, key) if len(one.rows) else 0.0
         else:
             around += self._feed(one) if one.order is None else 0.0
             if key not in self._rates:
@@ -150,7 +153,7 @@ class Rehearsal:
         if one.end is not None and not one.catches_up:
             around += self._timed(one.end)
         self._ends[one.title] = around
-        return around + self._batches(one, self._rates[key])
+        return around + self._batches(one, self._rates.get(key, _NOTHING))
 
     def _batches(self, one: Pass, rate: _Rate) -> float:
         if one.rows is not None:

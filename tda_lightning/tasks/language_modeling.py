@@ -86,6 +86,16 @@ class LanguageModelingTask(AttributionTask):
         tokens = self.tokens_per_example or self._prepared_tokens
         return losses.sum(1) / (tokens or counted.sum().clamp_min(1) / len(counted))
 
+    def batch_loss(
+        self, module: nn.Module, batch: Any, by_position: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if self.reduction != "batch":
+            return super().batch_loss(module, batch, by_position)
+        losses, counted = self._token_losses(module, batch)
+        # The number of tokens is this batch's own, not held as for single examples.
+        parts = losses / counted.sum().clamp_min(1)
+        return parts.sum(), parts if by_position else parts.sum(1)
+
     def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 

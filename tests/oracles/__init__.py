@@ -33,12 +33,22 @@ from tests.oracles.gradients import (
     take,
     with_state,
 )
+from tests.oracles.retracing import (
+    Retraced,
+    central_differences,
+    removals,
+    retrace,
+    slopes,
+    weighted,
+)
 from tests.oracles.runs import cast, cut_batches, mean_curvature, record_run
 from tests.oracles.unrolling import leave_one_out, measure, replay, unrolled
 
 __all__ = [
     "KroneckerBlock",
+    "Retraced",
     "cast",
+    "central_differences",
     "checkpoint_gradients",
     "cross_entropy",
     "cut_batches",
@@ -61,12 +71,16 @@ __all__ = [
     "preconditioner",
     "record_run",
     "recorded_shares",
+    "removals",
     "replay",
+    "retrace",
     "second_moment",
+    "slopes",
     "source_average",
     "source_recorded",
     "take",
     "tracin",
     "unrolled",
+    "weighted",
     "with_state",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.estimators.unrolling.tape import StepState
+from tda_lightning.replay import clips_by_value
 from tda_lightning.trajectory import Trajectory
 
 # The first steps of Adam cancel: where |g| is far above eps their update hardly depends on |g|,
@@ -80,7 +81,9 @@ class OptimizerAdjoint:
             # torch.optim.SGD begins a buffer with the whole gradient.
             fresh = name in state.fresh
             taken = 1.0 if fresh else 1 - self._setting("dampening", name, state)
-            b = self.b.setdefault(name, torch.zeros_like(a))
+            if name not in self.b:
+                self.b[name] = torch.zeros_like(a)
+            b = self.b[name]
             b.add_(a, alpha=-rate * (momentum if nesterov else 1))
             u = b if taken == 1 else taken * b
             if nesterov:
@@ -161,7 +164,7 @@ class OptimizerAdjoint:
 
     def _clip_value(self) -> float | None:
         settings = self.trajectory.facts.settings
-        if settings.get("gradient_clip_algorithm", "norm") != "value":
+        if not clips_by_value(settings):
             return None
         limit = settings.get("gradient_clip_val")
         return float(limit) if limit else None

@@ -11,7 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.estimators.unrolling.adjoint import OptimizerAdjoint
 from tda_lightning.estimators.unrolling.certificate import require_task_loss
-from tda_lightning.estimators.unrolling.derivatives import BatchDerivatives, batch_derivatives
+from tda_lightning.estimators.unrolling.derivatives import (
+    BatchDerivatives,
+    activations_counted,
+    batch_derivatives,
+    queries_at_once,
+)
 from tda_lightning.estimators.unrolling.tape import StepState
 from tda_lightning.passes import Context
 from tda_lightning.randomness import unchanged_randomness
@@ -48,19 +53,22 @@ class BackwardWalk:
         self._starts = [start for start, _ in segments]
         self._room, self._relabel, self._by_position = room, relabel, by_position
         self._queries = len(next(iter(adjoint.a.values())))
-        self._chunk: int | None = None
+        self._chunk = 0  # how many queries go back together; settled by the first batch
         self._finished: dict[int, Tensor] = {}
         self._values = self._zeros()
 
     def step(self, state: StepState) -> None:
         """Go back through one step."""
         replay, steps = self.replay, self.replay.trajectory.steps
-        load(replay.module, {**state.buffers, **state.parameters})
+        load(replay.module, state.parameters)
         u = self.adjoint.enter(state)
-        batches = list(zip(steps.batches(state.row), state.draws, strict=True))
+        batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
-            for examples, draws in reversed(batches):
+            for examples, draws, counts in reversed(batches):
+                if not self._chunk:
+                    self._settle(state.row, examples, draws)
+                load(replay.module, counts)
                 graph = self._graph(state.row, examples, draws)
                 losses.append(graph.loss)
                 self._add(graph, examples, u)
@@ -73,6 +81,7 @@ class BackwardWalk:
     def tensors(self) -> dict[str, Tensor]:
         """The scores so far, to go on from later."""
         found = {f"scores.{number}": values for number, values in self._finished.items()}
+        found["together"] = torch.tensor(self._chunk)
         return found if self.by_token is None else {**found, "by_token": self.by_token}
 
     def restore(self, found: Mapping[str, Tensor]) -> None:
@@ -81,6 +90,7 @@ class BackwardWalk:
             if name.startswith("scores."):
                 self._values = tensor.to(self.context.device)
                 self._end_segment(int(name.removeprefix("scores.")))
+        self._chunk = int(found["together"])
         self.by_token = found.get("by_token")
 
     def finish(self) -> None:
@@ -98,6 +108,12 @@ class BackwardWalk:
         self.context.sink.add(number, columns, self._values, self.first_query)
         self._finished[number] = self._values
         self._values = self._zeros()
+
+    def _settle(self, row: int, examples: Tensor, draws: Draws | None) -> None:
+        module, room = self.replay.module, self._room // 2
+        with activations_counted([*module.parameters(), *module.buffers()]) as sizes:
+            self._graph(row, examples, draws)
+        self._chunk = queries_at_once(self.context.device, room, sum(sizes))
 
     def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
         replay, trajectory = self.replay, self.replay.trajectory
@@ -131,15 +147,14 @@ class BackwardWalk:
         columns = examples.to(self.context.device)
         start = 0
         while start < self._queries:
-            size = self._chunk or self._queries
-            rows = slice(start, min(start + size, self._queries))
+            rows = slice(start, min(start + self._chunk, self._queries))
             statistics = {name: c[rows].clone() for name, c in self.statistics.items()}
             try:
                 hessian, parts = graph.products({n: v[rows] for n, v in u.items()}, statistics)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or size == 1:
+                if not _is_out_of_memory(error) or self._chunk == 1:
                     raise
-                self._chunk = (size + 1) // 2
+                self._chunk = (self._chunk + 1) // 2
                 continue
             for name, product in hessian.items():
                 self.adjoint.a[name][rows] += product

@@ -27,13 +27,13 @@ class Certificate:
             before; above it there is an error.
         largest: difference of a single weight.
         relative: largest distance of all weights, relative to how far they moved.
-        steps: of the checkpoints that were compared; some are passed more than once.
+        checkpoints: steps of those that were compared.
     """
 
     tolerance: float
     largest: float = 0.0
     relative: float = 0.0
-    steps: set[int] = field(default_factory=set)
+    checkpoints: set[int] = field(default_factory=set)
 
     def compare(
         self,
@@ -64,29 +64,24 @@ class Certificate:
                 "raise Unrolled's tolerance and read the scores as those of a similar run."
             )
         self.relative = max(self.relative, relative)
-        self.steps.add(step)
+        self.checkpoints.add(step)
 
-    @property
-    def checkpoints(self) -> int:
-        """How many were compared."""
-        return len(self.steps)
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found so far, to go on from later."""
+        differences = torch.tensor([self.largest, self.relative], dtype=torch.float64)
+        steps = torch.tensor(sorted(self.checkpoints), dtype=torch.int64)
+        return {"differences": differences, "compared": steps}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """Add what :meth:`tensors` gave."""
+        largest, relative = found["differences"].tolist()
+        self.largest, self.relative = max(self.largest, largest), max(self.relative, relative)
+        self.checkpoints.update(found["compared"].tolist())
 
     @property
     def bit_equal(self) -> bool:
         """Whether every weight was the recorded one, to the bit."""
         return self.largest == 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What was found so far, to go on from later."""
-        differences = torch.tensor([self.largest, self.relative], dtype=torch.float64)
-        steps = torch.tensor(sorted(self.steps), dtype=torch.int64)
-        return {"certificate.differences": differences, "certificate.steps": steps}
-
-    def restore(self, found: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`tensors` gave."""
-        largest, relative = found["certificate.differences"].tolist()
-        self.largest, self.relative = max(self.largest, largest), max(self.relative, relative)
-        self.steps |= set(found["certificate.steps"].tolist())
 
     def record(self) -> dict[str, Any]:
         """For the provenance of scores."""
@@ -94,13 +89,14 @@ class Certificate:
             "bit_equal": self.bit_equal,
             "largest_difference": self.largest,
             "relative_difference": self.relative,
-            "checkpoints": self.checkpoints,
+            "checkpoints": len(self.checkpoints),
             "tolerance": self.tolerance,
         }
 
     def note(self) -> str:
         """In words."""
-        compared = f"{self.checkpoints} recorded checkpoint{'s' * (self.checkpoints != 1)}"
+        count = len(self.checkpoints)
+        compared = f"{count} recorded checkpoint{'s' * (count != 1)}"
         if self.bit_equal:
             return f"Certificate: replayed, the run lands on {compared} bit for bit."
         return (
@@ -124,8 +120,9 @@ def require_same_loss(step: int, replayed: float, recorded: float, tolerance: fl
         return
     if not abs(replayed - recorded) <= tolerance * max(1.0, abs(recorded)):
         raise TrajectoryMismatchError(
-            f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was {recorded:.6g}: "
-            f"the replay is not the recorded run. {CAUSES}"
+            f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was {recorded:.6g} (a "
+            f"difference of {replayed - recorded:.2g}, with a tolerance of {tolerance:.2g}): the "
+            f"replay is not the recorded run. {CAUSES}"
         )
 
 

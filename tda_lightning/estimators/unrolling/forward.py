@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tda_lightning.estimators.unrolling.tape import (
     keep_in_memory,
     room_of,
 )
-from tda_lightning.replay import Replay, Standstill, Walk
+from tda_lightning.replay import Draws, Replay, Standstill, Walk
 
 Layers = Mapping[str, _BatchNorm]
 
@@ -36,12 +37,17 @@ class ForwardWalk:
         self.replay, self.certificate = replay, certificate
         self._rehearsal = rehearsal
         self.states: list[StepState] = []
-        self._walk = _Walk(replay)
+        self._counted = [
+            _tracked(n) for n, one in layers.items() if one.num_batches_tracked is not None
+        ]
+        self._walk = _Walk(replay, self._counted)
         self._moving = statistics_names(layers)
-        self._buffers = [_tracked(name) for name in layers]
         self._standstills: dict[int, Standstill] = {}
         self._disk: DiskRoom | None = None
         self._start: dict[str, Tensor] = {}
+        self._steps = frozenset(replay.trajectory.checkpoints)
+        self._compared: set[int] = set()
+        self._earlier: tuple[int, Mapping[str, Tensor]] = (-1, {})
 
     def begin(self, move: Move, restart: int, room: int | None) -> None:
         """Stand at the start of ``move``, in the stretch after checkpoint ``restart``.
@@ -50,7 +56,8 @@ class ForwardWalk:
             room: bytes of a file for the states; None to keep them in memory.
         """
         self.states.clear()
-        if room is not None and self._disk is None:
+        if room is not None and (self._disk is None or self._disk.size < room):
+            self.close_file()
             self._disk = DiskRoom(room)
         if self._disk is not None:
             self._disk.clear()
@@ -79,14 +86,8 @@ class ForwardWalk:
                 self.states.append(self._state(row, before, loss, draws))
         if row + 1 in move.cuts:
             self._standstills[row + 1] = self._walk.stand()
-        if row + 1 in trajectory.checkpoints:
-            earlier = max(step for step in trajectory.checkpoints if step <= row)
-            self.certificate.compare(
-                row + 1,
-                dict(replay.module.named_parameters()),
-                trajectory.checkpoints[row + 1].parameters,
-                trajectory.checkpoints[earlier].parameters,
-            )
+        if row + 1 in self._steps:
+            self._compare(row + 1)
         if row + 1 == move.stop:
             self._require_known_buffers()
 
@@ -94,22 +95,37 @@ class ForwardWalk:
         """Forget everything that was kept."""
         self.states.clear()
         self._standstills.clear()
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Remove the file of states, where there is one."""
         if self._disk is not None:
             self._disk.close()
             self._disk = None
 
-    def _before(self, row: int) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
+    def _compare(self, step: int) -> None:
+        """Compare the weights with the checkpoint after ``step``, unless that was done."""
+        if step in self._compared:
+            return
+        earlier = max(other for other in self._steps if other < step)
+        if self._earlier[0] != earlier:
+            self._earlier = (earlier, self.replay.trajectory.checkpoints[earlier].parameters)
+        recorded = self.replay.trajectory.checkpoints[step].parameters
+        weights = dict(self.replay.module.named_parameters())
+        self.certificate.compare(step, weights, recorded, self._earlier[1])
+        self._compared.add(step)
+        self._earlier = (step, recorded)
+
+    def _before(self, row: int) -> tuple[dict[str, Tensor], frozenset[str]]:
         keep = keep_in_memory if self._disk is None else self._disk.keep
         trained = self._walk.trained
         parameters = {name: keep(parameter) for name, parameter in trained.items()}
-        buffers = dict(self.replay.module.named_buffers())
-        kept = {name: keep(buffers[name]) for name in self._buffers if name in buffers}
         fresh = frozenset(n for n in trained if "momentum_buffer" not in self._walk.state_of(n))
-        return parameters, kept, fresh
+        return parameters, fresh
 
     def _state(self, row: int, before: tuple, loss: float, draws: list) -> StepState:
         keep = keep_in_memory if self._disk is None else self._disk.keep
-        parameters, buffers, fresh = before
+        parameters, fresh = before
         walk = self._walk
         without = frozenset(name for name, p in walk.trained.items() if p.grad is None)
         gradient: dict[str, Tensor] = {}
@@ -126,7 +142,7 @@ class ForwardWalk:
         return StepState(
             row,
             parameters,
-            buffers,
+            tuple(walk.counts),
             loss,
             tuple(draws),
             gradient,
@@ -140,7 +156,7 @@ class ForwardWalk:
     def _require_known_buffers(self) -> None:
         """Refuse buffers that move by a rule that the derivative does not know."""
         for name, buffer in self.replay.module.named_buffers():
-            known = name in self._moving or name in self._buffers
+            known = name in self._moving or name in self._counted
             if not known and not torch.equal(buffer, self._start[name]):
                 raise UnsupportedTrainingError(
                     f"The buffer {name} changes while the model trains, and exact unrolling "
@@ -151,12 +167,20 @@ class ForwardWalk:
 
 
 class _Walk(Walk):
-    """Holds on to the gradients of a step before they are clipped."""
+    """Holds on to the gradients of a step before they are clipped, and to what layers counted."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, counted: Sequence[str]) -> None:
         super().__init__(replay)
         self.gradients: dict[str, Tensor] = {}
+        self.counts: list[dict[str, Tensor]] = []  # before each batch of the step
+        self._counters = {name: replay.module.get_buffer(name) for name in counted}
         self._copies = bool(replay.clip)
+
+    def batches(self, row: int) -> Iterator[tuple[Any, Tensor, Draws | None]]:
+        self.counts = []
+        for one in super().batches(row):
+            self.counts.append({name: keep_in_memory(n) for name, n in self._counters.items()})
+            yield one
 
     def on_gradients(self, row: int) -> None:
         found = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
@@ -169,14 +193,13 @@ def needs_gradients(replay: Replay) -> bool:
     return bool(replay.clip) or replay.trajectory.facts.optimizer != "SGD"
 
 
-def state_bytes(replay: Replay, layers: Layers) -> tuple[int, int]:
+def state_bytes(replay: Replay) -> tuple[int, int]:
     """Bytes of a step's kept state, and of a standstill."""
     module, facts = replay.module, replay.trajectory.facts
     trained = [module.get_parameter(name) for name in facts.parameters]
     weights = sum(room_of(parameter) for parameter in trained)
     moments = 0 if facts.optimizer == "SGD" else 2
     state = weights * (1 + moments + needs_gradients(replay))
-    state += sum(room_of(b) for n, b in module.named_buffers() if n in map(_tracked, layers))
     everything = [*module.parameters(), *module.buffers()]
     standstill = sum(tensor.nbytes for tensor in everything) + weights * max(moments, 1)
     return state, standstill

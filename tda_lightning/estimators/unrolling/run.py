@@ -49,21 +49,23 @@ class UnrolledRun:
         self.options, self.context = options, context
         self.trajectory = context.trajectory
         self.replay = Replay(self.trajectory, context.module, context.task, context.examples)
-        require_exact(self.replay, context, options.relabel or {})
-        self.checkpoints = sorted(self.trajectory.checkpoints)
-        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         with self.replay.as_trained():
             self.layers = moving_layers(context.module)
+        require_exact(self.replay, context, options, self.layers)
+        self.checkpoints = sorted(self.trajectory.checkpoints)
+        self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         # What a rehearsal replays is compared, because that takes time, and refused for nothing.
         tolerance = math.inf if context.rehearsal else options.tolerance
         self.certificate = Certificate(tolerance)
         self.forward = ForwardWalk(self.replay, self.layers, self.certificate, context.rehearsal)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
+        self._rounds: list[tuple[int, int]] = []
+        self._unfinished: list[Unfinished] = []
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
-        self.sizes = state_bytes(self.replay, self.layers)
+        self.sizes = state_bytes(self.replay)
         self._require_budget()
 
     def plan(self) -> Plan:
@@ -92,7 +94,8 @@ class UnrolledRun:
         passes: list[Pass] = []
         copies = 3 if self.trajectory.facts.optimizer == "SGD" else 5
         each = copies * self._parameter_count() * self.context.dtype.itemsize
-        for start, stop in rounds_of(self.context.num_query, each, self.budget // 2):
+        self._rounds = list(rounds_of(self.context.num_query, each, self.budget // 2))
+        for start, stop in self._rounds:
             room = max(self.budget // 2, self.budget - (stop - start) * each)
             passes += self._round(start, stop, room)
         passes[-1].end = _after(passes[-1].end, self._finish)
@@ -106,21 +109,24 @@ class UnrolledRun:
     def _restarts(self, row: int | None) -> list[tuple[int, int]]:
         """The stretches up to ``row`` (None: the end) between checkpoints from which a replay can
         start, those whose optimizer state was recorded; the last one first."""
-        stops = [step for step in self.checkpoints if step == 0 or self._restartable(step)]
         end = self.trajectory.last_step if row is None else row
-        bounds = [step for step in stops if step < end] + [end]
+        bounds = [step for step in self._restartable if step < end] + [end]
         pairs = zip(bounds, bounds[1:], strict=False)
         return [(a, b) for a, b in pairs if b > self.first_row][::-1]
 
-    def _restartable(self, step: int) -> bool:
+    @functools.cached_property
+    def _restartable(self) -> list[int]:
+        """The checkpoints that hold all that training went on from."""
         momentum = self.trajectory.steps.hyperparameters.get("momentum")
         if momentum is not None and not bool(momentum.any()):
-            return True  # the weights are all there is
-        return self.trajectory.checkpoints[step].optimizer is not None
+            return self.checkpoints  # the weights are all there is
+        found = self.trajectory.checkpoints
+        return [step for step in self.checkpoints if step == 0 or found[step].optimizer is not None]
 
     def _round(self, start: int, stop: int, room: int) -> list[Pass]:
         """The passes for the queries ``start`` to ``stop``."""
         unfinished = Unfinished.of(self, start, stop)
+        self._unfinished.append(unfinished)
         passes: list[Pass] = []
         for a, b in self._restarts(unfinished.row):
             first = max(a, self.first_row)
@@ -130,8 +136,12 @@ class UnrolledRun:
             for move, held in zip(moves, self._held(moves), strict=True):
                 passes.append(self._pass(move, a, longest))
                 passes[-1].holds = held
-            keep = functools.partial(unfinished.keep, self, a)
-            passes[-1].end = _after(passes[-1].end, keep)
+            if a > self.first_row or len(self._rounds) > 1:
+                keep = functools.partial(unfinished.keep, self, max(a, self.first_row))
+                passes[-1].end = _after(passes[-1].end, keep)
+        if not passes:  # an interrupted attribution had done this round
+            nothing = Pass("taken up", self.trajectory.last_step, lambda *_: None, rows=())
+            passes.append(nothing)
         begin = functools.partial(self._begin, unfinished, start, stop)
         passes[0].begin = _after(begin, passes[0].begin)
         leave = functools.partial(self._leave, stop == self.context.num_query)
@@ -245,6 +255,8 @@ class UnrolledRun:
             self.context.sink.set_by_token(self.context.reduce(self.by_token))
 
     def _finish(self) -> None:
+        for unfinished in self._unfinished:
+            unfinished.discard(self)
         self.made["certificate"] = self.certificate.record()
         self.notes.append(self.certificate.note())
 
@@ -297,8 +309,9 @@ def _share(start: int, stop: int) -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return start, stop
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    size = stop - start
-    return start - (-rank * size // world), start - (-(rank + 1) * size // world)
+    # Rounded up, so that the first process, which writes down what was found, is never without.
+    first, last = (-(-part * (stop - start) // world) for part in (rank, rank + 1))
+    return start + first, start + last
 
 
 def _group(found: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

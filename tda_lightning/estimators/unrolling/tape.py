@@ -22,7 +22,7 @@ class StepState:
     Attributes:
         row: of the steps table.
         parameters: before the step.
-        buffers: before the step, those that the derivative reads.
+        counts: what layers with running statistics had counted before each of its batches.
         loss: mean over its batches.
         draws: of the random generators, batch by batch.
         gradient: before clipping, of the parameters that had one; empty where it is not needed.
@@ -35,7 +35,7 @@ class StepState:
 
     row: int
     parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
+    counts: tuple[Mapping[str, Tensor], ...]
     loss: float
     draws: tuple[Draws | None, ...]
     gradient: Mapping[str, Tensor]
@@ -59,6 +59,7 @@ class DiskRoom:
     """
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tda-unrolled-")
         file = str(Path(self._folder.name) / "states")
         self._bytes = torch.from_file(file, shared=True, size=max(size, 8), dtype=torch.uint8)

@@ -22,7 +22,8 @@ _SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer 
 
 @dataclass
 class Unfinished:
-    """The state of one round of queries at the start of an interval.
+    """The state of one round of queries at the start of an interval; of a round that is done, its
+    scores, until all rounds are.
 
     Attributes:
         key: of everything that determines the scores.
@@ -37,8 +38,10 @@ class Unfinished:
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
         """That of the queries ``first`` to ``last``."""
+        if run.context.world_size > 1:
+            return Unfinished("", None)
         key = _key(run, first, last)
-        kept = run.trajectory.unfinished.get(key) if run.context.world_size == 1 else None
+        kept = run.trajectory.unfinished.get(key)
         found = None if kept is None else {name: tensor.clone() for name, tensor in kept.items()}
         return Unfinished(key, found, time.monotonic())
 
@@ -48,20 +51,19 @@ class Unfinished:
         return None if self.found is None else int(self.found["row"])
 
     def keep(self, run: UnrolledRun, row: int) -> None:
-        """Keep the state at ``row``; nothing once it is finished."""
-        if run.context.world_size > 1:
-            return
-        kept = run.trajectory.unfinished
-        if row <= run.first_row:
-            if self.key in kept:
-                del kept[self.key]
+        """Keep the state at ``row``, where much work would be lost without."""
+        recent = time.monotonic() - self._kept_at < _SECONDS * max(1.0, self._took)
+        if run.context.world_size > 1 or (recent and row > run.first_row):
             return
         began = time.monotonic()
-        if began - self._kept_at < _SECONDS * max(1.0, self._took):
-            return
-        kept[self.key] = {"row": torch.tensor(row), **run.tensors()}
+        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **run.tensors()}
         self._kept_at = time.monotonic()
         self._took = self._kept_at - began
+
+    def discard(self, run: UnrolledRun) -> None:
+        """Keep it no longer."""
+        if self.key in run.trajectory.unfinished:
+            del run.trajectory.unfinished[self.key]
 
 
 def _key(run: UnrolledRun, first: int, last: int) -> str:

@@ -1,0 +1,329 @@
+r"""Is the recorded run smooth enough in its examples' weights for a derivative to predict removals?
+
+Attribution differentiates training. The derivative is exact for a change too small to matter; a
+removal is a change of finite size, and in between the run may jump: a maximum that another entry
+wins, a step near the edge of stability. Nobody sees that from the derivative itself, so the run is
+trained again along random directions. Leaving out a set :math:`S` of examples by a share :math:`s`,
+
+.. math::
+    z(s)_n = 1 - s\,[n \in S], \qquad \theta(s) = A(z(s)), \qquad m_q(s) = m_q(\theta(s)),
+
+three shares for each direction and one run for all of them, :math:`\theta(0)`, give three numbers:
+
+- *metasmoothness*, as published: with :math:`\Delta_1 = \theta(1/2) - \theta(0)`,
+  :math:`\Delta_2 = \theta(1) - \theta(1/2)` and :math:`d = |\theta(1) - \theta(0)|`,
+
+  .. math::
+      \hat S = \frac{\sum_i d_i\, \mathrm{sign}(\Delta_{1i})\, \mathrm{sign}(\Delta_{2i})}
+                    {\sum_i d_i} \in [-1, 1],
+
+  do the weights move on in the direction in which they set out. The direction is -1 on :math:`S`
+  and the step h = 1/2, so that the three runs end with the removal itself: the question is about
+  this change, not about a larger or smaller one.
+- *halfway*: the rank correlation over the queries of :math:`m_q(1/2)` with :math:`m_q(1)`, each
+  query's mean over the directions taken off. How far the response is linear, on this scale.
+- *derivative*: the same from :math:`m_q(s)` at the small share, 1/1000. How well the derivative of
+  this very run does.
+
+The first two do not say whether to trust the derivative: a run can respond to removals almost
+linearly *on average* while its derivative follows jumps that are far smaller than that
+(experiments/smoothness). So the verdict is the third number's.
+
+The means are taken off because what all directions share tells no examples apart, and because of
+where it comes from in a rough run: :math:`m_q(0)` is one draw of its jumps, so differences from it
+agree with one another however little they have to do with the examples.
+
+References:
+    | Optimizing ML Training with Metagradient Descent (Engstrom et al., 2025), Definition 2
+    | https://arxiv.org/abs/2503.13751
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from scipy.stats import t as students
+from torch import Tensor, nn
+
+from tda_lightning.evaluation.lds import draw_subsets, rank_correlation
+from tda_lightning.evaluation.retraining import landing_error, measure, retrain_each
+from tda_lightning.loading import ExampleSource
+from tda_lightning.progress import SlowProgress
+from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.replay import State
+from tda_lightning.tasks import AttributionTask
+from tda_lightning.trajectory import Trajectory
+
+# Where runs part whose exact derivative ranks retrainings better than every estimator does, and
+# runs in which it ranks them worse than most do: experiments/smoothness/README.md.
+THRESHOLD = 0.5
+# Replays of one and the same run that differ by more than this share of what the small change did
+# hide it.
+_NOISE = 0.3
+
+Verdict = Literal["smooth", "rough", "undecided"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over random directions with its 95% interval.
+
+    The interval is over directions only: another training run would vary too.
+
+    Attributes:
+        per_direction: float64 [direction]; NaN where removing the examples changed nothing.
+        value: their mean, those that are NaN left out.
+        low: lower end of the 95% interval, not below -1.
+        high: upper end, not above 1.
+    """
+
+    per_direction: Tensor
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(per_direction: Tensor, pseudovalues: Tensor | None = None) -> Estimate:
+        """The mean with Student's interval.
+
+        Args:
+            per_direction: [direction].
+            pseudovalues: the jackknife's, where the values depend on one another.
+
+        Example:
+            >>> print(Estimate.of(torch.tensor([0.8, 0.9, 0.7, 0.8])))
+            0.800 [0.670, 0.930]
+        """
+        values = per_direction.double()
+        known = values[~values.isnan()]
+        spread = known if pseudovalues is None else pseudovalues.double()
+        mean = float(known.mean())
+        if len(spread) < 2:
+            return Estimate(values, mean, math.nan, math.nan)
+        error = float(spread.std()) / len(spread) ** 0.5
+        margin = float(students.ppf(0.975, len(spread) - 1)) * error
+        return Estimate(values, mean, max(mean - margin, -1.0), min(mean + margin, 1.0))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """What replays with random weights say of a run.
+
+    Attributes:
+        metasmoothness: agreement of signs in the weights' movement, from half the removal to all.
+        halfway: rank correlation over queries of half the removal with the removal.
+        derivative: rank correlation over queries of the small share with the removal.
+        fraction: of the training examples that each direction leaves out.
+        share: the small share.
+        landing_error: of the replay with all weights 1; see
+            :func:`~tda_lightning.evaluation.landing_error`. Not 0, the numbers are about a run
+            close to the recorded one.
+        noise: how far a second replay with all weights 1 ended from the first, relative to what the
+            small share did on average; 0 where the first landed bit for bit.
+        replays: how many were made.
+        seconds: how long it took.
+    """
+
+    metasmoothness: Estimate
+    halfway: Estimate
+    derivative: Estimate
+    fraction: float
+    share: float
+    landing_error: float
+    noise: float
+    replays: int
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Does the derivative predict removals: "smooth" where it does, "rough" where not."""
+        if not self.noise <= _NOISE:
+            return "undecided"
+        if self.derivative.low >= THRESHOLD:
+            return "smooth"
+        return "rough" if self.derivative.high < THRESHOLD else "undecided"
+
+    @property
+    def advice(self) -> str:
+        """The verdict in words: which estimators to trust."""
+        removal = f"leaving out {100 * self.fraction:.3g}% of the training examples"
+        if not self.noise <= _NOISE:
+            return (
+                "Undecided: replays with the same weights differ too much from one another to see "
+                "a small change. Make training repeatable (Trainer(deterministic=True), no random "
+                "numbers but torch's, Python's and NumPy's own) and record again."
+            )
+        if self.verdict == "smooth":
+            return (
+                f"Smooth: the derivative of this run predicts what {removal} does. Trust what is "
+                "closest to it: exact unrolling, then Source(order='recorded')."
+            )
+        if math.isnan(self.derivative.low):
+            return (
+                f"Undecided: {removal} changed too few measurements to compare. Ask for more "
+                "queries or a larger fraction."
+            )
+        if self.verdict == "undecided":
+            return (
+                f"Undecided: the interval of the derivative's agreement holds {THRESHOLD}. Ask for "
+                "more directions, or compare estimators by their linear datamodeling score."
+            )
+        rough = (
+            f"Rough: the derivative of this run does not predict what {removal} does. Do not "
+            "trust exact unrolling. "
+        )
+        if self.halfway.low >= THRESHOLD:
+            return rough + (
+                "Half the removal predicts the whole, so estimators that average over the run's "
+                "jumps can: Source, in either order, then influence functions and TracIn."
+            )
+        return rough + (
+            "Nor is it sure that half the removal predicts the whole. Source, influence functions "
+            "and TracIn average over the run's jumps and may still rank examples; check them by "
+            "retraining."
+        )
+
+
+def smoothness(
+    trajectory: Trajectory,
+    module: nn.Module,
+    task: AttributionTask | None,
+    dataset: Any,
+    queries: Any,
+    *,
+    directions: int = 8,
+    fraction: float = 0.05,
+    share: float = 1e-3,
+    seed: int = 0,
+    batch_size: int = 256,
+    together: int = 1,
+    training: bool = True,
+) -> Smoothness:
+    """Train the recorded run again with random examples left out by half, wholly and hardly.
+
+    Args:
+        trajectory: the recorded run.
+        module: built as it was trained; it is put back as it was.
+        task: gives the training losses and the measurement; None for the module's own
+            ``training_step``.
+        dataset: the recorded training set, or a ``DataLoader`` over it.
+        queries: whose measurements count, likewise.
+        directions: random sets of examples, at least 3; each costs three replays.
+        fraction: of the training examples in such a set: what removals are asked about.
+        share: of the removal that stands for the derivative. In float32 a much smaller one
+            measures rounding errors.
+        seed: of the random sets.
+        batch_size: of queries.
+        together: runs to train at once; see :func:`~tda_lightning.evaluation.retrain_each`.
+        training: replay in train mode, as runs are recorded by Lightning.
+
+    Raises:
+        ValueError: a setting out of range, or fewer than 3 queries.
+        UnsupportedTrainingError, TrajectoryMismatchError, NonFiniteError: as
+            :func:`~tda_lightning.evaluation.retrain` does.
+    """
+    began = time.monotonic()
+    num_train = len(ExampleSource.of(dataset, 1, "training"))
+    left_out = _random_sets(num_train, fraction, directions, seed)
+    if not 0 < share < 0.5:
+        raise ValueError(f"share must be above 0 and below 0.5, got {share}.")
+    if (count := len(ExampleSource.of(queries, batch_size, "query"))) < 3:
+        raise ValueError(f"A rank correlation needs at least 3 queries, got {count}.")
+    shares = torch.tensor([share, 0.5, 1.0])
+    everything = torch.ones(1, left_out.shape[1])
+    reduced = 1 - shares[:, None] * left_out[:, None, :].float()
+    weights = torch.cat([everything, reduced.flatten(0, 1)])
+    names = list(trajectory.facts.parameters)
+
+    def measured(state: State) -> Tensor:
+        return measure(module, task, state, queries, batch_size).double().cpu()
+
+    with unchanged_randomness(), SlowProgress("Replaying", len(weights)) as progress:
+
+        def replayed(weights: Tensor) -> Iterator[State]:
+            work = (trajectory, module, task, dataset, weights, training, together)
+            for state in retrain_each(*work):
+                progress.advance()
+                yield state
+
+        states = replayed(weights)
+        start = next(states)
+        before, error = measured(start), landing_error(trajectory, start)
+        signs, steps, changes = [], [], []
+        for _ in left_out:
+            small, half, whole = (next(states) for _ in shares)
+            steps.append(_distance(names, start, small))
+            signs.append(_agreement_of_signs(names, start, half, whole))
+            changes.append(torch.stack([measured(s) - before for s in (small, half, whole)]))
+        again = start if error == 0 else next(replayed(everything))
+    small_change, half_change, change = torch.stack(changes, dim=1)
+    step, repeated = sum(steps) / len(steps), _distance(names, start, again)
+    return Smoothness(
+        metasmoothness=Estimate.of(torch.tensor(signs)),
+        halfway=_rank_agreement(half_change, change),
+        derivative=_rank_agreement(small_change, change),
+        fraction=fraction,
+        share=share,
+        landing_error=error,
+        noise=repeated / step if repeated else 0.0,
+        replays=len(weights) + (error > 0),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _random_sets(num_train: int, fraction: float, directions: int, seed: int) -> Tensor:
+    """Random sets of examples to leave out, bool [direction, train]."""
+    if directions < 3:
+        raise ValueError(f"An interval needs at least 3 directions, got directions={directions}.")
+    if not 0 < fraction < 1 or not 0 < round(fraction * num_train) < num_train:
+        raise ValueError(
+            f"fraction must be between 0 and 1 and leave out some of {num_train} training examples "
+            f"but not all, got {fraction}."
+        )
+    return ~draw_subsets(num_train, 1 - fraction, directions, seed)
+
+
+def _distance(names: Sequence[str], one: State, other: State) -> float:
+    """Euclidean distance of the trained parameters."""
+    return math.sqrt(sum(float((one[n] - other[n]).double().square().sum()) for n in names))
+
+
+def _agreement_of_signs(names: Sequence[str], start: State, half: State, whole: State) -> float:
+    """Empirical metasmoothness; NaN where nothing moved."""
+    agreed = total = 0.0
+    for name in names:
+        first, second = half[name] - start[name], whole[name] - half[name]
+        moved = (whole[name] - start[name]).abs().double()
+        agreed += float((moved * first.sign() * second.sign()).sum())
+        total += float(moved.sum())
+    return agreed / total if total else math.nan
+
+
+def _rank_agreement(some: Tensor, whole: Tensor) -> Estimate:
+    """Rank correlation over queries, each query's mean over directions taken off.
+
+    That makes the directions depend on one another, which the jackknife's interval allows for
+    (Quenouille 1956, Tukey 1958): each is left out in turn, means and all.
+
+    Args:
+        some: change of each measurement where some of the removal was done, [direction, query].
+        whole: where all of it was.
+    """
+
+    def agreement(rows: Tensor) -> Tensor:
+        a, b = some[rows], whole[rows]
+        return rank_correlation(a - a.mean(0), b - b.mean(0))
+
+    every = torch.arange(len(some))
+    found = agreement(every)
+    without = torch.stack([agreement(every[every != row]).nanmean() for row in every])
+    pseudovalues = len(every) * found.nanmean() - (len(every) - 1) * without
+    return Estimate.of(found, pseudovalues[~pseudovalues.isnan()])
