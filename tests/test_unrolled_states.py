@@ -18,7 +18,7 @@ from tda_lightning.estimators import Unrolled
 from tda_lightning.estimators.unrolling import unfinished
 from tests import oracles
 from tests.attributing import relative
-from tests.cases.training import MLP
+from tests.cases.training import MLP, queries_of
 from tests.unrolling import (
     EXACT,
     NETWORKS,
@@ -183,18 +183,6 @@ def test_broken_off_work_is_taken_up(problem: Problem, reopened: bool, kind: Any
     assert 0 < fewer < 3
 
 
-def test_rounds_of_queries_that_are_done_are_not_done_again(problem: Problem) -> None:
-    budget = problem.least
-    expected = problem.scores(memory_budget=budget)
-    watched = Interrupted(problem.data, None)
-    problem.scores(watched, memory_budget=budget)
-    stopped(problem, int(0.9 * watched.count), memory_budget=budget)
-    rest = Interrupted(problem.data, None)
-    require_same(problem.scores(rest, memory_budget=budget), expected)
-    assert rest.count < 0.5 * watched.count
-    assert not problem.run.unfinished
-
-
 def test_work_broken_off_again_and_again(problem: Problem) -> None:
     """Never is there time for all of it."""
     expected = problem.scores()
@@ -209,6 +197,35 @@ def test_work_broken_off_again_and_again(problem: Problem) -> None:
     else:
         pytest.fail("it came to no end")
     require_same(found, expected)
+
+
+@pytest.mark.parametrize("last", [None, 7])
+def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> None:
+    """Also where the last steps begin in the midst of an interval."""
+    options: dict[str, Any] = {"memory_budget": problem.least, "last_steps": last}
+    expected = problem.scores(**options)
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched, **options)
+    stopped(problem, watched.count - 3, **options)
+    rest = Interrupted(problem.data, None)
+    require_same(problem.scores(rest, **options), expected)
+    assert rest.count < 0.7 * watched.count
+    assert not problem.run.unfinished
+
+
+@pytest.mark.parametrize("name", ["momentum and decay", "adamw"])
+def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
+    run, module, data = in_memory(MLP, OPTIMIZERS[name], checkpoints=(2, 5))
+    problem = Problem(
+        NETWORKS["mlp"], run, module, TensorDataset(*data), TensorDataset(*queries_of(MLP))
+    )
+    expected = problem.scores()
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched)
+    for part in (0.75, 0.95):
+        stopped(problem, int(part * watched.count))
+        assert run.unfinished
+        require_same(problem.scores(), expected)
 
 
 def test_tokens_are_kept_with_unfinished_work(tmp_path: Path) -> None:

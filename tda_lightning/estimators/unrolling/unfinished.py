@@ -52,11 +52,13 @@ class Unfinished:
 
     def keep(self, run: UnrolledRun, row: int) -> None:
         """Keep the state at ``row``, where much work would be lost without."""
-        recent = time.monotonic() - self._kept_at < _SECONDS * max(1.0, self._took)
+        began = time.monotonic()
+        recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
         if run.context.world_size > 1 or (recent and row > run.first_row):
             return
-        began = time.monotonic()
-        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **run.tensors()}
+        # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
+        found = {name: tensor.clone() for name, tensor in run.tensors().items()}
+        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **found}
         self._kept_at = time.monotonic()
         self._took = self._kept_at - began
 
