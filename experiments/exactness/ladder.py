@@ -19,7 +19,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Switches:
         curvature: of the training set, its Gauss-Newton matrix (``gauss_newton``) or its Hessian
             (``hessian``), mean over the segment's checkpoints; the training set's Hessian at the
             weights of every step (``per_step``); the Hessian of the step's batch (``per_batch``).
-        gradients: of examples: mean over the segment's checkpoints (``checkpoints``), or at the
+        gradients: of examples: mean over the segment's checkpoints (``checkpoints``), a straight
+            line between the checkpoints before and after the step (``interpolated``), or at the
             weights of every step (``per_step``).
         second: Adam's 1/(sqrt(v) + eps): mean over the segment's checkpoints (``checkpoints``), of
             every step but held fixed in the derivative (``fixed``), or differentiated
@@ -76,6 +77,7 @@ TURNS = [
     ("Hessian for Gauss-Newton", {"curvature": "hessian"}),
     ("Hessian of every step", {"curvature": "per_step"}),
     ("Hessian of the batch", {"curvature": "per_batch"}),
+    ("gradients interpolated", {"gradients": "interpolated"}),
     ("gradients of every step", {"gradients": "per_step"}),
     ("second moment of every step", {"second": "fixed"}),
     ("second moment differentiated", {"second": "differentiated"}),
@@ -114,7 +116,7 @@ def climb(
 
     library = {
         "SOURCE": attribute(Source(curvature="exact")),
-        "SOURCE, recorded order": attribute(Source(curvature="exact", order="recorded")),
+        "Source(order='recorded')": attribute(Source(curvature="exact", order="recorded")),
         "Unrolled": attribute(Unrolled()),
     }
     run = DenseRun.of(trajectory, module, train, query)
@@ -144,14 +146,9 @@ def climb(
 
 def back(turn: dict[str, str]) -> dict[str, str]:
     """What undoes one turn and leaves the others as they are."""
-    before = {"hessian": "gauss_newton", "per_step": "hessian", "per_batch": "per_step"}
-    second = {"fixed": "checkpoints", "differentiated": "fixed"}
     ((key, value),) = turn.items()
-    if key == "curvature":
-        return {key: before[value]}
-    if key == "second":
-        return {key: second[value]}
-    return {key: getattr(Switches(), key)}
+    values = [getattr(Switches(), key)] + [own[key] for _, own in TURNS if key in own]
+    return {key: values[values.index(value) - 1]}
 
 
 @dataclass
@@ -174,6 +171,7 @@ class DenseRun:
     gradient: Tensor
     first: Tensor
     second: Tensor
+    _kept: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trajectory: Trajectory, module: Any, train: Any, query: Any) -> DenseRun:
@@ -236,7 +234,7 @@ class DenseRun:
                 for what in ("gauss_newton", "hessian", "gradients", "metric")
             }
             for row in reversed(range(segment.start, segment.stop)):
-                facts = self.facts(row, mean)
+                facts = self.facts(row, mean) | self.between(row)
                 for walk in walks:
                     walk.step(row, facts)
         return [walk.scores for walk in walks]
@@ -273,11 +271,26 @@ class DenseRun:
             ("second", "differentiated"): metric,
         }
 
+    def between(self, row: int) -> dict[tuple[str, str], Any]:
+        """Gradients on the line between the two checkpoints around a step."""
+        steps = sorted(self.trajectory.checkpoints)
+        after = next(step for step in steps if step > row)
+        before = steps[steps.index(after) - 1]
+        for step in (before, after):
+            if step not in self._kept:
+                self._kept[step] = self.gradients(self.theta[step])
+        ends = self._kept[before], self._kept[after]
+        line = torch.lerp(*ends, (row - before) / (after - before))
+        return {("gradients", "interpolated"): line}
+
     def hessian(self, theta: Tensor, examples: Tensor) -> Tensor:
         inputs, targets = self.inputs[examples], self.targets[examples]
-        return torch.func.hessian(lambda at: self.residuals(at, inputs, targets).square().mean())(
-            theta
-        )
+
+        def loss(at: Tensor) -> Tensor:
+            return self.residuals(at, inputs, targets).square().mean()
+
+        # In chunks that stay in the cache: twice as fast as torch.func.hessian.
+        return torch.func.jacrev(torch.func.jacrev(loss), chunk_size=64)(theta)
 
     def gradients(self, theta: Tensor) -> Tensor:
         one = torch.func.grad(lambda at, x, y: self.residuals(at, x[None], y[None])[0] ** 2)
