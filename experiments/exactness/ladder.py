@@ -88,22 +88,28 @@ def main() -> None:
     """Record, climb, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="of conf/ladder.yaml, as for Hydra")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="the ladder alone, without the training set's Hessian of every step: for more weights",
+    )
+    options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with initialize_config_dir(str(_CONF.resolve()), version_base="1.3"):
-        config = compose("ladder", [*parser.parse_args().overrides, *_search_path()])
+        config = compose("ladder", [*options.overrides, *_search_path()])
     torch.set_num_threads(config.threads)
     data, module, task = record(config)
     train, query = doubled(data.train_dataset), doubled(data.query_dataset)
     module.double()
     trajectory = Trajectory.load(config.output)
-    scores = climb(trajectory, module, task, train, query)
+    scores = climb(trajectory, module, task, train, query, options.short)
     judged = judge(config, scores, trajectory, module, task, train, query)
     Path(config.output, "results.json").write_text(json.dumps(judged, indent=1))
     print(table(config.name, judged))
 
 
 def climb(
-    trajectory: Trajectory, module: Any, task: Any, train: Any, query: Any
+    trajectory: Trajectory, module: Any, task: Any, train: Any, query: Any, short: bool
 ) -> dict[str, Tensor]:
     """Scores of every rung, [query, train], by name."""
 
@@ -125,15 +131,17 @@ def climb(
     turns = [
         (name, turn)
         for name, turn in TURNS
-        if (adam or "second" not in turn) and (memory or "momentum" not in turn)
+        if (adam or "second" not in turn)
+        and (memory or "momentum" not in turn)
+        and not (short and turn.get("curvature") == "per_step")
     ]
     rungs, at = {"steps": Switches()}, Switches()
     for name, turn in turns:
         at = replace(at, **turn)
         rungs[f"+ {name}"] = at
-    for name, turn in turns:
+    for name, turn in [] if short else turns:
         rungs[f"SOURCE, {name}"] = replace(Switches(), **turn)
-    for name, turn in turns:
+    for name, turn in [] if short else turns:
         rungs[f"exact without: {name}"] = replace(EXACT, **back(turn))
     distinct = list(dict.fromkeys(rungs.values()))
     found = dict(zip(distinct, run.scores(distinct), strict=True))
@@ -227,6 +235,7 @@ class DenseRun:
     def scores(self, rungs: list[Switches]) -> list[Tensor]:
         """All rungs in one walk back, so that the matrices of a step are made once."""
         walks = [_Walk(self, switches) for switches in rungs]
+        per_step = any(switches.curvature == "per_step" for switches in rungs)
         for segment in reversed(self.trajectory.segments(3)):
             kept = {step: self.matrices(step) for step in segment.checkpoints}
             mean = {
@@ -235,6 +244,9 @@ class DenseRun:
             }
             for row in reversed(range(segment.start, segment.stop)):
                 facts = self.facts(row, mean) | self.between(row)
+                if per_step:
+                    every = torch.arange(len(self.inputs))
+                    facts["curvature", "per_step"] = self.hessian(self.theta[row], every)
                 for walk in walks:
                     walk.step(row, facts)
         return [walk.scores for walk in walks]
@@ -262,7 +274,6 @@ class DenseRun:
             ("order", "recorded"): shares,
             ("curvature", "gauss_newton"): mean["gauss_newton"],
             ("curvature", "hessian"): mean["hessian"],
-            ("curvature", "per_step"): self.hessian(theta, torch.arange(size)),
             ("curvature", "per_batch"): self.hessian(theta, batch),
             ("gradients", "checkpoints"): mean["gradients"],
             ("gradients", "per_step"): self.gradients(theta),
