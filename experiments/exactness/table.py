@@ -1,6 +1,7 @@
 """Studies side by side, as markdown.
 
 python -m experiments.exactness.table runs/exactness/smooth_*
+python -m experiments.exactness.table runs/exactness/ladder/*
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ TITLES = {
 def main() -> None:
     """One table for each thing that the studies measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="what study.py wrote")
-    found = [
-        json.loads((folder / "results.json").read_text()) for folder in parser.parse_args().folders
-    ]
+    parser.add_argument("folders", type=Path, nargs="+", help="what study.py or ladder.py wrote")
+    folders = parser.parse_args().folders
+    found = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    if "config" not in found[0]:
+        print_rungs([folder.name for folder in folders], found)
+        return
     print_table("LDS", found, lds)
     print_table("correlation with Unrolled's scores, slope", found, closeness)
     print_table("left out singly: correlation, slope", found, left_out)
@@ -47,6 +50,19 @@ def print_table(title: str, found: list[Results], cell: Callable[[Results, str],
         cells = [cell(one, name) for one in found]
         if any(cells):
             print(f"| {words} | {' | '.join(text or '-' for text in cells)} |")
+
+
+def print_rungs(names: list[str], found: list[Results]) -> None:
+    """Rungs down, ladders across: correlation with exact unrolling, and LDS."""
+    print(f"| correlation with Unrolled, LDS | {' | '.join(names)} |")
+    print("|---" * (len(found) + 1) + "|")
+    longest = max(found, key=len)
+    for rung in longest:
+        cells = [
+            f"{one[rung]['correlation']:.4f}, {one[rung]['lds'][0]:.3f}" if rung in one else "-"
+            for one in found
+        ]
+        print(f"| {rung} | {' | '.join(cells)} |")
 
 
 def lds(one: Results, name: str) -> str:
