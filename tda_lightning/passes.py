@@ -40,11 +40,13 @@ class Pass:
         begin: called before the first batch, the weights being in place.
         end: called after the last batch of every process.
         order: the batches as lists of example indices; None for every example once.
+        catches_up: ``end`` only does what is left where another process had the last batches.
+        stage: whose weights and training set these are, where a run has several stages.
         rows: steps of the run to visit in this order, in every process, instead of batches: for
             work that fetches its batches itself. ``accumulate`` is called with None, the row,
             int64 [1], and its position.
-        catches_up: ``end`` only does what is left where another process had the last batches.
-        stage: whose weights and training set these are, where a run has several stages.
+        returns: the rows are those of the pass before, the last one first, and need what it kept.
+        holds: bytes of main memory that it and those before have filled for later passes.
     """
 
     title: str
@@ -53,9 +55,11 @@ class Pass:
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     order: Sequence[Sequence[int]] | None = None
-    rows: Sequence[int] | None = None
     catches_up: bool = False
     stage: int = 0
+    rows: Sequence[int] | None = None
+    returns: bool = False
+    holds: int = 0
 
 
 @dataclass
@@ -88,6 +92,8 @@ class Context:
             data, task, code (a string that is part of the cache's key).
         held: what the module holds, shared with whoever else loads weights into it.
         world_size: processes that will share the passes.
+        rehearsal: every pass visits its first few batches or rows only. No pass leads to where the
+            next one begins, so that what is found on the way tells nothing of the run.
     """
 
     module: nn.Module
@@ -105,6 +111,7 @@ class Context:
     batch_size: int = 256
     held: Held = field(default_factory=Held)
     world_size: int = 1
+    rehearsal: bool = False
     _weights: dict[int, Checkpoint] = field(default_factory=dict)
 
     @property

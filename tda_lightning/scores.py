@@ -85,6 +85,8 @@ class Scores:
         require_finite(self.values)
         if self.self_influence is not None:
             require_finite_self_influence(self.self_influence)
+        if self.by_token is not None:
+            require_finite_tokens(self.by_token)
 
     @property
     def num_queries(self) -> int:
@@ -359,6 +361,7 @@ class MemorySink:
                 f"by_token must have the shape [{', '.join(map(str, self.values.shape))}, "
                 f"position], got {list(values.shape)}."
             )
+        require_finite_tokens(values)
         self.by_token = values.detach().to("cpu", self.values.dtype)
 
     def finish(self, provenance: dict[str, Any]) -> Scores:
@@ -406,6 +409,18 @@ def require_finite(
             raise NonFiniteError(
                 f"The score of query {query} for training example {example} is "
                 f"{float(row[column])}. Check the data of both and the training for divergence."
+            )
+
+
+def require_finite_tokens(values: Tensor) -> None:
+    """Raise an error that names the first term of an example whose score is not finite."""
+    for query, rows in enumerate(values):  # one at a time: the file may be larger than memory
+        if not bool(rows.isfinite().all()):
+            example, position = (~rows.isfinite()).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"The score of query {query} for position {position} of training example {example} "
+                f"is {float(rows[example, position])}. Check the data of both and the training for "
+                "divergence."
             )
 
 

@@ -70,7 +70,7 @@ def _mend_checksums(file: h5py.File) -> None:
     if not isinstance(file.get("checksums", getlink=True), h5py.HardLink):
         return
     checksums: dict[str, np.ndarray] = {}
-    for name in ("values", "by_segment", "self_influence", "provenance"):
+    for name in ("values", "by_segment", "self_influence", "by_token", "provenance"):
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             continue
         dataset = file[name]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.errors import NonFiniteError, TrajectoryMismatchError, UnsupportedTrainingError
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.store import fingerprint
 from tda_lightning.tasks import AttributionTask, ClassificationTask
@@ -52,8 +52,11 @@ def logits_loss(module, batch):
 @pytest.fixture
 def work():
     """A recorded run, its module and data sets."""
+    return work_of(Classifier())
+
+
+def work_of(module: nn.Module):
     data, queries = CLASSIFIER.batch(10), queries_of(CLASSIFIER)
-    module = Classifier()
     run = oracles.record_run(
         module,
         logits_loss,
@@ -93,6 +96,30 @@ def test_the_module_is_left_as_it_was(work, estimator) -> None:
     module.net[2].eval()
     before = state(module)
     AttributionModule(module, run, estimator).attribute(data, queries, trainer=quiet())
+    require_same_state(before, state(module))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_the_module_is_left_as_it_was_by_replays(draws) -> None:
+    """Also by those that are refused: nothing is known of what dropout drew."""
+    module = Classifier()
+    if not draws:  # what was recorded here by hand was trained in eval mode
+        module.net[1] = module.net[2] = nn.Identity()
+    run, module, data, queries = work_of(module)
+    module.train()
+    module.net[2].eval()
+    before = state(module)
+    attribution = AttributionModule(module, run, Unrolled())
+    if draws:
+        with pytest.raises(
+            UnsupportedTrainingError, match="does not hold the states of the random"
+        ):
+            attribution.attribute(data, queries, trainer=quiet())
+    else:
+        attribution.plan(data, queries, trainer=quiet())
+        require_same_state(dict(before), state(module))
+        scores = attribution.attribute(data, queries, trainer=quiet())
+        assert scores.provenance["certificate"]["bit_equal"]
     require_same_state(before, state(module))
 
 

@@ -73,13 +73,30 @@ def test_plans_of_an_attribution(run, tmp_path, capsys):
     assert main(["plan", "trajectory=runs/digits", "estimators.source.num_segments=2"]) == 0
     out = capsys.readouterr().out
     assert "60 training examples for 3 queries" in out
-    for name in ("source", "source_recorded", "tracin", "influence"):
+    for name in ("source", "source_recorded", "tracin", "influence", "unrolled"):
         assert name in out
+    assert "not possible" not in out
     assert main(["plan", "runs/digits", "estimator=tracin"]) == 0
     out = capsys.readouterr().out
     assert "TracIn: time" in out
     assert "preparation" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
+    given = ["runs/digits", "estimator=unrolled", "estimator.last_steps=3"]
+    assert main(["plan", *given]) == 0
+    assert "backwards" in capsys.readouterr().out
+    assert main(["attribute", *given, "estimator.relabel={3: 7}"]) == 0
+    file = run / "scores" / "unrolled-last_steps-3-relabel-3-7.h5"
+    made = Scores.load(file).provenance
+    assert made["certificate"]["bit_equal"]
+    assert made["relabel"] == {"3": 7}
+    assert main(["report", f"scores={file}"]) == 0
+    page = file.with_suffix(".html").read_text(encoding="utf-8")
+    assert "recorded checkpoints that it passes bit for bit" in page
+    assert "Only what the last 3 of 4 steps did" in page
+    assert "not of removal: 3 as 7." in page
 
 
 def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):
@@ -96,11 +113,11 @@ def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):
 
 def test_a_check_of_gradients_replay_and_smoothness(run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert main(["check", "runs/digits", "directions=2", "fraction=0.1"]) == 0
+    assert main(["check", "runs/digits", "directions=3", "fraction=0.1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Engine against plain autograd" in out
     assert "A replay with all weights 1 lands on the recorded end, bit for bit." in out
-    assert "Smoothness (7 replays" in out
+    assert "Smoothness (10 replays" in out
     for word in ("metasmoothness", "halfway", "derivative", "95% interval"):
         assert word in out
     assert re.search("(Smooth|Rough|Undecided): ", out)
@@ -133,7 +150,7 @@ def test_a_check_of_a_run_that_cannot_be_replayed(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("directions=1", "needs at least 2 directions"),
+        ("directions=2", "needs at least 3 directions"),
         ("fraction=2", "fraction must be between 0 and 1"),
         ("data.num_query=2", "at least 3 queries, got 2"),
         ("+data.num_train=50", "expected 60 examples, got 50"),

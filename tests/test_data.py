@@ -167,6 +167,17 @@ def test_text_files(root):
     assert data.render("train", 0).text == "a b a b a"
     assert data.render("train", 1).text == "a \u2039c\u203a\na"
     assert "are <unk> to the model" in data.render("query", 0).caption
+    # The first word of a sequence is predicted by none.
+    assert data.render("train", 0).pieces == (
+        ("a", None),
+        (" b", 0),
+        (" a", 1),
+        (" b", 2),
+        (" a", 3),
+    )
+    shown = data.render("train", 1)
+    assert [position for _, position in shown.pieces] == [None, 0, 1, 2, 3]
+    assert "".join(piece for piece, _ in shown.pieces) == shown.text
     with pytest.raises(ValueError, match="no sequence of 50"):
         WikiText2Data(root=str(root), sequence_length=50).setup()
 

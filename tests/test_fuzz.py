@@ -104,7 +104,9 @@ def bases() -> Iterator[dict[str, Path]]:
         (root / "adamw" / "scores").mkdir()
         generator = torch.Generator().manual_seed(0)
         parts = torch.randn(3, 4, 70, generator=generator, dtype=torch.float64)
-        Scores(parts.sum(0), parts, torch.rand(70, generator=generator), _long()).save(
+        own = torch.rand(70, generator=generator)
+        tokens = torch.randn(4, 70, 6, generator=generator, dtype=torch.float64)
+        Scores(parts.sum(0), parts, own, _long(), tokens).save(
             root / "scores" / "all" / "segments.h5"
         )
         # Compiles the template here, once for all children.
@@ -274,6 +276,10 @@ def read_scores(path: Path, report: bool = False) -> bool:
             scores.by_segment.sum()
         if scores.self_influence is not None:
             assert scores.self_influence.shape == (scores.num_train,)
+        if scores.by_token is not None:
+            assert scores.by_token.shape[:2] == scores.values.shape
+            assert scores.by_token.dtype == scores.values.dtype
+            assert bool(scores.by_token.isfinite().all())
         for query in range(scores.num_queries if scores.num_train else 0):
             scores.proponents(query, 1)
         if not report or options:

@@ -46,7 +46,8 @@ def copy(recorded: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def scores(tmp_path: Path) -> Path:
     path = tmp_path / "scores.h5"
-    Scores(torch.randn(3, 5), torch.randn(2, 3, 5), torch.rand(5), {"estimator": "x"}).save(path)
+    parts, tokens = torch.randn(2, 3, 5), torch.randn(3, 5, 4)
+    Scores(parts.sum(0), parts, torch.rand(5), {"estimator": "x"}, tokens).save(path)
     return path
 
 
@@ -78,8 +79,13 @@ def sealed(path: Path) -> None:
     with h5py.File(path, "r+", libver="latest") as file:
         text = file["provenance"][()]
         file["checksums/provenance"][...] = zlib.crc32(text)
-        for row in range(3):
-            file["checksums/values"][row] = zlib.crc32(file["values"][row].tobytes())
+        for name in ("values", "by_token"):
+            array = file[name][...]
+            rows = np.empty(array.shape[:-1], np.uint32)
+            for row in np.ndindex(rows.shape):
+                rows[row] = zlib.crc32(array[row].tobytes())
+            del file[f"checksums/{name}"]
+            file[f"checksums/{name}"] = rows
 
 
 # Waiting for ever.
@@ -365,6 +371,24 @@ def test_impossible_scores(values: Any, message: str, mapped: bool, scores: Path
         Scores.load(scores, mapped=mapped)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.full((3, 5, 4), np.nan, np.float32), "nan|not finite"),
+        (np.zeros((3, 6, 4), np.float32), "by_token"),
+        (np.zeros((2, 5, 4), np.float32), "by_token"),
+        (np.zeros((3, 5), np.float32), "by_token"),
+        (np.zeros((3, 5, 4), np.float64), "holds float64"),
+    ],
+)
+def test_impossible_scores_of_tokens(tokens: Any, message: str, mapped: bool, scores: Path) -> None:
+    put(scores, "by_token", tokens)
+    sealed(scores)
+    with pytest.raises(TrajectoryFormatError, match=message):
+        Scores.load(scores, mapped=mapped)
+
+
 @pytest.mark.parametrize("text", [b"[1]", b"\xff", b"{", b"[" * 150 + b"]" * 150])
 def test_impossible_provenance(text: bytes, scores: Path) -> None:
     put(scores, "provenance", np.bytes_(text))
@@ -391,7 +415,8 @@ def test_query_indices_of_any_kind_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1e30, 1e30, -1.7e308, 1.7e308, 5e-324, 0.0])
 def test_extreme_scores_are_reported(value: float, tmp_path: Path) -> None:
     values = torch.full((2, 4), value, dtype=torch.float64)
-    odd = Scores(values, values.expand(2, 2, 4).clone(), values[0].clone())
+    tokens = values[:, :, None].expand(2, 4, 3).clone()
+    odd = Scores(values, values.expand(2, 2, 4).clone(), values[0].clone(), {}, tokens)
     assert write_report(odd, tmp_path / "page.html").is_file()
     odd.self_influence[0] = -value
     assert write_report(odd, tmp_path / "page.html").is_file()

@@ -23,8 +23,9 @@ from tda_lightning.callbacks.plan import (
     SUMS,
     RecordingPlan,
 )
-from tda_lightning.errors import UnsupportedTrainingError
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators.unrolling import unfinished
 from tda_lightning.models.gpt import GPT
 from tda_lightning.passes import Context, Pass, Plan
 from tda_lightning.planning import PeakMemory, clock
@@ -380,6 +381,11 @@ ESTIMATORS = {
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
+    "unrolled": Unrolled(),
+    "unrolled, rounds": Unrolled(memory_budget=1100),
+    "unrolled, recomputed": Unrolled(states="recompute"),
+    "unrolled, disk": Unrolled(states="disk", token_weights=True),
+    "unrolled, last steps": Unrolled(last_steps=4),
 }
 
 
@@ -412,7 +418,7 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     assert torch.equal(drawn, torch.rand(2))
     assert plan.num_passes == len(counting.batches)
     assert plan.num_batches == sum(counting.batches.values())
-    kept = [scores.values, scores.by_segment]
+    kept = [scores.values, scores.by_segment, scores.by_token]
     assert plan.scores_bytes == sum(t.numel() * t.element_size() for t in kept if t is not None)
     fitted = [tensor for one in run.curvature.values() for tensor in one.values()]
     assert plan.curvature_bytes == sum(t.numel() * t.element_size() for t in fitted)
@@ -422,6 +428,67 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     assert again.curvature_bytes == 0
     assert again.num_passes == plan.num_passes - _curvature_passes(plan)
     assert f"{plan.num_train} training examples for 3 queries" in shown(plan)
+
+
+def test_the_rounds_and_recomputations_of_exact_unrolling_are_planned(work: Any) -> None:
+    run, module, examples, queries = work
+    sparse, *_ = train(CLASSIFIER, OPTIMIZERS["momentum"])
+
+    def titles(estimator: Unrolled, run: Trajectory = run) -> dict[str, tuple[int, int]]:
+        attribution = AttributionModule(module, run, estimator, CaseTask("classification"))
+        passes = attribution.plan(examples, queries, 4, quiet()).passes
+        return {one.title: (one.count, one.batches) for one in passes}
+
+    there, back, on = (f"steps # to #, {way}" for way in ("forwards", "backwards", "replayed"))
+    assert titles(Unrolled()) == {there: (3, 9), back: (3, 9)}
+    assert titles(Unrolled(last_steps=4)) == {there: (2, 4), back: (2, 4), on: (1, 2)}
+    assert titles(Unrolled(memory_budget=1100)) == {there: (9, 27), back: (9, 27)}
+    # Of 9 steps' states 5 fit: each of 3 rounds first walks to a cut after 4.
+    cut = {on: (3, 12), there: (6, 27), back: (6, 27)}
+    assert titles(Unrolled(memory_budget=1700), sparse) == cut
+
+
+def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, examples, queries = work
+    run = dataclasses.replace(run, unfinished={})
+    monkeypatch.setattr(unfinished, "_SECONDS", 0.0)
+    attribution = AttributionModule(module, run, Unrolled(), CaseTask("classification"))
+    assert attribution.plan(examples, queries, 4, quiet()).num_passes == 6
+    assert not run.unfinished
+
+    class Interrupting(Counting):
+        def plan(self, context: Context) -> Plan:
+            plan = super().plan(context)
+
+            def stop(*_: Any) -> None:
+                raise KeyboardInterrupt
+
+            plan.passes[3].accumulate = stop
+            return plan
+
+    cut = AttributionModule(module, run, Interrupting(Unrolled()), CaseTask("classification"))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cut.attribute(examples, queries, 4, quiet())
+    ((key, kept),) = run.unfinished.items()
+    assert attribution.plan(examples, queries, 4, quiet()).num_passes == 4
+    assert list(run.unfinished) == [key]
+    assert run.unfinished[key] is kept
+    scores = attribution.attribute(examples, queries, 4, quiet())
+    # The certificate is of the whole run, the part before the interruption included.
+    assert scores.provenance["certificate"]["checkpoints"] == 3
+    assert not run.unfinished
+
+
+def test_what_a_rehearsal_replays_is_refused_for_nothing(work: Any) -> None:
+    run, module, examples, queries = work
+    steps = dataclasses.replace(run.steps, loss=run.steps.loss + 1)
+    run = dataclasses.replace(run, steps=steps)
+    attribution = AttributionModule(module, run, Unrolled(), CaseTask("classification"))
+    assert attribution.plan(examples, queries, 4, quiet()).num_passes == 6
+    with pytest.raises(TrajectoryMismatchError, match="the replay is not the recorded run"):
+        attribution.attribute(examples, queries, 4, quiet())
 
 
 def _curvature_passes(plan: Any) -> int:
@@ -492,6 +559,65 @@ def test_a_pass_takes_its_examples_times_their_time(
     assert [one.seconds for one in plan.passes] == pytest.approx([each, each])
     estimator.catches_up = True
     assert attribution.plan(examples, queries, 4, quiet()).seconds == pytest.approx(6 * (each - 7))
+
+
+@dataclasses.dataclass
+class ThereAndBack:
+    """Walks over the rows, last ones first, that take what a clock is told: a row 2 on the way
+    there, 3 on the way back, the first of all 11 more; begin 5."""
+
+    clock: Clock
+    stretches: list[range]
+    kept: list[int] = dataclasses.field(default_factory=list)
+    steps: int = 0
+
+    def segment_count(self, context: Context) -> int | None:
+        return None
+
+    def plan(self, context: Context) -> Plan:
+        self.steps = 0
+
+        def begin() -> None:
+            self.clock.at += 5
+            self.kept.clear()
+
+        def there(batch: Any, rows: Tensor, position: int) -> None:
+            assert batch is None
+            self.clock.at += 2 + 11 * (not self.steps)
+            self.steps += 1
+            self.kept.append(int(rows))
+
+        def back(batch: Any, rows: Tensor, position: int) -> None:
+            self.clock.at += 3
+            assert self.kept.pop() == int(rows)
+
+        passes = []
+        for rows in self.stretches:
+            title = f"steps {rows.start} to {rows.stop}"
+            passes.append(Pass(f"{title}, there", 9, there, begin, rows=rows, holds=1 << 40))
+            passes.append(Pass(f"{title}, back", 9, back, rows=rows[::-1], returns=True))
+        return Plan(passes)
+
+
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_a_walk_takes_its_rows_times_their_time(
+    length: int, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, examples, queries = work
+    own = Clock()
+    monkeypatch.setattr(clock, "now", own)
+    stretches = [range(start, start + length) for start in (80, 40, 0)]
+    estimator = ThereAndBack(own, stretches)
+    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))  # type: ignore[arg-type]
+    plan = attribution.plan(examples, queries, 4, quiet())
+    assert plan.seconds == pytest.approx(3 * (5 + length * (2 + 3)) + 11)
+    assert [(one.count, one.batches) for one in plan.passes] == [(3, 3 * length)] * 2
+    assert estimator.steps <= 12
+    if plan.peak_bytes is not None:  # what the rows that were not visited would have kept
+        assert plan.peak_bytes > 1 << 39
+    before = own.at
+    attribution.attribute(examples, queries, 4, quiet())
+    assert own.at - before == pytest.approx(plan.seconds)
 
 
 def test_wide_eigenvectors_are_timed_small_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:

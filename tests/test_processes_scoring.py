@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tda_lightning import AttributionModule, Scores
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning import AttributionModule, Scores, Trajectory
+from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.evaluation import measure, retrain
+from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
 from tests.runs import Numbered, adamw
@@ -22,6 +25,7 @@ from tests.test_processes import Plain, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+ROUNDS = 6_000  # bytes, in which not all queries find room
 ESTIMATORS = {
     "source": Source(2),
     "source blocks": Source(2, leading_directions=0),
@@ -29,6 +33,8 @@ ESTIMATORS = {
     "source recorded blocks": Source(2, order="recorded", leading_directions=0),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
+    "unrolled": Unrolled(),
+    "unrolled in rounds": Unrolled(memory_budget=ROUNDS),
 }
 RUNS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -46,8 +52,16 @@ class WithoutTask(Plain):
         return (self.net(batch[0]) - batch[1]).square().mean()
 
 
+class Squares(AttributionTask):
+    """Its losses: no standard one is called, so that single examples' are not known."""
+
+    def train_loss(self, module: Any, batch: Any) -> Any:
+        return (module.net(batch[0]) - batch[1]).square().mean(1)
+
+
 def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Scores:
-    attribution = AttributionModule(WithoutTask(), str(folder), estimator)
+    task = Squares() if isinstance(estimator, Unrolled) else None
+    attribution = AttributionModule(WithoutTask(), str(folder), estimator, task)
     return attribution.attribute(
         Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
     )
@@ -89,7 +103,8 @@ def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_p
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
-    assert ("statistics" in expected.provenance) == (run == "online" and name != "tracin")
+    uses = run == "online" and name != "tracin" and "unrolled" not in name
+    assert ("statistics" in expected.provenance) == uses
     for each in found:
         values, by_segment, own, world_size, not_kept = each[run, name]
         assert relative(values, expected.values.double()) < 1e-5
@@ -105,6 +120,34 @@ def test_curvature_is_kept_once_and_whole(scored: Any) -> None:
     root, _ = scored
     files = sorted(p.name for p in (root / "sgd" / "curvature").iterdir())
     assert files and all(name.endswith(".h5") for name in files)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_unrolled_is_what_two_processes_trained(run: str, scored: Any) -> None:
+    """Against retraining with one example weighted a little more or less."""
+    folder, found = scored[0] / run, scored[1][0][run, "unrolled"][0]
+    run, task, ends = Trajectory.load(str(folder)), Squares(), []
+    for sign in (1, -1):
+        weights = torch.ones(21)
+        weights[3] += sign * 0.02
+        state = retrain(run, WithoutTask(), task, Numbered(21), weights)
+        ends.append(measure(WithoutTask(), task, state, Numbered(3, seed=1)))
+    assert relative(found[:, 3], -(ends[0] - ends[1]).double() / 0.04) < 0.01
+
+
+class Drops(WithoutTask):
+    """Draws that each process made for itself are not known."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = torch.nn.functional.dropout(batch[0], 0.2, self.training)
+        return torch.nn.functional.mse_loss(self.net(x), batch[1])
+
+
+def test_draws_of_two_processes_are_not_unrolled(tmp_path: Path) -> None:
+    results(lambda rank: train(tmp_path / "run", {"module": Drops}) and None)
+    attribution = AttributionModule(Drops(), str(tmp_path / "run"), Unrolled())
+    with pytest.raises(UnsupportedTrainingError, match="in one process"):
+        attribution.attribute(Numbered(21), Numbered(2, seed=1), trainer=quiet())
 
 
 def test_plans_that_differ_are_an_error_in_every_process(scored: Any) -> None:

@@ -1,5 +1,6 @@
 """The report: complete in itself, true to the scores, and deaf to what the data tells it to do."""
 
+import dataclasses
 import struct
 import zlib
 from base64 import b64decode
@@ -183,13 +184,142 @@ class TestPage:
         assert min(float(point.split()[1]) for point in drawn[1:].split("L")) < 40
 
 
+CERTIFICATE = {
+    "bit_equal": True,
+    "largest_difference": 0.0,
+    "relative_difference": 0.0,
+    "checkpoints": 3,
+    "tolerance": 1e-3,
+}
+
+
+class TestTrust:
+    """What the scores answer and how exactly, where they say so."""
+
+    def text(self, scores, tmp_path, **provenance):
+        scores.provenance.update(provenance)
+        page = Page(write_report(scores, tmp_path / "report.html"))
+        page.require_harmless()
+        return " ".join(page.text.split()), page
+
+    def test_bit_for_bit(self, scores, tmp_path):
+        text, page = self.text(
+            scores,
+            tmp_path,
+            question="what this very run did",
+            checkpoints=[0, 10, 20, 30],
+            certificate=CERTIFICATE,
+            replayed_steps=[0, 30],
+        )
+        assert "What this very run did." in text
+        assert "Replayed, the run lands on all 3 recorded checkpoints bit for bit." in text
+        assert "Truncated" not in text
+        assert {"trust", "provenance"} <= set(page.ids)
+
+    def test_a_part_of_the_run(self, scores, tmp_path):
+        text, _ = self.text(
+            scores,
+            tmp_path,
+            checkpoints=[0, 10, 20, 30],
+            certificate={**CERTIFICATE, "checkpoints": 1},
+            replayed_steps=[25, 30],
+        )
+        assert "lands on the recorded checkpoint that it passes bit for bit." in text
+        assert "Only what the last 5 of 30 steps did with an example is counted" in text
+        assert "its part in the steps up to 25 is missing" in text
+
+    def test_near(self, scores, tmp_path):
+        near = {"bit_equal": False, "largest_difference": 1.25e-7, "relative_difference": 3e-6}
+        text, _ = self.text(
+            scores, tmp_path, checkpoints=[0, 9, 18, 30], certificate={**CERTIFICATE, **near}
+        )
+        assert "lands near all 3 recorded checkpoints, not on them bit for bit" in text
+        assert "off by up to 1.25·10⁻⁷, all weights together by 3.00·10⁻⁶ of how far" in text
+        assert "(0.00100 was allowed)" in text
+
+    def test_no_claim_that_its_own_numbers_refute(self, scores, tmp_path):
+        text, _ = self.text(
+            scores, tmp_path, certificate={**CERTIFICATE, "largest_difference": 0.5}
+        )
+        assert "lands near" in text
+
+    def test_other_labels(self, scores, tmp_path):
+        best = int(scores.proponents(0, 1)[0])
+        text, _ = self.text(scores, tmp_path, relabel={str(best): 7, "29": "cat"})
+        assert f"another label, not of removal: {best} as 7, 29 as cat." in text
+        assert f"#{best} with label 7" in text
+        many = {str(index): 0 for index in range(30)}
+        assert "11 as 0 and 18 more." in self.text(scores, tmp_path, relabel=many)[0]
+
+    @pytest.mark.parametrize("odd", ["x", 3, None, [], {}, [1, 2, 3], ["a", "b"], 10**400, True])
+    def test_in_no_agreed_form(self, scores, tmp_path, odd):
+        self.text(scores, tmp_path, certificate=odd, replayed_steps=odd, relabel=odd, question=odd)
+        for name in CERTIFICATE:
+            found = {**CERTIFICATE, name: odd}
+            self.text(scores, tmp_path, certificate=found, checkpoints=odd, replayed_steps=[odd, 5])
+
+    def test_without(self, scores, tmp_path):
+        text, page = self.text(scores, tmp_path)
+        assert "trust" not in page.ids
+        assert "How exact" not in text
+
+
+class TestTokens:
+    """Texts are shaded where scores tell their terms apart and the text tells its pieces."""
+
+    def scores(self, tokens):
+        tokens = torch.tensor([tokens])
+        return Scores(tokens.sum(2), by_token=tokens)
+
+    def render(self, *pieces):
+        text = "".join(text for text, _ in pieces)
+        return lambda split, index: Rendered(text=text, pieces=pieces)
+
+    def page(self, scores, render, tmp_path):
+        page = Page(write_report(scores, tmp_path / "report.html", render=render))
+        page.require_harmless()
+        spans = [value for name, value in page.attributes if name == "style"]
+        return page, [
+            value for value in spans if value.startswith("--share") and "70%" not in value
+        ]
+
+    def test_shares_of_the_strongest(self, tmp_path):
+        scores = self.scores([[2.0, -1.0, 0.0], [0.0, 0.0, 4.0]])
+        render = self.render(("It", None), (" was", 0), (" <b>", 1), (" here", 2))
+        page, shares = self.page(scores, render, tmp_path)
+        assert shares == ["--share: 100.0%", "--share: 100.0%", "--share: 50.0%"]
+        assert "It was <b> here" in page.text  # without spaces of the template's
+        titles = [value for name, value in page.attributes if name == "title"]
+        assert titles == ["+4.00", "+2.00", "\N{MINUS SIGN}1.00"]
+        assert "Words are shaded" in " ".join(page.text.split())
+
+    @pytest.mark.parametrize("position", [3, -1])
+    def test_pieces_that_do_not_fit(self, position, tmp_path):
+        scores = self.scores([[2.0, -1.0, 0.0]])
+        page, shares = self.page(scores, self.render(("a", 0), ("b", position)), tmp_path)
+        assert shares == []
+        assert "ab" in page.text
+        assert "Words are shaded" not in page.text
+
+    def test_without_scores_of_tokens(self, tmp_path):
+        _, shares = self.page(Scores(torch.ones(1, 2)), self.render(("a", 0)), tmp_path)
+        assert shares == []
+
+    def test_long_texts_are_cut(self, tmp_path):
+        scores = self.scores([[1.0, 1.0]])
+        page, shares = self.page(scores, self.render(("a" * 1000, 0), ("b" * 999, 1)), tmp_path)
+        assert shares == ["--share: 100.0%"]
+        assert "a…" in page.text
+
+
 class TestHostileText:
     """Whatever the data says stays text."""
 
-    @pytest.mark.parametrize("form", ["text", "row", "image", "nothing"])
+    @pytest.mark.parametrize("form", ["text", "pieces", "row", "image", "nothing"])
     def test_stays_text(self, scores, form, tmp_path):
         content = {
             "text": {"text": HOSTILE},
+            "pieces": {"text": HOSTILE, "pieces": ((HOSTILE, 0), (HOSTILE, None))},
             "row": {"row": {HOSTILE: HOSTILE, "size": 1.5}},
             "image": {"image": np.zeros((4, 4)), "text": HOSTILE},
             "nothing": {},
@@ -202,7 +332,12 @@ class TestHostileText:
             measurements=[HOSTILE] * 4,
             versions={HOSTILE: HOSTILE},
             command=HOSTILE * 9,
+            question=HOSTILE,
+            certificate={**CERTIFICATE, "tolerance": HOSTILE},
+            relabel={HOSTILE: HOSTILE, str(int(scores.proponents(0, 1)[0])): HOSTILE},
         )
+        tokens = scores.values[:, :, None].expand(-1, -1, 3)
+        scores = dataclasses.replace(scores, by_token=tokens)
         scores.provenance[HOSTILE] = [HOSTILE]
         page = Page(
             write_report(

@@ -17,7 +17,8 @@ def scores():
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(3, 4, 9, generator=generator)
     provenance = {"estimator": "Source", "segments": [[0, 3], [3, 6], [6, 9]], "notes": ["ä <b>"]}
-    return Scores(parts.sum(0), parts, torch.rand(9, generator=generator), provenance)
+    own, tokens = torch.rand(9, generator=generator), torch.randn(4, 9, 5, generator=generator)
+    return Scores(parts.sum(0), parts, own, provenance, tokens)
 
 
 def equal(first: Scores, second: Scores) -> bool:
@@ -25,6 +26,7 @@ def equal(first: Scores, second: Scores) -> bool:
         (first.values, second.values),
         (first.by_segment, second.by_segment),
         (first.self_influence, second.self_influence),
+        (first.by_token, second.by_token),
     )
     return first.provenance == second.provenance and all(
         (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs
@@ -88,6 +90,15 @@ class TestChecks:
         with pytest.raises(NonFiniteError, match="self-influence of training example 1 is inf"):
             Scores(torch.zeros(1, 2), self_influence=torch.tensor([0.0, torch.inf]))
 
+    def test_nan_of_a_token_names_it(self):
+        tokens = torch.zeros(2, 3, 4)
+        tokens[1, 2, 3] = torch.nan
+        message = "query 1 for position 3 of training example 2 is nan"
+        with pytest.raises(NonFiniteError, match=message):
+            Scores(torch.zeros(2, 3), by_token=tokens)
+        with pytest.raises(NonFiniteError, match=message):
+            MemorySink(2, 3).set_by_token(tokens)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -95,6 +106,9 @@ class TestChecks:
             ({"values": torch.zeros(2, 3, dtype=torch.int64)}, "floating-point"),
             ({"values": torch.zeros(2, 3), "by_segment": torch.zeros(2, 3)}, "by_segment"),
             ({"values": torch.zeros(2, 3), "self_influence": torch.zeros(2)}, "3 training"),
+            ({"values": torch.zeros(2, 3), "by_token": torch.zeros(2, 3)}, r"\[2, 3, position\]"),
+            ({"values": torch.zeros(2, 3), "by_token": torch.zeros(2, 4, 5)}, "by_token"),
+            ({"values": torch.zeros(2, 3), "by_token": torch.zeros(3, 3, 5)}, "by_token"),
         ],
     )
     def test_shapes(self, arguments, message):
@@ -121,11 +135,14 @@ class TestSinks:
                 expected[segment, :, column] += block[:, place]
         sink.add(0, torch.empty(0, dtype=torch.int64), torch.empty(3, 0, dtype=dtype))
         sink.set_self_influence(torch.arange(8.0))
+        tokens = torch.randn(2, 3, 8).movedim(0, 2)  # in any layout
+        sink.set_by_token(tokens)
         scores = sink.finish({"estimator": "TracIn"})
         torch.testing.assert_close(scores.by_segment, expected)
         assert torch.equal(scores.values, scores.by_segment.sum(0))
         assert scores.values.dtype == dtype
         assert scores.self_influence.tolist() == list(range(8))
+        assert torch.equal(scores.by_token, tokens.to(dtype))
         assert scores.provenance == {"estimator": "TracIn"}
 
     def test_without_segments(self, make, tmp_path):
@@ -135,6 +152,7 @@ class TestSinks:
         assert scores.values.tolist() == [[2.0, 0.0, 1.0]]
         assert scores.by_segment is None
         assert scores.self_influence is None
+        assert scores.by_token is None
 
     @pytest.mark.parametrize(
         ("segment", "columns", "shape", "error", "message"),
@@ -149,6 +167,12 @@ class TestSinks:
         sink = make(tmp_path / "scores.h5", 2, 4, 3)
         with pytest.raises(error, match=message):
             sink.add(segment, torch.tensor(columns), torch.zeros(shape))
+
+    @pytest.mark.parametrize("shape", [(2, 4), (2, 5, 3), (1, 4, 3)])
+    def test_wrong_scores_of_tokens(self, make, tmp_path, shape):
+        sink = make(tmp_path / "scores.h5", 2, 4)
+        with pytest.raises(ValueError, match=r"by_token must have the shape \[2, 4, position\]"):
+            sink.set_by_token(torch.zeros(shape))
 
     def test_nan_names_query_and_example(self, make, tmp_path):
         sink = make(tmp_path / "scores.h5", 2, 9)
@@ -170,7 +194,7 @@ class TestFile:
         assert equal(Scores.load(tmp_path / "scores.h5"), scores)
 
     def test_an_empty_query_set(self, tmp_path):
-        scores = Scores(torch.zeros(0, 5))
+        scores = Scores(torch.zeros(0, 5), by_token=torch.zeros(0, 5, 3))
         scores.save(tmp_path / "scores.h5")
         assert equal(Scores.load(tmp_path / "scores.h5"), scores)
         assert equal(Scores.load(tmp_path / "scores.h5", mapped=True), scores)
@@ -182,6 +206,7 @@ class TestFile:
         part = Scores.load(tmp_path / "scores.h5", queries=slice(1, 3), mapped=mapped)
         assert torch.equal(part.values, scores.values[1:3])
         assert torch.equal(part.by_segment, scores.by_segment[:, 1:3])
+        assert torch.equal(part.by_token, scores.by_token[1:3])
         assert part.provenance["query_indices"] == [1, 2]
         assert part.provenance["predictions"] == ["b", "c"]
         with pytest.raises(ValueError, match="positive step"):
@@ -192,6 +217,7 @@ class TestFile:
         with h5py.File(tmp_path / "scores.h5") as file:
             assert np.array_equal(file["values"][...], scores.values.numpy())
             assert np.array_equal(file["by_segment"][...], scores.by_segment.numpy())
+            assert np.array_equal(file["by_token"][...], scores.by_token.numpy())
             assert json.loads(file["provenance"][()]) == scores.provenance
             assert file.attrs["format_version"] == 1
 
@@ -275,10 +301,11 @@ class TestBadFiles:
                 noticed += 1
         assert noticed > 20
 
-    def test_a_flipped_score_is_noticed(self, scores, tmp_path):
+    @pytest.mark.parametrize("name", ["by_segment", "by_token"])
+    def test_a_flipped_score_is_noticed(self, scores, tmp_path, name):
         path = tmp_path / "scores.h5"
         scores.save(path)
         with h5py.File(path, "r+") as file:
-            file["by_segment"][1, 2, 3] += 1
-        with pytest.raises(TrajectoryFormatError, match="'by_segment' does not match its checksum"):
+            file[name][1, 2, 3] += 1
+        with pytest.raises(TrajectoryFormatError, match=f"'{name}' does not match its checksum"):
             Scores.load(path)

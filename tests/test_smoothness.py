@@ -13,8 +13,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning import Trajectory
 from tda_lightning.errors import UnsupportedTrainingError
-from tda_lightning.evaluation import Estimate, Smoothness, draw_subsets, smoothness
-from tda_lightning.evaluation.smoothness import THRESHOLD, _agreement_of_signs
+from tda_lightning.evaluation import (
+    Estimate,
+    Smoothness,
+    draw_subsets,
+    smoothness,
+)
+from tda_lightning.evaluation.smoothness import THRESHOLD, _agreement_of_signs, _rank_agreement
 from tda_lightning.randomness import Snapshot
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
@@ -134,7 +139,7 @@ def test_a_chaotic_run_is_rough() -> None:
     assert result.metasmoothness.value < 0.7
     assert result.derivative.high < THRESHOLD
     assert result.verdict == "rough"
-    assert "Do not trust exact unrolling" in result.advice
+    assert "Do not trust Unrolled" in result.advice
     assert "check them by retraining" in result.advice
 
 
@@ -146,6 +151,32 @@ def test_the_interval_covers_the_mean() -> None:
     intervals = [Estimate.of(row) for row in samples]
     covered = sum(one.low <= 0.3 <= one.high for one in intervals) / len(intervals)
     assert 0.93 < covered < 0.97
+
+
+def test_the_interval_of_a_rank_agreement_covers_it() -> None:
+    """Directions act through a few features of the queries, as removals do."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    signal, other = normal(5, 60), normal(5, 60)
+
+    def changes(directions: int) -> tuple[Tensor, Tensor]:
+        whole = normal(directions, 5) @ signal
+        return whole + normal(directions, 5) @ other, whole
+
+    truth = _rank_agreement(*changes(1000)).value
+    found = [_rank_agreement(*changes(6)) for _ in range(300)]
+    covered = sum(one.low <= truth <= one.high for one in found) / len(found)
+    assert 0.9 < covered < 0.99
+
+
+def test_a_change_that_all_directions_share_is_no_agreement() -> None:
+    """What a rough run's own start has in common with all differences from it."""
+    generator = torch.Generator().manual_seed(0)
+    some, whole = torch.randn(2, 8, 100, generator=generator)
+    shared = 5 * torch.randn(100, generator=generator)
+    found = _rank_agreement(some + shared, whole + shared)
+    assert found.low < 0 < found.high
+    assert _rank_agreement(some, some + shared).value > 0.99
 
 
 def test_the_interval_stays_within_its_bounds_and_skips_what_is_not_known() -> None:
@@ -240,7 +271,7 @@ def test_trained_together_it_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"directions": 1}, "needs at least 2 directions, got directions=1"),
+        ({"directions": 2}, "needs at least 3 directions, got directions=2"),
         ({"fraction": 0.0}, "fraction must be between 0 and 1"),
         ({"fraction": 1.0}, "fraction must be between 0 and 1"),
         ({"fraction": math.nan}, "fraction must be between 0 and 1"),

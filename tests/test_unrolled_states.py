@@ -18,7 +18,7 @@ from tda_lightning.estimators import Unrolled
 from tda_lightning.estimators.unrolling import unfinished
 from tests import oracles
 from tests.attributing import relative
-from tests.cases.training import MLP
+from tests.cases.training import MLP, queries_of
 from tests.unrolling import (
     EXACT,
     NETWORKS,
@@ -77,7 +77,9 @@ def require_same(one: Scores, other: Scores) -> None:
     assert one.provenance["certificate"] == other.provenance["certificate"]
 
 
-@pytest.fixture(params=["batch norm nesterov", "dropout adamw"])
+@pytest.fixture(
+    params=["batch norm nesterov", pytest.param("dropout adamw", marks=pytest.mark.slow)]
+)
 def problem(request: Any, tmp_path: Path) -> Problem:
     name, _, optimizer = request.param.rpartition(" ")
     network = NETWORKS[name]
@@ -95,7 +97,7 @@ def test_places_and_budgets(problem: Problem, tmp_path: Path, monkeypatch: Any) 
     alone, least = one.scores(), problem.least
     for states in ("memory", "disk", "recompute", "auto"):
         require_same(problem.scores(states=states), expected)
-        for budget in (least, least + least // 3, 3 * least):
+        for budget in (least, 3 * least):
             require_same(one.scores(states=states, memory_budget=budget), alone)
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -197,6 +199,58 @@ def test_work_broken_off_again_and_again(problem: Problem) -> None:
     else:
         pytest.fail("it came to no end")
     require_same(found, expected)
+
+
+@pytest.mark.parametrize("last", [None, 7])
+def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> None:
+    """Also where the last steps begin in the midst of an interval."""
+    options: dict[str, Any] = {"memory_budget": problem.least, "last_steps": last}
+    expected = problem.scores(**options)
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched, **options)
+    stopped(problem, watched.count - 3, **options)
+    rest = Interrupted(problem.data, None)
+    require_same(problem.scores(rest, **options), expected)
+    assert rest.count < 0.7 * watched.count
+    assert not problem.run.unfinished
+
+
+@pytest.mark.parametrize("name", ["momentum and decay", "adamw"])
+def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
+    run, module, data = in_memory(MLP, OPTIMIZERS[name], checkpoints=(2, 5))
+    problem = Problem(
+        NETWORKS["mlp"], run, module, TensorDataset(*data), TensorDataset(*queries_of(MLP))
+    )
+    expected = problem.scores()
+    watched = Interrupted(problem.data, None)
+    problem.scores(watched)
+    for part in (0.75, 0.95):
+        stopped(problem, int(part * watched.count))
+        assert run.unfinished
+        require_same(problem.scores(), expected)
+
+
+def test_tokens_are_kept_with_unfinished_work(tmp_path: Path) -> None:
+    """In rounds of queries too, and in a file of scores."""
+    network = NETWORKS["transformer"]
+    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **LONG)
+    problem = Problem(network, run, module, data, network.data(3, seed=7))
+    expected = problem.scores(token_weights=True)
+    watched = Interrupted(data, None)
+    problem.scores(watched, token_weights=True)
+    stopped(problem, int(0.9 * watched.count), token_weights=True)
+    assert run.unfinished
+    found = problem.scores(token_weights=True)
+    require_same(found, expected)
+    assert torch.equal(found.by_token, expected.by_token)  # type: ignore[arg-type]
+    rounds = problem.scores(token_weights=True, memory_budget=problem.least)
+    assert relative(rounds.by_token, expected.by_token) < 1e-12  # type: ignore[arg-type]
+    path = str(tmp_path / "scores.h5")
+    work = (run, module, data, problem.queries, network.task, Unrolled(token_weights=True))
+    streamed = scores_of(*work, scores_path=path)
+    for one in (streamed, Scores.load(path)):
+        require_same(one, expected)
+        assert torch.equal(one.by_token, expected.by_token)  # type: ignore[arg-type]
 
 
 def test_work_of_another_question_is_not_taken_up(problem: Problem) -> None:

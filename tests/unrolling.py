@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -96,6 +97,15 @@ def per_epoch(make: Optimizers, kind: Any, **options: Any) -> Optimizers:
         return [optimizer], [{"scheduler": kind(optimizer, **options), "interval": "epoch"}]
 
     return made
+
+
+def mostly(cases: Iterable[str], names: Sequence[str], kept: Sequence[str]) -> list[Any]:
+    """Every case with every name; those with names that are not ``kept`` are slow tests."""
+    return [
+        pytest.param(case, name, marks=() if name in kept else pytest.mark.slow)
+        for case in cases
+        for name in names
+    ]
 
 
 # In memory, in eval mode

@@ -135,9 +135,8 @@ def budgets(name: str, root: str) -> None:
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
         trained(config, data, TrajectoryRecorder(folder, num_checkpoints=2))
-        print(
-            "| memory_budget MiB | peak above start MiB | seconds | sum of scores |\n|---|---|---|---|"
-        )
+        print("| memory_budget MiB | peak above start MiB | seconds | sum of scores |")
+        print("|---|---|---|---|", flush=True)
         for budget in BUDGETS:
             command = [sys.executable, "-m", "experiments.exactness.cost", "--root", root]
             command += ["--only", name, "--peak", folder, str(budget or 0)]

@@ -37,6 +37,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "influence": {"_target_": "tda_lightning.estimators.InfluenceFunction"},
     "source": {"_target_": "tda_lightning.estimators.Source"},
     "source, recorded": {"_target_": "tda_lightning.estimators.Source", "order": "recorded"},
+    "unrolled": {"_target_": "tda_lightning.estimators.Unrolled"},
 }
 Found = dict[str, Any]
 

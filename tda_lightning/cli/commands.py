@@ -150,16 +150,22 @@ def attribute(config: DictConfig) -> None:
         estimator=instantiate(config.estimator, _convert_="all"),
         task=task,
     )
-    scores = attribution.attribute(
-        train=data.train_dataset,
-        query=data.query_dataset,
-        batch_size=config.batch_size,
-        trainer=_trainer(config.trainer, [], PassProgressBar),
-        scores_path=str(target),
-        self_influence=config.self_influence,
-        overwrite=config.overwrite,
-        provenance=_provenance(config, _predictions(module, data, trajectory)),
-    )
+    try:
+        scores = attribution.attribute(
+            train=data.train_dataset,
+            query=data.query_dataset,
+            batch_size=config.batch_size,
+            trainer=_trainer(config.trainer, [], PassProgressBar),
+            scores_path=str(target),
+            self_influence=config.self_influence,
+            overwrite=config.overwrite,
+            provenance=_provenance(config, _predictions(module, data, trajectory)),
+        )
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning leaves without a word.
+        goes_on = " The same command goes on from what was kept." if trajectory.unfinished else ""
+        print(f"Interrupted: {target} is not written.{goes_on}", file=sys.stderr)
+        raise
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
 
 

@@ -96,7 +96,10 @@ class WikiText2Data(DataModule):
             word if word in known else f"\u2039{word}\u203a" for word in self._words[split][index]
         ]
         caption = "Words in \u2039 \u203a are <unk> to the model." if split == "query" else ""
-        return Rendered(caption, text=readable(words))
+        # The first word is predicted by none; the loss of an example begins with the second.
+        positions = [None, *range(self.sequence_length)]
+        pieces = tuple(zip(readable_pieces(words), positions, strict=True))
+        return Rendered(caption, text=readable(words), pieces=pieces)
 
 
 def readable(words: Iterable[str]) -> str:
@@ -106,11 +109,31 @@ def readable(words: Iterable[str]) -> str:
         >>> readable("3 @.@ 1 mi <eos> <eos> = = Film = = <eos> award @-@ winning".split())
         '3.1 mi\\n= = Film = =\\naward-winning'
     """
-    text = " ".join(words)
-    for mark in "-.,":
-        text = text.replace(f" @{mark}@ ", mark)
-    lines = [line.strip() for line in text.split(END_OF_LINE)]
-    return "\n".join(line for line in lines if line)
+    return "".join(readable_pieces(list(words))).rstrip("\n")
+
+
+def readable_pieces(words: Sequence[str]) -> list[str]:
+    """What each of the words adds to the readable text, the space before it included.
+
+    Example:
+        >>> readable_pieces("3 @.@ 1 mi <eos> <eos> = Film".split())
+        ['3', '.', '1', ' mi', '\\n', '', '=', ' Film']
+    """
+    pieces: list[str] = []
+    glue = ""  # before the next word
+    for place, word in enumerate(words):
+        inside = 0 < place < len(words) - 1
+        if word == END_OF_LINE:
+            empty = not pieces or pieces[-1] in ("", "\n")
+            pieces.append("" if empty else "\n")
+            glue = ""
+        elif inside and len(word) == 3 and word[0] == word[2] == "@" and word[1] in "-.,":
+            pieces.append(word[1])
+            glue = ""
+        else:
+            pieces.append(glue + word)
+            glue = " "
+    return pieces
 
 
 def read_words(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ class Unrolled:
     the Hessian of every step's loss. Nothing is approximated; the question is a local one all the
     same. A batch keeps its denominator (:func:`~tda_lightning.evaluation.as_removal` for true
     removal), and in a rough run a small weight change predicts no removal: ``tda check`` tells.
+    What a training step detaches counts as a constant, also where its value came from the weights.
 
     Every replay is compared with the recorded checkpoints (``provenance["certificate"]``).
 
@@ -76,8 +77,11 @@ class Unrolled:
             raise ValueError(f"states must be one of {', '.join(STATES)}, got {self.states!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
+        for index in self.relabel or ():
+            if not isinstance(index, int):
+                raise ValueError(f"relabel names training examples by index, got {index!r}.")
         if self.relabel is not None:
-            self.relabel = {int(index): _plain(label) for index, label in self.relabel.items()}
+            self.relabel = {index: _plain(label) for index, label in self.relabel.items()}
         if self.relabel and self.token_weights:
             raise ValueError(
                 "relabel changes an example's whole label, and token_weights splits its score by "

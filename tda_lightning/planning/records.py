@@ -12,12 +12,12 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Passes over the training set that are alike.
+    """Passes over the training set, or over the run, that are alike.
 
     Attributes:
         title: what they do, with "#" for numbers in which they differ.
         count: how many there are.
-        batches: batches of all of them together.
+        batches: batches of all of them together, or steps of the run where they visit these.
         seconds: expected time of each.
     """
 
@@ -72,7 +72,12 @@ class AttributionPlan:
 
     def __rich__(self) -> RenderableType:
         table = Table(
-            "pass", "number", "batches", "seconds each", "seconds", title=f"{self.estimator}: time"
+            "pass",
+            "number",
+            "batches or steps",
+            "seconds each",
+            "seconds",
+            title=f"{self.estimator}: time",
         )
         for column in table.columns[1:]:
             column.justify = "right"

@@ -20,6 +20,7 @@ from tda_lightning.planning.stand_ins import (
     Decompositions,
     KeptCurvature,
     ScoresForgotten,
+    UnfinishedLeft,
     synchronize,
 )
 from tda_lightning.progress import SlowProgress
@@ -37,6 +38,9 @@ class _Rate:
     first: float
 
 
+_NOTHING = _Rate(0.0, 0.0)  # of a pass without rows
+
+
 @dataclass
 class _Group:
     title: str
@@ -50,8 +54,9 @@ class Rehearsal:
     """Rehearses one attribution.
 
     Every pass begins and ends as it will, with the same queries and the same shapes; of the
-    training batches, only a few are run. Passes that are alike (the same title but for numbers)
-    share the time of their batches. Large decompositions have stand-ins (``stand_ins.py``).
+    training batches, or the steps of the run, only a few are visited. Passes that are alike (the
+    same title but for numbers) share the time of their batches. Large decompositions have
+    stand-ins (``stand_ins.py``).
 
     Attributes:
         estimator: whose passes.
@@ -68,6 +73,7 @@ class Rehearsal:
     memory: PeakMemory
     _rates: dict[Any, _Rate] = field(default_factory=dict)
     _ends: dict[Any, float] = field(default_factory=dict)
+    _visited: list[int] = field(default_factory=list)
 
     def plan(self, began: float, finish: Callable[[], Any]) -> AttributionPlan:
         """Run it.
@@ -78,19 +84,23 @@ class Rehearsal:
         """
         context, real = self.context, self.context.trajectory
         self._kept = KeptCurvature(real.curvature, on_disk=real.path is not None)
-        context.trajectory = replace(real, curvature=self._kept)
+        context.trajectory = replace(
+            real, curvature=self._kept, unfinished=UnfinishedLeft(real.unfinished)
+        )
+        context.rehearsal = True
         self._algebra = Decompositions(self.memory)
         estimator = _invertible(self.estimator)
         segments = estimator.segment_count(context)
         columns = min(len(self.examples), self.examples.batch_size)
-        context.sink = ScoresForgotten(context.num_query, columns, segments, context.dtype)
+        sink = ScoresForgotten(context.num_query, columns, segments, context.dtype)
+        context.sink = sink
         plan = estimator.plan(context)
         preparation = clock.now() - began
         groups = self._passes(plan)
         preparation += self._timed(finish)
         matrices = 1 if segments is None else 1 + segments
         item = context.dtype.itemsize
-        scores = matrices * context.num_query * context.num_train * item
+        scores = matrices * context.num_query * context.num_train * item + sink.token_bytes
         peak = self.memory.bytes
         return AttributionPlan(
             estimator=type(self.estimator).__name__,
@@ -130,22 +140,28 @@ class Rehearsal:
         kind = _without_numbers(one.title) if one.order is None else _without_steps(one.title)
         key = (kind, one.order is None, min(round_number, 1))
         if round_number == 2:
-            return self._ends[one.title] + self._batches(one, self._rates[key])
+            return self._ends[one.title] + self._batches(one, self._rates.get(key, _NOTHING))
         around = self._timed(lambda: self.context.load(one.step))
         if one.begin is not None:
             around += self._timed(one.begin)
-        if one.order is None:
-            around += self._feed(one)
-        if key not in self._rates:
-            self._rates[key] = self._time(one)
+        if one.rows is not None:
+            around += self._walk(one, key) if len(one.rows) else 0.0
+        else:
+            around += self._feed(one) if one.order is None else 0.0
+            if key not in self._rates:
+                self._rates[key] = self._time(one)
         if one.end is not None and not one.catches_up:
             around += self._timed(one.end)
         self._ends[one.title] = around
-        return around + self._batches(one, self._rates[key])
+        return around + self._batches(one, self._rates.get(key, _NOTHING))
 
     def _batches(self, one: Pass, rate: _Rate) -> float:
-        order = one.order
-        count = len(self.examples) if order is None else sum(len(batch) for batch in order)
+        if one.rows is not None:
+            count = len(one.rows)
+        elif one.order is not None:
+            count = sum(len(batch) for batch in one.order)
+        else:
+            count = len(self.examples)
         return rate.first + rate.per_example * count
 
     def _feed(self, one: Pass) -> float:
@@ -157,18 +173,41 @@ class Rehearsal:
         first, second = (self._timed(lambda: one.accumulate(*self._few, 0)) for _ in range(2))
         return max(0.0, first - second)
 
+    def _walk(self, one: Pass, key: Any) -> float:
+        """Visit the first rows of a kind of pass; on the way back, those that were visited last.
+
+        Returns:
+            What the first row takes longer than the others, once for all passes of the kind.
+        """
+        assert one.rows is not None
+        rows = self._visited[::-1] if one.returns else list(one.rows[:_BATCHES])
+        if len(rows) == 1:
+            rows *= 2  # the first time takes longer
+        self._visited = []
+        first = 0.0
+        if key not in self._rates:
+            rate = self._time(replace(one, rows=rows))
+            self._rates[key], first = replace(rate, first=0.0), rate.first
+        unvisited = max(0, len(one.rows) - len(self._visited))
+        self.memory.also(one.holds * unvisited // len(one.rows))
+        return first
+
     def _time(self, one: Pass) -> _Rate:
         """Time the first batches, as the real pass loads them."""
         found: list[tuple[float, int]] = []
         total, began = 0.0, clock.now()
         for batch, indices, position in PassLoader(self.examples, one.order, one.rows):
-            one.accumulate(self.placed(batch), self._on_device(indices), position)
+            if one.rows is None:
+                one.accumulate(self.placed(batch), self._on_device(indices), position)
+            else:
+                one.accumulate(None, indices, position)
+                self._visited.append(int(indices))
             synchronize(self.context.device)
             ended = clock.now()
             found.append((ended - began, len(indices)))
             total += ended - began
             # The first batch of a recorded order carries what _feed finds out elsewhere.
-            enough = len(found) > (one.order is not None)
+            enough = len(found) > (one.order is not None or one.rows is not None)
             if enough and (total > _SECONDS or len(found) >= _BATCHES):
                 break
             began = clock.now()

@@ -148,23 +148,51 @@ class KeptCurvature(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._real)
 
 
+class UnfinishedLeft(MutableMapping[str, Mapping[str, Tensor]]):
+    """The trajectory's unfinished work to read from; it stays as it is."""
+
+    def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]]) -> None:
+        self._real = real
+
+    def __getitem__(self, key: str) -> Mapping[str, Tensor]:
+        return self._real[key]
+
+    def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
+        """Forgotten."""
+
+    def __delitem__(self, key: str) -> None:
+        """Not deleted."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._real)
+
+    def __len__(self) -> int:
+        return len(self._real)
+
+
 class ScoresForgotten(MemorySink):
-    """Takes blocks of scores as the real sink does, all in the same few columns."""
+    """Takes blocks of scores as the real sink does, all in the same few columns.
+
+    Attributes:
+        token_bytes: of scores by token.
+    """
 
     def __init__(
         self, num_queries: int, columns: int, num_segments: int | None, dtype: torch.dtype
     ) -> None:
         super().__init__(num_queries, columns, num_segments, dtype)
+        self.token_bytes = 0
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
     ) -> None:
         # Curvature of a few batches may make a recursion diverge; the time is the same.
         with contextlib.suppress(NonFiniteError):
-            super().add(segment, torch.arange(len(train_indices)), values, first_query)
+            columns = torch.arange(min(len(train_indices), self.values.shape[1]))
+            super().add(segment, columns, values[:, : len(columns)], first_query)
 
     def set_by_token(self, values: Tensor) -> None:
-        """Forgotten."""
+        self.token_bytes = values.numel() * self.values.element_size()
 
     def set_self_influence(self, values: Tensor) -> None:
         pass

@@ -19,6 +19,16 @@ _COLUMNS = 14
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A piece of an example's text; ``share`` is its term's score in percent of the strongest."""
+
+    text: str
+    kind: str = ""  # proponent or opponent; nothing where the piece has no score
+    share: float = 0.0
+    score: str = ""
+
+
+@dataclass(frozen=True)
 class Example:
     """One example and, unless it is a query, its score."""
 
@@ -32,6 +42,8 @@ class Example:
     kind: str = ""  # proponent, opponent or suspect: a class of the style sheet
     share: float = 0.0  # of the strongest score beside it, in percent
     spark: Chart | None = None
+    pieces: tuple[Piece, ...] = ()  # in place of the text
+    label: str = ""  # that the score is about, where it is not about removal
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,29 @@ class Listing:
     left_out: int = 0  # columns that did not fit
 
     @property
+    def pieces(self) -> bool:
+        """Whether any example's text is shaded."""
+        return any(entry.pieces for entry in self.examples)
+
+    @property
     def captions(self) -> bool:
         """Whether any example has a caption."""
         return any(entry.caption for entry in self.examples)
 
 
-def example(render: Renderer, split: str, index: int, size: str, **score: Any) -> Example:
-    """Example ``index`` of ``split`` in the ``size`` "large" or "small"."""
+def example(
+    render: Renderer,
+    split: str,
+    index: int,
+    size: str,
+    tokens: Sequence[float] | None = None,
+    **score: Any,
+) -> Example:
+    """Example ``index`` of ``split`` in the ``size`` "large" or "small".
+
+    Args:
+        tokens: score of each term of its loss.
+    """
     rendered = render(split, index)
     if not isinstance(rendered, Rendered):
         raise TypeError(
@@ -71,8 +99,33 @@ def example(render: Renderer, split: str, index: int, size: str, **score: Any) -
         shape,
         None if rendered.text is None else shorten(rendered.text, _LETTERS[size]),
         None if row is None else {str(name): _cell(value) for name, value in row.items()},
+        pieces=_pieces(rendered, tokens),
         **score,
     )
+
+
+def _pieces(rendered: Rendered, tokens: Sequence[float] | None) -> tuple[Piece, ...]:
+    """A text with the scores of its terms; nothing where they do not fit it."""
+    if tokens is None or rendered.pieces is None:
+        return ()
+    positions = [position for _, position in rendered.pieces if position is not None]
+    if any(not 0 <= position < len(tokens) for position in positions):
+        return ()
+    strongest = max((abs(tokens[position]) for position in positions), default=0.0)
+    shown, left = [], _LETTERS["large"]  # where it is shaded, most of a text may matter
+    for text, position in rendered.pieces:
+        if len(text) > left:
+            shown.append(Piece("…"))
+            break
+        left -= len(text)
+        value = 0.0 if position is None else tokens[position]
+        if value == 0:
+            shown.append(Piece(text))
+            continue
+        kind = "proponent" if value > 0 else "opponent"
+        score = number(value, signed=True, among=strongest)
+        shown.append(Piece(text, kind, 100 * abs(value) / strongest, score))
+    return tuple(shown)
 
 
 def listing(
@@ -82,6 +135,8 @@ def listing(
     kind: str,
     strongest: float,
     segments: Sequence[Sequence[float]] | None = None,
+    tokens: Sequence[Sequence[float]] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Listing:
     """Training examples with their scores.
 
@@ -91,6 +146,8 @@ def listing(
         kind: proponent, opponent or suspect.
         strongest: the size of score that fills a bar.
         segments: for each example its score in each segment.
+        tokens: for each example the score of each term of its loss.
+        labels: those that scores are about in place of removal, by index.
     """
     tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
     examples = tuple(
@@ -103,6 +160,8 @@ def listing(
             kind=kind,
             share=100 * abs(value) / strongest if strongest else 0.0,
             spark=sparkline(segments[place], tallest) if segments else None,
+            tokens=tokens[place] if tokens else None,
+            label=(labels or {}).get(str(index), ""),
         )
         for place, (index, value) in enumerate(zip(indices, values, strict=True))
     )

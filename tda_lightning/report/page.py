@@ -29,6 +29,7 @@ from tda_lightning.report.provenance import (
     short_name,
 )
 from tda_lightning.report.rendered import DatasetRenderer, Renderer
+from tda_lightning.report.trust import relabelled, statements
 from tda_lightning.scores import Scores
 from tda_lightning.trajectory import Trajectory
 
@@ -117,6 +118,7 @@ def write_report(
         learning_rate=None if trajectory is None else _learning_rate_chart(scores, trajectory),
         provenance=entries(scores.provenance),
         notes=notes(scores.provenance),
+        trust=statements(scores.provenance),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -173,6 +175,7 @@ def _query(
     values, k = scores.values[row], min(k, scores.num_train)
     tails = {"proponent": scores.proponents(row, k), "opponent": scores.opponents(row, k)}
     strongest = max(float(tail.abs().max()) for _, tail in tails.values())
+    labels = relabelled(scores.provenance)
     lists, series, totals = {}, [], []
     for kind, (indices, tail) in tails.items():
         # With few examples the tails overlap: each list keeps to its own sign.
@@ -183,7 +186,10 @@ def _query(
             block = scores.by_segment[:, row][:, indices]  # [segment, example]
             parts = block.T.tolist()
             series.append((f"{kind}s", kind, block.sum(1).tolist()))
-        lists[kind] = listing(render, indices.tolist(), tail.tolist(), kind, strongest, parts)
+        tokens = None if scores.by_token is None else scores.by_token[row, indices].tolist()
+        lists[kind] = listing(
+            render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels
+        )
         if len(indices):
             alike = values[sign * values > 0].double()
             share = float(tail.double().sum() / alike.sum())

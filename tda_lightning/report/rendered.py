@@ -25,12 +25,16 @@ class Rendered:
             are stretched to the full range of greys unless they lie in 0 to 1.
         text: shown as it stands, shortened where it is long.
         row: the cells of a table row by the names of their columns.
+        pieces: the text in pieces, each with the position of its term in the example's loss, or
+            None for a piece that has none; shaded where the scores tell terms apart
+            (``Scores.by_token``).
     """
 
     caption: str = ""
     image: Tensor | np.ndarray | None = None
     text: str | None = None
     row: Mapping[str, Any] | None = None
+    pieces: Sequence[tuple[str, int | None]] | None = None
 
 
 class Renderer(Protocol):

@@ -81,6 +81,8 @@ class BackwardWalk:
     def tensors(self) -> dict[str, Tensor]:
         """The scores so far, to go on from later."""
         found = {f"scores.{number}": values for number, values in self._finished.items()}
+        found["open"] = self._values  # of a segment of which the last steps are only a part
+        found["together"] = torch.tensor(self._chunk)
         return found if self.by_token is None else {**found, "by_token": self.by_token}
 
     def restore(self, found: Mapping[str, Tensor]) -> None:
@@ -89,7 +91,10 @@ class BackwardWalk:
             if name.startswith("scores."):
                 self._values = tensor.to(self.context.device)
                 self._end_segment(int(name.removeprefix("scores.")))
-        self.by_token = found.get("by_token")
+        self._values = found["open"].to(self.context.device)
+        self._chunk = int(found["together"])
+        if "by_token" in found:
+            self.by_token = found["by_token"].to(self.context.device)
 
     def finish(self) -> None:
         """Hand over the scores of a segment that was not walked to its start (last_steps)."""

@@ -31,8 +31,11 @@ class ForwardWalk:
         states: of the steps of the last ``keep`` move, in order.
     """
 
-    def __init__(self, replay: Replay, layers: Layers, certificate: Certificate) -> None:
+    def __init__(
+        self, replay: Replay, layers: Layers, certificate: Certificate, rehearsal: bool
+    ) -> None:
         self.replay, self.certificate = replay, certificate
+        self._rehearsal = rehearsal
         self.states: list[StepState] = []
         self._counted = [
             _tracked(n) for n, one in layers.items() if one.num_batches_tracked is not None
@@ -64,7 +67,7 @@ class ForwardWalk:
             if move.kind == "keep":
                 del self._standstills[move.start]
         else:
-            assert move.start == restart
+            assert move.start == restart or self._rehearsal
             self._walk.restart(restart)
         names = dict(self.replay.module.named_buffers())
         self._start = {name: buffer.detach().clone() for name, buffer in names.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,10 +54,14 @@ class UnrolledRun:
         require_exact(self.replay, context, options, self.layers)
         self.checkpoints = sorted(self.trajectory.checkpoints)
         self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
-        self.certificate = Certificate(options.tolerance)
-        self.forward = ForwardWalk(self.replay, self.layers, self.certificate)
+        # What a rehearsal replays is compared, because that takes time, and refused for nothing.
+        tolerance = math.inf if context.rehearsal else options.tolerance
+        self.certificate = Certificate(tolerance)
+        self.forward = ForwardWalk(self.replay, self.layers, self.certificate, context.rehearsal)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
+        self._rounds: list[tuple[int, int]] = []
+        self._unfinished: list[Unfinished] = []
         self.made: dict[str, Any] = {}
         self.notes: list[str] = []
         self.budget = options.memory_budget or 2 * memory_budget()
@@ -89,7 +94,8 @@ class UnrolledRun:
         passes: list[Pass] = []
         copies = 3 if self.trajectory.facts.optimizer == "SGD" else 5
         each = copies * self._parameter_count() * self.context.dtype.itemsize
-        for start, stop in rounds_of(self.context.num_query, each, self.budget // 2):
+        self._rounds = list(rounds_of(self.context.num_query, each, self.budget // 2))
+        for start, stop in self._rounds:
             room = max(self.budget // 2, self.budget - (stop - start) * each)
             passes += self._round(start, stop, room)
         passes[-1].end = _after(passes[-1].end, self._finish)
@@ -120,20 +126,38 @@ class UnrolledRun:
     def _round(self, start: int, stop: int, room: int) -> list[Pass]:
         """The passes for the queries ``start`` to ``stop``."""
         unfinished = Unfinished.of(self, start, stop)
+        self._unfinished.append(unfinished)
         passes: list[Pass] = []
         for a, b in self._restarts(unfinished.row):
             first = max(a, self.first_row)
             moves = [Move("skip", a, first, (first,))] if first > a else []
             moves += plan_moves(first, b, self._room(b - first, room), *self.sizes)
             longest = max(m.stop - m.start for m in moves if m.kind == "keep")
-            passes += [self._pass(move, a, b, longest) for move in moves]
-            keep = functools.partial(unfinished.keep, self, a)
-            passes[-1].end = _after(passes[-1].end, keep)
+            for move, held in zip(moves, self._held(moves), strict=True):
+                passes.append(self._pass(move, a, longest))
+                passes[-1].holds = held
+            if a > self.first_row or len(self._rounds) > 1:
+                keep = functools.partial(unfinished.keep, self, max(a, self.first_row))
+                passes[-1].end = _after(passes[-1].end, keep)
+        if not passes:  # an interrupted attribution had done this round
+            nothing = Pass("taken up", self.trajectory.last_step, lambda *_: None, rows=())
+            passes.append(nothing)
         begin = functools.partial(self._begin, unfinished, start, stop)
         passes[0].begin = _after(begin, passes[0].begin)
         leave = functools.partial(self._leave, stop == self.context.num_query)
         passes[-1].end = _after(passes[-1].end, leave)
         return passes
+
+    def _held(self, moves: Sequence[Move]) -> Iterator[int]:
+        """Bytes of main memory for states and standstills after each of the moves."""
+        state, standstill = self.sizes
+        standing: set[int] = set()
+        for move in moves:
+            standing |= set(move.cuts)
+            if move.kind == "keep":
+                standing.discard(move.start)
+            kept = move.kind == "keep" and self.options.states != "disk"
+            yield len(standing) * standstill + kept * (move.stop - move.start) * state
 
     def _room(self, steps: int, room: int) -> int:
         """Bytes that the states of a stretch of so many steps may take."""
@@ -145,9 +169,13 @@ class UnrolledRun:
             )
         return room
 
-    def _pass(self, move: Move, a: int, b: int, longest: int) -> Pass:
-        doing = {"skip": "replay", "keep": "replay, kept", "back": "way back"}[move.kind]
-        title = f"steps {move.start + 1} to {move.stop}: {doing}"
+    def _pass(self, move: Move, a: int, longest: int) -> Pass:
+        first, last = move.start + 1, move.stop
+        title = {
+            "skip": f"steps {first} to {last}, replayed",
+            "keep": f"steps {first} to {last}, forwards",
+            "back": f"steps {last} to {first}, backwards",
+        }[move.kind]
         forward = self.forward
 
         def begin() -> None:
@@ -165,7 +193,8 @@ class UnrolledRun:
             else:
                 forward.step(int(rows), move)
 
-        return Pass(title, self.trajectory.last_step, accumulate, begin, rows=move.rows())
+        step, back = self.trajectory.last_step, move.kind == "back"
+        return Pass(title, step, accumulate, begin, rows=move.rows(), returns=back)
 
     # The queries of a round.
 
@@ -226,6 +255,8 @@ class UnrolledRun:
             self.context.sink.set_by_token(self.context.reduce(self.by_token))
 
     def _finish(self) -> None:
+        for unfinished in self._unfinished:
+            unfinished.discard(self)
         self.made["certificate"] = self.certificate.record()
         self.notes.append(self.certificate.note())
 
@@ -273,7 +304,8 @@ class UnrolledRun:
 
 
 def _share(start: int, stop: int) -> tuple[int, int]:
-    """The part of the queries ``start`` to ``stop`` that is this process's."""
+    """The part of the queries ``start`` to ``stop`` that is this process's; the first one, whose
+    certificate is kept, has some."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return start, stop
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

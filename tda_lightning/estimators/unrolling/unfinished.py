@@ -17,12 +17,13 @@ from tda_lightning.passes import Context
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolling.run import UnrolledRun
 
-_SECONDS = 30.0  # of work that may be lost; keeping it takes time too
+_SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer than a second
 
 
 @dataclass
 class Unfinished:
-    """The state of one round of queries at the start of an interval.
+    """The state of one round of queries at the start of an interval; of a round that is done, its
+    scores, until all rounds are.
 
     Attributes:
         key: of everything that determines the scores.
@@ -32,6 +33,7 @@ class Unfinished:
     key: str
     found: dict[str, Tensor] | None
     _kept_at: float = 0.0
+    _took: float = 0.0
 
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
@@ -49,18 +51,21 @@ class Unfinished:
         return None if self.found is None else int(self.found["row"])
 
     def keep(self, run: UnrolledRun, row: int) -> None:
-        """Keep the state at ``row``; nothing once it is finished."""
-        if run.context.world_size > 1:
+        """Keep the state at ``row``, where much work would be lost without."""
+        began = time.monotonic()
+        recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
+        if run.context.world_size > 1 or (recent and row > run.first_row):
             return
-        kept = run.trajectory.unfinished
-        if row <= run.first_row:
-            if self.key in kept:
-                del kept[self.key]
-            return
-        if time.monotonic() - self._kept_at < _SECONDS:
-            return
-        kept[self.key] = {"row": torch.tensor(row), **run.tensors()}
+        # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
+        found = {name: tensor.clone() for name, tensor in run.tensors().items()}
+        run.trajectory.unfinished[self.key] = {"row": torch.tensor(row), **found}
         self._kept_at = time.monotonic()
+        self._took = self._kept_at - began
+
+    def discard(self, run: UnrolledRun) -> None:
+        """Keep it no longer."""
+        if self.key in run.trajectory.unfinished:
+            del run.trajectory.unfinished[self.key]
 
 
 def _key(run: UnrolledRun, first: int, last: int) -> str:

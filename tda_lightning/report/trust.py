@@ -1,0 +1,110 @@
+"""What the provenance says of how far the scores reach and how exact they are, in sentences.
+
+As everywhere in the report, what does not have the agreed form is left out here, and shown as it
+stands among the rest of the provenance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from tda_lightning.report.charts import number
+from tda_lightning.report.examples import shorten
+from tda_lightning.report.provenance import one_line
+
+_NAMED = 12  # relabelled examples that are listed; of more, their number is told
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence under a heading; ``kind`` is a class of the style sheet, or nothing."""
+
+    heading: str
+    text: str
+    kind: str = ""
+
+
+def statements(provenance: Mapping[str, Any]) -> list[Statement]:
+    """The question that the scores answer, the certificate, and what both are limited to."""
+    question = provenance.get("question")
+    asked = None
+    if isinstance(question, str) and question:
+        asked = Statement("The question", f"{question[:1].upper()}{shorten(question[1:], 400)}.")
+    found = (asked, _certificate(provenance), _truncation(provenance), _relabelling(provenance))
+    return [one for one in found if one is not None]
+
+
+def relabelled(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Their other labels, by the index of the training examples."""
+    labels = provenance.get("relabel")
+    if not isinstance(labels, Mapping):
+        return {}
+    return {str(index): shorten(one_line(label), 40) for index, label in labels.items()}
+
+
+def _certificate(provenance: Mapping[str, Any]) -> Statement | None:
+    found = provenance.get("certificate")
+    if not isinstance(found, Mapping):
+        return None
+    count, equal = found.get("checkpoints"), found.get("bit_equal")
+    largest, relative = (found.get(f"{kind}_difference") for kind in ("largest", "relative"))
+    if not (_count(count) and isinstance(equal, bool) and _number(largest) and _number(relative)):
+        return None
+    recorded = provenance.get("checkpoints")
+    # The first one recorded is where the run began.
+    every = isinstance(recorded, list) and count == len(recorded) - 1
+    which = f"{'all' if every else 'the'} {count} recorded checkpoints"
+    if count == 1:
+        which = "the recorded checkpoint"
+    which += "" if every else " that it passes"
+    if equal and largest == relative == 0:
+        return Statement("Certificate", f"Replayed, the run lands on {which} bit for bit.", "good")
+    tolerance = found.get("tolerance")
+    limit = f" ({number(tolerance)} was allowed)" if _number(tolerance) else ""
+    return Statement(
+        "Certificate",
+        f"Replayed, the run lands near {which}, not on them bit for bit: a single weight is off by "
+        f"up to {number(largest)}, all weights together by {number(relative)} of how far they "
+        f"moved since the checkpoint before{limit}. The scores are those of the replayed run.",
+        "fair",
+    )
+
+
+def _truncation(provenance: Mapping[str, Any]) -> Statement | None:
+    steps = provenance.get("replayed_steps")
+    if not isinstance(steps, list) or len(steps) != 2 or not all(map(_count, steps)):
+        return None
+    first, last = steps
+    if first == 0 or first >= last:
+        return None
+    return Statement(
+        "Truncated",
+        f"Only what the last {last - first} of {last} steps did with an example is counted: its "
+        f"part in the steps up to {first} is missing.",
+        "fair",
+    )
+
+
+def _relabelling(provenance: Mapping[str, Any]) -> Statement | None:
+    labels = relabelled(provenance)
+    if not labels:
+        return None
+    few = list(labels.items())[:_NAMED]
+    named = ", ".join(f"{index} as {label}" for index, label in few)
+    more = f" and {len(labels) - len(few)} more" if len(labels) > len(few) else ""
+    return Statement(
+        "Other labels",
+        "For these training examples a score predicts the effect of another label, not of removal: "
+        f"{named}{more}.",
+    )
+
+
+def _count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return _count(value) or (isinstance(value, float) and math.isfinite(value))
