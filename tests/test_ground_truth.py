@@ -155,7 +155,7 @@ def replaced(path, name: str, values) -> None:
         ("configuration", np.array([b"{"])),
         ("configuration", np.array([b"[" * 5000])),
         ("made_by", np.zeros(3)),
-        ("baseline", h5py.ExternalLink("/etc/hostname", "/")),
+        ("baseline", h5py.ExternalLink("elsewhere.h5", "/")),
         ("baseline", h5py.SoftLink("/seconds")),
     ],
 )
