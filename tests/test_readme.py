@@ -59,6 +59,8 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     assert (tmp_path / "scores.h5").is_file()
     for other in others:
         exec(compile(other, "README.md", "exec"), names)
+    assert names["exact"].values.shape == (4, 20)
+    assert names["exact"].provenance["certificate"]["bit_equal"]
     assert names["scores"].values.shape == (4, 35)
     assert names["scores"].stage(0).values.shape == (4, 20)
 

@@ -38,6 +38,9 @@ class _Rate:
     first: float
 
 
+_NOTHING = _Rate(0.0, 0.0)  # of a pass without rows
+
+
 @dataclass
 class _Group:
     title: str
@@ -137,12 +140,12 @@ class Rehearsal:
         kind = _without_numbers(one.title) if one.order is None else _without_steps(one.title)
         key = (kind, one.order is None, min(round_number, 1))
         if round_number == 2:
-            return self._ends[one.title] + self._batches(one, self._rates[key])
+            return self._ends[one.title] + self._batches(one, self._rates.get(key, _NOTHING))
         around = self._timed(lambda: self.context.load(one.step))
         if one.begin is not None:
             around += self._timed(one.begin)
         if one.rows is not None:
-            around += self._walk(one, key)
+            around += self._walk(one, key) if len(one.rows) else 0.0
         else:
             around += self._feed(one) if one.order is None else 0.0
             if key not in self._rates:
@@ -150,7 +153,7 @@ class Rehearsal:
         if one.end is not None and not one.catches_up:
             around += self._timed(one.end)
         self._ends[one.title] = around
-        return around + self._batches(one, self._rates[key])
+        return around + self._batches(one, self._rates.get(key, _NOTHING))
 
     def _batches(self, one: Pass, rate: _Rate) -> float:
         if one.rows is not None:
