@@ -40,13 +40,13 @@ class Pass:
         begin: called before the first batch, the weights being in place.
         end: called after the last batch of every process.
         order: the batches as lists of example indices; None for every example once.
+        catches_up: ``end`` only does what is left where another process had the last batches.
+        stage: whose weights and training set these are, where a run has several stages.
         rows: steps of the run to visit in this order, in every process, instead of batches: for
             work that fetches its batches itself. ``accumulate`` is called with None, the row,
             int64 [1], and its position.
         returns: the rows are those of the pass before, the last one first, and need what it kept.
         holds: bytes of main memory that it and those before have filled for later passes.
-        catches_up: ``end`` only does what is left where another process had the last batches.
-        stage: whose weights and training set these are, where a run has several stages.
     """
 
     title: str
@@ -55,11 +55,11 @@ class Pass:
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     order: Sequence[Sequence[int]] | None = None
+    catches_up: bool = False
+    stage: int = 0
     rows: Sequence[int] | None = None
     returns: bool = False
     holds: int = 0
-    catches_up: bool = False
-    stage: int = 0
 
 
 @dataclass

@@ -212,7 +212,7 @@ def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    commands = ("train", "plan", "attribute", "check", "report", "inspect")
+    commands = ("train", "plan", "attribute", "check", "evaluate", "report", "inspect")
     assert all(f"tda {command}" in out for command in commands)
     assert main([]) == 2
 

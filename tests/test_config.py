@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
-COMMANDS = ("train", "plan", "attribute", "check", "report", "inspect")
+COMMANDS = ("train", "plan", "attribute", "check", "evaluate", "report", "inspect")
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),
     "attribute": ("estimator", "task"),

@@ -139,7 +139,7 @@ def test_a_chaotic_run_is_rough() -> None:
     assert result.metasmoothness.value < 0.7
     assert result.derivative.high < THRESHOLD
     assert result.verdict == "rough"
-    assert "Do not trust exact unrolling" in result.advice
+    assert "Do not trust Unrolled" in result.advice
     assert "check them by retraining" in result.advice
 
 

@@ -1,9 +1,13 @@
 """The single-run LDS of each estimator, with EK-FAC, on one recorded run.
 
+With ``left_out`` also leave-one-out; with an estimator called ``unrolled``, how close the others'
+scores are to its own.
+
 python experiments/lds/study.py study=digits
 python experiments/lds/study.py study=concrete data.root=FOLDER
 python experiments/lds/study.py study=concrete data.root=FOLDER retrained=OLDER/outcomes.npz
 python experiments/lds/study.py --config-name online study=fashion_mnist data.root=FOLDER
+python experiments/lds/study.py --config-dir experiments/exactness/conf --config-name exactness
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from tda_lightning import AttributionModule, Trajectory
+from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.evaluation import (
+    LeaveOneOut,
     difference,
     draw_subsets,
     landing_error,
+    leave_one_out,
     linear_datamodeling_score,
     measure,
     retrain,
@@ -34,6 +40,8 @@ from tda_lightning.evaluation import (
 )
 
 PAIRS = [
+    ("unrolled", "recorded"),
+    ("unrolled", "source"),
     ("source", "influence"),
     ("source", "tracin"),
     ("recorded", "source"),
@@ -64,6 +72,8 @@ def main(config: DictConfig) -> None:
             data.train_dataset, data.query_dataset, trainer=quiet(), self_influence=False
         )
         seconds[name] = time.monotonic() - started
+        if "certificate" in scores[name].provenance:
+            print(f"  {name}: {scores[name].provenance['certificate']}")
 
     subsets, outcomes = truth(config, trajectory, module, task, data)
     found = {
@@ -73,6 +83,8 @@ def main(config: DictConfig) -> None:
     for name, lds in found.items():
         print(f"  {name:<16} {lds}   ({seconds[name]:.1f} s)")
     print_agreement(scores)
+    closeness = closeness_to_unrolled(scores)
+    single = left_out_singly(config, trajectory, module, task, data, scores)
     gaps = {
         f"{a} - {b}": difference(found[a], found[b]) for a, b in PAIRS if {a, b} <= found.keys()
     }
@@ -83,6 +95,22 @@ def main(config: DictConfig) -> None:
         "lds": {name: [lds.value, lds.low, lds.high] for name, lds in found.items()},
         "gaps": {name: [gap.value, gap.low, gap.high] for name, gap in gaps.items()},
         "seconds": seconds,
+        "closeness": closeness,
+        "left_out": {
+            name: [
+                found.slope,
+                found.correlation,
+                found.rank.value,
+                found.rank.low,
+                found.rank.high,
+            ]
+            for name, found in single.items()
+        },
+        "certificates": {
+            name: item.provenance["certificate"]
+            for name, item in scores.items()
+            if "certificate" in item.provenance
+        },
     }
     Path(config.output, "results.json").write_text(json.dumps(results, indent=1))
     # The sum of the scores of what each subset leaves out: what linear.py compares.
@@ -101,6 +129,57 @@ def print_agreement(scores: dict[str, Any]) -> None:
             pair = torch.stack([reference.values.flatten(), item.values.flatten()]).double()
             slope = float(pair[0] @ pair[1] / pair[0].square().sum())
             print(f"  {name:<20} correlation {torch.corrcoef(pair)[0, 1]:.4f}, slope {slope:.3f}")
+
+
+def closeness_to_unrolled(scores: dict[str, Scores]) -> dict[str, list[float]]:
+    """Of each estimator's scores: correlation with the exact ones over all pairs, and the factor
+    that fits them best to the exact ones."""
+    exact = scores.get("unrolled")
+    if exact is None:
+        return {}
+    found = {}
+    for name, item in scores.items():
+        pair = torch.stack([item.values.flatten(), exact.values.flatten()]).double()
+        slope = float(pair[0] @ pair[1] / pair[0].square().sum())
+        found[name] = [float(torch.corrcoef(pair)[0, 1]), slope]
+        print(f"  {name:<20} correlation with unrolled {found[name][0]:.4f}, slope {slope:.3f}")
+    return found
+
+
+def left_out_singly(
+    config: DictConfig,
+    trajectory: Trajectory,
+    module: Any,
+    task: Any,
+    data: Any,
+    scores: dict[str, Scores],
+) -> dict[str, LeaveOneOut]:
+    """Each estimator against retraining without one example at a time."""
+    if not config.left_out:
+        return {}
+    num_train = len(data.train_dataset)
+    generator = torch.Generator().manual_seed(config.subset_seed)
+    examples = torch.randperm(num_train, generator=generator)[: config.left_out]
+    weights = torch.ones(config.left_out + 1, num_train)  # the first run leaves nothing out
+    weights[torch.arange(1, config.left_out + 1), examples] = 0
+    work = (trajectory, module, task, data.train_dataset)
+    outcomes = torch.stack(
+        [
+            measure(module, task, state, data.query_dataset)
+            for state in retrain_each(*work, weights, together=config.together)
+        ]
+    )
+    np.savez_compressed(
+        Path(config.output, "left_out.npz"), examples=examples.numpy(), outcomes=outcomes.numpy()
+    )
+    found = {}
+    for name, item in scores.items():
+        found[name] = leave_one_out(item, examples, outcomes[1:], outcomes[0])
+        print(
+            f"  {name:<20} left out singly: slope {found[name].slope:.3f}, correlation "
+            f"{found[name].correlation:.4f}, rank {found[name].rank}"
+        )
+    return found
 
 
 def record(config: DictConfig) -> tuple[Any, Any, Any]:

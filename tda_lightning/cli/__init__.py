@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "plan": ("what recording or attribution will cost here, before it runs", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("is the engine exact, and the run smooth enough for derivatives", "trajectory"),
+    "evaluate": ("how well scores predict retraining", "trajectory"),
     "report": ("make an HTML page from a file of scores", "scores"),
     "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
 }
@@ -32,6 +33,7 @@ For example:
     tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
     tda check      runs/digits
+    tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda report     scores=runs/digits/scores/source.h5
     tda inspect    runs/digits
 

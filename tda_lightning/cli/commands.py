@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,22 +29,49 @@ from rich.console import Console
 
 from tda_lightning.attribution import AttributionModule
 from tda_lightning.callbacks.progress import PassProgressBar
+from tda_lightning.cli.judged import (
+    Judged,
+    how_judged,
+    judge,
+    judged_json,
+    judged_table,
+    require_measurements,
+    wrong_labels,
+)
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
+from tda_lightning.cli.retraining import Parts, file_name, ground_truth
 from tda_lightning.cli.smooth import landing, smoothness_table
+from tda_lightning.cli.trust import quiet_trainer, trust
 from tda_lightning.data import DataModule
-from tda_lightning.errors import NonFiniteError, TrajectoryFormatError, UnsupportedTrainingError
-from tda_lightning.estimators import Source
+from tda_lightning.errors import (
+    NonFiniteError,
+    TrajectoryFormatError,
+    TrajectoryMismatchError,
+    UnsupportedTrainingError,
+)
+from tda_lightning.estimators import Source, TracIn
 from tda_lightning.evaluation import smoothness
+from tda_lightning.evaluation.baselines import (
+    BASELINES,
+    last_checkpoint,
+    last_layer_cosine,
+    random_scores,
+    self_loss,
+)
 from tda_lightning.matching import require_same_data
 from tda_lightning.planning import AttributionPlan, comparison
 from tda_lightning.report import write_report
 from tda_lightning.scores import Scores
+from tda_lightning.store.durable import write_text
 from tda_lightning.store.inspect import describe, description_table
-from tda_lightning.store.layout import FACTS_FILE
+from tda_lightning.store.layout import FACTS_FILE, GROUND_TRUTH_FOLDER
+from tda_lightning.store.scores_file import replace_provenance
 from tda_lightning.trajectory import Trajectory
 
 Command = Callable[[DictConfig], None]
+# Retrained models: enough to tell estimators apart, and enough to see whether one can be trusted.
+_SUBSETS, _SPOT_CHECK = 30, 8
 
 
 def clear_errors(command: Command) -> Command:
@@ -49,7 +79,7 @@ def clear_errors(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(config: DictConfig) -> None:
-        _quiet_lightning()
+        quiet_lightning()
         if config.get("threads"):
             torch.set_num_threads(config.threads)
         try:
@@ -212,6 +242,73 @@ def check(config: DictConfig) -> None:
 
 
 @clear_errors
+def evaluate(config: DictConfig) -> None:
+    """Show how well scores predict retraining, which is kept beside the trajectory."""
+    began = time.monotonic()
+    folder = Path(_required(config, "trajectory", "tda evaluate trajectory=FOLDER scores=FILE"))
+    files = _score_files(config, folder)
+    scores = {path.stem: Scores.load(path) for path in files}
+    if config.spot_check and not scores:
+        raise ValueError(
+            "A spot check is kept in the scores' files, and there are none. For example: tda "
+            "evaluate trajectory=FOLDER scores=FILE spot_check=true"
+        )
+    if config.num_subsets is None:
+        config.num_subsets = _SPOT_CHECK if config.spot_check else _SUBSETS
+    for name in config.baselines:
+        if name not in BASELINES:
+            raise ValueError(f"baselines must be among {', '.join(BASELINES)}, got {name}.")
+    asked = _settings_of(_settings_of(_first_provenance(scores), "config"), "data")
+    # The queries are those that were scored, which may be fewer than were recorded.
+    config.data = {**config.data, **_given(asked), **_given(config.data)}
+    parts = parts_to_retrain(config)
+    require_same_data(parts.trajectory, parts.data.train_dataset)
+    kept = folder / GROUND_TRUTH_FOLDER / f"{file_name(config)}.h5"
+    path = Path(config.ground_truth or kept)
+    shape = (len(parts.data.query_dataset), len(parts.data.train_dataset))
+    for file, found in scores.items():  # known before hours of retraining
+        if found.values.shape != shape:
+            raise TrajectoryMismatchError(
+                f"The scores {file} are of {found.num_queries} queries and {found.num_train} "
+                f"training examples; the data of this run have {shape[0]} and {shape[1]}. Give "
+                "scores of this run, with the data settings of their attribution."
+            )
+    truth = ground_truth(parts, path)
+    for file, found in scores.items():
+        require_measurements(file, found, truth)
+    wrong = wrong_labels(parts.data)
+    rows = [judge(name, found, truth, wrong) for name, found in scores.items()]
+    for name in config.baselines:
+        started = time.monotonic()
+        try:
+            made = _baseline(name, parts)
+        except (UnsupportedTrainingError, ValueError) as error:
+            rows.append(Judged(name, "baseline", reason=f"not possible: {error}"))
+            continue
+        rows.append(judge(name, made, truth, wrong, time.monotonic() - started))
+    seconds = time.monotonic() - began
+    output = Path(config.output or path.with_suffix(".json"))
+    about = {
+        "command": command_line(),
+        "versions": versions(),
+        "trajectory": str(folder),
+        "ground_truth": str(path),
+        "scores": [str(file) for file in files],
+    }
+    table = judged_json(rows, truth, seconds, about)
+    write_text(output, json.dumps(table, indent=1))
+    if config.spot_check:
+        for kept_in, row in zip(files, rows, strict=False):
+            known = scores[row.name].provenance
+            found_out = trust(row, scores, truth, parts, command_line())
+            replace_provenance(kept_in, {**known, "trust": found_out})
+    Console().print(judged_table(rows))
+    print(how_judged(rows, truth, seconds), f"Ground truth: {path}", f"Table: {output}", sep="\n")
+    if config.spot_check:
+        print(f"Kept in the provenance of {', '.join(map(str, files))}")
+
+
+@clear_errors
 def report(config: DictConfig) -> None:
     """Make an HTML page that shows a file of scores."""
     source = Path(_required(config, "scores", "tda report scores=FILE"))
@@ -279,6 +376,53 @@ def _recorded_parts(
         else build(recorded.get("task"), config.trust_config)
     )
     return data, module, task
+
+
+def parts_to_retrain(config: DictConfig) -> Parts:
+    """A recorded run with everything that retraining it takes."""
+    folder = Path(config.trajectory)
+    trajectory, recorded = Trajectory.load(str(folder)), load_config(folder)
+    data, module, task = _recorded_parts(config, recorded)
+    module.to(_replay_device(config.device, trajectory))
+    return Parts(trajectory, data, module, task, recorded, config)
+
+
+def _score_files(config: DictConfig, folder: Path) -> list[Path]:
+    """The files of scores to judge."""
+    given = config.scores
+    if given is None:
+        found = sorted((folder / "scores").glob("*.h5"))
+        if not found and not config.baselines:
+            raise ValueError(
+                f"Expected scores, got none, and there are none in {folder / 'scores'}. For "
+                "example: tda evaluate trajectory=FOLDER scores=FILE"
+            )
+        return found
+    files = [Path(given)] if isinstance(given, str) else [Path(file) for file in given]
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"Scores must have different names, got {', '.join(map(str, files))}.")
+    return files
+
+
+def _first_provenance(scores: Mapping[str, Scores]) -> Mapping[str, Any]:
+    return next(iter(scores.values())).provenance if scores else {}
+
+
+def _baseline(name: str, parts: Parts) -> Scores:
+    """Scores that cost almost nothing."""
+    train, query, size = parts.data.train_dataset, parts.data.query_dataset, parts.config.batch_size
+    last = parts.trajectory.checkpoints[parts.trajectory.last_step]
+    state = {**last.buffers, **last.parameters}
+    if name == "random":
+        return random_scores(len(query), len(train), parts.config.seed)
+    if name == "self_loss":
+        return self_loss(parts.module, parts.task, state, train, len(query), size)
+    if name == "last_layer":
+        return last_layer_cosine(parts.module, parts.task, state, train, query, size)
+    run = last_checkpoint(parts.trajectory)
+    dotted = AttributionModule(parts.module, run, TracIn(), parts.task)
+    found = dotted.attribute(train, query, size, trainer=quiet_trainer(), self_influence=False)
+    return replace(found, provenance={**found.provenance, "estimator": name})
 
 
 def _replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
@@ -390,7 +534,8 @@ def _trainer(
     return make(callbacks=[*given, *callbacks], enable_progress_bar=bool(bar))
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
+    """Keep Lightning's remarks to what a user can act on."""
     # What hardware there is, and how many workers there might be, is no news.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,36 +1,56 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
+from tda_lightning.evaluation.afresh import FreshTraining, retrain_afresh
+from tda_lightning.evaluation.ground_truth import GroundTruth, draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
-    LeaveOneOut,
+    RemovalAgreement,
     agreement,
     as_removal,
     detection_auc,
+    found_within,
+    group_removal,
     leave_one_out,
+    predicted_changes,
 )
 from tda_lightning.evaluation.lds import (
     Interval,
     difference,
     draw_subsets,
+    interval_over_subsets,
     linear_datamodeling_score,
 )
+from tda_lightning.evaluation.proximal_bregman import proximal_bregman_response
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
 from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
+from tda_lightning.evaluation.top_removal import TopRemoval, top_removal
 
 __all__ = [
     "Estimate",
+    "FreshTraining",
+    "GroundTruth",
     "Interval",
-    "LeaveOneOut",
+    "RemovalAgreement",
     "Smoothness",
+    "TopRemoval",
     "agreement",
     "as_removal",
     "detection_auc",
     "difference",
+    "draw_seeds",
     "draw_subsets",
+    "found_within",
+    "group_removal",
+    "interval_over_subsets",
     "landing_error",
     "leave_one_out",
     "linear_datamodeling_score",
     "measure",
+    "predicted_changes",
+    "proximal_bregman_response",
     "retrain",
+    "retrain_afresh",
     "retrain_each",
     "smoothness",
+    "top_removal",
+    "what_determines",
 ]

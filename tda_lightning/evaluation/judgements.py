@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,40 @@ def detection_auc(self_influence: Scores | Tensor, wrong: Tensor) -> float:
         >>> detection_auc(torch.tensor([0.1, 0.9, 0.3]), torch.tensor([False, True, False]))
         1.0
     """
+    values, count = _suspected(self_influence, wrong)
+    ranks = torch.from_numpy(rankdata(values.numpy()))
+    above = float(ranks[wrong].sum()) - count * (count + 1) / 2
+    return above / (count * (len(wrong) - count))
+
+
+def found_within(self_influence: Scores | Tensor, wrong: Tensor, fraction: float) -> float:
+    """Share of the ``wrong`` examples among the first ``fraction`` by self-influence.
+
+    What is found by looking through so much of the training set, most suspicious first. Examples
+    level with the last one looked at count in proportion.
+
+    Args:
+        self_influence: [train], or scores that hold it.
+        wrong: bool [train].
+        fraction: of the training set, above 0 and up to 1; rounded to whole examples, at least 1.
+
+    Example:
+        >>> wrong = torch.tensor([True, True, False, False])
+        >>> found_within(torch.tensor([0.1, 0.9, 0.3, 0.2]), wrong, fraction=0.5)
+        0.5
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and up to 1, got {fraction}.")
+    values, count = _suspected(self_influence, wrong)
+    looked = max(1, round(fraction * len(values)))
+    last = values.sort(descending=True).values[looked - 1]
+    above, level = values > last, values == last
+    share = (looked - int(above.sum())) / int(level.sum())
+    return (int((wrong & above).sum()) + share * int((wrong & level).sum())) / count
+
+
+def _suspected(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, int]:
+    """Self-influence in float64, and how many examples are wrong."""
     if isinstance(self_influence, Scores):
         if self_influence.self_influence is None:
             raise ValueError("These scores hold no self-influence: attribute with it switched on.")
@@ -40,9 +75,7 @@ def detection_auc(self_influence: Scores | Tensor, wrong: Tensor) -> float:
         raise ValueError(
             f"{count} of {len(wrong)} examples are marked wrong; an AUC needs some of both kinds."
         )
-    ranks = torch.from_numpy(rankdata(self_influence.double().cpu().numpy()))
-    above = float(ranks[wrong].sum()) - count * (count + 1) / 2
-    return above / (count * (len(wrong) - count))
+    return self_influence.double().cpu(), count
 
 
 def agreement(first: Scores | Tensor, second: Scores | Tensor) -> Interval:
@@ -71,14 +104,14 @@ def as_removal(scores: Scores | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
-    """Scores of single examples against retraining without each.
+class RemovalAgreement:
+    """Predicted changes of measurements against those of retraining.
 
     Attributes:
         slope: of the true change on the predicted one, through the origin, over all pairs; 1 when
             the unit is right.
-        correlation: Pearson's, over all pairs.
-        rank: Spearman's over the examples left out, averaged over queries.
+        correlation: Pearson's, over all pairs; NaN where either does not vary.
+        rank: Spearman's over the retrainings, averaged over queries.
     """
 
     slope: float
@@ -88,7 +121,7 @@ class LeaveOneOut:
 
 def leave_one_out(
     scores: Scores | Tensor, left_out: Tensor, outcomes: Tensor, baseline: Tensor
-) -> LeaveOneOut:
+) -> RemovalAgreement:
     """Compare scores with the change of the measurement when an example is left out.
 
     The truth and the scores must mean the same thing: weight 0 as in
@@ -101,16 +134,77 @@ def leave_one_out(
         baseline: measurements with all examples, [query].
     """
     values = scores.values if isinstance(scores, Scores) else scores
-    if outcomes.shape != (len(left_out), len(values)) or baseline.shape != (len(values),):
+    kept = torch.ones(len(left_out), values.shape[1], dtype=torch.bool)
+    kept[torch.arange(len(left_out)), left_out] = False
+    return group_removal(scores, kept, outcomes, baseline)
+
+
+def group_removal(
+    scores: Scores | Tensor,
+    kept: Tensor,
+    outcomes: Tensor,
+    baseline: Tensor,
+    removed: bool = False,
+) -> RemovalAgreement:
+    """Compare sums of scores with the change of the measurement when groups are left out.
+
+    Args:
+        scores: [query, train].
+        kept: which examples each retraining kept, bool [retraining, train].
+        outcomes: measurements after each retraining, [retraining, query].
+        baseline: measurements with all examples, [query]; under the protocol *algorithm* the mean
+            over as many fresh seeds.
+        removed: as :func:`predicted_changes` takes it.
+
+    Raises:
+        NothingToRankError: fewer than 3 retrainings, or no measurement varies over them.
+    """
+    predicted = predicted_changes(scores, kept, removed)
+    queries, retrainings = predicted.shape
+    if outcomes.shape != (retrainings, queries) or baseline.shape != (queries,):
         raise ValueError(
-            f"Expected outcomes [{len(left_out)}, {len(values)}] and baseline [{len(values)}], got "
+            f"Expected outcomes [{retrainings}, {queries}] and baseline [{queries}], got "
             f"{list(outcomes.shape)} and {list(baseline.shape)}."
         )
-    predicted = values.double().cpu()[:, left_out]
     truth = (outcomes.double() - baseline.double()).cpu().T
+    size = float(predicted.square().sum())
     pairs = torch.stack([predicted.flatten(), truth.flatten()])
-    return LeaveOneOut(
-        slope=float((predicted * truth).sum() / predicted.square().sum()),
+    return RemovalAgreement(
+        slope=float((predicted * truth).sum()) / size if size else math.nan,
         correlation=float(torch.corrcoef(pairs)[0, 1]),
         rank=bootstrap(rank_correlation(predicted, truth)),
     )
+
+
+def predicted_changes(scores: Scores | Tensor, kept: Tensor, removed: bool = False) -> Tensor:
+    r"""What scores predict of each query when only ``kept`` is left, float64 [query, retraining].
+
+    With weight 0 the sum of what is left out. When a group :math:`G` of :math:`k` examples is
+    removed at the same number of steps, the others take over its share of every batch, and to
+    first order the change is
+
+    .. math::
+        \frac{N}{N - k} \Big(\sum_{n \in G} s_n - \frac{k}{N} \sum_n s_n\Big),
+
+    which for one example is :func:`as_removal`.
+
+    Args:
+        scores: [query, train].
+        kept: bool [retraining, train].
+        removed: for training without the examples, as *algorithm* does, and not at weight 0.
+    """
+    values = (scores.values if isinstance(scores, Scores) else scores).double().cpu()
+    train = values.shape[1]
+    if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != train:
+        raise ValueError(
+            f"kept must be bool [retraining, {train}], True for the examples kept, got "
+            f"{kept.dtype} of shape {list(kept.shape)}."
+        )
+    left_out = (~kept).double()
+    sums = values @ left_out.T
+    if not removed:
+        return sums
+    count = left_out.sum(1)
+    if bool((count == train).any()):
+        raise ValueError("A retraining must keep at least one example.")
+    return train / (train - count) * (sums - values.sum(1, keepdim=True) * count / train)

@@ -13,6 +13,10 @@ from torch import Tensor
 from tda_lightning.scores import Scores
 
 
+class NothingToRankError(ValueError):
+    """A correlation with what does not vary, which is undefined and not 0."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over queries with a bootstrap interval.
@@ -90,6 +94,39 @@ def linear_datamodeling_score(
         >>> str(linear_datamodeling_score(scores, subsets, -subsets.float() @ scores.T))
         '1.000 [1.000, 1.000]'
     """
+    predicted, truth = _compared(scores, subsets, outcomes)
+    return bootstrap(rank_correlation(predicted, truth), confidence, resamples, seed)
+
+
+def interval_over_subsets(
+    scores: Scores | Tensor,
+    subsets: Tensor,
+    outcomes: Tensor,
+    confidence: float = 0.95,
+    resamples: int = 400,
+    seed: int = 0,
+) -> Interval:
+    """:func:`linear_datamodeling_score` with the interval over subsets: these queries, other draws.
+
+    Few subsets make it wide, whatever the number of queries: all queries share their luck. A
+    resample in which the measurements of every query are constant is left out.
+    """
+    predicted, truth = _compared(scores, subsets, outcomes)
+    whole = bootstrap(rank_correlation(predicted, truth), confidence, 1, seed)
+    draws = np.random.default_rng(seed).integers(len(subsets), size=(resamples, len(subsets)))
+    means = []
+    for draw in draws:
+        found = rank_correlation(predicted[:, draw], truth[:, draw])
+        if not bool(found.isnan().all()):
+            means.append(float(found.nanmean()))
+    if not means:
+        return Interval(whole.value, np.nan, np.nan, whole.per_query)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(whole.value, float(low), float(high), whole.per_query)
+
+
+def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the scores of what is kept, and minus the measurements, both [query, subset]."""
     values = scores.values if isinstance(scores, Scores) else scores
     if outcomes.dim() == 3:
         outcomes = outcomes.double().mean(1)
@@ -107,8 +144,7 @@ def linear_datamodeling_score(
     if len(subsets) < 3:
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {len(subsets)}.")
     predicted = (subsets.double() @ values.double().cpu().T).T
-    found = rank_correlation(predicted, -outcomes.double().cpu().T)
-    return bootstrap(found, confidence, resamples, seed)
+    return predicted, -outcomes.double().cpu().T
 
 
 def difference(first: Interval, second: Interval, seed: int = 0) -> Interval:
@@ -138,7 +174,9 @@ def bootstrap(
     known = per_query.double()
     kept = known[~known.isnan()].numpy()
     if not len(kept):
-        raise ValueError("The outcomes of every query are constant: there is nothing to rank.")
+        raise NothingToRankError(
+            "The outcomes of every query are constant: there is nothing to rank."
+        )
     draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
     low, high = np.quantile(kept[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(kept.mean()), float(low), float(high), known)

@@ -15,8 +15,8 @@ example of weight 0 also stays in the statistics.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from tda_lightning.randomness import unchanged_randomness
 from tda_lightning.replay import Replay, State, Walk, borrowed, fetch, initial, load, place
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 from tda_lightning.trajectory import Trajectory
+
+Found = TypeVar("Found")
 
 
 def retrain(
@@ -89,7 +91,7 @@ def retrain_each(
     _check_weights(replay, weights)
     for part in weights.split(together):
         for state in [_run(replay, part[0])] if together == 1 else run_stacked(replay, part):
-            _require_finite(state)
+            require_finite(state)
             yield state
 
 
@@ -127,7 +129,8 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
         )
 
 
-def _require_finite(state: Mapping[str, Tensor]) -> None:
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse a training that diverged."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError(
@@ -144,6 +147,33 @@ def measure(
 ) -> Tensor:
     """Measurement of every query under ``state``, in eval mode: [query]."""
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
+    return torch.cat(
+        of_each_batch(lambda b: chosen.measurement(module, b).detach(), module, state, source)
+    )
+
+
+def losses(
+    module: nn.Module,
+    task: AttributionTask | None,
+    state: Mapping[str, Tensor],
+    dataset: Any,
+    batch_size: int = 256,
+) -> Tensor:
+    """Loss of every training example under ``state``, in eval mode: [train]."""
+    source, chosen = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
+    return torch.cat(
+        of_each_batch(lambda b: chosen.train_loss(module, b).detach(), module, state, source)
+    )
+
+
+def of_each_batch(
+    read: Callable[[Any], Found],
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: ExampleSource,
+) -> list[Found]:
+    """What ``read`` finds in each batch of ``source``, in order, the module being in eval mode
+    under ``state``."""
     found = []
     with borrowed(module), silenced(module), torch.no_grad():
         load(module, state)
@@ -151,9 +181,8 @@ def measure(
         for indices in source.batches():
             examples = torch.tensor(indices)
             with example_noise(0, examples):
-                batch = place(fetch(source, examples), module)
-                found.append(chosen.measurement(module, batch).detach())
-    return torch.cat(found)
+                found.append(read(place(fetch(source, examples), module)))
+    return found
 
 
 def landing_error(trajectory: Trajectory, state: Mapping[str, Tensor]) -> float:

@@ -59,8 +59,8 @@ from tda_lightning.replay import State
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.trajectory import Trajectory
 
-# Where runs part whose exact derivative ranks retrainings better than every estimator does, and
-# runs in which it ranks them worse than most do: experiments/smoothness/README.md.
+# Above it, the exact derivative of a run ranked retrainings better than every estimator did; below
+# it, worse than each of them: experiments/smoothness/README.md.
 THRESHOLD = 0.5
 # Replays of one and the same run that differ by more than this share of what the small change did
 # hide it.
@@ -164,7 +164,7 @@ class Smoothness:
         if self.verdict == "smooth":
             return (
                 f"Smooth: the derivative of this run predicts what {removal} does. Trust what is "
-                "closest to it: exact unrolling, then Source(order='recorded')."
+                "closest to it: Unrolled, then Source(order='recorded')."
             )
         if math.isnan(self.derivative.low):
             return (
@@ -178,7 +178,7 @@ class Smoothness:
             )
         rough = (
             f"Rough: the derivative of this run does not predict what {removal} does. Do not "
-            "trust exact unrolling. "
+            "trust Unrolled. "
         )
         if self.halfway.low >= THRESHOLD:
             return rough + (

@@ -95,6 +95,21 @@ class AsideFile(io.RawIOBase):
         return True
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` at ``path``, in place of what is there, whole or not at all."""
+    make_folder(path.parent)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in ``folder`` to disk: renames and deletions before this call stay."""
     if os.name != "posix":

@@ -47,6 +47,7 @@ class Description:
     curvature: tuple[FileEntry, ...]
     unfinished: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
+    ground_truth: tuple[FileEntry, ...]
     size: int
     problems: tuple[str, ...]
 
@@ -113,6 +114,7 @@ def describe(path: str | Path) -> Description:
         curvature=_kept(root, layout.CURVATURE_FOLDER),
         unfinished=_kept(root, layout.UNFINISHED_FOLDER),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
+        ground_truth=tuple(_entry(file.name, file) for file in layout.ground_truth_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
         problems=tuple(dict.fromkeys(problems)),
     )
@@ -240,6 +242,8 @@ def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
         yield "unfinished", entry.name, _bytes(entry.size)
     for entry in found.scores:
         yield "scores", entry.name, _bytes(entry.size)
+    for entry in found.ground_truth:
+        yield "ground truth", entry.name, _bytes(entry.size)
 
 
 def _abridged(entries: dict[str, FileEntry], kind: str) -> Iterable[tuple[str, str, str]]:

@@ -60,6 +60,7 @@ random states those of the first process::
       unfinished/<key>.h5       kind "unfinished": where an interrupted exact unrolling goes on
         values/<name>           tensors
       scores/*.h5               scores that were computed from this trajectory
+      ground_truth/*.h5         measurements after retraining it (store/ground_truth.py)
       recording.lock            locked while a recorder writes; means nothing when left behind
 
 A dataset of a tensor has the attribute ``dtype``, torch's name; what NumPy lacks (bfloat16, the
@@ -82,6 +83,7 @@ STATISTICS_FOLDER = "statistics"
 CURVATURE_FOLDER = "curvature"
 UNFINISHED_FOLDER = "unfinished"
 SCORES_FOLDER = "scores"
+GROUND_TRUTH_FOLDER = "ground_truth"
 
 FACTS = "facts"
 PARAMETERS = "parameters"
@@ -169,6 +171,11 @@ def kept_files(root: Path, kind: str) -> dict[str, Path]:
 def scores_files(root: Path) -> list[Path]:
     """The files of scores kept in ``root``."""
     return [path for path in _files(root / SCORES_FOLDER) if path.suffix == ".h5"]
+
+
+def ground_truth_files(root: Path) -> list[Path]:
+    """The files of ground truth kept in ``root``."""
+    return [path for path in _files(root / GROUND_TRUTH_FOLDER) if path.suffix == ".h5"]
 
 
 def recorded_files(root: Path) -> list[Path]:

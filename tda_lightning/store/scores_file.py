@@ -21,6 +21,7 @@ Every file is written aside, under ``<name>.<process>.part``, and renamed when i
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -168,6 +169,37 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
         if scores.by_token is not None:
             file.set_by_token(scores.by_token)
         file.publish(scores.provenance)
+
+
+def replace_provenance(path: str | os.PathLike[str], provenance: dict[str, Any]) -> None:
+    """Give the file at ``path`` another provenance; its numbers stay, with their checksums.
+
+    Raises:
+        OSError: the disk has no room for a copy, which then takes the file's place.
+        TrajectoryFormatError: the file is damaged or holds no scores.
+    """
+    path, text = Path(path), _to_json(provenance)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    require_regular(path)
+    try:
+        shutil.copyfile(path, part)
+        with h5py.File(part, "r+", libver="latest") as file:
+            _require_format(path, file)
+            for name in ("provenance", "checksums/provenance"):
+                del file[name]
+            file["provenance"] = _text(text)
+            file["checksums/provenance"] = np.uint32(zlib.crc32(text.encode()))
+        os.replace(part, path)
+    except (TrajectoryFormatError, PermissionError):
+        raise
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        raise TrajectoryFormatError(
+            f"{path} is damaged or no scores file ({error}). Save the scores again."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_scores(

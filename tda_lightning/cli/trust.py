@@ -1,0 +1,107 @@
+"""What a spot check says of scores, kept in their provenance as ``trust`` for the report.
+
+Keys, each where it is known::
+
+    spot_check              lds (null where undefined, with a reason), over_queries and over_subsets
+                            (95% intervals), protocol, num_subsets, alpha, num_seeds, num_queries
+    agreement               by the name of other scores: Spearman's correlation, mean over queries
+    damping                 setting, value, and by factor: Spearman's correlation with the scores of
+                            so many times the damping
+    seed_variance_share     part of the measurements' variance that is between seeds of one subset
+    command, created        of the check
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from tda_lightning.attribution import AttributionModule
+from tda_lightning.cli.judged import Judged, seed_share
+from tda_lightning.cli.retraining import Parts
+from tda_lightning.estimators import InfluenceFunction
+from tda_lightning.evaluation import GroundTruth, agreement
+from tda_lightning.scores import Scores
+
+_FACTORS = (0.1, 10.0)
+
+
+def trust(
+    judged: Judged, scores: Mapping[str, Scores], truth: GroundTruth, parts: Parts, command: str
+) -> dict[str, Any]:
+    """What is known of how far the scores ``judged`` can be trusted.
+
+    Args:
+        judged: their judgement; it names them among ``scores``.
+        scores: all that were judged together.
+        truth: what they were judged by.
+        parts: the recorded run.
+        command: that asked.
+    """
+    mine = scores[judged.name]
+    subsets, seeds = truth.seeds.shape
+    row = judged.as_json()
+    about = {
+        "protocol": truth.protocol,
+        "num_subsets": subsets,
+        "alpha": truth.fraction,
+        "num_seeds": seeds,
+        "num_queries": mine.num_queries,
+    }
+    told = ("lds", "reason", "over_queries", "over_subsets")
+    found: dict[str, Any] = {
+        "spot_check": {**{name: row[name] for name in told if name in row}, **about}
+    }
+    others = {name: other for name, other in scores.items() if name != judged.name}
+    if others:
+        found["agreement"] = {name: agreement(mine, other).value for name, other in others.items()}
+    if (damping := damping_sensitivity(mine, parts)) is not None:
+        found["damping"] = damping
+    if (share := seed_share(truth)) is not None:
+        found["seed_variance_share"] = share
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**found, "command": command, "created": created}
+
+
+def damping_sensitivity(scores: Scores, parts: Parts) -> dict[str, Any] | None:
+    """How the scores of an influence function change with its damping; None for other estimators.
+
+    Its curvature is found where the attribution has kept it.
+    """
+    made = scores.provenance
+    settings = made.get("settings")
+    if made.get("estimator") != "InfluenceFunction" or not isinstance(settings, Mapping):
+        return None
+    absolute = settings.get("damping")
+    name = "relative_damping" if absolute is None else "damping"
+    given = settings.get(name)
+    value = 0.1 if given is None else float(given)
+    found: dict[str, Any] = {"setting": name, "value": value}
+    for factor in _FACTORS:
+        estimator = InfluenceFunction(**{**settings, name: value * factor})
+        attribution = AttributionModule(parts.module, parts.trajectory, estimator, parts.task)
+        other = attribution.attribute(
+            parts.data.train_dataset,
+            parts.data.query_dataset,
+            parts.config.batch_size,
+            trainer=quiet_trainer(),
+            self_influence=False,
+        )
+        found[f"{factor:g}"] = agreement(scores, other).value
+    return found
+
+
+def quiet_trainer() -> Trainer:
+    """For an attribution that nobody waits for."""
+    return Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        inference_mode=False,
+    )

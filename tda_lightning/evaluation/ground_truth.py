@@ -1,0 +1,268 @@
+"""What retraining gave: measured once, kept, and shared by all scores that are judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.errors import TrajectoryMismatchError
+from tda_lightning.loading import ExampleSource
+from tda_lightning.store.fingerprint import digest, fingerprint
+from tda_lightning.tasks import AttributionTask, as_task
+from tda_lightning.trajectory import Trajectory
+
+# single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
+# kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.
+Protocol = Literal["single_run", "algorithm"]
+PROTOCOLS: tuple[Protocol, ...] = ("single_run", "algorithm")
+RECORDED_SEED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """Measurements of every query after retraining on subsets, as far as there are any yet.
+
+    Attributes:
+        protocol: which question the numbers answer.
+        subsets: which examples each subset keeps, bool [subset, train].
+        seeds: of each retraining, int64 [subset, seed]; -1 for the recorded one.
+        outcomes: measurements, float64 [subset, seed, query]; 0 where ``done`` is False.
+        done: which retrainings have been made, bool [subset, seed].
+        seconds: what each took, float64 [subset, seed].
+        baseline: measurements of the recorded run's last checkpoint, float64 [query].
+        configuration: whatever else determines the outcomes, JSON-able: digests of the run, the
+            data and the queries, the task, and for *algorithm* the settings of training.
+        made_by: command and versions of packages; told, not compared.
+    """
+
+    protocol: Protocol
+    subsets: Tensor
+    seeds: Tensor
+    outcomes: Tensor
+    done: Tensor
+    seconds: Tensor
+    baseline: Tensor
+    configuration: Mapping[str, Any]
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}.")
+        pairs, queries = self.seeds.shape, len(self.baseline)
+        fits = (
+            self.subsets.dim() == 2
+            and self.seeds.dim() == 2
+            and len(self.subsets) == len(self.seeds)
+            and self.outcomes.shape == (*pairs, queries)
+            and self.done.shape == self.seconds.shape == pairs
+        )
+        if not fits:
+            raise ValueError(
+                "Expected subsets [subset, train], seeds, done and seconds [subset, seed], "
+                "outcomes [subset, seed, query] and baseline [query], got shapes "
+                f"{[list(item.shape) for item in self._tensors()]}."
+            )
+        if not all(bool(item.isfinite().all()) for item in (self.outcomes, self.baseline)):
+            raise ValueError("Measurements after retraining must be finite.")
+
+    @staticmethod
+    def asked(
+        protocol: Protocol,
+        subsets: Tensor,
+        seeds: Tensor,
+        baseline: Tensor,
+        configuration: Mapping[str, Any],
+        made_by: Mapping[str, Any] | None = None,
+    ) -> GroundTruth:
+        """A ground truth of which nothing is known yet."""
+        pairs = tuple(seeds.shape)
+        return GroundTruth(
+            protocol=protocol,
+            subsets=subsets,
+            seeds=seeds,
+            outcomes=torch.zeros(*pairs, len(baseline), dtype=torch.float64),
+            done=torch.zeros(pairs, dtype=torch.bool),
+            seconds=torch.zeros(pairs, dtype=torch.float64),
+            baseline=baseline.double().cpu(),
+            configuration=configuration,
+            made_by=made_by or {},
+        )
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """Subset and seed of every retraining that is still to be made, in order."""
+        return [(int(row), int(column)) for row, column in (~self.done).nonzero()]
+
+    @property
+    def fraction(self) -> float:
+        """Of the training examples that the first subset keeps."""
+        return float(self.subsets[0].double().mean())
+
+    def known(self, subset: int, seed: int, outcome: Tensor, seconds: float) -> GroundTruth:
+        """With one more retraining."""
+        outcomes, done, taken = self.outcomes.clone(), self.done.clone(), self.seconds.clone()
+        outcomes[subset, seed] = outcome.detach().double().cpu()
+        done[subset, seed], taken[subset, seed] = True, seconds
+        return replace(self, outcomes=outcomes, done=done, seconds=taken)
+
+    def noting(self, **facts: Any) -> GroundTruth:
+        """With more to tell of how it was made."""
+        return replace(self, made_by={**self.made_by, **facts})
+
+    def taking(self, found: GroundTruth) -> GroundTruth:
+        """What is asked for here, with what ``found`` knows of it.
+
+        Subsets and seeds are drawn one after the other, so more of them go on where fewer ended;
+        ``found`` must not have more.
+
+        Raises:
+            TrajectoryMismatchError: ``found`` is the ground truth of another configuration, or of
+                other subsets.
+        """
+        self.require_same_question(found)
+        rows, columns = found.seeds.shape
+        if not torch.equal(self.subsets[:rows], found.subsets) or not torch.equal(
+            self.seeds[:rows, :columns], found.seeds
+        ):
+            raise TrajectoryMismatchError(
+                "The subsets or seeds of this ground truth are not those asked for: expected to "
+                f"keep {self.fraction:.4g} of the training examples, got {found.fraction:.4g}; or "
+                "they were drawn from another seed. Choose another file."
+            )
+        if not torch.allclose(self.baseline, found.baseline, rtol=1e-3, atol=1e-4):
+            raise TrajectoryMismatchError(
+                "The measurements of the recorded run's end are not those of this ground truth: "
+                "expected the same queries and weights. Choose another file."
+            )
+        part = (slice(rows), slice(columns))
+        merged = replace(
+            self,
+            outcomes=self.outcomes.clone(),
+            done=self.done.clone(),
+            seconds=self.seconds.clone(),
+            made_by={**self.made_by, **found.made_by},
+        )
+        merged.outcomes[part], merged.done[part] = found.outcomes, found.done
+        merged.seconds[part] = found.seconds
+        return merged
+
+    def first(self, subsets: int, seeds: int) -> GroundTruth:
+        """Only the first so many subsets and seeds of each."""
+        part = (slice(subsets), slice(seeds))
+        return replace(
+            self,
+            subsets=self.subsets[:subsets],
+            seeds=self.seeds[part],
+            outcomes=self.outcomes[part],
+            done=self.done[part],
+            seconds=self.seconds[part],
+        )
+
+    def finished(self) -> GroundTruth:
+        """Only the subsets whose retrainings have all been made."""
+        rows = self.done.all(1)
+        return replace(
+            self,
+            subsets=self.subsets[rows],
+            seeds=self.seeds[rows],
+            outcomes=self.outcomes[rows],
+            done=self.done[rows],
+            seconds=self.seconds[rows],
+        )
+
+    def require_same_question(self, found: GroundTruth) -> None:
+        """Check that ``found`` measures what is asked for here.
+
+        Raises:
+            TrajectoryMismatchError: it names what differs.
+        """
+        train, other = self.subsets.shape[1], found.subsets.shape[1]
+        if train != other:
+            raise TrajectoryMismatchError(
+                f"The subsets of this ground truth are of another training set: expected "
+                f"{train} examples, got {other}."
+            )
+        mine = {"protocol": self.protocol, **self.configuration}
+        theirs = {"protocol": found.protocol, **found.configuration}
+        differing = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        if differing:
+            raise TrajectoryMismatchError(
+                "This is the ground truth of another configuration: it differs in "
+                f"{', '.join(differing)}. Choose another file, or make that configuration's again."
+            )
+
+    def require_scores_of(self, queries: int, train: int) -> None:
+        """Check that scores are of these queries and training examples.
+
+        Raises:
+            TrajectoryMismatchError: they are not.
+        """
+        expected = (len(self.baseline), self.subsets.shape[1])
+        if (queries, train) != expected:
+            raise TrajectoryMismatchError(
+                f"The ground truth holds {expected[0]} queries and subsets of {expected[1]} "
+                f"training examples, the scores {queries} queries and {train} training examples. "
+                "Give scores of the same queries and training set."
+            )
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.subsets,
+            self.seeds,
+            self.done,
+            self.seconds,
+            self.outcomes,
+            self.baseline,
+        )
+
+
+def what_determines(
+    trajectory: Trajectory,
+    module: nn.Module,
+    task: AttributionTask | None,
+    queries: Any,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Digests of all that decides what a retraining will give: ``GroundTruth.configuration``.
+
+    Args:
+        trajectory: the recorded run, by whose data, steps and weights it is known.
+        module: of which class and shape matter.
+        task: whose measurement is taken.
+        queries: a data set or a loader over it.
+        training: settings of training afresh; None for a replay.
+    """
+    facts, steps = trajectory.facts, trajectory.steps
+    ends = [trajectory.checkpoints[step].parameters for step in (0, trajectory.last_step)]
+    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
+    found: dict[str, Any] = {
+        "run": digest([facts.settings.get("run_id"), steps.examples, steps.learning_rate, *ends]),
+        "data": digest([facts.num_examples, facts.fingerprint]),
+        "model": digest([type(module).__name__, shapes]),
+        "task": as_task(task).settings(),
+        "queries": digest(fingerprint(ExampleSource.of(queries, 1, "query").dataset)),
+    }
+    return found if training is None else {**found, "training": digest(training)}
+
+
+def draw_seeds(subsets: int, seeds: int, seed: int = 0) -> Tensor:
+    """A seed of its own for every retraining, int64 [subset, seed], alike whatever is asked for
+    besides it.
+
+    Example:
+        >>> bool((draw_seeds(2, 2)[:, :1] == draw_seeds(2, 1)).all())
+        True
+    """
+    found = [
+        [
+            int(np.random.SeedSequence([seed, row, column]).generate_state(1)[0] >> 1)
+            for column in range(seeds)
+        ]
+        for row in range(subsets)
+    ]
+    return torch.tensor(found, dtype=torch.int64).reshape(subsets, seeds)

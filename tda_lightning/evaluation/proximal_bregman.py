@@ -1,0 +1,155 @@
+r"""The proximal Bregman response: the question that damped influence functions do answer.
+
+Leaving an example out of a network's training is not what they approximate (Bae et al. 2022). They
+approximate this: stay near the trained weights :math:`\theta_s`, in outputs (by the loss's Bregman
+divergence) and in weights (by the damping), while the example's loss is given up,
+
+.. math::
+    \theta^*_n = \arg\min_\theta \frac1N \sum_i D_i\big(o_i(\theta), o_i(\theta_s)\big)
+        - \frac1N l_n(\theta) + \frac{\lambda}{2} |\theta - \theta_s|^2
+
+The response is :math:`m_q(\theta^*_n) - m_q(\theta_s)`, in the unit of scores. To second order
+around :math:`\theta_s` it is the influence function with the Gauss-Newton matrix and damping
+:math:`\lambda`.
+
+References:
+    | If Influence Functions are the Answer, Then What is the Question? (Bae et al., 2022), eq. 13
+    | https://arxiv.org/abs/2209.05364
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.errors import NonFiniteError
+from tda_lightning.evaluation.retraining import measure
+from tda_lightning.loading import ExampleSource
+from tda_lightning.replay import borrowed, fetch, load, place
+from tda_lightning.tasks import ClassificationTask, RegressionTask, silenced
+
+
+class _Constant(nn.Module):
+    """A network that gives the outputs it was made with, so that a task's loss is one of them."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.outputs
+
+
+def proximal_bregman_response(
+    module: nn.Module,
+    task: ClassificationTask | RegressionTask,
+    state: Mapping[str, Tensor],
+    dataset: Any,
+    queries: Any,
+    examples: Sequence[int],
+    damping: float,
+    iterations: int = 200,
+    batch_size: int = 256,
+) -> Tensor:
+    """The response of every query to giving up each of ``examples``, float64 [query, example].
+
+    Minimised over all parameters that require gradients by L-BFGS on the whole training set, in
+    the module's precision: float64 for responses as small as those of single examples.
+
+    Args:
+        module: put back as it was at the end.
+        task: whose loss is one of outputs and labels.
+        state: the trained weights and buffers.
+        dataset: the training set.
+        queries: whose measurements are compared.
+        examples: indices of training examples.
+        damping: as of the influence function, weight decay added.
+        iterations: of L-BFGS for each example, at most.
+        batch_size: training examples at a time.
+
+    Raises:
+        NonFiniteError: the minimisation diverged; a larger damping keeps nearer.
+    """
+    if not isinstance(task, (ClassificationTask, RegressionTask)):
+        raise TypeError(
+            "The Bregman divergence needs a loss of outputs and labels: expected a "
+            f"ClassificationTask or a RegressionTask, got {type(task).__name__}."
+        )
+    if not damping > 0:
+        raise ValueError(f"damping must be positive to have one answer, got {damping}.")
+    source = ExampleSource.of(dataset, batch_size, "training")
+    before = measure(module, task, state, queries)
+    responses = []
+    with borrowed(module), silenced(module):
+        load(module, state)
+        module.eval()
+        batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]
+        anchors = [_anchor(module, task, batch) for batch in batches]
+        for example in examples:
+            load(module, state)
+            given_up = place(fetch(source, torch.tensor([example])), module)
+            _minimise(module, task, batches, anchors, given_up, len(source), damping, iterations)
+            moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+            if not all(bool(tensor.isfinite().all()) for tensor in moved.values()):
+                raise NonFiniteError(
+                    f"The response to example {example} diverged. Ask with a larger damping than "
+                    f"{damping:g}."
+                )
+            responses.append((measure(module, task, moved, queries) - before).double().cpu())
+    return torch.stack(responses, dim=1)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _anchor(module: nn.Module, task: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Outputs of the trained weights, and the derivative of the summed losses in them."""
+    with torch.enable_grad():
+        outputs = task.forward(module, batch)[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(task.train_loss(_Constant(outputs), batch).sum(), outputs)
+    return outputs.detach(), slope
+
+
+def _minimise(
+    module: nn.Module,
+    task: Any,
+    batches: Sequence[Any],
+    anchors: Sequence[tuple[Tensor, Tensor]],
+    given_up: Any,
+    num_train: int,
+    damping: float,
+    iterations: int,
+) -> None:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=iterations,
+        history_size=50,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        total = 0.0
+        for batch, (anchor, slope) in zip(batches, anchors, strict=True):
+            outputs = task.forward(module, batch)[0]
+            # The divergence's constant, the losses at the anchor, moves no minimum.
+            losses = task.train_loss(_Constant(outputs), batch).sum()
+            part = (losses - (slope * (outputs - anchor)).sum()) / num_train
+            part.backward()
+            total += float(part.detach())
+        pairs = zip(parameters, start, strict=True)
+        near = sum((parameter - at).square().sum() for parameter, at in pairs)
+        part = damping / 2 * near - task.train_loss(module, given_up).sum() / num_train
+        part.backward()
+        return part.detach() + total
+
+    with torch.enable_grad():
+        optimizer.step(objective)  # type: ignore[arg-type]
