@@ -533,7 +533,7 @@ class Timed:
             def end() -> None:
                 self.clock.at += 7
 
-            return Pass(title, 3, accumulate, begin, end, order, self.catches_up)
+            return Pass(title, 3, accumulate, begin, end, order, catches_up=self.catches_up)
 
         return Plan([walk(*one) for one in zip(self.titles, self.orders, strict=True)])
 
