@@ -99,10 +99,13 @@ def per_epoch(make: Optimizers, kind: Any, **options: Any) -> Optimizers:
     return made
 
 
-def mostly(cases: Iterable[str], names: Sequence[str], kept: Sequence[str]) -> list[Any]:
-    """Every case with every name; those with names that are not ``kept`` are slow tests."""
+def mostly(cases: Iterable[str], names: Sequence[str], kept: Sequence[Any]) -> list[Any]:
+    """Every case with every name; those are slow tests whose name, or case and name, is not
+    ``kept``."""
     return [
-        pytest.param(case, name, marks=() if name in kept else pytest.mark.slow)
+        pytest.param(
+            case, name, marks=() if name in kept or (case, name) in kept else pytest.mark.slow
+        )
         for case in cases
         for name in names
     ]
