@@ -2,6 +2,7 @@
 
 python -m experiments.exactness.table runs/exactness/smooth_*
 python -m experiments.exactness.table runs/exactness/ladder/*
+python -m experiments.exactness.table --shares runs/exactness/smooth_adam
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 Results = dict[str, Any]
 TITLES = {
     "unrolled": "Unrolled",
+    "late": "Unrolled, without the first step",
     "recorded_exact": "recorded order, exact curvature",
     "recorded": "recorded order",
     "recorded_blocks": "recorded order, blocks",
@@ -31,15 +33,27 @@ def main() -> None:
     """One table for each thing that the studies measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="what study.py or ladder.py wrote")
-    folders = parser.parse_args().folders
+    parser.add_argument("--shares", action="store_true", help="what shares.py found")
+    parser.add_argument("--only", choices=TITLES, help="one estimator")
+    options = parser.parse_args()
+    folders = options.folders
+    if options.shares:
+        print_shares(folders)
+        return
     found = [json.loads((folder / "results.json").read_text()) for folder in folders]
     if "config" not in found[0]:
         print_rungs([folder.name for folder in folders], found)
         return
-    print_table("LDS", found, lds)
-    print_table("correlation with Unrolled's scores, slope", found, closeness)
-    print_table("left out singly: correlation, slope", found, left_out)
-    print_table("certificate", found, certificate)
+    for title, cell in (
+        ("LDS", lds),
+        ("correlation with Unrolled's scores, slope", closeness),
+        ("left out singly: correlation, slope", left_out),
+        ("certificate", certificate),
+    ):
+        if options.only is None:
+            print_table(title, found, cell)
+        else:
+            print(f"| {title} | {' | '.join(cell(one, options.only) for one in found)} |")
 
 
 def print_table(title: str, found: list[Results], cell: Callable[[Results, str], str]) -> None:
@@ -63,6 +77,16 @@ def print_rungs(names: list[str], found: list[Results]) -> None:
             for one in found
         ]
         print(f"| {rung} | {' | '.join(cells)} |")
+
+
+def print_shares(folders: list[Path]) -> None:
+    """Shares down, studies across: LDS; correlation and slope of single examples."""
+    found = [json.loads((folder / "shares.json").read_text()) for folder in folders]
+    print(f"| share | {' | '.join(folder.name for folder in folders)} |")
+    print("|---" * (len(found) + 1) + "|")
+    for rows in zip(*found, strict=True):
+        cells = [f"{row[1]:.3f}; {row[4]:.4f}, {row[5]:.3f}" for row in rows]
+        print(f"| {rows[0][0]:g} | {' | '.join(cells)} |")
 
 
 def lds(one: Results, name: str) -> str:
