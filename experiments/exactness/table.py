@@ -44,16 +44,21 @@ def main() -> None:
     if "config" not in found[0]:
         print_rungs([folder.name for folder in folders], found)
         return
-    for title, cell in (
-        ("LDS", lds),
-        ("correlation with Unrolled's scores, slope", closeness),
-        ("left out singly: correlation, slope", left_out),
-        ("certificate", certificate),
-    ):
-        if options.only is None:
-            print_table(title, found, cell)
-        else:
-            print(f"| {title} | {' | '.join(cell(one, options.only) for one in found)} |")
+    if options.only is not None:
+        print_one(options.only, found)
+        return
+    print_table("LDS", found, lds)
+    print_table("correlation with Unrolled's scores, slope", found, closeness)
+    print_table("left out singly: correlation, slope", found, left_out)
+
+
+def print_one(name: str, found: list[Results]) -> None:
+    """One estimator: studies down."""
+    print(f"| {TITLES[name]} | LDS | left out singly: correlation, slope | certificate |")
+    print("|---|---|---|---|")
+    for one in found:
+        cells = [cell(one, name) for cell in (lds, left_out, certificate)]
+        print(f"| {one['config']['name']} | {' | '.join(cells)} |")
 
 
 def print_table(title: str, found: list[Results], cell: Callable[[Results, str], str]) -> None:
