@@ -382,7 +382,7 @@ ESTIMATORS = {
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
     "unrolled": Unrolled(),
-    "unrolled, rounds": Unrolled(memory_budget=1100),
+    "unrolled, rounds": Unrolled(memory_budget=1700),
     "unrolled, recomputed": Unrolled(states="recompute"),
     "unrolled, disk": Unrolled(states="disk", token_weights=True),
     "unrolled, last steps": Unrolled(last_steps=4),
@@ -442,10 +442,10 @@ def test_the_rounds_and_recomputations_of_exact_unrolling_are_planned(work: Any)
     there, back, on = (f"steps # to #, {way}" for way in ("forwards", "backwards", "replayed"))
     assert titles(Unrolled()) == {there: (3, 9), back: (3, 9)}
     assert titles(Unrolled(last_steps=4)) == {there: (2, 4), back: (2, 4), on: (1, 2)}
-    assert titles(Unrolled(memory_budget=1100)) == {there: (9, 27), back: (9, 27)}
-    # Of 9 steps' states 5 fit: each of 3 rounds first walks to a cut after 4.
-    cut = {on: (3, 12), there: (6, 27), back: (6, 27)}
-    assert titles(Unrolled(memory_budget=1700), sparse) == cut
+    assert titles(Unrolled(memory_budget=1700)) == {there: (9, 27), back: (9, 27)}
+    # Of 9 steps' states 8 fit: the walk to the end first leads to a cut after 4.
+    cut = {on: (1, 4), there: (2, 9), back: (2, 9)}
+    assert titles(Unrolled(memory_budget=3100), sparse) == cut
 
 
 def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.evaluation import (
-    LeaveOneOut,
+    RemovalAgreement,
     difference,
     draw_subsets,
     landing_error,
@@ -153,7 +153,7 @@ def left_out_singly(
     task: Any,
     data: Any,
     scores: dict[str, Scores],
-) -> dict[str, LeaveOneOut]:
+) -> dict[str, RemovalAgreement]:
     """Each estimator against retraining without one example at a time."""
     if not config.left_out:
         return {}
