@@ -33,12 +33,12 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    head = ["run", "metasmoothness", "halfway", "derivative", "verdict", "LDS: exact", *ESTIMATORS]
+    head = ["run", "metasmoothness", "halfway", "near", "verdict", "LDS: exact", *ESTIMATORS]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for folder in options.folders:
         results = json.loads((folder / "results.json").read_text())
         found = smooth(results["config"], folder, options.directions, options.share)
-        numbers = [found.metasmoothness, found.halfway, found.derivative]
+        numbers = [found.metasmoothness, found.halfway, found.near]
         known = [f"{results['lds'][name][0]:.2f}" for name in ESTIMATORS]
         row = [folder.name, *map(str, numbers), found.verdict, exact(folder), *known]
         print(f"| {' | '.join(row)} |", flush=True)

@@ -20,7 +20,7 @@ def smoothness_table(found: Smoothness) -> Table:
     for name, what, number in (
         ("metasmoothness", "signs of the weights' changes, from half of it", found.metasmoothness),
         ("halfway", "ranks of the queries' changes, from half of it", found.halfway),
-        ("derivative", f"the same, from {found.share:g} of it", found.derivative),
+        ("near", f"the same, from {found.share:g} of it", found.near),
     ):
         interval = f"{number.low:.3f} to {number.high:.3f}"
         table.add_row(name, what, f"{number.value:.3f}", interval)

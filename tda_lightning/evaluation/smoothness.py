@@ -22,12 +22,13 @@ three shares for each direction and one run for all of them, :math:`\theta(0)`, 
   this change, not about a larger or smaller one.
 - *halfway*: the rank correlation over the queries of :math:`m_q(1/2)` with :math:`m_q(1)`, each
   query's mean over the directions taken off. How far the response is linear, on this scale.
-- *derivative*: the same from :math:`m_q(s)` at the small share, 1/1000. How well the derivative of
-  this very run does.
+- *near*: the same from :math:`m_q(s)` at the small share, 1/1000. Where it is low though halfway is
+  high, the run has many small kinks (ReLU, max pooling): retraining with hardly changed weights
+  follows the kinks, exact unrolling the slope between them.
 
-The first two do not say whether to trust the derivative: a run can respond to removals almost
-linearly *on average* while its derivative follows jumps that are far smaller than that
-(experiments/smoothness). So the verdict is the third number's.
+The verdict is the second number's: what is not nearly linear at the size of a removal, no
+derivative predicts. Over the runs of experiments/smoothness it goes with exact unrolling's LDS,
+kinks or not; the third does not.
 
 The means are taken off because what all directions share tells no examples apart, and because of
 where it comes from in a rough run: :math:`m_q(0)` is one draw of its jumps, so differences from it
@@ -59,11 +60,10 @@ from tda_lightning.replay import State
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.trajectory import Trajectory
 
-# Above it, the exact derivative of a run ranked retrainings better than every estimator did; below
-# it, worse than each of them: experiments/smoothness/README.md.
+# Above it, exact unrolling ranked retrainings better than every other estimator did; where it did
+# worse, the number was 0.3: experiments/smoothness/README.md.
 THRESHOLD = 0.5
-# Replays of one and the same run that differ by more than this share of what the small change did
-# hide it.
+# Replays of one and the same run that differ by more than this share of what removals did hide it.
 _NOISE = 0.3
 
 Verdict = Literal["smooth", "rough", "undecided"]
@@ -120,21 +120,21 @@ class Smoothness:
     Attributes:
         metasmoothness: agreement of signs in the weights' movement, from half the removal to all.
         halfway: rank correlation over queries of half the removal with the removal.
-        derivative: rank correlation over queries of the small share with the removal.
+        near: rank correlation over queries of the small share with the removal.
         fraction: of the training examples that each direction leaves out.
-        share: the small share.
+        share: the small share, of ``near``.
         landing_error: of the replay with all weights 1; see
             :func:`~tda_lightning.evaluation.landing_error`. Not 0, the numbers are about a run
             close to the recorded one.
-        noise: how far a second replay with all weights 1 ended from the first, relative to what the
-            small share did on average; 0 where the first landed bit for bit.
+        noise: how far a second replay with all weights 1 ended from the first, relative to how far
+            removals led on average; 0 where the first landed bit for bit.
         replays: how many were made.
         seconds: how long it took.
     """
 
     metasmoothness: Estimate
     halfway: Estimate
-    derivative: Estimate
+    near: Estimate
     fraction: float
     share: float
     landing_error: float
@@ -144,12 +144,13 @@ class Smoothness:
 
     @property
     def verdict(self) -> Verdict:
-        """Does the derivative predict removals: "smooth" where it does, "rough" where not."""
+        """Is the run nearly linear at the size of a removal: "smooth" where it is, "rough" where
+        not."""
         if not self.noise <= _NOISE:
             return "undecided"
-        if self.derivative.low >= THRESHOLD:
+        if self.halfway.low >= THRESHOLD:
             return "smooth"
-        return "rough" if self.derivative.high < THRESHOLD else "undecided"
+        return "rough" if self.halfway.high < THRESHOLD else "undecided"
 
     @property
     def advice(self) -> str:
@@ -158,37 +159,35 @@ class Smoothness:
         if not self.noise <= _NOISE:
             return (
                 "Undecided: replays with the same weights differ too much from one another to see "
-                "a small change. Make training repeatable (Trainer(deterministic=True), no random "
-                "numbers but torch's, Python's and NumPy's own) and record again."
+                "what removals do. Make training repeatable (Trainer(deterministic=True), no "
+                "random numbers but torch's, Python's and NumPy's own) and record again."
             )
         if self.verdict == "smooth":
+            kinks = ""
+            if self.near.high < THRESHOLD:
+                kinks = (
+                    " It has many small kinks (ReLU, max pooling), so that finite differences of "
+                    "retraining with hardly changed weights mislead; the derivative between the "
+                    "kinks does not."
+                )
             return (
-                f"Smooth: the derivative of this run predicts what {removal} does. Trust what is "
-                "closest to it: Unrolled, then Source(order='recorded')."
+                f"Smooth: half of {removal} predicts the whole. Trust what is closest to the "
+                f"derivative of this run: Unrolled, then Source(order='recorded').{kinks}"
             )
-        if math.isnan(self.derivative.low):
+        if math.isnan(self.halfway.low):
             return (
                 f"Undecided: {removal} changed too few measurements to compare. Ask for more "
                 "queries or a larger fraction."
             )
         if self.verdict == "undecided":
             return (
-                f"Undecided: the interval of the derivative's agreement holds {THRESHOLD}. Ask for "
-                "more directions, or compare estimators by their linear datamodeling score."
+                f"Undecided: the interval of the agreement halfway holds {THRESHOLD}. Ask for more "
+                "directions, or compare estimators by their linear datamodeling score."
             )
-        rough = (
-            f"Rough: the derivative of this run does not predict what {removal} does. Do not "
-            "trust Unrolled. "
-        )
-        if self.halfway.low >= THRESHOLD:
-            return rough + (
-                "Half the removal predicts the whole, so estimators that average over the run's "
-                "jumps can: Source, in either order, then influence functions and TracIn."
-            )
-        return rough + (
-            "Nor is it sure that half the removal predicts the whole. Source, influence functions "
-            "and TracIn average over the run's jumps and may still rank examples; check them by "
-            "retraining."
+        return (
+            f"Rough: half of {removal} does not predict the whole, and no derivative of this run "
+            "does. Do not trust Unrolled. Source (in either order), influence functions and TracIn "
+            "average over the run's jumps and may still rank examples; check them by retraining."
         )
 
 
@@ -218,8 +217,8 @@ def smoothness(
         queries: whose measurements count, likewise.
         directions: random sets of examples, at least 3; each costs three replays.
         fraction: of the training examples in such a set: what removals are asked about.
-        share: of the removal that stands for the derivative. In float32 a much smaller one
-            measures rounding errors.
+        share: of the removal that looks at kinks. In float32 a much smaller one measures rounding
+            errors.
         seed: of the random sets.
         batch_size: of queries.
         together: runs to train at once; see :func:`~tda_lightning.evaluation.retrain_each`.
@@ -260,7 +259,7 @@ def smoothness(
         signs, steps, changes = [], [], []
         for _ in left_out:
             small, half, whole = (next(states) for _ in shares)
-            steps.append(_distance(names, start, small))
+            steps.append(_distance(names, start, whole))
             signs.append(_agreement_of_signs(names, start, half, whole))
             changes.append(torch.stack([measured(s) - before for s in (small, half, whole)]))
         again = start if error == 0 else next(replayed(everything))
@@ -269,7 +268,7 @@ def smoothness(
     return Smoothness(
         metasmoothness=Estimate.of(torch.tensor(signs)),
         halfway=_rank_agreement(half_change, change),
-        derivative=_rank_agreement(small_change, change),
+        near=_rank_agreement(small_change, change),
         fraction=fraction,
         share=share,
         landing_error=error,
