@@ -222,7 +222,7 @@ class Noisy(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor]:
-        return (self.places[index] + torch.from_numpy(0.1 * self.generator.standard_normal(WIDTH)),)
+        return (self.places[index] + torch.from_numpy(0.5 * self.generator.standard_normal(WIDTH)),)
 
 
 def test_replays_that_differ_from_one_another_are_noticed() -> None:

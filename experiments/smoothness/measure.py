@@ -3,7 +3,7 @@
 python experiments/smoothness/measure.py runs/lds/digits_mlp runs/lds/digits ...
 
 Each folder is what ../lds/study.py wrote, and ../lds/linear.py after it: there, subsets that keep
-95% were retrained, the estimators were scored, and the exact derivative was taken in float64. Here
+95% were retrained, the estimators were scored, and the finite difference of retraining was taken in float64. Here
 other subsets are left out by a thousandth, by half and wholly. Prints a row of README.md for each.
 """
 
@@ -33,7 +33,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    head = ["run", "metasmoothness", "halfway", "near", "verdict", "LDS: exact", *ESTIMATORS]
+    head = [
+        "run",
+        "metasmoothness",
+        "halfway",
+        "near",
+        "verdict",
+        "LDS: finite difference",
+        *ESTIMATORS,
+    ]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for folder in options.folders:
         results = json.loads((folder / "results.json").read_text())
@@ -65,7 +73,7 @@ def smooth(config: dict, folder: Path, directions: int, share: float) -> Smoothn
 
 
 def exact(folder: Path) -> str:
-    """LDS of the exact derivative; of none where linear.py has not been."""
+    """LDS of the finite difference of retraining; of none where linear.py has not been."""
     if not (folder / "linear.npz").exists():
         return "-"
     with np.load(folder / "linear.npz") as kept, np.load(folder / "outcomes.npz") as retrained:
