@@ -3,8 +3,9 @@
 python experiments/smoothness/measure.py runs/lds/digits_mlp runs/lds/digits ...
 
 Each folder is what ../lds/study.py wrote, and ../lds/linear.py after it: there, subsets that keep
-95% were retrained, the estimators were scored, and the finite difference of retraining was taken in float64. Here
-other subsets are left out by a thousandth, by half and wholly. Prints a row of README.md for each.
+95% were retrained, the estimators were scored, and the finite difference of retraining was taken in
+float64. Here other subsets are left out by a thousandth, by half and wholly. Prints a row of
+README.md for each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
         "halfway",
         "near",
         "verdict",
-        "LDS: finite difference",
+        "LDS: difference",
         *ESTIMATORS,
     ]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
