@@ -38,9 +38,9 @@ from tda_lightning.planning import PeakMemory
 
 # Shipped experiments, with fewer examples and epochs where 100 queries would take hours.
 EXPERIMENTS: dict[str, list[str]] = {
-    "fashion_mnist_mlp": ["data.num_train=10000", "trainer.max_epochs=2"],
-    "fashion_mnist_cnn": ["data.num_train=2560", "trainer.max_epochs=2"],
-    "wikitext2_gpt": ["data.num_train=640", "trainer.max_epochs=1"],
+    "fashion_mnist_mlp": ["data.num_train=5000", "trainer.max_epochs=2"],
+    "fashion_mnist_cnn": ["data.num_train=1280", "trainer.max_epochs=2"],
+    "wikitext2_gpt": ["data.num_train=320", "trainer.max_epochs=1"],
 }
 QUERIES = (1, 10, 100)
 MIB = 1 << 20
