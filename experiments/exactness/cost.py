@@ -40,7 +40,7 @@ from tda_lightning.planning import PeakMemory
 EXPERIMENTS: dict[str, list[str]] = {
     "fashion_mnist_mlp": ["data.num_train=5000", "trainer.max_epochs=2"],
     "fashion_mnist_cnn": ["data.num_train=1280", "trainer.max_epochs=2"],
-    "wikitext2_gpt": ["data.num_train=320", "trainer.max_epochs=1"],
+    "wikitext2_gpt": ["data.num_train=1280", "trainer.max_epochs=1"],
 }
 QUERIES = (1, 10, 100)
 MIB = 1 << 20
