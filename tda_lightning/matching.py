@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tda_lightning.compiled import plain_parameters
-from tda_lightning.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.trajectory import Trajectory
@@ -44,17 +44,6 @@ def require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
         raise TrajectoryMismatchError(
             f"The module's parameters are not the recorded ones: {'; '.join(parts)}. Build the "
             "module as it was trained."
-        )
-
-
-def require_one_stage(trajectory: Trajectory) -> None:
-    """Refuse a run that froze or unfroze parameters: its parts are runs of their own."""
-    stages = trajectory.facts.stages
-    if len(stages) > 1:
-        raise UnsupportedTrainingError(
-            f"The run has {len(stages)} stages (its trained parameters change after steps "
-            f"{[stage.start for stage in stages[1:]]}), expected one. Attribute its parts, "
-            "Trajectory.load(path).stages(), one by one."
         )
 
 

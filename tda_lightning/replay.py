@@ -20,8 +20,8 @@ from tda_lightning.errors import (
     UnsupportedTrainingError,
 )
 from tda_lightning.loading import ExampleSource
-from tda_lightning.matching import require_one_stage
 from tda_lightning.randomness import Snapshot, unchanged_randomness
+from tda_lightning.stage_parts import require_one_stage
 from tda_lightning.tasks import AttributionTask, example_noise, run_training_step
 from tda_lightning.trajectory import Trajectory
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.trajectory import Checkpoint, StageFact, Statistics, Trajectory
 
 
@@ -52,6 +52,17 @@ def cut_into_stages(trajectory: Trajectory) -> tuple[Trajectory, ...]:
         for name in parameters:
             taken[name] = taken.get(name, 0) + stop - stage.start
     return tuple(parts)
+
+
+def require_one_stage(trajectory: Trajectory) -> None:
+    """Refuse a run that froze or unfroze parameters: its parts are runs of their own."""
+    stages = trajectory.facts.stages
+    if len(stages) > 1:
+        raise UnsupportedTrainingError(
+            f"The run has {len(stages)} stages (its trained parameters change after steps "
+            f"{[stage.start for stage in stages[1:]]}), expected one. Attribute its parts, "
+            "Trajectory.load(path).stages(), one by one."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -227,7 +227,7 @@ class Noisy(Dataset):
 
 def test_replays_that_differ_from_one_another_are_noticed() -> None:
     result = found(Bowl(), 0.2, 5, Noisy())
-    assert result.noise > 0.3  # of how far a removal leads
+    assert result.noise > 1
     assert result.landing_error > 0
     assert result.verdict == "undecided"
     assert "replays with the same weights differ" in result.advice
