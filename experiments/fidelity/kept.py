@@ -53,14 +53,10 @@ class Kept:
 
 def keep(name: str, folder: Path) -> None:
     """Gather the results of the run in ``folder``."""
-    judged, chosen = (
-        {one: read_ground_truth(folder / "ground_truth" / f"{one}-0.5-{seed}.h5") for one in found}
-        for seed in (0, 1)
-        if (found := _finished(folder, seed))
-    )
+    judged, chosen = (_truths(folder, seed) for seed in (0, 1))
     files = sorted((folder / "scores").glob("*.h5"))
     scores = {path.stem: Scores.load(path) for path in files}
-    seconds = {key: found.provenance.get("seconds") for key, found in scores.items()}
+    seconds = {key: found.provenance.get("processor_seconds") for key, found in scores.items()}
     trajectory = Trajectory.load(str(folder))
     about = {
         "scores": list(scores),
@@ -108,8 +104,10 @@ def load(name: str) -> Kept:
         )
 
 
-def _finished(folder: Path, seed: int) -> list[str]:
-    return [p for p in PROTOCOLS if (folder / "ground_truth" / f"{p}-0.5-{seed}.h5").exists()]
+def _truths(folder: Path, seed: int) -> dict[str, GroundTruth]:
+    """By protocol, what was retrained on the subsets of a seed."""
+    files = {p: folder / "ground_truth" / f"{p}-0.5-{seed}.h5" for p in PROTOCOLS}
+    return {p: read_ground_truth(file).finished() for p, file in files.items() if file.exists()}
 
 
 def _ranks(scores: dict[str, Scores], truths: dict[str, GroundTruth]) -> np.ndarray:

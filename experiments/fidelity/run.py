@@ -18,7 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.fidelity.kept import keep
-from experiments.fidelity.studies import DAMPINGS, ESTIMATORS, STUDIES, Study
+from experiments.fidelity.studies import (
+    ESTIMATORS,
+    KRONFLUENCE_DAMPINGS,
+    STUDIES,
+    TRAK_DAMPINGS,
+    Study,
+)
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.cli.recorded import build, load_config
 from tda_lightning.cli.trust import quiet_trainer
@@ -101,38 +107,41 @@ def score_cheaply(folder: Path) -> None:
         ),
     }
     for name, make in makers.items():
-        began = time.monotonic()
+        began = time.process_time()
         found = make()
-        told = {**found.provenance, "estimator": name, "seconds": time.monotonic() - began}
+        told = {**found.provenance, "estimator": name}
+        told["processor_seconds"] = time.process_time() - began
         replace(found, provenance=told).save(scores / f"{name}.h5")
 
 
 def score_elsewhere(folder: Path, python: str, threads: int) -> None:
     """By the outside libraries, in their own environment."""
     scores = folder / "scores"
-
-    def run(library: str, target: str, *options: str) -> None:
-        command = [python, "-m", f"experiments.peers.{library}", str(folder), *options]
-        outputs = [str(scores / f"{target}.h5"), "--threads", str(threads)]
-        subprocess.run([*command, "--output", *outputs], check=True)
-
-    if not (scores / "kronfluence-default.h5").exists():
-        run("kronfluence", "kronfluence", "--damping", "default", *DAMPINGS)
-    for target, options in (("trak", []), ("trak-last", ["--last"])):
-        if not (scores / f"{target}.h5").exists():
-            run("trak", target, *options)
-    if not (scores / "captum.h5").exists():
-        run("captum", "captum")
+    libraries = {
+        "kronfluence": ["kronfluence", "--damping", "default", *KRONFLUENCE_DAMPINGS],
+        "trak": ["trak", "--damping", "default", *TRAK_DAMPINGS],
+        "trak_last": ["trak", "--checkpoints", "last"],
+        "captum": ["captum"],
+    }
+    for name, (library, *options) in libraries.items():
+        target = scores / f"{name}.h5"
+        if not target.exists():
+            command = [python, "-m", f"experiments.peers.{library}", str(folder), *options]
+            settings = ["--output", str(target), "--threads", str(threads)]
+            print(*command, *settings, flush=True)
+            subprocess.run([*command, *settings], check=True)
 
 
 def retrain(study: Study, folder: Path, threads: int) -> None:
-    """The ground truth in both protocols, on subsets to judge by and on others to choose by."""
-    for seed, subsets in ((0, study.subsets), (1, study.validation)):
-        common = [f"trajectory={folder}", f"alpha={ALPHA}", f"seed={seed}", "baselines=[random]"]
-        common += [f"num_subsets={subsets}", f"threads={threads}"]
-        scores = f"scores={folder / 'scores' / 'source.h5'}"
-        tda("evaluate", *common, scores, "protocol=algorithm", "seeds=2")
-        tda("evaluate", *common, scores, "protocol=single_run", f"together={study.together}")
+    """The ground truth in both protocols, and on other subsets to choose dampings by."""
+    common = [f"trajectory={folder}", f"alpha={ALPHA}", "baselines=[random]", f"threads={threads}"]
+    common += [f"scores={folder / 'scores' / 'source.h5'}"]
+    both = ["protocol=algorithm", "seeds=2"], ["protocol=single_run", f"together={study.together}"]
+    for protocol in both:
+        tda("evaluate", *common, *protocol, f"num_subsets={study.subsets}")
+    for protocol in both:
+        if study.validated in protocol[0]:
+            tda("evaluate", *common, *protocol, f"num_subsets={study.validation}", "seed=1")
 
 
 def tda(*arguments: str) -> None:

@@ -77,7 +77,7 @@ def lds(kept: Kept, name: str) -> dict[str, Interval]:
 
 def best(kept: Kept, family: str, protocol: str) -> str | None:
     """The scores of a grid of dampings that do best on the subsets for choosing."""
-    grid = [name for name in kept.predicted if name.startswith(f"{family}-")]
+    grid = [name for name in kept.predicted if name == family or name.startswith(f"{family}-")]
     if not grid:
         return None
     by = protocol if protocol in kept.validation else next(iter(kept.validation))
@@ -98,7 +98,7 @@ def rows(kept: Kept) -> list[Row]:
             if default not in kept.predicted:
                 continue
             chosen = {p: best(kept, name, p) or default for p in kept.truth}
-            told = {p: one.removeprefix(f"{name}-") for p, one in chosen.items()}
+            told = {p: one.partition("-")[2] or "default" for p, one in chosen.items()}
             tuned = {p: lds(kept, one)[p] for p, one in chosen.items()}
             found.append(Row(name, None, lds(kept, default), kept.about["seconds"][default]))
             found.append(Row(name, told, tuned, None))
