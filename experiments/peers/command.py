@@ -100,7 +100,7 @@ def save(
         "threads": torch.get_num_threads(),
         "task": run.task.settings(),
         "trajectory": str(arguments.run),
-        "config": {"trajectory": str(arguments.run), "data": {"root": arguments.data_root}},
+        "config": {"trajectory": str(arguments.run), "data": run.changes},
         "model": type(run.module).__name__,
         "steps": run.trajectory.last_step,
         "num_train": run.num_train,

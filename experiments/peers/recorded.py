@@ -75,6 +75,7 @@ class Run:
 
     Attributes:
         folder: of the trajectory.
+        changes: settings of the data that replaced recorded ones.
         module: in eval mode, on the device, with the last checkpoint's weights.
         task: as recorded.
         losses: what a library is told, of outputs and targets: [batch].
@@ -84,6 +85,7 @@ class Run:
 
     folder: Path
     trajectory: Trajectory
+    changes: dict[str, str]
     train: Dataset
     query: Dataset
     module: LightningModule
@@ -127,7 +129,9 @@ def open_run(folder: Path, data_root: str | None, device: str) -> Run:
         UnsupportedTrainingError: parameters were frozen, or there were several stages.
     """
     trajectory, config = Trajectory.load(str(folder)), load_config(folder)
-    data = build(config.data, False, **({} if data_root is None else {"root": data_root}))
+    # The digits come with scikit-learn and have no folder.
+    changes = {"root": data_root} if data_root is not None and "root" in config.data else {}
+    data = build(config.data, False, **changes)
     module = build(config.model, False, optimizer=None, scheduler=None)
     task = build(config.get("task"), False)
     require_same_parameters(module, trajectory)
@@ -148,6 +152,7 @@ def open_run(folder: Path, data_root: str | None, device: str) -> Run:
     return Run(
         folder,
         trajectory,
+        changes,
         data.train_dataset,
         data.query_dataset,
         module,
