@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 
 from torch import Tensor, nn
@@ -85,9 +84,9 @@ def main() -> None:
     run = open_run(arguments.run, arguments.data_root, arguments.device)
     fast = has_batch_gradients(run.module)
     batch_size = arguments.batch_size if fast else min(arguments.batch_size, SMALL_BATCH)
-    began = time.perf_counter()
+    began = command.Seconds.now()
     values = tracin(run, batch_size, fast)
-    seconds = time.perf_counter() - began
+    seconds = began.passed()
     settings = {
         "checkpoints": run.steps,
         "learning_rates": list(checkpoint_weights(run).values()),

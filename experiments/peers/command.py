@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,25 @@ from tda_lightning import Scores
 from tda_lightning.provenance import package_versions
 
 DEFAULT = "default"
+
+
+class Seconds(NamedTuple):
+    """Of wall time, and of this process on all its threads."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Seconds:
+        return cls(time.perf_counter(), time.process_time())
+
+    def passed(self) -> Seconds:
+        """Since then."""
+        now = self.now()
+        return Seconds(now.wall - self.wall, now.processor - self.processor)
+
+    def and_also(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.processor + other.processor)
 
 
 def parser(library: str, about: str | None, damping: str | None) -> argparse.ArgumentParser:
@@ -79,7 +99,7 @@ def save(
     values: Tensor,
     package: str,
     estimator: str,
-    seconds: float,
+    seconds: Seconds,
     settings: dict[str, Any],
     notes: list[str],
 ) -> None:
@@ -87,7 +107,7 @@ def save(
 
     Args:
         package: the library's name on PyPI.
-        seconds: wall time of the work, from the weights in memory to the scores in memory.
+        seconds: of the work, from the weights in memory to the scores in memory.
         settings: what the library was told.
     """
     program = Path(sys.argv[0]).stem
@@ -96,7 +116,8 @@ def save(
         "estimator": estimator,
         "library": release,
         "settings": settings,
-        "seconds": seconds,
+        "seconds": seconds.wall,
+        "processor_seconds": seconds.processor,
         "threads": torch.get_num_threads(),
         "task": run.task.settings(),
         "trajectory": str(arguments.run),
@@ -114,7 +135,7 @@ def save(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     Scores(values.detach().float().cpu(), provenance=provenance).save(file, arguments.overwrite)
-    print(f"{estimator} ({release}), {seconds:.1f} s: {file}")
+    print(f"{estimator} ({release}), {seconds.wall:.1f} s: {file}")
 
 
 def _damping(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -139,15 +138,15 @@ def write(arguments: argparse.Namespace, files: dict[str, Path], run: Run) -> No
     notes = _notes(run)
     torch.manual_seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began = command.Seconds.now()
         influence = Influence(run, Path(folder), arguments.batch_size, arguments.empirical)
         influence.fit()
-        fitted = time.perf_counter() - began
+        fitted = began.passed()
         for text, file in files.items():
             damping = None if text == command.DEFAULT else float(text)
-            began = time.perf_counter()
+            began = command.Seconds.now()
             values = influence.score(damping)
-            scored = time.perf_counter() - began
+            scored = began.passed()
             settings = {
                 "strategy": "ekfac",
                 "damping": "0.1 x mean eigenvalue" if damping is None else damping,
@@ -156,8 +155,8 @@ def write(arguments: argparse.Namespace, files: dict[str, Path], run: Run) -> No
                 "loss_over_trained_loss": run.scale,
                 "batch_size": arguments.batch_size,
                 "seed": arguments.seed,
-                "seconds_of_factors": fitted,
-                "seconds_of_scores": scored,
+                "seconds_of_factors": fitted.wall,
+                "seconds_of_scores": scored.wall,
             }
             name = "kronfluence EK-FAC"
             command.save(
@@ -167,7 +166,7 @@ def write(arguments: argparse.Namespace, files: dict[str, Path], run: Run) -> No
                 values,
                 "kronfluence",
                 name,
-                fitted + scored,
+                fitted.and_also(scored),
                 settings,
                 notes,
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -221,15 +220,15 @@ def write(arguments: argparse.Namespace, files: dict[str, Path], run: Run) -> No
     dimension = projection_dimension(arguments.projection_dimension, run.num_train)
     steps = run.steps if arguments.checkpoints == "all" else run.steps[-1:]
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began = command.Seconds.now()
         trak = Trak(run, steps, Path(folder), dimension, arguments.batch_size, arguments.seed)
         trak.project()
-        projected = time.perf_counter() - began
+        projected = began.passed()
         for text, file in files.items():
             damping = 0.0 if text == command.DEFAULT else float(text)
-            began = time.perf_counter()
+            began = command.Seconds.now()
             values, added = trak.score(damping)
-            seconds = projected + time.perf_counter() - began
+            seconds = projected.and_also(began.passed())
             settings = {
                 "projection_dimension": dimension,
                 "projector": "BasicProjector, normal, float32",
