@@ -37,8 +37,9 @@ STUDIES = {
     "fashion_mnist_noisy": Study("FashionMNIST, MLP, 30% random labels, 3 epochs", together=5),
 }
 
-# Multiples of the layer's mean eigenvalue; 0.1 is the default, ours and kronfluence's.
-DAMPINGS = ("0.001", "0.01", "0.1", "1", "10", "100", "1000")
+# Multiples of the layer's mean eigenvalue; 0.1 is the default, ours and kronfluence's. It comes
+# first, so that its time is with the curvature that the others take up.
+DAMPINGS = ("0.1", "0.001", "0.01", "1", "10", "100", "1000")
 # Added to the curvature; and multiples of the mean eigenvalue of TRAK's second moments.
 KRONFLUENCE_DAMPINGS = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1")
 TRAK_DAMPINGS = ("0.1", "1", "10", "100")

@@ -54,20 +54,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The tables, from the kept results.")
     parser.add_argument("--write", action="store_true", help="put them into README.md")
     options = parser.parse_args()
-    names = [name for name in STUDIES if (RESULTS / f"{name}.npz").exists()]
-    found = {name: load(name) for name in names}
-    tables = {name: rows(kept) for name, kept in found.items()}
-    parts = [sizes(found)]
-    parts += [f"### {STUDIES[name].title}\n\n{markdown(tables[name])}" for name in names]
-    parts.append(f"### Differences\n\n{differences(found)}")
-    text = "\n\n".join(parts)
+    found = {name: load(name) for name in STUDIES if (RESULTS / f"{name}.npz").exists()}
+    text = tables(found)
     print(text)
     if options.write:
         readme = HERE / "README.md"
         before, _, rest = readme.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
         readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-        (HERE / "figure.svg").write_text(figure(tables))
+        (HERE / "figure.svg").write_text(figure({name: rows(k) for name, k in found.items()}))
+
+
+def tables(found: Mapping[str, Kept]) -> str:
+    """Sizes, one table for each study, and the differences: markdown."""
+    parts = [sizes(found)]
+    parts += [f"### {STUDIES[name].title}\n\n{markdown(rows(k))}" for name, k in found.items()]
+    parts.append(f"### Differences\n\n{differences(found)}")
+    return "\n\n".join(parts)
 
 
 def lds(kept: Kept, name: str) -> dict[str, Interval]:
@@ -111,7 +114,10 @@ def markdown(table: list[Row]) -> str:
     """One study's table."""
     protocols = [p for p in PROTOCOLS if p in table[0].lds]
     heads = [f"LDS, {WORDS[p]}" for p in protocols]
-    lines = [f"| estimator | {' | '.join(heads)} | made in |", "|---" * (len(heads) + 2) + "|"]
+    lines = [
+        f"| estimator | {' | '.join(heads)} | processor time |",
+        "|---" * (len(heads) + 2) + "|",
+    ]
     top = {p: max(row.lds[p].value for row in table) for p in protocols}
     for row in table:
         cells = []
@@ -148,7 +154,6 @@ def sizes(found: Mapping[str, Kept]) -> str:
 
 def differences(found: Mapping[str, Kept]) -> str:
     """Pairs of estimators, query by query, with both intervals."""
-    heads = [f"{study} | {WORDS[p]}" for study in () for p in PROTOCOLS]
     lines = ["| study | protocol | less | over queries | over subsets |", "|---" * 5 + "|"]
     for study, kept in found.items():
         for protocol in kept.truth:
@@ -168,7 +173,7 @@ def differences(found: Mapping[str, Kept]) -> str:
                     f"| {STUDIES[study].title} | {WORDS[protocol]} | {' - '.join(titles)} | "
                     f"{over_queries} | [{low:.3f}, {high:.3f}] |"
                 )
-    return "\n".join([*heads, *lines])
+    return "\n".join(lines)
 
 
 def over_subsets(kept: Kept, first: str, second: str, protocol: str) -> tuple[float, float]:
