@@ -501,7 +501,7 @@ def test_parts_make_every_retraining_once_and_are_taken_up(run, monkeypatch, cap
     monkeypatch.setattr(
         kept, "write_ground_truth", lambda truth, path: made.append(path.name) or one(truth, path)
     )
-    assert main([*given, "--multirun", "part=1/2,2/2", "ground_truth=parts.h5"]) == 0
+    assert main([*given, "part=1/2,2/2", "ground_truth=parts.h5", "--multirun"]) == 0
     assert made == ["parts.part1of2.h5"] * 3 + ["parts.part2of2.h5"] * 2
     assert "Part 2/2 of the retrainings is done" in capsys.readouterr().out
     assert not Path("parts.h5").exists()
