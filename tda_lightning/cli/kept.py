@@ -111,6 +111,8 @@ def _made(
     parts: Parts, truth: GroundTruth, missing: Sequence[tuple[int, int]], path: Path
 ) -> GroundTruth:
     """Make what is missing, each retraining kept in the file as soon as it is done."""
+    if not missing:
+        return truth
     done = 0
     try:
         with SlowProgress("Retraining", len(missing)) as progress:
