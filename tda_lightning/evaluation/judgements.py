@@ -167,13 +167,23 @@ def group_removal(
             f"{list(outcomes.shape)} and {list(baseline.shape)}."
         )
     truth = (outcomes.double() - baseline.double()).cpu().T
+    return RemovalAgreement(
+        *slope_and_correlation(predicted, truth), bootstrap(rank_correlation(predicted, truth))
+    )
+
+
+def slope_and_correlation(predicted: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Slope of ``truth`` on ``predicted`` through the origin, and Pearson's correlation, both over
+    all entries; NaN where they are not defined.
+
+    Example:
+        >>> slope_and_correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0]))
+        (3.0, 1.0)
+    """
     size = float(predicted.square().sum())
     pairs = torch.stack([predicted.flatten(), truth.flatten()])
-    return RemovalAgreement(
-        slope=float((predicted * truth).sum()) / size if size else math.nan,
-        correlation=float(torch.corrcoef(pairs)[0, 1]),
-        rank=bootstrap(rank_correlation(predicted, truth)),
-    )
+    slope = float((predicted * truth).sum()) / size if size else math.nan
+    return slope, float(torch.corrcoef(pairs)[0, 1])
 
 
 def predicted_changes(scores: Scores | Tensor, kept: Tensor, removed: bool = False) -> Tensor:
