@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from experiments.fidelity import kept, table
 from tda_lightning import Scores
@@ -72,6 +73,18 @@ def test_a_damping_is_chosen_on_other_subsets() -> None:
     assert table.best(found, "kronfluence", "algorithm") is None
     # Chosen in the other protocol where there is no choice in this one.
     assert table.best(found, "influence", "single_run") == "influence-10"
+
+
+def test_drawing_subsets_again_ranks_their_copies() -> None:
+    generator = np.random.default_rng(0)
+    predicted, truth = generator.normal(size=(2, 5, 9))
+    draws = generator.multinomial(9, np.full(9, 1 / 9), size=4)
+    found = table.redrawn(predicted, truth, draws)
+    for draw, row in zip(draws, found, strict=True):
+        copies = np.repeat(np.arange(9), draw)
+        for query in range(5):
+            expected = spearmanr(predicted[query, copies], truth[query, copies]).statistic
+            assert row[query] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", [n for n in table.STUDIES if (kept.RESULTS / f"{n}.npz").exists()])
