@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Products, as_matrices, unit_matrices
-from tda_lightning.estimators.eigenbasis import about_damping, absolute_damping, decay_of, fit_of
+from tda_lightning.estimators.about import about_statistics
+from tda_lightning.estimators.eigenbasis import (
+    about_damping,
+    absolute_damping,
+    decay_of,
+    fit_of,
+    last_interval,
+)
 from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
 from tda_lightning.passes import Context, Pass
@@ -144,7 +151,13 @@ class SolverResponses:
         found = sorted(self.residuals)
         residual = {"max": found[-1], "median": found[len(found) // 2]} if found else None
         mean = "each layer's mean eigenvalue" if solver.by_layer else "the mean eigenvalue"
+        statistics = {}
+        if self.fit is not None:
+            options, trajectory = self.options, self.context.trajectory
+            spans = [last_interval(trajectory)]
+            statistics = about_statistics(options.statistics, options.curvature, trajectory, spans)
         return {
+            **statistics,
             "curvature": f"{solver.curvature}, by products",
             "fisher": None,
             "damping": about_damping(self.options, self.context.trajectory, mean),
