@@ -107,6 +107,12 @@ def judge(
     if wrong is not None and scores.self_influence is not None:
         found = found_within(scores, wrong, LOOKED_THROUGH)
         detection = detection_auc(scores, wrong), found
+    if scores.candidates is not None:
+        reason = (
+            f"not defined: {scores.num_scored} of {scores.num_train} training examples were scored "
+            "for each query, and subsets are of all"
+        )
+        return Judged(name, estimator, seconds=seconds, reason=reason, detection=detection)
     given = (scores, truth.subsets, truth.outcomes)
     try:
         lds = linear_datamodeling_score(*given)

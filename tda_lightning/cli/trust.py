@@ -55,8 +55,12 @@ def trust(
     found: dict[str, Any] = {
         "spot_check": {**{name: row[name] for name in told if name in row}, **about}
     }
-    others = {name: other for name, other in scores.items() if name != judged.name}
-    if others:
+    others = {
+        name: other
+        for name, other in scores.items()
+        if name != judged.name and other.candidates is None
+    }
+    if others and mine.candidates is None:
         found["agreement"] = {name: agreement(mine, other).value for name, other in others.items()}
     if (damping := damping_sensitivity(mine, parts)) is not None:
         found["damping"] = damping

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from tda_lightning.report.charts import number
 from tda_lightning.report.examples import shorten
 from tda_lightning.report.provenance import one_line
+from tda_lightning.scores import Scores
 
 _NAMED = 12  # relabelled examples that are listed; of more, their number is told
 
@@ -35,6 +36,29 @@ def statements(provenance: Mapping[str, Any]) -> list[Statement]:
         asked = Statement("The question", f"{question[:1].upper()}{shorten(question[1:], 400)}.")
     found = (asked, _certificate(provenance), _truncation(provenance), _relabelling(provenance))
     return [one for one in found if one is not None]
+
+
+def looked_at(scores: Scores) -> list[Statement]:
+    """How many training examples were scored, where it was not all of them."""
+    if scores.candidates is None:
+        return []
+    about = scores.provenance.get("candidates")
+    about = about if isinstance(about, Mapping) else {}
+    place, metric = (
+        shorten(one_line(about[name]), 60) if isinstance(about.get(name), str) else ""
+        for name in ("features", "metric")
+    )
+    compared = f" by the {place}" if place else ""
+    compared += f" ({metric})" if metric else ""
+    return [
+        Statement(
+            "Looked at",
+            f"Only the {scores.num_scored:,} of {scores.num_train:,} training examples nearest to "
+            f"each query{compared} were scored. The others have no score: a stronger proponent or "
+            "opponent may be among them.",
+            "fair",
+        )
+    ]
 
 
 def relabelled(provenance: Mapping[str, Any]) -> dict[str, str]:
