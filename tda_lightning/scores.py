@@ -109,6 +109,11 @@ class Scores:
         """Training examples that have a score for a query."""
         return self.num_train if self.candidates is None else self.candidates.shape[1]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every training example has a score for every query."""
+        return self.num_scored == self.num_train
+
     def proponents(self, query: int, k: int = 10) -> tuple[Tensor, Tensor]:
         """The ``k`` training examples that helped ``query`` most, most helpful first.
 
@@ -167,7 +172,7 @@ class Scores:
             >>> scores.by_group(["cat", "dog", "cat"])
             GroupScores(labels=['cat', 'dog'], values=tensor([[5., 2.]]))
         """
-        if self.candidates is not None:
+        if not self.is_complete:
             raise ValueError(
                 f"Only {self.num_scored} of {self.num_train} training examples were scored for "
                 "each query, so the sums of groups are not known. Score all of them, with "

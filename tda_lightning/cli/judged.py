@@ -107,7 +107,7 @@ def judge(
     if wrong is not None and scores.self_influence is not None:
         found = found_within(scores, wrong, LOOKED_THROUGH)
         detection = detection_auc(scores, wrong), found
-    if scores.candidates is not None:
+    if not scores.is_complete:
         reason = (
             f"not defined: {scores.num_scored} of {scores.num_train} training examples were scored "
             "for each query, and subsets are of all"

@@ -56,11 +56,9 @@ def trust(
         "spot_check": {**{name: row[name] for name in told if name in row}, **about}
     }
     others = {
-        name: other
-        for name, other in scores.items()
-        if name != judged.name and other.candidates is None
+        name: other for name, other in scores.items() if name != judged.name and other.is_complete
     }
-    if others and mine.candidates is None:
+    if others and mine.is_complete:
         found["agreement"] = {name: agreement(mine, other).value for name, other in others.items()}
     if (damping := damping_sensitivity(mine, parts)) is not None:
         found["damping"] = damping

@@ -94,11 +94,16 @@ class InfluenceFunction:
 
     def plan(self, context: Context) -> Plan:
         """Fit curvature at the last checkpoint, then score the training set against it."""
+        return self._planned(context, None)
+
+    def _planned(self, context: Context, candidates: Tensor | None) -> Plan:
+        """The plan for all training examples, or for those in ``candidates`` [query, k] alone."""
         run = _Run(self, context)
         step = context.trajectory.last_step
         passes = run.fit.passes()
         for number, (start, stop) in enumerate(query_rounds(context, copies=2)):
-            run_self = context.self_influence and number == 0
+            run_self = context.self_influence and candidates is None and number == 0
+            order = None if candidates is None else _batches(context, candidates[start:stop])
             passes.append(
                 Pass(
                     "influence function",
@@ -106,6 +111,7 @@ class InfluenceFunction:
                     run.score(start, run_self),
                     run.prepare(start, stop),
                     run.finish if run_self else None,
+                    order,
                 )
             )
         damping = (
@@ -118,6 +124,13 @@ class InfluenceFunction:
         )
         notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
         return Plan(passes, {"damping": damping, "checkpoints": [step], **about}, notes)
+
+
+def _batches(context: Context, candidates: Tensor) -> list[list[int]]:
+    """Batches of the candidates of some queries, small enough that every process has one."""
+    chosen = candidates.unique()
+    size = min(context.batch_size, max(1, len(chosen) // context.world_size))
+    return [part.tolist() for part in chosen.split(size)]
 
 
 def last_interval(trajectory: Trajectory) -> tuple[int, int]:

@@ -40,12 +40,12 @@ def statements(provenance: Mapping[str, Any]) -> list[Statement]:
 
 def looked_at(scores: Scores) -> list[Statement]:
     """How many training examples were scored, where it was not all of them."""
-    if scores.candidates is None:
+    if scores.is_complete:
         return []
     about = scores.provenance.get("candidates")
     about = about if isinstance(about, Mapping) else {}
     place, metric = (
-        shorten(one_line(about[name]), 60) if isinstance(about.get(name), str) else ""
+        shorten(about[name], 60) if isinstance(about.get(name), str) else ""
         for name in ("features", "metric")
     )
     compared = f" by the {place}" if place else ""
