@@ -15,7 +15,7 @@ def require_layer(module: nn.Module, layer: str) -> None:
     Raises:
         ValueError: lists the names near it.
     """
-    names = [name for name, _ in module.named_modules() if name]
+    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     if layer in names:
         return
     last = layer.rpartition(".")[2]

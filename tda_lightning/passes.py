@@ -81,8 +81,11 @@ class Plan:
         if self.then is None:
             return None
         found = self.then()
-        known, notes = {**self.provenance, **found.provenance}, [*self.notes, *found.notes]
-        return replace(found, provenance=known, notes=notes)
+        # In place: its own passes may have more to say later on.
+        for name, value in self.provenance.items():
+            found.provenance.setdefault(name, value)
+        found.notes[:0] = self.notes
+        return found
 
 
 @dataclass
