@@ -7,7 +7,7 @@ after another, on whatever devices and processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
 from tda_lightning.loading import ExampleSource
+from tda_lightning.replay import fetch, place
 from tda_lightning.scores import ScoreSink
 from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
 from tda_lightning.trajectory import Checkpoint, Trajectory
@@ -169,6 +170,13 @@ class Context:
                 _require_like(own.get(name), value, name, step)
                 own[name].copy_(value)
         self.held.trajectory, self.held.step = self.trajectory, step
+
+    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Any, Tensor]]:
+        """Training examples by their indices, batch by batch, as (batch, indices) on the module's
+        device: for work that goes its own way through them (``Pass.rows``)."""
+        for chosen in order:
+            indices = torch.as_tensor(chosen, dtype=torch.int64)
+            yield place(fetch(self.examples, indices), self.module), indices.to(self.device)
 
     def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the training loss."""

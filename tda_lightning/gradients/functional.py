@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 _CHUNK = 64
 
 
-class _Lossy(nn.Module):
+class Lossy(nn.Module):
     """A module whose forward is the loss, so that ``functional_call`` can swap parameters."""
 
     def __init__(self, module: nn.Module, loss: Loss):
@@ -95,7 +95,7 @@ def functional_gradients(
     """
     if not names:
         return {}
-    lossy = _Lossy(module, loss)
+    lossy = Lossy(module, loss)
     values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
     leaves, structure = pytree.tree_flatten(batch)
     sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
@@ -150,3 +150,18 @@ def _one_by_one(
         for name, gradient in zip(values, gradients, strict=True):
             rows[name].append(gradient)
     return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def ends_early(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether torch noted in a graph of gradients that it ends (``once_differentiable``): asked for
+    the derivative by some inputs, torch passes over such a node and leaves out what is behind."""
+    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            return True
+        following = {after for after, _ in node.next_functions if after is not None}
+        waiting += following - seen
+        seen |= following
+    return False

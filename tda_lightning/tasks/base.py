@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tda_lightning.tasks import batches
-from tda_lightning.tasks.interception import WeightedLoss, by_term, intercept
+from tda_lightning.tasks.interception import WeightedLoss, by_term, intercept, standard_outputs
 
 
 class AttributionTask(ABC):
@@ -136,6 +136,10 @@ class AttributionTask(ABC):
         """The standard losses in ``train_loss`` with their weights, and the number of examples."""
         losses, found, _ = intercept(lambda: self.train_loss(module, batch))
         return found, len(losses)
+
+    def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
+        """What those losses are of, by call: in a forward-mode derivative all that is needed."""
+        return standard_outputs(lambda: self.train_loss(module, batch))
 
 
 def source_digest(kind: type) -> str | None:

@@ -30,7 +30,7 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: A
     ``standard_losses`` on why it is not those labels themselves). Inside
     :func:`~tda_lightning.tasks.example_noise` it depends on the seed and the example alone.
     """
-    found, batch_size = _require_losses(task, module, batch)
+    found, batch_size = require_losses(task, module, batch)
     sampled = [
         item.loss.sampled(item.scale(batch_size), stream).sum(1)
         for stream, item in enumerate(found)
@@ -45,7 +45,7 @@ def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) ->
     ``retain_graph=True``. There are (positions x classes) of them for cross entropy, one for each
     number or bit otherwise.
     """
-    found, batch_size = _require_losses(task, module, batch)
+    found, batch_size = require_losses(task, module, batch)
 
     def losses() -> Iterator[Tensor]:
         for item in found:
@@ -55,9 +55,15 @@ def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) ->
     return losses()
 
 
-def _require_losses(
+def require_losses(
     task: AttributionTask, module: nn.Module, batch: Any
 ) -> tuple[list[WeightedLoss], int]:
+    """The standard losses in the task's ``train_loss`` and the number of examples.
+
+    Raises:
+        ValueError: the Gauss-Newton matrix is unknown: there is no standard loss, its batch axis
+            does not lead, or it enters with a negative weight.
+    """
     with torch.enable_grad():
         found, batch_size = task.standard_losses(module, batch)
     name = type(task).__name__
@@ -65,7 +71,8 @@ def _require_losses(
         raise ValueError(
             f"{name}: the loss depends on none of cross_entropy, nll_loss, mse_loss and "
             "binary_cross_entropy_with_logits of torch.nn.functional, so its Gauss-Newton matrix "
-            "is unknown. Use one of them, or a curvature from the empirical Fisher."
+            "is unknown. Use one of them, or a curvature that needs no outputs: the empirical "
+            "Fisher, or a solver's curvature='hessian'."
         )
     for item in found:
         if not item.fits(batch_size):

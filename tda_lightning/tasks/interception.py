@@ -42,10 +42,12 @@ class Call:
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """A standard loss and d total / d element, detached, in the shape of ``loss.values``."""
+    """A standard loss and d total / d element, detached, in the shape of ``loss.values``;
+    ``number`` is its place among the calls."""
 
     loss: StandardLoss
     weights: Tensor
+    number: int
 
     def per_example(self, batch: int) -> Tensor:
         """Sum of weight x loss over each example's elements, [batch]."""
@@ -54,6 +56,13 @@ class WeightedLoss:
     def scale(self, batch: int) -> Tensor:
         """sqrt(weight x curvature) of each element, [batch, positions]."""
         return (self.weights.flatten() * self.loss.curvature).sqrt().view(batch, -1)
+
+    def curved(self, tangents: Tensor) -> Tensor:
+        """The second derivative of the sum of weight x loss in the outputs, times ``tangents``,
+        [..., *outputs]."""
+        scale = self.weights.flatten() * self.loss.curvature
+        form = self.loss.curved(tangents)
+        return form * scale.view(scale.shape + (1,) * (self.loss.outputs.dim() - 1))
 
     def fits(self, batch: int) -> bool:
         """Whether the elements are those of ``batch`` examples, batch axis leading."""
@@ -105,11 +114,20 @@ def intercept(
         else:
             weights = _derivatives_in_transform(run, mode)
     found = [
-        WeightedLoss(call.loss, weight.detach())
-        for call, weight in zip(calls, weights, strict=True)
+        WeightedLoss(call.loss, weight.detach(), number)
+        for number, (call, weight) in enumerate(zip(calls, weights, strict=True))
         if weight is not None
     ]
     return total, found, calls
+
+
+def standard_outputs(run: Callable[[], Tensor]) -> list[Tensor]:
+    """The outputs that the standard losses in ``run()`` are of, by call: ``StandardLoss.outputs``
+    without the weights, which take a derivative of their own."""
+    mode = _StandardLosses((), 1)
+    with mode:
+        run()
+    return [call.loss.outputs for call in mode.calls]
 
 
 def _derivatives(total: Tensor, calls: Sequence[Call]) -> tuple[Tensor | None, ...]:

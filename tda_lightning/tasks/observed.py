@@ -97,7 +97,8 @@ def sampled_output_gradients(
         leaves = {name: loss.given[name].detach().requires_grad_() for name in loss.arguments}
         with torch.enable_grad():
             call = _read(loss, leaves)
-            item = WeightedLoss(call.loss, _element_weights(loss, call, derivative) * batch)
+            weights = _element_weights(loss, call, derivative) * batch
+            item = WeightedLoss(call.loss, weights, stream)
             _require_usable(item, batch)
             sampled = item.loss.sampled(item.scale(batch), stream).sum()
             gradients += torch.autograd.grad(sampled, list(leaves.values()))

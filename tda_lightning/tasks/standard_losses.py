@@ -57,6 +57,11 @@ class StandardLoss:
         """Losses [batch, positions] whose outer products of gradients sum to scale^2 x Hessian."""
         raise NotImplementedError
 
+    def curved(self, tangents: Tensor) -> Tensor:
+        """The Hessian of the element's loss in the outputs without its factor ``curvature``, times
+        ``tangents`` [..., *outputs]."""
+        raise NotImplementedError
+
     def describe(self, batch: int) -> list[str] | None:
         """What the model says of each example, in a few words; None when that would be long."""
         raise NotImplementedError
@@ -90,6 +95,13 @@ class SoftmaxLoss(StandardLoss):
         for index in range(logits.shape[-1]):
             yield scale * (roots[:, index] * (logits[:, index] - mean)).view(scale.shape)
 
+    def curved(self, tangents: Tensor) -> Tensor:
+        probabilities = _full_precision(self.outputs.detach()).softmax(-1)
+        # Masked classes have a logit of -inf, whose tangent may be NaN.
+        tangents = tangents.to(probabilities).where(probabilities > 0, 0)
+        mean = (probabilities * tangents).sum(-1, keepdim=True)
+        return (probabilities * (tangents - mean)).to(self.outputs)
+
     def describe(self, batch: int) -> list[str] | None:
         return describe_classes(self.outputs) if len(self.outputs) == batch else None
 
@@ -115,6 +127,9 @@ class SquaredLoss(StandardLoss):
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
         yield scale * 2**0.5 * self.outputs.view(scale.shape)
 
+    def curved(self, tangents: Tensor) -> Tensor:
+        return 2 * tangents
+
     def describe(self, batch: int) -> list[str] | None:
         return describe_numbers(self.predicted.reshape(batch, -1))
 
@@ -129,10 +144,15 @@ class LogisticLoss(StandardLoss):
         return _random_signs(scale, stream) * next(self.factors(scale))
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
+        yield scale * (self._variance().sqrt() * self.outputs).view(scale.shape)
+
+    def curved(self, tangents: Tensor) -> Tensor:
+        return self._variance() * tangents
+
+    def _variance(self) -> Tensor:
         # p (1 - p) as a product of sigmoids keeps the digits that 1 - p loses near p = 1.
         logits = self.outputs.detach()
-        roots = (logits.sigmoid() * (-logits).sigmoid()).sqrt()
-        yield scale * (roots * self.outputs).view(scale.shape)
+        return logits.sigmoid() * (-logits).sigmoid()
 
     def describe(self, batch: int) -> list[str] | None:
         numbers = describe_numbers(self.outputs.sigmoid().reshape(batch, -1))

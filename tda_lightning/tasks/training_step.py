@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask, source_digest
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
-from tda_lightning.tasks.interception import Call, WeightedLoss, by_term, intercept
+from tda_lightning.tasks.interception import (
+    Call,
+    WeightedLoss,
+    by_term,
+    intercept,
+    standard_outputs,
+)
 from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.silence import silenced
 
@@ -137,6 +143,10 @@ class TrainingStepTask(AttributionTask):
         _, found, _, size = self._run(module, batch)
         factor = self._examples_per_mean(size)
         return [replace(item, weights=item.weights * factor) for item in found], size
+
+    def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
+        with silenced(module):
+            return standard_outputs(lambda: run_training_step(module, batch))
 
     def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
         _, found, _, size = self._run(module, batch)

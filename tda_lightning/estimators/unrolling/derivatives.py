@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.unrolling.batch_statistics import Use, watched
+from tda_lightning.gradients.functional import ends_early
 from tda_lightning.randomness import unchanged_randomness
 from tda_lightning.replay import Draws, Replay
 from tda_lightning.tasks import AttributionTask, example_noise
@@ -138,7 +139,10 @@ def batch_derivatives(
             )
     except RuntimeError as error:
         raise _without_derivative(error) from error
-    _require_differentiable(gradient)
+    if ends_early(gradient):
+        raise _without_derivative(
+            RuntimeError("the backward pass of a Function is marked as once_differentiable.")
+        )
     used = {name: g for name, g in zip(parameters, gradient, strict=True) if g is not None}
     return BatchDerivatives(
         float(total.detach()),
@@ -205,22 +209,6 @@ def _vector_jacobian(
         raise
     except RuntimeError as error:
         raise _without_derivative(error) from error
-
-
-def _require_differentiable(gradient: Sequence[Tensor | None]) -> None:
-    """Refuse a graph in which torch noted that it ends (``once_differentiable``): asked for the
-    derivative by some inputs, torch passes over such a node and leaves out what is behind it."""
-    waiting = [g.grad_fn for g in gradient if g is not None and g.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "torch::autograd::Error":
-            raise _without_derivative(
-                RuntimeError("the backward pass of a Function is marked as once_differentiable.")
-            )
-        following = {after for after, _ in node.next_functions if after is not None}
-        waiting += following - seen
-        seen |= following
 
 
 def _without_derivative(error: RuntimeError) -> Exception:

@@ -1,0 +1,83 @@
+"""Contexts of single models, and dense curvature in the order of their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset, TensorDataset
+
+from tda_lightning.curvature.products import as_rows
+from tda_lightning.gradients import GradientEngine
+from tda_lightning.loading import ExampleSource
+from tda_lightning.passes import Context
+from tda_lightning.scores import MemorySink
+from tda_lightning.tasks import AttributionTask
+from tests import oracles
+from tests.attributing import CaseTask
+from tests.cases import Case
+
+
+def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], size: int) -> Context:
+    """A context that knows the module as it is, and no trajectory."""
+    source = ExampleSource.of(data, size, "training")
+    count = len(source)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    context = Context(
+        module=module,
+        task=task,
+        trajectory=None,  # type: ignore[arg-type]
+        engine=GradientEngine(module, names),
+        sink=MemorySink(1, count),
+        num_train=count,
+        num_query=1,
+        examples=source,
+        queries=lambda start, stop: [],
+        reduce=lambda values: values,
+        alike=lambda steps: "",
+        batch_size=size,
+    )
+    batch, examples = next(iter(context.batches([range(count)])))
+    task.prepare(module, batch)
+    context.engine.discover(context.train_loss, batch, examples, task.separable)
+    return context
+
+
+def case_context(case: Case, examples: int = 6, size: int = 4) -> tuple[Context, Any]:
+    """The context of a case with its data, in batches that do not divide it."""
+    module, data = case.build(), case.batch(examples)
+    return context_of(module, CaseTask(case.kind), TensorDataset(*data), size), data
+
+
+def in_rows(context: Context, matrix: Tensor) -> Tensor:
+    """A matrix over the parameters of ``context.engine.names``, ordered as rows are."""
+    first, places = 0, {}
+    for name in context.engine.names:
+        like = context.module.get_parameter(name)
+        places[name] = torch.arange(first, first + like.numel()).view(like.shape)
+        first += like.numel()
+    order = as_rows(context.blocks, places)
+    return matrix[order][:, order]
+
+
+def dense_curvature(context: Context, case: Case, data: Any, kind: str) -> Tensor:
+    """The curvature of a case's mean loss by loops, in the order of rows."""
+    names, module = context.engine.names, context.module
+    if kind == "gauss_newton":
+        return in_rows(context, oracles.gauss_newton(module, case.criterion, data, names))
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        parameters = [module.get_parameter(name) for name in names]
+        gradient = torch.autograd.grad(
+            case.loss(module, data).mean(), parameters, allow_unused=True
+        )
+        used = [name for name, part in zip(names, gradient, strict=True) if part is not None]
+        inner = oracles.loss_hessian(module, case.loss, data, used)
+    where = torch.cat(
+        [torch.full((p.numel(),), n in used) for n, p in zip(names, parameters, strict=True)]
+    )
+    matrix = inner.new_zeros(len(where), len(where))
+    matrix[where.nonzero(), where.nonzero().T] = inner
+    return in_rows(context, matrix)
