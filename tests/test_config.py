@@ -11,7 +11,7 @@ CONF = Path(__file__).parents[1] / "conf"
 COMMANDS = ("train", "plan", "attribute", "check", "evaluate", "report", "inspect")
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),
-    "attribute": ("estimator", "task"),
+    "attribute": ("estimator", "task", "solver"),
 }
 CHOICES = [
     (command, group, path.stem)
@@ -47,6 +47,22 @@ def test_choices_can_be_made(command, group, name):
     made = instantiate(config[group], _convert_="all")
     if (group, name) != ("task", "none"):
         assert made is not None
+
+
+def test_a_solver_is_the_influence_functions():
+    from tda_lightning.solvers import ConjugateGradients
+
+    def influence(*overrides):
+        config = make("attribute", "estimator=influence", *overrides)
+        return instantiate(config.estimator, _convert_="all")
+
+    assert influence().solver is None
+    solver = influence("solver=cg", "solver.tolerance=1e-6").solver
+    assert isinstance(solver, ConjugateGradients)
+    assert solver.tolerance == 1e-6
+    planned = make("plan", "solver=cg").estimators.influence
+    assert isinstance(instantiate(planned, _convert_="all").solver, ConjugateGradients)
+    assert instantiate(make("plan").estimators.influence, _convert_="all").solver is None
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

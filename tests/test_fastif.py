@@ -28,7 +28,9 @@ from tda_lightning.evaluation import (
 from tda_lightning.features import read_features, require_layer
 from tda_lightning.passes import Context, Plan
 from tda_lightning.report import write_report
+from tda_lightning.solvers import ConjugateGradients, Direct, LiSSA
 from tda_lightning.store.inspect import describe
+from tda_lightning.tasks import AttributionTask
 from tests.attributing import CaseTask, attribute, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 from tests.processes import results
@@ -90,6 +92,21 @@ class TestScores:
         found = attribute(CLASSIFIER, *work, FastInfluence(curvature, k=3))
         assert found.candidates is not None
         require_part_of(found, full, found.candidates)
+
+    @pytest.mark.parametrize(
+        "solver",
+        [ConjugateGradients(), LiSSA(depth=20, batch=4, tolerance=10.0), Direct()],
+        ids=lambda solver: type(solver).__name__,
+    )
+    def test_any_solver(self, solver: Any, work: Any) -> None:
+        settings = {"solver": solver, "damping": 0.05}
+        full = attribute(CLASSIFIER, *work, InfluenceFunction(**settings))
+        found = attribute(CLASSIFIER, *work, FastInfluence(k=3, **settings))
+        assert found.candidates is not None
+        require_part_of(found, full.values, found.candidates)
+        for scores in (full, found):
+            assert scores.provenance["solver"]["name"] == type(solver).__name__
+            assert sum("No self-influence" in note for note in scores.provenance["notes"]) == 1
 
     def test_without_k_all_of_a_small_set_are_candidates(self, work: Any) -> None:
         full = attribute(CLASSIFIER, *work, InfluenceFunction()).values
@@ -428,11 +445,25 @@ def test_plans(work: Any) -> None:
     assert again.passes[-1].batches == -(-distinct // 4)
 
 
+IN_PROCESSES = (
+    FastInfluence(k=3),
+    FastInfluence(k=1),
+    FastInfluence(k=3, solver=ConjugateGradients(tolerance=1e-6), damping=0.1),
+)
+
+
+class Squares(AttributionTask):
+    """Losses by a standard function, whose Gauss-Newton matrix is known."""
+
+    def train_loss(self, module: Any, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(module.net(batch[0]), batch[1], reduction="none").mean(1)
+
+
 def record_and_score(rank: int, root: Path) -> list[Any]:
     found = []
     train_in_processes(root / "run", {"module": WithoutTask})
-    for number, k in enumerate((3, 1)):  # the second finds features kept
-        attribution = AttributionModule(WithoutTask(), str(root / "run"), FastInfluence(k=k))
+    for number, estimator in enumerate(IN_PROCESSES):  # the later ones find features kept
+        attribution = AttributionModule(WithoutTask(), str(root / "run"), estimator, Squares())
         scores = attribution.attribute(
             Numbered(21),
             Numbered(3, seed=1),
@@ -449,8 +480,8 @@ def test_in_two_processes(tmp_path: Path) -> None:
     found = results(record_and_score, tmp_path)
     assert len(list((tmp_path / "run" / "features").iterdir())) == 1
     run = dataclasses.replace(Trajectory.load(str(tmp_path / "run")), features={})
-    for number, k in enumerate((3, 1)):
-        attribution = AttributionModule(WithoutTask(), run, FastInfluence(k=k))
+    for number, estimator in enumerate(IN_PROCESSES):
+        attribution = AttributionModule(WithoutTask(), run, estimator, Squares())
         expected = attribution.attribute(
             Numbered(21), Numbered(3, seed=1), batch_size=4, trainer=quiet()
         )

@@ -30,6 +30,7 @@ from tda_lightning.models.gpt import GPT
 from tda_lightning.passes import Context, Pass, Plan
 from tda_lightning.planning import PeakMemory, clock
 from tda_lightning.planning.stand_ins import Decompositions
+from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import layout
 from tests import oracles, runs
 from tests import test_online_curvature as online
@@ -381,6 +382,7 @@ ESTIMATORS = {
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
+    "influence, cg": InfluenceFunction(solver=ConjugateGradients(iterations=20)),
     "unrolled": Unrolled(),
     "unrolled, rounds": Unrolled(memory_budget=1700),
     "unrolled, recomputed": Unrolled(states="recompute"),

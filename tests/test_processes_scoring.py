@@ -17,6 +17,7 @@ from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.evaluation import measure, retrain
+from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
@@ -33,6 +34,7 @@ ESTIMATORS = {
     "source recorded blocks": Source(2, order="recorded", leading_directions=0),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
+    "influence cg": InfluenceFunction(damping=1.0, solver=ConjugateGradients(tolerance=1e-6)),
     "unrolled": Unrolled(),
     "unrolled in rounds": Unrolled(memory_budget=ROUNDS),
 }

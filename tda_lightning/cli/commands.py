@@ -136,6 +136,7 @@ def attribute(config: DictConfig) -> None:
     """Score the recorded training examples for the recorded queries."""
     folder = Path(_required(config, "trajectory", "tda attribute trajectory=FOLDER"))
     target = Path(config.scores or folder / "scores" / f"{_estimator_name()}.h5")
+    _require_solvable(config)
     trajectory = Trajectory.load(str(folder))
     recorded = load_config(folder)
     if target.exists() and not config.overwrite:  # known before anything is loaded
@@ -177,6 +178,8 @@ def plan(config: DictConfig) -> None:
     data, module, task = _recorded_parts(config, load_config(folder))
     trainer = _trainer(config.trainer, [], None)
     one = {} if "estimator" not in config else {_estimator_name(): config.estimator}
+    if one:
+        _require_solvable(config)
     plans: dict[str, AttributionPlan | str] = {}
     for name, node in (one or config.estimators).items():
         attribution = AttributionModule(
@@ -472,13 +475,23 @@ def _output_folder(config: DictConfig) -> Path:
     return folder / (_file_name(settings) or str(hydra.job.num))
 
 
+def _require_solvable(config: DictConfig) -> None:
+    """Refuse a solver that the estimator would not use."""
+    if config.get("solver") is not None and "solver" not in config.estimator:
+        raise ValueError(
+            f"solver={HydraConfig.get().runtime.choices['solver']} is for estimators that invert "
+            "curvature, such as estimator=influence; "
+            f"{HydraConfig.get().runtime.choices['estimator']} has no use for it."
+        )
+
+
 def _estimator_name() -> str:
     """The estimator's name with the settings given on the command line: source-order-recorded."""
     hydra = HydraConfig.get()
     settings = [
         given.removeprefix("estimator.")
         for given in hydra.overrides.task
-        if given.startswith("estimator.")
+        if given.startswith(("estimator.", "solver=", "solver."))
     ]
     return _file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

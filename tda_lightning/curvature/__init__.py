@@ -2,6 +2,13 @@
 
 from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
 from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingFit
+from tda_lightning.curvature.products import (
+    Products,
+    as_matrices,
+    as_rows,
+    as_tensors,
+    check_product,
+)
 from tda_lightning.curvature.recorded import (
     RecordedFit,
     check_statistics,
@@ -15,10 +22,15 @@ __all__ = [
     "CurvatureFit",
     "DeflatedSpectrum",
     "LeadingFit",
+    "Products",
     "RecordedFit",
     "Spectrum",
+    "as_matrices",
+    "as_rows",
+    "as_tensors",
     "check_dense_side",
     "check_kind",
+    "check_product",
     "check_statistics",
     "curvature_of",
     "eigenbasis",

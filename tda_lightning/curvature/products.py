@@ -117,8 +117,6 @@ class Products:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = context.examples.batches()[rank::world]
-        if context.rehearsal:
-            own = own[:1]
         total = context.reduce(self._sum(vectors, own))
         self.counted += len(vectors)
         return total / context.num_train

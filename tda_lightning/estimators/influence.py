@@ -15,6 +15,12 @@ from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.estimators.responses import Responses, check_inverse, responses_of
 from tda_lightning.gradients import Gradient
 from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.solvers import Solver
+
+_NO_SELF = (
+    "No self-influence: every training example would need a solve of its own. Ask for examples as "
+    "queries, or use solver=None."
+)
 
 
 @dataclass
@@ -29,9 +35,10 @@ class InfluenceFunction:
 
     Attributes:
         curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
-        damping: :math:`\delta`, absolute.
-        relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue; 0.1 when
-            neither is given.
+        damping: :math:`\delta`, absolute; or ``segment``: 1 over the sum of the applied rates,
+            1 / (eta T), of a run trained by SGD.
+        relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue (with a
+            solver: of the whole Gauss-Newton matrix's); 0.1 when neither is given.
         statistics: ``recorded``: curvature from the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered in the last interval before the
             last checkpoint. ``corrected``: with one pass for EK-FAC's eigenvalues in their basis.
@@ -41,7 +48,10 @@ class InfluenceFunction:
             and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
             leading 256 directions and the diagonal. None: 4096; 1024 for layers whose gradients
             have no factors (a weight used in two ways).
-        seed: of the sampled labels.
+        seed: of the sampled labels, and of a solver's batches.
+        solver: one of ``tda_lightning.solvers``: solves with products of the solver's own
+            curvature, in which layers are not separate. ``curvature`` is then only the
+            preconditioner's, where the solver has one. None: the inverse of ``curvature`` itself.
 
     Raises:
         ValueError: at once for impossible settings; when planning, for statistics that are asked
@@ -56,11 +66,12 @@ class InfluenceFunction:
     """
 
     curvature: str = "ekfac"
-    damping: float | None = None
+    damping: float | str | None = None
     relative_damping: float | None = None
     statistics: str = "auto"
     dense_side: int | None = None
     seed: int = 0
+    solver: Solver | None = None
 
     def __post_init__(self) -> None:
         check_inverse(self)
@@ -80,11 +91,14 @@ class InfluenceFunction:
         notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
         plan = Plan([], {"checkpoints": [context.trajectory.last_step]}, notes)
         run = _Run(responses, context)
+        asked = context.self_influence and candidates is None
+        own = asked and responses.knows_own
+        if asked and not own:
+            notes.append(_NO_SELF)
         for number, (start, stop) in enumerate(query_rounds(context, responses.copies)):
             plan.passes += responses.passes(start, stop)
-            with_self = context.self_influence and candidates is None and number == 0
             order = None if candidates is None else _batches(context, candidates[start:stop])
-            plan.passes.append(run.scoring(start, with_self, order))
+            plan.passes.append(run.scoring(start, own and number == 0, order))
 
         def tell(finish: Callable[[], None] | None) -> Callable[[], None]:
             def end() -> None:

@@ -34,7 +34,13 @@ def statements(provenance: Mapping[str, Any]) -> list[Statement]:
     asked = None
     if isinstance(question, str) and question:
         asked = Statement("The question", f"{question[:1].upper()}{shorten(question[1:], 400)}.")
-    found = (asked, _certificate(provenance), _truncation(provenance), _relabelling(provenance))
+    found = (
+        asked,
+        _certificate(provenance),
+        _truncation(provenance),
+        _relabelling(provenance),
+        _solver(provenance),
+    )
     return [one for one in found if one is not None]
 
 
@@ -124,6 +130,28 @@ def _relabelling(provenance: Mapping[str, Any]) -> Statement | None:
         "For these training examples a score predicts the effect of another label, not of removal: "
         f"{named}{more}.",
     )
+
+
+def _solver(provenance: Mapping[str, Any]) -> Statement | None:
+    """How well the linear systems behind influence functions were solved."""
+    found = provenance.get("solver")
+    if not isinstance(found, Mapping):
+        return None
+    name, reached, residual = (found.get(k) for k in ("name", "reached", "relative_residual"))
+    if not (isinstance(name, str) and isinstance(residual, Mapping)):
+        return None
+    largest, median, tolerance = residual.get("max"), residual.get("median"), found.get("tolerance")
+    if not (_number(largest) and _number(median)):
+        return None
+    asked = f" ({number(tolerance)} was asked for)" if _number(tolerance) else ""
+    text = (
+        f"{shorten(one_line(name), 40)} leaves a relative residual of {number(largest)} at most, "
+        f"{number(median)} for the median query{asked}."
+    )
+    if reached is not False:
+        return Statement("Inverse curvature", text, "good" if reached is True else "")
+    missed = "It did not reach its tolerance: the scores are not those of the inverse."
+    return Statement("Inverse curvature", f"{text} {missed}", "fair")
 
 
 def _count(value: Any) -> TypeGuard[int]:

@@ -1,0 +1,71 @@
+"""The dense matrix, inverted: small models, and the truth that the others are measured by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import check_product
+from tda_lightning.solvers.problem import Problem, Work, check_limits
+
+MAX_DIRECT = 10_000
+_COLUMNS = 64  # of the matrix made by one walk over the training set
+
+
+@dataclass
+class Direct:
+    """Makes C by its products with unit vectors and solves in float64.
+
+    Attributes:
+        curvature: ``gauss_newton`` or ``hessian``.
+        tolerance: the relative residual that counts as reached.
+
+    Raises:
+        ValueError: while solving: too many parameters, or a singular matrix.
+    """
+
+    curvature: str = "gauss_newton"
+    tolerance: float = 1e-3
+
+    preconditioned: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
+    copies: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        check_product(self.curvature)
+        check_limits(tolerance=self.tolerance)
+
+    def steps(self, problem: Problem) -> int:
+        if problem.size > MAX_DIRECT:
+            raise ValueError(
+                f"The direct solver makes a dense matrix of all parameters: {problem.size} x "
+                f"{problem.size} numbers are {8 * problem.size**2 / 2**30:.1f} GiB, and the limit "
+                f"is {MAX_DIRECT} parameters. Use solver=cg, or restrict the task to some layers."
+            )
+        return -(-problem.size // _COLUMNS)
+
+    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+        if "factor" not in problem.kept:
+            rows = []
+            for start in range(0, problem.size, _COLUMNS):
+                number = min(_COLUMNS, problem.size - start)
+                units = vectors.new_zeros(number, problem.size)
+                units[range(number), range(start, start + number)] = 1
+                rows.append(problem.products.over_training_set(units).double())
+                yield
+            matrix = torch.cat(rows)
+            matrix = (matrix + matrix.T) / 2 + problem.diagonal.double().diag()
+            values, basis = torch.linalg.eigh(matrix)
+            smallest = float(values.abs().min())
+            if smallest <= 1e-14 * float(values.abs().max()) and not problem.context.rehearsal:
+                raise ValueError(
+                    "Curvature plus weight decay plus damping is singular (its smallest eigenvalue "
+                    f"is {smallest:.1g}): the inverse does not exist. Give a positive damping."
+                )
+            problem.kept["factor"] = values, basis
+            problem.found["negative_eigenvalues"] = int((values < 0).sum())
+        values, basis = problem.kept["factor"]
+        return ((vectors.double() @ basis / values) @ basis.T).to(vectors)

@@ -1,0 +1,113 @@
+"""LiSSA: the Neumann series of the inverse, by random batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import check_product
+from tda_lightning.errors import NonFiniteError
+from tda_lightning.solvers.problem import Problem, Work, check_limits, inner, norms
+
+
+@dataclass
+class LiSSA:
+    r"""Repeats, from :math:`h_0 = v` and over random batches B,
+
+    .. math::
+        h \leftarrow v + h - (C_B + D) h / s
+
+    and answers :math:`h / s`, the mean of ``repeats`` independent recursions. The damping is added
+    to the curvature as everywhere here; the published recursion (1 - damp) h - C h / s has the
+    effective damping damp x s instead. Each step contracts where s is above the largest eigenvalue
+    of C_B + D; what is left of the start after t steps is (1 - sigma / s)^t along an eigenvalue
+    sigma of C + D, so that depth must be several times s over the damping.
+
+    Attributes:
+        scale: s; null: from the largest eigenvalue of C_B + D over a few batches (power iteration).
+        depth: steps of each recursion.
+        batch: training examples in each step.
+        repeats: independent recursions.
+        curvature: ``gauss_newton`` or ``hessian``.
+        tolerance: the relative residual that counts as reached.
+
+    Raises:
+        NonFiniteError: while solving: the recursion diverges; names a scale that would not have.
+
+    References:
+        | Second-Order Stochastic Optimization for Machine Learning in Linear Time (Agarwal et al.,
+          2017), sec. 3
+        | Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017), sec. 3
+    """
+
+    scale: float | None = None
+    depth: int = 1000
+    batch: int = 32
+    repeats: int = 1
+    curvature: str = "gauss_newton"
+    tolerance: float = 0.1
+
+    preconditioned: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_product(self.curvature)
+        check_limits(
+            scale=self.scale,
+            depth=self.depth,
+            batch=self.batch,
+            repeats=self.repeats,
+            tolerance=self.tolerance,
+        )
+
+    @property
+    def copies(self) -> int:
+        return 4 + 2 * self.repeats
+
+    def steps(self, problem: Problem) -> int:
+        return 1 + self.depth
+
+    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+        if "scale" not in problem.kept:
+            problem.kept["scale"] = self.scale or problem.largest_eigenvalue(self.batch)
+            problem.found["scale"] = problem.kept["scale"]
+        scale = problem.kept["scale"]
+        yield
+        batches = [problem.random_batches(self.batch, 1 + n) for n in range(self.repeats)]
+        found = [vectors] * self.repeats
+        for _ in range(self.depth):
+            found = [
+                vectors + h - problem.apply_some(h, next(own)) / scale
+                for h, own in zip(found, batches, strict=True)
+            ]
+            if not problem.context.rehearsal:
+                for h in found:
+                    self._require_bounded(problem, vectors, h, scale)
+            yield
+        return torch.stack(found).mean(0) / scale
+
+    def _require_bounded(self, problem: Problem, vectors: Tensor, h: Tensor, scale: float) -> None:
+        """Where every step contracts, |h| stays below s |v| over the least damping."""
+        least = max(float(problem.diagonal.min()), 1e-8 * scale)
+        lengths = norms(h)
+        if bool((lengths <= 2 * max(1.0, scale / least) * norms(vectors)).all()):
+            return
+        if not bool(lengths.isfinite().all()):
+            h = torch.ones_like(h)
+        worst = h[lengths.nan_to_num(torch.inf).argmax()][None]
+        quotient = float(inner(worst, problem.apply(worst)) / inner(worst, worst))
+        if quotient < 0:
+            raise NonFiniteError(
+                f"LiSSA diverges whatever its scale: curvature plus damping is {quotient:.3g} "
+                "along the direction in which it grows. Raise the damping by more than "
+                f"{-quotient:.3g}, or use curvature=gauss_newton."
+            )
+        enough = max(problem.largest_eigenvalue(self.batch), 1.2 * quotient)
+        raise NonFiniteError(
+            f"LiSSA diverges with scale={scale:.4g}: it must be above the largest eigenvalue of "
+            f"the curvature of a batch of {self.batch}. scale={enough:.4g} would have converged; "
+            "scale=null finds it."
+        )

@@ -1,0 +1,168 @@
+r"""The linear system that every solver is given, and what several of them need.
+
+.. math::
+    (C + D) h = v, \qquad D = \lambda + \delta
+
+with C the curvature of the mean training loss, by products, :math:`\lambda` the recorded weight
+decay of each parameter and :math:`\delta` the damping. Vectors are rows over all parameters,
+[query, parameters], in the order of :func:`~tda_lightning.curvature.as_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import Products, Spectrum, as_matrices
+from tda_lightning.passes import Context
+
+# One ``next`` for each unit of work that a progress bar counts; the solution at the end.
+Work = Generator[None, None, Tensor]
+
+_PROBES, _POWER_STEPS = 8, 20
+# Power iteration comes from below, and the next batches may have more curvature than the probes.
+_MARGIN = 1.2
+
+
+class Solver(Protocol):
+    """Settings, and how to solve. Every solver is a dataclass of this form.
+
+    Attributes:
+        curvature: ``gauss_newton`` or ``hessian``: what C is.
+        tolerance: the relative residual that counts as reached; None for a closed form.
+        preconditioned: whether ``Problem.precondition`` is needed.
+        by_layer: relative damping is relative to each layer's mean eigenvalue, not the whole's.
+        copies: rows of the size of the queries in memory at a time.
+    """
+
+    curvature: str
+    tolerance: float | None
+
+    @property
+    def preconditioned(self) -> bool: ...
+
+    @property
+    def by_layer(self) -> bool: ...
+
+    @property
+    def copies(self) -> int: ...
+
+    def steps(self, problem: Problem) -> int:
+        """At most so many units of work in :meth:`solve`."""
+
+    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+        """Solve for the rows of ``vectors``."""
+
+
+@dataclass
+class Problem:
+    """One system, for all queries of an attribution.
+
+    Attributes:
+        context: the model and the training set.
+        products: with C.
+        decay: the weight decay of each parameter, [parameters].
+        damping: [parameters]; known once the passes before the first solve have run.
+        spectra: of a block-wise curvature close to C, by block, for :meth:`precondition`.
+        seed: of random batches and starts.
+        found: what a solver has to say of its settings and results, for the provenance.
+        kept: what a solver needs again for the next queries.
+    """
+
+    context: Context
+    products: Products
+    decay: Tensor
+    damping: Tensor
+    spectra: dict[str, Spectrum]
+    seed: int = 0
+    found: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """D, [parameters]."""
+        return self.decay + self.damping
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return len(self.decay)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """(C + D) v with the whole training set."""
+        return self.products.over_training_set(vectors) + self.diagonal * vectors
+
+    def apply_some(self, vectors: Tensor, examples: Sequence[int]) -> Tensor:
+        """(C + D) v with the curvature of some examples."""
+        return self.products.over(vectors, examples) + self.diagonal * vectors
+
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """(C~ + D)^-1 v with the block-wise curvature C~."""
+        if "damped" not in self.kept:
+            diagonal = as_matrices(self.context.blocks, self.diagonal)
+            self.kept["damped"] = {
+                name: spectrum.shifted(diagonal[name]) for name, spectrum in self.spectra.items()
+            }
+        parts = []
+        for name, matrix in as_matrices(self.context.blocks, vectors).items():
+            spectrum: Spectrum = self.kept["damped"][name]
+            parts.append(spectrum.lift(spectrum.project(matrix) / spectrum.eigenvalues).flatten(-3))
+        return torch.cat(parts, dim=-1)
+
+    def random_batches(self, size: int, stream: int) -> Iterator[list[int]]:
+        """Batches of the shuffled training set, over and over; the same for the same stream."""
+        own = torch.Generator().manual_seed(self.seed * 10_007 + stream)
+        count = self.context.num_train
+        while True:
+            order = torch.randperm(count, generator=own).tolist()
+            # A short last batch would weigh its few examples more than the others.
+            for start in range(0, max(count - size, 0) + 1, size):
+                yield order[start : start + size]
+
+    def largest_eigenvalue(
+        self, size: int, transform: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> float:
+        """Above the largest eigenvalue of ``transform`` after (C_B + D) over random batches of so
+        many examples, as far as power iteration on a few of them tells."""
+        own = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(1, self.size, generator=own).to(self.decay)
+        batches = self.random_batches(size, stream=0)
+        whole = size >= self.context.num_train
+        largest = 0.0
+        for _ in range(1 if whole else _PROBES):
+            batch, vector = next(batches), start
+            for _ in range(_POWER_STEPS):
+                vector = vector / vector.norm()
+                vector = transform(self.apply_some(vector, batch))
+            largest = max(largest, float(vector.norm()))
+        return _MARGIN * largest
+
+
+def check_limits(**limits: float | None) -> None:
+    """Refuse settings that must be positive and are not; None is left to the solver.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, value in limits.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Length of each row, in float64."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products row by row, in float64."""
+    return (left.double() * right.double()).sum(1)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One number for each row, to multiply rows by."""
+    return values.to(like.dtype)[:, None]
