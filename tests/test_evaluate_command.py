@@ -128,6 +128,23 @@ def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
     assert table(run)["rows"][0]["seconds"] is None
 
 
+def test_scores_of_candidates_alone_are_not_judged(run, capsys):
+    given = ["trajectory=runs/digits", "estimator=fastif", "estimator.k=5"]
+    assert main(["attribute", *given, "scores=runs/digits/scores/fastif.h5"]) == 0
+    assert main(["evaluate", "runs/digits", "baselines=[]", "spot_check=true"]) == 0
+    assert "No number for fastif, not defined: 5 of 60 training" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    rows = {row["name"]: row for row in table(run)["rows"]}
+    assert rows["fastif"]["lds"] is None and rows["tracin"]["lds"] is not None
+    for name in ("fastif", "tracin"):
+        kept = Scores.load(run / "scores" / f"{name}.h5").provenance["trust"]
+        assert "agreement" not in kept
+    assert main(["report", "scores=runs/digits/scores/fastif.h5"]) == 0
+    page = (run / "scores" / "fastif.html").read_text(encoding="utf-8")
+    assert "5 looked at for each query" in page
+
+
 def test_ground_truth_is_inspected_and_what_a_killed_process_left_goes(run, capsys):
     (run / "ground_truth").mkdir()
     (run / "ground_truth" / "single_run-0.5-0.h5.99.part").write_bytes(b"half")

@@ -126,6 +126,12 @@ def judge(
     if wrong is not None and scores.self_influence is not None:
         found = found_within(scores, wrong, LOOKED_THROUGH)
         about["detection"] = detection_auc(scores, wrong), found
+    if not scores.is_complete:
+        reason = (
+            f"not defined: {scores.num_scored} of {scores.num_train} training examples were scored "
+            "for each query, and subsets are of all"
+        )
+        return Judged(**about, reason=reason)
     given = (scores, truth.subsets, truth.outcomes)
     try:
         lds = linear_datamodeling_score(*given)

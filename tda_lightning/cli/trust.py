@@ -72,7 +72,10 @@ def trust(
         found["spot_check"] = check
         if "pbrf" in kept:
             found["pbrf"] = kept["pbrf"]
-    others = {name: other for name, other in scores.items() if name != judged.name}
+    others = {
+        name: other for name, other in scores.items() if name != judged.name and other.is_complete
+    }
+    others = others if mine.is_complete else {}
     agreements = {name: _agreement(mine, other) for name, other in others.items()}
     if known := {name: value for name, value in agreements.items() if value is not None}:
         found["agreement"] = known
@@ -93,7 +96,8 @@ def _agreement(mine: Scores, other: Scores) -> float | None:
 
 
 def damping_sensitivity(scores: Scores, parts: Parts) -> dict[str, Any] | None:
-    """How the scores of an influence function change with its damping; None for other estimators.
+    """How the scores of an influence function change with its damping; None for other estimators,
+    solvers other than the eigenbasis, and the damping that is made of the run's rates.
 
     Its curvature is found where the attribution has kept it.
     """
@@ -101,6 +105,8 @@ def damping_sensitivity(scores: Scores, parts: Parts) -> dict[str, Any] | None:
     settings = made.get("settings")
     if made.get("estimator") != "InfluenceFunction" or not isinstance(settings, Mapping):
         return None
+    if settings.get("solver") is not None or isinstance(settings.get("damping"), str):
+        return None  # as many solutions again, or a damping that the run itself gives
     absolute = settings.get("damping")
     name = "relative_damping" if absolute is None else "damping"
     given = settings.get(name)
