@@ -16,6 +16,7 @@ class Study:
         validated: the protocol in which those are retrained; "": both.
         together: replays at once through vmap.
         unrolled: whether exact unrolling is affordable for every query.
+        few: whether only SOURCE, influence functions and TracIn are asked.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Study:
     validated: str = ""
     together: int = 1
     unrolled: bool = True
+    few: bool = False
 
 
 STUDIES = {
@@ -35,6 +37,12 @@ STUDIES = {
     ),
     "wikitext2_gpt": Study("WikiText-2, GPT", subsets=50, validated="single_run"),
     "fashion_mnist_noisy": Study("FashionMNIST, MLP, 30% random labels, 3 epochs", together=5),
+    "fashion_mnist_noisy_third": Study(
+        "the same at a third of the rate", validated="algorithm", together=5, few=True
+    ),
+    "fashion_mnist_noisy_tenth": Study(
+        "the same at a tenth of the rate", validated="algorithm", together=5, few=True
+    ),
 }
 
 # Multiples of the layer's mean eigenvalue; 0.1 is the default, ours and kronfluence's. It comes
