@@ -38,7 +38,6 @@ from tda_lightning.evaluation.baselines import (
 
 RUNS = Path("runs/fidelity")
 ALPHA = 0.5
-_MORE = ("source_recorded", "unrolled")
 
 
 def main() -> None:
@@ -62,7 +61,7 @@ def main() -> None:
             tda("train", f"experiment=fidelity/{name}", *root, f"threads={options.threads}")
         score(study, folder, options.threads)
         score_cheaply(folder)
-        if options.peers is not None and not study.few:
+        if options.peers is not None and study.peers:
             score_elsewhere(folder, options.peers, options.threads)
         if not options.scores_only:
             retrain(study, folder, options.threads)
@@ -73,8 +72,7 @@ def score(study: Study, folder: Path, threads: int) -> None:
     """By every estimator of ours."""
     for name, settings in ESTIMATORS.items():
         target = folder / "scores" / f"{name}.h5"
-        left_out = (name == "unrolled" and not study.unrolled) or (study.few and name in _MORE)
-        if target.exists() or left_out:
+        if target.exists() or name in study.without:
             continue
         tda(
             "attribute",
