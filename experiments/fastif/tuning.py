@@ -34,15 +34,19 @@ def correct(run: Run, fast: Scores) -> dict[str, Any]:
     after: dict[tuple[str, float, str], list[Tensor]] = {}
     fixed: dict[tuple[str, float], list[float]] = {}
     shares: dict[str, list[float]] = {}
+    entailments: dict[str, list[float]] = {}
     own = torch.Generator().manual_seed(0)
     order = wrong[torch.randperm(len(wrong), generator=own)]
     groups = [group for group in order.split(ANCHORS) if len(group) == ANCHORS][:GROUPS]
-    train = torch.stack([torch.as_tensor(run.train[n][1]) for n in range(len(run.train))])  # type: ignore[arg-type]
     for anchors in groups:
         for method in METHODS:
             up, down = chosen_by(method, fast, anchors, own)
-            if len(up):
-                shares.setdefault(method, []).append(float((up >= NUM_TRAIN).double().mean()))
+            chosen = torch.cat([up, down])
+            shares.setdefault(method, []).append(_mean(chosen >= NUM_TRAIN))
+            labels = torch.tensor([int(run.train[n][1]) for n in chosen.tolist()])
+            if method == "anchors":
+                labels = targets[anchors]
+            entailments.setdefault(method, []).append(_mean(labels == 0))
             for rate in RATES:
                 run.restore()
                 descent = (
@@ -72,8 +76,12 @@ def correct(run: Run, fast: Scores) -> dict[str, Any]:
         "before": {name: interval(values) for name, values in before.items()},
         "wrong": len(wrong),
         "groups": len(groups),
-        "contradicting_share": {m: sum(v) / len(v) for m, v in shares.items()},
-        "entailment_share_of_training": float((train == 0).double().mean()),
+        "contradicting": {m: sum(v) / len(v) for m, v in shares.items() if m != "anchors"},
+        "entailment": {m: sum(v) / len(v) for m, v in entailments.items()},
+        "said_entailment": {
+            name: _mean(outputs_of(run.module, pairs[0]).argmax(1) == 0)
+            for name, pairs in run.test.items()
+        },
         "rows": rows,
     }
 
@@ -175,6 +183,10 @@ def outputs_of(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def _right(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs_of(module, inputs).argmax(1) == targets).double()
+
+
+def _mean(flags: Tensor) -> float:
+    return float(flags.double().mean()) if len(flags) else 0.0
 
 
 def _loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> float:
