@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -19,6 +20,8 @@ CHOICES = [
     for group in groups
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
+# Models that take sizes from their data set.
+DATA = {"wikitext2_gpt": "wikitext2", "mnli_encoder": "mnli", "mnli_pretrained": "mnli"}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
@@ -41,9 +44,11 @@ def test_commands_compose(command):
 
 @pytest.mark.parametrize(("command", "group", "name"), CHOICES)
 def test_choices_can_be_made(command, group, name):
-    # A model of a data set takes sizes from it, and the language model is the only one.
-    data = ["data=wikitext2"] if name == "wikitext2_gpt" else []
-    config = make(command, f"{group}={name}", *data)
+    config = make(command, f"{group}={name}", *([f"data={DATA[name]}"] if name in DATA else []))
+    if name == "mnli_pretrained":  # with a checkpoint: test_pretrained.py
+        with pytest.raises(InstantiationException, match=r"data\.tokenizer=FOLDER"):
+            instantiate(config[group], _convert_="all")
+        return
     made = instantiate(config[group], _convert_="all")
     if (group, name) != ("task", "none"):
         assert made is not None

@@ -13,10 +13,18 @@ from tda_lightning.data import (
     DigitsData,
     FashionMNISTData,
     MNISTData,
+    MNLIData,
     WikiText2Data,
 )
 
-FILE_MODULES = [CIFAR10Data, ConcreteData, FashionMNISTData, MNISTData, WikiText2Data]
+FILE_MODULES = [
+    CIFAR10Data,
+    ConcreteData,
+    FashionMNISTData,
+    MNISTData,
+    MNLIData,
+    WikiText2Data,
+]
 
 
 @pytest.mark.parametrize("module", FILE_MODULES)
@@ -190,6 +198,7 @@ def test_text_files(root):
         (ConcreteData, 927, 103),
         (FashionMNISTData, 60000, 10000),
         (MNISTData, 60000, 10000),
+        (MNLIData, 8000, 200),
         (WikiText2Data, 3400, 100),
     ],
 )

@@ -15,12 +15,14 @@ from tda_lightning.cli.commands import parts_to_retrain
 from tda_lightning.cli.recorded import load_config
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation import (
+    difference,
     draw_subsets,
     interval_over_subsets,
     leave_one_out,
     linear_datamodeling_score,
     retrain_afresh,
 )
+from tda_lightning.evaluation.baselines import random_scores
 from tda_lightning.store.ground_truth import read_ground_truth
 from tda_lightning.store.scores_file import replace_provenance
 from tests.test_config import make
@@ -66,6 +68,7 @@ def test_the_table_is_the_score_of_the_kept_measurements(run, capsys):
     assert row["name"] == "tracin"
     assert row["lds"] == pytest.approx(expected.value)
     assert row["over_queries"] == pytest.approx([expected.low, expected.high])
+    assert row["per_query"] == pytest.approx(expected.per_query.tolist(), abs=1e-6)
     assert found["protocol"] == "single_run"
     sizes = ("num_subsets", "num_seeds", "num_queries", "num_train", "alpha")
     assert [found[name] for name in sizes] == [4, 1, 4, 60, 0.5]
@@ -77,6 +80,44 @@ def test_the_table_is_the_score_of_the_kept_measurements(run, capsys):
     names = [row["name"] for row in found["rows"]]
     assert names == ["tracin", "random", "self_loss", "last_layer", "gradient_dot"]
     assert all(name in out for name in names)
+
+
+def test_the_table_tells_how_far_each_row_is_from_the_best_query_by_query(run):
+    assert main(["evaluate", "runs/digits", "baselines=[random]", "num_subsets=4"]) == 0
+    found = table(run)
+    tracin, chance = found["rows"]
+    best = max(found["rows"], key=lambda row: row["lds"])
+    assert found["best"] == best["name"]
+    assert best["from_best"] == {"value": 0, "over_queries": [0, 0]}
+    truth = read_ground_truth(run / "ground_truth" / "single_run-0.5-0.h5")
+    made = {"tracin": Scores.load(run / "scores" / "tracin.h5"), "random": random_scores(4, 60)}
+    lds = {
+        name: linear_datamodeling_score(item, truth.subsets, truth.outcomes)
+        for name, item in made.items()
+    }
+    (other,) = {"tracin", "random"} - {best["name"]}
+    expected = difference(lds[other], lds[best["name"]])
+    gap = (chance if best is tracin else tracin)["from_best"]
+    assert gap["value"] == pytest.approx(expected.value)
+    assert gap["over_queries"] == pytest.approx([expected.low, expected.high])
+
+
+@pytest.mark.parametrize("odd", ["soon", None, True, -1.0, float("nan"), 10**400])
+def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
+    file = run / "scores" / "tracin.h5"
+    made = Scores.load(file).provenance
+    assert made["seconds"] > 0 and made["processor_seconds"] > 0
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
+    replace_provenance(file, {**made, "seconds": 75.25})
+    assert main(given) == 0
+    assert "75.2 s" in capsys.readouterr().out
+    (row,) = table(run)["rows"]
+    assert row["seconds"] == 75.25
+    assert row["processor_seconds"] == made["processor_seconds"]
+    replace_provenance(file, {**made, "seconds": odd})
+    assert main(given) == 0
+    assert "Made in" not in capsys.readouterr().out
+    assert table(run)["rows"][0]["seconds"] is None
 
 
 def test_ground_truth_is_inspected_and_what_a_killed_process_left_goes(run, capsys):

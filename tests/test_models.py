@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,6 +14,7 @@ from tda_lightning.models import (
     GPT,
     MLP,
     Classifier,
+    Encoder,
     LanguageModel,
     Regressor,
     ResNet9,
@@ -21,6 +23,8 @@ from tda_lightning.models import (
     linear,
     one_cycle,
 )
+from tda_lightning.models.blocks import Attention
+from tda_lightning.models.encoder import kinds_of
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 11, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -28,6 +32,7 @@ CLASSES = torch.tensor([0, 1, 2, 0, 1, 2])
 
 CASES = [
     (Classifier(CNN(1, 8, [4, 4], 3, hidden=5, dropout=0.1)), (IMAGES, CLASSES)),
+    (Classifier(Encoder(11, 5, 3, width=8, depth=1, heads=2, dropout=0.1)), (TOKENS, CLASSES)),
     (Classifier(MLP(64, [7], 3, activation="gelu", dropout=0.1)), (IMAGES, CLASSES)),
     (Regressor(MLP(64, [7, 7], 2, activation="tanh")), (IMAGES, torch.ones(6, 2))),
     (LanguageModel(GPT(11, 5, width=8, depth=1, heads=2, dropout=0.1)), (TOKENS, TOKENS)),
@@ -75,10 +80,9 @@ def test_gpt_does_not_look_ahead(tied):
     assert (network.head.weight is network.tokens.weight) == tied
 
 
-def test_gpt_attention_is_that_of_torch():
+def test_attention_is_that_of_torch():
     torch.manual_seed(0)
-    network = GPT(vocabulary_size=11, context=5, width=8, depth=1, heads=2)
-    ours = network.blocks[0].attention
+    ours = Attention(8, heads=2, dropout=0.0)
     theirs = nn.MultiheadAttention(8, 2, batch_first=True)
     theirs.load_state_dict(
         {
@@ -89,9 +93,32 @@ def test_gpt_attention_is_that_of_torch():
         }
     )
     hidden = torch.randn(2, 5, 8)
-    mask = nn.Transformer.generate_square_subsequent_mask(5)
-    expected, _ = theirs(hidden, hidden, hidden, attn_mask=mask)
-    torch.testing.assert_close(ours(hidden), expected)
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    expected, _ = theirs(hidden, hidden, hidden, attn_mask=future)
+    torch.testing.assert_close(ours(hidden, future), expected)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected, _ = theirs(hidden, hidden, hidden, key_padding_mask=padded)
+    torch.testing.assert_close(ours(hidden, padded[:, None, None, :]), expected)
+
+
+def test_encoder_does_not_see_padding():
+    torch.manual_seed(0)
+    network = Encoder(vocabulary_size=11, context=8, outputs=3, width=8, depth=2, heads=2)
+    pair = torch.tensor([[5, 6, 2, 6, 7]])
+    padded = F.pad(pair, (0, 3))
+    torch.testing.assert_close(network(padded), network(pair))
+    with torch.no_grad():
+        network.tokens.weight[0] += 1
+    torch.testing.assert_close(network(padded), network(pair))
+    # Order, every word, and the words of the other sentence do count.
+    for other in ([6, 5, 2, 6, 7], [5, 6, 2, 6, 8], [5, 6, 2, 8, 7]):
+        assert not torch.allclose(network(torch.tensor([other])), network(pair))
+
+
+def test_encoder_knows_words_that_both_sentences_share():
+    pairs = torch.tensor([[5, 6, 2, 6, 5, 8, 0], [7, 2, 9, 9, 0, 0, 0], [5, 5, 6, 7, 5, 6, 7]])
+    expected = [[1, 1, 2, 3, 3, 2, 2], [0, 2, 2, 2, 2, 2, 2], [0] * 7]
+    assert kinds_of(pairs, separator=2).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -122,6 +149,8 @@ def test_one_cycle_rises_and_falls_and_leaves_momentum_alone():
         (lambda: CNN(1, 4, [1, 1, 1], 2), "Give fewer widths"),
         (lambda: GPT(5, 5, width=6, heads=4), "multiple of heads, got 6 and 4"),
         (lambda: GPT(5, 2, width=4)(torch.zeros(1, 3, dtype=torch.int64)), "longer than"),
+        (lambda: Encoder(5, 5, 2, width=6, heads=4), "multiple of heads, got 6 and 4"),
+        (lambda: Encoder(5, 2, 2)(torch.ones(1, 3, dtype=torch.int64)), "3 tokens are longer than"),
         (lambda: linear(torch.optim.SGD([torch.ones(1)], lr=1), 3, warmup=2), "got 2"),
         (lambda: Regressor(MLP(1, [1], 1)).configure_optimizers(), "without an optimizer"),
     ],

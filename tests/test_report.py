@@ -277,6 +277,87 @@ class TestTrust:
         assert "How exact" not in text
 
 
+SPOT_CHECK = {
+    "lds": 0.456,
+    "over_queries": [0.3, 0.6],
+    "over_subsets": [-0.125, 0.8],
+    "protocol": "single_run",
+    "num_subsets": 8,
+    "alpha": 0.5,
+    "num_seeds": 1,
+    "num_queries": 4,
+}
+FOUND = {
+    "spot_check": SPOT_CHECK,
+    "pbrf": {
+        "lds": 0.91,
+        "over_queries": [0.8, 0.99],
+        "num_subsets": 12,
+        "num_queries": 4,
+        "damping": 0.01,
+        "slope": 1.25,
+    },
+    "agreement": {"source": 0.75, "tracin": -0.25},
+    "damping": {"setting": "relative_damping", "value": 0.1, "0.1": 0.5, "10": 0.875},
+    "seed_variance_share": 0.4,
+    "command": "tda evaluate",
+    "created": "2026-01-01",
+}
+
+
+class TestSpotCheck:
+    """What retraining said of the scores, in plain words."""
+
+    text = TestTrust.text
+
+    def test_everything_that_is_known(self, scores, tmp_path):
+        text, page = self.text(scores, tmp_path, trust=FOUND)
+        assert "trust" in page.ids
+        for said in (
+            "ranked 8 models retrained on a random 50% of the training examples (the recorded run "
+            "replayed, what is left out at weight 0) with a correlation of 0.46, averaged over 4 "
+            "queries",
+            "95% interval \N{MINUS SIGN}0.12 to 0.80 over subsets, 0.30 to 0.60 over queries.",
+            "So few retrainings do not tell these scores from chance.",
+            "of 12 random training examples rank their proximal Bregman responses",
+            "at damping 0.0100) with a correlation of 0.91",
+            "a response is 1.25 times its score on average",
+            "With a tenth of the relative damping (0.1) the scores' ranks correlate with these by "
+            "0.50, with ten times as much by 0.88.",
+            "with others: source 0.75, tracin \N{MINUS SIGN}0.25.",
+            "40% of the variance between retrained models comes from their seeds",
+        ):
+            assert said in text, said
+
+    def test_other_spot_checks(self, scores, tmp_path):
+        sure = {**SPOT_CHECK, "over_subsets": [0.1, 0.8], "protocol": "algorithm", "num_seeds": 3}
+        text, _ = self.text(scores, tmp_path, trust={"spot_check": sure})
+        assert "trained anew on the smaller training set, from fresh seeds, 3 seeds each" in text
+        assert "from chance" not in text
+        unknown = {**SPOT_CHECK, "over_subsets": [None, None]}
+        text, _ = self.text(scores, tmp_path, trust={"spot_check": unknown})
+        assert "95% interval 0.30 to 0.60 over queries." in text
+        nothing = {**SPOT_CHECK, "lds": None, "reason": "undefined: all <b>constant</b>."}
+        text, _ = self.text(scores, tmp_path, trust={"spot_check": nothing})
+        assert "weight 0): undefined: all <b>constant</b>." in text
+        singly = {**SPOT_CHECK, "alpha": 0.999}
+        assert "a random 99.9% of" in self.text(scores, tmp_path, trust={"spot_check": singly})[0]
+
+    @pytest.mark.parametrize(
+        "odd", ["x", 3, None, [], {}, [1, 2, 3], ["a"], 10**400, True, float("nan"), -2.0]
+    )
+    def test_in_no_agreed_form(self, scores, tmp_path, odd):
+        text, page = self.text(scores, tmp_path, trust=odd)
+        assert "trust" not in page.ids
+        for name, part in FOUND.items():
+            self.text(scores, tmp_path, trust={**FOUND, name: odd})
+            if isinstance(part, dict):
+                for inner in part:
+                    self.text(scores, tmp_path, trust={**FOUND, name: {**part, inner: odd}})
+        text, _ = self.text(scores, tmp_path, trust={"damping": {**FOUND["damping"], "10": odd}})
+        assert "With a tenth" not in text
+
+
 class TestTokens:
     """Texts are shaded where scores tell their terms apart and the text tells its pieces."""
 
@@ -347,6 +428,10 @@ class TestHostileText:
             command=HOSTILE * 9,
             question=HOSTILE,
             certificate={**CERTIFICATE, "tolerance": HOSTILE},
+            trust={
+                "spot_check": {**SPOT_CHECK, "lds": None, "reason": HOSTILE},
+                "agreement": {HOSTILE: 0.5},
+            },
             relabel={HOSTILE: HOSTILE, str(int(scores.proponents(0, 1)[0])): HOSTILE},
         )
         tokens = scores.values[:, :, None].expand(-1, -1, 3)

@@ -15,6 +15,7 @@ from tda_lightning.evaluation import (
     GroundTruth,
     Interval,
     detection_auc,
+    difference,
     found_within,
     group_removal,
     interval_over_subsets,
@@ -42,7 +43,8 @@ class Judged:
         over_queries: the linear datamodeling score with its interval over queries; None where it
             is not defined.
         over_subsets: the same with its interval over subsets.
-        seconds: to make the scores, where that was done here.
+        seconds: that it took to make the scores; None where nothing tells.
+        processor_seconds: of the process that made them, all threads together.
         reason: why there is no number.
         slope: of the measurements' changes on the predicted ones: 1 where the unit is right; None
             under *algorithm*, where nothing tells what all examples together would have given, and
@@ -59,6 +61,7 @@ class Judged:
     reason: str | None = None
     slope: float | None = None
     detection: tuple[float, float] | None = None
+    processor_seconds: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"name": self.name, "estimator": self.estimator}
@@ -71,9 +74,11 @@ class Judged:
                 over_queries=[self.over_queries.low, self.over_queries.high],
                 over_subsets=_interval(self.over_subsets),
                 undefined_queries=undefined,
+                per_query=[_rounded(value) for value in self.over_queries.per_query.tolist()],
             )
         row["slope"] = self.slope
         row["seconds"] = self.seconds
+        row["processor_seconds"] = self.processor_seconds
         if self.detection is not None:
             row["wrong_labels"] = {
                 "auc": self.detection[0],
@@ -96,32 +101,42 @@ def judge(
         scores: [query, train].
         truth: of the same queries and training examples.
         wrong: which labels are known to be wrong, bool [train].
-        seconds: that it took to make the scores.
+        seconds: that it took to make the scores; by default as their provenance says.
 
     Raises:
         TrajectoryMismatchError: they are of other queries or another training set.
     """
     truth.require_scores_of(scores.num_queries, scores.num_train)
-    estimator = str(scores.provenance.get("estimator", "unknown"))
-    detection = None
+    made = scores.provenance
+    about: dict[str, Any] = {
+        "name": name,
+        "estimator": str(made.get("estimator", "unknown")),
+        "seconds": _duration_in(made, "seconds") if seconds is None else seconds,
+        "processor_seconds": _duration_in(made, "processor_seconds"),
+    }
     if wrong is not None and scores.self_influence is not None:
         found = found_within(scores, wrong, LOOKED_THROUGH)
-        detection = detection_auc(scores, wrong), found
+        about["detection"] = detection_auc(scores, wrong), found
     given = (scores, truth.subsets, truth.outcomes)
     try:
         lds = linear_datamodeling_score(*given)
     except NothingToRankError as error:
-        reason = f"undefined: {error}"
-        return Judged(name, estimator, seconds=seconds, reason=reason, detection=detection)
+        return Judged(**about, reason=f"undefined: {error}")
     return Judged(
-        name,
-        estimator,
-        lds,
-        interval_over_subsets(*given),
-        seconds,
-        slope=_slope(scores, truth) if estimator not in BASELINES else None,
-        detection=detection,
+        **about,
+        over_queries=lds,
+        over_subsets=interval_over_subsets(*given),
+        slope=None if about["estimator"] in BASELINES else _slope(scores, truth),
     )
+
+
+def _duration_in(provenance: Mapping[str, Any], name: str) -> float | None:
+    """Seconds that a provenance tells; None where it has none, or something else there."""
+    found = provenance.get(name)
+    if not isinstance(found, (int, float)) or isinstance(found, bool):
+        return None
+    # Beyond any real duration: this keeps out NaN and what no float can hold.
+    return float(found) if 0 <= found < 1e12 else None
 
 
 def _slope(scores: Scores, truth: GroundTruth) -> float | None:
@@ -222,6 +237,10 @@ def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> st
         lines.append(
             "Slope: of the measurements' changes on the predicted ones; 1 is the right unit."
         )
+    if any(row.seconds is not None for row in rows):
+        lines.append(
+            "Made in: so long the attribution took, taking up curvature that earlier ones had kept."
+        )
     undefined = {
         int(row.over_queries.per_query.isnan().sum())
         for row in rows
@@ -254,7 +273,9 @@ def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> st
 def judged_json(
     rows: Sequence[Judged], truth: GroundTruth, seconds: float, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything the table says, and more digits."""
+    """Everything the table says, and more: the score of every query, and how far each row is from
+    the best one, query by query."""
+    best = _best(rows)
     subsets, seeds = truth.seeds.shape
     return {
         **about,
@@ -269,8 +290,27 @@ def judged_json(
         "retraining_seconds": float(truth.seconds.sum()),
         "seconds": seconds,
         "configuration": dict(truth.configuration),
-        "rows": [row.as_json() for row in rows],
+        "best": None if best is None else best.name,
+        "rows": [{**row.as_json(), **_from_best(row, best)} for row in rows],
     }
+
+
+def _best(rows: Sequence[Judged]) -> Judged | None:
+    known = [row for row in rows if row.over_queries is not None]
+    return max(known, key=lambda row: row.over_queries.value, default=None)  # type: ignore[union-attr]
+
+
+def _from_best(row: Judged, best: Judged | None) -> dict[str, Any]:
+    """The row's score minus the best one's, with its interval over queries."""
+    if best is None or best.over_queries is None or row.over_queries is None:
+        return {}
+    found = difference(row.over_queries, best.over_queries)
+    return {"from_best": {"value": found.value, "over_queries": [found.low, found.high]}}
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits say all that a rank correlation of few subsets can; None for NaN."""
+    return None if math.isnan(value) else round(value, 6)
 
 
 def _interval(found: Interval) -> list[float | None]:

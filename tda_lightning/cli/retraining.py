@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import signal
 import sys
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.recorded import build, command_line
+from tda_lightning.data import DataModule
 from tda_lightning.errors import TrajectoryLockedError, UnsupportedTrainingError
 from tda_lightning.evaluation import (
     FreshTraining,
@@ -75,14 +77,24 @@ class Parts:
     def _fresh(self, seed: int) -> FreshTraining:
         """As ``tda train`` makes them, by the recorded configuration."""
         recorded, trust = self.recorded, self.config.trust_config
-        changes = {key: value for key, value in self.config.data.items() if value is not None}
-        if "seed" in recorded.data:
-            changes["seed"] = seed
-        data = build(recorded.data, trust, **changes)
+        data = self._data(seed)
         data.setup()
         seed_everything(seed, workers=True, verbose=False)
         module = build(recorded.model, trust)
         return FreshTraining(_trainer(recorded.get("trainer"), trust), module, data)
+
+    def _data(self, seed: int) -> Any:
+        """The data in the order of ``seed``."""
+        if isinstance(self.data, DataModule):
+            # Ours differ by their seed in the order alone, so what was read serves all of them.
+            data = copy.copy(self.data)
+            data.seed = seed
+            return data
+        recorded = self.recorded.data
+        changes = {key: value for key, value in self.config.data.items() if value is not None}
+        if "seed" in recorded:
+            changes["seed"] = seed
+        return build(recorded, self.config.trust_config, **changes)
 
     def training(self) -> dict[str, Any] | None:
         """The settings of training afresh; None for a replay."""

@@ -2,6 +2,7 @@
 
 from tda_lightning.data.base import DataModule
 from tda_lightning.data.images import CIFAR10Data, DigitsData, FashionMNISTData, MNISTData
+from tda_lightning.data.pairs import MNLIData
 from tda_lightning.data.tabular import ConcreteData
 from tda_lightning.data.text import WikiText2Data
 
@@ -12,5 +13,6 @@ __all__ = [
     "DigitsData",
     "FashionMNISTData",
     "MNISTData",
+    "MNLIData",
     "WikiText2Data",
 ]

@@ -93,6 +93,20 @@ def choose(population: int, size: int | None, seed: int, what: str) -> Tensor:
     return order[:size].sort().values
 
 
+def predicted_classes(outputs: Tensor, classes: Sequence[str]) -> list[str]:
+    """The likeliest class and its probability for each row of logits [query, class].
+
+    Example:
+        >>> predicted_classes(torch.tensor([[0.0, 2.0]]), ["cat", "dog"])
+        ['dog (88%)']
+    """
+    probabilities, predicted = outputs.float().softmax(dim=1).max(dim=1)
+    return [
+        f"{classes[label]} ({probability:.0%})"
+        for probability, label in zip(probabilities.tolist(), predicted.tolist(), strict=True)
+    ]
+
+
 def find_files(root: str | Path, folder: str, names: Sequence[str], source: str) -> list[Path]:
     """Paths of ``names`` in ``root/folder``.
 

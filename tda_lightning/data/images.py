@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from tda_lightning.data.base import DataModule, choose, find_files
+from tda_lightning.data.base import DataModule, choose, find_files, predicted_classes
 from tda_lightning.report.rendered import Rendered
 
 
@@ -96,11 +96,7 @@ class ImageData(DataModule):
         )
 
     def describe(self, outputs: Tensor) -> list[str]:
-        probabilities, predicted = outputs.float().softmax(dim=1).max(dim=1)
-        return [
-            f"{self.classes[label]} ({probability:.0%})"
-            for probability, label in zip(probabilities.tolist(), predicted.tolist(), strict=True)
-        ]
+        return predicted_classes(outputs, self.classes)
 
     def render(self, split: str, index: int) -> Rendered:
         _, label = self.dataset(split)[index]

@@ -15,6 +15,7 @@ from tda_lightning.data.base import DataModule, choose, find_files
 from tda_lightning.report.rendered import Rendered
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+MARKS = (UNKNOWN, END_OF_LINE)
 
 
 class WikiText2Data(DataModule):
@@ -71,7 +72,7 @@ class WikiText2Data(DataModule):
         words = [
             read_words(path) for path in find_files(self.root, "wikitext2", names, self.source)
         ]
-        self.vocabulary = build_vocabulary(words[0], self.vocabulary_size, self.min_count)
+        self.vocabulary = build_vocabulary(words[0], MARKS, self.vocabulary_size, self.min_count)
         train = sequences(encode(words[0], self.vocabulary), self.sequence_length)
         query = sequences(encode(words[1], self.vocabulary), self.sequence_length)
         kept = [
@@ -142,29 +143,32 @@ def read_words(path: Path) -> list[str]:
         return [word for line in file for word in (*line.split(), END_OF_LINE)]
 
 
-def build_vocabulary(words: Sequence[str], size: int, min_count: int) -> list[str]:
-    """``<unk>``, ``<eos>``, then the most frequent words; ties in alphabetical order.
+def build_vocabulary(
+    words: Iterable[str], marks: Sequence[str], size: int, min_count: int
+) -> list[str]:
+    """``marks``, then the most frequent words; ties in alphabetical order.
 
     Example:
-        >>> build_vocabulary("b a b c a b <eos>".split(), size=4, min_count=1)
+        >>> build_vocabulary("b a b c a b <eos>".split(), MARKS, size=4, min_count=1)
         ['<unk>', '<eos>', 'b', 'a']
     """
-    if size < 3:
-        raise ValueError(f"vocabulary_size must be at least 3, got {size}.")
+    if size <= len(marks):
+        raise ValueError(f"vocabulary_size must be at least {len(marks) + 1}, got {size}.")
     counts = Counter(words)
-    for mark in (UNKNOWN, END_OF_LINE):
+    for mark in marks:
         counts.pop(mark, None)
     frequent = sorted(
         (word for word, count in counts.items() if count >= min_count),
         key=lambda word: (-counts[word], word),
     )
-    return [UNKNOWN, END_OF_LINE, *frequent[: size - 2]]
+    return [*marks, *frequent[: size - len(marks)]]
 
 
 def encode(words: Sequence[str], vocabulary: Sequence[str]) -> Tensor:
-    """Position of each word in the vocabulary, 0 (``<unk>``) where it has none; int64 [word]."""
+    """Position of each word in the vocabulary, ``<unk>``'s where it has none; int64 [word]."""
     position = {word: number for number, word in enumerate(vocabulary)}
-    return torch.tensor([position.get(word, 0) for word in words], dtype=torch.int64)
+    unknown = position[UNKNOWN]
+    return torch.tensor([position.get(word, unknown) for word in words], dtype=torch.int64)
 
 
 def sequences(tokens: Tensor, length: int) -> Tensor:

@@ -8,6 +8,7 @@ whatever else is drawn come from a fresh seed. How that differs from weight 0 in
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,9 @@ def retrain_afresh(make: Callable[[int], FreshTraining], kept: Tensor, seed: int
     module = training.module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    # A trainer, its module and its data hold each other: of many trainings all would stay.
+    del training, data, module, tensors
+    gc.collect()
     require_finite(state)
     return state
 

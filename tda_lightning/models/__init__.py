@@ -1,8 +1,10 @@
 """Models of the examples: LightningModules in plain torch, configured by Hydra."""
 
+from tda_lightning.models.encoder import Encoder
 from tda_lightning.models.gpt import GPT
 from tda_lightning.models.modules import Classifier, LanguageModel, Regressor, TrainedModule
 from tda_lightning.models.networks import CNN, MLP, ResNet9
+from tda_lightning.models.pretrained import Pretrained
 from tda_lightning.models.schedules import constant, cosine, linear, one_cycle
 
 __all__ = [
@@ -10,7 +12,9 @@ __all__ = [
     "GPT",
     "MLP",
     "Classifier",
+    "Encoder",
     "LanguageModel",
+    "Pretrained",
     "Regressor",
     "ResNet9",
     "TrainedModule",

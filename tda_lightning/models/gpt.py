@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tda_lightning.models.blocks import Block
 
 
 class GPT(nn.Module):
@@ -34,8 +35,6 @@ class GPT(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}.")
         self.context = context
         self.tokens = nn.Embedding(vocabulary_size, width)
         self.positions = nn.Embedding(context, width)
@@ -58,51 +57,7 @@ class GPT(nn.Module):
             )
         positions = torch.arange(length, device=tokens.device)
         hidden = self.dropout(self.tokens(tokens) + self.positions(positions.expand_as(tokens)))
+        future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, future)
         return self.head(self.norm(hidden))
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, each normalised before and added after."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.norm1(hidden))
-        return hidden + self.feed_forward(self.norm2(hidden))
-
-
-class CausalAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.project_in = nn.Linear(width, 3 * width)
-        self.project_out = nn.Linear(width, width)
-        self.attention_dropout = nn.Dropout(dropout)
-        self.output_dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        batch, length, width = hidden.shape
-        shape = (batch, length, 3, self.heads, width // self.heads)
-        query, key, value = self.project_in(hidden).view(shape).permute(2, 0, 3, 1, 4)
-        # Written out: the fused kernels have no second derivative, which Hessian-vector products
-        # need.
-        weights = query @ key.transpose(-2, -1) / (width // self.heads) ** 0.5
-        future = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-        weights = F.softmax(weights.masked_fill(future, float("-inf")), dim=-1)
-        mixed = self.attention_dropout(weights) @ value
-        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
-        return self.output_dropout(self.project_out(mixed))

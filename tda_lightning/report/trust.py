@@ -6,29 +6,21 @@ stands among the rest of the provenance.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from tda_lightning.report.charts import number
 from tda_lightning.report.examples import shorten
 from tda_lightning.report.provenance import one_line
+from tda_lightning.report.spot_check import found_out
+from tda_lightning.report.statement import Statement, is_count, is_number
 
 _NAMED = 12  # relabelled examples that are listed; of more, their number is told
 
 
-@dataclass(frozen=True)
-class Statement:
-    """A sentence under a heading; ``kind`` is a class of the style sheet, or nothing."""
-
-    heading: str
-    text: str
-    kind: str = ""
-
-
 def statements(provenance: Mapping[str, Any]) -> list[Statement]:
-    """The question that the scores answer, the certificate, and what both are limited to."""
+    """The question that the scores answer, the certificate, what both are limited to, and what a
+    spot check found."""
     question = provenance.get("question")
     asked = None
     if isinstance(question, str) and question:
@@ -40,7 +32,7 @@ def statements(provenance: Mapping[str, Any]) -> list[Statement]:
         _relabelling(provenance),
         _solver(provenance),
     )
-    return [one for one in found if one is not None]
+    return [*(one for one in found if one is not None), *found_out(provenance)]
 
 
 def relabelled(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -57,7 +49,9 @@ def _certificate(provenance: Mapping[str, Any]) -> Statement | None:
         return None
     count, equal = found.get("checkpoints"), found.get("bit_equal")
     largest, relative = (found.get(f"{kind}_difference") for kind in ("largest", "relative"))
-    if not (_count(count) and isinstance(equal, bool) and _number(largest) and _number(relative)):
+    if not (
+        is_count(count) and isinstance(equal, bool) and is_number(largest) and is_number(relative)
+    ):
         return None
     recorded = provenance.get("checkpoints")
     # The first one recorded is where the run began.
@@ -69,7 +63,7 @@ def _certificate(provenance: Mapping[str, Any]) -> Statement | None:
     if equal and largest == relative == 0:
         return Statement("Certificate", f"Replayed, the run lands on {which} bit for bit.", "good")
     tolerance = found.get("tolerance")
-    limit = f" ({number(tolerance)} was allowed)" if _number(tolerance) else ""
+    limit = f" ({number(tolerance)} was allowed)" if is_number(tolerance) else ""
     return Statement(
         "Certificate",
         f"Replayed, the run lands near {which}, not on them bit for bit: a single weight is off by "
@@ -81,7 +75,7 @@ def _certificate(provenance: Mapping[str, Any]) -> Statement | None:
 
 def _truncation(provenance: Mapping[str, Any]) -> Statement | None:
     steps = provenance.get("replayed_steps")
-    if not isinstance(steps, list) or len(steps) != 2 or not all(map(_count, steps)):
+    if not isinstance(steps, list) or len(steps) != 2 or not all(map(is_count, steps)):
         return None
     first, last = steps
     if first == 0 or first >= last:
@@ -117,9 +111,9 @@ def _solver(provenance: Mapping[str, Any]) -> Statement | None:
     if not (isinstance(name, str) and isinstance(residual, Mapping)):
         return None
     largest, median, tolerance = residual.get("max"), residual.get("median"), found.get("tolerance")
-    if not (_number(largest) and _number(median)):
+    if not (is_number(largest) and is_number(median)):
         return None
-    asked = f" ({number(tolerance)} was asked for)" if _number(tolerance) else ""
+    asked = f" ({number(tolerance)} was asked for)" if is_number(tolerance) else ""
     text = (
         f"{shorten(one_line(name), 40)} leaves a relative residual of {number(largest)} at most, "
         f"{number(median)} for the median query{asked}."
@@ -128,11 +122,3 @@ def _solver(provenance: Mapping[str, Any]) -> Statement | None:
         return Statement("Inverse curvature", text, "good" if reached is True else "")
     missed = "It did not reach its tolerance: the scores are not those of the inverse."
     return Statement("Inverse curvature", f"{text} {missed}", "fair")
-
-
-def _count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
-
-
-def _number(value: Any) -> TypeGuard[float]:
-    return _count(value) or (isinstance(value, float) and math.isfinite(value))

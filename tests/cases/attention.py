@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.models import Encoder
 from tests.cases.case import Case, Function, normal, tokens
 
 
@@ -99,6 +100,14 @@ def _fused_attention(module: nn.Module, inputs: Tensor) -> Tensor:
     return module.out(out.transpose(1, 2).reshape(batch, time, width))
 
 
+def sentence_pairs(size: int) -> Tensor:
+    """Words 3 to 6, one to three before the separator 2 and two after it, then padding 0."""
+    pairs = torch.randint(3, 7, (size, 6))
+    lengths = torch.randint(1, 4, (size, 1))
+    places = torch.arange(6)
+    return pairs.where(places != lengths, 2).where(places < lengths + 3, 0)
+
+
 _CAUSAL = torch.ones(3, 3, dtype=torch.bool).triu(1)
 
 ATTENTION = [
@@ -160,6 +169,13 @@ ATTENTION = [
         tokens(6, 4),
         "classification",
         4,
+    ),
+    Case(
+        "transformer/pair_encoder",
+        lambda: Encoder(7, 6, outputs=2, width=4, depth=2, heads=2),
+        sentence_pairs,
+        "classification",
+        size=6,
     ),
     Case("attention/self_batch_is_time", _self, normal(3, 4), size=3),
     Case("attention/self_batch_is_width", lambda: _self(batch_first=True), normal(4, 4), size=4),
