@@ -220,10 +220,10 @@ class TestTrust:
         residual = {"max": 0.25, "median": 0.125}
         solver = {"name": "LiSSA", "tolerance": 0.1, "relative_residual": residual}
         text, _ = self.text(scores, tmp_path, solver={**solver, "reached": False})
-        assert "LiSSA leaves a relative residual of 0.25 at most, 0.125 for the median" in text
+        assert "LiSSA leaves a relative residual of 0.250 at most, 0.125 for the median" in text
         assert "did not reach its tolerance" in text
         text, _ = self.text(scores, tmp_path, solver={**solver, "tolerance": 0.5, "reached": True})
-        assert "(0.5 was asked for)" in text
+        assert "(0.500 was asked for)" in text
         assert "did not reach" not in text
         for odd in (HOSTILE, {**solver, "relative_residual": HOSTILE}, {**solver, "name": [1]}):
             text, _ = self.text(scores, tmp_path, solver=odd)

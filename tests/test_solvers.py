@@ -131,11 +131,11 @@ def test_again_and_for_other_queries_the_answers_are_the_same(kind: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_batches_come_close(name: str) -> None:
-    problem, matrix, vectors = problem_of(name, damping=0.3)
+    problem, matrix, vectors = problem_of(name, damping=1.0)
     expected = torch.linalg.solve(matrix, vectors.T).T
     ekfac = relative(problem.precondition(vectors), expected)
-    for solver in (ASTRA(iterations=2000, batch=2), LiSSA(depth=2000, batch=2, repeats=20)):
-        error = relative(solved(solver, problem_of(name, damping=0.3)[0], vectors), expected)
+    for solver in (ASTRA(iterations=500, batch=2), LiSSA(depth=500, batch=2, repeats=8)):
+        error = relative(solved(solver, problem_of(name, damping=1.0)[0], vectors), expected)
         assert error < 0.2
         if isinstance(solver, ASTRA):
             assert error < 0.5 * ekfac

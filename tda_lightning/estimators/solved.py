@@ -151,7 +151,7 @@ class SolverResponses:
         found = sorted(self.residuals)
         residual = {"max": found[-1], "median": found[len(found) // 2]} if found else None
         mean = "each layer's mean eigenvalue" if solver.by_layer else "the mean eigenvalue"
-        statistics = {}
+        statistics: dict[str, Any] = {}
         if self.fit is not None:
             options, trajectory = self.options, self.context.trajectory
             spans = [last_interval(trajectory)]
