@@ -151,7 +151,11 @@ class AttributionModule(LightningModule):
             sink = self._sink(sizes, context.dtype, scores_path, overwrite, runner)
             try:
                 plan = self._planned(stages, sink, counts)
-                self._run(runner, stages, plan, examples, sink)
+                self._run(runner, stages, plan, examples)
+                while (rest := plan.rest()) is not None:
+                    plan = rest
+                    self._run(runner, stages, plan, examples)
+                self._sum_over_processes(runner, sink)
                 made = how_made(self.estimator, context, plan, runner)
                 made |= about_queries(context) | about_stages(stages, counts)
                 made["seconds"] = round(time.monotonic() - began, 3)
@@ -223,7 +227,7 @@ class AttributionModule(LightningModule):
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 step = self.trajectory.last_step
                 one = Plan([Pass("start", step, lambda *_: None, order=[[0]])])
-                self._run(runner, stages, one, [examples], stages[0].context.sink)
+                self._run(runner, stages, one, [examples])
                 context = stages[0].context
                 placed = functools.partial(self._placed, device=device, module=self.module)
                 rehearsal = Rehearsal(self.estimator, context, examples, placed, memory)
@@ -281,7 +285,6 @@ class AttributionModule(LightningModule):
         stages: Sequence[Stage],
         plan: Plan,
         examples: Sequence[ExampleSource],
-        sink: ScoreSink,
     ) -> None:
         if not plan.passes:
             return
@@ -296,6 +299,9 @@ class AttributionModule(LightningModule):
             module.to(trainer.strategy.root_device)
         # Lightning's loop has no end for a process without any batch.
         self._start_through(len(plan.passes))
+
+    def _sum_over_processes(self, trainer: Trainer, sink: ScoreSink) -> None:
+        """Each process has added the scores of its own batches."""
         if trainer.world_size > 1 and isinstance(sink, MemorySink):
             for matrix in (sink.values, sink.by_segment):
                 if matrix is not None:

@@ -66,11 +66,28 @@ class Pass:
 
 @dataclass
 class Plan:
-    """The passes of an attribution and what a reader should know of how it was made."""
+    """The passes of an attribution and what a reader should know of how it was made.
+
+    Attributes:
+        then: called once the passes have run, plans the rest: passes that depend on what was found.
+    """
 
     passes: list[Pass]
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    then: Callable[[], Plan] | None = None
+
+    def rest(self) -> Plan | None:
+        """What is left to do once these passes have run, with all that is known by then; None
+        when nothing is."""
+        if self.then is None:
+            return None
+        found = self.then()
+        # In place: its own passes may have more to say later on.
+        for name, value in self.provenance.items():
+            found.provenance.setdefault(name, value)
+        found.notes[:0] = self.notes
+        return found
 
 
 @dataclass

@@ -44,6 +44,9 @@ class Scores:
         by_token: [query, train, position], the score of each term of a training example's loss
             (the tokens of a sequence), which sums to ``values`` over positions; 0 beyond the end
             of a shorter example; None when it was not asked for.
+        candidates: the training examples that were scored for each query, int64 [query, k], the
+            nearest first; the others have no score, NaN in ``values``. None where every example
+            was scored.
         provenance: how the scores were made, JSON-able. Two keys hold one entry per query, in
             order, and are shown beside it in the report: ``predictions`` (texts) and
             ``measurements`` (numbers). ``query_indices`` holds the positions of the queries in
@@ -55,6 +58,7 @@ class Scores:
     self_influence: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     by_token: Tensor | None = None
+    candidates: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -82,7 +86,11 @@ class Scores:
                 f"by_token must have the shape [{queries}, {train}, position], got "
                 f"{list(self.by_token.shape)}."
             )
-        require_finite(self.values)
+        if self.candidates is None:
+            require_finite(self.values)
+        else:
+            require_candidates(self.candidates, queries, train)
+            require_scored(self.values, self.candidates)
         if self.self_influence is not None:
             require_finite_self_influence(self.self_influence)
         if self.by_token is not None:
@@ -96,17 +104,27 @@ class Scores:
     def num_train(self) -> int:
         return self.values.shape[1]
 
+    @property
+    def num_scored(self) -> int:
+        """Training examples that have a score for a query."""
+        return self.num_train if self.candidates is None else self.candidates.shape[1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every training example has a score for every query."""
+        return self.num_scored == self.num_train
+
     def proponents(self, query: int, k: int = 10) -> tuple[Tensor, Tensor]:
         """The ``k`` training examples that helped ``query`` most, most helpful first.
 
         Returns:
             Their indices in the training set, int64 [k], and their scores, [k]. Among equal
             scores the lower index comes first. The tail is negative where fewer than ``k``
-            examples helped.
+            examples helped. Examples without a score are never among them.
 
         Raises:
             IndexError: there is no such query.
-            ValueError: ``k`` is below 1 or larger than the training set.
+            ValueError: ``k`` is below 1 or larger than the number of examples with a score.
         """
         return self._ranked(query, k, descending=True)
 
@@ -123,14 +141,19 @@ class Scores:
                 f"Query {query} does not exist: the scores hold {self.num_queries} queries, "
                 f"numbered from 0."
             )
-        if not 1 <= k <= self.num_train:
+        if not 1 <= k <= self.num_scored:
+            of = "training examples" if self.candidates is None else "candidates of a query"
+            more = "" if self.candidates is None else " The other examples have no score."
             raise ValueError(
-                f"k must be between 1 and the number of training examples, {self.num_train}; "
-                f"got {k}."
+                f"k must be between 1 and the number of {of}, {self.num_scored}; got {k}.{more}"
             )
+        row = self.values[query]
+        scored = None if self.candidates is None else self.candidates[query].sort().values
         # A stable sort, not topk: ties must not depend on the machine.
-        ordered, indices = self.values[query].sort(descending=descending, stable=True)
-        return indices[:k], ordered[:k]
+        ordered, places = (row if scored is None else row[scored]).sort(
+            descending=descending, stable=True
+        )
+        return (places if scored is None else scored[places])[:k], ordered[:k]
 
     def by_group(self, train_groups: Sequence[Hashable] | Tensor) -> GroupScores:
         """Sum the columns of ``values`` by the caller's labels: class, source, author, shard.
@@ -141,11 +164,20 @@ class Scores:
         Args:
             train_groups: one label for each training example, in the order of the training set.
 
+        Raises:
+            ValueError: another number of labels, or examples without a score.
+
         Example:
             >>> scores = Scores(torch.tensor([[1.0, 2.0, 4.0]]))
             >>> scores.by_group(["cat", "dog", "cat"])
             GroupScores(labels=['cat', 'dog'], values=tensor([[5., 2.]]))
         """
+        if not self.is_complete:
+            raise ValueError(
+                f"Only {self.num_scored} of {self.num_train} training examples were scored for "
+                "each query, so the sums of groups are not known. Score all of them, with "
+                "InfluenceFunction for example."
+            )
         # Elements of a tensor hash by identity, their Python numbers by value.
         listed = train_groups.tolist() if hasattr(train_groups, "tolist") else train_groups
         groups = [label.item() if isinstance(label, Tensor) else label for label in listed]
@@ -234,6 +266,9 @@ class ScoreSink(Protocol):
     def set_by_token(self, values: Tensor) -> None:
         """Keep the scores of single terms, [query, train, position]."""
 
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
+
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores; a file appears under its name only now."""
 
@@ -264,6 +299,10 @@ class StageSink:
     def set_by_token(self, values: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Scores by token belong to the scores of all stages together.")
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Candidates belong to the scores of all stages together.")
 
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores of all stages."""
@@ -298,6 +337,7 @@ class MemorySink:
         )
         self.self_influence: Tensor | None = None
         self.by_token: Tensor | None = None
+        self.candidates: Tensor | None = None
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -364,10 +404,31 @@ class MemorySink:
         require_finite_tokens(values)
         self.by_token = values.detach().to("cpu", self.values.dtype)
 
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Score these alone, int64 [query, k]: whatever is added to others is forgotten.
+
+        Call it before anything is added.
+        """
+        if self.by_segment is not None:
+            raise ValueError("Scores of candidates alone have no segments.")
+        require_candidates(candidates, *self.values.shape)
+        self.candidates = candidates.detach().cpu()
+        # What is added to NaN stays NaN, here and in a sum over processes.
+        for row, chosen in zip(self.values, self.candidates, strict=True):
+            row.fill_(torch.nan)
+            row[chosen] = 0
+
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """The finished scores."""
         self._sum_segments()
-        return Scores(self.values, self.by_segment, self.self_influence, provenance, self.by_token)
+        return Scores(
+            self.values,
+            self.by_segment,
+            self.self_influence,
+            provenance,
+            self.by_token,
+            self.candidates,
+        )
 
     def abort(self) -> None:
         """Nothing to undo in memory."""
@@ -409,6 +470,38 @@ def require_finite(
             raise NonFiniteError(
                 f"The score of query {query} for training example {example} is "
                 f"{float(row[column])}. Check the data of both and the training for divergence."
+            )
+
+
+def require_candidates(candidates: Tensor, queries: int, train: int) -> None:
+    """Refuse candidates that are not as many different training examples for every query."""
+    if candidates.dtype != torch.int64 or candidates.ndim != 2 or len(candidates) != queries:
+        raise ValueError(
+            f"candidates must be int64 [{queries}, k], got {candidates.dtype} of shape "
+            f"{list(candidates.shape)}."
+        )
+    if not candidates.numel():
+        if queries:
+            raise ValueError("candidates must name at least one training example for each query.")
+        return
+    ordered = candidates.sort(1).values
+    if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= train:
+        raise ValueError(
+            f"candidates must lie in 0 to {train - 1}, got {int(ordered[:, 0].min())} to "
+            f"{int(ordered[:, -1].max())}."
+        )
+    if bool((ordered.diff(dim=1) == 0).any()):
+        raise ValueError("candidates of a query must be different training examples.")
+
+
+def require_scored(values: Tensor, candidates: Tensor) -> None:
+    """Check that the candidates have finite scores, and that the other examples have none."""
+    for query, (row, chosen) in enumerate(zip(values, candidates, strict=True)):
+        require_finite(row[chosen][None], chosen, query)
+        if int(row.isnan().sum()) != len(row) - len(chosen):
+            raise ValueError(
+                f"values must be NaN where an example is no candidate, got other scores of query "
+                f"{query}."
             )
 
 

@@ -230,7 +230,8 @@ class Trajectory:
     """A recorded run. ``checkpoints`` loads one at a time; step 0 holds the initial weights.
 
     ``curvature`` keeps fitted curvature by a key of everything that determines it; ``unfinished``
-    likewise how far an attribution had come that was interrupted.
+    likewise how far an attribution had come that was interrupted, ``features`` what
+    the model makes of the training examples at a layer.
     ``statistics`` are those gathered in training, by interval (start, stop): start < step <= stop.
     ``steps_before``: in a stage of a run, how often its optimizer had stepped each parameter before
     row 0; momentum buffers and Adam's moments of these go on, those of the others start anew.
@@ -241,6 +242,7 @@ class Trajectory:
     checkpoints: Mapping[int, Checkpoint]
     curvature: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     unfinished: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    features: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     path: str | None = None
     statistics: Mapping[tuple[int, int], Statistics] = field(default_factory=dict)
     steps_before: Mapping[str, int] = field(default_factory=dict)

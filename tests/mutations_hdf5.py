@@ -70,7 +70,8 @@ def _mend_checksums(file: h5py.File) -> None:
     if not isinstance(file.get("checksums", getlink=True), h5py.HardLink):
         return
     checksums: dict[str, np.ndarray] = {}
-    for name in ("values", "by_segment", "self_influence", "by_token", "provenance"):
+    arrays = ("values", "by_segment", "self_influence", "by_token", "candidates")
+    for name in (*arrays, "provenance"):
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             continue
         dataset = file[name]

@@ -22,7 +22,8 @@ CHOICES = [
 ]
 # Models that take sizes from their data set.
 DATA = {"wikitext2_gpt": "wikitext2", "mnli_encoder": "mnli", "mnli_pretrained": "mnli"}
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+FILES = (path.relative_to(CONF / "experiment") for path in (CONF / "experiment").rglob("*.yaml"))
+EXPERIMENTS = sorted(path.with_suffix("").as_posix() for path in FILES)
 
 
 def make(command, *overrides):

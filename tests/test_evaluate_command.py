@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from tda_lightning import Scores
-from tda_lightning.cli import main, retraining
+from tda_lightning.cli import kept, main, retraining
 from tda_lightning.cli.commands import parts_to_retrain
+from tda_lightning.cli.judged import judge
+from tda_lightning.cli.proximal import in_double
 from tda_lightning.cli.recorded import load_config
 from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation import (
+    GroundTruth,
     difference,
+    draw_seeds,
     draw_subsets,
     interval_over_subsets,
     leave_one_out,
     linear_datamodeling_score,
+    predicted_changes,
+    proximal_bregman_response,
     retrain_afresh,
+    top_removal,
 )
 from tda_lightning.evaluation.baselines import random_scores
 from tda_lightning.store.ground_truth import read_ground_truth
@@ -118,6 +126,23 @@ def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
     assert main(given) == 0
     assert "Made in" not in capsys.readouterr().out
     assert table(run)["rows"][0]["seconds"] is None
+
+
+def test_scores_of_candidates_alone_are_not_judged(run, capsys):
+    given = ["trajectory=runs/digits", "estimator=fastif", "estimator.k=5"]
+    assert main(["attribute", *given, "scores=runs/digits/scores/fastif.h5"]) == 0
+    assert main(["evaluate", "runs/digits", "baselines=[]", "spot_check=true"]) == 0
+    assert "No number for fastif, not defined: 5 of 60 training" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    rows = {row["name"]: row for row in table(run)["rows"]}
+    assert rows["fastif"]["lds"] is None and rows["tracin"]["lds"] is not None
+    for name in ("fastif", "tracin"):
+        kept = Scores.load(run / "scores" / f"{name}.h5").provenance["trust"]
+        assert "agreement" not in kept
+    assert main(["report", "scores=runs/digits/scores/fastif.h5"]) == 0
+    page = (run / "scores" / "fastif.html").read_text(encoding="utf-8")
+    assert "5 looked at for each query" in page
 
 
 def test_ground_truth_is_inspected_and_what_a_killed_process_left_goes(run, capsys):
@@ -303,7 +328,7 @@ def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys)
         ("alpha=1", "keeps 60 of 60 examples"),
         ("seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
         ("leave_out=60", "leave_out must be from 1 to 59, got 60"),
-        ("protocol=both", "protocol must be single_run or algorithm, got both"),
+        ("protocol=both", "protocol must be among single_run, algorithm, pbrf, got both"),
         ("processes=0", "processes must be at least 1"),
         ("baselines=[chance]", "baselines must be among random"),
         ("scores=nowhere.h5", "There is no scores file at nowhere.h5"),
@@ -329,7 +354,7 @@ def test_a_damaged_ground_truth_is_named_and_kept(run, capsys):
 
 def test_one_process_at_a_time_adds_to_a_file(run, capsys):
     path = run / "ground_truth" / "single_run-0.5-0.h5"
-    with retraining._alone(path):
+    with kept._alone(path):
         assert main(["evaluate", "runs/digits", "num_subsets=3"]) == 1
     assert "Another process is adding to" in capsys.readouterr().err
     assert main(["evaluate", "runs/digits", "num_subsets=3", "baselines=[]"]) == 0
@@ -412,3 +437,199 @@ def test_only_the_provenance_of_scores_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "foreign.h5").write_bytes(b"hello")
     with pytest.raises(TrajectoryFormatError, match="no scores file"):
         replace_provenance(tmp_path / "foreign.h5", {})
+
+
+# A query's foremost proponents left out
+
+
+def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
+    assert main([*given, "removal=[3]"]) == 0
+    out = capsys.readouterr().out
+    assert "Without a query's foremost proponents" in out
+    assert "Removal: by weight 0 in the recorded run" in out
+    made = []
+    one = retraining.measure
+    monkeypatch.setattr(retraining, "measure", lambda *a: made.append(1) or one(*a))
+    assert main([*given, "removal=[3,8]", "together=4"]) == 0
+    # The recorded end twice, and for the new k 4 queries and 5 random sets.
+    assert len(made) == 2 + 4 + 5
+    scores = Scores.load(run / "scores" / "tracin.h5")
+    parts = parts_to_retrain(make("evaluate", "trajectory=runs/digits"))
+    expected = top_removal(
+        parts.trajectory,
+        parts.module,
+        parts.task,
+        parts.data.train_dataset,
+        parts.data.query_dataset,
+        scores,
+        ks=[3, 8],
+    )
+    rows = table(run)["removal"]
+    assert [(row["name"], row["k"]) for row in rows] == [("tracin", 3), ("tracin", 8)]
+    for row, known in zip(rows, expected, strict=True):
+        assert row["rise"] == pytest.approx(known.rise.value, rel=1e-4)
+        assert row["rise_over_queries"] == pytest.approx(
+            [known.rise.low, known.rise.high], rel=1e-4
+        )
+        assert row["random_rise"] == pytest.approx(known.random_rise.value, abs=1e-5)
+        assert (row["flipped"], row["random_flipped"]) == (known.flipped, known.random_flipped)
+    made.clear()
+    assert main([*given, "removal=[8]"]) == 0  # all is kept
+    assert len(made) == 2
+    assert [row["k"] for row in table(run)["removal"]] == [8]
+
+
+def test_the_algorithm_really_removes_proponents(run, monkeypatch):
+    trained = []
+    one = retraining.retrain_afresh
+
+    def train(make, kept, seed):
+        trained.append((int(kept.sum()), seed))
+        return one(make, kept, seed)
+
+    monkeypatch.setattr(retraining, "retrain_afresh", train)
+    given = ["evaluate", "runs/digits", "baselines=[]", "protocol=algorithm", "num_subsets=3"]
+    assert main([*given, "removal=[5]"]) == 0
+    # Everything, 4 queries and 5 random sets, all with the same seed.
+    assert sorted(size for size, _ in trained[3:]) == [55] * 9 + [60]
+    assert len({seed for _, seed in trained[3:]}) == 1
+    (row,) = table(run, "algorithm-0.5-0")["removal"]
+    truth = read_ground_truth(run / "ground_truth" / "algorithm-removal-0.h5")
+    whole = truth.outcomes[truth.subsets.all(1)][0]
+    scores = Scores.load(run / "scores" / "tracin.h5")
+    rises = []
+    for query in range(4):
+        kept = torch.ones(60, dtype=torch.bool)
+        kept[scores.proponents(query, 5)[0]] = False
+        (place,) = (truth.subsets == kept).all(1).nonzero().flatten().tolist()
+        rises.append(float(truth.outcomes[place, 0, query] - whole[0, query]))
+    assert row["rise"] == pytest.approx(sum(rises) / 4)
+
+
+# Shares of the work
+
+
+def test_parts_make_every_retraining_once_and_are_taken_up(run, monkeypatch, capsys):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=5"]
+    assert main([*given, "ground_truth=whole.h5"]) == 0
+    made = []
+    one = kept.write_ground_truth
+    monkeypatch.setattr(
+        kept, "write_ground_truth", lambda truth, path: made.append(path.name) or one(truth, path)
+    )
+    assert main([*given, "part=1/2,2/2", "ground_truth=parts.h5", "--multirun"]) == 0
+    assert made == ["parts.part1of2.h5"] * 3 + ["parts.part2of2.h5"] * 2
+    assert "Part 2/2 of the retrainings is done" in capsys.readouterr().out
+    assert not Path("parts.h5").exists()
+    assert main([*given, "part=2/3", "ground_truth=parts.h5"]) == 0  # others' work is known
+    assert len(made) == 5
+    with kept._alone(Path("parts.part1of2.h5")):
+        assert main([*given, "ground_truth=parts.h5"]) == 1
+    assert "is adding to parts.part1of2.h5" in capsys.readouterr().err
+    assert main([*given, "ground_truth=parts.h5"]) == 0
+    assert made[5:] == ["parts.h5"]  # put together, nothing made again
+    whole, parts = (read_ground_truth(name) for name in ("whole.h5", "parts.h5"))
+    assert torch.equal(parts.outcomes, whole.outcomes)
+    assert parts.made_by["landing_error"] == 0
+    assert sorted(item.name for item in Path().glob("parts*")) == ["parts.h5", "parts.json"]
+
+
+def test_what_is_missing_of_the_parts_is_made(run):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
+    assert main([*given, "part=1/2", "num_subsets=6"]) == 0
+    assert main(given) == 0
+    truth = read_ground_truth(run / "ground_truth" / "single_run-0.5-0.h5")
+    # Of the part, also what was not asked for now.
+    assert truth.done.flatten().tolist() == [True, True, True, False, True, False]
+
+
+# The proximal Bregman response
+
+
+def test_the_proximal_response_judges_influence_functions(run, capsys):
+    given = ["attribute", "runs/digits", "estimator=influence", "estimator.damping=0.5"]
+    assert main([*given, "scores=damped.h5"]) == 0
+    given = ["evaluate", "runs/digits", "protocol=pbrf", "baselines=[]", "num_subsets=3"]
+    scores = "scores=[damped.h5,runs/digits/scores/tracin.h5]"
+    assert main([*given, scores, "spot_check=true"]) == 0
+    assert "Protocol pbrf: the trained model fine-tuned" in capsys.readouterr().out
+    truth = read_ground_truth(run / "ground_truth" / "pbrf-0.5-0.h5")
+    examples = (~truth.subsets).nonzero()[:, 1]
+    parts = parts_to_retrain(make("evaluate", "trajectory=runs/digits"))
+    decay = float(parts.trajectory.steps.hyperparameters["weight_decay"][-1, 0])
+    module, train, query = in_double(
+        parts.module, parts.data.train_dataset, parts.data.query_dataset
+    )
+    expected = proximal_bregman_response(
+        module, parts.task, parts.end, train, query, examples[:1].tolist(), 0.5 + decay
+    )
+    found = truth.outcomes[0, 0] - truth.baseline
+    torch.testing.assert_close(found, expected[:, 0], rtol=1e-9, atol=1e-13)
+    damped = table(run, "pbrf-0.5-0")["rows"][0]
+    scored = Scores.load("damped.h5")
+    known = leave_one_out(scored, examples, truth.outcomes[:, 0], truth.baseline)
+    assert damped["lds"] == pytest.approx(known.rank.value)
+    assert damped["slope"] == pytest.approx(known.slope)
+    assert damped["correlation"] == pytest.approx(known.correlation)
+    trust = scored.provenance["trust"]
+    assert trust["pbrf"]["damping"] == 0.5
+    assert trust["pbrf"]["lds"] == damped["lds"]
+    assert trust["damping"]["setting"] == "damping"
+    assert "damping" not in Scores.load(run / "scores" / "tracin.h5").provenance["trust"]
+    assert "spot_check" not in trust
+    # A check by retraining stands beside it.
+    given = ["evaluate", "runs/digits", "scores=damped.h5", "spot_check=true"]
+    assert main([*given, "baselines=[gradient_dot]", "num_subsets=3"]) == 0
+    both = Scores.load("damped.h5").provenance["trust"]
+    assert list(both["agreement"]) == ["gradient_dot"]
+    assert both["pbrf"] == trust["pbrf"]
+    assert both["spot_check"]["protocol"] == "single_run"
+
+
+def test_scores_that_do_not_vary_agree_with_nothing(run):
+    """And a spot check does not fail of them, after all the retraining."""
+    made = Scores.load(run / "scores" / "tracin.h5").provenance
+    Scores(torch.zeros(4, 60), provenance=made).save(run / "scores" / "zero.h5")
+    given = ["evaluate", "runs/digits", "spot_check=true", "baselines=[]", "num_subsets=3"]
+    assert main(given) == 0
+    assert "agreement" not in Scores.load(run / "scores" / "tracin.h5").provenance["trust"]
+
+
+def test_under_the_algorithm_slopes_are_of_differences_between_subsets(run):
+    """Whatever all subsets have in common, as fewer steps have, does not count."""
+    scores = Scores.load(run / "scores" / "tracin.h5")
+    subsets = draw_subsets(60, 0.8, 12)
+    predicted = predicted_changes(scores, subsets, removed=True)
+    truth = GroundTruth.asked(
+        "algorithm", subsets, draw_seeds(12, 1), torch.zeros(4), {"run": "this"}
+    )
+    for row in range(12):
+        truth = truth.known(row, 0, 5 + 2 * predicted[:, row], 1.0)
+    row = judge("tracin", scores, truth)
+    assert row.slope == pytest.approx(2)
+    assert row.correlation == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("removal=[0]", "removal must be a list of numbers from 1 to 59"),
+        ("removal=[60]", "removal must be a list of numbers from 1 to 59"),
+        ("removal=5", "removal must be a list of numbers from 1 to 59"),
+        ("removal=[]", "removal must be a list of numbers from 1 to 59"),
+        ("removal=[5] scores=[]", "the proponents that scores name, and there are none"),
+        ("removal=[5] protocol=pbrf", "removal is by retraining"),
+        ("part=3/2", "part must be K/N"),
+        ("part=half", "part must be K/N"),
+        ("protocol=pbrf", "expected damping=NUMBER, or scores of influence functions"),
+        ("protocol=pbrf damping=0", "damping must be positive"),
+        ("protocol=pbrf damping=1 leave_out=2", "gives up one example each, got leave_out=2"),
+        ("protocol=pbrf damping=1 seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
+        ("damping=1", "damping is for protocol=pbrf, got protocol=single_run"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(given, message, run, capsys):
+    assert main(["evaluate", "runs/digits", "num_subsets=3", *given.split()]) == 1
+    assert message in capsys.readouterr().err
+    assert not (run / "ground_truth").exists()

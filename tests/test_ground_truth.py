@@ -76,6 +76,59 @@ def test_more_subsets_and_seeds_go_on_where_fewer_ended() -> None:
     assert larger.first(4, 2).missing == partly_known().missing
 
 
+def test_what_is_known_is_found_by_subset_and_seed_wherever_it_stands() -> None:
+    known = partly_known()
+    order = torch.tensor([2, 1, 0])
+    turned = GroundTruth.asked(
+        "algorithm", known.subsets[order], known.seeds[order].flip(1), known.baseline,
+        known.configuration,
+    )  # fmt: skip
+    found = turned.knowing(known)
+    assert found.done.tolist() == known.done[order].flip(1).tolist()
+    assert torch.equal(found.outcomes, known.outcomes[order].flip(1))
+    assert torch.equal(found.seconds, known.seconds[order].flip(1))
+    other = GroundTruth.asked(
+        "algorithm", ~known.subsets, known.seeds, known.baseline, known.configuration
+    )
+    assert not other.knowing(known).done.any()
+    with pytest.raises(TrajectoryMismatchError, match="differs in data"):
+        asked(data="c").knowing(known)
+
+
+def test_parts_of_the_work_are_put_together() -> None:
+    """What another part has not made does not take away what this one has."""
+    whole, parts = asked(), [asked(), asked()]
+    for number, (subset, seed) in enumerate(whole.missing):
+        outcome = torch.full((3,), float(number))
+        parts[number % 2] = parts[number % 2].known(subset, seed, outcome, 1.0)
+    both = whole.taking(parts[0]).taking(parts[1])
+    assert both.missing == []
+    assert both.outcomes[..., 0].flatten().tolist() == list(range(8))
+
+
+def test_predicted_classes_are_kept_where_asked(tmp_path) -> None:
+    truth = GroundTruth.asked(
+        "single_run", draw_subsets(12, 0.5, 3), torch.full((3, 1), -1), torch.ones(2), {},
+        classes=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="keeps classes, and got a retraining without"):
+        truth.known(0, 0, torch.ones(2), 1.0)
+    truth = truth.known(1, 0, torch.ones(2), 1.0, torch.tensor([7, -(1 << 62)]))
+    write_ground_truth(truth, tmp_path / "truth.h5")
+    found = read_ground_truth(tmp_path / "truth.h5")
+    assert torch.equal(found.classes, truth.classes)
+    assert found.rows(torch.tensor([1, 1])).classes.tolist() == [[[7, -(1 << 62)]]] * 2
+    assert read_ground_truth_without_classes(tmp_path).classes is None
+
+
+def read_ground_truth_without_classes(tmp_path) -> GroundTruth:
+    """As all files were before any kept classes."""
+    write_ground_truth(partly_known(), tmp_path / "older.h5")
+    with h5py.File(tmp_path / "older.h5") as file:
+        assert "classes" not in file
+    return read_ground_truth(tmp_path / "older.h5")
+
+
 def test_another_question_is_refused() -> None:
     truth = partly_known()
     with pytest.raises(TrajectoryMismatchError, match="another configuration: it differs in data"):
@@ -138,7 +191,8 @@ def path(tmp_path):
 
 def replaced(path, name: str, values) -> None:
     with h5py.File(path, "r+") as file:
-        del file[name]
+        if name in file:
+            del file[name]
         file[name] = values
 
 
@@ -157,6 +211,9 @@ def replaced(path, name: str, values) -> None:
         ("made_by", np.zeros(3)),
         ("baseline", h5py.ExternalLink("elsewhere.h5", "/")),
         ("baseline", h5py.SoftLink("/seconds")),
+        ("classes", np.zeros((4, 2, 2), np.int64)),
+        ("classes", np.zeros((4, 2, 3))),
+        ("classes", h5py.ExternalLink("elsewhere.h5", "/")),
     ],
 )
 def test_damaged_contents_are_format_errors(path, name, values) -> None:

@@ -80,12 +80,17 @@ def sealed(path: Path) -> None:
         text = file["provenance"][()]
         file["checksums/provenance"][...] = zlib.crc32(text)
         for name in ("values", "by_token"):
-            array = file[name][...]
-            rows = np.empty(array.shape[:-1], np.uint32)
-            for row in np.ndindex(rows.shape):
-                rows[row] = zlib.crc32(array[row].tobytes())
+            rows = checksums(file[name][...])
             del file[f"checksums/{name}"]
             file[f"checksums/{name}"] = rows
+
+
+def checksums(array: np.ndarray) -> np.ndarray:
+    """Of its rows, as a scores file has them."""
+    rows = np.empty(array.shape[:-1], np.uint32)
+    for row in np.ndindex(rows.shape):
+        rows[row] = zlib.crc32(array[row].tobytes())
+    return rows
 
 
 # Waiting for ever.
@@ -387,6 +392,32 @@ def test_impossible_scores_of_tokens(tokens: Any, message: str, mapped: bool, sc
     sealed(scores)
     with pytest.raises(TrajectoryFormatError, match=message):
         Scores.load(scores, mapped=mapped)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (np.array([[0, 1], [2, 3], [3, 5]]), "0 to 4, got 0 to 5"),
+        (np.array([[0, 1], [2, 2], [3, 4]]), "different"),
+        (np.array([[0, 1], [2, 3], [1, 2]]), "example 2 is nan"),
+        (np.array([[0], [2], [3]]), "no candidate"),
+        (np.zeros((0, 2), np.int64), r"int64 \[3, k\]|checksum"),
+        (np.array([[0.0, 1], [2, 3], [3, 4]]), "holds float64"),
+        (np.array([0, 2, 3]), "holds int64 of shape"),
+    ],
+)
+def test_impossible_candidates(candidates: Any, message: str, mapped: bool, scores: Path) -> None:
+    values = torch.full((3, 5), torch.nan)
+    chosen = torch.tensor([[0, 1], [2, 3], [1, 4]])
+    values.scatter_(1, chosen, 1.0)
+    path = scores.with_name("candidates.h5")
+    Scores(values, candidates=chosen).save(path)
+    assert torch.equal(Scores.load(path, mapped=mapped).candidates, chosen)
+    put(path, "candidates", candidates)
+    put(path, "checksums/candidates", checksums(candidates))
+    with pytest.raises(TrajectoryFormatError, match=message):
+        Scores.load(path, mapped=mapped)
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"\xff", b"{", b"[" * 150 + b"]" * 150])

@@ -21,15 +21,25 @@ def scores():
     return Scores(parts.sum(0), parts, own, provenance, tokens)
 
 
+@pytest.fixture
+def partial():
+    """Scores of three candidates of five examples for each of two queries."""
+    values = torch.tensor([[2.0, torch.nan, -1.0, 2.0, torch.nan], [torch.nan] * 2 + [3.0, 0, -4]])
+    return Scores(values, candidates=torch.tensor([[3, 0, 2], [4, 2, 3]]))
+
+
 def equal(first: Scores, second: Scores) -> bool:
     pairs = (
         (first.values, second.values),
         (first.by_segment, second.by_segment),
         (first.self_influence, second.self_influence),
         (first.by_token, second.by_token),
+        (first.candidates, second.candidates),
     )
     return first.provenance == second.provenance and all(
-        (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs
+        (a is None and b is None)
+        or (a.dtype == b.dtype and torch.allclose(a, b, 0, 0, equal_nan=True))
+        for a, b in pairs
     )
 
 
@@ -59,6 +69,20 @@ class TestAsking:
     def test_no_such_query(self, scores, query):
         with pytest.raises(IndexError, match=f"Query {query} does not exist.* 4 queries"):
             scores.opponents(query, 2)
+
+    def test_examples_without_a_score_are_in_no_ranking(self, partial):
+        assert partial.num_scored == 3
+        indices, values = partial.proponents(0, 3)
+        assert indices.tolist() == [0, 3, 2]  # of equal scores the lower index first
+        assert values.tolist() == [2.0, 2.0, -1.0]
+        assert partial.opponents(1, 3)[0].tolist() == [4, 3, 2]
+        for ask in (partial.proponents, partial.opponents):
+            with pytest.raises(ValueError, match="candidates of a query, 3; got 4. The other"):
+                ask(0, 4)
+
+    def test_groups_of_examples_without_a_score(self, partial):
+        with pytest.raises(ValueError, match="Only 3 of 5 training examples were scored"):
+            partial.by_group("ababa")
 
     def test_groups_sum_columns(self, scores):
         labels, values = scores.by_group(torch.tensor([1, 0, 1, 2, 2, 0, 0, 1, 1]))
@@ -98,6 +122,27 @@ class TestChecks:
             Scores(torch.zeros(2, 3), by_token=tokens)
         with pytest.raises(NonFiniteError, match=message):
             MemorySink(2, 3).set_by_token(tokens)
+
+    @pytest.mark.parametrize(
+        ("candidates", "message"),
+        [
+            ([[3, 0, 1], [4, 2, 3]], "query 0 for training example 1 is nan"),
+            ([[3, 0], [4, 2]], "NaN where an example is no candidate, got other scores of query 0"),
+            ([[3, 0, 2], [4, 2, 5]], "lie in 0 to 4, got 0 to 5"),
+            ([[3, 0, 2], [4, 2, -1]], "lie in 0 to 4, got -1 to 4"),
+            ([[3, 0, 0], [4, 2, 3]], "must be different"),
+            ([[3, 0, 2]], r"int64 \[2, k\], got torch.int64 of shape \[1, 3\]"),
+            ([[3.0, 0, 2], [4, 2, 3]], "got torch.float32"),
+        ],
+    )
+    def test_candidates_are_the_examples_with_a_score(self, partial, candidates, message):
+        with pytest.raises((NonFiniteError, ValueError), match=message):
+            Scores(partial.values, candidates=torch.tensor(candidates))
+
+    def test_a_score_that_is_infinite_is_none_of_a_candidate(self, partial):
+        partial.values[0, 1] = torch.inf
+        with pytest.raises(ValueError, match="NaN where an example is no candidate"):
+            Scores(partial.values, candidates=partial.candidates)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -154,6 +199,22 @@ class TestSinks:
         assert scores.self_influence is None
         assert scores.by_token is None
 
+    def test_what_is_added_to_no_candidate_is_forgotten(self, make, tmp_path, partial):
+        sink = make(tmp_path / "scores.h5", 2, 5)
+        sink.set_candidates(partial.candidates)
+        everything = torch.tensor([[2.0, 9, -1, 2, 9], [9, 9, 3, 0, -4]])
+        sink.add(None, torch.tensor([4, 2]), everything[:, [4, 2]])
+        sink.add(None, torch.tensor([0, 1, 3]), everything[:1, [0, 1, 3]])
+        sink.add(None, torch.tensor([0, 1, 3]), everything[1:, [0, 1, 3]], first_query=1)
+        assert equal(sink.finish({}), partial)
+
+    def test_candidates_that_are_none(self, make, tmp_path):
+        sink = make(tmp_path / "scores.h5", 2, 5)
+        with pytest.raises(ValueError, match="must be different"):
+            sink.set_candidates(torch.tensor([[1, 1], [0, 1]]))
+        with pytest.raises(ValueError, match="have no segments"):
+            make(tmp_path / "other.h5", 2, 5, 3).set_candidates(torch.tensor([[1], [0]]))
+
     @pytest.mark.parametrize(
         ("segment", "columns", "shape", "error", "message"),
         [
@@ -187,6 +248,18 @@ class TestFile:
         assert equal(Scores.load(tmp_path / "new" / "scores.h5"), scores)
         assert equal(Scores.load(tmp_path / "new" / "scores.h5", mapped=True), scores)
         assert [file.name for file in (tmp_path / "new").iterdir()] == ["scores.h5"]
+
+    @pytest.mark.parametrize("mapped", [False, True])
+    def test_round_trip_of_candidates(self, partial, tmp_path, mapped):
+        path = tmp_path / "scores.h5"
+        partial.save(path)
+        assert equal(Scores.load(path, mapped=mapped), partial)
+        part = Scores.load(path, queries=slice(1, 2), mapped=mapped)
+        assert part.candidates.tolist() == [[4, 2, 3]]
+        assert part.proponents(0, 1)[0].tolist() == [2]
+        with h5py.File(path) as file:
+            assert file["candidates"][...].tolist() == partial.candidates.tolist()
+            assert file.attrs["format_version"] == 2  # earlier releases know no missing scores
 
     def test_round_trip_of_plain_float64(self, tmp_path):
         scores = Scores(torch.randn(2, 5, dtype=torch.float64))
@@ -271,8 +344,8 @@ class TestBadFiles:
     def test_a_newer_version(self, scores, tmp_path):
         scores.save(tmp_path / "scores.h5")
         with h5py.File(tmp_path / "scores.h5", "r+") as file:
-            file.attrs["format_version"] = 2
-        with pytest.raises(TrajectoryFormatError, match=r"version 2; .* reads up to 1\. Upgrade"):
+            file.attrs["format_version"] = 3
+        with pytest.raises(TrajectoryFormatError, match=r"version 3; .* reads up to 2\. Upgrade"):
             Scores.load(tmp_path / "scores.h5")
 
     @pytest.mark.parametrize("mapped", [False, True])
@@ -300,6 +373,14 @@ class TestBadFiles:
                 assert "scores.h5" in str(error)
                 noticed += 1
         assert noticed > 20
+
+    def test_a_flipped_candidate_is_noticed(self, partial, tmp_path):
+        path = tmp_path / "scores.h5"
+        partial.save(path)
+        with h5py.File(path, "r+") as file:
+            file["candidates"][0, :2] = [0, 3]  # in the other order
+        with pytest.raises(TrajectoryFormatError, match="'candidates' does not match its checksum"):
+            Scores.load(path)
 
     @pytest.mark.parametrize("name", ["by_segment", "by_token"])
     def test_a_flipped_score_is_noticed(self, scores, tmp_path, name):

@@ -107,7 +107,10 @@ def load(name: str) -> Kept:
 def _truths(folder: Path, seed: int) -> dict[str, GroundTruth]:
     """By protocol, what was retrained on the subsets of a seed."""
     files = {p: folder / "ground_truth" / f"{p}-0.5-{seed}.h5" for p in PROTOCOLS}
-    return {p: read_ground_truth(file).finished() for p, file in files.items() if file.exists()}
+    found = {p: read_ground_truth(file).finished() for p, file in files.items() if file.exists()}
+    # Subsets are drawn one after the other: both protocols have the first ones in common.
+    common = min(len(truth.subsets) for truth in found.values())
+    return {p: truth.first(common, truth.seeds.shape[1]) for p, truth in found.items()}
 
 
 def _ranks(scores: dict[str, Scores], truths: dict[str, GroundTruth]) -> np.ndarray:

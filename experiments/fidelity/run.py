@@ -61,7 +61,7 @@ def main() -> None:
             tda("train", f"experiment=fidelity/{name}", *root, f"threads={options.threads}")
         score(study, folder, options.threads)
         score_cheaply(folder)
-        if options.peers is not None:
+        if options.peers is not None and study.peers:
             score_elsewhere(folder, options.peers, options.threads)
         if not options.scores_only:
             retrain(study, folder, options.threads)
@@ -72,7 +72,7 @@ def score(study: Study, folder: Path, threads: int) -> None:
     """By every estimator of ours."""
     for name, settings in ESTIMATORS.items():
         target = folder / "scores" / f"{name}.h5"
-        if target.exists() or (name == "unrolled" and not study.unrolled):
+        if target.exists() or name in study.without:
             continue
         tda(
             "attribute",

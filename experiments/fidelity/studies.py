@@ -15,7 +15,8 @@ class Study:
         validation: further subsets, on which dampings are chosen.
         validated: the protocol in which those are retrained; "": both.
         together: replays at once through vmap.
-        unrolled: whether exact unrolling is affordable for every query.
+        without: estimators that would take too long.
+        peers: whether the outside libraries are asked.
     """
 
     title: str
@@ -23,18 +24,47 @@ class Study:
     validation: int = 25
     validated: str = ""
     together: int = 1
-    unrolled: bool = True
+    without: tuple[str, ...] = ()
+    peers: bool = True
 
 
 STUDIES = {
     "concrete": Study("Concrete, MLP", together=5),
-    "mnist": Study("MNIST, MLP", validated="algorithm", together=5),
-    "fashion_mnist": Study("FashionMNIST, MLP", validated="algorithm", together=5),
-    "cifar10_resnet9": Study(
-        "CIFAR-10, ResNet-9", subsets=50, validation=20, validated="algorithm", unrolled=False
+    "mnist": Study("MNIST, MLP", validated="algorithm", together=5, without=("source_recorded",)),
+    "fashion_mnist": Study(
+        "FashionMNIST, MLP",
+        subsets=50,
+        validation=20,
+        validated="algorithm",
+        together=5,
+        without=("source_recorded",),
     ),
-    "wikitext2_gpt": Study("WikiText-2, GPT", subsets=50, validated="single_run"),
+    "cifar10_resnet9": Study(
+        "CIFAR-10, ResNet-9",
+        subsets=30,
+        validation=20,
+        validated="algorithm",
+        without=("source_recorded", "unrolled"),
+        peers=False,
+    ),
+    "wikitext2_gpt": Study(
+        "WikiText-2, GPT", subsets=50, validated="single_run", without=("source_recorded",)
+    ),
     "fashion_mnist_noisy": Study("FashionMNIST, MLP, 30% random labels, 3 epochs", together=5),
+    "fashion_mnist_noisy_third": Study(
+        "the same at a third of the rate",
+        validated="algorithm",
+        together=5,
+        without=("source_recorded", "unrolled"),
+        peers=False,
+    ),
+    "fashion_mnist_noisy_tenth": Study(
+        "the same at a tenth of the rate",
+        validated="algorithm",
+        together=5,
+        without=("source_recorded", "unrolled"),
+        peers=False,
+    ),
 }
 
 # Multiples of the layer's mean eigenvalue; 0.1 is the default, ours and kronfluence's. It comes

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments.fidelity.figure import figure
@@ -178,18 +179,44 @@ def differences(found: Mapping[str, Kept]) -> str:
 
 def over_subsets(kept: Kept, first: str, second: str, protocol: str) -> tuple[float, float]:
     """The bootstrap interval of a difference over subsets: both judged by the same draws."""
-    truth = -kept.truth[protocol].T
+    truth = -kept.truth[protocol].T.numpy()
     count = truth.shape[1]
-    draws = np.random.default_rng(0).integers(count, size=(400, count))
-    gaps = []
-    for draw in draws:
-        a, b = (
-            rank_correlation(kept.predicted[one][:, draw], truth[:, draw])
-            for one in (first, second)
-        )
-        gaps.append(float((a - b).nanmean()))
-    low, high = np.quantile(gaps, [0.025, 0.975])
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=400)
+    a, b = (redrawn(kept.predicted[one].numpy(), truth, draws) for one in (first, second))
+    low, high = np.quantile((a - b).mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def redrawn(
+    predicted: NDArray[np.float64], truth: NDArray[np.float64], draws: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Spearman's correlation of each row after subsets were drawn again, [draw, row].
+
+    A subset drawn c times counts as c level ones, so the ranks need no sorting: the middle of a
+    subset's c copies lies after all copies of lower ones.
+
+    Args:
+        predicted: [row, subset], without ties.
+        truth: the same.
+        draws: how often each subset was drawn, [draw, subset].
+    """
+    found = np.empty((len(draws), len(truth)))
+    for row, pair in enumerate(zip(predicted, truth, strict=True)):
+        a, b = (_middles(values, draws) for values in pair)
+        products = [(draws * x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
+        found[:, row] = products[0] / np.sqrt(products[1] * products[2])
+    return found
+
+
+def _middles(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Centred ranks of the copies, [draw, subset]."""
+    order = values.argsort()
+    if len(np.unique(values)) < len(values):
+        raise ValueError("Subsets that are level have no order to be drawn again in.")
+    counts = draws[:, order]
+    middles = np.empty(draws.shape)
+    middles[:, order] = counts.cumsum(1) - (counts - 1) / 2
+    return middles - (draws.sum(1, keepdims=True) + 1) / 2
 
 
 def _correlations(kept: Kept, name: str, protocol: str) -> Tensor:

@@ -84,13 +84,13 @@ def require_scorable(trainer: Trainer) -> None:
 
 
 def written_by_first(trajectory: Trajectory) -> Trajectory:
-    """``trajectory``, to whose folder only the first process adds curvature: the others keep what
-    they have fitted to themselves."""
-    folder = trajectory.curvature
+    """``trajectory``, to whose folder only the first process adds curvature and features: the
+    others keep what they have found to themselves."""
+    curvature, features = trajectory.curvature, trajectory.features
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    if rank == 0 or not isinstance(folder, KeptFolder):
+    if rank == 0 or not isinstance(curvature, KeptFolder):
         return trajectory
-    return replace(trajectory, curvature=ChainMap({}, folder))
+    return replace(trajectory, curvature=ChainMap({}, curvature), features=ChainMap({}, features))
 
 
 def require_same_plan(passes: Sequence[tuple[str, int]]) -> None:

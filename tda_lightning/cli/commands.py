@@ -29,6 +29,7 @@ from rich.console import Console
 
 from tda_lightning.attribution import AttributionModule
 from tda_lightning.callbacks.progress import PassProgressBar
+from tda_lightning.cli.ground_truth import file_name, ground_truth
 from tda_lightning.cli.judged import (
     Judged,
     how_judged,
@@ -38,9 +39,18 @@ from tda_lightning.cli.judged import (
     require_measurements,
     wrong_labels,
 )
+from tda_lightning.cli.kept import which_part
+from tda_lightning.cli.proximal import settle_response
 from tda_lightning.cli.recorded import FILE_NAME as RECORDED
 from tda_lightning.cli.recorded import build, command_line, load_config, save_config
-from tda_lightning.cli.retraining import Parts, file_name, ground_truth
+from tda_lightning.cli.removal import (
+    about_removal,
+    removal_file,
+    removal_json,
+    removal_table,
+    remove_proponents,
+)
+from tda_lightning.cli.retraining import Parts
 from tda_lightning.cli.smooth import landing, smoothness_table
 from tda_lightning.cli.trust import quiet_trainer, trust
 from tda_lightning.data import DataModule
@@ -59,6 +69,7 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
+from tda_lightning.evaluation.ground_truth import PROTOCOLS
 from tda_lightning.matching import require_same_data
 from tda_lightning.planning import AttributionPlan, comparison
 from tda_lightning.report import write_report
@@ -256,6 +267,12 @@ def evaluate(config: DictConfig) -> None:
             "A spot check is kept in the scores' files, and there are none. For example: tda "
             "evaluate trajectory=FOLDER scores=FILE spot_check=true"
         )
+    if config.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be among {', '.join(PROTOCOLS)}, got {config.protocol}.")
+    if config.removal is not None and not scores:
+        raise ValueError("removal leaves out the proponents that scores name, and there are none.")
+    which_part(config.part)  # known to be one before anything is loaded
+    settle_response(config, scores)
     if config.num_subsets is None:
         config.num_subsets = _SPOT_CHECK if config.spot_check else _SUBSETS
     for name in config.baselines:
@@ -276,11 +293,22 @@ def evaluate(config: DictConfig) -> None:
                 f"training examples; the data of this run have {shape[0]} and {shape[1]}. Give "
                 "scores of this run, with the data settings of their attribution."
             )
+    _check_removal(config, shape[1])
     truth = ground_truth(parts, path)
     for file, found in scores.items():
         require_measurements(file, found, truth)
+    removed = {}
+    if config.removal is not None:
+        removed = remove_proponents(parts, scores, removal_file(parts, path))
+    if config.part is not None:
+        print(
+            f"Part {config.part} of the retrainings is done and kept in {path.parent}. When all "
+            "parts are, the same command without part= takes them up and judges."
+        )
+        return
     wrong = wrong_labels(parts.data)
     rows = [judge(name, found, truth, wrong) for name, found in scores.items()]
+    compared = dict(scores)
     for name in config.baselines:
         started = time.monotonic()
         try:
@@ -289,23 +317,33 @@ def evaluate(config: DictConfig) -> None:
             rows.append(Judged(name, "baseline", reason=f"not possible: {error}"))
             continue
         rows.append(judge(name, made, truth, wrong, time.monotonic() - started))
+        if name == "gradient_dot":  # the one of them that a single file of scores may resemble
+            compared.setdefault(name, made)
     seconds = time.monotonic() - began
     output = Path(config.output or path.with_suffix(".json"))
-    about = {
+    about: dict[str, Any] = {
         "command": command_line(),
         "versions": versions(),
         "trajectory": str(folder),
         "ground_truth": str(path),
         "scores": [str(file) for file in files],
     }
+    if config.protocol == "pbrf":
+        about["damping"] = config.damping
     table = judged_json(rows, truth, seconds, about)
+    if removed:
+        table["removal"] = removal_json(removed)
     write_text(output, json.dumps(table, indent=1))
     if config.spot_check:
         for kept_in, row in zip(files, rows, strict=False):
             known = scores[row.name].provenance
-            found_out = trust(row, scores, truth, parts, command_line())
+            found_out = trust(row, compared, truth, parts, command_line())
             replace_provenance(kept_in, {**known, "trust": found_out})
-    Console().print(judged_table(rows))
+    Console().print(
+        judged_table(rows, truth.protocol), *([removal_table(removed)] if removed else [])
+    )
+    if removed:
+        print(about_removal(config.protocol))
     print(how_judged(rows, truth, seconds), f"Ground truth: {path}", f"Table: {output}", sep="\n")
     if config.spot_check:
         print(f"Kept in the provenance of {', '.join(map(str, files))}")
@@ -405,6 +443,19 @@ def _score_files(config: DictConfig, folder: Path) -> list[Path]:
     if len({file.stem for file in files}) < len(files):
         raise ValueError(f"Scores must have different names, got {', '.join(map(str, files))}.")
     return files
+
+
+def _check_removal(config: DictConfig, num_train: int) -> None:
+    """Refuse impossible numbers of proponents before any retraining begins."""
+    given = config.removal
+    if given is None:
+        return
+    counts = OmegaConf.is_list(given) and all(isinstance(k, int) for k in given)
+    if not counts or not given or min(given) < 1 or max(given) >= num_train:
+        raise ValueError(
+            f"removal must be a list of numbers from 1 to {num_train - 1}, such as "
+            f"removal=[10,50]; got {given}."
+        )
 
 
 def _first_provenance(scores: Mapping[str, Scores]) -> Mapping[str, Any]:

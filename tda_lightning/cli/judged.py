@@ -20,6 +20,8 @@ from tda_lightning.evaluation import (
     group_removal,
     interval_over_subsets,
     linear_datamodeling_score,
+    predicted_changes,
+    slope_and_correlation,
 )
 from tda_lightning.evaluation.baselines import BASELINES
 from tda_lightning.evaluation.lds import NothingToRankError
@@ -28,7 +30,11 @@ from tda_lightning.scores import Scores
 _WORDS = {
     "single_run": "single_run: the recorded run replayed, what is left out at weight 0",
     "algorithm": "algorithm: trained anew on the smaller training set, from fresh seeds",
+    "pbrf": "pbrf: the trained model fine-tuned to give one example up while it stays near (the "
+    "proximal Bregman response), which is what influence functions predict",
 }
+_TITLES = {"pbrf": "Rank correlation with the proximal Bregman response"}
+_NAME_WIDTH = 24
 LOOKED_THROUGH = 0.1  # of the training set, most suspicious first
 _ELSEWHERE = 1e-2  # above rounding errors, even amplified over a long run
 
@@ -47,8 +53,9 @@ class Judged:
         processor_seconds: of the process that made them, all threads together.
         reason: why there is no number.
         slope: of the measurements' changes on the predicted ones: 1 where the unit is right; None
-            under *algorithm*, where nothing tells what all examples together would have given, and
-            for scores without a unit.
+            for scores without a unit. Under *algorithm* of their differences between subsets, see
+            :func:`_slope`.
+        correlation: Pearson's, of the same.
         detection: how well self-influence finds the wrong labels: the AUC, and the share found in
             the first tenth of the training set; None where no labels are known to be wrong.
     """
@@ -62,6 +69,7 @@ class Judged:
     slope: float | None = None
     detection: tuple[float, float] | None = None
     processor_seconds: float | None = None
+    correlation: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"name": self.name, "estimator": self.estimator}
@@ -77,6 +85,7 @@ class Judged:
                 per_query=[_rounded(value) for value in self.over_queries.per_query.tolist()],
             )
         row["slope"] = self.slope
+        row["correlation"] = self.correlation
         row["seconds"] = self.seconds
         row["processor_seconds"] = self.processor_seconds
         if self.detection is not None:
@@ -117,17 +126,20 @@ def judge(
     if wrong is not None and scores.self_influence is not None:
         found = found_within(scores, wrong, LOOKED_THROUGH)
         about["detection"] = detection_auc(scores, wrong), found
+    if not scores.is_complete:
+        reason = (
+            f"not defined: {scores.num_scored} of {scores.num_train} training examples were scored "
+            "for each query, and subsets are of all"
+        )
+        return Judged(**about, reason=reason)
     given = (scores, truth.subsets, truth.outcomes)
     try:
         lds = linear_datamodeling_score(*given)
     except NothingToRankError as error:
         return Judged(**about, reason=f"undefined: {error}")
-    return Judged(
-        **about,
-        over_queries=lds,
-        over_subsets=interval_over_subsets(*given),
-        slope=None if about["estimator"] in BASELINES else _slope(scores, truth),
-    )
+    if about["estimator"] not in BASELINES:
+        about["slope"], about["correlation"] = _slope(scores, truth)
+    return Judged(**about, over_queries=lds, over_subsets=interval_over_subsets(*given))
 
 
 def _duration_in(provenance: Mapping[str, Any], name: str) -> float | None:
@@ -139,12 +151,24 @@ def _duration_in(provenance: Mapping[str, Any], name: str) -> float | None:
     return float(found) if 0 <= found < 1e12 else None
 
 
-def _slope(scores: Scores, truth: GroundTruth) -> float | None:
-    if truth.protocol != "single_run":
-        return None
-    outcomes = truth.outcomes.mean(1)
-    slope = group_removal(scores, truth.subsets, outcomes, truth.baseline).slope
-    return None if math.isnan(slope) else slope
+def _slope(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | None]:
+    """Slope and correlation of the measurements' changes with the predicted ones; None for NaN.
+
+    Under *single_run* and *pbrf* they are changes from the recorded run's end. Under *algorithm*
+    they are differences from the mean over the subsets: what training on less data does to all
+    subsets alike (fewer steps, above all) no scores speak of, and it is larger than what tells the
+    subsets apart.
+    """
+    outcomes, base = truth.outcomes.mean(1), truth.baseline
+    if truth.protocol == "algorithm":
+        predicted = predicted_changes(scores, truth.subsets, removed=True)
+        changes = (outcomes - outcomes.mean(0)).T
+        found = slope_and_correlation(predicted - predicted.mean(1, keepdim=True), changes)
+    else:
+        removal = group_removal(scores, truth.subsets, outcomes, base)
+        found = removal.slope, removal.correlation
+    slope, correlation = (None if math.isnan(value) else value for value in found)
+    return slope, correlation
 
 
 def wrong_labels(data: Any) -> torch.Tensor | None:
@@ -191,11 +215,11 @@ def seed_share(truth: GroundTruth) -> float | None:
     return float(share.mean()) if len(share) else None
 
 
-def judged_table(rows: Sequence[Judged]) -> Table:
+def judged_table(rows: Sequence[Judged], protocol: str = "single_run") -> Table:
     """The linear datamodeling scores with both intervals."""
-    table = Table(title="Linear datamodeling score")
-    table.add_column("scores", no_wrap=True)
-    table.add_column("LDS", justify="right")
+    table = Table(title=_TITLES.get(protocol, "Linear datamodeling score"))
+    names_column(table, [row.name for row in rows])
+    table.add_column("rank" if protocol in _TITLES else "LDS", justify="right")
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
     table.add_column("slope", justify="right", no_wrap=True)
@@ -222,6 +246,12 @@ def judged_table(rows: Sequence[Judged]) -> Table:
     return table
 
 
+def names_column(table: Table, names: Sequence[str]) -> None:
+    """A column of names, of which long ones are folded before numbers beside them are."""
+    width = min(_NAME_WIDTH, max(map(len, names), default=0))
+    table.add_column("scores", overflow="fold", min_width=width, max_width=_NAME_WIDTH)
+
+
 def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> str:
     """What the numbers are about, in plain words."""
     subsets, seeds = truth.seeds.shape
@@ -234,8 +264,9 @@ def how_judged(rows: Sequence[Judged], truth: GroundTruth, seconds: float) -> st
     ]
     lines += [f"No number for {row.name}, {row.reason}" for row in rows if row.reason is not None]
     if any(row.slope is not None for row in rows):
+        what = "differences between subsets" if truth.protocol == "algorithm" else "changes"
         lines.append(
-            "Slope: of the measurements' changes on the predicted ones; 1 is the right unit."
+            f"Slope: of the measurements' {what} on the predicted ones; 1 is the right unit."
         )
     if any(row.seconds is not None for row in rows):
         lines.append(

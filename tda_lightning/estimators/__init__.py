@@ -1,9 +1,18 @@
 """Estimators: each turns the recorded trajectory into scores in the project's one sign and unit."""
 
 from tda_lightning.estimators.base import Estimator, StagedEstimator
+from tda_lightning.estimators.fastif import FastInfluence
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.source import Source
 from tda_lightning.estimators.tracin import TracIn
 from tda_lightning.estimators.unrolled import Unrolled
 
-__all__ = ["Estimator", "InfluenceFunction", "Source", "StagedEstimator", "TracIn", "Unrolled"]
+__all__ = [
+    "Estimator",
+    "FastInfluence",
+    "InfluenceFunction",
+    "Source",
+    "StagedEstimator",
+    "TracIn",
+    "Unrolled",
+]

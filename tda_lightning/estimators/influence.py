@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,16 +82,23 @@ class InfluenceFunction:
 
     def plan(self, context: Context) -> Plan:
         """Fit curvature at the last checkpoint, then score the training set against it."""
-        responses = responses_of(self, context)
+        return self._planned(context, None)
+
+    def _planned(self, context: Context, candidates: Tensor | None) -> Plan:
+        """The plan for all training examples, or for those in ``candidates`` [query, k] alone."""
+        meetings = None if candidates is None else len(candidates.unique())
+        responses = responses_of(self, context, meetings)
         notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
         plan = Plan([], {"checkpoints": [context.trajectory.last_step]}, notes)
         run = _Run(responses, context)
-        own = context.self_influence and responses.knows_own
-        if context.self_influence and not own:
+        asked = context.self_influence and candidates is None
+        own = asked and responses.knows_own
+        if asked and not own:
             notes.append(_NO_SELF)
         for number, (start, stop) in enumerate(query_rounds(context, responses.copies)):
             plan.passes += responses.passes(start, stop)
-            plan.passes.append(run.scoring(start, own and number == 0))
+            order = None if candidates is None else _batches(context, candidates[start:stop])
+            plan.passes.append(run.scoring(start, own and number == 0, order))
 
         def tell(finish: Callable[[], None] | None) -> Callable[[], None]:
             def end() -> None:
@@ -106,16 +113,26 @@ class InfluenceFunction:
         return plan
 
 
+def _batches(context: Context, candidates: Tensor) -> list[list[int]]:
+    """Batches of the candidates of some queries, small enough that every process has one."""
+    chosen = candidates.unique()
+    size = min(context.batch_size, max(1, len(chosen) // context.world_size))
+    return [part.tolist() for part in chosen.split(size)]
+
+
 @dataclass
 class _Run:
     responses: Responses
     context: Context
     self_influence: Tensor | None = None
 
-    def scoring(self, first_query: int, with_self: bool) -> Pass:
+    def scoring(
+        self, first_query: int, with_self: bool, order: Sequence[Sequence[int]] | None
+    ) -> Pass:
         """The pass that scores the round of queries whose responses are there."""
         step, finish = self.context.trajectory.last_step, self.finish if with_self else None
-        return Pass("influence function", step, self.score(first_query, with_self), None, finish)
+        score = self.score(first_query, with_self)
+        return Pass("influence function", step, score, None, finish, order)
 
     def score(self, first_query: int, with_self: bool) -> Any:
         def accumulate(batch: Any, examples: Tensor, _: int) -> None:

@@ -11,6 +11,7 @@ from tda_lightning.evaluation.judgements import (
     group_removal,
     leave_one_out,
     predicted_changes,
+    slope_and_correlation,
 )
 from tda_lightning.evaluation.lds import (
     Interval,
@@ -19,10 +20,16 @@ from tda_lightning.evaluation.lds import (
     interval_over_subsets,
     linear_datamodeling_score,
 )
-from tda_lightning.evaluation.proximal_bregman import proximal_bregman_response
+from tda_lightning.evaluation.proximal_bregman import each_response, proximal_bregman_response
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
 from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
-from tda_lightning.evaluation.top_removal import TopRemoval, top_removal
+from tda_lightning.evaluation.top_removal import (
+    TopRemoval,
+    compare_removals,
+    predicted_classes,
+    removals,
+    top_removal,
+)
 
 __all__ = [
     "Estimate",
@@ -34,10 +41,12 @@ __all__ = [
     "TopRemoval",
     "agreement",
     "as_removal",
+    "compare_removals",
     "detection_auc",
     "difference",
     "draw_seeds",
     "draw_subsets",
+    "each_response",
     "found_within",
     "group_removal",
     "interval_over_subsets",
@@ -46,10 +55,13 @@ __all__ = [
     "linear_datamodeling_score",
     "measure",
     "predicted_changes",
+    "predicted_classes",
     "proximal_bregman_response",
+    "removals",
     "retrain",
     "retrain_afresh",
     "retrain_each",
+    "slope_and_correlation",
     "smoothness",
     "top_removal",
     "what_determines",

@@ -5,8 +5,7 @@ Their unit is their own, so they are judged by rank alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import losses, of_each_batch
+from tda_lightning.features import read_features
 from tda_lightning.loading import ExampleSource
 from tda_lightning.scores import Scores
 from tda_lightning.tasks import AttributionTask, as_task
@@ -85,30 +85,7 @@ def _features(
     chosen = as_task(task)
 
     def read(batch: Any) -> Tensor:
-        with _watched(module) as seen:
-            size = len(chosen.measurement(module, batch))
-        if not seen:
-            raise ValueError(
-                "The model calls no linear layer (torch.nn.Linear), so its examples have no "
-                "features of the last layer to compare."
-            )
-        rows = seen[-1].float().cpu()
-        return rows.reshape(size, -1, rows.shape[-1]).mean(1)
+        found, _ = read_features(module, None, lambda: len(chosen.measurement(module, batch)))
+        return found.cpu()
 
     return torch.cat(of_each_batch(read, module, state, source))
-
-
-@contextmanager
-def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inputs of linear layers, in the order of their calls."""
-    seen: list[Tensor] = []
-    hooks = [
-        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        for part in module.modules()
-        if isinstance(part, nn.Linear)
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -18,8 +18,9 @@ from tda_lightning.trajectory import Trajectory
 
 # single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
 # kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.
-Protocol = Literal["single_run", "algorithm"]
-PROTOCOLS: tuple[Protocol, ...] = ("single_run", "algorithm")
+# pbrf: no retraining, but the proximal Bregman response to giving up one example.
+Protocol = Literal["single_run", "algorithm", "pbrf"]
+PROTOCOLS: tuple[Protocol, ...] = ("single_run", "algorithm", "pbrf")
 RECORDED_SEED = -1
 
 
@@ -38,6 +39,8 @@ class GroundTruth:
         configuration: whatever else determines the outcomes, JSON-able: digests of the run, the
             data and the queries, the task, and for *algorithm* the settings of training.
         made_by: command and versions of packages; told, not compared.
+        classes: what each retrained model predicts of each query, int64 [subset, seed, query],
+            0 where ``done`` is False; None where nobody asked.
     """
 
     protocol: Protocol
@@ -49,6 +52,7 @@ class GroundTruth:
     baseline: Tensor
     configuration: Mapping[str, Any]
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -60,6 +64,7 @@ class GroundTruth:
             and len(self.subsets) == len(self.seeds)
             and self.outcomes.shape == (*pairs, queries)
             and self.done.shape == self.seconds.shape == pairs
+            and (self.classes is None or self.classes.shape == self.outcomes.shape)
         )
         if not fits:
             raise ValueError(
@@ -78,19 +83,22 @@ class GroundTruth:
         baseline: Tensor,
         configuration: Mapping[str, Any],
         made_by: Mapping[str, Any] | None = None,
+        classes: bool = False,
     ) -> GroundTruth:
-        """A ground truth of which nothing is known yet."""
+        """A ground truth of which nothing is known yet, not even, if asked for, ``classes``."""
         pairs = tuple(seeds.shape)
+        shape = (*pairs, len(baseline))
         return GroundTruth(
             protocol=protocol,
             subsets=subsets,
             seeds=seeds,
-            outcomes=torch.zeros(*pairs, len(baseline), dtype=torch.float64),
+            outcomes=torch.zeros(shape, dtype=torch.float64),
             done=torch.zeros(pairs, dtype=torch.bool),
             seconds=torch.zeros(pairs, dtype=torch.float64),
             baseline=baseline.double().cpu(),
             configuration=configuration,
             made_by=made_by or {},
+            classes=torch.zeros(shape, dtype=torch.int64) if classes else None,
         )
 
     @property
@@ -103,12 +111,32 @@ class GroundTruth:
         """Of the training examples that the first subset keeps."""
         return float(self.subsets[0].double().mean())
 
-    def known(self, subset: int, seed: int, outcome: Tensor, seconds: float) -> GroundTruth:
+    def known(
+        self,
+        subset: int,
+        seed: int,
+        outcome: Tensor,
+        seconds: float,
+        classes: Tensor | None = None,
+    ) -> GroundTruth:
         """With one more retraining."""
-        outcomes, done, taken = self.outcomes.clone(), self.done.clone(), self.seconds.clone()
-        outcomes[subset, seed] = outcome.detach().double().cpu()
-        done[subset, seed], taken[subset, seed] = True, seconds
-        return replace(self, outcomes=outcomes, done=done, seconds=taken)
+        taken = torch.tensor(seconds, dtype=torch.float64)
+        return self._with(([subset], [seed]), outcome, taken, classes)
+
+    def _with(
+        self, pairs: Any, outcomes: Tensor, seconds: Tensor, classes: Tensor | None
+    ) -> GroundTruth:
+        """With the retrainings ``pairs``, an index of [subset, seed]."""
+        known = {"outcomes": outcomes, "done": torch.tensor(True), "seconds": seconds}
+        if self.classes is not None:
+            if classes is None:
+                raise ValueError("This ground truth keeps classes, and got a retraining without.")
+            known["classes"] = classes
+        changed = {}
+        for name, values in known.items():
+            changed[name] = getattr(self, name).clone()
+            changed[name][pairs] = values.detach().to(changed[name])
+        return replace(self, **changed)
 
     def noting(self, **facts: Any) -> GroundTruth:
         """With more to tell of how it was made."""
@@ -139,17 +167,43 @@ class GroundTruth:
                 "The measurements of the recorded run's end are not those of this ground truth: "
                 "expected the same queries and weights. Choose another file."
             )
-        part = (slice(rows), slice(columns))
-        merged = replace(
-            self,
-            outcomes=self.outcomes.clone(),
-            done=self.done.clone(),
-            seconds=self.seconds.clone(),
-            made_by={**self.made_by, **found.made_by},
-        )
-        merged.outcomes[part], merged.done[part] = found.outcomes, found.done
-        merged.seconds[part] = found.seconds
-        return merged
+        return self._told(found, *found.done.nonzero(as_tuple=True), *found.done.nonzero().T)
+
+    def knowing(self, found: GroundTruth) -> GroundTruth:
+        """What is asked for here, with what ``found`` knows of the same subsets and seeds, wherever
+        they stand in it.
+
+        Raises:
+            TrajectoryMismatchError: ``found`` is the ground truth of another configuration.
+        """
+        self.require_same_question(found)
+        places = {
+            (mask.numpy().tobytes(), int(seed)): (row, column)
+            for row, mask in enumerate(self.subsets)
+            for column, seed in enumerate(self.seeds[row])
+        }
+        pairs = []
+        for row, column in found.done.nonzero().tolist():
+            key = (found.subsets[row].numpy().tobytes(), int(found.seeds[row, column]))
+            if key in places:
+                pairs.append([*places[key], row, column])
+        return self._told(found, *torch.tensor(pairs, dtype=torch.int64).reshape(-1, 4).T)
+
+    def _told(
+        self, found: GroundTruth, row: Tensor, column: Tensor, its_row: Tensor, its_column: Tensor
+    ) -> GroundTruth:
+        """With retrainings of ``found``, from its places to ours."""
+        theirs = (its_row, its_column)
+        classes = None if found.classes is None else found.classes[theirs]
+        merged = self._with((row, column), found.outcomes[theirs], found.seconds[theirs], classes)
+        return replace(merged, made_by={**self.made_by, **found.made_by})
+
+    def rows(self, index: Tensor | slice) -> GroundTruth:
+        """Only these subsets, in this order; an index may be given twice."""
+        names = ("subsets", "seeds", "outcomes", "done", "seconds", "classes")
+        given = {name: getattr(self, name) for name in names}
+        kept = {name: tensor[index] for name, tensor in given.items() if tensor is not None}
+        return replace(self, **kept)
 
     def first(self, subsets: int, seeds: int) -> GroundTruth:
         """Only the first so many subsets and seeds of each."""
@@ -161,19 +215,12 @@ class GroundTruth:
             outcomes=self.outcomes[part],
             done=self.done[part],
             seconds=self.seconds[part],
+            classes=None if self.classes is None else self.classes[part],
         )
 
     def finished(self) -> GroundTruth:
         """Only the subsets whose retrainings have all been made."""
-        rows = self.done.all(1)
-        return replace(
-            self,
-            subsets=self.subsets[rows],
-            seeds=self.seeds[rows],
-            outcomes=self.outcomes[rows],
-            done=self.done[rows],
-            seconds=self.seconds[rows],
-        )
+        return self.rows(self.done.all(1))
 
     def require_same_question(self, found: GroundTruth) -> None:
         """Check that ``found`` measures what is asked for here.

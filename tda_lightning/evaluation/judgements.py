@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tda_lightning.evaluation.lds import Interval, bootstrap, rank_correlation
+from tda_lightning.evaluation.lds import Interval, bootstrap, complete, rank_correlation
 from tda_lightning.scores import Scores
 
 
@@ -80,7 +80,7 @@ def _suspected(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, 
 
 def agreement(first: Scores | Tensor, second: Scores | Tensor) -> Interval:
     """Spearman's correlation between two estimators' scores, averaged over the queries."""
-    a, b = (item.values if isinstance(item, Scores) else item for item in (first, second))
+    a, b = complete(first), complete(second)
     if a.shape != b.shape:
         raise ValueError(
             f"Expected scores of the same queries and training examples, got shapes "
@@ -98,7 +98,7 @@ def as_removal(scores: Scores | Tensor) -> Tensor:
     With weight 0 a batch keeps its denominator. Removal gives the others its share back, which
     changes the slope and the sums over groups, and no ranking of single examples.
     """
-    values = scores.values if isinstance(scores, Scores) else scores
+    values = complete(scores)
     train = values.shape[1]
     return train / (train - 1) * (values - values.mean(dim=1, keepdim=True))
 
@@ -167,13 +167,23 @@ def group_removal(
             f"{list(outcomes.shape)} and {list(baseline.shape)}."
         )
     truth = (outcomes.double() - baseline.double()).cpu().T
+    return RemovalAgreement(
+        *slope_and_correlation(predicted, truth), bootstrap(rank_correlation(predicted, truth))
+    )
+
+
+def slope_and_correlation(predicted: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Slope of ``truth`` on ``predicted`` through the origin, and Pearson's correlation, both over
+    all entries; NaN where they are not defined.
+
+    Example:
+        >>> slope_and_correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0]))
+        (3.0, 1.0)
+    """
     size = float(predicted.square().sum())
     pairs = torch.stack([predicted.flatten(), truth.flatten()])
-    return RemovalAgreement(
-        slope=float((predicted * truth).sum()) / size if size else math.nan,
-        correlation=float(torch.corrcoef(pairs)[0, 1]),
-        rank=bootstrap(rank_correlation(predicted, truth)),
-    )
+    slope = float((predicted * truth).sum()) / size if size else math.nan
+    return slope, float(torch.corrcoef(pairs)[0, 1])
 
 
 def predicted_changes(scores: Scores | Tensor, kept: Tensor, removed: bool = False) -> Tensor:
@@ -193,7 +203,7 @@ def predicted_changes(scores: Scores | Tensor, kept: Tensor, removed: bool = Fal
         kept: bool [retraining, train].
         removed: for training without the examples, as *algorithm* does, and not at weight 0.
     """
-    values = (scores.values if isinstance(scores, Scores) else scores).double().cpu()
+    values = complete(scores).double().cpu()
     train = values.shape[1]
     if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != train:
         raise ValueError(

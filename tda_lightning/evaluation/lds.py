@@ -84,6 +84,9 @@ def linear_datamodeling_score(
         resamples: bootstrap samples.
         seed: of the bootstrap.
 
+    Raises:
+        ValueError: shapes do not fit, or examples have no score.
+
     References:
         | TRAK: Attributing Model Behavior at Scale (Park et al., 2023), Definition 2.3
         | https://arxiv.org/abs/2303.14186
@@ -127,7 +130,7 @@ def interval_over_subsets(
 
 def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the scores of what is kept, and minus the measurements, both [query, subset]."""
-    values = scores.values if isinstance(scores, Scores) else scores
+    values = complete(scores)
     if outcomes.dim() == 3:
         outcomes = outcomes.double().mean(1)
     queries, train = values.shape
@@ -145,6 +148,23 @@ def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tup
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {len(subsets)}.")
     predicted = (subsets.double() @ values.double().cpu().T).T
     return predicted, -outcomes.double().cpu().T
+
+
+def complete(scores: Scores | Tensor) -> Tensor:
+    """The scores [query, train], of which none may be missing: what is compared with retraining,
+    or with other scores, is about all training examples.
+
+    Raises:
+        ValueError: some examples have no score (``Scores.candidates``).
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    missing = sum(int(row.isnan().sum()) for row in values)  # by rows: the file may be large
+    if missing:
+        raise ValueError(
+            f"{missing} of {values.numel()} scores are missing (NaN): only candidates were scored. "
+            "Expected scores of every training example, from InfluenceFunction for example."
+        )
+    return values
 
 
 def difference(first: Interval, second: Interval, seed: int = 0) -> Interval:

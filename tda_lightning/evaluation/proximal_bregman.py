@@ -19,7 +19,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,22 @@ def proximal_bregman_response(
     Raises:
         NonFiniteError: the minimisation diverged; a larger damping keeps nearer.
     """
+    work = (module, task, state, dataset, queries, examples, damping, iterations, batch_size)
+    return torch.stack(list(each_response(*work)), dim=1)
+
+
+def each_response(
+    module: nn.Module,
+    task: ClassificationTask | RegressionTask,
+    state: Mapping[str, Tensor],
+    dataset: Any,
+    queries: Any,
+    examples: Sequence[int],
+    damping: float,
+    iterations: int = 200,
+    batch_size: int = 256,
+) -> Iterator[Tensor]:
+    """:func:`proximal_bregman_response` one example after the other, float64 [query]."""
     if not isinstance(task, (ClassificationTask, RegressionTask)):
         raise TypeError(
             "The Bregman divergence needs a loss of outputs and labels: expected a "
@@ -82,7 +98,6 @@ def proximal_bregman_response(
         raise ValueError(f"damping must be positive to have one answer, got {damping}.")
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
-    responses = []
     with borrowed(module), silenced(module):
         load(module, state)
         module.eval()
@@ -98,8 +113,7 @@ def proximal_bregman_response(
                     f"The response to example {example} diverged. Ask with a larger damping than "
                     f"{damping:g}."
                 )
-            responses.append((measure(module, task, moved, queries) - before).double().cpu())
-    return torch.stack(responses, dim=1)
+            yield (measure(module, task, moved, queries) - before).double().cpu()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from tda_lightning.evaluation.lds import Interval, bootstrap, draw_subsets
 from tda_lightning.evaluation.retraining import measure, of_each_batch, retrain_each
 from tda_lightning.loading import ExampleSource
 from tda_lightning.progress import SlowProgress
-from tda_lightning.replay import State
 from tda_lightning.scores import Scores
 from tda_lightning.tasks import AttributionTask, ClassificationTask
 from tda_lightning.trajectory import Trajectory
@@ -70,32 +70,55 @@ def top_removal(
     Returns:
         For each k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
     """
+    if (given := len(ExampleSource.of(queries, 1, "query"))) != scores.num_queries:
+        raise ValueError(f"The scores are of {scores.num_queries} queries, got {given}.")
+    kept = removals(scores, ks, draws, seed)
+    work = (trajectory, module, task, dataset, kept.float(), training, together)
+    measured, classes = [], []
+    with SlowProgress("Retraining", len(kept)) as progress:
+        for state in retrain_each(*work):
+            measured.append(measure(module, task, state, queries).double().cpu()[None])
+            found = predicted_classes(module, task, state, queries)
+            classes += [] if found is None else [found[None]]
+            progress.advance()
+    return compare_removals(
+        torch.stack(measured), torch.stack(classes) if classes else None, ks, draws
+    )
+
+
+def removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Tensor:
+    """Which examples each retraining keeps, bool [retraining, train]: first all of them; then for
+    each k all but a query's ``k`` foremost proponents, query by query, and ``draws`` times all but
+    ``k`` random ones."""
     train, count = scores.num_train, scores.num_queries
     if not ks or min(ks) < 1 or max(ks) >= train:
         raise ValueError(f"Each k must be from 1 to {train - 1}, got {list(ks)}.")
     if draws < 1:
         raise ValueError(f"Something to compare with needs draws of at least 1, got {draws}.")
-    if (given := len(ExampleSource.of(queries, 1, "query"))) != count:
-        raise ValueError(f"The scores are of {count} queries, got {given}.")
     masks = [torch.ones(1, train, dtype=torch.bool)]
     for k in ks:
         own = torch.ones(count, train, dtype=torch.bool)
         for query in range(count):
             own[query, scores.proponents(query, k)[0]] = False
         masks += [own, draw_subsets(train, (train - k) / train, draws, seed)]
-    kept = torch.cat(masks)
-    work = (trajectory, module, task, dataset, kept.float(), training, together)
-    measured, classes = [], []
-    with SlowProgress("Retraining", len(kept)) as progress:
-        for state in retrain_each(*work):
-            measured.append(measure(module, task, state, queries).double().cpu())
-            classes.append(_classes(module, task, state, queries))
-            progress.advance()
-    rises = torch.stack(measured[1:]) - measured[0]
-    flips = None
-    if classes[0] is not None:
-        known = torch.stack([found for found in classes if found is not None])
-        flips = (known[1:] != known[0]).any(2).double()
+    return torch.cat(masks)
+
+
+def compare_removals(
+    outcomes: Tensor, classes: Tensor | None, ks: Sequence[int], draws: int
+) -> list[TopRemoval]:
+    """What the retrainings of :func:`removals` say.
+
+    Args:
+        outcomes: measurements, [retraining, seed, query]; a rise is one of their means over seeds.
+        classes: predicted, int64 [retraining, seed, query]; a flip is a difference from training
+            on everything with the same seed.
+        ks: as given there.
+        draws: as given there.
+    """
+    means, count = outcomes.double().mean(1), outcomes.shape[2]
+    rises = means[1:] - means[0]
+    flips = None if classes is None else (classes[1:] != classes[0]).double().mean(1)
     results = []
     for number, k in enumerate(ks):
         first = number * (count + draws)
@@ -113,17 +136,25 @@ def top_removal(
     return results
 
 
-def _classes(
-    module: nn.Module, task: AttributionTask | None, state: State, queries: Any
+def predicted_classes(
+    module: nn.Module, task: AttributionTask | None, state: Mapping[str, Tensor], queries: Any
 ) -> Tensor | None:
-    """The class that each query is given, int64 [query, position]; None without classes."""
+    """The class that each query is given, int64 [query]; of a sequence, a digest of the classes of
+    all positions, so that one that changes is a change. None without a ``ClassificationTask``."""
     if not isinstance(task, ClassificationTask):
         return None
     source = ExampleSource.of(queries, 256, "query")
 
     def read(batch: Any) -> Tensor:
-        # Of a sequence, all positions: one that changes is a change.
         logits = task.forward(module, batch)[0]
         return logits.argmax(1).reshape(len(logits), -1).cpu()
 
-    return torch.cat(of_each_batch(read, module, state, source))
+    found = torch.cat(of_each_batch(read, module, state, source))
+    if found.shape[1] == 1:
+        return found[:, 0]
+    return torch.tensor([_digest(row) for row in found], dtype=torch.int64)
+
+
+def _digest(row: Tensor) -> int:
+    found = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)

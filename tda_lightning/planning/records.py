@@ -43,6 +43,7 @@ class AttributionPlan:
         device_bytes: the same on the accelerator; 0 without one.
         scores_bytes: size of the scores, by segment where the estimator tells segments apart.
         curvature_bytes: fitted curvature that is kept beside the trajectory for the next time.
+        features_bytes: features of the training examples that are kept likewise.
     """
 
     estimator: str
@@ -54,6 +55,7 @@ class AttributionPlan:
     device_bytes: int
     scores_bytes: int
     curvature_bytes: int
+    features_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -90,7 +92,7 @@ class AttributionPlan:
 
 def comparison(plans: Mapping[str, AttributionPlan | str]) -> RenderableType:
     """One row for each estimator; a text in place of a plan says why there is none."""
-    table = Table("estimator", "time", "peak memory", "scores", "curvature kept", "passes")
+    table = Table("estimator", "time", "peak memory", "scores", "kept for later", "passes")
     for column in table.columns[1:]:
         column.justify = "right"
     sizes: Sequence[AttributionPlan] = [p for p in plans.values() if isinstance(p, AttributionPlan)]
@@ -109,7 +111,7 @@ def comparison(plans: Mapping[str, AttributionPlan | str]) -> RenderableType:
             readable_time(plan.seconds),
             "unknown" if plan.peak_bytes is None else readable_bytes(plan.peak_bytes),
             readable_bytes(plan.scores_bytes),
-            readable_bytes(plan.curvature_bytes),
+            readable_bytes(plan.curvature_bytes + plan.features_bytes),
             str(plan.num_passes),
         ]
         if len(table.columns) > 6:

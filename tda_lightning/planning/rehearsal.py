@@ -18,7 +18,7 @@ from tda_lightning.planning.memory import PeakMemory
 from tda_lightning.planning.records import AttributionPlan, PassPlan
 from tda_lightning.planning.stand_ins import (
     Decompositions,
-    KeptCurvature,
+    KeptAside,
     ScoresForgotten,
     UnfinishedLeft,
     synchronize,
@@ -60,7 +60,7 @@ class Rehearsal:
 
     Attributes:
         estimator: whose passes.
-        context: what it works with; its sink and its trajectory's curvature are exchanged.
+        context: what it works with; its sink and what its trajectory keeps are exchanged.
         examples: the training set.
         placed: brings a batch to the device.
         memory: measures from before the context was made.
@@ -83,9 +83,14 @@ class Rehearsal:
             finish: what follows the passes.
         """
         context, real = self.context, self.context.trajectory
-        self._kept = KeptCurvature(real.curvature, on_disk=real.path is not None)
+        on_disk = real.path is not None
+        curvature, features = (KeptAside(one, on_disk) for one in (real.curvature, real.features))
+        self._kept = (curvature, features)
         context.trajectory = replace(
-            real, curvature=self._kept, unfinished=UnfinishedLeft(real.unfinished)
+            real,
+            curvature=curvature,
+            features=features,
+            unfinished=UnfinishedLeft(real.unfinished),
         )
         context.rehearsal = True
         self._algebra = Decompositions(self.memory)
@@ -94,9 +99,14 @@ class Rehearsal:
         columns = min(len(self.examples), self.examples.batch_size)
         sink = ScoresForgotten(context.num_query, columns, segments, context.dtype)
         context.sink = sink
-        plan = estimator.plan(context)
+        plan: Plan | None = estimator.plan(context)
         preparation = clock.now() - began
-        groups = self._passes(plan)
+        groups: list[_Group] = []
+        while plan is not None:
+            groups += self._passes(plan)
+            began = clock.now()
+            plan = plan.rest()
+            preparation += clock.now() - began
         preparation += self._timed(finish)
         matrices = 1 if segments is None else 1 + segments
         item = context.dtype.itemsize
@@ -113,7 +123,8 @@ class Rehearsal:
             peak_bytes=None if peak is None else peak + scores,
             device_bytes=self.memory.device_bytes,
             scores_bytes=scores,
-            curvature_bytes=self._kept.size,
+            curvature_bytes=curvature.size,
+            features_bytes=features.size,
         )
 
     def _passes(self, plan: Plan) -> list[_Group]:
@@ -223,13 +234,18 @@ class Rehearsal:
 
     def _timed(self, work: Callable[[], Any]) -> float:
         """Seconds of ``work`` without stand-ins."""
-        owed = self._algebra.owed + self._kept.owed
+        owed = self._owed
         synchronize(self.context.device)
         began = clock.now()
         with self._algebra:
             work()
         synchronize(self.context.device)
-        return clock.now() - began + self._algebra.owed + self._kept.owed - owed
+        return clock.now() - began + self._owed - owed
+
+    @property
+    def _owed(self) -> float:
+        """Seconds that stand-ins have saved so far."""
+        return self._algebra.owed + sum(one.owed for one in self._kept)
 
 
 def _invertible(estimator: Estimator) -> Estimator:

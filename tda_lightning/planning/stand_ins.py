@@ -100,15 +100,15 @@ class Decompositions(TorchFunctionMode):
         return self._known[key]
 
 
-class KeptCurvature(MutableMapping[str, Mapping[str, Tensor]]):
-    """The trajectory's kept curvature to read from; what is set is weighed and not kept.
+class KeptAside(MutableMapping[str, Mapping[str, Tensor]]):
+    """What the trajectory keeps of a kind to read from; what is set is weighed and not kept.
 
     Attributes:
         size: bytes that would be kept.
         owed: seconds that writing them would take; some of them are written to a temporary file.
     """
 
-    def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]], *, on_disk: bool) -> None:
+    def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]], on_disk: bool) -> None:
         self.size, self.owed = 0, 0.0
         self._real, self._on_disk = real, on_disk
 
@@ -195,6 +195,9 @@ class ScoresForgotten(MemorySink):
         self.token_bytes = values.numel() * self.values.element_size()
 
     def set_self_influence(self, values: Tensor) -> None:
+        pass
+
+    def set_candidates(self, candidates: Tensor) -> None:
         pass
 
 

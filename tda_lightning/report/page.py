@@ -29,7 +29,7 @@ from tda_lightning.report.provenance import (
     short_name,
 )
 from tda_lightning.report.rendered import DatasetRenderer, Renderer
-from tda_lightning.report.trust import relabelled, statements
+from tda_lightning.report.trust import looked_at, relabelled, statements
 from tda_lightning.scores import Scores
 from tda_lightning.trajectory import Trajectory
 
@@ -118,7 +118,7 @@ def write_report(
         learning_rate=None if trajectory is None else _learning_rate_chart(scores, trajectory),
         provenance=entries(scores.provenance),
         notes=notes(scores.provenance),
-        trust=statements(scores.provenance),
+        trust=[*looked_at(scores), *statements(scores.provenance)],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -172,7 +172,7 @@ def _query(
     k: int,
     names: Sequence[str],
 ) -> QueryView:
-    values, k = scores.values[row], min(k, scores.num_train)
+    values, k = scores.values[row], min(k, scores.num_scored)
     tails = {"proponent": scores.proponents(row, k), "opponent": scores.opponents(row, k)}
     strongest = max(float(tail.abs().max()) for _, tail in tails.values())
     labels = relabelled(scores.provenance)

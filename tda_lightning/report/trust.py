@@ -14,6 +14,7 @@ from tda_lightning.report.examples import shorten
 from tda_lightning.report.provenance import one_line
 from tda_lightning.report.spot_check import found_out
 from tda_lightning.report.statement import Statement, is_count, is_number
+from tda_lightning.scores import Scores
 
 _NAMED = 12  # relabelled examples that are listed; of more, their number is told
 
@@ -33,6 +34,29 @@ def statements(provenance: Mapping[str, Any]) -> list[Statement]:
         _solver(provenance),
     )
     return [*(one for one in found if one is not None), *found_out(provenance)]
+
+
+def looked_at(scores: Scores) -> list[Statement]:
+    """How many training examples were scored, where it was not all of them."""
+    if scores.is_complete:
+        return []
+    about = scores.provenance.get("candidates")
+    about = about if isinstance(about, Mapping) else {}
+    place, metric = (
+        shorten(about[name], 60) if isinstance(about.get(name), str) else ""
+        for name in ("features", "metric")
+    )
+    compared = f" by the {place}" if place else ""
+    compared += f" ({metric})" if metric else ""
+    return [
+        Statement(
+            "Looked at",
+            f"Only the {scores.num_scored:,} of {scores.num_train:,} training examples nearest to "
+            f"each query{compared} were scored. The others have no score: a stronger proponent or "
+            "opponent may be among them.",
+            "fair",
+        )
+    ]
 
 
 def relabelled(provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tda_lightning.passes import Context
 # One ``next`` for each unit of work that a progress bar counts; the solution at the end.
 Work = Generator[None, None, Tensor]
 
-_PROBES, _POWER_STEPS = 8, 20
+_PROBES, _STARTS, _POWER_STEPS = 8, 4, 20
 # Power iteration comes from below, and the next batches may have more curvature than the probes.
 _MARGIN = 1.2
 
@@ -129,16 +129,17 @@ class Problem:
         """Above the largest eigenvalue of ``transform`` after (C_B + D) over random batches of so
         many examples, as far as power iteration on a few of them tells."""
         own = torch.Generator().manual_seed(self.seed)
-        start = torch.randn(1, self.size, generator=own).to(self.decay)
+        # Several, since one may be all but perpendicular to the leading eigenvector.
+        start = torch.randn(_STARTS, self.size, generator=own).to(self.decay)
         batches = self.random_batches(size, stream=0)
         whole = size >= self.context.num_train
         largest = 0.0
         for _ in range(1 if whole else _PROBES):
             batch, vector = next(batches), start
             for _ in range(_POWER_STEPS):
-                vector = vector / vector.norm()
+                vector = vector / vector.norm(dim=1, keepdim=True)
                 vector = transform(self.apply_some(vector, batch))
-            largest = max(largest, float(vector.norm()))
+            largest = max(largest, float(vector.norm(dim=1).max()))
         return _MARGIN * largest
 
 

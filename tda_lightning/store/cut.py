@@ -45,8 +45,8 @@ def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> No
             f"The trajectory in {root} cannot be continued: expected curvature statistics up to "
             f"each checkpoint, got none up to {lost}. {ADVICE}"
         )
-    # Fitted curvature may be that of checkpoints which are about to be made again.
-    for kind in (layout.CURVATURE_FOLDER, layout.UNFINISHED_FOLDER):
+    # What was kept may be of checkpoints which are about to be made again.
+    for kind in layout.KEPT_FOLDERS:
         _remove(layout.kept_files(root, kind).values())
     _remove(files[step] for step in sorted(files.keys() - set(checkpoints), reverse=True))
     _remove(path for (_, stop), path in statistics.items() if stop not in set(checkpoints))

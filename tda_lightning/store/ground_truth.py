@@ -3,7 +3,7 @@
 Layout, format version 1::
 
     /                       attributes: format = "tda-lightning ground truth", format_version = 1,
-                            protocol = "single_run" or "algorithm"
+                            protocol = "single_run", "algorithm" or "pbrf"
     /subsets                bool [subset, train], True for the examples a subset keeps
     /seeds                  int64 [subset, seed], of each retraining; -1 for the recorded one
     /done                   bool [subset, seed], whether the retraining was made
@@ -12,6 +12,8 @@ Layout, format version 1::
     /baseline               float64 [query], measurements of the recorded run's last checkpoint
     /configuration          text, a JSON object: digests and settings that determine the outcomes
     /made_by                text, a JSON object: command and versions
+    /classes                int64 [subset, seed, query], only where somebody asked: what the model
+                            then predicts of the query; 0 where not done
 
 Arrays carry checksums. The file is written anew, aside and renamed, after every retraining: one
 that is interrupted leaves all the earlier ones.
@@ -35,6 +37,7 @@ from tda_lightning.store.checked import (
     DAMAGE,
     get_integer,
     get_text,
+    has,
     put_text,
     require_regular,
 )
@@ -51,6 +54,7 @@ _ARRAYS = {
     "seconds": "<f8",
     "baseline": "<f8",
 }
+_CLASSES = ("classes", "<i8")
 _OBJECTS = ("configuration", "made_by")
 
 
@@ -84,7 +88,8 @@ def _write(file: h5py.File, truth: GroundTruth) -> None:
     put_text(file.attrs, "format", FORMAT)
     file.attrs["format_version"] = FORMAT_VERSION
     put_text(file.attrs, "protocol", truth.protocol)
-    for name, kind in _ARRAYS.items():
+    arrays = _ARRAYS if truth.classes is None else dict([*_ARRAYS.items(), _CLASSES])
+    for name, kind in arrays.items():
         array = getattr(truth, name).cpu().numpy().astype(kind)
         put_array(file, name, array, compress=True)
     for name in _OBJECTS:
@@ -109,6 +114,8 @@ def read_ground_truth(path: str | os.PathLike[str]) -> GroundTruth:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocol {protocol!r}")
             arrays = {name: _tensor(file, name, kind) for name, kind in _ARRAYS.items()}
+            if has(file, _CLASSES[0]):
+                arrays["classes"] = _tensor(file, *_CLASSES)
             return GroundTruth(
                 protocol=protocol,  # type: ignore[arg-type]
                 **arrays,  # type: ignore[arg-type]

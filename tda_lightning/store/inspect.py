@@ -46,6 +46,7 @@ class Description:
     statistics: dict[tuple[int, int], FileEntry]
     curvature: tuple[FileEntry, ...]
     unfinished: tuple[FileEntry, ...]
+    features: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
     ground_truth: tuple[FileEntry, ...]
     size: int
@@ -90,10 +91,7 @@ def describe(path: str | Path) -> Description:
     except (TrajectoryError, OSError) as error:
         problems.append(str(error))
     statistics = _statistics(root, facts, list(checkpoints), problems)
-    kept_folders = [
-        KeptFolder(root, kind) for kind in (layout.CURVATURE_FOLDER, layout.UNFINISHED_FOLDER)
-    ]
-    for folder in kept_folders:
+    for folder in (KeptFolder(root, kind) for kind in layout.KEPT_FOLDERS):
         for key in folder:
             try:
                 folder[key]
@@ -113,6 +111,7 @@ def describe(path: str | Path) -> Description:
         statistics=statistics,
         curvature=_kept(root, layout.CURVATURE_FOLDER),
         unfinished=_kept(root, layout.UNFINISHED_FOLDER),
+        features=_kept(root, layout.FEATURES_FOLDER),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         ground_truth=tuple(_entry(file.name, file) for file in layout.ground_truth_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
@@ -240,6 +239,8 @@ def _file_rows(found: Description) -> Iterable[tuple[str, str, str]]:
         yield "curvature", entry.name, _bytes(entry.size)
     for entry in found.unfinished:
         yield "unfinished", entry.name, _bytes(entry.size)
+    for entry in found.features:
+        yield "features", entry.name, _bytes(entry.size)
     for entry in found.scores:
         yield "scores", entry.name, _bytes(entry.size)
     for entry in found.ground_truth:

@@ -1,4 +1,4 @@
-"""Tensors kept beside the trajectory that they come from: fitted curvature, unfinished work."""
+"""Tensors kept beside the trajectory that they come from: curvature, features, unfinished work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
 
     Attributes:
         root: of the trajectory.
-        kind: ``curvature``, or ``unfinished``: where an interrupted attribution goes on.
+        kind: ``curvature``; ``features`` of the training examples; or ``unfinished``: where an
+            interrupted attribution goes on.
     """
 
     root: Path
@@ -49,7 +50,7 @@ class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
                 put_tensors(file.create_group(layout.VALUES), value)
         except OSError as error:
             warnings.warn(
-                f"{path} cannot be written, so its {self.kind} is not kept: {error}. "
+                f"{path} cannot be written, so the file of {self.kind} is not kept: {error}. "
                 "Scores are not affected; the next attribution will compute it again.",
                 stacklevel=2,
             )

@@ -59,6 +59,9 @@ random states those of the first process::
         values/<name>           tensors
       unfinished/<key>.h5       kind "unfinished": where an interrupted exact unrolling goes on
         values/<name>           tensors
+      features/<key>.h5         kind "features": of the training examples at a layer
+        values/features         float32 [example, feature]
+        values/place            uint8 [.], text: where in the model
       scores/*.h5               scores that were computed from this trajectory
       ground_truth/*.h5         measurements after retraining it (store/ground_truth.py)
       recording.lock            locked while a recorder writes; means nothing when left behind
@@ -82,8 +85,12 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATISTICS_FOLDER = "statistics"
 CURVATURE_FOLDER = "curvature"
 UNFINISHED_FOLDER = "unfinished"
+FEATURES_FOLDER = "features"
 SCORES_FOLDER = "scores"
 GROUND_TRUTH_FOLDER = "ground_truth"
+
+# What attributions keep for later ones, each in a folder of its name.
+KEPT_FOLDERS = (CURVATURE_FOLDER, UNFINISHED_FOLDER, FEATURES_FOLDER)
 
 FACTS = "facts"
 PARAMETERS = "parameters"
@@ -163,7 +170,7 @@ def kept_file(root: Path, kind: str, key: str) -> Path:
 
 
 def kept_files(root: Path, kind: str) -> dict[str, Path]:
-    """The fitted curvature, or the unfinished work, kept in ``root``, by key."""
+    """What attributions kept in ``root`` of one kind, by key."""
     files = _files(root / kind)
     return {p.stem: p for p in files if p.suffix == ".h5" and KEY.fullmatch(p.stem)}
 
@@ -186,8 +193,7 @@ def recorded_files(root: Path) -> list[Path]:
         *(path for _, _, path in steps_files(root)),
         *checkpoint_files(root).values(),
         *statistics_files(root).values(),
-        *kept_files(root, CURVATURE_FOLDER).values(),
-        *kept_files(root, UNFINISHED_FOLDER).values(),
+        *(path for kind in KEPT_FOLDERS for path in kept_files(root, kind).values()),
     ]
 
 

@@ -57,6 +57,7 @@ def open_trajectory(path: str | Path) -> Trajectory:
         checkpoints=CheckpointFolder(root, facts),
         curvature=KeptFolder(root, layout.CURVATURE_FOLDER),
         unfinished=KeptFolder(root, layout.UNFINISHED_FOLDER),
+        features=KeptFolder(root, layout.FEATURES_FOLDER),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
     )

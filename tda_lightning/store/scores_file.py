@@ -1,17 +1,20 @@
 """The scores file: one HDF5 file, readable with h5py alone.
 
-Layout, format version 1::
+Layout, format version 1, or 2 with candidates::
 
-    /                       attributes: format = "tda-lightning scores", format_version = 1
-    /values                 float32 or float64 [query, train]
+    /                       attributes: format = "tda-lightning scores", format_version
+    /values                 float32 or float64 [query, train]; NaN where there is no score
     /by_segment             the same type [segment, query, train]; absent without segments
     /self_influence         the same type [train]; absent when not computed
     /by_token               the same type [query, train, position]; absent when not asked for
+    /candidates             int64 [query, k], the training examples that were scored for each query,
+                            nearest first; absent where all were scored
     /provenance             text, a JSON object: how the scores were made
     /checksums/values       uint32 [query], CRC-32 of the bytes of each row of /values
     /checksums/by_segment   uint32 [segment, query]
     /checksums/self_influence  uint32 scalar
     /checksums/by_token     uint32 [query, train]
+    /checksums/candidates   uint32 [query]
     /checksums/provenance   uint32 scalar
 
 The numbers lie contiguously and uncompressed, so that a file larger than memory can be mapped.
@@ -32,7 +35,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.errors import TrajectoryFormatError
-from tda_lightning.scores import MemorySink, Scores, require_finite
+from tda_lightning.scores import MemorySink, Scores, require_finite, require_scored
 from tda_lightning.store.checked import (
     DAMAGE,
     from_json,
@@ -47,7 +50,8 @@ from tda_lightning.store.checked import (
 )
 
 FORMAT = "tda-lightning scores"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read
+_WITHOUT_CANDIDATES = 1  # what earlier releases read, too
 # Provenance entries with one item per query: cut along with the rows.
 _PER_QUERY = ("predictions", "measurements", "query_indices")
 
@@ -89,13 +93,14 @@ class ScoreFile(MemorySink):
         self.by_segment = None
         self.self_influence = None
         self.by_token = None
+        self.candidates = None
         shape = (num_queries, num_train)
         kind = _numpy_type(dtype)
         try:
             # The latest layout guards HDF5's own records with checksums.
             with h5py.File(self._part, "w", libver="latest") as file:
                 put_text(file.attrs, "format", FORMAT)
-                file.attrs["format_version"] = FORMAT_VERSION
+                file.attrs["format_version"] = _WITHOUT_CANDIDATES
                 _reserve(file.create_dataset("values", shape, kind))
                 if num_segments is not None:
                     _reserve(file.create_dataset("by_segment", (num_segments, *shape), kind))
@@ -110,7 +115,10 @@ class ScoreFile(MemorySink):
     def finish(self, provenance: dict[str, Any]) -> Scores:
         """Write what is left, move the file to its name and return the scores, mapped."""
         self._sum_segments()
-        require_finite(self.values)
+        if self.candidates is None:
+            require_finite(self.values)
+        else:
+            require_scored(self.values, self.candidates)
         self.publish(provenance)
         return read_scores(self.path, mapped=True)
 
@@ -152,6 +160,10 @@ class ScoreFile(MemorySink):
             if self.by_token is not None:
                 file["by_token"] = self.by_token.contiguous().numpy()
                 file["checksums/by_token"] = _row_checksums(self.by_token.contiguous().numpy())
+            if self.candidates is not None:
+                file.attrs["format_version"] = FORMAT_VERSION
+                file["candidates"] = self.candidates.contiguous().numpy()
+                file["checksums/candidates"] = _row_checksums(self.candidates.contiguous().numpy())
             file["provenance"] = _text(provenance)
             file["checksums/provenance"] = np.uint32(zlib.crc32(provenance.encode()))
 
@@ -161,6 +173,8 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
     segments = None if scores.by_segment is None else len(scores.by_segment)
     sizes = (scores.num_queries, scores.num_train, segments)
     with ScoreFile(path, *sizes, dtype=scores.values.dtype, overwrite=overwrite) as file:
+        if scores.candidates is not None:
+            file.set_candidates(scores.candidates)
         file.values.copy_(scores.values)
         if file.by_segment is not None and scores.by_segment is not None:
             file.by_segment.copy_(scores.by_segment)
@@ -222,8 +236,9 @@ def read_scores(
             by_segment = _read(path, file, "by_segment", (slice(None), rows), mapped)
             self_influence = _read(path, file, "self_influence", (), False)
             by_token = _read(path, file, "by_token", (rows,), mapped)
+            candidates = _read_candidates(path, file, rows)
             assert values is not None
-            return Scores(values, by_segment, self_influence, provenance, by_token)
+            return Scores(values, by_segment, self_influence, provenance, by_token, candidates)
     except (TrajectoryFormatError, PermissionError):
         raise
     except DAMAGE as error:
@@ -274,8 +289,20 @@ def _read(
     array = dataset[rows]
     found = _row_checksums(array) if rows else _checksum(array)
     _compare(path, name, found, file, rows)
-    if not np.isfinite(array).all():
+    # Scores themselves check those of candidates.
+    if not np.isfinite(array).all() and not (name == "values" and has(file, "candidates")):
         raise ValueError(f"{name!r} is not finite")
+    return torch.from_numpy(array)
+
+
+def _read_candidates(path: Path, file: h5py.File, rows: slice) -> Tensor | None:
+    if not has(file, "candidates"):
+        return None
+    dataset = own_dataset(file, "candidates")
+    if dataset.dtype != "<i8" or dataset.ndim != 2:
+        raise TypeError(f"'candidates' holds {dataset.dtype} of shape {dataset.shape}")
+    array = dataset[rows]
+    _compare(path, "candidates", _row_checksums(array), file, (rows,))
     return torch.from_numpy(array)
 
 

@@ -1,0 +1,118 @@
+"""What a model makes of its examples: one vector for each, read inside the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def require_layer(module: nn.Module, layer: str) -> None:
+    """Refuse the name of a layer that ``module`` does not have.
+
+    Raises:
+        ValueError: lists the names near it.
+    """
+    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    if layer in names:
+        return
+    last = layer.rpartition(".")[2]
+    near = difflib.get_close_matches(layer, names, n=5)
+    near += [name for name in names if name.rpartition(".")[2] == last and name not in near][:5]
+    known = f"Near it: {', '.join(near)}" if near else f"It has: {', '.join(names[:20])}"
+    raise ValueError(
+        f"The model has no layer {layer!r}. {known}{'' if near or len(names) <= 20 else ', ...'}. "
+        "Names are those of module.named_modules()."
+    )
+
+
+def read_features(
+    module: nn.Module, layer: str | None, forward: Callable[[], int]
+) -> tuple[Tensor, str]:
+    """Features of the examples of one batch, and the layer that they were found at.
+
+    Args:
+        module: the model.
+        layer: its outputs are the features; None: the *inputs* of the last linear layer
+            (``torch.nn.Linear``) called, the hidden features that a classifier's head sees.
+        forward: runs the model on the batch and tells the number of examples.
+
+    Returns:
+        float32 [example, feature], and the layer's name. Those of a sequence [example, position,
+        feature] are averaged over its positions, those of an image [example, channel, height,
+        width] over its places; a linear layer has its features in the last axis. A layer that is
+        called several times gives those of the last call.
+
+    Raises:
+        ValueError: the layer is not called, or gives no floating-point tensor with one row, or
+            the same number of rows, for each example.
+    """
+    with _watched(module, layer) as seen:
+        size = forward()
+    if not seen:
+        if layer is None:
+            raise ValueError(
+                "The model calls no linear layer (torch.nn.Linear), so its examples have no "
+                "features of the last layer to compare."
+            )
+        raise ValueError(
+            f"The layer {layer!r} is not called when the model runs, so it has no features. Name "
+            "one that is."
+        )
+    name, found = seen[-1]
+    in_last_axis = isinstance(module.get_submodule(name), nn.Linear)
+    return _rows(found, size, name, in_last_axis), name
+
+
+@contextmanager
+def _watched(module: nn.Module, layer: str | None) -> Iterator[list[tuple[str, object]]]:
+    """Name and inputs of linear layers, or outputs of ``layer``, in the order of their calls."""
+    seen: list[tuple[str, object]] = []
+
+    def before(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        return lambda _, inputs: seen.append((name, inputs[0]))
+
+    def after(_: nn.Module, __: object, output: object) -> None:
+        assert layer is not None
+        seen.append((layer, output))
+
+    if layer is not None:
+        hooks = [module.get_submodule(layer).register_forward_hook(after)]
+    else:
+        hooks = [
+            part.register_forward_pre_hook(before(name))
+            for name, part in module.named_modules()
+            if isinstance(part, nn.Linear)
+        ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rows(found: object, size: int, name: str, in_last_axis: bool) -> Tensor:
+    """One row for each of ``size`` examples."""
+    if isinstance(found, tuple | list) and found:  # a recurrent layer has its state besides
+        found = found[0]
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"The layer {name!r} gives {kind}, expected a floating-point tensor. Name another "
+            "layer."
+        )
+    if found.ndim == 2 and len(found) != size and size and len(found) % size == 0:
+        found = found.reshape(size, -1, found.shape[1])  # positions in place of examples
+    if found.ndim < 2 or len(found) != size:
+        raise ValueError(
+            f"The layer {name!r} gives a tensor of shape {list(found.shape)} for {size} examples, "
+            "expected examples first. Name another layer."
+        )
+    found = found.float()
+    if found.ndim == 2:
+        return found
+    if found.ndim == 3 or in_last_axis:
+        return found.flatten(1, -2).mean(1)
+    return found.flatten(2).mean(2)
