@@ -37,7 +37,7 @@ STUDIES = {
         validation=20,
         validated="algorithm",
         together=5,
-        without=("source_recorded",),
+        without=("source_recorded", "unrolled"),
     ),
     "cifar10_resnet9": Study(
         "CIFAR-10, ResNet-9",
@@ -55,7 +55,7 @@ STUDIES = {
         "the same at a third of the rate",
         validated="algorithm",
         together=5,
-        without=("source_recorded", "unrolled"),
+        without=("source", "source_recorded", "unrolled"),
         peers=False,
     ),
     "fashion_mnist_noisy_tenth": Study(
