@@ -52,7 +52,8 @@ class SegmentFunctions:
         response: F(M) v, [vector, parameters].
         left: S(M) v, likewise; None where it was not asked for.
         errors: the bound on the error of both, each relative to its own length, the larger of the
-            two: float64 [vector].
+            two: float64 [vector]. S(M) v counts as no shorter than the rounding errors of v divided
+            by the tolerance.
         products: how many each vector took, int64 [vector].
     """
 
