@@ -47,7 +47,8 @@ class Pass:
             work that fetches its batches itself. ``accumulate`` is called with None, the row,
             int64 [1], and its position.
         returns: the rows are those of the pass before, the last one first, and need what it kept.
-        holds: bytes of main memory that it and those before have filled for later passes.
+        holds: bytes of main memory that it and those before have filled for later passes, or its
+            rows for those after them, when all are done.
     """
 
     title: str

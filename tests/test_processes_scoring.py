@@ -30,6 +30,7 @@ ROUNDS = 6_000  # bytes, in which not all queries find room
 ESTIMATORS = {
     "source": Source(2),
     "source blocks": Source(2, leading_directions=0),
+    "source products": Source(2, curvature="matrix_free", blocks="layer", tolerance=1e-6),
     "source recorded": Source(2, order="recorded"),
     "source recorded blocks": Source(2, order="recorded", leading_directions=0),
     "tracin": TracIn(),
@@ -105,7 +106,8 @@ def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_p
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
-    uses = run == "online" and name != "tracin" and "unrolled" not in name
+    unfitted = name in ("tracin", "source products") or "unrolled" in name
+    uses = run == "online" and not unfitted
     assert ("statistics" in expected.provenance) == uses
     for each in found:
         values, by_segment, own, world_size, not_kept = each[run, name]

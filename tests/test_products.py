@@ -107,6 +107,22 @@ def test_some_examples_and_many_vectors() -> None:
     assert products.counted == pytest.approx(19 * 4 / 7)
 
 
+@pytest.mark.parametrize("name", ["conv/network", "conv/2d_groups", "tied/embedding_and_head"])
+def test_blocks_alone(name: str) -> None:
+    """Each part of a vector meets its own block of the matrix, in every way."""
+    case = next(case for case in CASES if case.name == name)
+    context, data = case_context(case)
+    number = torch.cat([torch.full((b.size,), k) for k, b in enumerate(context.blocks)])
+    matrix = dense_curvature(context, case, data, "gauss_newton")
+    matrix = matrix * (number[:, None] == number)
+    vectors = vectors_of(context)
+    for way in range(len(WAYS)):
+        products = Products("gauss_newton", context, by_block=True)
+        products._way = way
+        assert relative(products.over_training_set(vectors), vectors @ matrix) < BOUND
+        assert products._way == way and products.counted == len(vectors)
+
+
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("margin",)])
 def test_gauss_newton_of_every_task(name: str) -> None:
     task, module, batch = task_case(name)

@@ -30,9 +30,14 @@ class Study:
 
 STUDIES = {
     "concrete": Study("Concrete, MLP", together=5),
-    "mnist": Study("MNIST, MLP", validated="algorithm", together=5),
+    "mnist": Study("MNIST, MLP", validated="algorithm", together=5, without=("source_recorded",)),
     "fashion_mnist": Study(
-        "FashionMNIST, MLP", subsets=50, validation=20, validated="algorithm", together=5
+        "FashionMNIST, MLP",
+        subsets=50,
+        validation=20,
+        validated="algorithm",
+        together=5,
+        without=("source_recorded", "unrolled"),
     ),
     "cifar10_resnet9": Study(
         "CIFAR-10, ResNet-9",
@@ -50,7 +55,7 @@ STUDIES = {
         "the same at a third of the rate",
         validated="algorithm",
         together=5,
-        without=("source_recorded", "unrolled"),
+        without=("source", "source_recorded", "unrolled"),
         peers=False,
     ),
     "fashion_mnist_noisy_tenth": Study(

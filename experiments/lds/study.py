@@ -7,6 +7,7 @@ python experiments/lds/study.py study=digits
 python experiments/lds/study.py study=concrete data.root=FOLDER
 python experiments/lds/study.py study=concrete data.root=FOLDER retrained=OLDER/outcomes.npz
 python experiments/lds/study.py --config-name online study=fashion_mnist data.root=FOLDER
+python experiments/lds/study.py --config-name matrix_free study=digits_smooth
 python experiments/lds/study.py --config-dir experiments/exactness/conf --config-name exactness
 """
 
@@ -53,6 +54,9 @@ PAIRS = [
     ("source_leading", "source_fitted"),
     ("influence_online", "influence_fitted"),
     ("influence_corrected", "influence_fitted"),
+    ("matrix_free_full", "source"),
+    ("matrix_free_full", "matrix_free_layer"),
+    ("matrix_free_layer", "source_blocks"),
 ]
 
 
@@ -95,6 +99,14 @@ def main(config: DictConfig) -> None:
         "lds": {name: [lds.value, lds.low, lds.high] for name, lds in found.items()},
         "gaps": {name: [gap.value, gap.low, gap.high] for name, gap in gaps.items()},
         "seconds": seconds,
+        "processor_seconds": {
+            name: item.provenance["processor_seconds"] for name, item in scores.items()
+        },
+        "matrix_free": {
+            name: item.provenance["matrix_free"]
+            for name, item in scores.items()
+            if "matrix_free" in item.provenance
+        },
         "closeness": closeness,
         "left_out": {
             name: [

@@ -41,9 +41,11 @@ WHOLE = "all parameters"
 _FORMAT = 2  # part of the cache's key: raise it when the meaning of fitted tensors changes
 
 
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(KINDS)}.")
+def check_kind(kind: str, also: Sequence[str] = ()) -> None:
+    """Refuse a kind that is not in ``KINDS``, nor in those that an estimator has besides."""
+    known = (*KINDS, *also)
+    if kind not in known:
+        raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(known)}.")
 
 
 def units(kind: str, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:

@@ -89,15 +89,18 @@ class Products:
     Args:
         kind: one of ``PRODUCTS``.
         context: model, task and training set.
+        by_block: keep the blocks on the matrix's diagonal only (the layers), and multiply each
+            part of a vector with its own. Every block takes a derivative of its own, of what
+            follows it in the model.
 
     Attributes:
         way: which of ``WAYS`` the model takes, from its first product on.
         counted: products so far, in units of one vector and the whole training set.
     """
 
-    def __init__(self, kind: str, context: Context) -> None:
+    def __init__(self, kind: str, context: Context, *, by_block: bool = False) -> None:
         check_product(kind)
-        self.kind, self.context = kind, context
+        self.kind, self.context, self.by_block = kind, context, by_block
         self.counted = 0.0
         self._way = 0
         self._checked = False
@@ -141,14 +144,20 @@ class Products:
             ValueError: the Gauss-Newton matrix of the task is unknown.
             UnsupportedTrainingError: an operation has no second derivative.
         """
-        named = dict(self.context.module.named_parameters())
-        values = {name: named[name].detach() for name in self.context.engine.names}
-        calls = _BatchCurvature(self.context, self.kind, values, batch, examples)
+        context = self.context
+        groups: list[Sequence[str]] = [context.engine.names]
+        if self.by_block:
+            groups = [block.parameters for block in context.blocks]
+        named = dict(context.module.named_parameters())
+        calls = []
+        for group in groups:
+            values = {name: named[name].detach() for name in group}
+            calls.append(_BatchCurvature(context, self.kind, values, batch, examples))
         if not self._checked:
             self._check(calls)
         return self._rows(calls, vectors)
 
-    def _check(self, calls: _BatchCurvature) -> None:
+    def _check(self, calls: Sequence[_BatchCurvature]) -> None:
         """Leave the forward mode where it does not fit the backward pass: the matrix would not be
         symmetric (an operation whose two derivatives are not of the same function)."""
         self._checked = True
@@ -162,10 +171,14 @@ class Products:
         if (left @ v - right @ u).abs() > torch.finfo(context.dtype).eps ** 0.5 * scale:
             self._way = len(WAYS) - 1
 
-    def _rows(self, calls: _BatchCurvature, vectors: Tensor) -> Tensor:
+    def _rows(self, calls: Sequence[_BatchCurvature], vectors: Tensor) -> Tensor:
+        """Rows of the products of each group of parameters with its own curvature."""
         tensors = as_tensors(self.context.blocks, vectors)
-        directions = {name: tensors[name].to(value) for name, value in calls.values.items()}
-        return as_rows(self.context.blocks, self._in_parts(calls, directions)).to(vectors)
+        products: Parameters = {}
+        for one in calls:
+            directions = {name: tensors[name].to(value) for name, value in one.values.items()}
+            products |= self._in_parts(one, directions)
+        return as_rows(self.context.blocks, products).to(vectors)
 
     def _in_parts(self, calls: _BatchCurvature, directions: Parameters) -> Parameters:
         """As many vectors at once as fit, in the way that the model can take."""
@@ -375,6 +388,7 @@ def _without_derivative(error: Exception) -> Exception:
         return error
     return UnsupportedTrainingError(
         "Products with the curvature differentiate the training loss twice, and an operation in it "
-        f"cannot be: {text.splitlines()[0][:300]} Write it with operations that can, or use "
-        "solver=None, which needs first derivatives only."
+        f"cannot be: {text.splitlines()[0][:300]} Write it with operations that can, or use a "
+        "curvature that needs first derivatives only: an influence function's solver=None, "
+        "SOURCE's curvature='ekfac'."
     )

@@ -12,17 +12,22 @@ from tda_lightning.curvature import (
     check_statistics,
     uses_statistics,
 )
+from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.averaged import AveragedRun
 from tda_lightning.estimators.clipping import clipping_notes
+from tda_lightning.estimators.matrix_free import MatrixFreeRun
 from tda_lightning.estimators.recorded import RecordedRun
 from tda_lightning.estimators.recorded_adam import RecordedAdamRun
 from tda_lightning.estimators.staged import plan_stages, segment_counts
 from tda_lightning.passes import Context, Plan, Stage
+from tda_lightning.solvers.problem import check_limits
 from tda_lightning.trajectory import Segment
 
 ORDERS = ("average", "recorded")
 MOMENTUM = ("effective_rate", "recursion")
+MATRIX_FREE = "matrix_free"
+BLOCKS = ("layer", "full")
 _LEADING = 64
 _FEWEST = 8  # not worth their passes below
 _LEADING_SCALARS = 1 << 28  # each direction is kept in two bases
@@ -54,7 +59,10 @@ class Source:
     Attributes:
         num_segments: cut the run into this many segments of equal length.
         segment_steps: or at these steps; over several trajectories, a list of them for each.
-        curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
+        curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``; or
+            ``matrix_free``: the exact Gauss-Newton matrix by products, without forming it
+            (``estimators/matrix_functions.py``), for ``order="average"`` and
+            ``momentum="effective_rate"`` in one stage of training.
         order: ``average``, the paper's: every example is used evenly within a segment; it answers
             what training like this does. ``recorded``: the recorded batches in their order; it
             answers what this run did, and follows exact unrolling closely.
@@ -76,6 +84,13 @@ class Source:
             leading 256 directions and the diagonal. None: 4096; with Adam, 1024 (the time to
             turn every example's h * g grows with it).
         seed: of the sampled labels.
+        blocks: for ``matrix_free``: ``full``, all parameters together, as ``exact`` has them;
+            ``layer``: the layers' own blocks, without the coupling between them. None: full.
+        tolerance: for ``matrix_free``: the error of a segment's two functions of the matrix that
+            is small enough, relative to their length.
+        max_products: for ``matrix_free``: at most so many products for each query and segment,
+            each a walk over the training set at every checkpoint of the segment. A query holds as
+            many vectors in memory.
 
     Raises:
         ValueError: at once for impossible settings; when planning, for a segment without a
@@ -97,9 +112,12 @@ class Source:
     statistics: str = "auto"
     dense_side: int | None = None
     seed: int = 0
+    blocks: str | None = None
+    tolerance: float = 1e-3
+    max_products: int = 100
 
     def __post_init__(self) -> None:
-        check_kind(self.curvature)
+        check_kind(self.curvature, also=(MATRIX_FREE,))
         check_statistics(self.statistics, self.curvature)
         check_dense_side(self.dense_side)
         for name, value, known in (
@@ -117,6 +135,27 @@ class Source:
             )
         if self.segment_steps is None and self.num_segments < 1:
             raise ValueError(f"num_segments must be at least 1, got {self.num_segments}.")
+        check_limits(tolerance=self.tolerance, max_products=self.max_products)
+        self._check_matrix_free()
+
+    def _check_matrix_free(self) -> None:
+        if self.curvature != MATRIX_FREE:
+            if self.blocks is not None:
+                raise ValueError(
+                    f"blocks goes with curvature='matrix_free', got {self.blocks!r} with "
+                    f"{self.curvature!r}. Leave it out (null)."
+                )
+            return
+        if self.blocks not in (None, *BLOCKS):
+            raise ValueError(
+                f"blocks must be one of {', '.join(BLOCKS)} or null (None), got {self.blocks!r}."
+            )
+        if self.order != "average" or self.momentum != "effective_rate":
+            raise ValueError(
+                "curvature='matrix_free' has no eigenbasis in which to follow single steps: "
+                "expected order='average' and momentum='effective_rate', got "
+                f"{self.order!r} and {self.momentum!r}. Use curvature='ekfac' or 'exact' for those."
+            )
 
     @property
     def _blockwise(self) -> bool:
@@ -151,8 +190,10 @@ class Source:
     def plan(self, context: Context) -> Plan:
         """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
         adam = context.trajectory.require_optimizer() != "SGD"
-        run: AveragedRun | RecordedRun | RecordedAdamRun
-        if self.order == "average":
+        run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
+        if self.curvature == MATRIX_FREE:
+            run = MatrixFreeRun(self, context)
+        elif self.order == "average":
             run = AveragedRun(self, context)
         elif adam:
             run = RecordedAdamRun(self, context)
@@ -176,10 +217,18 @@ class Source:
                 "No self-influence: on the recorded order of Adam every example needs an adjoint "
                 "of its own. Ask for examples as queries, or use order='average'."
             )
-        return Plan(run.passes(), provenance, notes)
+        plan = Plan(run.passes(), provenance, notes)
+        if isinstance(run, MatrixFreeRun):
+            run.report_to(plan)
+        return plan
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
         """How many segments the scores of each stage are split by."""
+        if self.curvature == MATRIX_FREE:
+            raise UnsupportedTrainingError(
+                f"curvature='matrix_free' follows one stage of training, got {len(stages)}. Use "
+                "curvature='ekfac' or 'exact', or attribute the last stage's trajectory alone."
+            )
         return segment_counts(self, stages)
 
     def plan_stages(self, stages: Sequence[Stage]) -> Plan:

@@ -57,6 +57,30 @@ def segment_response(time: float) -> SpectralFunction:
     return respond
 
 
+def accumulated_response(time: float) -> SpectralFunction:
+    r"""The segment's response, added up over its time.
+
+    .. math::
+        \int_0^\tau \frac{1 - \exp(-s \sigma)}{\sigma} ds
+        = \frac{\tau - F(\sigma)}{\sigma}, \qquad \tau = \bar\eta K
+
+    It tends to :math:`\tau^2 / 2` as :math:`\sigma \to 0`.
+
+    Example:
+        >>> accumulated_response(time=1.0)(torch.tensor([0.0, 1.0, 100.0]))
+        tensor([0.5000, 0.3679, 0.0099])
+    """
+
+    def respond(eigenvalues: Tensor) -> Tensor:
+        exponent = time * eigenvalues
+        curved = (time - segment_response(time)(eigenvalues)) / eigenvalues
+        # The difference loses digits near zero, where four terms of the series have them all.
+        straight = time**2 * (1 / 2 - exponent / 6 + exponent**2 / 24 - exponent**3 / 120)
+        return torch.where(exponent.abs() > 1e-3, curved, straight)
+
+    return respond
+
+
 @dataclass
 class MomentumAdjoint:
     """The adjoint of SGD with momentum, backwards through its steps, by eigenvalue.
