@@ -183,7 +183,7 @@ def over_subsets(kept: Kept, first: str, second: str, protocol: str) -> tuple[fl
     count = truth.shape[1]
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=400)
     a, b = (redrawn(kept.predicted[one].numpy(), truth, draws) for one in (first, second))
-    low, high = np.quantile((a - b).mean(1), [0.025, 0.975])
+    low, high = np.quantile(np.nanmean(a - b, axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -192,11 +192,11 @@ def redrawn(
 ) -> NDArray[np.float64]:
     """Spearman's correlation of each row after subsets were drawn again, [draw, row].
 
-    A subset drawn c times counts as c level ones, so the ranks need no sorting: the middle of a
-    subset's c copies lies after all copies of lower ones.
+    A subset drawn c times counts as c level ones, so nothing is sorted again: the middle of level
+    copies lies after all copies of lower ones.
 
     Args:
-        predicted: [row, subset], without ties.
+        predicted: [row, subset].
         truth: the same.
         draws: how often each subset was drawn, [draw, subset].
     """
@@ -204,19 +204,17 @@ def redrawn(
     for row, pair in enumerate(zip(predicted, truth, strict=True)):
         a, b = (_middles(values, draws) for values in pair)
         products = [(draws * x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
-        found[:, row] = products[0] / np.sqrt(products[1] * products[2])
+        with np.errstate(invalid="ignore"):  # all that was drawn may be level
+            found[:, row] = products[0] / np.sqrt(products[1] * products[2])
     return found
 
 
 def _middles(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Centred ranks of the copies, [draw, subset]."""
-    order = values.argsort()
-    if len(np.unique(values)) < len(values):
-        raise ValueError("Subsets that are level have no order to be drawn again in.")
-    counts = draws[:, order]
-    middles = np.empty(draws.shape)
-    middles[:, order] = counts.cumsum(1) - (counts - 1) / 2
-    return middles - (draws.sum(1, keepdims=True) + 1) / 2
+    """Centred ranks of the copies, level ones at their middle, [draw, subset]."""
+    levels, level = np.unique(values, return_inverse=True)
+    counts = draws @ (level[:, None] == np.arange(len(levels)))
+    middles = counts.cumsum(1) - (counts - 1) / 2
+    return middles[:, level] - (draws.sum(1, keepdims=True) + 1) / 2
 
 
 def _correlations(kept: Kept, name: str, protocol: str) -> Tensor:
