@@ -77,7 +77,8 @@ def test_a_damping_is_chosen_on_other_subsets() -> None:
 
 def test_drawing_subsets_again_ranks_their_copies() -> None:
     generator = np.random.default_rng(0)
-    predicted, truth = generator.normal(size=(2, 5, 9))
+    predicted, truth = generator.normal(size=(2, 5, 9)).round(1)
+    truth[0, :4] = 0.5  # level ones
     draws = generator.multinomial(9, np.full(9, 1 / 9), size=4)
     found = table.redrawn(predicted, truth, draws)
     for draw, row in zip(draws, found, strict=True):

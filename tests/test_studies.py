@@ -9,6 +9,8 @@ from lightning.pytorch import seed_everything
 from torch.utils.data import TensorDataset
 
 from experiments.descent import descend, fresh_batches
+from experiments.mislabelled import table as mislabelled
+from experiments.mislabelled.edits import MeanOverSet
 from experiments.two_stages import setting
 from experiments.two_stages import table as two_stages
 from experiments.two_stages.derivative import derivative
@@ -73,6 +75,14 @@ def test_pictures_are_turned_by_their_own_angles() -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-4)
 
 
+def test_a_set_is_measured_by_its_mean() -> None:
+    seed_everything(0, verbose=False)
+    module, task = setting.network(0), MeanOverSet()
+    inputs, labels = torch.randn(2, 5, 1, 28, 28), torch.randint(10, (2, 5))
+    expected = [task.train_loss(module, pair).mean() for pair in zip(inputs, labels, strict=True)]
+    torch.testing.assert_close(task.measurement(module, (inputs, labels)), torch.stack(expected))
+
+
 def test_two_stages_shows_what_is_stored() -> None:
     results = read(two_stages.HERE / "results")
     rows, text = two_stages.judged(results), (two_stages.HERE / "README.md").read_text()
@@ -80,3 +90,11 @@ def test_two_stages_shows_what_is_stored() -> None:
         assert block(results) in text
     assert two_stages.table(rows) in text
     assert two_stages.figure(rows) == (two_stages.HERE / "results" / "lds.svg").read_text()
+
+
+def test_mislabelled_shows_what_is_stored() -> None:
+    results, text = mislabelled.read(), (mislabelled.HERE / "README.md").read_text()
+    for block in mislabelled.blocks(results).values():
+        assert block in text
+    for name, drawing in mislabelled.figures(results).items():
+        assert drawing == (mislabelled.HERE / "results" / name).read_text()

@@ -15,6 +15,7 @@ SHOWN = {
     "unrolled": "exact unrolling",
     "source_recorded": "SOURCE, recorded order",
     "source": "SOURCE",
+    "source_blocks": "SOURCE, blocks alone",
     "influence": "influence function, best damping",
     "trak": "TRAK",
     "tracin": "TracIn",
@@ -24,6 +25,7 @@ COLOURS = {
     "unrolled": "#7a5195",
     "source_recorded": "#2f7fb5",
     "source": "#0b4f8a",
+    "source_blocks": "#63c1c7",
     "influence": "#d1622b",
     "trak": "#8a8a2f",
     "tracin": "#5b9a4a",
@@ -39,7 +41,8 @@ STYLE = (
 
 def figure(tables: Mapping[str, Sequence[Row]]) -> str:
     """A row for each study and protocol, in it a mark with its interval for each estimator."""
-    low = min(0.0, *(i.low for t in tables.values() for r in t for i in r.lds.values()))
+    shown = [row for table in tables.values() for row in table if row.name in SHOWN]
+    low = min(0.0, *(found.low for row in shown for found in row.lds.values()))
     parts, y = [], float(TOP)
 
     def x(value: float) -> float:

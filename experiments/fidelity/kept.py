@@ -68,6 +68,7 @@ def keep(name: str, folder: Path) -> None:
         "steps": trajectory.last_step,
         "retraining_seconds": {key: float(t.seconds.sum()) for key, t in judged.items()},
         "versions": versions(),
+        "few_left_out": _few_left_out(folder),
     }
     arrays = {
         **{key: truth.outcomes.numpy() for key, truth in judged.items()},
@@ -111,6 +112,15 @@ def _truths(folder: Path, seed: int) -> dict[str, GroundTruth]:
     # Subsets are drawn one after the other: both protocols have the first ones in common.
     common = min(len(truth.subsets) for truth in found.values())
     return {p: truth.first(common, truth.seeds.shape[1]) for p, truth in found.items()}
+
+
+def _few_left_out(folder: Path) -> list[dict[str, Any]]:
+    """What tda evaluate found with 5% left out, where it was asked (alpha=0.95)."""
+    table = folder / "ground_truth" / "single_run-0.95-0.json"
+    if not table.exists():
+        return []
+    rows = json.loads(table.read_text())["rows"]
+    return [{key: row[key] for key in ("name", "lds", "over_queries", "slope")} for row in rows]
 
 
 def _ranks(scores: dict[str, Scores], truths: dict[str, GroundTruth]) -> np.ndarray:

@@ -7,7 +7,7 @@ python -m experiments.fidelity.table --write    # and put them into README.md an
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def tables(found: Mapping[str, Kept]) -> str:
     parts = [sizes(found)]
     parts += [f"### {STUDIES[name].title}\n\n{markdown(rows(k))}" for name, k in found.items()]
     parts.append(f"### Differences\n\n{differences(found)}")
+    parts.append(f"### Single run, 5% left out\n\n{few_left_out(found)}")
     return "\n\n".join(parts)
 
 
@@ -158,33 +159,47 @@ def differences(found: Mapping[str, Kept]) -> str:
     lines = ["| study | protocol | less | over queries | over subsets |", "|---" * 5 + "|"]
     for study, kept in found.items():
         for protocol in kept.truth:
+            named = {one for pair in COMPARED for one in pair}
+            chosen = {one: best(kept, one, protocol) if one in DAMPED else one for one in named}
+            chosen = {one: name for one, name in chosen.items() if name in kept.predicted}
+            drawn = over_subsets(kept, protocol, {str(name) for name in chosen.values()})
             for first, second in COMPARED:
-                a, b = (
-                    best(kept, one, protocol) if one in DAMPED else one for one in (first, second)
-                )
-                if a is None or b is None or {a, b} - kept.predicted.keys():
+                if {first, second} - chosen.keys():
                     continue
-                over_queries = difference(lds(kept, a)[protocol], lds(kept, b)[protocol])
-                low, high = over_subsets(kept, a, b, protocol)
+                a, b = str(chosen[first]), str(chosen[second])
+                scores = lds(kept, a)[protocol], lds(kept, b)[protocol]
+                gaps = np.nanmean(drawn[a] - drawn[b], axis=1)
+                low, high = np.quantile(gaps, [0.025, 0.975])
                 titles = [
                     TITLES[one] + (", best damping" if one in DAMPED else "")
                     for one in (first, second)
                 ]
                 lines.append(
                     f"| {STUDIES[study].title} | {WORDS[protocol]} | {' - '.join(titles)} | "
-                    f"{over_queries} | [{low:.3f}, {high:.3f}] |"
+                    f"{difference(*scores)} | [{low:.3f}, {high:.3f}] |"
                 )
     return "\n".join(lines)
 
 
-def over_subsets(kept: Kept, first: str, second: str, protocol: str) -> tuple[float, float]:
-    """The bootstrap interval of a difference over subsets: both judged by the same draws."""
+def few_left_out(found: Mapping[str, Kept]) -> str:
+    """The studies that were also judged by removals of 5%, with slopes."""
+    lines = ["| study | scores | LDS | slope |", "|---" * 4 + "|"]
+    for study, kept in found.items():
+        for row in kept.about["few_left_out"]:
+            low, high = row["over_queries"]
+            lines.append(
+                f"| {STUDIES[study].title} | {row['name']} | {row['lds']:.3f} "
+                f"[{low:.3f}, {high:.3f}] | {row['slope']:.3g} |"
+            )
+    return "\n".join(lines)
+
+
+def over_subsets(kept: Kept, protocol: str, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """LDS of each query after subsets were drawn again, the same for all: [draw, query]."""
     truth = -kept.truth[protocol].T.numpy()
     count = truth.shape[1]
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=400)
-    a, b = (redrawn(kept.predicted[one].numpy(), truth, draws) for one in (first, second))
-    low, high = np.quantile((a - b).mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=200)
+    return {name: redrawn(kept.predicted[name].numpy(), truth, draws) for name in names}
 
 
 def redrawn(
@@ -192,11 +207,11 @@ def redrawn(
 ) -> NDArray[np.float64]:
     """Spearman's correlation of each row after subsets were drawn again, [draw, row].
 
-    A subset drawn c times counts as c level ones, so the ranks need no sorting: the middle of a
-    subset's c copies lies after all copies of lower ones.
+    A subset drawn c times counts as c level ones, so nothing is sorted again: the middle of level
+    copies lies after all copies of lower ones.
 
     Args:
-        predicted: [row, subset], without ties.
+        predicted: [row, subset].
         truth: the same.
         draws: how often each subset was drawn, [draw, subset].
     """
@@ -204,19 +219,17 @@ def redrawn(
     for row, pair in enumerate(zip(predicted, truth, strict=True)):
         a, b = (_middles(values, draws) for values in pair)
         products = [(draws * x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
-        found[:, row] = products[0] / np.sqrt(products[1] * products[2])
+        with np.errstate(invalid="ignore"):  # all that was drawn may be level
+            found[:, row] = products[0] / np.sqrt(products[1] * products[2])
     return found
 
 
 def _middles(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Centred ranks of the copies, [draw, subset]."""
-    order = values.argsort()
-    if len(np.unique(values)) < len(values):
-        raise ValueError("Subsets that are level have no order to be drawn again in.")
-    counts = draws[:, order]
-    middles = np.empty(draws.shape)
-    middles[:, order] = counts.cumsum(1) - (counts - 1) / 2
-    return middles - (draws.sum(1, keepdims=True) + 1) / 2
+    """Centred ranks of the copies, level ones at their middle, [draw, subset]."""
+    levels, level = np.unique(values, return_inverse=True)
+    counts = draws @ (level[:, None] == np.arange(len(levels)))
+    middles = counts.cumsum(1) - (counts - 1) / 2
+    return middles[:, level] - (draws.sum(1, keepdims=True) + 1) / 2
 
 
 def _correlations(kept: Kept, name: str, protocol: str) -> Tensor:
