@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.errors import UnsupportedTrainingError
@@ -62,8 +63,19 @@ class Squares(AttributionTask):
         return (module.net(batch[0]) - batch[1]).square().mean(1)
 
 
+class MeanSquares(AttributionTask):
+    """The same by a standard loss: products with the Gauss-Newton matrix need its outputs."""
+
+    def train_loss(self, module: Any, batch: Any) -> Any:
+        return F.mse_loss(module.net(batch[0]), batch[1], reduction="none").mean(1)
+
+
 def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Scores:
-    task = Squares() if isinstance(estimator, Unrolled) else None
+    task: AttributionTask | None = None
+    if isinstance(estimator, Unrolled):
+        task = Squares()
+    elif estimator in (ESTIMATORS["source products"], ESTIMATORS["influence cg"]):
+        task = MeanSquares()
     attribution = AttributionModule(WithoutTask(), str(folder), estimator, task)
     return attribution.attribute(
         Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
