@@ -205,7 +205,7 @@ def test_the_bound_holds_and_is_not_far_off(sizes: list[int], time: float) -> No
     response, left = functions_of(matrix, vectors, time)
     tolerance = 1e-13
     least = 10 * torch.finfo(torch.float64).eps / tolerance * lengths(vectors)
-    for products in range(1, 40):
+    for products in (1, 2, 3, 5, 8, 12, 20, 35):
         found, _ = run_on(matrix, vectors, sizes, time, tolerance=tolerance, max_products=products)
         errors = torch.maximum(
             lengths(found.response - response) / lengths(found.response),
