@@ -150,6 +150,8 @@ def test_bad_replays_are_refused() -> None:
     run, module, task, data = small()
     with pytest.raises(ValueError, match=r"shape \[runs, 10\]"):
         retrain(run, module, task, data, torch.ones(9))
+    with pytest.raises(ValueError, match=r"at least one run.*got \[0, 10\]"):
+        list(retrain_each(run, module, task, data, torch.ones(0, 10), together=2))
     with pytest.raises(TrajectoryMismatchError, match="expected 10 examples, got 9"):
         retrain(run, module, task, TensorDataset(*data[:9]), torch.ones(9))
     with pytest.raises(NonFiniteError, match="diverged"):

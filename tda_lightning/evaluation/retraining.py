@@ -106,10 +106,10 @@ def _run(replay: Replay, weights: Tensor) -> State:
 
 
 def _check_weights(replay: Replay, weights: Tensor) -> None:
-    if weights.dim() != 2 or weights.shape[1] != len(replay.source):
+    if weights.dim() != 2 or len(weights) == 0 or weights.shape[1] != len(replay.source):
         raise ValueError(
-            f"weights must have the shape [runs, {len(replay.source)}], one number for each "
-            f"training example, got {list(weights.shape)}."
+            f"weights must have the shape [runs, {len(replay.source)}], at least one run and one "
+            f"number for each training example, got {list(weights.shape)}."
         )
     if bool((weights == 1).all()):
         return
