@@ -259,6 +259,14 @@ def test_existing_scores_are_kept(run, capsys):
     assert (run / "scores" / "source.h5").read_bytes() == before
 
 
+def test_a_solver_for_an_estimator_without_inverse_is_refused(run, capsys):
+    assert main(["attribute", "runs/digits", "scores=new.h5", "solver=cg"]) == 1
+    error = capsys.readouterr().err
+    assert "solver=cg is for estimators that invert curvature, such as estimator=influence" in error
+    assert "source has no use for it" in error
+    assert not (run.parent.parent / "new.h5").exists()
+
+
 def test_other_training_data_are_refused(run, capsys):
     assert main(["attribute", "runs/digits", "scores=new.h5", "+data.num_train=50"]) == 1
     assert "50" in capsys.readouterr().err

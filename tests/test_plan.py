@@ -382,7 +382,7 @@ ESTIMATORS = {
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
-    "influence, cg": InfluenceFunction(solver=ConjugateGradients(iterations=20)),
+    "influence, cg": InfluenceFunction(solver=ConjugateGradients("ekfac", iterations=20)),
     "unrolled": Unrolled(),
     "unrolled, rounds": Unrolled(memory_budget=1700),
     "unrolled, recomputed": Unrolled(states="recompute"),

@@ -36,7 +36,9 @@ ESTIMATORS = {
     "source recorded blocks": Source(2, order="recorded", leading_directions=0),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
-    "influence cg": InfluenceFunction(damping=1.0, solver=ConjugateGradients(tolerance=1e-6)),
+    "influence cg": InfluenceFunction(
+        damping=1.0, solver=ConjugateGradients("ekfac", tolerance=1e-6)
+    ),
     "unrolled": Unrolled(),
     "unrolled in rounds": Unrolled(memory_budget=ROUNDS),
 }

@@ -99,7 +99,7 @@ def solved(solver: Any, problem: Problem, vectors: Tensor) -> Tensor:
 EXACT = {
     "direct": (Direct(), 1e-10),
     "cg": (ConjugateGradients(None, tolerance=1e-10, iterations=1000), 1e-8),
-    "cg with ekfac": (ConjugateGradients(tolerance=1e-10, iterations=1000), 1e-8),
+    "cg with ekfac": (ConjugateGradients("ekfac", tolerance=1e-10, iterations=1000), 1e-8),
     "lanczos": (Lanczos(rank=10_000), 1e-7),
     "lissa": (LiSSA(depth=3000, batch=EXAMPLES), 1e-6),
     "astra": (ASTRA(iterations=5000, batch=None), 1e-6),
@@ -129,6 +129,37 @@ def test_again_and_for_other_queries_the_answers_are_the_same(kind: str) -> None
     torch.testing.assert_close(
         solved(solver, problem, vectors[1:]), first[1:], rtol=1e-6, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("preconditioner", [None, "ekfac"])
+@pytest.mark.parametrize("name", NAMES)
+def test_queries_that_share_a_krylov_space_need_fewer_walks(
+    name: str, preconditioner: str | None
+) -> None:
+    """None takes more than alone, and twelve together at most half of what the slowest takes."""
+    problem, matrix, _ = problem_of(name, damping=0.001)
+    own = torch.Generator().manual_seed(8)
+    vectors = torch.randn(12, problem.size, generator=own, dtype=torch.float64)
+    solver = ConjugateGradients(preconditioner, tolerance=1e-6, iterations=1000)
+
+    def walks(rows: Tensor) -> float:
+        before = problem.products.counted
+        found = solved(solver, problem, rows)
+        assert bool((norms(rows - found @ matrix) <= 1.01e-6 * norms(rows)).all())
+        return (problem.products.counted - before) / len(rows)
+
+    alone = [walks(vectors[n : n + 1]) for n in range(3)]
+    assert walks(vectors[:3]) <= max(alone)
+    assert walks(vectors) <= max(alone) / 2
+
+
+def test_queries_that_depend_on_each_other_are_solved() -> None:
+    problem, matrix, vectors = problem_of()
+    vectors = torch.cat([vectors, vectors[:1], vectors[:1] - 2 * vectors[1:2]])
+    for preconditioner in (None, "ekfac"):
+        solver = ConjugateGradients(preconditioner, tolerance=1e-10, iterations=1000)
+        expected = torch.linalg.solve(matrix, vectors.T).T
+        assert relative(solved(solver, problem, vectors), expected) < 1e-8
 
 
 @pytest.mark.parametrize("name", NAMES)

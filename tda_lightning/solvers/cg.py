@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients."""
+"""Preconditioned block conjugate gradients."""
 
 from __future__ import annotations
 
@@ -9,31 +9,39 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.solvers.problem import Problem, Work, check_limits, column, inner, norms
+from tda_lightning.solvers.problem import Problem, Work, check_limits, norms
 
 
 @dataclass
 class ConjugateGradients:
-    r"""Minimises :math:`\frac12 h^\top (C + D) h - v^\top h` over growing Krylov spaces.
+    r"""Minimises :math:`\frac12 h^\top (C + D) h - v^\top h` for all queries over the Krylov space
+    that they span together.
 
-    All queries share each walk over the training set and have step sizes of their own; those that
-    have arrived drop out. The residual at the end is computed afresh, not the recursion's.
+    A walk over the training set multiplies one direction for each query, and every query takes its
+    step along all of them. So none needs more walks than alone, and many together need far fewer:
+    the block finds the leading directions of the curvature, which all have in common. The residual
+    at the end is computed afresh, not the recursion's.
 
     Attributes:
-        preconditioner: ``ekfac``: solve :math:`P^{-1} (C + D) h = P^{-1} v` with P the block-wise
-            curvature that the estimator fits (EK-FAC, or its ``curvature``) plus D; null: plain.
+        preconditioner: null: plain. ``ekfac``: solve
+            :math:`P^{-1/2} (C + D) P^{-1/2} x = P^{-1/2} v` with P the block-wise curvature that
+            the estimator fits (EK-FAC, or its ``curvature``) plus D. Where the Gauss-Newton matrix
+            has a far smaller rank than there are parameters, P gives curvature to directions that
+            have none, and takes about twice the walks (``experiments/solvers``).
         curvature: ``gauss_newton`` or ``hessian`` (which must be positive definite with D).
-        tolerance: stop a query at this relative residual.
-        iterations: stop at this number of products.
+        tolerance: stop when all queries have this relative residual.
+        iterations: stop after this number of walks.
 
     Raises:
         ValueError: while solving: the curvature is negative along a direction.
 
     References:
-        | Methods of Conjugate Gradients for Solving Linear Systems (Hestenes & Stiefel, 1952)
+        | The block conjugate gradient algorithm and related methods (O'Leary, 1980)
+        | Retooling the method of block conjugate gradients (Dubrulle, 2001): residuals are kept as
+          an orthonormal basis and coordinates in it, which stands queries that depend on each other
     """
 
-    preconditioner: str | None = "ekfac"
+    preconditioner: str | None = None
     curvature: str = "gauss_newton"
     tolerance: float = 1e-4
     iterations: int = 100
@@ -57,37 +65,52 @@ class ConjugateGradients:
         return self.iterations
 
     def solve(self, problem: Problem, vectors: Tensor) -> Work:
-        turn = problem.precondition if self.preconditioned else lambda rows: rows
         lengths = norms(vectors)
+        asked = (lengths > 0).nonzero().squeeze(1)
         solution = torch.zeros_like(vectors)
-        active = (lengths > 0).nonzero().squeeze(1)
-        residual = vectors[active]
-        direction = turned = turn(residual)
-        energy = inner(residual, turned)
-        for _ in range(self.iterations):
-            if not len(active):
-                break
-            product = problem.apply(direction)
-            curved = inner(direction, product)
-            if not problem.context.rehearsal:
-                _require_positive(curved, direction)
-            step = column(energy / curved, direction)
-            solution[active] += step * direction
-            residual = residual - step * product
-            going = norms(residual) > self.tolerance * lengths[active]
-            active, residual = active[going], residual[going]
-            turned, before = turn(residual), energy[going]
-            energy = inner(residual, turned)
-            direction = turned + column(energy / before, turned) * direction[going]
-            yield
+        if len(asked):
+            bound = self.tolerance * lengths[asked]
+            solution[asked] = yield from self._solve(problem, vectors[asked], bound)
         return solution
 
+    def _solve(self, problem: Problem, vectors: Tensor, bound: Tensor) -> Work:
+        def turned(rows: Tensor, power: float = -0.5) -> Tensor:
+            return problem.precondition(rows, power) if self.preconditioned else rows
 
-def _require_positive(curved: Tensor, direction: Tensor) -> None:
-    quotients = curved / inner(direction, direction)
-    if bool((quotients > 0).all()):
+        solution = torch.zeros_like(vectors)
+        # The residual is weights @ basis, in turned coordinates; basis and directions are
+        # orthonormal, so that what is inverted has no worse condition than the matrix itself.
+        basis, weights = _orthonormal(turned(vectors))
+        directions = basis
+        for _ in range(self.iterations):
+            if bool((norms(turned(weights @ basis, 0.5)) <= bound).all()):
+                break
+            products = turned(problem.apply(turned(directions)))
+            curved = directions.double() @ products.double().T
+            if not problem.context.rehearsal:
+                _require_positive(curved)
+            inverse = torch.linalg.pinv(curved, hermitian=True).to(vectors)
+            step = inverse @ (directions @ basis.T)
+            solution += weights @ step.T @ directions
+            basis, turn = _orthonormal(basis - step.T @ products)
+            weights = weights @ turn
+            # Without what the matrix makes of the directions before: conjugate to them.
+            before = inverse @ (products @ basis.T)
+            directions, _ = _orthonormal(basis - before.T @ directions)
+            yield
+        return turned(solution)
+
+
+def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows, and the matrix that makes the given ones of them."""
+    factors = torch.linalg.qr(rows.T)
+    return factors.Q.T, factors.R.T
+
+
+def _require_positive(curved: Tensor) -> None:
+    least = float(torch.linalg.eigvalsh((curved + curved.T) / 2)[0])
+    if least > 0:
         return
-    least = float(quotients.min())
     raise ValueError(
         "Conjugate gradients need a positive definite matrix, and curvature plus weight decay plus "
         f"damping is {least:.3g} along a direction that they met. Raise the damping by more than "

@@ -100,8 +100,8 @@ class Problem:
         """(C + D) v with the curvature of some examples."""
         return self.products.over(vectors, examples) + self.diagonal * vectors
 
-    def precondition(self, vectors: Tensor) -> Tensor:
-        """(C~ + D)^-1 v with the block-wise curvature C~."""
+    def precondition(self, vectors: Tensor, power: float = -1) -> Tensor:
+        """(C~ + D)^power v with the block-wise curvature C~."""
         if "damped" not in self.kept:
             diagonal = as_matrices(self.context.blocks, self.diagonal)
             self.kept["damped"] = {
@@ -110,7 +110,8 @@ class Problem:
         parts = []
         for name, matrix in as_matrices(self.context.blocks, vectors).items():
             spectrum: Spectrum = self.kept["damped"][name]
-            parts.append(spectrum.lift(spectrum.project(matrix) / spectrum.eigenvalues).flatten(-3))
+            scaled = spectrum.project(matrix) * spectrum.eigenvalues**power
+            parts.append(spectrum.lift(scaled).flatten(-3))
         return torch.cat(parts, dim=-1)
 
     def random_batches(self, size: int, stream: int) -> Iterator[list[int]]:
@@ -162,8 +163,3 @@ def norms(rows: Tensor) -> Tensor:
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products row by row, in float64."""
     return (left.double() * right.double()).sum(1)
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """One number for each row, to multiply rows by."""
-    return values.to(like.dtype)[:, None]
