@@ -13,7 +13,7 @@ inner products of the gradients (Woodbury's identity), for every damping d and q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,44 +71,46 @@ def query_rows(context: Context) -> Tensor:
     )
 
 
+Words = list[tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Exact:
     """Gradients, and influence functions from their inner products.
 
+    A pair has gradients for the embeddings of its own words alone: of those parameters, the
+    largest part, only these are held.
+
     Attributes:
-        gradients: of the training losses, float32 [train, parameters].
-        queries: of the measurements, float32 [query, parameters].
+        others: of the training losses, of all parameters but the words' embeddings, float32
+            [train, parameters].
+        words: of the embeddings, for each word: which pairs have it, int64 [pair], and their
+            gradients, float32 [pair, width].
+        queries: of the measurements, of all parameters, float32 [query, parameters].
         weights: w_n, float64 [train].
         decay: the recorded weight decay, one number for all parameters.
-        words: the parameters of the token embedding, of which a pair has gradients for its own
-            words alone.
-        width: of the embedding, parameters for each word.
+        place: where the words' embeddings are among the parameters, word after word.
     """
 
-    gradients: Tensor
+    others: Tensor
+    words: Words
     queries: Tensor
     weights: Tensor
     decay: float
-    words: slice
-    width: int
+    place: slice
     _inner: Tensor | None = None
     _asked: Tensor | None = None
 
     def inner(self) -> Tensor:
         """Of the training gradients, float64 [train, train]."""
         if self._inner is None:
-            count = len(self.gradients)
+            count = len(self.others)
             found = torch.zeros(count, count)
-            words = self.gradients[:, self.words]
-            for part in words.split(self.width, dim=1):  # one word, which few pairs have
-                rows = part.any(1).nonzero().squeeze(1)
-                some = part[rows]
-                found[rows[:, None], rows] += some @ some.T
-            for rest in (slice(0, self.words.start), slice(self.words.stop, None)):
-                others = self.gradients[:, rest]
-                for start in range(0, count, _BATCH):
-                    rows, columns = slice(start, None), slice(start, start + _BATCH)
-                    found[rows, columns] += others[rows] @ others[columns].T
+            for pairs, part in self.words:
+                found[pairs[:, None], pairs] += part @ part.T
+            for start in range(0, count, _BATCH):
+                rows, columns = slice(start, None), slice(start, start + _BATCH)
+                found[rows, columns] += self.others[rows] @ self.others[columns].T
             # Only below the blocks of the diagonal: the rest by symmetry.
             for start in range(0, count, _BATCH):
                 above, columns = slice(0, start), slice(start, start + _BATCH)
@@ -116,22 +118,49 @@ class Exact:
             self._inner = found.double()
         return self._inner
 
+    def products(self, vectors: Tensor) -> Tensor:
+        """Inner products with all training gradients, float32 [vector, train]."""
+        embedded, others = self._parts(vectors)
+        found = others @ self.others.T
+        for word, (pairs, part) in enumerate(self.words):
+            found[:, pairs] += embedded[:, word] @ part.T
+        return found
+
+    def combined(self, shares: Tensor) -> Tensor:
+        """Sums of training gradients by ``shares`` [vector, train]: [vector, parameters]."""
+        found = torch.zeros(len(shares), self.queries.shape[1])
+        embedded, _ = self._parts(found)
+        for word, (pairs, part) in enumerate(self.words):
+            embedded[:, word] = shares[:, pairs] @ part
+        others = shares @ self.others
+        found[:, : self.place.start] = others[:, : self.place.start]
+        found[:, self.place.stop :] = others[:, self.place.start :]
+        return found
+
+    def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the words' embeddings, a view [vector, word, width], and of the other parameters."""
+        before, after = vectors[:, : self.place.start], vectors[:, self.place.stop :]
+        embedded = vectors[:, self.place].unflatten(1, (len(self.words), -1))
+        return embedded, torch.cat([before, after], dim=1)
+
     def asked(self) -> Tensor:
         """Inner products of queries' and training gradients, float64 [query, train]."""
         if self._asked is None:
-            self._asked = (self.queries @ self.gradients.T).double()
+            self._asked = self.products(self.queries).double()
         return self._asked
 
     def scores(self, damping: float) -> Tensor:
         """Influence functions with d = decay + damping, float64 [query, train]."""
-        count, added = len(self.gradients), self.decay + damping
+        count, added = len(self.others), self.decay + damping
         sides = (self.weights / count).sqrt()
         between = self.inner()
-        system = between * sides[:, None] * sides + added * torch.eye(count, dtype=torch.float64)
+        # In place: each of these matrices is most of a gigabyte.
+        system = between * sides[:, None]
+        system *= sides
+        system.diagonal().add_(added)
+        torch.linalg.cholesky(system, out=system)
         asked = self.asked()
-        solved = torch.cholesky_solve(
-            (asked * sides).T.contiguous(), torch.linalg.cholesky(system)
-        ).T
+        solved = torch.cholesky_solve((asked * sides).T.contiguous(), system).T
         return (asked - (solved * sides) @ between) / (added * count)
 
     def residuals(self, damping: float, solution: Tensor, vectors: Tensor) -> Tensor:
@@ -142,8 +171,24 @@ class Exact:
 
     def curved(self, vectors: Tensor, examples: slice) -> Tensor:
         """C v, with the mean over ``examples``: [query, parameters]."""
-        rows, weights = self.gradients[examples], self.weights[examples].float()
-        return (vectors @ rows.T * (weights / len(rows))) @ rows
+        shares, chosen = torch.zeros(len(self.weights)), self.weights[examples]
+        shares[examples] = chosen.float() / len(chosen)
+        return self.combined(self.products(vectors) * shares)
+
+
+def occurring(part: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not 0 of the embeddings' gradients [pair, word, width], pairs counted from
+    ``first``: words, pairs, and the gradients."""
+    pairs, words = part.any(2).nonzero(as_tuple=True)
+    return words, pairs + first, part[pairs, words]
+
+
+def by_word(parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> Words:
+    """For each word, the pairs that have it and their gradients."""
+    words, pairs, gradients = (torch.cat(one) for one in zip(*parts, strict=True))
+    order, sizes = words.argsort(stable=True), words.bincount(minlength=count).tolist()
+    split = pairs[order].split(sizes), gradients[order].split(sizes)
+    return list(zip(*split, strict=True))
 
 
 def gather(run: Run) -> Exact:
@@ -151,20 +196,25 @@ def gather(run: Run) -> Exact:
     found: dict[str, Any] = {}
 
     def work(context: Context) -> None:
+        sizes = {block.name: block.size for block in context.blocks}
+        first = sum(list(sizes.values())[: list(sizes).index("network.tokens")])
+        place = slice(first, first + sizes["network.tokens"])
+        width = context.blocks[list(sizes).index("network.tokens")].shape[2]
         order = torch.arange(context.num_train).split(_BATCH)
-        rows, losses = [], []
+        others = torch.zeros(context.num_train, sum(sizes.values()) - sizes["network.tokens"])
+        embedded, losses = [], []
         for batch, examples in context.batches([part.tolist() for part in order]):
-            rows.append(rows_of(context, context.train_gradients(batch, examples)))
+            rows = rows_of(context, context.train_gradients(batch, examples))
+            others[examples] = torch.cat([rows[:, : place.start], rows[:, place.stop :]], dim=1)
+            part = rows[:, place].unflatten(1, (-1, width))
+            embedded.append(occurring(part, int(examples[0])))
             with torch.no_grad():
                 losses.append(context.train_loss(context.module, batch, examples).double())
         wrong = -torch.expm1(-torch.cat(losses))
-        found["gradients"] = torch.cat(rows)
+        found["others"], found["place"] = others, place
+        found["words"] = by_word(embedded, sizes["network.tokens"] // width)
         found["weights"] = (1 - wrong) / wrong.clamp_min(1e-12)
         found["queries"] = query_rows(context)
-        sizes = {block.name: block.size for block in context.blocks}
-        first = sum(list(sizes.values())[: list(sizes).index("network.tokens")])
-        found["words"] = slice(first, first + sizes["network.tokens"])
-        found["width"] = context.blocks[list(sizes).index("network.tokens")].shape[2]
 
     look(run, run.queries, work)
     return Exact(decay=decay_of(run), **found)

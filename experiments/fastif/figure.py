@@ -10,8 +10,8 @@ from experiments.fastif.kept import load
 
 Scale = Callable[[float], float]
 
-WIDTH, HEIGHT = 760, 300
-LEFTS, SIDE, TOP, BOTTOM = (50, 440), 300, 40, 250
+WIDTH, HEIGHT = 820, 300
+LEFTS, SIDE, TOP, BOTTOM = (50, 455), 300, 40, 250
 COLOURS = {"helpful": "#2f7fb5", "harmful": "#d1622b"}
 DAMPINGS = {"paper": ("#0b4f8a", "published damping"), "none": ("#d1622b", "weight decay alone")}
 STYLE = (
@@ -47,8 +47,8 @@ def _recall() -> Iterable[str]:
         said = f"{row['queries']}, {row['sign']}"
         yield _line([x(k) for k in ks], [y(v) for v in values], COLOURS[row["sign"]], dashed, said)
     yield _line([x(k) for k in ks], [y(k / count) for k in ks], "#888888", False, "by chance")
-    said = [("#2f7fb5", "helpful"), ("#d1622b", "harmful"), ("#888888", "by chance")]
-    yield from _legend(LEFTS[0], [*said, (None, "dashed: HANS-like queries")])
+    names = [("#2f7fb5", "helpful"), ("#d1622b", "harmful"), ("#888888", "by chance")]
+    yield from _legend(LEFTS[0], [*names, (None, "dashed: HANS-like queries")])
 
 
 def _quality() -> Iterable[str]:
@@ -95,7 +95,7 @@ def _frame(left: float, title: str, ticks: Iterable[float], x: Scale, unit: str)
             f'<text class="small" x="{x(value):.1f}" y="{BOTTOM + 14}" text-anchor="middle">'
             f"{value:g}</text>"
         )
-    yield f'<text class="small" x="{left + SIDE + 8}" y="{BOTTOM + 14}">{unit}</text>'
+    yield f'<text class="small" x="{left + SIDE + 18}" y="{BOTTOM + 14}">{unit}</text>'
 
 
 def _line(xs: list[float], ys: list[float], colour: str, dashed: bool, said: str) -> str:

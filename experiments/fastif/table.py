@@ -18,12 +18,14 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- by table.py, from here -->", "<!-- to here -->"
 SETS = {"mnli": "MNLI", "hans": "HANS-like"}
 TRUTHS = {"ekfac": "EK-FAC, default damping", "exact": "exact Gauss-Newton"}
+ANCHORS = {"wrong": "wrong pairs", "any": "any pairs"}
 METHODS = {
     "helpful": "most helpful, descent",
+    "balanced": "most helpful, half of each label, descent",
     "harmful": "most harmful, ascent",
     "nearest": "nearest neighbours, descent",
     "random": "random, descent",
-    "anchors": "the wrong pairs themselves, descent",
+    "anchors": "none: the pairs themselves, descent",
 }
 
 
@@ -136,72 +138,97 @@ def qualities() -> str:
 
 
 def speed() -> str:
-    """What each thing costs, and how often it goes into the full job."""
+    """What each way costs, and how often it goes into the full job."""
     (kept,) = load("times").values()
     k, many, count = kept["k"], kept["many"], kept["num_train"]
-    full = kept["query_gradient"] + kept["lissa_1000_1"] + kept["all_gradients"]
-    single = kept["100_gradients_one_by_one"] / 100 * count
-    literal = kept["query_gradient"] + kept["lissa_1000_1"] + single
+    lissa = "LiSSA 1000 x 1"
     ways = [
-        (f"LiSSA 1000 x 1, {count} gradients one by one (as published)", literal),
-        (f"LiSSA 1000 x 1, {count} gradients in batches", full),
-        (f"InfluenceFunction, EK-FAC, of {many} queries together", kept["ekfac_many"] / many),
-        (f"FastInfluence, k = {k}, the first query ever", kept["fastif_first"]),
-        (f"FastInfluence, k = {k}, a single query", kept["fastif_one"]),
-        ("FastInfluence, k = 100, a single query", kept["fastif_k100_one"]),
-        (f"FastInfluence, k = {k}, of {many} queries together", kept["fastif_many"] / many),
+        (f"{lissa}, {count} gradients one by one, in PyTorch alone (published)", ["published"], 1),
+        (f"{lissa}, {count} gradients one by one, ours", ["lissa", "gradients_one_by_one"], 1),
+        (f"{lissa}, {count} gradients in batches, ours", ["lissa", "gradients_in_batches"], 1),
+        ("InfluenceFunction, EK-FAC, a single query", ["ekfac_one"], 1),
+        (f"InfluenceFunction, EK-FAC, of {many} queries together", ["ekfac_many"], many),
+        (f"FastInfluence, k = {k}, the first query ever", ["fastif_first"], 1),
+        (f"FastInfluence, k = {k}, a single query", ["fastif_one"], 1),
+        ("FastInfluence, k = 100, a single query", ["fastif_k100_one"], 1),
+        (f"FastInfluence, k = {k}, of {many} queries together", ["fastif_many"], many),
     ]
-    last = ways[-1][1]
+
+    def seconds(parts: Sequence[str], clock: str, queries: int) -> float:
+        lists = [kept["ways"][part][clock] for part in parts]
+        return sum(sum(found) / len(found) for found in lists) / queries
+
+    processor = [seconds(parts, "processor", queries) for _, parts, queries in ways]
+    wall = [seconds(parts, "wall", queries) for _, parts, queries in ways]
     lines = [
-        [name, f"{seconds:.3f}", f"{literal / seconds:.1f}", f"{full / seconds:.1f}"]
-        for name, seconds in ways
+        [
+            ways[n][0],
+            f"{processor[n]:.3f}",
+            f"{wall[n]:.3f}",
+            *(f"{processor[m] / processor[n]:.1f} ({wall[m] / wall[n]:.1f})" for m in range(3)),
+        ]
+        for n in range(len(ways))
     ]
-    heads = ["way", "s for a query", "times below the published", "times below LiSSA in batches"]
+    heads = ["way", "processor s for a query", "wall s"]
+    heads += [f"times below {what}" for what in ("PyTorch alone", "ours one by one", "in batches")]
     same = kept["same"]
     about = (
         f"FastIF at k = {k} against InfluenceFunction, {many} queries: Spearman over the "
         f"candidates {told(same['spearman'], 3)}, recall of the ten most helpful of all {count} "
         f"{told(same['recall_at_10'])}. EK-FAC over all of them takes "
-        f"{kept['ekfac_many'] / many / last:.1f} times as long as FastIF."
+        f"{processor[3] / processor[6]:.1f} times as long as FastIF for a single query, "
+        f"{processor[4] / processor[8]:.1f} times for {many} together. "
+        "Ratios by processor time (wall time):"
     )
     return f"{about}\n\n{table(heads, lines)}"
 
 
 def corrections() -> str:
-    """Changes of accuracy, seed by seed."""
-    kept = load("correct")
+    """Changes of accuracy, seed by seed: at the rate chosen on other pairs, and at all rates."""
+    kept = list(load("correct").values())
     before = "; ".join(
-        f"{SETS[name]} {by_seed([one['before'][name] for one in kept.values()])}" for name in SETS
+        f"{SETS[name]} {by_seed([one['before'][name] for one in kept])}" for name in SETS
     )
-    lines = []
-    for rows in same_rows("correct"):
-        one = rows[0]
-        method = one["method"]
-        shares, labels = (
-            ", ".join(
-                f"{one[what][method]:.2f}" if method in one[what] else "" for one in kept.values()
-            )
-            for what in ("contradicting", "entailment")
-        )
-        lines.append(
-            [
-                METHODS[method],
-                f"{one['rate']:g}",
-                SETS[one["test"]],
-                by_seed([row["gain"] for row in rows], 3),
-                ", ".join(f"{row['anchors_right']:.2f}" for row in rows),
-                shares,
-                labels,
-            ]
-        )
-    heads = ["chosen", "rate", "tested on", "change of accuracy, by seed", "anchors right after"]
-    heads += ["of the contradicting ones", "labelled entailment"]
-    counts = ", ".join(f"{one['wrong']} ({one['groups']} groups)" for one in kept.values())
-    said = ", ".join(f"{one['said_entailment']['hans']:.2f}" for one in kept.values())
-    return (
+    counts = ", ".join(f"{one['wrong']} ({one['groups']} groups)" for one in kept)
+    said = ", ".join(f"{one['says_entailment']:.2f}" for one in kept)
+    about = (
         f"Accuracy before, by seed: {before}. Wrong among the HANS-like queries: {counts}. The "
-        f"model says entailment for a share of {said} of the HANS-like test pairs.\n\n"
-        f"{table(heads, lines)}"
+        f"model says entailment for a share of {said} of the HANS-like test pairs."
+    )
+    lines, grid = [], []
+    for rows in same_rows("correct"):
+        one, chosen = rows[0], [row["chosen"] for row in rows]
+        what = [ANCHORS[one["anchors"]], METHODS[one["method"]]]
+        shares = [
+            ", ".join(f"{row[share]:.2f}" for row in rows) if one["method"] != "anchors" else ""
+            for share in ("contradicting", "entailment")
+        ]
+        gains = [by_seed([pick["gain"][name] for pick in chosen], 3) for name in SETS]
+        picked = ", ".join(f"{pick['rate']:g}" for pick in chosen)
+        right = ", ".join(f"{anchors_right(row):.2f}" for row in rows)
+        lines.append([*what, picked, *gains, right, *shares])
+        rates = list(zip(*(row["rates"] for row in rows), strict=True))
+        for name in SETS:
+            cells = [", ".join(f"{r['gain'][name][0]:.3f}" for r in found) for found in rates]
+            grid.append([*what, SETS[name], *cells])
+        cells = [", ".join(f"{r['says_entailment']:.2f}" for r in found) for found in rates]
+        grid.append([*what, "called entailed", *cells])
+    heads = ["for", "chosen", "rate, by seed", *(f"change on {name}" for name in SETS.values())]
+    heads += ["anchors right after", "of the contradicting ones", "labelled entailment"]
+    grid_heads = [f"{one['rate']:g}" for one in kept[0]["rows"][0]["rates"]]
+    return (
+        f"{about}\n\nAt the rate chosen on half of the HANS-like test pairs, the change of "
+        f"accuracy on the other half of each set:\n\n{table(heads, lines)}\n\nAt every rate, by "
+        "seed: the change of accuracy on all test pairs of each set, and the share of HANS-like "
+        "test pairs that the model then calls entailed:\n\n"
+        f"{table(['for', 'chosen', '', *grid_heads], grid)}"
+    )
+
+
+def anchors_right(row: dict[str, Any]) -> float:
+    """At the chosen rate."""
+    return next(
+        one["anchors_right"] for one in row["rates"] if one["rate"] == row["chosen"]["rate"]
     )
 
 

@@ -2,92 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.fastif.kept import interval
+from experiments.fastif.kept import crossed, interval
 from experiments.fastif.recorded import NUM_TRAIN, Run
 from tda_lightning import Scores
 from tda_lightning.evaluation.lds import rank_correlation
 
 K = 1000
 # (c)
-GROUPS, ANCHORS, CHOSEN, STEPS = 2, 16, 32, 5
-RATES = (0.01, 0.1)
-METHODS = ("helpful", "harmful", "nearest", "random", "anchors")
+ANCHORS, CHOSEN, STEPS = 16, 32, 5
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+METHODS = ("helpful", "balanced", "harmful", "nearest", "random", "anchors")
 # (d)
 SIMULATED, EACH, RATE = 16, 3, 0.01
 SIMULATED_STEPS = (1, 5)
 
 
 def correct(run: Run, fast: Scores) -> dict[str, Any]:
-    """Accuracy on held-out pairs before and after a few steps on pairs chosen for wrong HANS
-    pairs."""
+    """Accuracy on other pairs before and after a few steps on training pairs, which are chosen for
+    groups of HANS-like pairs: those that the model gets wrong, or any, as the paper does."""
     run.restore()
     inputs, targets = run.queries.tensors
+    labels = torch.tensor([int(run.train[n][1]) for n in range(fast.num_train)])
     said = outputs_of(run.module, inputs[run.hans]).argmax(1)
     wrong = (said != targets[run.hans]).nonzero().squeeze(1) + run.hans.start
-    before = {name: _right(run.module, *pairs) for name, pairs in run.test.items()}
-    after: dict[tuple[str, float, str], list[Tensor]] = {}
-    fixed: dict[tuple[str, float], list[float]] = {}
-    shares: dict[str, list[float]] = {}
-    entailments: dict[str, list[float]] = {}
+    any_pair = torch.arange(run.hans.start, run.hans.stop)
     own = torch.Generator().manual_seed(0)
-    order = wrong[torch.randperm(len(wrong), generator=own)]
-    groups = [group for group in order.split(ANCHORS) if len(group) == ANCHORS][:GROUPS]
-    for anchors in groups:
-        for method in METHODS:
-            up, down = chosen_by(method, fast, anchors, own)
-            chosen = torch.cat([up, down])
-            shares.setdefault(method, []).append(_mean(chosen >= NUM_TRAIN))
-            labels = torch.tensor([int(run.train[n][1]) for n in chosen.tolist()])
-            if method == "anchors":
-                labels = targets[anchors]
-            entailments.setdefault(method, []).append(_mean(labels == 0))
-            for rate in RATES:
-                run.restore()
-                descent = (
-                    _pairs(run, up) if method != "anchors" else (inputs[anchors], targets[anchors])
-                )
-                descend(run.module, descent, _pairs(run, down), rate, STEPS)
-                for name, pairs in run.test.items():
-                    after.setdefault((method, rate, name), []).append(_right(run.module, *pairs))
-                hit = _right(run.module, inputs[anchors], targets[anchors]).mean()
-                fixed.setdefault((method, rate), []).append(float(hit))
-    run.restore()
-    rows = []
-    for (method, rate, name), found in after.items():
-        gain = torch.stack(found).mean(0) - before[name]
-        rows.append(
-            {
-                "method": method,
-                "rate": rate,
-                "test": name,
-                "after": interval(torch.stack(found).mean(0)),
-                "gain": interval(gain),
-                "gains": [float((one - before[name]).mean()) for one in found],
-                "anchors_right": sum(fixed[method, rate]) / len(found),
-            }
-        )
-    return {
+    groups = {"wrong": grouped(wrong, own)}
+    groups["any"] = grouped(any_pair, own)[: len(groups["wrong"])]
+    before = {name: _right(run.module, *pairs) for name, pairs in run.test.items()}
+    found: dict[str, Any] = {
         "before": {name: interval(values) for name, values in before.items()},
+        "says_entailment": _mean(outputs_of(run.module, run.test["hans"][0]).argmax(1) == 0),
         "wrong": len(wrong),
-        "groups": len(groups),
-        "contradicting": {m: sum(v) / len(v) for m, v in shares.items() if m != "anchors"},
-        "entailment": {m: sum(v) / len(v) for m, v in entailments.items()},
-        "said_entailment": {
-            name: _mean(outputs_of(run.module, pairs[0]).argmax(1) == 0)
-            for name, pairs in run.test.items()
-        },
-        "rows": rows,
+        "groups": len(groups["wrong"]),
+        "rows": [],
     }
+    for kind, listed in groups.items():
+        for method in METHODS:
+            chosen = [chosen_by(method, fast, anchors, own, labels) for anchors in listed]
+            tuned = [_tuned(run, *pairs) for pairs in zip(listed, chosen, strict=True)]
+            gains = {
+                name: torch.stack([one["right"][name] for one in tuned]) - values  # by group, rate
+                for name, values in before.items()
+            }
+            together = torch.cat([torch.cat(pairs) for pairs in chosen])
+            found["rows"].append(
+                {
+                    "anchors": kind,
+                    "method": method,
+                    "contradicting": _mean(together >= NUM_TRAIN),
+                    "entailment": _mean(labels[together] == 0),
+                    "chosen": chosen_rate(gains),
+                    "rates": [
+                        {
+                            "rate": rate,
+                            "gain": {name: crossed(gain[:, n]) for name, gain in gains.items()},
+                            "anchors_right": _average(one["anchors"][n] for one in tuned),
+                            "says_entailment": _average(one["says"][n] for one in tuned),
+                        }
+                        for n, rate in enumerate(RATES)
+                    ],
+                }
+            )
+    run.restore()
+    return found
+
+
+def grouped(places: Tensor, own: torch.Generator) -> list[Tensor]:
+    """In random order, as many whole groups as there are."""
+    order = places[torch.randperm(len(places), generator=own)]
+    return [group for group in order.split(ANCHORS) if len(group) == ANCHORS]
+
+
+def _tuned(run: Run, anchors: Tensor, chosen: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Right answers of all test pairs by set, [rate, pair]; and by rate the share of right anchors
+    and of HANS-like test pairs that the model calls entailed."""
+    asked = run.queries[anchors]
+    up, down = chosen
+    right: dict[str, list[Tensor]] = {name: [] for name in run.test}
+    found: dict[str, Any] = {"anchors": [], "says": []}
+    for rate in RATES:
+        run.restore()
+        # Without training pairs to learn from, the anchors themselves.
+        descent = _pairs(run, up) if len(up) or len(down) else asked
+        descend(run.module, descent, _pairs(run, down), rate, STEPS)
+        for name, (inputs, targets) in run.test.items():
+            said = outputs_of(run.module, inputs).argmax(1)
+            right[name].append((said == targets).double())
+            if name == "hans":
+                found["says"].append(_mean(said == 0))
+        found["anchors"].append(float(_right(run.module, *asked).mean()))
+    return found | {"right": {name: torch.stack(values) for name, values in right.items()}}
+
+
+def chosen_rate(gains: dict[str, Tensor]) -> dict[str, Any]:
+    """The rate with the largest gain on every other HANS-like test pair, the least of equal ones;
+    and the gains [group, rate, pair] on the rest of the pairs."""
+    best = int(gains["hans"][:, :, ::2].mean((0, 2)).argmax())
+    other = {name: crossed(gain[:, best, 1::2]) for name, gain in gains.items()}
+    return {"rate": RATES[best], "gain": other}
 
 
 def chosen_by(
-    method: str, fast: Scores, anchors: Tensor, own: torch.Generator
+    method: str, fast: Scores, anchors: Tensor, own: torch.Generator, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Training pairs to descend on, and to ascend on."""
     assert fast.candidates is not None
@@ -96,11 +120,13 @@ def chosen_by(
     scored = torch.zeros(len(anchors), fast.num_train, dtype=torch.float64)
     values = fast.values[anchors].double()
     total = scored.scatter(1, candidates, values.gather(1, candidates)).mean(0)
-    helpful, harmful = total.topk(CHOSEN).indices, (-total).topk(CHOSEN).indices
     if method == "helpful":
-        return helpful, none
+        return total.topk(CHOSEN).indices, none
+    if method == "balanced":  # as many of each label
+        of_each = [total.where(labels == label, -torch.inf) for label in (0, 1)]
+        return torch.cat([part.topk(CHOSEN // 2).indices for part in of_each]), none
     if method == "harmful":
-        return none, harmful
+        return none, (-total).topk(CHOSEN).indices
     if method == "nearest":
         places = torch.arange(fast.num_train, dtype=torch.float64).expand(len(anchors), -1)
         ranks = torch.zeros(len(anchors), fast.num_train, dtype=torch.float64)
@@ -183,6 +209,11 @@ def outputs_of(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def _right(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs_of(module, inputs).argmax(1) == targets).double()
+
+
+def _average(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 def _mean(flags: Tensor) -> float:
