@@ -61,8 +61,8 @@ def main() -> None:
             tda("train", f"experiment=fidelity/{name}", *root, f"threads={options.threads}")
         score(study, folder, options.threads)
         score_cheaply(folder)
-        if options.peers is not None and study.peers:
-            score_elsewhere(folder, options.peers, options.threads)
+        if options.peers is not None:
+            score_elsewhere(study, folder, options.peers, options.threads)
         if not options.scores_only:
             retrain(study, folder, options.threads)
             keep(name, folder)
@@ -114,18 +114,19 @@ def score_cheaply(folder: Path) -> None:
         replace(found, provenance=told).save(scores / f"{name}.h5")
 
 
-def score_elsewhere(folder: Path, python: str, threads: int) -> None:
+def score_elsewhere(study: Study, folder: Path, python: str, threads: int) -> None:
     """By the outside libraries, in their own environment."""
     scores = folder / "scores"
+    large = ["--batch-size", "500"]  # traker draws its projection anew for each batch
     libraries = {
         "kronfluence": ["kronfluence", "--damping", "default", *KRONFLUENCE_DAMPINGS],
-        "trak": ["trak", "--damping", "default", *TRAK_DAMPINGS],
-        "trak_last": ["trak", "--checkpoints", "last"],
+        "trak": ["trak", *large, "--damping", "default", *TRAK_DAMPINGS],
+        "trak_last": ["trak", *large, "--checkpoints", "last"],
         "captum": ["captum"],
     }
     for name, (library, *options) in libraries.items():
         target = scores / f"{name}.h5"
-        if not target.exists():
+        if name in study.peers and not target.exists():
             command = [python, "-m", f"experiments.peers.{library}", str(folder), *options]
             settings = ["--output", str(target), "--threads", str(threads)]
             print(*command, *settings, flush=True)

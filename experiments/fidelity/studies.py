@@ -16,7 +16,7 @@ class Study:
         validated: the protocol in which those are retrained; "": both.
         together: replays at once through vmap.
         without: estimators that would take too long.
-        peers: whether the outside libraries are asked.
+        peers: outside libraries that are asked.
     """
 
     title: str
@@ -25,45 +25,33 @@ class Study:
     validated: str = ""
     together: int = 1
     without: tuple[str, ...] = ()
-    peers: bool = True
+    peers: tuple[str, ...] = ("kronfluence", "trak", "trak_last", "captum")
 
 
 STUDIES = {
     "concrete": Study("Concrete, MLP", together=5),
-    "mnist": Study("MNIST, MLP", validated="algorithm", together=5, without=("source_recorded",)),
-    "fashion_mnist": Study(
-        "FashionMNIST, MLP",
+    "mnist": Study("MNIST, MLP", validated="algorithm", together=5),
+    "fashion_mnist": Study("FashionMNIST, MLP", validation=20, validated="algorithm", together=5),
+    "cifar10_resnet9": Study(
+        "CIFAR-10, ResNet-9",
         subsets=50,
         validation=20,
         validated="algorithm",
-        together=5,
-        without=("source_recorded", "unrolled"),
+        without=("source_recorded",),
     ),
-    "cifar10_resnet9": Study(
-        "CIFAR-10, ResNet-9",
-        subsets=30,
-        validation=20,
-        validated="algorithm",
-        without=("source_recorded", "unrolled"),
-        peers=False,
-    ),
-    "wikitext2_gpt": Study(
-        "WikiText-2, GPT", subsets=50, validated="single_run", without=("source_recorded",)
-    ),
+    "wikitext2_gpt": Study("WikiText-2, GPT", subsets=50, validated="single_run"),
     "fashion_mnist_noisy": Study("FashionMNIST, MLP, 30% random labels, 3 epochs", together=5),
     "fashion_mnist_noisy_third": Study(
         "the same at a third of the rate",
         validated="algorithm",
         together=5,
-        without=("source", "source_recorded", "unrolled"),
-        peers=False,
+        peers=("kronfluence",),
     ),
     "fashion_mnist_noisy_tenth": Study(
         "the same at a tenth of the rate",
         validated="algorithm",
         together=5,
-        without=("source_recorded", "unrolled"),
-        peers=False,
+        peers=("kronfluence",),
     ),
 }
 

@@ -86,7 +86,7 @@ class ConjugateGradients:
             if bool((norms(turned(weights @ basis, 0.5)) <= bound).all()):
                 break
             products = turned(problem.apply(turned(directions)))
-            curved = directions.double() @ products.double().T
+            curved = (directions @ products.T).double()
             if not problem.context.rehearsal:
                 _require_positive(curved)
             inverse = torch.linalg.pinv(curved, hermitian=True).to(vectors)
