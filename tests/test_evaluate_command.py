@@ -131,7 +131,7 @@ def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
 def test_scores_of_candidates_alone_are_not_judged(run, capsys):
     given = ["trajectory=runs/digits", "estimator=fastif", "estimator.k=5"]
     assert main(["attribute", *given, "scores=runs/digits/scores/fastif.h5"]) == 0
-    assert main(["evaluate", "runs/digits", "baselines=[]", "spot_check=true"]) == 0
+    assert main(["evaluate", "runs/digits", "baselines=[]", "--spot-check"]) == 0
     assert "No number for fastif, not defined: 5 of 60 training" in " ".join(
         capsys.readouterr().out.split()
     )

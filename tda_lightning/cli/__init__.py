@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
 # `tda plan` takes the settings of `tda train`, unless it is told of a trajectory.
 _ASKS_FOR_ATTRIBUTION = ("trajectory=", "-", "help")
 
+# Settings that may be given as flags.
+_FLAGS = {("evaluate", "--spot-check"): "spot_check=true"}
+
 USAGE = """\
 tda: which training examples caused this, how much, and when in training.
 
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    named = _name_first(command, rest)
+    named = [_FLAGS.get((command, text), text) for text in _name_first(command, rest)]
     if command == "plan" and not any(text.startswith(_ASKS_FOR_ATTRIBUTION) for text in named):
         return _run("plan_recording", named, settings="train")
     return _run(command, named)
