@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Which of the processes at work this is, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -125,9 +132,7 @@ class PassLoader:
 
     def _own(self) -> list[tuple[int, Sequence[int]]]:
         """Positions and batches of this process, whose rank is known only once it runs."""
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = rank_and_world()
         order = self.order
         if order is None:
             # Small enough that no process goes without: all take part in sums over processes.

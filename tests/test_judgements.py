@@ -11,11 +11,13 @@ from torch.utils.data import TensorDataset
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.evaluation import (
+    agreement,
     as_removal,
     detection_auc,
     draw_subsets,
     found_within,
     group_removal,
+    leave_one_out,
     linear_datamodeling_score,
     measure,
     predicted_changes,
@@ -29,6 +31,7 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
+from tda_lightning.evaluation.lds import NothingToRankError
 from tda_lightning.tasks import ClassificationTask, LanguageModelingTask, RegressionTask
 from tests import runs as recorded
 from tests.cases.training import CLASSIFIER, queries_of
@@ -225,3 +228,23 @@ def test_impossible_responses_are_refused() -> None:
         proximal_bregman_response(module, task, state, data, data, [0], 0.0)
     with pytest.raises(TypeError, match="got LanguageModelingTask"):
         proximal_bregman_response(module, LanguageModelingTask(), state, data, data, [0], 1.0)
+
+
+def test_what_ranks_nothing_is_said_and_not_counted_as_nothing() -> None:
+    torch.manual_seed(0)
+    scores, constant = torch.randn(2, 8), torch.zeros(2, 8)
+    for pair in ((scores, constant), (constant, scores)):
+        with pytest.raises(NothingToRankError, match="constant in one of the two"):
+            agreement(*pair)
+    half = torch.stack([scores[0], constant[0]])
+    for pair in ((scores, half), (half, scores)):
+        assert agreement(*pair).per_query.isnan().tolist() == [False, True]
+    with pytest.raises(NothingToRankError, match="at least 3 retrainings, got 2"):
+        leave_one_out(scores, torch.tensor([0, 1]), torch.randn(2, 2), torch.zeros(2))
+    outcomes = torch.randn(5, 2)
+    outcomes[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="outcomes are not finite"):
+        linear_datamodeling_score(scores, draw_subsets(8, 0.5, 5), outcomes)
+    wrong = torch.tensor([True, False, False])
+    with pytest.raises(ValueError, match="not finite"):
+        detection_auc(torch.tensor([1.0, torch.nan, 2.0]), wrong)

@@ -18,7 +18,7 @@ from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.evaluation import measure, retrain
-from tda_lightning.solvers import ConjugateGradients
+from tda_lightning.solvers import ConjugateGradients, LiSSA
 from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
@@ -39,9 +39,14 @@ ESTIMATORS = {
     "influence cg": InfluenceFunction(
         damping=1.0, solver=ConjugateGradients("ekfac", tolerance=1e-6)
     ),
+    # Three recursions, which two processes share unequally.
+    "influence lissa": InfluenceFunction(
+        damping=1.0, solver=LiSSA(scale=40.0, depth=20, batch=5, repeats=3, tolerance=10.0)
+    ),
     "unrolled": Unrolled(),
     "unrolled in rounds": Unrolled(memory_budget=ROUNDS),
 }
+BY_PRODUCTS = ("source products", "influence cg", "influence lissa")
 RUNS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optimizers": adamw},
@@ -76,7 +81,7 @@ def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Sco
     task: AttributionTask | None = None
     if isinstance(estimator, Unrolled):
         task = Squares()
-    elif estimator in (ESTIMATORS["source products"], ESTIMATORS["influence cg"]):
+    elif estimator in (ESTIMATORS[name] for name in BY_PRODUCTS):
         task = MeanSquares()
     attribution = AttributionModule(WithoutTask(), str(folder), estimator, task)
     return attribution.attribute(

@@ -153,6 +153,27 @@ def test_queries_that_share_a_krylov_space_need_fewer_walks(
     assert walks(vectors) <= max(alone) / 2
 
 
+@pytest.mark.parametrize("count", [1, 10, 60, 200])
+def test_rounding_ends_conjugate_gradients_without_harm(count: int) -> None:
+    """float32, a rank of 40 of 300, a damping down to what float32 cannot tell from nothing: never
+    farther from the solution than where it began, and close to it where float32 allows that."""
+    own = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=own, dtype=torch.float64)).Q
+    values = torch.zeros(300, dtype=torch.float64)
+    values[:40] = torch.logspace(1, -3, 40, dtype=torch.float64)
+    curvature = turn * values @ turn.T
+    vectors = torch.randn(count, 300, generator=own)
+    context: Any = types.SimpleNamespace(rehearsal=False)
+    products: Any = DenseProducts(curvature[None].float())
+    for damping, bound in ((1e-3, 1e-3), (1e-4, 0.01), (1e-7, 1.01)):
+        diagonal = torch.full((300,), damping)
+        problem = Problem(context, products, torch.zeros(300), diagonal, {})
+        found = solved(ConjugateGradients(iterations=300), problem, vectors)
+        exact = curvature + damping * torch.eye(300, dtype=torch.float64)
+        expected = torch.linalg.solve(exact, vectors.double().T).T
+        assert relative(found.double(), expected) < bound, damping
+
+
 def test_queries_that_depend_on_each_other_are_solved() -> None:
     problem, matrix, vectors = problem_of()
     vectors = torch.cat([vectors, vectors[:1], vectors[:1] - 2 * vectors[1:2]])

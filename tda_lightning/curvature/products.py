@@ -39,6 +39,7 @@ from tda_lightning.gradients.functional import (
     parameters_frozen,
     plain_recurrence,
 )
+from tda_lightning.loading import rank_and_world
 from tda_lightning.passes import Context
 from tda_lightning.randomness import unchanged_randomness
 from tda_lightning.tasks import example_noise
@@ -116,9 +117,7 @@ class Products:
         All processes must ask for it, with the same vectors.
         """
         context = self.context
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = rank_and_world()
         own = context.examples.batches()[rank::world]
         total = context.reduce(self._sum(vectors, own))
         self.counted += len(vectors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Products, as_matrices, unit_matrices
+from tda_lightning.errors import NonFiniteError
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.eigenbasis import (
     about_damping,
@@ -122,6 +123,10 @@ class SolverResponses:
         if self.fit is not None:
             place = (self.context.device, self.context.dtype)
             self.problem.spectra = {n: s.to(*place) for n, s in self.fit.spectra.items()}
+        if not bool(vectors.isfinite().all()):
+            raise NonFiniteError(
+                "The gradient of a query's measurement is not finite: nothing can be solved for it."
+            )
         before = self.problem.products.counted
         solution = yield from self.solver.solve(self.problem, vectors)
         self.solved += self.problem.products.counted - before

@@ -9,7 +9,13 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tda_lightning.evaluation.lds import Interval, bootstrap, complete, rank_correlation
+from tda_lightning.evaluation.lds import (
+    Interval,
+    NothingToRankError,
+    bootstrap,
+    complete,
+    rank_correlation,
+)
 from tda_lightning.scores import Scores
 
 
@@ -75,6 +81,8 @@ def _suspected(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, 
         raise ValueError(
             f"{count} of {len(wrong)} examples are marked wrong; an AUC needs some of both kinds."
         )
+    if not bool(self_influence.isfinite().all()):
+        raise ValueError("Some self-influence is not finite: it ranks nothing.")
     return self_influence.double().cpu(), count
 
 
@@ -86,7 +94,14 @@ def agreement(first: Scores | Tensor, second: Scores | Tensor) -> Interval:
             f"Expected scores of the same queries and training examples, got shapes "
             f"{list(a.shape)} and {list(b.shape)}."
         )
-    return bootstrap(rank_correlation(a.double().cpu(), b.double().cpu()))
+    a, b = a.double().cpu(), b.double().cpu()
+    # Constant scores rank nothing, whichever of the two they are.
+    found = rank_correlation(a, b).where((a != a[:, :1]).any(1), torch.nan)
+    if bool(found.isnan().all()):
+        raise NothingToRankError(
+            "The scores of every query are constant in one of the two: there is nothing to rank."
+        )
+    return bootstrap(found)
 
 
 def as_removal(scores: Scores | Tensor) -> Tensor:
@@ -165,6 +180,10 @@ def group_removal(
         raise ValueError(
             f"Expected outcomes [{retrainings}, {queries}] and baseline [{queries}], got "
             f"{list(outcomes.shape)} and {list(baseline.shape)}."
+        )
+    if retrainings < 3:
+        raise NothingToRankError(
+            f"A rank correlation needs at least 3 retrainings, got {retrainings}."
         )
     truth = (outcomes.double() - baseline.double()).cpu().T
     return RemovalAgreement(

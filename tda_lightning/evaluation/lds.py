@@ -146,6 +146,11 @@ def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tup
         )
     if len(subsets) < 3:
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {len(subsets)}.")
+    if not bool(outcomes.isfinite().all()):
+        raise ValueError(
+            "Some outcomes are not finite: a retraining diverged or is missing. Leave its subset "
+            "out."
+        )
     predicted = (subsets.double() @ values.double().cpu().T).T
     return predicted, -outcomes.double().cpu().T
 

@@ -64,9 +64,7 @@ class ASTRA:
         count = problem.context.num_train
         size = min(self.batch or count, count)
         if "step" not in problem.kept:
-            largest = problem.largest_eigenvalue(size, problem.precondition)
-            problem.kept["step"] = self.step or min(1.0, 1 / largest)
-            problem.kept["largest"] = largest
+            problem.kept["step"] = self.step or self._largest_step(problem, size)
             problem.found["step"] = problem.kept["step"]
         yield
         batches = problem.random_batches(size, stream=1)
@@ -78,15 +76,18 @@ class ASTRA:
             rest = problem.apply_some(found, next(batches)) - vectors
             found = found - rate * problem.precondition(rest)
             if not problem.context.rehearsal:
-                self._require_bounded(problem, start, found)
+                self._require_bounded(problem, start, found, size)
             yield
         return found
 
-    def _require_bounded(self, problem: Problem, start: Tensor, found: Tensor) -> None:
+    def _largest_step(self, problem: Problem, size: int) -> float:
+        return min(1.0, 1 / problem.largest_eigenvalue(size, problem.precondition))
+
+    def _require_bounded(self, problem: Problem, start: Tensor, found: Tensor, size: int) -> None:
         lengths, bound = norms(found), 1e4 * norms(start)
         if bool((lengths <= bound).all()):
             return
-        enough = min(1.0, 1 / problem.kept["largest"])
+        enough = self._largest_step(problem, size)
         raise NonFiniteError(
             f"ASTRA diverges with step={problem.kept['step']:.4g}. step={enough:.4g} is below 1 "
             "over the largest eigenvalue that power iteration finds; if that diverges too the "

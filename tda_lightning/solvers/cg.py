@@ -11,6 +11,12 @@ from torch import Tensor
 from tda_lightning.curvature import check_product
 from tda_lightning.solvers.problem import Problem, Work, check_limits, norms
 
+# Times the rounding of one operation: what products over a training set are taken to be off.
+_NOISE = 8
+# Times the smallest residual so far: rounding has the better of the recursion, and more walks only
+# lead away.
+_LOST = 1e3
+
 
 @dataclass
 class ConjugateGradients:
@@ -30,7 +36,9 @@ class ConjugateGradients:
             have none, and takes about twice the walks (``experiments/solvers``).
         curvature: ``gauss_newton`` or ``hessian`` (which must be positive definite with D).
         tolerance: stop when all queries have this relative residual.
-        iterations: stop after this number of walks.
+        iterations: stop after this number of walks. Where they are not enough, and where rounding
+            ends the recursion before (float32, with a damping below a millionth of the largest
+            eigenvalue), the solution is that of the walk with the smallest residual.
 
     Raises:
         ValueError: while solving: the curvature is negative along a direction.
@@ -47,7 +55,7 @@ class ConjugateGradients:
     iterations: int = 100
 
     by_layer: ClassVar[bool] = False
-    copies: ClassVar[int] = 8
+    copies: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
         check_product(self.curvature)
@@ -77,19 +85,28 @@ class ConjugateGradients:
         def turned(rows: Tensor, power: float = -0.5) -> Tensor:
             return problem.precondition(rows, power) if self.preconditioned else rows
 
-        solution = torch.zeros_like(vectors)
         # The residual is weights @ basis, in turned coordinates; basis and directions are
         # orthonormal, so that what is inverted has no worse condition than the matrix itself.
+        eps = torch.finfo(vectors.dtype).eps
+        solution = torch.zeros_like(vectors)
         basis, weights = _orthonormal(turned(vectors))
         directions = basis
-        for _ in range(self.iterations):
-            if bool((norms(turned(weights @ basis, 0.5)) <= bound).all()):
+        best, nearest, largest = solution, float("inf"), 0.0
+        for walk in range(self.iterations + 1):
+            left = float((norms(turned(weights @ basis, 0.5)) / bound).max())
+            if left < nearest:
+                best, nearest = solution.clone(), left
+            if left <= 1 or walk == self.iterations or not left <= _LOST * nearest:
                 break
             products = turned(problem.apply(turned(directions)))
             curved = (directions @ products.T).double()
+            values, turn = torch.linalg.eigh((curved + curved.T) / 2)
+            largest = max(largest, float(values[-1]))
             if not problem.context.rehearsal:
-                _require_positive(curved)
-            inverse = torch.linalg.pinv(curved, hermitian=True).to(vectors)
+                _require_positive(float(values[0]), _NOISE * eps * largest)
+            # Along the others the products say nothing but their rounding.
+            kept = values > _NOISE * eps * values[-1]
+            inverse = ((turn[:, kept] / values[kept]) @ turn[:, kept].T).to(vectors)
             step = inverse @ (directions @ basis.T)
             solution += weights @ step.T @ directions
             basis, turn = _orthonormal(basis - step.T @ products)
@@ -98,7 +115,7 @@ class ConjugateGradients:
             before = inverse @ (products @ basis.T)
             directions, _ = _orthonormal(basis - before.T @ directions)
             yield
-        return turned(solution)
+        return turned(best)
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +124,8 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return factors.Q.T, factors.R.T
 
 
-def _require_positive(curved: Tensor) -> None:
-    least = float(torch.linalg.eigvalsh((curved + curved.T) / 2)[0])
-    if least > 0:
+def _require_positive(least: float, noise: float) -> None:
+    if least >= -noise:
         return
     raise ValueError(
         "Conjugate gradients need a positive definite matrix, and curvature plus weight decay plus "

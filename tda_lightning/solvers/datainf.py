@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import as_matrices
 from tda_lightning.gradients import scaled
+from tda_lightning.loading import rank_and_world
 from tda_lightning.solvers.problem import Problem, Work
 
 
@@ -50,9 +51,7 @@ class DataInf:
         roots = as_matrices(blocks, problem.diagonal.rsqrt())
         inside = as_matrices(blocks, vectors * problem.diagonal.rsqrt())
         taken = {name: torch.zeros_like(part) for name, part in inside.items()}
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = rank_and_world()
         for batch, examples in context.batches(context.examples.batches()[rank::world]):
             self._add(taken, inside, roots, context.train_gradients(batch, examples).blocks)
             yield

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import check_product
 from tda_lightning.errors import NonFiniteError
+from tda_lightning.loading import rank_and_world
 from tda_lightning.solvers.problem import Problem, Work, check_limits, inner, norms
 
 
@@ -76,28 +77,48 @@ class LiSSA:
             problem.found["scale"] = problem.kept["scale"]
         scale = problem.kept["scale"]
         yield
-        batches = [problem.random_batches(self.batch, 1 + n) for n in range(self.repeats)]
-        found = [vectors] * self.repeats
+        # Recursions are independent: each process takes its share of them.
+        rank, world = rank_and_world()
+        streams = range(self.repeats)[rank::world]
+        batches = [problem.random_batches(self.batch, 1 + n) for n in streams]
+        found = [vectors for _ in streams]
+        counted = problem.products.counted
         for _ in range(self.depth):
             found = [
                 vectors + h - problem.apply_some(h, next(own)) / scale
                 for h, own in zip(found, batches, strict=True)
             ]
             if not problem.context.rehearsal:
-                for h in found:
-                    self._require_bounded(problem, vectors, h, scale)
+                self._require_bounded(problem, vectors, found, scale)
             yield
-        return torch.stack(found).mean(0) / scale
+        reduce = problem.context.reduce
+        here = torch.tensor(problem.products.counted - counted, dtype=torch.float64)
+        problem.products.counted = counted + float(reduce(here.to(vectors.device)))
+        return reduce(sum(found, torch.zeros_like(vectors))) / self.repeats / scale
 
-    def _require_bounded(self, problem: Problem, vectors: Tensor, h: Tensor, scale: float) -> None:
-        """Where every step contracts, |h| stays below s |v| over the least damping."""
+    def _require_bounded(
+        self, problem: Problem, vectors: Tensor, found: list[Tensor], scale: float
+    ) -> None:
+        """Where every step contracts, |h| stays below s |v| over the least damping.
+
+        Every process hears of a recursion that does not, wherever it is: they multiply together.
+        """
         least = max(float(problem.diagonal.min()), 1e-8 * scale)
-        lengths = norms(h)
-        if bool((lengths <= 2 * max(1.0, scale / least) * norms(vectors)).all()):
+        bound = 2 * max(1.0, scale / least) * norms(vectors)
+        outside = [h for h in found if not bool((norms(h) <= bound).all())]
+        rank, world = rank_and_world()
+        flags = torch.zeros(world, dtype=vectors.dtype, device=vectors.device)
+        flags[rank] = float(bool(outside))
+        flags = problem.context.reduce(flags)
+        if not bool(flags.any()):
             return
-        if not bool(lengths.isfinite().all()):
-            h = torch.ones_like(h)
-        worst = h[lengths.nan_to_num(torch.inf).argmax()][None]
+        worst = torch.zeros_like(vectors[:1])
+        if rank == int(flags.argmax()):
+            lengths = norms(outside[0])
+            worst = outside[0][lengths.nan_to_num(torch.inf).argmax()][None]
+            if not bool(lengths.isfinite().all()):
+                worst = torch.ones_like(worst)
+        worst = problem.context.reduce(worst)
         quotient = float(inner(worst, problem.apply(worst)) / inner(worst, worst))
         if quotient < 0:
             raise NonFiniteError(

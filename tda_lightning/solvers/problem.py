@@ -107,6 +107,12 @@ class Problem:
             self.kept["damped"] = {
                 name: spectrum.shifted(diagonal[name]) for name, spectrum in self.spectra.items()
             }
+            for name, damped in self.kept["damped"].items():
+                if not bool((damped.eigenvalues > 0).all()):
+                    raise ValueError(
+                        f"The curvature of {name} is singular and damping is 0: it cannot "
+                        "precondition. Give a positive damping."
+                    )
         parts = []
         for name, matrix in as_matrices(self.context.blocks, vectors).items():
             spectrum: Spectrum = self.kept["damped"][name]

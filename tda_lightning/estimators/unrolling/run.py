@@ -22,6 +22,7 @@ from tda_lightning.estimators.unrolling.forward import ForwardWalk, state_bytes
 from tda_lightning.estimators.unrolling.moves import Move, least_budget, plan_moves
 from tda_lightning.estimators.unrolling.refusals import require_exact
 from tda_lightning.estimators.unrolling.unfinished import Unfinished
+from tda_lightning.loading import rank_and_world
 from tda_lightning.passes import Context, Pass, Plan, memory_budget
 from tda_lightning.replay import Replay
 
@@ -310,9 +311,7 @@ class UnrolledRun:
 def _share(start: int, stop: int) -> tuple[int, int]:
     """The part of the queries ``start`` to ``stop`` that is this process's; the first one, whose
     certificate is kept, has some."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return start, stop
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = rank_and_world()
     # Rounded up, so that the first process, which writes down what was found, is never without.
     first, last = (-(-part * (stop - start) // world) for part in (rank, rank + 1))
     return start + first, start + last
