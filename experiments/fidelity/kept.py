@@ -53,7 +53,7 @@ class Kept:
 
 def keep(name: str, folder: Path) -> None:
     """Gather the results of the run in ``folder``."""
-    judged, chosen = (_truths(folder, seed) for seed in (0, 1))
+    judged, chosen = (truths(folder, seed) for seed in (0, 1))
     files = sorted((folder / "scores").glob("*.h5"))
     scores = {path.stem: Scores.load(path) for path in files}
     seconds = {key: found.provenance.get("processor_seconds") for key, found in scores.items()}
@@ -70,30 +70,46 @@ def keep(name: str, folder: Path) -> None:
         "versions": versions(),
         "few_left_out": _few_left_out(folder),
     }
+    write(RESULTS / f"{name}.npz", scores, judged, chosen, about)
+
+
+def write(
+    file: Path,
+    scores: dict[str, Scores],
+    judged: dict[str, GroundTruth],
+    chosen: dict[str, GroundTruth],
+    about: dict[str, Any],
+) -> None:
+    """The layout above, with the scores in the order of ``about["scores"]``."""
     arrays = {
         **{key: truth.outcomes.numpy() for key, truth in judged.items()},
         **{f"{key}_validation": truth.outcomes.numpy() for key, truth in chosen.items()},
         "predicted": _ranks(scores, judged),
         "predicted_validation": _ranks(scores, chosen),
     }
-    RESULTS.mkdir(exist_ok=True)
-    aside = RESULTS / f"{name}.part.npz"
+    file.parent.mkdir(exist_ok=True)
+    aside = file.with_name(f"{file.stem}.part.npz")
     floats = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
     np.savez_compressed(aside, about=json.dumps(about), **floats)
-    aside.replace(RESULTS / f"{name}.npz")
+    aside.replace(file)
 
 
 def load(name: str) -> Kept:
     """The kept results of a study."""
-    with np.load(RESULTS / f"{name}.npz", allow_pickle=False) as file:
-        about = json.loads(str(file["about"]))
+    return read(RESULTS / f"{name}.npz")
+
+
+def read(file: Path) -> Kept:
+    """What :func:`write` wrote."""
+    with np.load(file, allow_pickle=False) as arrays:
+        about = json.loads(str(arrays["about"]))
 
         def outcomes(suffix: str) -> dict[str, Tensor]:
-            found = {p: file[f"{p}{suffix}"] for p in PROTOCOLS if f"{p}{suffix}" in file}
+            found = {p: arrays[f"{p}{suffix}"] for p in PROTOCOLS if f"{p}{suffix}" in arrays}
             return {p: torch.from_numpy(a).double().mean(1) for p, a in found.items()}
 
         def ranks(key: str) -> dict[str, Tensor]:
-            rows = torch.from_numpy(file[key]).double()
+            rows = torch.from_numpy(arrays[key]).double()
             return dict(zip(about["scores"], rows, strict=True))
 
         return Kept(
@@ -105,7 +121,7 @@ def load(name: str) -> Kept:
         )
 
 
-def _truths(folder: Path, seed: int) -> dict[str, GroundTruth]:
+def truths(folder: Path, seed: int) -> dict[str, GroundTruth]:
     """By protocol, what was retrained on the subsets of a seed."""
     files = {p: folder / "ground_truth" / f"{p}-0.5-{seed}.h5" for p in PROTOCOLS}
     found = {p: read_ground_truth(file).finished() for p, file in files.items() if file.exists()}
