@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Subset
@@ -116,7 +117,7 @@ def keep(name: str, run: Path, target: Path) -> None:
         {p: first_queries(truth, count) for p, truth in truths(run, seed).items()}
         for seed in (0, 1)
     )
-    settings = {"scores": list(scores), "told": told, "versions": versions()}
+    settings: dict[str, Any] = {"scores": list(scores), "told": told, "versions": versions()}
     settings["mean_eigenvalue"] = mean_eigenvalue(target)
     write(RESULTS / f"{name}.npz", scores, judged, chosen, settings)
 
