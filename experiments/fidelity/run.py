@@ -117,11 +117,12 @@ def score_cheaply(folder: Path) -> None:
 def score_elsewhere(study: Study, folder: Path, python: str, threads: int) -> None:
     """By the outside libraries, in their own environment."""
     scores = folder / "scores"
+    dampings = ["--damping", "default", *TRAK_DAMPINGS]
     large = ["--batch-size", "500"]  # traker draws its projection anew for each batch
     libraries = {
         "kronfluence": ["kronfluence", "--damping", "default", *KRONFLUENCE_DAMPINGS],
-        "trak": ["trak", *large, "--damping", "default", *TRAK_DAMPINGS],
-        "trak_last": ["trak", *large, "--checkpoints", "last"],
+        "trak": ["trak", *large, *dampings],
+        "trak_last": ["trak", *large, *dampings, "--checkpoints", "last"],
         "captum": ["captum"],
     }
     for name, (library, *options) in libraries.items():

@@ -30,6 +30,7 @@ COMPARED = [
     ("source", "source_blocks"),
     ("source_blocks", "influence"),
     ("source_recorded", "source"),
+    ("source_recorded", "influence"),
 ]
 
 
