@@ -10,6 +10,7 @@ from tda_lightning.solvers import (
     ConjugateGradients,
     DataInf,
     Lanczos,
+    LiSSA,
     Solver,
 )
 
@@ -26,6 +27,7 @@ SOLVERS: dict[str, Solver | None] = {
     "lanczos": Lanczos(),
     "cg_ekfac": ConjugateGradients(preconditioner="ekfac"),
     "astra": ASTRA(),
+    "lissa": LiSSA(),
 }
 
 TITLES = {
@@ -34,6 +36,7 @@ TITLES = {
     "cg": "CG",
     "cg_ekfac": "CG, preconditioned by EK-FAC",
     "astra": "ASTRA",
+    "lissa": "LiSSA",
     "lanczos": "Lanczos, rank 50",
     "datainf": "DataInf",
 }
@@ -67,7 +70,8 @@ STUDIES = {
         {
             **dict.fromkeys(("cg", "ekfac", "start", "datainf", "lanczos"), DAMPINGS),
             "cg_ekfac": ("0.1", "1", "10"),
-            "astra": ("1",),
+            "astra": ("1", "10"),
+            "lissa": ("1", "10", "100"),
         },
     ),
     "fashion_mnist_noisy": Study(
@@ -77,6 +81,7 @@ STUDIES = {
             "ekfac": DAMPINGS,
             "start": ("100",),
             "datainf": ("100",),
+            "lanczos": ("100",),
         },
         queries=40,
         changed={"cg": ConjugateGradients(tolerance=1e-2)},
