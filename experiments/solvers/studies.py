@@ -82,8 +82,22 @@ STUDIES = {
             "start": ("100",),
             "datainf": ("100",),
             "lanczos": ("100",),
+            "lissa": ("100",),
         },
         queries=40,
         changed={"cg": ConjugateGradients(tolerance=1e-2)},
+    ),
+    "wikitext2_gpt": Study(
+        "WikiText-2, GPT",
+        {
+            "cg": ("100",),
+            "ekfac": DAMPINGS,
+            "start": ("100",),
+            "datainf": ("100",),
+            "lanczos": ("100",),
+        },
+        queries=12,
+        changed={"cg": ConjugateGradients(tolerance=1e-2)},
+        batch_size=64,
     ),
 }
