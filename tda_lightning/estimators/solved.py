@@ -193,11 +193,14 @@ class SolverResponses:
         tolerance = self.solver.tolerance
         assert tolerance is not None
         above = [residual for residual in self.residuals if not residual <= tolerance]
+        rounded = self.problem.found.get("ended_by") == "rounding"
+        more = "raise the solver's number of steps or the damping"
+        damp = "rounding ended the iteration, so raise the damping"
         return [
             f"{type(self.solver).__name__} did not reach its tolerance: the relative residual of "
             f"{len(above)} of {len(self.residuals)} queries is above {tolerance:g}, up to "
-            f"{max(above):.3g}. Their scores are not those of the inverse: raise the solver's "
-            "number of steps or the damping."
+            f"{max(above):.3g}. Their scores are not those of the inverse: "
+            f"{damp if rounded else more}."
         ]
 
 

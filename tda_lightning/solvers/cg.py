@@ -96,7 +96,10 @@ class ConjugateGradients:
             left = float((norms(turned(weights @ basis, 0.5)) / bound).max())
             if left < nearest:
                 best, nearest = solution.clone(), left
-            if left <= 1 or walk == self.iterations or not left <= _LOST * nearest:
+            if left <= 1 or walk == self.iterations:
+                break
+            if not left <= _LOST * nearest:
+                problem.found["ended_by"] = "rounding"
                 break
             products = turned(problem.apply(turned(directions)))
             curved = (directions @ products.T).double()
