@@ -1,7 +1,7 @@
 """Training in a plain loop: for the many small retrainings of a study.
 
 The same as Lightning's own loop, whose work around each step takes several times longer than a step
-of so small a network (tests/test_studies.py compares them bit for bit).
+of so small a network (tests/experiments/test_studies.py compares them bit for bit).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from tda_lightning.models import TrainedModule
+from tda_lightning.examples.models import TrainedModule
 
 
 def descend(module: TrainedModule, data: TensorDataset, batches: Sequence[Tensor]) -> None:

@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tda_lightning.attribution import AttributionModule
-    from tda_lightning.callbacks import TrajectoryRecorder
-    from tda_lightning.scores import Scores
-    from tda_lightning.trajectory import Trajectory
+    from tda_lightning.attribution.module import AttributionModule
+    from tda_lightning.recording import TrajectoryRecorder
+    from tda_lightning.records.scores import Scores
+    from tda_lightning.records.trajectory import Trajectory
 
 __all__ = ["AttributionModule", "Scores", "Trajectory", "TrajectoryRecorder"]
 
 _HOMES = {
-    "AttributionModule": "tda_lightning.attribution",
-    "Scores": "tda_lightning.scores",
-    "Trajectory": "tda_lightning.trajectory",
-    "TrajectoryRecorder": "tda_lightning.callbacks",
+    "AttributionModule": "tda_lightning.attribution.module",
+    "Scores": "tda_lightning.records.scores",
+    "Trajectory": "tda_lightning.records.trajectory",
+    "TrajectoryRecorder": "tda_lightning.recording",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
 from tests.runs import Numbered
 
 # Batches of example indices, epoch by epoch.

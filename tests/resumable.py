@@ -14,7 +14,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Sampler
 
-from tda_lightning.callbacks import TrajectoryRecorder
+from tda_lightning.recording import TrajectoryRecorder
 from tests.runs import Net, Numbered, Optimizers, trainer
 
 # Settings that two recordings of one run do not share.

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tda_lightning.callbacks import TrajectoryRecorder
+from tda_lightning.recording import TrajectoryRecorder
 
 # Waking a second thread takes longer than all the work of so small a model.
 torch.set_num_threads(1)

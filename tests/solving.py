@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning.curvature.products import as_rows
 from tda_lightning.gradients import GradientEngine
-from tda_lightning.loading import ExampleSource
-from tda_lightning.passes import Context
-from tda_lightning.scores import MemorySink
+from tda_lightning.records.scores import MemorySink
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.passes import Context
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask

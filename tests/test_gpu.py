@@ -10,18 +10,18 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import TensorDataset
 
-from tda_lightning.attribution import AttributionModule
-from tda_lightning.callbacks import TrajectoryRecorder
+from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.store import open_trajectory
 from tda_lightning.tasks import ClassificationTask, example_noise
 from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
 from tests.runs import Numbered, adamw, fit, loader
-from tests.test_processes import Plain
-from tests.test_random_states import require_repeatable
+from tests.recording.test_processes import Plain
+from tests.runtime.test_random_states import require_repeatable
 
 pytestmark = [
     pytest.mark.gpu,

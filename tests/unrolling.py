@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.estimators import Unrolled
 from tda_lightning.evaluation import measure, retrain
-from tda_lightning.models.gpt import GPT
+from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.tasks import AttributionTask, LanguageModelingTask
 from tests import oracles
 from tests.attributing import CaseTask, quiet

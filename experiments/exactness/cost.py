@@ -34,7 +34,7 @@ from torch.utils.data import Subset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.estimators import Unrolled
-from tda_lightning.planning import PeakMemory
+from tda_lightning.runtime.memory import PeakMemory
 
 # Shipped experiments, with fewer examples and epochs where 100 queries would take hours.
 EXPERIMENTS: dict[str, list[str]] = {

@@ -25,7 +25,7 @@ from experiments.fastif.recorded import Run
 from tda_lightning import AttributionModule
 from tda_lightning.cli.trust import quiet_trainer
 from tda_lightning.gradients import ExampleGradients
-from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.session.passes import Context, Pass, Plan
 
 _BATCH = 250
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
-from tda_lightning.data import DigitsData
 from tda_lightning.estimators import Source
 from tda_lightning.evaluation import (
     difference,
@@ -37,6 +36,7 @@ from tda_lightning.evaluation import (
     retrain,
     retrain_each,
 )
+from tda_lightning.examples.data import DigitsData
 from tda_lightning.tasks import ClassificationTask
 
 SIZES = (600, 150)

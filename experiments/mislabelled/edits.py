@@ -15,8 +15,8 @@ from experiments.descent import descend
 from experiments.mislabelled.ranking import quiet
 from experiments.mislabelled.setting import final, network
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.data import FashionMNISTData
 from tda_lightning.estimators import Unrolled
+from tda_lightning.examples.data import FashionMNISTData
 from tda_lightning.tasks import ClassificationTask
 
 EDITED = 40  # most suspicious labels, each changed alone

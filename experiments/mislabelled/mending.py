@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.mislabelled.setting import accuracy, trained_anew
-from tda_lightning.data import FashionMNISTData
+from tda_lightning.examples.data import FashionMNISTData
 
 LOOKED = (0.05, 0.10, 0.15, 0.20)  # shares of the training set that are looked through
 COMPARED = 0.10  # at which removing is compared with mending

@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 from experiments.mislabelled.ranking import TASK, quiet
 from experiments.mislabelled.setting import final, network
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.data import FashionMNISTData
 from tda_lightning.estimators import Source
 from tda_lightning.evaluation.baselines import last_layer_cosine
+from tda_lightning.examples.data import FashionMNISTData
 from tda_lightning.report.pictures import picture
 
 ASKED, SHOWN, TOP = 100, 5, 10

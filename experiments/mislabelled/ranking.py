@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 from experiments.mislabelled.setting import network
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.data import FashionMNISTData
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.evaluation.retraining import losses
+from tda_lightning.examples.data import FashionMNISTData
 from tda_lightning.tasks import ClassificationTask
 
 TASK = ClassificationTask()

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from experiments.mislabelled import edits, mending, proponents, ranking, setting, table
 from tda_lightning import Trajectory
-from tda_lightning.data import FashionMNISTData
+from tda_lightning.attribution.provenance import package_versions
 from tda_lightning.evaluation import detection_auc, found_within
-from tda_lightning.progress import SlowProgress
-from tda_lightning.provenance import package_versions
+from tda_lightning.examples.data import FashionMNISTData
+from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.store.durable import write_text
 
 

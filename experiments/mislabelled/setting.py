@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.descent import descend, fresh_batches
 from tda_lightning import Trajectory, TrajectoryRecorder
-from tda_lightning.data import FashionMNISTData
-from tda_lightning.models import MLP, Classifier
-from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.examples.data import FashionMNISTData
+from tda_lightning.examples.models import MLP, Classifier
+from tda_lightning.runtime.random_states import unchanged_randomness
 
 PICTURES, FLIPPED = 3000, 0.1
 EPOCHS, BATCH_SIZE, RATE, MOMENTUM, DECAY = 8, 50, 0.02, 0.9, 5e-4

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from experiments.peers import command
 from experiments.peers.recorded import Run, open_run
-from tda_lightning.errors import UnsupportedTrainingError
+from tda_lightning.records.errors import UnsupportedTrainingError
 
 # Without gradients of a batch at once captum goes back through the whole batch for each example.
 SMALL_BATCH = 8

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from experiments.peers import command
 from experiments.peers.recorded import Run, class_losses, open_run, squared_errors
-from tda_lightning.progress import SlowProgress
+from tda_lightning.runtime.progress import SlowProgress
 
 EXPERIMENT = "queries"
 DAMPING = (

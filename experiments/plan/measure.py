@@ -57,7 +57,8 @@ def child(arguments: argparse.Namespace) -> None:
 
     from tda_lightning import AttributionModule
     from tda_lightning.cli.recorded import build, load_config
-    from tda_lightning.planning import PeakMemory, clock
+    from tda_lightning.runtime import clock
+    from tda_lightning.runtime.memory import PeakMemory
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)

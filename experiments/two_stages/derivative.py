@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.data import TensorDataset
 
 from tda_lightning import Trajectory
-from tda_lightning.progress import SlowProgress
+from tda_lightning.runtime.progress import SlowProgress
 
 Named = dict[str, Tensor]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tda_lightning import Trajectory, TrajectoryRecorder
-from tda_lightning.data import MNISTData
-from tda_lightning.data.images import Split
-from tda_lightning.models import MLP, Classifier
+from tda_lightning.examples.data import MNISTData
+from tda_lightning.examples.data.images import Split
+from tda_lightning.examples.models import MLP, Classifier
 
 ANGLES = ((0, 15, 30, 45), (60, 75, 90))  # of each stage, in degrees
 SIZES = (2000, 1000)  # pictures of each stage

@@ -23,8 +23,8 @@ from tda_lightning.evaluation import (
     what_determines,
 )
 from tda_lightning.evaluation.ground_truth import RECORDED_SEED, Protocol
-from tda_lightning.progress import SlowProgress
-from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.runtime.progress import SlowProgress
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.store.ground_truth import read_ground_truth, write_ground_truth
 from tda_lightning.tasks import ClassificationTask
 

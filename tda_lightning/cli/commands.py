@@ -27,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from tda_lightning.attribution import AttributionModule
-from tda_lightning.callbacks.progress import PassProgressBar
+from tda_lightning.attribution.matching import require_same_data
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.attribution.progress_bar import PassProgressBar
 from tda_lightning.cli.ground_truth import file_name, ground_truth
 from tda_lightning.cli.judged import (
     Judged,
@@ -53,13 +54,6 @@ from tda_lightning.cli.removal import (
 from tda_lightning.cli.retraining import Parts
 from tda_lightning.cli.smooth import landing, smoothness_table
 from tda_lightning.cli.trust import quiet_trainer, trust
-from tda_lightning.data import DataModule
-from tda_lightning.errors import (
-    NonFiniteError,
-    TrajectoryFormatError,
-    TrajectoryMismatchError,
-    UnsupportedTrainingError,
-)
 from tda_lightning.estimators import Source, TracIn
 from tda_lightning.evaluation import smoothness
 from tda_lightning.evaluation.baselines import (
@@ -70,15 +64,21 @@ from tda_lightning.evaluation.baselines import (
     self_loss,
 )
 from tda_lightning.evaluation.ground_truth import PROTOCOLS
-from tda_lightning.matching import require_same_data
-from tda_lightning.planning import AttributionPlan, comparison
+from tda_lightning.examples.data import DataModule
+from tda_lightning.records.errors import (
+    NonFiniteError,
+    TrajectoryFormatError,
+    TrajectoryMismatchError,
+    UnsupportedTrainingError,
+)
+from tda_lightning.records.plans import AttributionPlan, comparison
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report import write_report
-from tda_lightning.scores import Scores
 from tda_lightning.store.durable import write_text
 from tda_lightning.store.inspect import describe, description_table
 from tda_lightning.store.layout import FACTS_FILE, GROUND_TRUTH_FOLDER
 from tda_lightning.store.scores_file import replace_provenance
-from tda_lightning.trajectory import Trajectory
 
 Command = Callable[[DictConfig], None]
 # Retrained models: enough to tell estimators apart, and enough to see whether one can be trusted.

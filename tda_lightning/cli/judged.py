@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tda_lightning.errors import TrajectoryMismatchError
 from tda_lightning.evaluation import (
     GroundTruth,
     Interval,
@@ -25,7 +24,8 @@ from tda_lightning.evaluation import (
 )
 from tda_lightning.evaluation.baselines import BASELINES
 from tda_lightning.evaluation.lds import NothingToRankError
-from tda_lightning.scores import Scores
+from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.scores import Scores
 
 _WORDS = {
     "single_run": "single_run: the recorded run replayed, what is left out at weight 0",

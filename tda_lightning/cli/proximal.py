@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tda_lightning.scores import Scores
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
 
 
 def damping_of(scores: Mapping[str, Scores]) -> float:

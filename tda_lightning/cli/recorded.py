@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
+from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
 
 FILE_NAME = "config.yaml"
 TRUSTED = (
-    "tda_lightning.data.",
-    "tda_lightning.models.",
+    "tda_lightning.examples.data.",
+    "tda_lightning.examples.models.",
     "tda_lightning.tasks.",
     "torch.nn.",
     "torch.optim.",
@@ -67,7 +67,19 @@ def load_config(folder: str | Path) -> DictConfig:
         raise TrajectoryFormatError(
             f"{path} has no settings of data and model. Expected the configuration of tda train."
         )
-    return config
+    return _renamed(config)
+
+
+def _renamed(config: DictConfig) -> DictConfig:
+    """The configuration of an earlier version by today's names of its data and models."""
+    text = OmegaConf.to_yaml(config)
+    for old in ("data", "models"):
+        text = text.replace(
+            f"_target_: tda_lightning.{old}.", f"_target_: tda_lightning.examples.{old}."
+        )
+    renamed = OmegaConf.create(text)
+    assert isinstance(renamed, DictConfig)
+    return renamed
 
 
 def build(node: Any, trust: bool, **changes: Any) -> Any:
@@ -113,5 +125,5 @@ def _is_trusted(target: str) -> bool:
     # The name alone proves nothing: torch.nn.functional.torch.load begins like a trusted one.
     found = get_object(target)
     home = f"{getattr(found, '__module__', '')}."
-    ours = inspect.isfunction(found) and home.startswith("tda_lightning.models.")
+    ours = inspect.isfunction(found) and home.startswith("tda_lightning.examples.models.")
     return ours or (inspect.isclass(found) and home.startswith(TRUSTED))

@@ -15,7 +15,7 @@ from tda_lightning.cli.kept import kept_retrainings
 from tda_lightning.cli.recorded import command_line
 from tda_lightning.cli.retraining import Parts
 from tda_lightning.evaluation import GroundTruth, Interval, TopRemoval, compare_removals, removals
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
 from tda_lightning.tasks import ClassificationTask
 
 _DRAWS = 5  # sets of random examples for each k, the same for all scores

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tda_lightning.cli.proximal import in_double, total_damping
 from tda_lightning.cli.recorded import build
-from tda_lightning.data import DataModule
 from tda_lightning.evaluation import (
     FreshTraining,
     each_response,
@@ -23,7 +22,8 @@ from tda_lightning.evaluation import (
     retrain_afresh,
     retrain_each,
 )
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.examples.data import DataModule
+from tda_lightning.records.trajectory import Trajectory
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
 # Where the data lie, in which order they come and who is asked do not belong to the algorithm.

@@ -25,14 +25,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from tda_lightning.attribution import AttributionModule
+from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.judged import Judged, seed_share
 from tda_lightning.cli.retraining import Parts
 from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.evaluation import GroundTruth, agreement
 from tda_lightning.evaluation.lds import NothingToRankError
-from tda_lightning.progress import SlowProgress
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
+from tda_lightning.runtime.progress import SlowProgress
 
 _FACTORS = (0.1, 10.0)
 

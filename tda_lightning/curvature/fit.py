@@ -26,10 +26,10 @@ from torch import Tensor
 
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.errors import NonFiniteError
 from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
 from tda_lightning.gradients.basis import placed
-from tda_lightning.passes import Context, Pass
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.session.passes import Context, Pass
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.gradients import Block
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.functional import (
@@ -39,9 +38,10 @@ from tda_lightning.gradients.functional import (
     parameters_frozen,
     plain_recurrence,
 )
-from tda_lightning.loading import rank_and_world
-from tda_lightning.passes import Context
-from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.runtime.loading import rank_and_world
+from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.session.passes import Context
 from tda_lightning.tasks import example_noise
 from tda_lightning.tasks.gauss_newton import require_losses
 

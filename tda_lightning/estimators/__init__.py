@@ -3,9 +3,9 @@
 from tda_lightning.estimators.base import Estimator, StagedEstimator
 from tda_lightning.estimators.fastif import FastInfluence
 from tda_lightning.estimators.influence import InfluenceFunction
-from tda_lightning.estimators.source import Source
+from tda_lightning.estimators.source.estimator import Source
 from tda_lightning.estimators.tracin import TracIn
-from tda_lightning.estimators.unrolled import Unrolled
+from tda_lightning.estimators.unrolled.estimator import Unrolled
 
 __all__ = [
     "Estimator",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tda_lightning.curvature import uses_statistics
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
 
 
 def about_statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from tda_lightning.passes import Context, Plan, Stage
+from tda_lightning.session.passes import Context, Plan, Stage
 
 
 class Estimator(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
 
 _CLIPPED = {
     "norm": "Gradient clipping by norm",

@@ -16,13 +16,13 @@ from tda_lightning.curvature import (
     unit_matrices,
     units,
 )
-from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
-from tda_lightning.passes import Context, Pass
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.session.passes import Context, Pass
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.responses import InverseSettings

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tda_lightning.estimators.features import require_layer
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.kept_features import KeptFeatures
 from tda_lightning.estimators.neighbours import check_search, nearest
-from tda_lightning.features import require_layer
-from tda_lightning.passes import Context, Plan
+from tda_lightning.session.passes import Context, Plan
 
 DEFAULT_K = 1000
 _NO_SELF = (
@@ -35,7 +35,8 @@ class FastInfluence(InfluenceFunction):
         k: candidates of each query; None for 1000 (the paper's), or all where there are fewer.
         layer: name of a module whose outputs are the features; None for the inputs of the last
             linear layer that the model calls, the hidden features that a classifier's head sees.
-            Sequences and images are averaged (:func:`~tda_lightning.features.read_features`).
+            Sequences and images are averaged: see
+            :func:`~tda_lightning.estimators.features.read_features`.
         metric: ``l2`` or ``cosine``.
         backend: ``torch``, or ``faiss`` where it is installed; the neighbours are the same.
 

@@ -14,7 +14,7 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.estimators.responses import Responses, check_inverse, responses_of
 from tda_lightning.gradients import Gradient
-from tda_lightning.passes import Context, Pass, Plan
+from tda_lightning.session.passes import Context, Pass, Plan
 from tda_lightning.solvers import Solver
 
 _NO_SELF = (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import NonFiniteError
-from tda_lightning.features import read_features
-from tda_lightning.passes import Context, Pass
+from tda_lightning.estimators.features import read_features
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.session.passes import Context, Pass
 
 _FORMAT = 1  # part of the key: raise it when the meaning of kept features changes
 _ROWS = 1 << 16  # of features that go over processes at a time

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda_lightning.progress import SlowProgress
+from tda_lightning.runtime.progress import SlowProgress
 
 Search = Callable[[Tensor], Tensor]  # of queries [query, feature], the neighbours of each
 

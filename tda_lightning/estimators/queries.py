@@ -13,7 +13,7 @@ from tda_lightning.curvature import Spectrum, units
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
-from tda_lightning.passes import Context, memory_budget
+from tda_lightning.session.passes import Context, memory_budget
 
 
 def query_rounds(context: Context, copies: int) -> Iterator[tuple[int, int]]:
@@ -26,7 +26,7 @@ def rounds_of(
     queries: int, bytes_each: int, budget: int | None = None
 ) -> Iterator[tuple[int, int]]:
     """Ranges of ``queries`` that fit together into ``budget`` bytes, by default
-    :func:`~tda_lightning.passes.memory_budget`."""
+    :func:`~tda_lightning.session.passes.memory_budget`."""
     fitting = max(1, (memory_budget() if budget is None else budget) // bytes_each)
     rounds = -(-queries // fitting)
     for number in range(rounds):

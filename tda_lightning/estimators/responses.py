@@ -25,7 +25,7 @@ from tda_lightning.estimators.eigenbasis import EigenbasisResponses
 from tda_lightning.estimators.queries import Response
 from tda_lightning.estimators.solved import SolverResponses
 from tda_lightning.gradients import Gradient
-from tda_lightning.passes import Context, Pass
+from tda_lightning.session.passes import Context, Pass
 from tda_lightning.solvers import Solver
 
 

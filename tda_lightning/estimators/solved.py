@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Products, as_matrices, unit_matrices
-from tda_lightning.errors import NonFiniteError
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.eigenbasis import (
     about_damping,
@@ -21,7 +20,8 @@ from tda_lightning.estimators.eigenbasis import (
 )
 from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
-from tda_lightning.passes import Context, Pass
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.session.passes import Context, Pass
 from tda_lightning.solvers import Problem, Solver, norms
 
 if TYPE_CHECKING:

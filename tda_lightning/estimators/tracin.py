@@ -13,7 +13,7 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.gradients import Gradient, Outer, scaled
-from tda_lightning.passes import NO_SELF, Context, Pass, Plan, Stage, numbered
+from tda_lightning.session.passes import NO_SELF, Context, Pass, Plan, Stage, numbered
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from tda_lightning.errors import UnsupportedTrainingError
 from tda_lightning.evaluation.retraining import require_finite
-from tda_lightning.randomness import unchanged_randomness
-from tda_lightning.replay import State
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.replay.run import State
+from tda_lightning.runtime.random_states import unchanged_randomness
 
 
 @dataclass(frozen=True)

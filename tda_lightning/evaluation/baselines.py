@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tda_lightning.estimators.features import read_features
 from tda_lightning.evaluation.retraining import losses, of_each_batch
-from tda_lightning.features import read_features
-from tda_lightning.loading import ExampleSource
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.tasks import AttributionTask, as_task
-from tda_lightning.trajectory import Trajectory
 
 BASELINES = ("random", "self_loss", "last_layer", "gradient_dot")
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.errors import TrajectoryMismatchError
-from tda_lightning.loading import ExampleSource
+from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.store.fingerprint import digest, fingerprint
 from tda_lightning.tasks import AttributionTask, as_task
-from tda_lightning.trajectory import Trajectory
 
 # single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
 # kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.

@@ -16,7 +16,7 @@ from tda_lightning.evaluation.lds import (
     complete,
     rank_correlation,
 )
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
 
 
 def detection_auc(self_influence: Scores | Tensor, wrong: Tensor) -> float:

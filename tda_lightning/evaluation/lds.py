@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
 
 
 class NothingToRankError(ValueError):

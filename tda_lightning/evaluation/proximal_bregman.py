@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.errors import NonFiniteError
 from tda_lightning.evaluation.retraining import measure
-from tda_lightning.loading import ExampleSource
-from tda_lightning.replay import borrowed, fetch, load, place
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.replay.run import borrowed, fetch, load, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.tasks import ClassificationTask, RegressionTask, silenced
 
 

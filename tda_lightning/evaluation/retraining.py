@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.errors import NonFiniteError
 from tda_lightning.evaluation.stacked import run_stacked
-from tda_lightning.loading import ExampleSource
-from tda_lightning.randomness import unchanged_randomness
-from tda_lightning.replay import Replay, State, Walk, borrowed, fetch, initial, load, place
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.replay.run import Replay, State, Walk, borrowed, fetch, initial, load, place
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
-from tda_lightning.trajectory import Trajectory
 
 Found = TypeVar("Found")
 

@@ -53,12 +53,12 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.lds import draw_subsets, rank_correlation
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain_each
-from tda_lightning.loading import ExampleSource
-from tda_lightning.progress import SlowProgress
-from tda_lightning.randomness import unchanged_randomness
-from tda_lightning.replay import State
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.replay.run import State
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.progress import SlowProgress
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask
-from tda_lightning.trajectory import Trajectory
 
 # Above it, exact unrolling ranked retrainings better than every other estimator did; where it did
 # worse, the number was 0.3: experiments/smoothness/README.md.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.replay import (
+from tda_lightning.replay.run import (
     Replay,
     State,
     apply_settings,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.lds import Interval, bootstrap, draw_subsets
 from tda_lightning.evaluation.retraining import measure, of_each_batch, retrain_each
-from tda_lightning.loading import ExampleSource
-from tda_lightning.progress import SlowProgress
-from tda_lightning.scores import Scores
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.tasks import AttributionTask, ClassificationTask
-from tda_lightning.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

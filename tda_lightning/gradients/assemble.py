@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda_lightning.errors import EngineError
 from tda_lightning.gradients.blocks import Block, block_name
 from tda_lightning.gradients.capture import Ref, Use
 from tda_lightning.gradients.composite import Rows, Sum
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.records.errors import EngineError
 
 
 def plan_blocks(shapes: dict[str, tuple[int, ...]], uses: Iterable[Use]) -> list[Block]:

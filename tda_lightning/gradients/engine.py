@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tda_lightning.errors import EngineError, NonFiniteError
 from tda_lightning.gradients.assemble import assemble, plan_blocks
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture, Use
@@ -24,6 +23,7 @@ from tda_lightning.gradients.functional import (
     plain_recurrence,
 )
 from tda_lightning.gradients.layout import Layout, candidates, consistent
+from tda_lightning.records.errors import EngineError, NonFiniteError
 
 Losses = Callable[[nn.Module, Any, Tensor], Iterable[Tensor]]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tda_lightning.errors import EngineError
 from tda_lightning.gradients.capture import Capture
+from tda_lightning.records.errors import EngineError
 
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 

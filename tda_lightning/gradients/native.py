@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda_lightning.errors import EngineError
 from tda_lightning.gradients import decompose
+from tda_lightning.records.errors import EngineError
 
 if TYPE_CHECKING:
     from tda_lightning.gradients.capture import Capture

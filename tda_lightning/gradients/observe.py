@@ -22,13 +22,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tda_lightning.errors import EngineError
 from tda_lightning.gradients import native
 from tda_lightning.gradients.assemble import assemble, plan_blocks
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture, Ref, Use
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.layout import candidates
+from tda_lightning.records.errors import EngineError
 
 
 @dataclass

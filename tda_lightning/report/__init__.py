@@ -3,7 +3,7 @@
 ``write_report`` is the verb; ``Rendered`` and ``DatasetRenderer`` say how examples look.
 """
 
+from tda_lightning.records.rendered import DatasetRenderer, Rendered, Renderer
 from tda_lightning.report.page import write_report
-from tda_lightning.report.rendered import DatasetRenderer, Rendered, Renderer
 
 __all__ = ["DatasetRenderer", "Rendered", "Renderer", "write_report"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tda_lightning.records.rendered import Rendered, Renderer
 from tda_lightning.report.charts import Chart, number, sparkline
 from tda_lightning.report.pictures import picture
-from tda_lightning.report.rendered import Rendered, Renderer
 
 _PIXELS = {"large": 112, "small": 64}
 _LETTERS = {"large": 1500, "small": 320}

@@ -16,6 +16,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.utils.data import DataLoader
 
+from tda_lightning.records.rendered import DatasetRenderer, Renderer
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report.charts import Chart, bar_chart, line_chart, number
 from tda_lightning.report.examples import Example, Listing, arrange, example, listing, shorten
 from tda_lightning.report.provenance import (
@@ -28,10 +31,7 @@ from tda_lightning.report.provenance import (
     segment_names,
     short_name,
 )
-from tda_lightning.report.rendered import DatasetRenderer, Renderer
 from tda_lightning.report.trust import looked_at, relabelled, statements
-from tda_lightning.scores import Scores
-from tda_lightning.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

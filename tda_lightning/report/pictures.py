@@ -16,7 +16,7 @@ def picture(image: Tensor | np.ndarray, largest_side: int) -> tuple[str, int, in
     """A PNG data URI of ``image``, and its width and height.
 
     Args:
-        image: as in :class:`~tda_lightning.report.rendered.Rendered`.
+        image: as in :class:`~tda_lightning.records.rendered.Rendered`.
         largest_side: larger pictures are reduced to this many pixels.
     """
     pixels = _reduce(_to_bytes(_channels_last(image)), largest_side)

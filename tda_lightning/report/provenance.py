@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tda_lightning.records.scores import Scores
 from tda_lightning.report.examples import shorten
-from tda_lightning.scores import Scores
 
 _FIRST = ("estimator", "curvature", "fisher", "order", "trajectory", "task", "segments", "created")
 _LAST = ("versions", "command", "config")

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tda_lightning.records.scores import Scores
 from tda_lightning.report.charts import number
 from tda_lightning.report.examples import shorten
 from tda_lightning.report.provenance import one_line
 from tda_lightning.report.spot_check import found_out
 from tda_lightning.report.statement import Statement, is_count, is_number
-from tda_lightning.scores import Scores
 
 _NAMED = 12  # relabelled examples that are listed; of more, their number is told
 

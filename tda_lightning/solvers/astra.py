@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.errors import NonFiniteError
+from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.solvers.problem import Problem, Work, check_limits, norms
 
 

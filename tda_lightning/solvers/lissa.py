@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.errors import NonFiniteError
-from tda_lightning.loading import rank_and_world
+from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.runtime.loading import rank_and_world
 from tda_lightning.solvers.problem import Problem, Work, check_limits, inner, norms
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.records.errors import TrajectoryFormatError
 
 CHUNK_BYTES = 1 << 22
 _INFLATION = 1100  # deflate packs nothing tighter than this

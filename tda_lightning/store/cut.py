@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from tda_lightning.errors import ResumeError
+from tda_lightning.records.errors import ResumeError
+from tda_lightning.records.trajectory import Facts
 from tda_lightning.store import layout
 from tda_lightning.store.durable import make_folder, sync_folder
 from tda_lightning.store.reader import read_recorded_steps, steps_chain
 from tda_lightning.store.steps_file import write_steps
-from tda_lightning.trajectory import Facts
 
 
 def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from tda_lightning.errors import TrajectoryMismatchError
-from tda_lightning.randomness import unchanged_randomness
+from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.runtime.random_states import unchanged_randomness
 
 LENGTH = "length"
 _EXAMPLES = 64

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryFormatError
 from tda_lightning.evaluation.ground_truth import PROTOCOLS, GroundTruth
+from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.store.checked import (
     DAMAGE,
     get_integer,

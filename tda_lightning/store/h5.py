@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryError, TrajectoryFormatError
+from tda_lightning.records.errors import TrajectoryError, TrajectoryFormatError
 from tda_lightning.store.checked import (
     CHUNK_BYTES,
     DAMAGE,

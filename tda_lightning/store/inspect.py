@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryError
+from tda_lightning.records.errors import TrajectoryError
+from tda_lightning.records.trajectory import Facts, Steps
 from tda_lightning.store import layout
 from tda_lightning.store.kept_folder import KeptFolder
 from tda_lightning.store.reader import (
@@ -22,7 +23,6 @@ from tda_lightning.store.reader import (
     require_trajectory,
 )
 from tda_lightning.store.statistics_folder import StatisticsFolder
-from tda_lightning.trajectory import Facts, Steps
 
 _SHOWN = 24  # files of a kind; of more, the first and the last are shown
 

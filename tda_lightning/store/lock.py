@@ -19,7 +19,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from tda_lightning.errors import TrajectoryLockedError
+from tda_lightning.records.errors import TrajectoryLockedError
 from tda_lightning.store.durable import make_folder
 
 try:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryFormatError
-from tda_lightning.trajectory import Facts, Steps
+from tda_lightning.records.errors import TrajectoryFormatError
+from tda_lightning.records.trajectory import Facts, Steps
 
 _MOST = 1 << 62  # numbers of a tensor, examples of a data set
 _GROUPS = 1 << 16

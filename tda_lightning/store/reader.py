@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryFormatError, TrajectoryNotFoundError
-from tda_lightning.randomness import TWISTERS, require_restorable
+from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
+from tda_lightning.records.trajectory import (
+    Checkpoint,
+    Facts,
+    ParameterFact,
+    StageFact,
+    Steps,
+    Trajectory,
+)
+from tda_lightning.runtime.random_states import TWISTERS, require_restorable
 from tda_lightning.store import layout
 from tda_lightning.store.checked import get_integer, has, names
 from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
@@ -25,14 +33,6 @@ from tda_lightning.store.plausible import (
     require_values,
 )
 from tda_lightning.store.statistics_folder import StatisticsFolder
-from tda_lightning.trajectory import (
-    Checkpoint,
-    Facts,
-    ParameterFact,
-    StageFact,
-    Steps,
-    Trajectory,
-)
 
 
 def open_trajectory(path: str | Path) -> Trajectory:

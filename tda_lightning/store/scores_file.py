@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryFormatError
-from tda_lightning.scores import MemorySink, Scores, require_finite, require_scored
+from tda_lightning.records.errors import TrajectoryFormatError
+from tda_lightning.records.scores import MemorySink, Scores, require_finite, require_scored
 from tda_lightning.store.checked import (
     DAMAGE,
     from_json,

@@ -10,7 +10,8 @@ import h5py
 import torch
 from torch import Tensor
 
-from tda_lightning.errors import TrajectoryFormatError
+from tda_lightning.records.errors import TrajectoryFormatError
+from tda_lightning.records.trajectory import BlockStatistics, Statistics
 from tda_lightning.store import layout
 from tda_lightning.store.checked import names, own_dataset
 from tda_lightning.store.h5 import (
@@ -23,7 +24,6 @@ from tda_lightning.store.h5 import (
     writing,
 )
 from tda_lightning.store.plausible import require_statistics
-from tda_lightning.trajectory import BlockStatistics, Statistics
 
 _PACKED = "packed "  # before the name of a symmetric matrix of which the lower triangle is kept
 

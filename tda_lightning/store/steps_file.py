@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda_lightning.records.trajectory import Steps
 from tda_lightning.store import layout
 from tda_lightning.store.h5 import put_array, writing
-from tda_lightning.trajectory import Steps
 
 
 def write_steps(root: Path, first: int, steps: Steps) -> Path:

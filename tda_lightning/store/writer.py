@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tda_lightning.errors import TrajectoryExistsError
+from tda_lightning.records.errors import TrajectoryExistsError
+from tda_lightning.records.trajectory import Checkpoint, Facts, Statistics, Steps
 from tda_lightning.store import layout
 from tda_lightning.store.cut import cut, remove_unfinished
 from tda_lightning.store.durable import make_folder, sync_folder
@@ -17,7 +18,6 @@ from tda_lightning.store.h5 import put_json, put_tensors, writing
 from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
 from tda_lightning.store.statistics_folder import write_statistics
 from tda_lightning.store.steps_file import write_steps
-from tda_lightning.trajectory import Checkpoint, Facts, Statistics, Steps
 
 
 class TrajectoryWriter:

@@ -1,12 +1,12 @@
 """Training losses and measurements of single examples."""
 
+from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.classification import ClassificationTask
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.regression import RegressionTask
-from tda_lightning.tasks.silence import silenced
 from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
 
 

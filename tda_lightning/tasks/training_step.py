@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask, source_digest
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
@@ -22,7 +23,6 @@ from tda_lightning.tasks.interception import (
     standard_outputs,
 )
 from tda_lightning.tasks.noise import example_noise
-from tda_lightning.tasks.silence import silenced
 
 
 class TrainingStepTask(AttributionTask):

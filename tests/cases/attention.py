@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.models import Encoder
+from tda_lightning.examples.models import Encoder
 from tests.cases.case import Case, Function, normal, tokens
 
 

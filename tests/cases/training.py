@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Segment, Trajectory
+from tda_lightning.records.trajectory import Segment, Trajectory
 from tests import oracles
 from tests.cases.case import Case, normal
 

@@ -1,7 +1,7 @@
 """Slow, obvious answers in float64 that the library's fast ones are compared with.
 
 Everything here loops over examples, forms dense matrices or differentiates whole training runs.
-It shares no code with the package beyond the record types of ``tda_lightning.trajectory``.
+It shares no code with the package beyond the record types of ``tda_lightning.records.trajectory``.
 Vectors over all parameters are flattened in the order of ``Trajectory.facts.parameters``.
 """
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Checkpoint
+from tda_lightning.records.trajectory import Checkpoint
 from tests.oracles.gradients import with_state
 
 # Loss (scalar) of example n under its sampled label.

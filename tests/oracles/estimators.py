@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tda_lightning.trajectory import Checkpoint, Segment, Trajectory
+from tda_lightning.records.trajectory import Checkpoint, Segment, Trajectory
 
 # Weights of the checkpoints that stand for the gradients at row t, by checkpoint step.
 Weights = Callable[[int], Mapping[int, float]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tda_lightning.trajectory import Checkpoint, Trajectory
+from tda_lightning.records.trajectory import Checkpoint, Trajectory
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]

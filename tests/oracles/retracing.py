@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tda_lightning.randomness import restore_states, unchanged_randomness
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.random_states import restore_states, unchanged_randomness
 from tests.oracles.gradients import Batch, Loss, take, with_state
 from tests.oracles.unrolling import _adam, _call, _sgd
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.trajectory import (
+from tda_lightning.records.trajectory import (
     Checkpoint,
     Facts,
     ParameterFact,

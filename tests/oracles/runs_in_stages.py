@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
 from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
 from tests.oracles.unrolling import _adam, _call, _sgd
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Segment, Trajectory
+from tda_lightning.records.trajectory import Segment, Trajectory
 from tests.oracles.curvature import gauss_newton
 from tests.oracles.estimators import effective_rates, preconditioner, spread
 from tests.oracles.gradients import (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory
 from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
 
 

@@ -1,0 +1,1 @@
+"""Turns a recorded trajectory into scores."""

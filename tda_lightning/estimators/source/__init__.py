@@ -1,0 +1,1 @@
+"""SOURCE: approximate unrolled differentiation, in its averaged, recorded and matrix-free forms."""

@@ -1,0 +1,184 @@
+"""The way back: the adjoints of some queries through the kept states, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
+from tda_lightning.estimators.unrolled.certificate import require_task_loss
+from tda_lightning.estimators.unrolled.derivatives import (
+    BatchDerivatives,
+    activations_counted,
+    batch_derivatives,
+    queries_at_once,
+)
+from tda_lightning.estimators.unrolled.tape import StepState
+from tda_lightning.replay.run import Draws, Replay, load
+from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.session.passes import Context
+
+
+class BackwardWalk:
+    """Follows some queries back.
+
+    Attributes:
+        adjoint: of the optimizer's state.
+        statistics: adjoints of running statistics, [query, features] by buffer name.
+        by_token: [query, train, position] when asked for; None before the first step.
+        first_query: number of the first of the queries.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        context: Context,
+        layers: Mapping[str, _BatchNorm],
+        adjoint: OptimizerAdjoint,
+        statistics: dict[str, Tensor],
+        segments: Sequence[tuple[int, int]],
+        first_query: int,
+        room: int,
+        relabel: Mapping[int, Any],
+        by_position: bool,
+    ) -> None:
+        self.replay, self.context, self.layers = replay, context, layers
+        self.adjoint, self.statistics = adjoint, statistics
+        self.first_query = first_query
+        self.by_token: Tensor | None = None
+        self._starts = [start for start, _ in segments]
+        self._room, self._relabel, self._by_position = room, relabel, by_position
+        self._queries = len(next(iter(adjoint.a.values())))
+        self._chunk = 0  # how many queries go back together; settled by the first batch
+        self._finished: dict[int, Tensor] = {}
+        self._values = self._zeros()
+
+    def step(self, state: StepState) -> None:
+        """Go back through one step."""
+        replay, steps = self.replay, self.replay.trajectory.steps
+        load(replay.module, state.parameters)
+        u = self.adjoint.enter(state)
+        batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
+        losses = []
+        with replay.as_trained():
+            for examples, draws, counts in reversed(batches):
+                if not self._chunk:
+                    self._settle(state.row, examples, draws)
+                load(replay.module, counts)
+                graph = self._graph(state.row, examples, draws)
+                losses.append(graph.loss)
+                self._add(graph, examples, u)
+        first = next(iter(state.parameters.values()))
+        require_task_loss(state.row + 1, sum(losses) / len(losses), state.loss, first.dtype)
+        self.adjoint.leave(state)
+        if state.row in self._starts:
+            self._end_segment(self._starts.index(state.row))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores so far, to go on from later."""
+        found = {f"scores.{number}": values for number, values in self._finished.items()}
+        found["open"] = self._values  # of a segment of which the last steps are only a part
+        found["together"] = torch.tensor(self._chunk)
+        return found if self.by_token is None else {**found, "by_token": self.by_token}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`tensors` gave."""
+        for name, tensor in found.items():
+            if name.startswith("scores."):
+                self._values = tensor.to(self.context.device)
+                self._end_segment(int(name.removeprefix("scores.")))
+        self._values = found["open"].to(self.context.device)
+        self._chunk = int(found["together"])
+        if "by_token" in found:
+            self.by_token = found["by_token"].to(self.context.device)
+
+    def finish(self) -> None:
+        """Hand over the scores of a segment that was not walked to its start (last_steps)."""
+        number = len(self._starts) - 1 - len(self._finished)
+        if number >= 0:
+            self._end_segment(number)
+
+    def _zeros(self) -> Tensor:
+        shape = (self._queries, self.context.num_train)
+        return torch.zeros(shape, dtype=self.context.dtype, device=self.context.device)
+
+    def _end_segment(self, number: int) -> None:
+        columns = torch.arange(self.context.num_train)
+        self.context.sink.add(number, columns, self._values, self.first_query)
+        self._finished[number] = self._values
+        self._values = self._zeros()
+
+    def _settle(self, row: int, examples: Tensor, draws: Draws | None) -> None:
+        module, room = self.replay.module, self._room // 2
+        with activations_counted([*module.parameters(), *module.buffers()]) as sizes:
+            self._graph(row, examples, draws)
+        self._chunk = queries_at_once(self.context.device, room, sum(sizes))
+
+    def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
+        replay, trajectory = self.replay, self.replay.trajectory
+        with unchanged_randomness():
+            batch = (
+                replay.fetch(examples)
+                if draws is None
+                else replay.fetched(examples, draws.fetch)[0]
+            )
+        positions = {
+            position: self._relabel[index]
+            for position, index in enumerate(examples.tolist())
+            if index in self._relabel
+        }
+        trained = {name: replay.module.get_parameter(name) for name in trajectory.facts.parameters}
+        return batch_derivatives(
+            replay,
+            self.context.task,
+            trained,
+            self.layers,
+            batch,
+            examples,
+            draws,
+            int(trajectory.steps.accumulation[row]),
+            positions,
+            self._by_position,
+        )
+
+    def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
+        """What a batch adds to scores and adjoints, for as many queries at once as fit."""
+        columns = examples.to(self.context.device)
+        start = 0
+        while start < self._queries:
+            rows = slice(start, min(start + self._chunk, self._queries))
+            statistics = {name: c[rows].clone() for name, c in self.statistics.items()}
+            try:
+                hessian, parts = graph.products({n: v[rows] for n, v in u.items()}, statistics)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or self._chunk == 1:
+                    raise
+                self._chunk = (self._chunk + 1) // 2
+                continue
+            for name, product in hessian.items():
+                self.adjoint.a[name][rows] += product
+            for name, c in statistics.items():
+                self.statistics[name][rows] = c
+            if self._by_position:
+                self._add_tokens(rows, columns, parts)
+                parts = parts.sum(2)
+            self._values[rows].index_add_(1, columns, parts.to(self._values), alpha=-1)
+            start = rows.stop
+
+    def _add_tokens(self, rows: slice, columns: Tensor, parts: Tensor) -> None:
+        length = parts.shape[2]
+        if self.by_token is None:
+            shape = (self._queries, self.context.num_train, length)
+            self.by_token = parts.new_zeros(shape)
+        if length > self.by_token.shape[2]:  # sequences of another batch may be longer
+            longer = length - self.by_token.shape[2]
+            self.by_token = torch.nn.functional.pad(self.by_token, (0, longer))
+        self.by_token[rows, :, :length].index_add_(1, columns, parts, alpha=-1)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,142 @@
+"""Whether a replay lands where the run went: the check that its derivative is the run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda_lightning.records.errors import TrajectoryMismatchError
+
+CAUSES = (
+    "The usual causes are changed data or code, a training step that depends on something outside "
+    "of the recorded batches, an operation whose result differs from call to call or from device "
+    "to device, or another number of threads."
+)
+
+
+@dataclass
+class Certificate:
+    """Replayed weights against recorded ones, at every checkpoint that was passed.
+
+    Attributes:
+        tolerance: of the difference, relative to how far the weights moved since the checkpoint
+            before; above it there is an error.
+        largest: difference of a single weight.
+        relative: largest distance of all weights, relative to how far they moved.
+        checkpoints: steps of those that were compared.
+    """
+
+    tolerance: float
+    largest: float = 0.0
+    relative: float = 0.0
+    checkpoints: set[int] = field(default_factory=set)
+
+    def compare(
+        self,
+        step: int,
+        replayed: Mapping[str, Tensor],
+        recorded: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+    ) -> None:
+        """Compare the weights after ``step``; ``before`` are the recorded ones it started from.
+
+        Raises:
+            TrajectoryMismatchError: they differ by more than the tolerance.
+        """
+        missed, moved = 0.0, 0.0
+        for name, expected in recorded.items():
+            found = replayed[name].detach().cpu().double()
+            difference = found - expected.double()
+            self.largest = max(self.largest, _largest(difference))
+            missed += float(difference.square().sum())
+            moved += float((expected.double() - before[name].double()).square().sum())
+        relative = (missed / moved) ** 0.5 if moved else float(missed > 0)
+        # NaN is no agreement.
+        if not relative <= self.tolerance:
+            raise TrajectoryMismatchError(
+                f"Replayed from the recorded batches, the weights after step {step} are not the "
+                f"recorded ones: they differ by {relative:.2g} of how far they moved since the "
+                f"checkpoint before, expected at most {self.tolerance:.2g}. {CAUSES} Mend that, or "
+                "raise Unrolled's tolerance and read the scores as those of a similar run."
+            )
+        self.relative = max(self.relative, relative)
+        self.checkpoints.add(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found so far, to go on from later."""
+        differences = torch.tensor([self.largest, self.relative], dtype=torch.float64)
+        steps = torch.tensor(sorted(self.checkpoints), dtype=torch.int64)
+        return {"differences": differences, "compared": steps}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """Add what :meth:`tensors` gave."""
+        largest, relative = found["differences"].tolist()
+        self.largest, self.relative = max(self.largest, largest), max(self.relative, relative)
+        self.checkpoints.update(found["compared"].tolist())
+
+    @property
+    def bit_equal(self) -> bool:
+        """Whether every weight was the recorded one, to the bit."""
+        return self.largest == 0
+
+    def record(self) -> dict[str, Any]:
+        """For the provenance of scores."""
+        return {
+            "bit_equal": self.bit_equal,
+            "largest_difference": self.largest,
+            "relative_difference": self.relative,
+            "checkpoints": len(self.checkpoints),
+            "tolerance": self.tolerance,
+        }
+
+    def note(self) -> str:
+        """In words."""
+        count = len(self.checkpoints)
+        compared = f"{count} recorded checkpoint{'s' * (count != 1)}"
+        if self.bit_equal:
+            return f"Certificate: replayed, the run lands on {compared} bit for bit."
+        return (
+            f"Certificate: replayed, the run lands near {compared}, not bit for bit: a weight "
+            f"differs by up to {self.largest:.2g}, all weights by {self.relative:.2g} of how far "
+            f"they moved. {CAUSES}"
+        )
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max()) if difference.numel() else 0.0
+
+
+def require_same_loss(step: int, replayed: float, recorded: float, tolerance: float) -> None:
+    """Refuse a step whose replayed loss is another one; a recorded NaN tells nothing.
+
+    Raises:
+        TrajectoryMismatchError: it is.
+    """
+    if recorded != recorded:
+        return
+    if not abs(replayed - recorded) <= tolerance * max(1.0, abs(recorded)):
+        raise TrajectoryMismatchError(
+            f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was {recorded:.6g} (a "
+            f"difference of {replayed - recorded:.2g}, with a tolerance of {tolerance:.2g}): the "
+            f"replay is not the recorded run. {CAUSES}"
+        )
+
+
+def require_task_loss(step: int, task: float, trained: float, dtype: torch.dtype) -> None:
+    """Refuse a task whose losses do not make up the loss as trained.
+
+    Raises:
+        TrajectoryMismatchError: they do not.
+    """
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+    if not abs(task - trained) <= tolerance * max(1.0, abs(trained)):
+        raise TrajectoryMismatchError(
+            f"The task's losses do not add up to the loss as trained: for a batch of step {step} "
+            f"{task:.6g}, expected {trained:.6g}. Exact unrolling needs the very loss. With "
+            "task=None it is taken from the module's own training_step, with all that is added or "
+            "weighted there; otherwise check the task's reduction and weights."
+        )

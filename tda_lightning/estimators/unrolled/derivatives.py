@@ -1,0 +1,223 @@
+r"""First and second derivatives of one batch's loss, as far as the adjoints ask for them.
+
+With weights w on the examples the batch's loss is :math:`L(\theta, w)`, at w = 1 the loss as
+trained. The gradient of :math:`\langle \nabla_\theta L, u \rangle` with respect to :math:`\theta`
+is the Hessian-vector product H u, and with respect to :math:`w_n` it is what example n's part of
+the gradient has in common with u. So one double backward gives both, for many u at once (vmap over
+the backward pass).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tda_lightning.estimators.unrolled.batch_statistics import Use, watched
+from tda_lightning.gradients.functional import ends_early
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.replay.run import Draws, Replay
+from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.tasks import AttributionTask, example_noise
+
+Parameters = Mapping[str, Tensor]
+_CACHE = 1 << 20  # bytes
+
+
+@dataclass
+class BatchDerivatives:
+    """The graph of one batch's gradient.
+
+    Attributes:
+        loss: of the batch, as trained.
+        parameters: by name, those that the loss depends on.
+        gradient: of the loss divided by the accumulation, with its graph, in the same order.
+        weights: [batch], or [batch, position]: ones, in the graph.
+        edited: zeros, in the graph, that weigh the losses of other labels; [edits], or empty.
+        positions: position in the batch of each edit.
+        uses: of layers with running statistics.
+    """
+
+    loss: float
+    parameters: Parameters
+    gradient: Sequence[Tensor]
+    weights: Tensor
+    edited: Tensor
+    positions: Tensor
+    uses: Sequence[Use]
+
+    def products(
+        self, u: Mapping[str, Tensor], c: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """H u, and <gradient of each example's part, u>, for several u.
+
+        Args:
+            u: [query, *shape] by parameter; of one that is missing, zero.
+            c: adjoints of the running statistics after the batch, [query, features]; they are
+                changed to those before it.
+
+        Returns:
+            H u plus what comes through the statistics, by parameter; [query, batch] or [query,
+            batch, position], where an edited example has the difference of its new and old label.
+        """
+        names = list(self.parameters)
+        outputs = list(self.gradient)
+        directions = [u[name].to(g) for name, g in zip(names, self.gradient, strict=True)]
+        for use in reversed(self.uses):
+            for name, statistic in use.statistics.items():
+                outputs.append(statistic)
+                directions.append((use.momentum * c[name]).to(statistic))
+                c[name].mul_(1 - use.momentum)
+        tracked = [i for i, output in enumerate(outputs) if output.requires_grad]
+        inputs = [*self.parameters.values(), self.weights, self.edited]
+        found = _vector_jacobian(
+            [outputs[i] for i in tracked], inputs, [directions[i] for i in tracked]
+        )
+        queries = len(directions[0])
+        *hessian, parts, edits = [
+            value.new_zeros(queries, *value.shape) if product is None else product
+            for value, product in zip(inputs, found, strict=True)
+        ]
+        if self.edited.numel():
+            # Where removal takes the old label's part away, relabelling also adds the new one's.
+            parts = parts.index_add(1, self.positions, edits, alpha=-1)
+        return dict(zip(names, hessian, strict=True)), parts
+
+
+def batch_derivatives(
+    replay: Replay,
+    task: AttributionTask,
+    parameters: Parameters,
+    layers: Mapping[str, Any],
+    batch: Any,
+    examples: Tensor,
+    draws: Draws | None,
+    accumulation: int,
+    labels: Mapping[int, Any],
+    by_position: bool,
+) -> BatchDerivatives:
+    """The graph of a batch's gradient at the weights in place.
+
+    Args:
+        parameters: that require gradients, by name.
+        layers: with running statistics that move.
+        draws: where the random generators were before the forward pass.
+        labels: new labels, by position in the batch.
+        by_position: weigh single terms of the examples' losses.
+
+    Raises:
+        UnsupportedTrainingError: an operation has no second derivative.
+    """
+
+    def run(changed: Any) -> tuple[Tensor, Tensor]:
+        if draws is not None:
+            draws.forward.restore()
+        with example_noise(0, examples):
+            return task.batch_loss(replay.module, changed, by_position)
+
+    try:
+        # The fused attention kernels have no second derivative; their definition has.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), unchanged_randomness():
+            with watched(layers) as uses:
+                total, parts = run(batch)
+            weights = torch.ones_like(parts, requires_grad=True)
+            # At weights of 1 this adds nothing to the loss or to its Hessian.
+            objective = (total + ((weights - 1) * parts).sum()) / accumulation
+            edited = parts.new_zeros(len(labels), requires_grad=True)
+            positions = torch.tensor(list(labels), dtype=torch.int64, device=parts.device)
+            if labels:
+                _, other = run(task.relabelled(batch, labels))
+                objective = objective + (edited * other[positions]).sum() / accumulation
+            gradient = torch.autograd.grad(
+                objective, list(parameters.values()), create_graph=True, allow_unused=True
+            )
+    except RuntimeError as error:
+        raise _without_derivative(error) from error
+    if ends_early(gradient):
+        raise _without_derivative(
+            RuntimeError("the backward pass of a Function is marked as once_differentiable.")
+        )
+    used = {name: g for name, g in zip(parameters, gradient, strict=True) if g is not None}
+    return BatchDerivatives(
+        float(total.detach()),
+        {name: parameters[name] for name in used},
+        list(used.values()),
+        weights,
+        edited,
+        positions,
+        uses,
+    )
+
+
+def queries_at_once(device: torch.device, room: int, activations: int) -> int:
+    """How many directions to go back with together.
+
+    On a CPU as many as keep their activations in its caches: more are slower, one by one is as
+    fast as any (measured on networks of 0.1 to 1 million weights). An accelerator takes what fits.
+
+    Args:
+        room: bytes on an accelerator.
+        activations: bytes that the graph of one gradient holds.
+    """
+    if device.type == "cpu":
+        return max(1, _CACHE // max(activations, 1))
+    return max(1, room // (4 * max(activations, 1)))
+
+
+@contextmanager
+def activations_counted(parameters: Iterable[Tensor]) -> Iterator[list[int]]:
+    """Sizes in bytes of what graphs that are built here save, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            known.add(place)
+            sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield sizes
+
+
+def _vector_jacobian(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Vector-Jacobian products for several directions: [direction, *shape of the input]."""
+    if not outputs:
+        return [None] * len(inputs)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    count = len(directions[0])
+    try:
+        if count == 1:
+            single = [direction[0] for direction in directions]
+            found = torch.autograd.grad(outputs, inputs, single, **options)
+            return [None if product is None else product[None] for product in found]
+        with warnings.catch_warnings():
+            # Operations without a batching rule are looped over: slower, and the same.
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            return list(
+                torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, **options)
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _without_derivative(error) from error
+
+
+def _without_derivative(error: RuntimeError) -> Exception:
+    """The error to raise: ours, where an operation has no (second) derivative."""
+    text = str(error)
+    if "derivative" not in text and "differentiable" not in text:
+        return error
+    return UnsupportedTrainingError(
+        "Exact unrolling differentiates the training loss twice, and an operation in it cannot be: "
+        f"{text.splitlines()[0][:300]} Write it with operations that can, or use "
+        "Source(order='recorded'), which needs first derivatives only."
+    )

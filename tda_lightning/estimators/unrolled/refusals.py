@@ -1,0 +1,72 @@
+"""What exact unrolling cannot do, each by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.replay.run import Replay
+from tda_lightning.session.passes import Context
+
+if TYPE_CHECKING:
+    from tda_lightning.estimators.unrolled.estimator import Unrolled
+
+
+def require_exact(
+    replay: Replay, context: Context, options: Unrolled, moving: Collection[str]
+) -> None:
+    """Check that the run can be replayed and differentiated.
+
+    Args:
+        moving: layers whose running statistics move.
+
+    Raises:
+        UnsupportedTrainingError: it cannot, and why.
+        TrajectoryMismatchError: the module computes in another precision than the run.
+        ValueError: the examples to be relabelled, or the task, do not fit.
+    """
+    replay.check()
+    trajectory, task = context.trajectory, context.task
+    if trajectory.last_step == 0:
+        raise UnsupportedTrainingError(
+            "The trajectory holds the initial weights alone: no step was recorded that could be "
+            "differentiated."
+        )
+    if moving and int(trajectory.facts.settings.get("world_size") or 1) > 1:
+        raise UnsupportedTrainingError(
+            f"The run was trained in several processes, each with running statistics of its own "
+            f"({', '.join(list(moving)[:3])}), of which those of the first were recorded. Train "
+            "in one process, or keep these layers in eval mode."
+        )
+    if options.token_weights and context.world_size > 1:
+        raise ValueError(
+            f"token_weights are gathered in one process, got {context.world_size}. Give a trainer "
+            "with devices=1."
+        )
+    if task.layers is not None:
+        raise UnsupportedTrainingError(
+            f"task.layers={list(task.layers)} restricts attribution to some layers, and exact "
+            "unrolling follows every trained parameter: what one layer learns changes the others. "
+            "Give a task without layers."
+        )
+    if not task.separable:
+        raise UnsupportedTrainingError(
+            "The losses of single examples are not known, so none can be weighted: "
+            f"{' '.join(task.notes)}"
+        )
+    named = dict(context.module.named_parameters())
+    for name, fact in trajectory.facts.parameters.items():
+        own = str(named[name].dtype).removeprefix("torch.")
+        if own != fact.dtype:
+            raise TrajectoryMismatchError(
+                f"{name} was trained in {fact.dtype}, and the module holds it in {own}: replayed "
+                "in another precision, the run goes elsewhere. Convert the module, for example "
+                "module.double()."
+            )
+    for index in options.relabel or {}:
+        if not 0 <= index < context.num_train:
+            raise ValueError(
+                f"relabel names the training example {index}; expected 0 to "
+                f"{context.num_train - 1}."
+            )

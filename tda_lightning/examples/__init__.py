@@ -1,0 +1,1 @@
+"""The data modules and models that conf/experiment names."""

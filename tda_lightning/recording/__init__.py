@@ -1,0 +1,5 @@
+"""Records training runs."""
+
+from tda_lightning.recording.recorder import TrajectoryRecorder
+
+__all__ = ["TrajectoryRecorder"]

@@ -1,0 +1,296 @@
+"""What a recorder must know to go on with a trajectory, and when it must not.
+
+The state travels in Lightning's checkpoints. It holds plain numbers, texts and tensors only, so
+that a checkpoint loads with ``weights_only=True``. Rows of the steps table that are not on disk
+when Lightning saves are part of it: writing them out then would make saving a checkpoint depend
+on the recorder's disk, and leave a file of steps for each one.
+
+Gradients that have been accumulated but not stepped are in no Lightning checkpoint. After a
+resume in mid-accumulation the step is made of the later batches alone, and is recorded so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda_lightning.records.errors import (
+    ResumeError,
+    TrajectoryFormatError,
+    TrajectoryMismatchError,
+    TrajectoryNotFoundError,
+)
+from tda_lightning.records.trajectory import Facts, StageFact, Steps
+from tda_lightning.store.cut import ADVICE
+from tda_lightning.store.reader import CheckpointFolder, read_facts, require_trajectory
+
+FORMAT = 2
+# Settings that differ between two runs, or two starts of one run, that are the same otherwise.
+_OF_ONE_START = (
+    "run_id",
+    "created",
+    "fits",
+    "changes",
+    "indices",
+    "planned_checkpoints",
+    "optimizer_groups",  # the rates of the moment; those applied are in the steps table
+)
+
+
+@dataclass(frozen=True)
+class RecorderState:
+    """How far the trajectory had come when Lightning saved a checkpoint.
+
+    ``rows_on_disk`` steps were on disk, ``rows`` holds those after them. ``global_step`` is the
+    trainer's. ``checkpoints`` were kept, the last with the optimizer's state if
+    ``state_kept``; ``planned`` is the schedule of the whole run. ``accumulated`` counts batches
+    whose gradients were not stepped yet. ``parts`` holds the states of whatever else records
+    (:attr:`TrajectoryRecorder.parts`), by name. ``left`` are the states of the random generators
+    that the last step left behind; None where they are not recorded.
+    """
+
+    run_id: str
+    global_step: int
+    rows_on_disk: int
+    rows: Steps
+    checkpoints: tuple[int, ...]
+    state_kept: bool
+    planned: tuple[int, ...]
+    accumulated: int = 0
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, Tensor] | None = None
+
+    def pack(self) -> dict[str, Any]:
+        """As plain containers, numbers and tensors."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        columns = {f.name: getattr(self.rows, f.name) for f in dataclasses.fields(self.rows)}
+        return {
+            "format": FORMAT,
+            **fields,
+            "rows": {name: _plain(column) for name, column in columns.items()},
+            "checkpoints": list(self.checkpoints),
+            "planned": list(self.planned),
+            "parts": dict(self.parts),
+            "left": _plain(self.left),
+        }
+
+    @classmethod
+    def unpack(cls, state: Mapping[str, Any]) -> RecorderState:
+        """The reverse of :meth:`pack`.
+
+        Raises:
+            ResumeError: recording had stopped before the checkpoint was saved, or the state is
+                that of another release.
+        """
+        if state.get("format") != FORMAT:
+            raise ResumeError(
+                f"The recorder's state in the Lightning checkpoint has format "
+                f"{state.get('format')!r}, this release of tda-lightning reads {FORMAT}. Resume "
+                "with the release that saved it."
+            )
+        if "stopped" in state:
+            raise ResumeError(
+                f"The trajectory cannot be continued from this Lightning checkpoint: recording "
+                f"had stopped before it was saved ({state['stopped']}). Resume from a checkpoint "
+                "saved before that, or without the recorder."
+            )
+        values = {f.name: state[f.name] for f in dataclasses.fields(cls)}
+        values.update(
+            rows=Steps(**state["rows"]),
+            checkpoints=tuple(state["checkpoints"]),
+            planned=tuple(state["planned"]),
+        )
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value
+
+
+def new_run_id() -> str:
+    """What tells one run from another, drawn without touching any random generator."""
+    return uuid.uuid4().hex
+
+
+def stopped_state(reason: str) -> dict[str, Any]:
+    """The state of a recorder that has given up."""
+    return {"format": FORMAT, "stopped": reason}
+
+
+def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] | None:
+    """Of the states of all callbacks, the one of the run in ``root``.
+
+    The recorder's key names its folder; this is how its state is found after the folder has been
+    moved, or is called by another name. A single state is taken for ours in any case: what is
+    wrong with the folder is then said when training starts.
+    """
+    found = [
+        s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()
+    ]
+    if len(found) > 1:
+        try:
+            run_id = read_facts(root).settings.get("run_id")
+        except (OSError, TrajectoryFormatError):
+            return None
+        found = [state for state in found if state["run_id"] == run_id]
+    return found[0] if found else None
+
+
+def failure(root: Path, step: int, kept: int, error: BaseException) -> str:
+    """What to say when the trajectory cannot be written."""
+    if step == 0:
+        return (
+            f"The trajectory in {root} cannot be begun: {type(error).__name__}: {error}. Make "
+            "room, make the folder writable, or choose another one."
+        )
+    return (
+        f"The trajectory in {root} cannot be written after step {step}: "
+        f"{type(error).__name__}: {error}. What was recorded up to the checkpoint at step {kept} "
+        "stays as it is on the disk. Make room, or make the folder writable again, and resume "
+        "from the last Lightning checkpoint (ckpt_path)."
+    )
+
+
+def recorded_facts(root: Path, state: RecorderState, global_step: int) -> Facts:
+    """The facts of the run in ``root``.
+
+    Raises:
+        ResumeError: there is none, or it is not the one that ``state`` belongs to.
+    """
+    try:
+        require_trajectory(root)
+    except TrajectoryNotFoundError as error:
+        raise ResumeError(
+            f"Training resumes at step {global_step}, and its trajectory is missing: {error} "
+            f"{ADVICE}"
+        ) from error
+    facts = read_facts(root)
+    if facts.settings.get("run_id") != state.run_id:
+        raise ResumeError(
+            f"Training resumes at step {global_step}, and the trajectory in {root} is that of "
+            f"another run: expected run {state.run_id}, got {facts.settings.get('run_id')}. "
+            f"{ADVICE}"
+        )
+    if state.global_step != global_step:
+        raise ResumeError(
+            f"Training resumes at step {global_step}, and the recorder's state is that of step "
+            f"{state.global_step}. Pass the Lightning checkpoint as it was saved."
+        )
+    return facts
+
+
+def no_history(global_step: int, root: Path) -> ResumeError:
+    """Training does not begin at step 0, and nothing is known of the steps before."""
+    return ResumeError(
+        f"Training starts at step {global_step}, expected step 0 or the recorder's state: a "
+        f"trajectory begins with the initial weights, and there is no history of the recorder "
+        f"for {root}. Resume (ckpt_path) from a Lightning checkpoint that was saved with this "
+        "recorder among the callbacks, or train from the start with a new Trainer."
+    )
+
+
+def require_same_model(recorded: Facts, now: Facts) -> None:
+    """Check that the model and the optimizer are those of the recorded run.
+
+    Raises:
+        TrajectoryMismatchError: they are not.
+    """
+    advice = "Resume with the recorded model and optimizer, or record into another folder."
+    if recorded.optimizer != now.optimizer:
+        raise TrajectoryMismatchError(
+            f"The optimizer is not the recorded one: expected {recorded.optimizer}, got "
+            f"{now.optimizer}. {advice}"
+        )
+    if dict(recorded.parameters) != dict(now.parameters):
+        names = sorted(
+            name
+            for name in {*recorded.parameters, *now.parameters}
+            if recorded.parameters.get(name) != now.parameters.get(name)
+        )
+        raise TrajectoryMismatchError(
+            f"The trained parameters are not the recorded ones: {len(names)} differ in name, "
+            f"shape, dtype or parameter group, {names[0]} among them: expected "
+            f"{recorded.parameters.get(names[0])}, got {now.parameters.get(names[0])}. {advice}"
+        )
+
+
+def require_same_curvature(recorded: Facts, now: Mapping[str, Any] | None) -> None:
+    """Check that statistics are gathered as before: their sums are added up over intervals.
+
+    Raises:
+        ResumeError: they are not.
+    """
+    before = recorded.settings.get("curvature")
+    if before != now:
+        raise ResumeError(
+            f"Curvature statistics would be gathered in another way: expected {before}, as when "
+            f"the recording began, got {now}. Resume with the recorded curvature, "
+            "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
+            "another folder."
+        )
+
+
+def require_same_weights(
+    root: Path, facts: Facts, step: int, parameters: Mapping[str, Tensor]
+) -> None:
+    """Check that a further fit begins with the weights that the one before ended with.
+
+    Raises:
+        ResumeError: it does not.
+    """
+    recorded = CheckpointFolder(root, facts)[step].parameters
+    differing = [n for n, p in parameters.items() if not torch.equal(recorded[n], p.detach().cpu())]
+    if differing:
+        raise ResumeError(
+            f"Training starts at step {step} with other weights than the recorded fit ended "
+            f"with: {len(differing)} parameters differ, {differing[0]} among them. Fit the same "
+            "module again, or record into another folder with a new Trainer."
+        )
+
+
+def continued_facts(
+    recorded: Facts,
+    now: Facts,
+    step: int,
+    planned: frozenset[int],
+    *,
+    new_fit: bool,
+    new_optimizer: bool,
+) -> Facts:
+    """``recorded``, with what is different from step ``step`` on.
+
+    Settings that have changed since (a raised number of epochs, another device) are listed under
+    ``changes``; the settings themselves stay those of the start. ``fits`` lists the steps after
+    which a further fit began. Where its optimizer is a new one, a stage begins.
+    """
+    settings = dict(recorded.settings)
+    present = json.loads(json.dumps(dict(now.settings)))
+    # What was noted after the step that is resumed has been cut off with the steps.
+    earlier = [change for change in settings.pop("changes", []) if change["step"] < step]
+    fits = [fit for fit in settings.pop("fits", []) if fit < step] + [step] * new_fit
+    known = {**settings, **{change["name"]: change["after"] for change in earlier}}
+    changes = [
+        {"step": step, "name": name, "before": known.get(name), "after": value}
+        for name, value in present.items()
+        if name not in _OF_ONE_START and known.get(name) != value
+    ]
+    if earlier or changes:
+        settings["changes"] = [*earlier, *changes]
+    if fits:
+        settings["fits"] = fits
+    settings["planned_checkpoints"] = sorted(planned)
+    stages = recorded.stages
+    if new_optimizer and step:
+        stages = (*stages, StageFact(step, stages[-1].parameters, new_optimizer=True))
+    return replace(recorded, settings=settings, stages=stages)

@@ -1,0 +1,1 @@
+"""Plain data that the stages of the library hand to each other."""

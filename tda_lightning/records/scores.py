@@ -1,0 +1,527 @@
+"""The scores of an attribution: a plain record that can be asked, saved and loaded.
+
+One sign and one unit for every estimator: ``values[q, n] > 0`` says that *removing* training
+example n is predicted to *raise* the measurement of query q by that amount. The example is a
+proponent. The factor 1/N is included, so scores compare directly with leave-one-out retraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tda_lightning.records.errors import NonFiniteError
+
+
+class GroupScores(NamedTuple):
+    """Summed scores of groups of training examples.
+
+    Attributes:
+        labels: the groups, sorted where their labels can be, else in order of appearance.
+        values: [query, group], in the order of ``labels``.
+    """
+
+    labels: list[Hashable]
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of every training example for every query.
+
+    Attributes:
+        values: [query, train]; float32, or float64 for a module in float64.
+        by_segment: [segment, query, train], which sums to ``values`` over the segments; None
+            for an estimator without segments.
+        self_influence: [train], the score of each training example as its own query; None when
+            it was not computed.
+        by_token: [query, train, position], the score of each term of a training example's loss
+            (the tokens of a sequence), which sums to ``values`` over positions; 0 beyond the end
+            of a shorter example; None when it was not asked for.
+        candidates: the training examples that were scored for each query, int64 [query, k], the
+            nearest first; the others have no score, NaN in ``values``. None where every example
+            was scored.
+        provenance: how the scores were made, JSON-able. Two keys hold one entry per query, in
+            order, and are shown beside it in the report: ``predictions`` (texts) and
+            ``measurements`` (numbers). ``query_indices`` holds the positions of the queries in
+            their data set where these are not 0, 1, 2, ...
+    """
+
+    values: Tensor
+    by_segment: Tensor | None = None
+    self_influence: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    by_token: Tensor | None = None
+    candidates: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or not self.values.is_floating_point():
+            raise ValueError(
+                "values must be a floating-point tensor [query, train], got "
+                f"{self.values.dtype} of shape {list(self.values.shape)}."
+            )
+        queries, train = self.values.shape
+        if self.by_segment is not None and (
+            self.by_segment.ndim != 3 or self.by_segment.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
+                f"{list(self.by_segment.shape)}."
+            )
+        if self.self_influence is not None and self.self_influence.shape != (train,):
+            raise ValueError(
+                f"self_influence must hold one number for each of the {train} training examples, "
+                f"got shape {list(self.self_influence.shape)}."
+            )
+        if self.by_token is not None and (
+            self.by_token.ndim != 3 or self.by_token.shape[:2] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_token must have the shape [{queries}, {train}, position], got "
+                f"{list(self.by_token.shape)}."
+            )
+        if self.candidates is None:
+            require_finite(self.values)
+        else:
+            require_candidates(self.candidates, queries, train)
+            require_scored(self.values, self.candidates)
+        if self.self_influence is not None:
+            require_finite_self_influence(self.self_influence)
+        if self.by_token is not None:
+            require_finite_tokens(self.by_token)
+
+    @property
+    def num_queries(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_train(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def num_scored(self) -> int:
+        """Training examples that have a score for a query."""
+        return self.num_train if self.candidates is None else self.candidates.shape[1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every training example has a score for every query."""
+        return self.num_scored == self.num_train
+
+    def proponents(self, query: int, k: int = 10) -> tuple[Tensor, Tensor]:
+        """The ``k`` training examples that helped ``query`` most, most helpful first.
+
+        Returns:
+            Their indices in the training set, int64 [k], and their scores, [k]. Among equal
+            scores the lower index comes first. The tail is negative where fewer than ``k``
+            examples helped. Examples without a score are never among them.
+
+        Raises:
+            IndexError: there is no such query.
+            ValueError: ``k`` is below 1 or larger than the number of examples with a score.
+        """
+        return self._ranked(query, k, descending=True)
+
+    def opponents(self, query: int, k: int = 10) -> tuple[Tensor, Tensor]:
+        """The ``k`` training examples that harmed ``query`` most, most harmful first.
+
+        Returns and raises as :meth:`proponents`; the values are mostly negative.
+        """
+        return self._ranked(query, k, descending=False)
+
+    def _ranked(self, query: int, k: int, descending: bool) -> tuple[Tensor, Tensor]:
+        if not 0 <= query < self.num_queries:
+            raise IndexError(
+                f"Query {query} does not exist: the scores hold {self.num_queries} queries, "
+                f"numbered from 0."
+            )
+        if not 1 <= k <= self.num_scored:
+            of = "training examples" if self.candidates is None else "candidates of a query"
+            more = "" if self.candidates is None else " The other examples have no score."
+            raise ValueError(
+                f"k must be between 1 and the number of {of}, {self.num_scored}; got {k}.{more}"
+            )
+        row = self.values[query]
+        scored = None if self.candidates is None else self.candidates[query].sort().values
+        # A stable sort, not topk: ties must not depend on the machine.
+        ordered, places = (row if scored is None else row[scored]).sort(
+            descending=descending, stable=True
+        )
+        return (places if scored is None else scored[places])[:k], ordered[:k]
+
+    def by_group(self, train_groups: Sequence[Hashable] | Tensor) -> GroupScores:
+        """Sum the columns of ``values`` by the caller's labels: class, source, author, shard.
+
+        A sum is the predicted change of the measurement if the whole group is removed, to first
+        order: what the members do only together is not in it.
+
+        Args:
+            train_groups: one label for each training example, in the order of the training set.
+
+        Raises:
+            ValueError: another number of labels, or examples without a score.
+
+        Example:
+            >>> scores = Scores(torch.tensor([[1.0, 2.0, 4.0]]))
+            >>> scores.by_group(["cat", "dog", "cat"])
+            GroupScores(labels=['cat', 'dog'], values=tensor([[5., 2.]]))
+        """
+        if not self.is_complete:
+            raise ValueError(
+                f"Only {self.num_scored} of {self.num_train} training examples were scored for "
+                "each query, so the sums of groups are not known. Score all of them, with "
+                "InfluenceFunction for example."
+            )
+        # Elements of a tensor hash by identity, their Python numbers by value.
+        listed = train_groups.tolist() if hasattr(train_groups, "tolist") else train_groups
+        groups = [label.item() if isinstance(label, Tensor) else label for label in listed]
+        if len(groups) != self.num_train:
+            raise ValueError(
+                f"train_groups must hold one label for each of the {self.num_train} training "
+                f"examples, got {len(groups)}."
+            )
+        labels: list[Any] = list(dict.fromkeys(groups))
+        with suppress(TypeError):  # labels of several types have no order
+            labels = sorted(labels)
+        position = {label: column for column, label in enumerate(labels)}
+        columns = torch.tensor([position[label] for label in groups], dtype=torch.int64)
+        sums = self.values.new_zeros(self.num_queries, len(labels))
+        return GroupScores(labels, sums.index_add_(1, columns, self.values))
+
+    def stage(self, number: int) -> Scores:
+        """The columns of one stage of training, from 0, where ``provenance["stages"]`` lists
+        several: column n is index n of that stage's training set.
+
+        Raises:
+            IndexError: there is no such stage.
+        """
+        stages = self.provenance.get("stages")
+        if not stages or not 0 <= number < len(stages):
+            raise IndexError(
+                f"Stage {number} does not exist: the scores know {len(stages or ())} stages, "
+                "numbered from 0."
+            )
+        columns, segments = (slice(*stages[number][key]) for key in ("columns", "segments"))
+        by_segment = None if self.by_segment is None else self.by_segment[segments, :, columns]
+        values = self.values[:, columns] if by_segment is None else by_segment.sum(0)
+        own = None if self.self_influence is None else self.self_influence[columns]
+        known = {key: value for key, value in self.provenance.items() if key != "stages"}
+        about = {**known, "stage": stages[number]}
+        if self.by_segment is not None and "segments" in known:
+            about["segments"] = known["segments"][segments]
+        by_token = None if self.by_token is None else self.by_token[:, columns]
+        return Scores(values, by_segment, own, about, by_token)
+
+    def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
+        """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
+        """
+        # The looks upwards, here and below: saving and loading are expected on the record itself.
+        from tda_lightning.store.scores_file import write_scores
+
+        write_scores(self, path, overwrite)
+
+    @staticmethod
+    def load(
+        path: str | PathLike[str], queries: slice | None = None, mapped: bool = False
+    ) -> Scores:
+        """The scores saved at ``path``.
+
+        Args:
+            path: a file written by :meth:`save` or by an attribution with ``scores_path``.
+            queries: read only these rows, as in ``values[queries]``; all of them when None.
+            mapped: leave the numbers in the file and let the operating system page them in when
+                they are used, for files larger than memory. Otherwise everything is read into
+                memory and compared with its checksums. Replace a mapped file only by renaming.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TrajectoryFormatError: it holds no scores, is damaged, or of a newer format version.
+        """
+        from tda_lightning.store.scores_file import read_scores
+
+        return read_scores(path, queries, mapped)
+
+
+class ScoreSink(Protocol):
+    """Where an attribution puts its scores, block by block: memory or a file."""
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add ``values`` [some queries, block] to the rows from ``first_query`` on and the columns
+        ``train_indices`` [block]."""
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """Keep the self-influence [train] of every training example."""
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Keep the scores of single terms, [query, train, position]."""
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
+
+    def finish(self, provenance: dict[str, Any]) -> Scores:
+        """The finished scores; a file appears under its name only now."""
+
+    def abort(self) -> None:
+        """Give up; a file leaves nothing behind. After ``finish`` it does nothing."""
+
+
+@dataclass(frozen=True)
+class StageSink:
+    """The part of ``sink`` that belongs to one stage of training."""
+
+    sink: ScoreSink
+    first_segment: int
+    first_column: int
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add to the stage's own segments and columns, which count from 0."""
+        assert segment is not None
+        columns = train_indices + self.first_column
+        self.sink.add(self.first_segment + segment, columns, values, first_query)
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Self-influence belongs to the scores of all stages together.")
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Scores by token belong to the scores of all stages together.")
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Candidates belong to the scores of all stages together.")
+
+    def finish(self, provenance: dict[str, Any]) -> Scores:
+        """The finished scores of all stages."""
+        return self.sink.finish(provenance)
+
+    def abort(self) -> None:
+        """Give up the scores of all stages."""
+        self.sink.abort()
+
+
+class MemorySink:
+    """Scores gathered in memory; every entry starts at zero.
+
+    Args:
+        num_queries: rows.
+        num_train: columns.
+        num_segments: when given, each block belongs to a segment and ``values`` is their sum.
+        dtype: float32 or float64.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        num_train: int,
+        num_segments: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (num_queries, num_train)
+        self.values = torch.zeros(shape, dtype=dtype)
+        self.by_segment = (
+            None if num_segments is None else torch.zeros(num_segments, *shape, dtype=dtype)
+        )
+        self.self_influence: Tensor | None = None
+        self.by_token: Tensor | None = None
+        self.candidates: Tensor | None = None
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add ``values`` [some queries, block] to the columns ``train_indices`` [block].
+
+        Args:
+            segment: number of the segment from 0; None exactly when there are no segments.
+            train_indices: int64, in any order; an index that comes twice is added twice.
+            values: on any device, of any floating-point type.
+            first_query: the query of the first row of ``values``.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite; names the query and the example.
+        """
+        queries, train = self.values.shape
+        if (segment is None) != (self.by_segment is None):
+            kind = "without segments" if self.by_segment is None else "by segment"
+            raise ValueError(f"These scores are gathered {kind}, got segment={segment}.")
+        if self.by_segment is not None and not 0 <= (segment or 0) < len(self.by_segment):
+            raise IndexError(
+                f"Segment {segment} does not exist: the scores are gathered in "
+                f"{len(self.by_segment)} segments, numbered from 0."
+            )
+        last_query = first_query + len(values)
+        if (
+            values.shape[1:] != (len(train_indices),)
+            or not 0 <= first_query < last_query <= queries
+        ):
+            raise ValueError(
+                f"values must have the shape [up to {queries} queries, {len(train_indices)} "
+                f"training indices], got {list(values.shape)} from query {first_query} on."
+            )
+        if not len(train_indices):
+            return
+        columns = train_indices.cpu()
+        if int(columns.min()) < 0 or int(columns.max()) >= train:
+            raise ValueError(
+                f"train_indices must lie in 0 to {train - 1}, got {int(columns.min())} to "
+                f"{int(columns.max())}."
+            )
+        block = values.detach().to("cpu", self.values.dtype)
+        require_finite(block, columns, first_query)
+        target = self.values if self.by_segment is None else self.by_segment[segment]
+        _add_columns(target[first_query:last_query], columns, block)
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """Keep the self-influence [train] of every training example."""
+        if values.shape != (self.values.shape[1],):
+            raise ValueError(
+                f"self_influence must hold one number for each of the {self.values.shape[1]} "
+                f"training examples, got shape {list(values.shape)}."
+            )
+        require_finite_self_influence(values)
+        self.self_influence = values.detach().to("cpu", self.values.dtype)
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Keep the scores of single terms, [query, train, position]."""
+        if values.ndim != 3 or values.shape[:2] != self.values.shape:
+            raise ValueError(
+                f"by_token must have the shape [{', '.join(map(str, self.values.shape))}, "
+                f"position], got {list(values.shape)}."
+            )
+        require_finite_tokens(values)
+        self.by_token = values.detach().to("cpu", self.values.dtype)
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Score these alone, int64 [query, k]: whatever is added to others is forgotten.
+
+        Call it before anything is added.
+        """
+        if self.by_segment is not None:
+            raise ValueError("Scores of candidates alone have no segments.")
+        require_candidates(candidates, *self.values.shape)
+        self.candidates = candidates.detach().cpu()
+        # What is added to NaN stays NaN, here and in a sum over processes.
+        for row, chosen in zip(self.values, self.candidates, strict=True):
+            row.fill_(torch.nan)
+            row[chosen] = 0
+
+    def finish(self, provenance: dict[str, Any]) -> Scores:
+        """The finished scores."""
+        self._sum_segments()
+        return Scores(
+            self.values,
+            self.by_segment,
+            self.self_influence,
+            provenance,
+            self.by_token,
+            self.candidates,
+        )
+
+    def abort(self) -> None:
+        """Nothing to undo in memory."""
+
+    def _sum_segments(self) -> None:
+        if self.by_segment is not None:
+            # Row by row, because the twin of this class works on files larger than memory.
+            for query in range(len(self.values)):
+                torch.sum(self.by_segment[:, query], dim=0, out=self.values[query])
+
+
+def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:
+    first, count = int(columns[0]), len(columns)
+    if torch.equal(columns, torch.arange(first, first + count)):
+        target[:, first : first + count] += block
+        return
+    unique, inverse = columns.unique(return_inverse=True)
+    if len(unique) < count:
+        block = block.new_zeros(len(block), len(unique)).index_add_(1, inverse, block)
+        columns = unique
+    target[:, columns] += block
+
+
+def require_finite(
+    values: Tensor, train_indices: Tensor | None = None, first_query: int = 0
+) -> None:
+    """Raise an error that names the first query and training example whose score is not finite.
+
+    Args:
+        values: [query, block].
+        train_indices: the training example of each column; its position when None.
+        first_query: the query of the first row.
+    """
+    for query, row in enumerate(values, start=first_query):
+        # The sum of finite numbers may overflow, so it only says which rows to look at.
+        if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):
+            column = int((~row.isfinite()).nonzero()[0])
+            example = column if train_indices is None else int(train_indices[column])
+            raise NonFiniteError(
+                f"The score of query {query} for training example {example} is "
+                f"{float(row[column])}. Check the data of both and the training for divergence."
+            )
+
+
+def require_candidates(candidates: Tensor, queries: int, train: int) -> None:
+    """Refuse candidates that are not as many different training examples for every query."""
+    if candidates.dtype != torch.int64 or candidates.ndim != 2 or len(candidates) != queries:
+        raise ValueError(
+            f"candidates must be int64 [{queries}, k], got {candidates.dtype} of shape "
+            f"{list(candidates.shape)}."
+        )
+    if not candidates.numel():
+        if queries:
+            raise ValueError("candidates must name at least one training example for each query.")
+        return
+    ordered = candidates.sort(1).values
+    if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= train:
+        raise ValueError(
+            f"candidates must lie in 0 to {train - 1}, got {int(ordered[:, 0].min())} to "
+            f"{int(ordered[:, -1].max())}."
+        )
+    if bool((ordered.diff(dim=1) == 0).any()):
+        raise ValueError("candidates of a query must be different training examples.")
+
+
+def require_scored(values: Tensor, candidates: Tensor) -> None:
+    """Check that the candidates have finite scores, and that the other examples have none."""
+    for query, (row, chosen) in enumerate(zip(values, candidates, strict=True)):
+        require_finite(row[chosen][None], chosen, query)
+        if int(row.isnan().sum()) != len(row) - len(chosen):
+            raise ValueError(
+                f"values must be NaN where an example is no candidate, got other scores of query "
+                f"{query}."
+            )
+
+
+def require_finite_tokens(values: Tensor) -> None:
+    """Raise an error that names the first term of an example whose score is not finite."""
+    for query, rows in enumerate(values):  # one at a time: the file may be larger than memory
+        if not bool(rows.isfinite().all()):
+            example, position = (~rows.isfinite()).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"The score of query {query} for position {position} of training example {example} "
+                f"is {float(rows[example, position])}. Check the data of both and the training for "
+                "divergence."
+            )
+
+
+def require_finite_self_influence(values: Tensor) -> None:
+    """Raise an error that names the first training example whose self-influence is not finite."""
+    if not bool(values.isfinite().all()):
+        example = int((~values.isfinite()).nonzero()[0])
+        raise NonFiniteError(
+            f"The self-influence of training example {example} is {float(values[example])}. "
+            "Check its data and the training for divergence."
+        )

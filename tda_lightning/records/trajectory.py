@@ -1,0 +1,365 @@
+"""The plain record of a training run that every estimator reads.
+
+Nothing here knows files or trainers: ``store`` builds a :class:`Trajectory` from a folder, a test
+builds one from dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
+
+SUPPORTED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
+
+
+@dataclass(frozen=True)
+class ParameterFact:
+    """What is recorded of one trained parameter."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    group: int  # position of its parameter group in the optimizer
+
+
+@dataclass(frozen=True)
+class StageFact:
+    """A stretch of the run that trains one set of parameters.
+
+    Attributes:
+        start: rows of the steps table before it.
+        parameters: names of those that the optimizer holds and trains from there on.
+        new_optimizer: it begins with a further fit, whose optimizer is a new one: momentum
+            buffers and Adam's moments start anew. Else they go on, those of parameters that were
+            frozen in between as well.
+    """
+
+    start: int
+    parameters: tuple[str, ...]
+    new_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is fixed over the whole run.
+
+    ``parameters`` lists every parameter that the optimizer holds and trains in any stage, by the
+    module's names. ``num_examples`` and ``fingerprint`` are None for an iterable data set.
+    ``settings`` holds what is only shown: trainer settings, scheduler, seed, module class, package
+    versions. ``stages`` begin where parameters are frozen or unfrozen, and with every further fit;
+    without a list, one stage trains all of them.
+    """
+
+    parameters: Mapping[str, ParameterFact]
+    optimizer: str
+    num_examples: int | None
+    fingerprint: Mapping[str, str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[StageFact, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            object.__setattr__(self, "stages", (StageFact(0, tuple(self.parameters)),))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps in order, one row each: row t is step t + 1.
+
+    Attributes:
+        epoch: int64 [steps].
+        learning_rate: the applied rates, float64 [steps, groups].
+        hyperparameters: by name, float64 [steps, groups]. SGD: ``momentum``, ``dampening``,
+            ``nesterov``, ``weight_decay``; Adam and AdamW: ``beta1``, ``beta2``, ``eps``,
+            ``weight_decay``.
+        loss: mean training loss of the step's batches, float64 [steps].
+        gradient_norm: before clipping, float64 [steps].
+        batch_offsets: int64 [steps + 1]; row t holds the batches batch_offsets[t] to [t + 1],
+            several when gradients were accumulated.
+        example_offsets: int64 [batches + 1] into ``examples``.
+        examples: int64, the training-example indices of every batch in order. Empty when the
+            data set was iterable and had none.
+        accumulation: int64 [steps], the number that each batch loss of the step was divided by.
+        clipping: norm of the gradient after clipping over the norm before it, float64 [steps];
+            1 where nothing was clipped, and everywhere if not given.
+        random: states of the random generators (as :mod:`tda_lightning.runtime.random_states` has
+            them) right before a batch was fetched, by its position in ``example_offsets``; only of batches
+            before which they were not what the batch before had left behind. A loader with workers
+            fetches elsewhere: its batches were ready, and it went on to ask for a later one.
+    """
+
+    epoch: Tensor
+    learning_rate: Tensor
+    hyperparameters: Mapping[str, Tensor]
+    loss: Tensor
+    gradient_norm: Tensor
+    batch_offsets: Tensor
+    example_offsets: Tensor
+    examples: Tensor
+    accumulation: Tensor
+    clipping: Tensor = None  # type: ignore[assignment]
+    random: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.clipping is None:
+            object.__setattr__(self, "clipping", torch.ones(len(self.epoch), dtype=torch.float64))
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def between(self, start: int, stop: int) -> Steps:
+        """Rows ``start`` to ``stop`` as a table of their own, whose offsets count from 0."""
+        batches = self.batch_offsets[start : stop + 1]
+        first, last = int(batches[0]), int(batches[-1])
+        examples = self.example_offsets[first : last + 1]
+        return Steps(
+            epoch=self.epoch[start:stop],
+            learning_rate=self.learning_rate[start:stop],
+            hyperparameters={name: v[start:stop] for name, v in self.hyperparameters.items()},
+            loss=self.loss[start:stop],
+            gradient_norm=self.gradient_norm[start:stop],
+            batch_offsets=batches - batches[0],
+            example_offsets=examples - examples[0],
+            examples=self.examples[int(examples[0]) : int(examples[-1])],
+            accumulation=self.accumulation[start:stop],
+            clipping=self.clipping[start:stop],
+            random={b - first: s for b, s in self.random.items() if first <= b < last},
+        )
+
+    def batches(self, row: int) -> list[Tensor]:
+        """Example indices of each batch that row ``row`` accumulated, in order."""
+        first, last = int(self.batch_offsets[row]), int(self.batch_offsets[row + 1])
+        bounds = self.example_offsets[first : last + 1].tolist()
+        return [self.examples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after ``step`` optimizer steps.
+
+    ``optimizer`` maps a parameter's name to its state tensors under torch.optim's own names
+    (``momentum_buffer``; ``step``, ``exp_avg``, ``exp_avg_sq``); None when it was not recorded.
+    ``random`` holds the states of the random generators that the step left behind, as
+    :mod:`tda_lightning.runtime.random_states` has them; in a run of several processes, those of
+    the first.
+    """
+
+    step: int
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]] | None = None
+    random: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Curvature of one block of parameters, summed over training examples: additive throughout.
+
+    ``left``, ``right`` and ``count`` are the second moments of the two sides of the examples'
+    gradients [groups, rows, columns], as :meth:`Gradient.covariances` gives them: left (x) right /
+    count is the Kronecker approximation of the summed curvature.
+
+    Attributes:
+        parameters: names, weight first.
+        shape: (groups, rows, columns).
+        left: of the rows, [groups, rows, rows]; or its diagonal, or a sketch of it (SideForm).
+        right: of the columns, likewise.
+        count: [groups].
+        trace: sum of the examples' squared norms, [1].
+        examples: how many were summed, [1].
+        samples: how many vectors ``left`` and ``right`` were summed over, [2].
+    """
+
+    parameters: tuple[str, ...]
+    shape: tuple[int, int, int]
+    left: Tensor
+    right: Tensor
+    count: Tensor
+    trace: Tensor
+    examples: Tensor
+    samples: Tensor
+
+    SUMS: ClassVar[tuple[str, ...]] = (
+        "left",
+        "right",
+        "count",
+        "trace",
+        "examples",
+        "samples",
+    )
+
+    def __add__(self, other: BlockStatistics) -> BlockStatistics:
+        if self._kind() != other._kind():
+            raise TrajectoryFormatError(
+                f"Curvature statistics of different blocks cannot be added: expected "
+                f"{self._kind()}, got {other._kind()}. Restore the files from a copy, or record "
+                "again."
+            )
+        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in self.SUMS})
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What two blocks have in common that can be added."""
+        sides = [(name, list(getattr(self, name).shape)) for name in ("left", "right")]
+        return (*self.parameters, list(self.shape), *sides)
+
+
+# Curvature by block name, summed over the sampled examples of an interval (start, stop] of steps.
+Statistics = Mapping[str, BlockStatistics]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps ``start`` < step <= ``stop``, represented by the checkpoints after its start up to
+    and including its end."""
+
+    start: int
+    stop: int
+    checkpoints: tuple[int, ...]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A recorded run. ``checkpoints`` loads one at a time; step 0 holds the initial weights.
+
+    ``curvature`` keeps fitted curvature by a key of everything that determines it; ``unfinished``
+    likewise how far an attribution had come that was interrupted, ``features`` what
+    the model makes of the training examples at a layer.
+    ``statistics`` are those gathered in training, by interval (start, stop): start < step <= stop.
+    ``steps_before``: in a stage of a run, how often its optimizer had stepped each parameter before
+    row 0; momentum buffers and Adam's moments of these go on, those of the others start anew.
+    """
+
+    facts: Facts
+    steps: Steps
+    checkpoints: Mapping[int, Checkpoint]
+    curvature: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    unfinished: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    features: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    path: str | None = None
+    statistics: Mapping[tuple[int, int], Statistics] = field(default_factory=dict)
+    steps_before: Mapping[str, int] = field(default_factory=dict)
+
+    def merged_statistics(self, start: int, stop: int) -> Statistics:
+        """Sums of the statistics of every interval that ends in ``start`` < step <= ``stop``.
+
+        Empty where none were recorded.
+        """
+        merged: dict[str, BlockStatistics] = {}
+        for interval in sorted(self.statistics):
+            if start < interval[1] <= stop:
+                for name, block in self.statistics[interval].items():
+                    merged[name] = merged[name] + block if name in merged else block
+        return merged
+
+    @staticmethod
+    def load(path: str) -> Trajectory:
+        """The trajectory recorded in folder ``path``.
+
+        Raises:
+            TrajectoryNotFoundError: the folder holds none.
+            TrajectoryFormatError: a file of it is damaged or of another format version.
+        """
+        # The one look upwards: a loader on the record itself is what users expect to find.
+        from tda_lightning.store import open_trajectory
+
+        return open_trajectory(path)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last checkpoint: the model whose behaviour is explained."""
+        return max(self.checkpoints)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples of the largest batch that one loss was taken over; None when unknown."""
+        if len(self.steps.examples):
+            return int(self.steps.example_offsets.diff().max())
+        recorded = self.facts.settings.get("batch_size")
+        return recorded if isinstance(recorded, int) else None
+
+    def segments(self, cuts: int | Sequence[int]) -> tuple[Segment, ...]:
+        """Cut the run into segments: a number of them, or the explicit steps between them.
+
+        A number L cuts at floor(l T / L).
+
+        Raises:
+            ValueError: a segment would hold no checkpoint, or a cut lies outside the run.
+        """
+        total = self.last_step
+        if isinstance(cuts, int):
+            if cuts < 1:
+                raise ValueError(f"num_segments must be at least 1, got {cuts}.")
+            bounds = [part * total // cuts for part in range(cuts + 1)]
+        else:
+            bounds = [0, *cuts, total]
+            if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+                raise ValueError(
+                    f"Segment cuts must be increasing steps strictly between 0 and {total}, "
+                    f"got {list(cuts)}."
+                )
+        recorded = sorted(step for step in self.checkpoints if step > 0)
+        segments = []
+        for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+            inside = tuple(step for step in recorded if start < step <= stop)
+            if not inside:
+                raise ValueError(
+                    f"Segment {number} (steps {start} to {stop}) holds no checkpoint: asked for "
+                    f"{len(bounds) - 1} segments, recorded checkpoints are at steps {recorded}. "
+                    "Lower num_segments or record more checkpoints (num_checkpoints)."
+                )
+            segments.append(Segment(start, stop, inside))
+        return tuple(segments)
+
+    def stages(self) -> tuple[Trajectory, ...]:
+        """The run cut where the set of trained parameters changed or a further fit began: each
+        part looks like a run of its own, step 0 being the state at its start. ``(self,)`` when
+        there is one."""
+        from tda_lightning.records.stages import cut_into_stages
+
+        return cut_into_stages(self)
+
+    def require_optimizer(self) -> str:
+        """Name of the optimizer, or an error that lists the supported ones."""
+        if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
+            raise UnsupportedTrainingError(
+                f"The run was trained with {self.facts.optimizer}, for which there is no formula. "
+                f"Supported optimizers: {', '.join(SUPPORTED_OPTIMIZERS)}."
+            )
+        return self.facts.optimizer
+
+    def applied_rates(self, rows: slice) -> Tensor:
+        """Rates that reach the parameters, float64 [steps, groups].
+
+        A constant gradient moves the parameters by eta (1 - tau) / (1 - mu) per step once the
+        momentum buffer is warm, and by as much less as clipping made it shorter; Adam keeps eta,
+        its preconditioner is counted apart.
+        """
+        rates = self.steps.learning_rate[rows]
+        if self.facts.optimizer != "SGD":
+            return rates
+        hyper = self.steps.hyperparameters
+        momentum, dampening = hyper["momentum"][rows], hyper["dampening"][rows]
+        # torch.optim.SGD looks at dampening only when there is momentum.
+        kept = torch.where(momentum > 0, 1 - dampening, torch.ones_like(dampening))
+        return rates * kept / (1 - momentum) * self.clipping_factors(rows)
+
+    def clipping_factors(self, rows: slice) -> Tensor:
+        """What clipping multiplied each step's gradient by, float64 [steps, 1].
+
+        The clipped gradient is k g; that k depends on g too is neglected. Clipping by value turns
+        the gradient besides, which no factor describes: the ratio of the lengths stands for it.
+        """
+        return self.steps.clipping[rows, None]

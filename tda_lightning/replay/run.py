@@ -1,0 +1,416 @@
+"""A recorded run trained again: from any checkpoint, with the recorded batches, rates and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.data import TensorDataset, default_collate
+
+from tda_lightning.records.errors import (
+    TrajectoryMismatchError,
+    UnsupportedTrainingError,
+)
+from tda_lightning.records.stages import require_one_stage
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.compiled import run_eagerly, uncompiled
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
+from tda_lightning.tasks import AttributionTask, example_noise, run_training_step
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """States of the random generators before a batch was fetched and before its forward pass."""
+
+    fetch: Snapshot
+    forward: Snapshot
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """What a :class:`Walk` needs to go on from a step."""
+
+    tensors: State
+    optimizer: Mapping[str, State]
+    random: Snapshot | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        states = [t for state in self.optimizer.values() for t in state.values()]
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *states))
+
+
+class Replay:
+    """What does not change from step to step.
+
+    Args:
+        trajectory: the recorded run.
+        module: built as it was trained.
+        task: gives each example's loss.
+        source: the recorded training set.
+        training: replay in train mode, as Lightning trains; False for eval mode. Parts that the
+            run is known to have kept in eval mode (``settings["eval_modules"]``) stay in it.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        module: nn.Module,
+        task: AttributionTask,
+        source: ExampleSource,
+        training: bool = True,
+    ) -> None:
+        self.trajectory = trajectory
+        self.module = uncompiled(module)
+        self.task = task
+        self.training = training
+        self.source = source
+        settings = trajectory.facts.settings
+        self.clip = settings.get("gradient_clip_val")
+        self.clip_by_value = clips_by_value(settings)
+        still = settings.get("eval_modules")
+        self.eval_modules = frozenset(still if isinstance(still, list) else ())
+        # Of a loader with workers, fetching draws nothing from this process's generators.
+        self._fetched_elsewhere = bool(settings.get("loader_workers"))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @cached_property
+    def knows_randomness(self) -> bool:
+        """Whether the states of the random generators were recorded."""
+        recorded = self.trajectory.facts.settings.get("random") == "recorded"
+        return recorded and self.trajectory.checkpoints[0].random is not None
+
+    def check(self) -> None:
+        """Refuse what cannot be replayed.
+
+        Raises:
+            UnsupportedTrainingError: no recorded batches, several stages, another optimizer, the
+                module's own clipping, or mixed precision.
+            TrajectoryMismatchError: another number of training examples than recorded.
+        """
+        facts, steps = self.trajectory.facts, self.trajectory.steps
+        self.trajectory.require_optimizer()
+        if not len(steps.examples):
+            raise UnsupportedTrainingError(
+                "The trajectory holds no example indices, so its batches cannot be replayed: "
+                f"indices are {facts.settings.get('indices', 'absent')}."
+            )
+        require_one_stage(self.trajectory)
+        if facts.settings.get("clipping") == "own":
+            raise UnsupportedTrainingError(
+                "The module clipped gradients in its own configure_gradient_clipping, which a "
+                "replay without Lightning does not call. Use Trainer(gradient_clip_val=...)."
+            )
+        precision = str(facts.settings.get("precision", "32-true"))
+        if precision not in ("32-true", "64-true", "32", "64"):
+            raise UnsupportedTrainingError(
+                f"The run was trained with precision={precision}; the replay is written for true "
+                "precision (32-true, 64-true), and would land elsewhere."
+            )
+        if facts.num_examples not in (None, len(self.source)):
+            raise TrajectoryMismatchError(
+                f"The training set is not the recorded one: expected {facts.num_examples} "
+                f"examples, got {len(self.source)}."
+            )
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The module in the modes of the run, its trained parameters alone requiring gradients;
+        as before at the end."""
+        parts = [(part, part.training) for part in self.module.modules()]
+        parameters = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
+        try:
+            self.module.train(self.training)
+            for name, part in self.module.named_modules():
+                if name in self.eval_modules:
+                    part.training = False
+            trained = self.trajectory.facts.parameters
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name in trained)
+                parameter.grad = None
+            with torch.enable_grad():
+                yield
+        finally:
+            for part, training in parts:
+                part.training = training
+            for parameter, required, gradient in parameters:
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
+
+    def fetch(self, examples: Tensor) -> Any:
+        """The batch of these examples, on the device of the module."""
+        return place(fetch(self.source, examples), self.module)
+
+    def fetched(self, examples: Tensor, before: Snapshot) -> tuple[Any, Snapshot]:
+        """:meth:`fetch` with the generators as they were ``before``; how it leaves them."""
+        if self._fetched_elsewhere:
+            batch = fetch(self.source, examples)
+            before.restore()
+        else:
+            before.restore()
+            batch = fetch(self.source, examples)
+        return place(batch, self.module), Snapshot.take()
+
+    def loss_as_trained(self, batch: Any, examples: Tensor) -> Tensor:
+        """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
+        task's."""
+        if hasattr(self.module, "training_step"):
+            return run_training_step(self.module, batch)
+        with example_noise(0, examples):
+            losses = self.task.train_loss(self.module, batch)
+        return losses.sum() * self.task.share(len(losses))
+
+
+class Walk:
+    """The recorded run, taken up at a checkpoint and trained on by torch.optim, step by step.
+
+    Whoever walks does so within :meth:`Replay.as_trained`, with the module silenced. Random
+    generators are the walk's own where their states were recorded; otherwise a step that draws is
+    refused.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        module, facts = replay.module, replay.trajectory.facts
+        self.trained = {name: module.get_parameter(name) for name in facts.parameters}
+        self.optimizer = make_optimizer(replay.trajectory, self.trained)
+        self.random: Snapshot | None = None
+
+    def restart(self, step: int) -> None:
+        """Take up the run at the checkpoint of ``step``, whose optimizer state was recorded."""
+        found = self.replay.trajectory.checkpoints[step]
+        optimizer = found.optimizer or {}
+        random = None
+        if self.replay.knows_randomness and found.random is not None:
+            random = Snapshot.of(found.random)
+        tensors = {**found.buffers, **found.parameters}
+        self.go_back(Standstill(tensors, optimizer, random))  # type: ignore[arg-type]
+
+    def stand(self) -> Standstill:
+        """A copy of where the walk is."""
+        module = self.replay.module
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return Standstill(
+            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            {
+                name: {key: value.clone() for key, value in self.state_of(name).items()}
+                for name in self.trained
+            },
+            self.random,
+        )
+
+    def go_back(self, where: Standstill) -> None:
+        """Take up the walk at ``where``."""
+        load(self.replay.module, where.tensors)
+        self.optimizer.state.clear()
+        for name, parameter in self.trained.items():
+            if state := where.optimizer.get(name):
+                # The count of steps stays on the CPU, as torch.optim keeps it.
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in state.items()
+                }
+        self.random = where.random
+
+    def state_of(self, name: str) -> State:
+        """State of the optimizer of one parameter, by torch.optim's own names."""
+        state = self.optimizer.state.get(self.trained[name], {})
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+    def batches(self, row: int) -> Iterator[tuple[Any, Tensor, Draws | None]]:
+        """The batches of a step with their examples, generators being as they were then."""
+        steps = self.replay.trajectory.steps
+        first = int(steps.batch_offsets[row])
+        for position, examples in enumerate(steps.batches(row), start=first):
+            if self.random is None:
+                with no_randomness():
+                    batch = self.replay.fetch(examples)
+                    yield batch, examples, None
+                continue
+            recorded = steps.random.get(position)
+            before = self.random if recorded is None else Snapshot.of(recorded)
+            with unchanged_randomness():
+                batch, forward = self.replay.fetched(examples, before)
+                forward.restore()
+                yield batch, examples, Draws(before, forward)
+                self.random = Snapshot.take()
+
+    def step(self, row: int, weights: Tensor | None = None) -> tuple[float, list[Draws | None]]:
+        """Train one step: row ``row`` of the table, the step ``row + 1``.
+
+        Gradients, as the backward pass left them and before clipping, are seen by overriding
+        :meth:`on_gradients`.
+
+        Args:
+            weights: [train], what each example's loss is multiplied by; None for the run as it
+                was, by its own ``training_step``.
+
+        Returns:
+            The mean loss of its batches, and what they drew.
+        """
+        replay, steps = self.replay, self.replay.trajectory.steps
+        apply_settings(replay.trajectory, self.optimizer, row)
+        self.optimizer.zero_grad()
+        losses, draws = [], []
+        for batch, examples, drawn in self.batches(row):
+            if weights is None:
+                loss = replay.loss_as_trained(batch, examples)
+            else:
+                with example_noise(0, examples):
+                    each = replay.task.train_loss(replay.module, batch)
+                loss = weighted_loss(replay.task, each, weights[examples])
+            (loss / int(steps.accumulation[row])).backward()
+            losses.append(float(loss.detach()))
+            draws.append(drawn)
+        self.on_gradients(row)
+        self._clip()
+        self.optimizer.step()
+        return sum(losses) / len(losses), draws
+
+    def on_gradients(self, row: int) -> None:
+        """Called when the gradients of a step are complete."""
+
+    def _clip(self) -> None:
+        replay = self.replay
+        # In the optimizer's order, as in training: the order decides the norm's last bit.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not replay.clip:
+            return
+        if replay.clip_by_value:
+            torch.nn.utils.clip_grad_value_(parameters, replay.clip)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, replay.clip)
+
+
+def clips_by_value(settings: Mapping[str, Any]) -> bool:
+    """Whether gradients were clipped by value, if at all."""
+    # Older runs hold the name of Lightning's own constant.
+    algorithm = str(settings.get("gradient_clip_algorithm", "norm"))
+    return algorithm in ("value", "GradClipAlgorithmType.VALUE")
+
+
+def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:
+    """A batch's loss as trained with weights on its examples; what it divides by is kept."""
+    return (weights.to(losses) * losses).sum() * task.share(len(losses))
+
+
+def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:
+    """The recorded optimizer over ``trained``, its groups as recorded; settings come per step."""
+    facts = trajectory.facts
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [
+                trained[name] for name, fact in facts.parameters.items() if fact.group == number
+            ]
+        }
+        for number in range(trajectory.steps.learning_rate.shape[1])
+    ]
+    kinds: dict[str, type[Optimizer]] = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}
+    return kinds[facts.optimizer](groups, lr=0.0)  # type: ignore[call-arg]
+
+
+def apply_settings(trajectory: Trajectory, optimizer: Optimizer, row: int) -> None:
+    """Give every group the rate and hyper-parameters that step row + 1 used."""
+    steps = trajectory.steps
+    for number, group in enumerate(optimizer.param_groups):
+        found = {name: float(table[row, number]) for name, table in steps.hyperparameters.items()}
+        group["lr"] = float(steps.learning_rate[row, number])
+        if "beta1" in found:
+            group["betas"] = (found.pop("beta1"), found.pop("beta2"))
+        if "nesterov" in found:
+            found["nesterov"] = bool(found["nesterov"])
+        group.update(found)
+
+
+def initial(trajectory: Trajectory) -> State:
+    """Initial parameters and buffers."""
+    first = trajectory.checkpoints[0]
+    return {**first.buffers, **first.parameters}
+
+
+@contextmanager
+def no_randomness() -> Iterator[None]:
+    """Refuse a loss that draws random numbers: their recorded draws are not known."""
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        raise UnsupportedTrainingError(
+            "The training loss draws random numbers (dropout, for instance), and the trajectory "
+            "does not hold the states of the random generators, so the run cannot be replayed. "
+            "Record it again, in one process."
+        )
+
+
+def place(batch: Any, module: nn.Module) -> Any:
+    """The batch on the module's device, by the module's own transfer hooks where it has them."""
+    device = device_of(module)
+    hooks: Any = module
+    if hasattr(module, "on_after_batch_transfer"):  # a LightningModule
+        batch = hooks.on_before_batch_transfer(batch, 0)
+        batch = hooks.transfer_batch_to_device(batch, device, 0)
+        return hooks.on_after_batch_transfer(batch, 0)
+    move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return pytree.tree_map(move, batch)
+
+
+def fetch(source: ExampleSource, examples: Tensor) -> Any:
+    """The batch of these examples, read as a ``DataLoader`` reads it."""
+    if type(source.dataset) is TensorDataset and source.collate is default_collate:
+        return list(source.dataset[examples])  # the same batch, without a call for each example
+    indices = examples.tolist()
+    if hasattr(source.dataset, "__getitems__"):
+        return source.collate(source.dataset.__getitems__(indices))
+    return source.collate([source.dataset[index] for index in indices])
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+@contextmanager
+def borrowed(module: nn.Module) -> Iterator[None]:
+    """Weights, buffers, modes, gradients and what requires them, as before at the end; nothing
+    is compiled meanwhile."""
+    with run_eagerly(module):
+        yield from _borrowed(module)
+
+
+def _borrowed(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    tensors = [*module.parameters(), *module.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for part, mode in modes.items():
+            part.training = mode

@@ -1,0 +1,1 @@
+"""What every part stands on: module state, random states, loading, processes, progress, memory."""

@@ -1,0 +1,335 @@
+"""Leading directions across layers in front of block-wise curvature, against dense matrices."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators import Source
+from tda_lightning.estimators.source.averaged import AveragedRun
+from tda_lightning.gradients import Joined, scaled
+from tda_lightning.session.passes import Context, Plan
+from tests import oracles
+from tests.attributing import attribute, relative
+from tests.cases import Case
+from tests.cases.case import normal, tokens
+from tests.cases.training import CLASSIFIER, OPTIMIZERS, everything, train
+from tests.sampled import CASES as BLOCKWISE
+from tests.sampled import SEED, oracle_curvature, sampled_gradients
+
+
+def embedded() -> nn.Module:
+    return nn.Sequential(nn.Embedding(6, 3), nn.Tanh(), nn.Linear(3, 4))
+
+
+EMBEDDING = Case("leading/embedding", embedded, tokens(6, 4), "classification")
+CASES = {**BLOCKWISE, "embedding": EMBEDDING}
+CHECKPOINTS = (2, 5)
+
+
+class Probe:
+    """An estimator that fits SOURCE's curvature and keeps it to be looked at."""
+
+    def __init__(self, **options) -> None:
+        self.options = Source(1, seed=SEED, **options)
+
+    def segment_count(self, context: Context) -> None:
+        return None
+
+    def plan(self, context: Context) -> Plan:
+        self.run = AveragedRun(self.options, context)
+        return Plan(self.run.curvature_passes())
+
+    def order(self, run) -> Tensor:
+        """The flat place of each entry of the row that joins all blocks."""
+        shapes = {name: torch.Size(fact.shape) for name, fact in run.facts.parameters.items()}
+        places = torch.arange(sum(s.numel() for s in shapes.values())).split(
+            [shape.numel() for shape in shapes.values()]
+        )
+        named = {n: p.view(s) for (n, s), p in zip(shapes.items(), places, strict=True)}
+        return torch.cat([block.matrix(named).flatten() for block in self.run.context.blocks])
+
+
+def probed(name: str, optimizer: str, checkpoints=CHECKPOINTS, **options):
+    """A run with its fitted curvature, and what it was fitted on."""
+    case = CASES[name]
+    run, module, data = train(case, OPTIMIZERS[optimizer], checkpoints=checkpoints)
+    probe = Probe(**options)
+    attribute(case, run, module, data, probe)
+    return probe, (case, run, module, data)
+
+
+def dense_fisher(probe: Probe, case, run, module, data) -> Tensor:
+    """The sampled Fisher of h * g, in the order of the joined blocks."""
+    (segment,) = probe.run.segments
+    gradients = sampled_gradients(case, run, module, data, segment.checkpoints)
+    gradients = gradients[:, probe.order(run)]
+    if (scale := probe.run.geometries[0].scale.get(WHOLE)) is not None:
+        gradients = gradients * scale.flatten()
+    return oracles.second_moment(gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "momentum") for name in CASES), ("regression", "adamw")]
+)
+def test_leading_eigenpairs(name, optimizer) -> None:
+    """All of them where the matrix has no more; where it has, those far above what is left out."""
+    probe, work = probed(name, optimizer, checkpoints=(), leading_directions=10)
+    fisher, fit = dense_fisher(probe, *work), probe.run.leading[0]
+    product = fit.vectors.T * fit.eigenvalues @ fit.vectors
+    assert relative(product, fisher) < 1e-9  # ten examples, so rank ten
+    probe, work = probed(name, optimizer, leading_directions=6)
+    fisher, fit = dense_fisher(probe, *work), probe.run.leading[0]
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(fisher))
+    torch.testing.assert_close(fit.vectors @ fit.vectors.T, torch.eye(6).double())
+    assert (fit.eigenvalues.diff() <= 0).all()
+    # Rayleigh's quotients lie below the eigenvalues. Two rounds of power iteration bring them as
+    # close as the fourth power of the ratio to what is left out, times what the start misses.
+    left_out = 50 * (values[6] / values[:6]) ** 4
+    errors = 1 - fit.eigenvalues / values[:6]
+    assert (errors > -1e-9).all()
+    assert (errors < left_out).all()
+    apart = left_out < 0.05
+    apart &= values[:6] > 1.3 * values[1:7]
+    apart[1:] &= values[:5] > 1.3 * values[1:6]
+    overlaps = (fit.vectors * vectors[:, :6].T).sum(1).square()
+    assert apart.any() or name == "convolutions"  # whose spectrum is flat
+    assert (1 - overlaps[apart] < 0.02).all()
+
+
+def dense_basis(spectrum) -> Tensor:
+    """U of all blocks, [parameters, parameters]."""
+    squares = []
+    for rest in spectrum.rest:
+        groups, rows, columns = rest.eigenvalues.shape
+        for group in range(groups):
+            left = torch.eye(rows).double() if rest.left is None else rest.left[group]
+            right = torch.eye(columns).double() if rest.right is None else rest.right[group]
+            squares.append(torch.kron(left.contiguous(), right.contiguous()))
+    return torch.block_diag(*squares)
+
+
+def test_eigenvectors_are_not_those_of_the_blocks() -> None:
+    run = probed("classification", "momentum", leading_directions=3)[0].run
+    widths = [block.size for block in run.context.blocks]
+    shares = torch.stack([p.square().sum(1) for p in run.leading[0].vectors.split(widths, dim=1)])
+    assert (shares[:, 0] > 0.02).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "kind"),
+    [
+        *(("regression", name, "ekfac") for name in ("decay", "groups", "adamw", "adam")),
+        *((name, "decay", "ekfac") for name in ("convolutions", "sequence", "embedding")),
+        ("convolutions", "adam", "ekfac"),
+        ("embedding", "adamw", "kfac"),
+        ("sequence", "adam", "diagonal"),
+    ],
+)
+def test_deflated_curvature(name, optimizer, kind) -> None:
+    probe, (*_, data) = probed(name, optimizer, leading_directions=5, curvature=kind)
+    run = probe.run
+    spectrum, shifted = run.curvature(0)[WHOLE], run.spectra(0)[WHOLE]
+    size = spectrum.vectors.shape[1]
+    rows = torch.randn(3, 1, 1, size).double()
+    torch.testing.assert_close(spectrum.lift(spectrum.project(rows)), rows)
+
+    vectors, basis = spectrum.vectors, dense_basis(spectrum)
+    leading = vectors.T * run.leading[0].eigenvalues @ vectors
+    own = torch.cat([rest.eigenvalues.flatten() for rest in spectrum.rest])
+    left = (own - (basis.T @ leading @ basis).diagonal()).clamp(min=0)
+    outside = torch.eye(size).double() - vectors.T @ vectors
+    expected = leading + outside @ (basis * left @ basis.T) @ outside
+
+    def action(curvature, rows: Tensor) -> Tensor:
+        lifted = curvature.lift(curvature.eigenvalues * curvature.project(rows))
+        assert lifted.shape == rows.shape
+        return lifted[:, 0, 0]
+
+    torch.testing.assert_close(action(spectrum, rows), rows[:, 0, 0] @ expected)
+    decay = run.geometries[0].decay[WHOLE].flatten()
+    assert (decay > 0).any()
+    along = vectors.T * (vectors.square() @ decay) @ vectors
+    rest = basis * (basis.square().T @ decay) @ basis.T
+    added = expected + along + outside @ rest @ outside
+    torch.testing.assert_close(action(shifted, rows), rows[:, 0, 0] @ added)
+    if optimizer in ("decay", "adamw"):
+        uniform = expected + decay[0] * torch.eye(size).double()
+        torch.testing.assert_close(action(shifted, rows), rows[:, 0, 0] @ uniform)
+
+    found = run.context.train_gradients(data, torch.arange(10)).blocks
+    joined = Joined(list(found.values()))
+    scale = run.geometries[0].scale.get(WHOLE)
+    for gradient in (joined, scaled(joined, scale)):
+        for part in (slice(0, 10), slice(2, 5)):
+            torch.testing.assert_close(
+                spectrum.coordinates(gradient, part), spectrum.project(gradient.dense(part))
+            )
+
+
+@pytest.mark.parametrize("optimizer", ["decay", "momentum", "adamw"])
+@pytest.mark.parametrize("name", ["regression", "sequence"])
+def test_all_directions_are_the_dense_matrix(name, optimizer) -> None:
+    case = CASES[name]
+    run, module, data = train(case, OPTIMIZERS[optimizer], checkpoints=CHECKPOINTS)
+    segments, _, gradients, query = everything(case, run, module, data, [3])
+    matrices = [
+        oracles.second_moment(sampled_gradients(case, run, module, data, segment.checkpoints))
+        for segment in segments
+    ]
+    work = (run, segments, matrices, gradients, query)
+    options = {"segment_steps": [3], "leading_directions": 10**9, "seed": SEED}
+    scores = attribute(case, run, module, data, Source(**options))
+    assert relative(scores.by_segment, oracles.source_average(*work)) < 1e-7
+    assert scores.provenance["leading_directions"] == len(matrices[0])
+    if optimizer != "adamw":
+        expected = oracles.source_recorded(*work, weights=oracles.interpolated(run.checkpoints))
+        recorded = Source(order="recorded", **options)
+        scores = attribute(case, run, module, data, recorded, batch_size=3)
+        assert relative(scores.by_segment, expected) < 1e-7
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "adamw_groups"])
+def test_all_directions_follow_the_recorded_order_as_the_exact_matrix_does(
+    optimizer, monkeypatch
+) -> None:
+    """The same sampled Fisher as one dense matrix."""
+
+    def sampled(context: Context, batch, examples):
+        return [context.fisher_gradients(batch, examples, SEED + context.held_step)]
+
+    run, module, data = train(CLASSIFIER, OPTIMIZERS[optimizer], checkpoints=CHECKPOINTS)
+    options = {"segment_steps": [3], "order": "recorded", "seed": SEED}
+    work = (CLASSIFIER, run, module, data)
+    found = attribute(*work, Source(leading_directions=10**9, **options))
+    monkeypatch.setattr(Context, "gauss_newton_gradients", sampled)
+    expected = attribute(*work, Source(curvature="exact", **options))
+    assert relative(found.by_segment, expected.by_segment) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["classification", "sequence"])
+def test_no_directions_are_the_blocks_alone_on_the_recorded_order(name) -> None:
+    case = CASES[name]
+    run, module, data = train(case, OPTIMIZERS["momentum"], checkpoints=CHECKPOINTS)
+    segments, _, gradients, query = everything(case, run, module, data, [3])
+    matrices = [
+        oracle_curvature(case, run, module, data, segment.checkpoints, "ekfac")
+        for segment in segments
+    ]
+    expected = oracles.source_recorded(
+        run, segments, matrices, gradients, query, oracles.interpolated(run.checkpoints)
+    )
+    estimator = Source(segment_steps=[3], order="recorded", leading_directions=0, seed=SEED)
+    scores = attribute(case, run, module, data, estimator)
+    assert relative(scores.by_segment, expected) < 1e-5
+    assert scores.provenance["leading_directions"] == 0
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(),
+        nn.Linear(6, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["average", "recorded"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_few_directions_come_close_to_the_exact_matrix(optimizer, order) -> None:
+    case = Case("leading/deep", deep, normal(4))
+    module, data = case.build(), case.batch(48)
+    batches = oracles.cut_batches(48, 8, epochs=10)
+    run = oracles.record_run(
+        module, case.loss, data, OPTIMIZERS[optimizer], batches, range(0, 61, 15)
+    )
+    exact, alone, led = (
+        attribute(case, run, module, data, Source(2, order=order, **options), batch_size=48).values
+        for options in (
+            {"curvature": "exact"},
+            {"leading_directions": 0},
+            {"leading_directions": 16},
+        )
+    )
+    errors = [relative(scores, exact) for scores in (alone, led)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def planned(size: int, segments: int = 3, **options) -> int:
+    trajectory = SimpleNamespace(
+        segments=lambda cuts: [None] * segments,
+        statistics={},
+        stages=lambda: (trajectory,),
+        facts=SimpleNamespace(parameters={}),
+    )
+    blocks = [SimpleNamespace(size=size - 5), SimpleNamespace(size=5)]
+    context = SimpleNamespace(blocks=blocks, trajectory=trajectory)
+    return Source(**options).leading(context)
+
+
+def test_how_many_directions_are_kept() -> None:
+    assert planned(999) == 0
+    assert planned(1000) == 64
+    assert planned(1000, curvature="kfac") == planned(1000, curvature="diagonal") == 64
+    assert planned(999, order="recorded") == 64
+    for curvature in ("exact", "identity"):
+        assert planned(10**6, curvature=curvature) == 0
+        assert planned(10**6, curvature=curvature, order="recorded") == 0
+    # At most 2^28 scalars over all segments, and none where fewer than 8 would fit.
+    assert planned(2**21, segments=4) == 32
+    assert planned(2**23, segments=4) == 8
+    assert planned(2**23, segments=5) == 0
+    assert planned(2**23, segments=5, order="recorded") == 0
+    assert planned(100, leading_directions=7) == 7
+    assert planned(10**6, leading_directions=0) == 0
+
+
+def test_impossible_settings() -> None:
+    for options in (
+        {"leading_directions": -1},
+        {"leading_directions": 3, "curvature": "exact"},
+        {"leading_directions": 3, "curvature": "identity"},
+    ):
+        with pytest.raises(ValueError, match="leading_directions must not be negative, and goes"):
+            Source(**options)
+    assert Source(leading_directions=0, curvature="exact").leading_directions == 0
+
+
+@pytest.mark.parametrize("order", ["average", "recorded"])
+def test_directions_are_kept_with_the_trajectory(order, monkeypatch) -> None:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["adamw"], checkpoints=CHECKPOINTS)
+    estimator = Source(2, order=order, leading_directions=4)
+    work = (CLASSIFIER, run, module, data)
+    first = attribute(*work, estimator)
+    kept = dict(run.curvature)
+    assert sum("vectors" in tensors for tensors in kept.values()) == 2
+    assert len(kept) == 4
+    # Another number is another fit; the blocks are shared.
+    attribute(*work, Source(2, order=order, leading_directions=3))
+    assert len(run.curvature) == 6
+    attribute(*work, Source(2, order=order, leading_directions=4, seed=1))
+    assert len(run.curvature) == 10
+
+    def fitted_again(*_):
+        raise AssertionError("curvature was fitted although it had been kept")
+
+    monkeypatch.setattr(Context, "fisher_gradients", fitted_again)
+    assert torch.equal(attribute(*work, estimator).values, first.values)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "groups", "adamw"])
+@pytest.mark.parametrize("name", ["regression", "classification"])
+def test_self_influence_is_the_diagonal(name, optimizer) -> None:
+    case = CASES[name]
+    run, module, data = train(case, OPTIMIZERS[optimizer], checkpoints=CHECKPOINTS)
+    estimators = [Source(2, leading_directions=5)]
+    if optimizer == "momentum":
+        estimators += [
+            Source(2, leading_directions=5, order="recorded"),
+            Source(2, leading_directions=5, momentum="recursion"),
+        ]
+    for estimator in estimators:
+        scores = attribute(case, run, module, data, estimator, queries=data, batch_size=3)
+        torch.testing.assert_close(scores.self_influence, scores.values.diagonal())

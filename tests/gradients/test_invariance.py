@@ -1,0 +1,274 @@
+"""What scores may not depend on: batches, order, processes, the loss's reduction; and what kept
+curvature may depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning import AttributionModule, Scores
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.session.passes import Context
+from tests import oracles
+from tests.attributing import CaseTask, attribute, quiet, relative
+from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
+
+ESTIMATORS = {
+    "tracin": TracIn(),
+    "influence": InfluenceFunction(),
+    "source": Source(2),
+    "source exact": Source(2, curvature="exact"),
+    "source recorded": Source(2, order="recorded"),
+    "source recorded exact": Source(2, order="recorded", curvature="exact"),
+    "unrolled": Unrolled(),
+}
+
+
+def require_same(found, expected) -> None:
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-8, atol=1e-12)
+    if expected.by_segment is not None:
+        torch.testing.assert_close(found.by_segment, expected.by_segment, rtol=1e-8, atol=1e-12)
+    if expected.self_influence is not None:
+        torch.testing.assert_close(
+            found.self_influence, expected.self_influence, rtol=1e-8, atol=1e-12
+        )
+
+
+def fresh(run):
+    """The run without the curvature that earlier attributions kept."""
+    return dataclasses.replace(run, curvature={})
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_batches_and_their_order(name, optimizer) -> None:
+    """Batch sizes, and shuffling loaders of batch sizes of their own."""
+    run, module, data = train(CLASSIFIER, OPTIMIZERS[optimizer], checkpoints=(3, 6))
+    expected = attribute(CLASSIFIER, run, module, data, ESTIMATORS[name])
+    for size in (1, 256):
+        found = attribute(CLASSIFIER, fresh(run), module, data, ESTIMATORS[name], batch_size=size)
+        require_same(found, expected)
+    train_set, query_set = TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER))
+    attribution = AttributionModule(
+        module, fresh(run), ESTIMATORS[name], CaseTask("classification")
+    )
+    shuffled = attribution.attribute(
+        DataLoader(train_set, 3, shuffle=True, drop_last=True),
+        DataLoader(query_set, 2, shuffle=True),
+        trainer=quiet(),
+    )
+    require_same(shuffled, expected)
+
+
+@pytest.mark.parametrize("name", ["tracin", "source exact", "source recorded exact", "unrolled"])
+def test_order_of_the_training_set(name) -> None:
+    """The same run on a reordered data set: the columns are reordered, nothing else."""
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    expected = attribute(CLASSIFIER, run, module, data, ESTIMATORS[name])
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    place = order.argsort()  # where an example of the old data set is in the new one
+    steps = dataclasses.replace(run.steps, examples=place[run.steps.examples])
+    moved = dataclasses.replace(fresh(run), steps=steps)
+    found = attribute(CLASSIFIER, moved, module, oracles.take(data, order), ESTIMATORS[name])
+    torch.testing.assert_close(found.values, expected.values[:, order], rtol=1e-8, atol=1e-12)
+    if expected.self_influence is not None:
+        torch.testing.assert_close(found.self_influence, expected.self_influence[order])
+
+
+class Reduced(LightningModule):
+    """A training step that averages or sums over its batch."""
+
+    def __init__(self, net: nn.Module, kind: str, reduction: str) -> None:
+        super().__init__()
+        self.net, self.kind, self.reduction = net, kind, reduction
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch[0])
+        if self.kind == "classification":
+            return F.cross_entropy(outputs, batch[1], reduction=self.reduction)
+        losses = F.mse_loss(outputs, batch[1], reduction="none").mean(1)
+        return losses.sum() if self.reduction == "sum" else losses.mean()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("case", [MLP, CLASSIFIER], ids=lambda case: case.kind)
+def test_mean_and_sum_of_the_batch_are_one_training(case, name) -> None:
+    """The step sums over its batch of 5 and the rate is a fifth: the same weights, the same scores
+    without a task, and those of the task that says so."""
+    data, queries = case.batch(10), queries_of(case)
+    batches = oracles.cut_batches(10, 5, epochs=4)
+    found = {}
+    for reduction, factor in (("mean", 1), ("sum", 5)):
+        module = Reduced(case.build(), case.kind, reduction)
+        run = oracles.record_run(
+            module,
+            lambda m, b, f=factor: f * case.loss(m, b),
+            data,
+            lambda m, f=factor: torch.optim.SGD(m.parameters(), 0.05 / f, 0.8),
+            batches,
+            checkpoints=(4,),
+        )
+        # The applied curvature, damping included, has the unit of the loss.
+        attribution = AttributionModule(module, run, ESTIMATORS[name])
+        found[reduction] = attribution.attribute(
+            TensorDataset(*data), TensorDataset(*queries), batch_size=3, trainer=quiet()
+        )
+    require_same(found["sum"], found["mean"])
+    module = Reduced(case.build(), case.kind, "mean")
+    run = oracles.record_run(
+        module,
+        case.loss,
+        data,
+        lambda m: torch.optim.SGD(m.parameters(), 0.05, 0.8),
+        batches,
+        checkpoints=(4,),
+    )
+    told = attribute(case, run, module, data, ESTIMATORS[name])
+    assert relative(told.values, found["mean"].values) < 1e-9
+
+
+# In batches of 10 the recorded order leaves a process without any.
+SHARDED = [*((name, 4) for name in ESTIMATORS), ("source", 10), ("source recorded", 10)]
+SCRIPT = """
+import sys, torch
+from torch.utils.data import TensorDataset
+from tda_lightning import AttributionModule
+from tests.attributing import CaseTask, quiet
+from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+from tests.gradients.test_invariance import ESTIMATORS, SHARDED
+
+torch.set_num_threads(1)
+run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+found = {}
+for name, size in SHARDED:
+    trainer = quiet(devices=2, strategy="ddp")
+    run.curvature.clear()
+    attribution = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
+    scores = attribution.attribute(
+        TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER)),
+        batch_size=size, trainer=trainer, scores_path=f"{sys.argv[1]}.{name}.{size}.h5",
+    )
+    found[name, size] = (scores.values, scores.by_segment, scores.self_influence)
+torch.save(found, f"{sys.argv[1]}.{trainer.global_rank}")
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Sharded passes, on every process the scores of one; also a process without any batch."""
+    script, out = tmp_path / "script.py", tmp_path / "scores"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    expected = {
+        name: attribute(CLASSIFIER, run, module, data, estimator)
+        for name, estimator in ESTIMATORS.items()
+    }
+    for rank in (0, 1):
+        found = torch.load(f"{out}.{rank}")
+        for name, size in SHARDED:
+            values, by_segment, own = found[name, size]
+            torch.testing.assert_close(values, expected[name].values, rtol=1e-8, atol=1e-12)
+            if by_segment is not None:
+                torch.testing.assert_close(by_segment, expected[name].by_segment)
+            if own is not None:
+                torch.testing.assert_close(own, expected[name].self_influence)
+            saved = Scores.load(f"{out}.{name}.{size}.h5")
+            assert torch.equal(saved.values, values)
+            assert saved.provenance["world_size"] == 2
+
+
+@pytest.fixture
+def curvature_passes(monkeypatch) -> list[int]:
+    """Steps whose gradients curvature has asked for, one entry for each batch."""
+    asked: list[int] = []
+    original = Context.fisher_gradients
+
+    def counted(self, batch, examples, seed):
+        asked.append(self.held_step)
+        return original(self, batch, examples, seed)
+
+    monkeypatch.setattr(Context, "fisher_gradients", counted)
+    return asked
+
+
+def test_kept_curvature_is_used_when_all_that_determines_it_is_equal(curvature_passes) -> None:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    first = attribute(CLASSIFIER, run, module, data, Source(2))
+    assert set(curvature_passes) == {3, 6, 9}
+    # Again; in other batches; for other queries; on the recorded order; cut by steps.
+    curvature_passes.clear()
+    require_same(attribute(CLASSIFIER, run, module, data, Source(2)), first)
+    attribute(CLASSIFIER, run, module, data, Source(2), batch_size=3)
+    attribute(CLASSIFIER, run, module, data, Source(2), queries=CLASSIFIER.batch(2, seed=9))
+    attribute(CLASSIFIER, run, module, data, Source(2, order="recorded", leading_directions=0))
+    attribute(CLASSIFIER, run, module, data, Source(segment_steps=[4]))
+    assert curvature_passes == []
+    assert len(run.curvature) == 2
+
+
+CHANGES = {
+    "kind": lambda r, m, d, t: (r, m, d, t, Source(2, curvature="diagonal")),
+    "seed": lambda r, m, d, t: (r, m, d, t, Source(2, seed=1)),
+    "segments": lambda r, m, d, t: (r, m, d, t, Source(1)),
+    "task": lambda r, m, d, t: (r, m, d, CaseTask("classification", factor=2.0), Source(2)),
+    "layers": lambda r, m, d, t: (r, m, d, _restricted(t), Source(2)),
+    "data": lambda r, m, d, t: (r, m, (d[0] + 0.01, d[1]), t, Source(2)),
+    "weights": lambda r, m, d, t: (_nudged(r), m, d, t, Source(2)),
+    "precision": lambda r, m, d, t: (
+        dataclasses.replace(oracles.cast(r, torch.float32), curvature=r.curvature),
+        m.float(),
+        (d[0].float(), d[1]),
+        t,
+        Source(2),
+    ),
+}
+
+
+def _restricted(task):
+    task.layers = ["0"]
+    return task
+
+
+def _nudged(run):
+    checkpoint = run.checkpoints[9]
+    parameters = {name: value + 1e-12 for name, value in checkpoint.parameters.items()}
+    checkpoints = {**run.checkpoints, 9: dataclasses.replace(checkpoint, parameters=parameters)}
+    return dataclasses.replace(run, checkpoints=checkpoints)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_curvature_is_fitted_again_when_something_has_changed(change, curvature_passes) -> None:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    attribute(CLASSIFIER, run, module, data, Source(2))
+    curvature_passes.clear()
+    run, module, data, task, estimator = CHANGES[change](
+        run, module, data, CaseTask("classification")
+    )
+    inputs, labels = queries_of(CLASSIFIER)
+    queries = (inputs.to(data[0].dtype), labels)
+    found = attribute(CLASSIFIER, run, module, data, estimator, queries=queries, task=task)
+    assert 9 in curvature_passes
+    again = attribute(CLASSIFIER, fresh(run), module, data, estimator, queries=queries, task=task)
+    torch.testing.assert_close(found.values, again.values)
