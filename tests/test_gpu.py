@@ -19,8 +19,8 @@ from tda_lightning.tasks import ClassificationTask, example_noise
 from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
-from tests.runs import Numbered, adamw, fit, loader
 from tests.recording.test_processes import Plain
+from tests.runs import Numbered, adamw, fit, loader
 from tests.runtime.test_random_states import require_repeatable
 
 pytestmark = [

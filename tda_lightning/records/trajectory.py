@@ -88,9 +88,10 @@ class Steps:
         clipping: norm of the gradient after clipping over the norm before it, float64 [steps];
             1 where nothing was clipped, and everywhere if not given.
         random: states of the random generators (as :mod:`tda_lightning.runtime.random_states` has
-            them) right before a batch was fetched, by its position in ``example_offsets``; only of batches
-            before which they were not what the batch before had left behind. A loader with workers
-            fetches elsewhere: its batches were ready, and it went on to ask for a later one.
+            them) right before a batch was fetched, by its position in ``example_offsets``; only of
+            batches before which they were not what the batch before had left behind. A loader with
+            workers fetches elsewhere: its batches were ready, and it went on to ask for a later
+            one.
     """
 
     epoch: Tensor

@@ -22,8 +22,8 @@ from tda_lightning.solvers import ConjugateGradients, LiSSA
 from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
-from tests.runs import Numbered, adamw
 from tests.recording.test_processes import Plain, train
+from tests.runs import Numbered, adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

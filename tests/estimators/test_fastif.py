@@ -32,11 +32,11 @@ from tda_lightning.solvers import ConjugateGradients, Direct, LiSSA
 from tda_lightning.store.inspect import describe
 from tda_lightning.tasks import AttributionTask
 from tests.attributing import CaseTask, attribute, quiet, relative
+from tests.attribution.test_processes_scoring import WithoutTask
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 from tests.processes import results
-from tests.runs import Numbered
 from tests.recording.test_processes import train as train_in_processes
-from tests.attribution.test_processes_scoring import WithoutTask
+from tests.runs import Numbered
 
 METRICS = ("l2", "cosine")
 

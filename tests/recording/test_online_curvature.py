@@ -30,8 +30,8 @@ from tda_lightning.store.inspect import describe
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
 from tests.attributing import relative
-from tests.runs import trainer
 from tests.curvature.test_wide_sides import VOCABULARY, Largest
+from tests.runs import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

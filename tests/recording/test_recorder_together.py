@@ -26,9 +26,9 @@ from tda_lightning.records.errors import ResumeError, UnsupportedTrainingError
 from tda_lightning.store import layout, open_trajectory
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.processes import results
+from tests.recording.test_online_curvature import Model, convolutions, data, mlp, pictures, vectors
 from tests.resumable import Resumable, differences, train
 from tests.runs import Net, Numbered, adamw, fit, loader, sgd, trainer
-from tests.recording.test_online_curvature import Model, convolutions, data, mlp, pictures, vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

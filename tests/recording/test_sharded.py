@@ -28,8 +28,8 @@ from tests.attributing import quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS
 from tests.cases.training import train as train_case
 from tests.processes import connect, outcomes, results
-from tests.runs import adamw
 from tests.recording.test_processes import Plain, require_equal, steps_of, train
+from tests.runs import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
