@@ -39,7 +39,7 @@ from tda_lightning.runtime.module_state import prepared
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Context, Held, Pass, Plan, Stage
-from tda_lightning.tasks import AttributionTask, example_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -389,7 +389,7 @@ class AttributionModule(LightningModule):
         )
         context.load(setup.trajectory.last_step)
         task.training_batch_size = setup.trajectory.batch_size
-        with example_noise(0, indices):
+        with seeded_examples(0, indices):
             task.prepare(module, batch)
         engine.discover(context.train_loss, batch, indices, task.separable)
         return context
