@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from tda_lightning.attribution.cache_key import digest_of
 from tda_lightning.attribution.matching import require_same_data
+from tda_lightning.attribution.processes import (
+    require_same_plan,
+    require_scorable,
+    written_by_first,
+)
 from tda_lightning.attribution.progress_bar import passing_trainer
 from tda_lightning.attribution.provenance import about_queries, about_stages, how_made
 from tda_lightning.attribution.rehearsal import Rehearsal
@@ -23,12 +28,6 @@ from tda_lightning.attribution.stages import StageSetup, set_up, training_sets, 
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
-from tda_lightning.recording.processes import (
-    Processes,
-    require_same_plan,
-    require_scorable,
-    written_by_first,
-)
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
 from tda_lightning.records.provenance import Provenance
@@ -38,9 +37,10 @@ from tda_lightning.runtime import clock
 from tda_lightning.runtime.loading import ExampleSource, PassLoader
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.runtime.module_state import prepared
+from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Context, Held, Pass, Plan, Stage
-from tda_lightning.tasks import AttributionTask, example_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -390,7 +390,7 @@ class AttributionModule(LightningModule):
         )
         context.load(setup.trajectory.last_step)
         task.training_batch_size = setup.trajectory.batch_size
-        with example_noise(0, indices):
+        with seeded_examples(0, indices):
             task.prepare(module, batch)
         engine.discover(context.train_loss, batch, indices, task.separable)
         return context
