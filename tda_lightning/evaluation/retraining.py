@@ -28,7 +28,7 @@ from tda_lightning.replay.run import Replay, State, Walk, fetch, initial, load, 
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, example_noise
+from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
 Found = TypeVar("Found")
 
@@ -122,7 +122,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
         load(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
     if not probe.separable:
         raise ValueError(
@@ -182,7 +182,7 @@ def of_each_batch(
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with example_noise(0, examples):
+            with seeded_examples(0, examples):
                 found.append(read(place(fetch(source, examples), module)))
     return found
 
