@@ -27,7 +27,7 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, borrowed, fetch, initial, load, place
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
+from tda_lightning.tasks import AttributionTask, as_task, seeded_examples, silenced
 
 Found = TypeVar("Found")
 
@@ -121,7 +121,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
         load(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
     if not probe.separable:
         raise ValueError(
@@ -181,7 +181,7 @@ def of_each_batch(
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with example_noise(0, examples):
+            with seeded_examples(0, examples):
                 found.append(read(place(fetch(source, examples), module)))
     return found
 

@@ -21,7 +21,7 @@ from tda_lightning.replay.run import (
     no_randomness,
     weighted_loss,
 )
-from tda_lightning.tasks import AttributionTask, example_noise, silenced
+from tda_lightning.tasks import AttributionTask, seeded_examples, silenced
 
 
 class _Losses(nn.Module):
@@ -60,7 +60,7 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
             for examples in trajectory.steps.batches(row):
                 batch = replay.fetch(examples)
                 own = weights[:, examples].to(replay.device)
-                with example_noise(0, examples), no_randomness():
+                with seeded_examples(0, examples), no_randomness():
                     found = each(stacked, own, batch)
                 (found.sum() / int(trajectory.steps.accumulation[row])).backward()
             _clip(replay, trained)

@@ -33,7 +33,7 @@ from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.runtime.processes import summed
 from tda_lightning.tasks.batches import num_examples
-from tda_lightning.tasks.noise import example_noise
+from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.observed import LossObserver, ObservedLoss, sampled_output_gradients
 
 FISHERS = ("true", "empirical")
@@ -207,7 +207,7 @@ class CurvatureGatherer:
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         if losses.losses:
-            with example_noise(_SEED + self.next_step(), examples.to(device)):
+            with seeded_examples(_SEED + self.next_step(), examples.to(device)):
                 outputs, gradients = sampled_output_gradients(total, losses.losses, size)
         if not outputs:
             raise UnsupportedTrainingError(

@@ -23,7 +23,7 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import run_eagerly, uncompiled
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
-from tda_lightning.tasks import AttributionTask, example_noise, run_training_step
+from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
 State = dict[str, Tensor]
 
@@ -170,7 +170,7 @@ class Replay:
         task's."""
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             losses = self.task.train_loss(self.module, batch)
         return losses.sum() * self.task.share(len(losses))
 
@@ -270,7 +270,7 @@ class Walk:
             if weights is None:
                 loss = replay.loss_as_trained(batch, examples)
             else:
-                with example_noise(0, examples):
+                with seeded_examples(0, examples):
                     each = replay.task.train_loss(replay.module, batch)
                 loss = weighted_loss(replay.task, each, weights[examples])
             (loss / int(steps.accumulation[row])).backward()

@@ -28,7 +28,7 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: A
 
     The noise has the covariance that the gradients of labels drawn from the model have (see
     ``standard_losses`` on why it is not those labels themselves). Inside
-    :func:`~tda_lightning.tasks.example_noise` it depends on the seed and the example alone.
+    :func:`~tda_lightning.tasks.seeded_examples` it depends on the seed and the example alone.
     """
     found, batch_size = require_losses(task, module, batch)
     sampled = [

@@ -73,7 +73,7 @@ def sampled_output_gradients(
 
     Carried back to the parameters and split by example, their second moment, averaged over the
     batch, is the Gauss-Newton matrix of ``total`` (METHODS, "Units"). Inside
-    :func:`~tda_lightning.tasks.example_noise` they depend on the seed and the example alone.
+    :func:`~tda_lightning.tasks.seeded_examples` they depend on the seed and the example alone.
 
     Args:
         total: the loss of the batch, a scalar with its graph, which is kept.

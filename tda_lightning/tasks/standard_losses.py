@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tda_lightning.tasks.noise import random_signs
+from tda_lightning.tasks.example_seeds import random_signs
 
 
 @dataclass(frozen=True)
