@@ -1,0 +1,37 @@
+"""The Lightning Trainers that commands use."""
+
+from __future__ import annotations
+
+import sys
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig
+
+# Nothing written, nothing shown.
+SILENT = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def configured_trainer(
+    node: DictConfig,
+    callbacks: list[Callback],
+    progress: type[RichProgressBar] | None = RichProgressBar,
+) -> Trainer:
+    """The Trainer of a configuration, with a progress bar where a person watches."""
+    show = bool(progress and node.get("enable_progress_bar", True) and sys.stderr.isatty())
+    if progress and show:
+        callbacks = [*callbacks, progress()]
+    given = instantiate(node.get("callbacks"), _convert_="all") or []
+    make = instantiate(node, _partial_=True, _convert_="all")
+    return make(callbacks=[*given, *callbacks], enable_progress_bar=show)
+
+
+def silent_trainer() -> Trainer:
+    """A Trainer for an attribution in the background, on one device."""
+    return Trainer(accelerator="auto", devices=1, inference_mode=False, **SILENT)
