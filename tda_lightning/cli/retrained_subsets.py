@@ -1,4 +1,4 @@
-"""The ground truth that ``tda evaluate`` judges scores by: the recorded run retrained on subsets."""
+"""The ground truth that ``tda evaluate`` judges scores by: the run retrained on subsets."""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ def cached_retrainings(run: RecordedRun, path: Path, request: Request, rows: int
         missing = truth.first(rows, columns).missing
         if run.config.protocol == "single_run" and "landing_error" not in truth.made_by:
             everything = torch.ones(truth.subsets.shape[1])
-            end = retrain(
-                run.trajectory, run.module, run.task, run.data.train_dataset, everything
-            )
+            end = retrain(run.trajectory, run.module, run.task, run.data.train_dataset, everything)
             truth = truth.noting(landing_error=landing_error(run.trajectory, end))
         if files:
             write_ground_truth(truth, path)
@@ -167,10 +165,13 @@ def _outcomes(
             for pair, (measurements, seconds, predicted) in zip(
                 jobs[job], job.result(), strict=True
             ):
-                yield pair, Outcome(
-                    torch.from_numpy(measurements),
-                    seconds,
-                    None if predicted is None else torch.from_numpy(predicted),
+                yield (
+                    pair,
+                    Outcome(
+                        torch.from_numpy(measurements),
+                        seconds,
+                        None if predicted is None else torch.from_numpy(predicted),
+                    ),
                 )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig
 
 # Nothing written, nothing shown.
-SILENT = {
+SILENT: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

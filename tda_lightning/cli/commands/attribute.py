@@ -23,7 +23,7 @@ from tda_lightning.cli.command import (
 from tda_lightning.cli.recorded_run import load_parts
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
-from tda_lightning.records.data import Describing
+from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.trajectory import Trajectory
 
 
@@ -72,7 +72,9 @@ def attribute(config: DictConfig) -> None:
     print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
 
 
-def _predictions(module: LightningModule, data: Any, trajectory: Trajectory) -> list[str]:
+def _predictions(
+    module: LightningModule, data: AttributedData, trajectory: Trajectory
+) -> list[str]:
     """What the trained model predicts for each query, if the data module can say it in words."""
     if not isinstance(data, Describing):
         return []
