@@ -41,7 +41,6 @@ KNOWN_UPWARD = {
     ("records", "store"),
     ("runtime", "tasks"),
     ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -58,7 +57,6 @@ KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
     ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "cli": 1,
@@ -72,7 +70,7 @@ KNOWN_WITHOUT_DOCSTRING = {
     "session": 4,
     "gradients": 10,
     "store": 14,
-    "records": 4,
+    "records": 2,
     "examples": 2,
 }
 
