@@ -71,6 +71,7 @@ KNOWN_WITHOUT_DOCSTRING = {
     "gradients": 10,
     "store": 14,
     "records": 2,
+    "runtime": 1,
     "examples": 2,
 }
 
@@ -224,3 +225,19 @@ def test_known_exceptions_name_folders():
         folder for pair in KNOWN_UPWARD for folder in pair
     )
     assert named.keys() <= {"", *FOLDERS}
+
+
+def test_cited_sections_exist():
+    """The code cites the methods page by section: ``docs/methods.md, "Units"``."""
+    headings = {}
+    for page in (ROOT / "docs").glob("*.md"):
+        found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        headings[f"docs/{page.name}"] = set(found)
+    cited = []
+    for folder in (PACKAGE, "tests", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = re.sub(r"\s+#?\s*", " ", path.read_text(encoding="utf-8"))
+            cited += re.findall(r'(docs/\w+\.md), "([^"]+)"', text)
+    assert cited
+    missing = [(page, section) for page, section in cited if section not in headings[page]]
+    assert not missing
