@@ -39,7 +39,6 @@ HOMES = {
 KNOWN_UPWARD = {
     ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
     ("session", "replay"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
