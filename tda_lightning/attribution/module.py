@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +30,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import MemorySink, Scores, ScoreSink, StageSink
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime import clock
@@ -39,7 +40,7 @@ from tda_lightning.runtime.module_state import prepared
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Context, Held, Pass, Plan, Stage
-from tda_lightning.tasks import AttributionTask, example_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -164,7 +165,7 @@ class AttributionModule(LightningModule):
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
-                scores = sink.finish({**made, **(provenance or {})})
+                scores = sink.finish(cast(Provenance, {**made, **(provenance or {})}))
             except BaseException:
                 sink.abort()
                 raise
@@ -389,7 +390,7 @@ class AttributionModule(LightningModule):
         )
         context.load(setup.trajectory.last_step)
         task.training_batch_size = setup.trajectory.batch_size
-        with example_noise(0, indices):
+        with seeded_examples(0, indices):
             task.prepare(module, batch)
         engine.discover(context.train_loss, batch, indices, task.separable)
         return context

@@ -20,7 +20,7 @@ from tda_lightning.records.scores import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.replay.run import fetch, place
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
+from tda_lightning.tasks import AttributionTask, gauss_newton_losses, seeded_examples
 
 NO_SELF = (
     "No self-influence over several stages: an example of an earlier stage has no measurement of "
@@ -194,7 +194,7 @@ class Context:
             return self.train_gradients(batch, examples)
 
         def sampled(module: nn.Module, part: Any, indices: Tensor) -> Tensor:
-            with example_noise(seed, indices):
+            with seeded_examples(seed, indices):
                 return self.task.sampled_loss(module, part)
 
         return self.engine.gradients(sampled, batch, examples)
@@ -203,18 +203,18 @@ class Context:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
 
         def factors(module: nn.Module, part: Any, indices: Tensor) -> Iterable[Tensor]:
-            with example_noise(0, indices):
+            with seeded_examples(0, indices):
                 return gauss_newton_losses(self.task, module, part)
 
         return self.engine.each_gradient(factors, batch, examples)
 
     def train_loss(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
         # The noise is not used; its context tells the task how many examples there are.
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             return self.task.train_loss(module, batch)
 
     def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             return self.task.measurement(module, batch)
 
 

@@ -28,7 +28,7 @@ from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.statistics_folder import StatisticsFolder
-from tda_lightning.tasks import ClassificationTask, RegressionTask, example_noise
+from tda_lightning.tasks import ClassificationTask, RegressionTask, seeded_examples
 from tests.attributing import relative
 from tests.curvature.test_wide_sides import VOCABULARY, Largest
 from tests.runs import trainer
@@ -299,11 +299,11 @@ def test_sampled_factors_equal_the_engines(case: str, tmp_path: Path) -> None:
         indices = trajectory.steps.batches(step - 1)[0]
         batch = [part[indices] for part in dataset.tensors]
         engine = GradientEngine(module, list(trajectory.facts.parameters))
-        with example_noise(0, indices):
+        with seeded_examples(0, indices):
             task.prepare(module, batch)
 
         def sampled(m: Any, b: Any, i: Tensor) -> Tensor:
-            with example_noise(step, i):  # noqa: B023
+            with seeded_examples(step, i):  # noqa: B023
                 return task.sampled_loss(m, b)
 
         engine.discover(sampled, batch, indices)
