@@ -60,7 +60,7 @@ def _orthogonaliser(settings: dict[str, float]) -> Callable[[Tensor], Tensor]:
 
     def orthogonalise(matrix: Tensor) -> Tensor:
         tall = matrix.shape[0] > matrix.shape[1]
-        x = matrix.T if tall else matrix
+        x: Tensor = matrix.T if tall else matrix
         x = x / torch.linalg.vector_norm(x).clamp(min=eps)
         for _ in range(count):
             gram = x @ x.T
