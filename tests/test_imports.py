@@ -37,15 +37,11 @@ HOMES = {
 }
 
 KNOWN_UPWARD = {
-    ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
     ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
-    ("cli", 4),
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
@@ -57,11 +53,8 @@ KNOWN_CYCLES = {
 KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
-    ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
-    "cli": 1,
     "report": 1,
     "attribution": 1,
     "recording": 8,
@@ -72,7 +65,7 @@ KNOWN_WITHOUT_DOCSTRING = {
     "session": 4,
     "gradients": 10,
     "store": 14,
-    "records": 6,
+    "records": 2,
     "runtime": 1,
     "examples": 2,
 }

@@ -13,13 +13,13 @@ from tda_lightning.cli.command import command_line
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import cached_retrainings
 from tda_lightning.evaluation import (
-    RECORDED_SEED,
     GroundTruth,
     draw_seeds,
     draw_subsets,
     what_determines,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.ground_truth import RECORDED_SEED
 from tda_lightning.records.trajectory import Trajectory
 
 

@@ -8,13 +8,7 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
-from tda_lightning.evaluation.ground_truth import (
-    PROTOCOLS,
-    RECORDED_SEED,
-    GroundTruth,
-    draw_seeds,
-    what_determines,
-)
+from tda_lightning.evaluation.configuration import draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
     RemovalAgreement,
     agreement,
@@ -44,11 +38,10 @@ from tda_lightning.evaluation.top_removal import (
     removals,
     top_removal,
 )
+from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [
     "BASELINES",
-    "PROTOCOLS",
-    "RECORDED_SEED",
     "Estimate",
     "FreshTraining",
     "GroundTruth",

@@ -41,16 +41,16 @@ from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import TracIn
 from tda_lightning.evaluation import (
     BASELINES,
-    PROTOCOLS,
     last_checkpoint,
     last_layer_cosine,
     random_scores,
     self_loss,
 )
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.records.ground_truth import PROTOCOLS
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
-from tda_lightning.store.durable import write_text
+from tda_lightning.store.atomic_write import write_text
 from tda_lightning.store.layout import GROUND_TRUTH_FOLDER
 from tda_lightning.store.scores_file import replace_provenance
 

@@ -6,8 +6,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from tda_lightning.cli.command import clear_errors, required
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.records.errors import TrajectoryFormatError
-from tda_lightning.store.inspect import describe, description_table
+from tda_lightning.store.inspect import describe
 
 
 @clear_errors
