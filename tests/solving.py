@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning.curvature.products import as_rows
 from tda_lightning.gradients import GradientEngine
-from tda_lightning.records.scores import MemorySink
+from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.passes import Context
 from tda_lightning.tasks import AttributionTask

@@ -31,7 +31,8 @@ from tda_lightning.recording.processes import (
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
-from tda_lightning.records.scores import MemorySink, Scores, ScoreSink, StageSink
+from tda_lightning.records.score_sinks import MemorySink, ScoreSink, StageSink
+from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.loading import ExampleSource, PassLoader

@@ -355,39 +355,6 @@ def no_randomness() -> Iterator[None]:
         )
 
 
-def place(batch: Any, module: nn.Module) -> Any:
-    """The batch on the module's device, by the module's own transfer hooks where it has them."""
-    device = device_of(module)
-    hooks: Any = module
-    if hasattr(module, "on_after_batch_transfer"):  # a LightningModule
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        batch = hooks.transfer_batch_to_device(batch, device, 0)
-        return hooks.on_after_batch_transfer(batch, 0)
-    move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    return pytree.tree_map(move, batch)
-
-
-def fetch(source: ExampleSource, examples: Tensor) -> Any:
-    """The batch of these examples, read as a ``DataLoader`` reads it."""
-    if type(source.dataset) is TensorDataset and source.collate is default_collate:
-        return list(source.dataset[examples])  # the same batch, without a call for each example
-    indices = examples.tolist()
-    if hasattr(source.dataset, "__getitems__"):
-        return source.collate(source.dataset.__getitems__(indices))
-    return source.collate([source.dataset[index] for index in indices])
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
-
-
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
     """Weights, buffers, modes, gradients and what requires them, as before at the end; nothing

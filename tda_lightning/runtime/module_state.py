@@ -46,3 +46,11 @@ def _one_prepared(module: nn.Module, device: torch.device | None) -> Iterator[No
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def load_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy parameters and buffers into the module, by name."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients import Block, ExampleGradients, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
-from tda_lightning.records.scores import ScoreSink
+from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.replay.run import fetch, place
 from tda_lightning.runtime.loading import ExampleSource
