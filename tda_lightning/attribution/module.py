@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from tda_lightning.attribution.cache_key import digest_of
 from tda_lightning.attribution.matching import require_same_data
+from tda_lightning.attribution.processes import (
+    require_same_plan,
+    require_scorable,
+    written_by_first,
+)
 from tda_lightning.attribution.progress_bar import passing_trainer
 from tda_lightning.attribution.provenance import about_queries, about_stages, how_made
 from tda_lightning.attribution.rehearsal import Rehearsal
@@ -23,12 +28,6 @@ from tda_lightning.attribution.stages import StageSetup, set_up, training_sets, 
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
-from tda_lightning.recording.processes import (
-    Processes,
-    require_same_plan,
-    require_scorable,
-    written_by_first,
-)
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
 from tda_lightning.records.score_sinks import MemorySink, ScoreSink, StageSink
@@ -38,6 +37,7 @@ from tda_lightning.runtime import clock
 from tda_lightning.runtime.loading import ExampleSource, PassLoader
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.runtime.module_state import prepared
+from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Context, Held, Pass, Plan, Stage
 from tda_lightning.tasks import AttributionTask, example_noise

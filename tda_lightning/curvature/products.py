@@ -39,7 +39,7 @@ from tda_lightning.gradients.functional import (
     plain_recurrence,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.runtime.loading import rank_and_world
+from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Context
 from tda_lightning.tasks import example_noise

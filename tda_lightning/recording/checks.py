@@ -7,16 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from tda_lightning.recording.facts import Trained
-from tda_lightning.recording.processes import require_recordable
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_parameters
+from tda_lightning.runtime.processes import is_distributed
 from tda_lightning.store.fingerprint import LENGTH, compare_fingerprints
 
 
@@ -34,6 +40,30 @@ def require_supported(trainer: Trainer, module: LightningModule) -> None:
             "be told apart; expected training_step(self, batch, batch_idx)."
         )
     require_recordable(trainer)
+
+
+def require_recordable(trainer: Trainer) -> None:
+    """Check that the strategy trains as one process with more accumulation would.
+
+    Raises:
+        UnsupportedTrainingError: it does not, or its processes cannot be asked.
+    """
+    strategy = trainer.strategy
+    name, reason = type(strategy).__name__, None
+    if isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
+        reason = "it keeps gradients and optimizer where a callback cannot read them"
+    elif isinstance(strategy, ModelParallelStrategy):
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            reason = "with tensor_parallel_size > 1 several processes share one batch"
+    elif isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is not None:
+        reason = "with model_averaging_period its processes take steps of their own"
+    elif trainer.world_size > 1 and not is_distributed():
+        reason = f"its {trainer.world_size} processes are not those of torch.distributed"
+    if reason is not None:
+        raise UnsupportedTrainingError(
+            f"TrajectoryRecorder cannot record {name}: {reason}. Use Trainer(strategy='ddp'), "
+            "strategy='fsdp' or one device."
+        )
 
 
 def require_one_optimizer(trainer: Trainer) -> None:

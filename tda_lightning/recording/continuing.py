@@ -21,7 +21,6 @@ from tda_lightning.recording.curvature import (
 from tda_lightning.recording.facts import Trained, read_checkpoint, read_facts
 from tda_lightning.recording.indices import IndexCapture, Indices
 from tda_lightning.recording.jumps import Jumps
-from tda_lightning.recording.processes import Processes
 from tda_lightning.recording.resume import (
     RecorderState,
     continued_facts,
@@ -36,12 +35,14 @@ from tda_lightning.recording.resume import (
     stopped_state,
 )
 from tda_lightning.recording.schedule import spread
+from tda_lightning.recording.several_processes import gathered, shared_writer
 from tda_lightning.recording.sharded import Shards, require_whole
 from tda_lightning.recording.stages import ids, stage_under_way
 from tda_lightning.recording.step_log import Batch, StepLog, gradient_norm
 from tda_lightning.recording.stepping import StepWatch
 from tda_lightning.records.errors import RecordingError, TrajectoryError, TrajectoryFormatError
 from tda_lightning.records.trajectory import Facts, Steps
+from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import States, current_states
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
@@ -98,7 +99,7 @@ class ContinuingRecorder(Callback, ABC):
         self._reset()
 
     def _reset(self) -> None:
-        self._writer = self._processes.writer(TrajectoryWriter(self.path))
+        self._writer = shared_writer(TrajectoryWriter(self.path), self._processes)
         self._log = StepLog()
         self._facts: Facts | None = None  # None: nothing is being recorded
         self._trained: Trained = {}  # in any stage so far
@@ -150,7 +151,7 @@ class ContinuingRecorder(Callback, ABC):
         """Begin a stage where the set of trained parameters has changed."""
 
     def _together(self, rows: Steps) -> Steps:
-        return self._processes.gathered(rows, sharded=self._shards is not None)
+        return gathered(rows, self._processes, sharded=self._shards is not None)
 
     def _gradient_norm(self) -> Tensor:
         """Of what the present stage trains; of this process's pieces where they are spread."""

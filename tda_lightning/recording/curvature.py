@@ -27,11 +27,11 @@ from tda_lightning.gradients.composite import Rows, first_examples
 from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observe import Observer, blocks_of, gradients_of
 from tda_lightning.recording.complete import require_complete, unseen
-from tda_lightning.recording.processes import summed
 from tda_lightning.recording.undisturbed import undisturbed
 from tda_lightning.recording.wrapping import Wrapped
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import BlockStatistics
+from tda_lightning.runtime.processes import summed
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.observed import LossObserver, ObservedLoss, sampled_output_gradients

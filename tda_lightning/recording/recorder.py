@@ -29,7 +29,7 @@ from tda_lightning.recording.indices import IndexCapture, Indices, as_indices
 from tda_lightning.recording.jumps import Jumps
 from tda_lightning.recording.order import come_first, precedes_averaging
 from tda_lightning.recording.plan import RecordingPlan, plan_recording
-from tda_lightning.recording.processes import Processes
+from tda_lightning.recording.several_processes import shared_writer
 from tda_lightning.recording.sharded import require_whole
 from tda_lightning.recording.stages import begin_stage, held_parameters
 from tda_lightning.recording.step_log import (
@@ -39,6 +39,7 @@ from tda_lightning.recording.step_log import (
 )
 from tda_lightning.recording.stepping import unscaled
 from tda_lightning.records.trajectory import Facts
+from tda_lightning.runtime.processes import Processes
 from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
 
@@ -225,7 +226,7 @@ class TrajectoryRecorder(ContinuingRecorder):
         require_supported(trainer, pl_module)
         self._processes = Processes.of(trainer)
         self._capture = IndexCapture(random=self._processes.count == 1)
-        self._writer = self._processes.writer(TrajectoryWriter(self.path))
+        self._writer = shared_writer(TrajectoryWriter(self.path), self._processes)
         self._capture.install(trainer)
         if self._gatherer is not None:
             require_uncompiled(pl_module)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from tda_lightning.recording.processes import from_all, meeting_device
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Checkpoint, Facts
 from tda_lightning.runtime.compiled import plain_parameters
+from tda_lightning.runtime.processes import from_all, meeting_device, rank_and_world
 
 
 def require_whole(whole: bool, what: str) -> None:
@@ -159,14 +159,14 @@ class Shards:
         """The whole of what is cut like parameter ``name``; an empty tensor but in the first."""
         if _is_distributed(tensor):
             full: Tensor = tensor.detach().full_tensor()
-            return full.cpu() if _rank() == 0 else full.new_empty(0)
+            return full.cpu() if _is_first() else full.new_empty(0)
         sizes, shape = self.sizes[name], self.shapes[name]
         if sizes[0] == shape.numel():
-            return tensor.detach().reshape(shape) if _rank() == 0 else tensor.new_empty(0)
+            return tensor.detach().reshape(shape) if _is_first() else tensor.new_empty(0)
         # Collectives want equal sizes: every piece is filled up to the longest.
         mine = torch.zeros(max(sizes), dtype=dtype, device=meeting_device())
         mine[: tensor.numel()] = tensor.detach().reshape(-1)
-        parts = [torch.empty_like(mine) for _ in sizes] if _rank() == 0 else None
+        parts = [torch.empty_like(mine) for _ in sizes] if _is_first() else None
         dist.gather(mine, parts, dst=0)
         if parts is None:
             return mine.new_empty(0)
@@ -212,5 +212,5 @@ def _scalar(value: Any) -> Tensor | None:
     return whole.detach().cpu()
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _is_first() -> bool:
+    return rank_and_world()[0] == 0

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-
-def rank_and_world() -> tuple[int, int]:
-    """Which of the processes at work this is, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+from tda_lightning.runtime.processes import rank_and_world
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import as_matrices
 from tda_lightning.gradients import scaled
-from tda_lightning.runtime.loading import rank_and_world
+from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.solvers.problem import Problem, Work
 
 

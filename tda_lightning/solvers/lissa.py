@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import check_product
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.runtime.loading import rank_and_world
+from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.solvers.problem import Problem, Work, check_limits, inner, norms
 
 

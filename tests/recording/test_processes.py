@@ -20,13 +20,15 @@ from torch import nn
 from torch.utils.data import DistributedSampler, WeightedRandomSampler
 
 from tda_lightning.recording import TrajectoryRecorder
-from tda_lightning.recording.processes import interleaved, require_recordable, summed
+from tda_lightning.recording.checks import require_recordable
+from tda_lightning.recording.several_processes import interleaved
 from tda_lightning.records.errors import (
     RecordingError,
     TrajectoryExistsError,
     UnsupportedTrainingError,
 )
 from tda_lightning.records.trajectory import Steps
+from tda_lightning.runtime.processes import summed
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.processes import connect, outcomes, results

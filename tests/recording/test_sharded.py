@@ -18,7 +18,7 @@ from tda_lightning import AttributionModule
 from tda_lightning.estimators import TracIn
 from tda_lightning.recording.checks import trained_parameters
 from tda_lightning.recording.facts import read_checkpoint
-from tda_lightning.recording.processes import interleaved
+from tda_lightning.recording.several_processes import interleaved
 from tda_lightning.recording.sharded import Shards
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts, ParameterFact

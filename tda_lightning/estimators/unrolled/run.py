@@ -23,7 +23,7 @@ from tda_lightning.estimators.unrolled.moves import Move, least_budget, plan_mov
 from tda_lightning.estimators.unrolled.refusals import require_exact
 from tda_lightning.estimators.unrolled.unfinished import Unfinished
 from tda_lightning.replay.run import Replay
-from tda_lightning.runtime.loading import rank_and_world
+from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.passes import Context, Pass, Plan, memory_budget
 
 if TYPE_CHECKING:
