@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.session.passes import Context
+from tda_lightning.session.session import Session
 
 
-def digest_of(context: Context, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
+def digest_of(context: Session, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
     """Digest of weights, data, task and code, as far as it can be seen.
 
     Code is seen by what it computes: the losses of the first examples at each checkpoint.

@@ -29,7 +29,7 @@ from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -83,7 +83,7 @@ class CurvatureFit:
     def __init__(
         self,
         kind: str,
-        context: Context,
+        context: Session,
         steps: Sequence[int],
         scale: Mapping[str, Tensor] | None = None,
         seed: int = 0,
@@ -252,7 +252,7 @@ def digest_of(bases: Bases) -> str:
 
 
 def cache_key(
-    context: Context,
+    context: Session,
     kind: str,
     steps: Sequence[int],
     seed: int,
@@ -271,7 +271,7 @@ def cache_key(
         "seed": seed,
         "scale": scales.hexdigest(),
         "sides": sides,
-        "alike": context.alike(steps),
+        "alike": context.cache_key(steps),
         "sampled": context.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
     }

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import measure
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.replay.run import borrowed, fetch, load, place
-from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.replay.run import borrowed
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.tasks import ClassificationTask, RegressionTask, silenced
 
 
@@ -99,12 +100,12 @@ def each_response(
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
     with borrowed(module), silenced(module):
-        load(module, state)
+        load_tensors(module, state)
         module.eval()
         batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]
         anchors = [_anchor(module, task, batch) for batch in batches]
         for example in examples:
-            load(module, state)
+            load_tensors(module, state)
             given_up = place(fetch(source, torch.tensor([example])), module)
             _minimise(module, task, batches, anchors, given_up, len(source), damping, iterations)
             moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}

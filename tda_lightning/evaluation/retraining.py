@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tda_lightning.evaluation.stacked import run_stacked
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, borrowed, fetch, initial, load, place
-from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.replay.run import Replay, State, Walk, borrowed, initial
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
 
@@ -118,7 +119,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), silenced(replay.module), unchanged_randomness():
-        load(replay.module, initial(replay.trajectory))
+        load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
         with example_noise(0, examples):
@@ -177,7 +178,7 @@ def of_each_batch(
     under ``state``."""
     found = []
     with borrowed(module), silenced(module), torch.no_grad():
-        load(module, state)
+        load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)

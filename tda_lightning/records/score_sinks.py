@@ -216,5 +216,3 @@ def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:
         block = block.new_zeros(len(block), len(unique)).index_add_(1, inverse, block)
         columns = unique
     target[:, columns] += block
-
-

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset, default_collate
 
 from tda_lightning.records.errors import (
     TrajectoryMismatchError,
@@ -21,7 +19,8 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.stages import require_one_stage
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import run_eagerly, uncompiled
-from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks import AttributionTask, example_noise, run_training_step
 
@@ -215,7 +214,7 @@ class Walk:
 
     def go_back(self, where: Standstill) -> None:
         """Take up the walk at ``where``."""
-        load(self.replay.module, where.tensors)
+        load_tensors(self.replay.module, where.tensors)
         self.optimizer.state.clear()
         for name, parameter in self.trained.items():
             if state := where.optimizer.get(name):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.runtime.compiled import run_eagerly
-from tda_lightning.tasks import silenced
+from tda_lightning.runtime.silence import silenced
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
-from tda_lightning.runtime.loading import ExampleSource, fetch, place, rank_and_world
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
 from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
-from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
 
 T = TypeVar("T")
@@ -195,9 +196,7 @@ class Session:
         """
         return self.pace.loop(self.prefix + title, items, total, memory)
 
-    def query_rounds(
-        self, bytes_each: int, budget: int | None = None
-    ) -> Iterator[tuple[int, int]]:
+    def query_rounds(self, bytes_each: int, budget: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of queries that fit into memory together.
 
         Args:
@@ -238,9 +237,7 @@ class Session:
     def add_self_influence(self, examples: Tensor, values: Tensor) -> None:
         """Add to the self-influence of ``examples`` [batch]."""
         if self._self_influence is None:
-            self._self_influence = torch.zeros(
-                self.num_train, dtype=self.dtype, device=self.device
-            )
+            self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
         self._self_influence.index_add_(0, examples, values.to(self._self_influence))
 
     def finish_self_influence(self) -> None:

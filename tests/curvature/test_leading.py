@@ -12,7 +12,7 @@ from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.averaged import AveragedRun
 from tda_lightning.gradients import Joined, scaled
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.session.passes import Plan, Session
 from tests import oracles
 from tests.attributing import attribute, relative
 from tests.cases import Case
@@ -37,10 +37,10 @@ class Probe:
     def __init__(self, **options) -> None:
         self.options = Source(1, seed=SEED, **options)
 
-    def segment_count(self, context: Context) -> None:
+    def segment_count(self, context: Session) -> None:
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         self.run = AveragedRun(self.options, context)
         return Plan(self.run.curvature_passes())
 
@@ -199,14 +199,14 @@ def test_all_directions_follow_the_recorded_order_as_the_exact_matrix_does(
 ) -> None:
     """The same sampled Fisher as one dense matrix."""
 
-    def sampled(context: Context, batch, examples):
-        return [context.fisher_gradients(batch, examples, SEED + context.held_step)]
+    def sampled(context: Session, batch, examples):
+        return [context.fisher_gradients(batch, examples, SEED + context.loaded_step)]
 
     run, module, data = train(CLASSIFIER, OPTIMIZERS[optimizer], checkpoints=CHECKPOINTS)
     options = {"segment_steps": [3], "order": "recorded", "seed": SEED}
     work = (CLASSIFIER, run, module, data)
     found = attribute(*work, Source(leading_directions=10**9, **options))
-    monkeypatch.setattr(Context, "gauss_newton_gradients", sampled)
+    monkeypatch.setattr(Session, "gauss_newton_gradients", sampled)
     expected = attribute(*work, Source(curvature="exact", **options))
     assert relative(found.by_segment, expected.by_segment) < 1e-7
 
@@ -315,7 +315,7 @@ def test_directions_are_kept_with_the_trajectory(order, monkeypatch) -> None:
     def fitted_again(*_):
         raise AssertionError("curvature was fitted although it had been kept")
 
-    monkeypatch.setattr(Context, "fisher_gradients", fitted_again)
+    monkeypatch.setattr(Session, "fisher_gradients", fitted_again)
     assert torch.equal(attribute(*work, estimator).values, first.values)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolled.run import UnrolledRun
@@ -38,7 +38,7 @@ class Unfinished:
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
         """That of the queries ``first`` to ``last``."""
-        if run.context.world_size > 1:
+        if run.context.num_processes > 1:
             return Unfinished("", None)
         key = _key(run, first, last)
         kept = run.trajectory.unfinished.get(key)
@@ -54,7 +54,7 @@ class Unfinished:
         """Keep the state at ``row``, where much work would be lost without."""
         began = time.monotonic()
         recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
-        if run.context.world_size > 1 or (recent and row > run.first_row):
+        if run.context.num_processes > 1 or (recent and row > run.first_row):
             return
         # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
         found = {name: tensor.clone() for name, tensor in run.tensors().items()}
@@ -71,7 +71,7 @@ class Unfinished:
 def _key(run: UnrolledRun, first: int, last: int) -> str:
     context = run.context
     digest = hashlib.sha256()
-    digest.update(context.alike([run.checkpoints[-1]]).encode())
+    digest.update(context.cache_key([run.checkpoints[-1]]).encode())
     facts = run.trajectory.facts
     about = {
         # Neither how much memory there is nor where states are kept changes a score.
@@ -91,7 +91,7 @@ def _key(run: UnrolledRun, first: int, last: int) -> str:
     return digest.hexdigest()
 
 
-def _update_with_queries(digest: hashlib._Hash, context: Context, first: int, last: int) -> None:
+def _update_with_queries(digest: hashlib._Hash, context: Session, first: int, last: int) -> None:
     for batch, indices in context.queries(first, last):
         for leaf in pytree.tree_leaves([batch, indices]):
             if isinstance(leaf, Tensor):

@@ -1,0 +1,5 @@
+"""placeholder until the schema lands."""
+
+from typing import Any
+
+Provenance = dict[str, Any]
