@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.tasks import example_noise
+from tda_lightning.tasks import seeded_examples
 from tests import oracles
 from tests.attributing import CaseTask
 from tests.cases import Case
@@ -49,7 +49,7 @@ def sampled_loss(case: Case, run, data):
     def loss(module: nn.Module, n: int) -> Tensor:
         held = module.get_parameter(first)
         (step,) = [s for s, c in run.checkpoints.items() if torch.equal(c.parameters[first], held)]
-        with example_noise(SEED + step, torch.tensor([n])):
+        with seeded_examples(SEED + step, torch.tensor([n])):
             return task.sampled_loss(module, oracles.take(data, [n])).sum()
 
     return loss

@@ -35,7 +35,6 @@ def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], siz
         num_query=1,
         examples=source,
         queries=lambda start, stop: [],
-        reduce=lambda values: values,
         cache_key=lambda steps: "",
         batch_size=size,
     )

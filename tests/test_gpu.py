@@ -15,7 +15,7 @@ from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, T
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.store import open_trajectory
-from tda_lightning.tasks import ClassificationTask, example_noise
+from tda_lightning.tasks import ClassificationTask, seeded_examples
 from tests.attributing import CaseTask
 from tests.cases import CASES
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
@@ -159,7 +159,7 @@ def test_sampled_labels_are_those_of_the_cpu():
     losses = []
     for device in ("cpu", "cuda"):
         placed = tuple(part.to(device) for part in batch)
-        with example_noise(3, torch.arange(7, device=device)):
+        with seeded_examples(3, torch.arange(7, device=device)):
             losses.append(ClassificationTask().sampled_loss(module.to(device), placed).cpu())
     torch.testing.assert_close(losses[1], losses[0])
 

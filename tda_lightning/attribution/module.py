@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -166,7 +166,7 @@ class AttributionModule(LightningModule):
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
-                scores = sink.finish({**made, **(provenance or {})})
+                scores = sink.finish(cast(Provenance, {**made, **(provenance or {})}))
             except BaseException:
                 sink.abort()
                 raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tda_lightning.session.session import Session, Stage
-from tda_lightning.tasks import AttributionTask, example_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 
 def how_made(
@@ -55,7 +55,7 @@ def about_queries(context: Session) -> dict[str, Any]:
     with torch.no_grad():
         for batch, indices in context.queries(0, context.num_query):
             measurements += context.measurement(context.module, batch, indices).tolist()
-            with example_noise(0, indices):
+            with seeded_examples(0, indices):
                 words = context.task.prediction(context.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
     found: dict[str, Any] = {"measurements": measurements}

@@ -15,7 +15,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource, place
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import example_noise
+from tda_lightning.tasks import seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -78,7 +78,7 @@ def open_session(
     )
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
-    with example_noise(0, indices):
+    with seeded_examples(0, indices):
         task.prepare(module, batch)
     engine.discover(session.train_loss, batch, indices, task.separable)
     return session

@@ -42,7 +42,7 @@ from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.passes import Session
-from tda_lightning.tasks import example_noise
+from tda_lightning.tasks import seeded_examples
 from tda_lightning.tasks.gauss_newton import require_losses
 
 PRODUCTS = ("gauss_newton", "hessian")
@@ -285,7 +285,7 @@ class _BatchCurvature:
         lossy = Lossy(self.context.module, function)
         named = {_PREFIX + name: value for name, value in parameters.items()}
         # Capture takes fused layers apart.
-        with example_noise(0, self.examples), _PaddingHeld(), Capture({}):
+        with seeded_examples(0, self.examples), _PaddingHeld(), Capture({}):
             return torch.func.functional_call(lossy, named, (self.batch, self.examples))
 
 

@@ -76,10 +76,10 @@ class TracIn:
         segments: list[list[int]] = []
         notes = [NO_SELF]
         for number, stage in enumerate(stages, start=1):
-            own, first = self.score(stage.session), stage.first_step
-            checkpoints += [first + step for step in own["checkpoints"]]
-            segments += [[first + start, first + stop] for start, stop in own["segments"]]
-            notes += [f"Stage {number}: {note}" for note in own["notes"]]
+            notes += [f"Stage {number}: {note}" for note in self.score(stage.session)["notes"]]
+            for start, step in _intervals(stage.session):
+                checkpoints.append(stage.first_step + step)
+                segments.append([stage.first_step + start, stage.first_step + step])
         return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
 
 

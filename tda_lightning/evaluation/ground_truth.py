@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.store.fingerprint import digest, fingerprint
+from tda_lightning.store.fingerprint import fingerprint
 from tda_lightning.tasks import AttributionTask, as_task
 
 # single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import measure
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.replay.run import borrowed
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
-from tda_lightning.runtime.module_state import load_tensors
-from tda_lightning.tasks import ClassificationTask, RegressionTask, silenced
+from tda_lightning.runtime.module_state import borrowed, load_tensors
+from tda_lightning.tasks import ClassificationTask, RegressionTask
 
 
 class _Constant(nn.Module):
@@ -99,7 +98,7 @@ def each_response(
         raise ValueError(f"damping must be positive to have one answer, got {damping}.")
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
-    with borrowed(module), silenced(module):
+    with borrowed(module):
         load_tensors(module, state)
         module.eval()
         batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]

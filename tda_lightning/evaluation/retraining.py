@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from tda_lightning.evaluation.stacked import run_stacked
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, borrowed, initial
+from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
-from tda_lightning.runtime.module_state import load_tensors
+from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, example_noise, silenced
+from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
 Found = TypeVar("Found")
 
@@ -99,7 +99,7 @@ def retrain_each(
 
 def _run(replay: Replay, weights: Tensor) -> State:
     """One run by torch.optim."""
-    with borrowed(replay.module), silenced(replay.module), replay.as_trained():
+    with borrowed(replay.module), replay.as_trained():
         walk = Walk(replay)
         walk.restart(0)
         for row in range(replay.trajectory.last_step):
@@ -118,11 +118,11 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     # On a copy: a task that prepares itself on one batch would fix what differs by batch.
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
-    with borrowed(replay.module), silenced(replay.module), unchanged_randomness():
+    with borrowed(replay.module), unchanged_randomness():
         load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
     if not probe.separable:
         raise ValueError(
@@ -177,12 +177,12 @@ def of_each_batch(
     """What ``read`` finds in each batch of ``source``, in order, the module being in eval mode
     under ``state``."""
     found = []
-    with borrowed(module), silenced(module), torch.no_grad():
+    with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with example_noise(0, examples):
+            with seeded_examples(0, examples):
                 found.append(read(place(fetch(source, examples), module)))
     return found
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import (
     Scores,
     require_candidates,
@@ -35,7 +36,7 @@ class ScoreSink(Protocol):
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores; a file appears under its name only now."""
 
     def abort(self) -> None:
@@ -70,7 +71,7 @@ class StageSink:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Candidates belong to the scores of all stages together.")
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores of all stages."""
         return self.sink.finish(provenance)
 
@@ -184,7 +185,7 @@ class MemorySink:
             row.fill_(torch.nan)
             row[chosen] = 0
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores."""
         self._sum_segments()
         return Scores(

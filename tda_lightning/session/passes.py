@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Session, Stage, memory_budget
 
 __all__ = ["NO_SELF", "Pass", "Plan", "Session", "Stage", "memory_budget", "numbered", "run_plan"]
@@ -86,7 +87,7 @@ def numbered(passes: Sequence[Pass], stage: int) -> list[Pass]:
     return [replace(one, stage=stage, title=f"stage {stage + 1}, {one.title}") for one in passes]
 
 
-def run_plan(plan: Plan, sessions: Sequence[Session]) -> dict[str, Any]:
+def run_plan(plan: Plan, sessions: Sequence[Session]) -> Provenance:
     """Run the passes over the sessions of the stages; the provenance, notes among it."""
     current: Plan | None = plan
     while current is not None:
@@ -105,4 +106,4 @@ def run_plan(plan: Plan, sessions: Sequence[Session]) -> dict[str, Any]:
             if task.end is not None:
                 task.end()
         current = plan.rest()
-    return {**plan.provenance, "notes": plan.notes}
+    return cast(Provenance, {**plan.provenance, "notes": plan.notes})

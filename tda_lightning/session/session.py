@@ -25,7 +25,7 @@ from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
-from tda_lightning.tasks import AttributionTask, example_noise, gauss_newton_losses
+from tda_lightning.tasks import AttributionTask, gauss_newton_losses, seeded_examples
 
 T = TypeVar("T")
 
@@ -273,7 +273,7 @@ class Session:
             return self.train_gradients(batch, examples)
 
         def sampled(module: nn.Module, part: Any, indices: Tensor) -> Tensor:
-            with example_noise(seed, indices):
+            with seeded_examples(seed, indices):
                 return self.task.sampled_loss(module, part)
 
         return self.engine.gradients(sampled, batch, examples)
@@ -282,7 +282,7 @@ class Session:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
 
         def factors(module: nn.Module, part: Any, indices: Tensor) -> Iterable[Tensor]:
-            with example_noise(0, indices):
+            with seeded_examples(0, indices):
                 return gauss_newton_losses(self.task, module, part)
 
         return self.engine.each_gradient(factors, batch, examples)
@@ -290,12 +290,12 @@ class Session:
     def train_loss(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
         """The training loss of each example, [batch]."""
         # The noise is not used; its context tells the task how many examples there are.
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             return self.task.train_loss(module, batch)
 
     def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch]."""
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             return self.task.measurement(module, batch)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tda_lightning.records.errors import TrajectoryExistsError
 from tda_lightning.records.trajectory import Checkpoint, Facts, Statistics, Steps
+from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
 from tda_lightning.store.cut import cut, remove_unfinished
 from tda_lightning.store.durable import make_folder, sync_folder
-from tda_lightning.store.fingerprint import digest
 from tda_lightning.store.h5 import put_json, put_tensors, writing
 from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
 from tda_lightning.store.statistics_folder import write_statistics

@@ -3,9 +3,9 @@
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.classification import ClassificationTask
+from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
-from tda_lightning.tasks.noise import example_noise
 from tda_lightning.tasks.regression import RegressionTask
 from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
 
@@ -29,9 +29,9 @@ __all__ = [
     "RegressionTask",
     "TrainingStepTask",
     "as_task",
-    "example_noise",
     "gauss_newton_losses",
     "run_training_step",
     "sampled_gauss_newton_loss",
+    "seeded_examples",
     "silenced",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.tasks.noise import active_examples
+from tda_lightning.tasks.example_seeds import active_examples
 
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 

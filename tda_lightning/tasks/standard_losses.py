@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tda_lightning.tasks.noise import random_signs
+from tda_lightning.tasks.example_seeds import random_signs
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class SquaredLoss(StandardLoss):
     predicted: Tensor
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        """Labels at o +- sqrt(1/2), the variance that METHODS asks for of (o - y)^2."""
+        """Labels at o +- sqrt(1/2): the variance for (o - y)^2 (docs/methods.md, "Units")."""
         return _random_signs(scale, stream) * next(self.factors(scale))
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks import batches
-from tda_lightning.tasks.base import AttributionTask, source_digest
+from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.interception import (
     Call,
@@ -22,7 +24,6 @@ from tda_lightning.tasks.interception import (
     intercept,
     standard_outputs,
 )
-from tda_lightning.tasks.noise import example_noise
 
 
 class TrainingStepTask(AttributionTask):
@@ -218,7 +219,7 @@ class TrainingStepTask(AttributionTask):
                 self.notes.append("training_step draws random numbers: its losses differ by call.")
                 return
             try:
-                with example_noise(0, torch.zeros(1, dtype=torch.int64)):
+                with seeded_examples(0, torch.zeros(1, dtype=torch.int64)):
                     alone = torch.cat(
                         [
                             self.train_loss(module, batches.take(batch, index, size))

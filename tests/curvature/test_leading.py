@@ -12,7 +12,8 @@ from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.averaged import AveragedRun
 from tda_lightning.gradients import Joined, scaled
-from tda_lightning.session.passes import Plan, Session
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.passes import Plan, Session, run_plan
 from tests import oracles
 from tests.attributing import attribute, relative
 from tests.cases import Case
@@ -40,9 +41,9 @@ class Probe:
     def segment_count(self, context: Session) -> None:
         return None
 
-    def plan(self, context: Session) -> Plan:
-        self.run = AveragedRun(self.options, context)
-        return Plan(self.run.curvature_passes())
+    def score(self, session: Session) -> Provenance:
+        self.run = AveragedRun(self.options, session)
+        return run_plan(Plan(self.run.curvature_passes()), [session])
 
     def order(self, run) -> Tensor:
         """The flat place of each entry of the row that joins all blocks."""

@@ -24,8 +24,8 @@ from tda_lightning.records.errors import (
     TrajectoryNotFoundError,
 )
 from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
+from tda_lightning.runtime.digests import digest
 from tda_lightning.store import compare_fingerprints, fingerprint, layout, open_trajectory
-from tda_lightning.store.fingerprint import digest
 from tda_lightning.store.inspect import describe, inspect_table
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.runs import Net, Numbered, Stream, adamw, fit

@@ -11,8 +11,8 @@ from tda_lightning.tasks import (
     LanguageModelingTask,
     RegressionTask,
     TrainingStepTask,
-    example_noise,
     gauss_newton_losses,
+    seeded_examples,
 )
 from tests.cases.tasks import (
     EXAMPLES,
@@ -35,7 +35,7 @@ def test_sampled_losses_have_the_gauss_newton_matrix_as_second_moment(name):
     draws = 150
     moments = []
     for draw in range(draws):
-        with example_noise(draw, torch.arange(EXAMPLES)):
+        with seeded_examples(draw, torch.arange(EXAMPLES)):
             gradients = per_example_gradients(task.sampled_loss(module, batch), module)
         moments.append(gradients.T @ gradients)
     moments = torch.stack(moments)
@@ -57,7 +57,7 @@ def test_reduction_of_the_same_total_changes_nothing():
     results = []
     for name in ("mean", "module", "sum", "none", "nll"):
         module, batch = built(name)
-        with example_noise(0, torch.arange(EXAMPLES)):
+        with seeded_examples(0, torch.arange(EXAMPLES)):
             results.append(
                 per_example_gradients(TrainingStepTask().sampled_loss(module, batch), module)
             )
@@ -78,7 +78,7 @@ def test_noise_belongs_to_the_example(name):
     def sampled(order, seed=1):
         rows = torch.tensor(order)
         take = torch.utils._pytree.tree_map(lambda value: value[rows], batch)
-        with example_noise(seed, indices[rows]):
+        with seeded_examples(seed, indices[rows]):
             return per_example_gradients(task.sampled_loss(module, take), module)
 
     whole = sampled(range(EXAMPLES))
@@ -91,9 +91,9 @@ def test_noise_belongs_to_the_example(name):
 
 
 def test_noise_is_uniform():
-    from tda_lightning.tasks.noise import random_integers
+    from tda_lightning.tasks.example_seeds import random_integers
 
-    with example_noise(3, torch.arange(400)):
+    with seeded_examples(3, torch.arange(400)):
         draws = random_integers(400, 50, 0, torch.device("cpu")).double() / 2**31
         other = random_integers(400, 50, 1, torch.device("cpu")).double() / 2**31
     assert draws.min() >= 0
@@ -124,9 +124,9 @@ def test_masked_classes_and_sure_models_stay_finite():
 
 
 def test_many_classes_have_independent_signs():
-    from tda_lightning.tasks.noise import random_signs
+    from tda_lightning.tasks.example_seeds import random_signs
 
-    with example_noise(0, torch.arange(2000)):
+    with seeded_examples(0, torch.arange(2000)):
         signs = random_signs(2000, 2, 70, 0, torch.device("cpu")).flatten(1).double()
         longer = random_signs(2000, 3, 70, 0, torch.device("cpu")).flatten(1)
     correlations = signs.T @ signs / 2000 - torch.eye(140)
@@ -137,8 +137,8 @@ def test_many_classes_have_independent_signs():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_noise_is_the_same_on_the_gpu():
-    from tda_lightning.tasks.noise import random_integers
+    from tda_lightning.tasks.example_seeds import random_integers
 
-    with example_noise(-7, torch.tensor([3, 2**40])):
+    with seeded_examples(-7, torch.tensor([3, 2**40])):
         draws = [random_integers(2, 9, 1, torch.device(name)).cpu() for name in ("cpu", "cuda")]
     assert torch.equal(*draws)

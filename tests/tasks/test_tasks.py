@@ -14,7 +14,7 @@ from tda_lightning.tasks import (
     LanguageModelingTask,
     RegressionTask,
     TrainingStepTask,
-    example_noise,
+    seeded_examples,
 )
 from tests.cases.tasks import (
     BITS,
@@ -59,7 +59,7 @@ def test_torch_func_agrees_with_a_plain_loop(name, method):
             self.inner = module
 
         def forward(self, batch, indices):
-            with example_noise(5, indices):
+            with seeded_examples(5, indices):
                 return getattr(task, method)(self.inner, batch)
 
     caller = Call()
@@ -211,7 +211,7 @@ MODULE = Step(STEPS["mean"][0])
         (lambda: LanguageModelingTask(reduction="all"), "reduction must be one of"),
         (lambda: RegressionTask(loss="l1"), "loss='mse'"),
         (lambda: ClassificationTask(measure="accuracy"), "'loss' or 'margin'"),
-        (lambda: example_noise(0, torch.zeros(2)).__enter__(), "integer tensor"),
+        (lambda: seeded_examples(0, torch.zeros(2)).__enter__(), "integer tensor"),
     ],
 )
 def test_errors_say_what_to_do(call, message):

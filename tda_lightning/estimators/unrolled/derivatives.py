@@ -24,7 +24,7 @@ from tda_lightning.gradients.functional import ends_early
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, example_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 Parameters = Mapping[str, Tensor]
 _CACHE = 1 << 20  # bytes
@@ -118,7 +118,7 @@ def batch_derivatives(
     def run(changed: Any) -> tuple[Tensor, Tensor]:
         if draws is not None:
             draws.forward.restore()
-        with example_noise(0, examples):
+        with seeded_examples(0, examples):
             return task.batch_loss(replay.module, changed, by_position)
 
     try:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 _BITS = 31  # of each hash; they fit an int32, which halves the memory of unpacking them
 
-_ACTIVE: ContextVar[tuple[int, Tensor] | None] = ContextVar("example_noise", default=None)
+_ACTIVE: ContextVar[tuple[int, Tensor] | None] = ContextVar("seeded_examples", default=None)
 
 
 @contextmanager
-def example_noise(seed: int, examples: Tensor) -> Iterator[None]:
+def seeded_examples(seed: int, examples: Tensor) -> Iterator[None]:
     """Draw the noise of this batch from (seed, example) alone while the context is active.
 
     Args:
@@ -29,7 +29,7 @@ def example_noise(seed: int, examples: Tensor) -> Iterator[None]:
     """
     if examples.dim() != 1 or examples.is_floating_point():
         raise ValueError(
-            "example_noise expects the data-set indices of the batch as an integer tensor "
+            "seeded_examples expects the data-set indices of the batch as an integer tensor "
             f"[batch], got {examples.dtype} of shape {list(examples.shape)}."
         )
     token = _ACTIVE.set((seed, examples.long()))
@@ -40,7 +40,7 @@ def example_noise(seed: int, examples: Tensor) -> Iterator[None]:
 
 
 def active_examples() -> Tensor | None:
-    """Indices given to the active :func:`example_noise`, [batch]; None outside of one."""
+    """Indices given to the active :func:`seeded_examples`, [batch]; None outside of one."""
     active = _ACTIVE.get()
     return None if active is None else active[1]
 
@@ -48,7 +48,7 @@ def active_examples() -> Tensor | None:
 def random_integers(batch: int, positions: int, stream: int, device: torch.device) -> Tensor:
     """Uniform integers in [0, 2^31), [batch, positions].
 
-    Outside :func:`example_noise` they come from torch's global generator.
+    Outside :func:`seeded_examples` they come from torch's global generator.
 
     Args:
         stream: tells the losses of one task apart.
@@ -59,7 +59,7 @@ def random_integers(batch: int, positions: int, stream: int, device: torch.devic
     seed, examples = active
     if len(examples) != batch:
         raise ValueError(
-            f"example_noise was given {len(examples)} indices for a batch of {batch} examples: "
+            f"seeded_examples was given {len(examples)} indices for a batch of {batch} examples: "
             "give one index for each example."
         )
     examples = examples.to(device)
