@@ -39,9 +39,6 @@ HOMES = {
 KNOWN_UPWARD = {
     ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
-    ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -50,7 +47,7 @@ KNOWN_CYCLES = {
     ("estimators", 4),
     ("estimators", 8),
     ("gradients", 3),
-    ("records, store", 2),
+    ("records, store", 3),
     ("records, store", 6),
     ("recording", 2),
 }
@@ -58,21 +55,19 @@ KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
     ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "cli": 1,
     "report": 1,
-    "attribution": 1,
     "recording": 8,
     "estimators": 15,
     "solvers": 17,
-    "replay": 3,
+    "replay": 1,
     "curvature": 5,
-    "session": 4,
+    "session": 1,
     "gradients": 10,
     "store": 14,
-    "records": 6,
+    "records": 2,
     "runtime": 1,
     "examples": 2,
 }
