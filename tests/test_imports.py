@@ -39,9 +39,7 @@ HOMES = {
 KNOWN_UPWARD = {
     ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
     ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -58,7 +56,6 @@ KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
     ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "cli": 1,
@@ -72,7 +69,7 @@ KNOWN_WITHOUT_DOCSTRING = {
     "session": 4,
     "gradients": 10,
     "store": 14,
-    "records": 6,
+    "records": 2,
     "runtime": 1,
     "examples": 2,
 }
