@@ -1,14 +1,15 @@
 r"""Least squares in two weights: small enough to check every score by hand.
 
-Example n has the loss :math:`l_n = (w \cdot x_n - y_n)^2 / 2`. Two examples have the input (2, 0) and
-the targets 3 and 1, two have (0, 1) and again 3 and 1. The best weights are (1, 2), and there
+Example n has the loss :math:`l_n = (w \cdot x_n - y_n)^2 / 2`. Two examples have the input
+(2, 0) and the targets 3 and 1, two have (0, 1) and again 3 and 1. The best weights are (1, 2), and
+there
 
 - the gradients are (-2, 0), (2, 0), (0, -1) and (0, 1),
 - the curvature of the mean loss is diag(2, 1/2),
 - the query, whose input is (1, 1) and whose target is 0, has the gradient (3, 3).
 
-Gradient descent that starts at the best weights stays there. So an estimator's score of example n is
-:math:`3 g_n f(\sigma_n) / 4`, with f its own function of the eigenvalue 2 or 1/2.
+Gradient descent that starts at the best weights stays there. So an estimator's score of example n
+is :math:`3 g_n f(\sigma_n) / 4`, with f its own function of the eigenvalue 2 or 1/2.
 """
 
 from __future__ import annotations
