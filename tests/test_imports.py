@@ -48,9 +48,9 @@ KNOWN_CYCLES = {
     ("estimators", 4),
     ("estimators", 8),
     ("gradients", 3),
+    ("recording", 2),
     ("records, store", 2),
     ("records, store", 6),
-    ("recording", 2),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
@@ -58,6 +58,7 @@ KNOWN_HOMES = {
     ("records", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
+    "examples": 2,
     "cli": 1,
     "report": 1,
     "attribution": 1,
@@ -71,7 +72,6 @@ KNOWN_WITHOUT_DOCSTRING = {
     "store": 14,
     "records": 2,
     "runtime": 1,
-    "examples": 2,
 }
 
 
