@@ -38,7 +38,6 @@ HOMES = {
 
 KNOWN_UPWARD = {
     ("cli", "examples"),
-    ("records", "store"),
     ("session", "replay"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
@@ -48,8 +47,6 @@ KNOWN_CYCLES = {
     ("estimators", 4),
     ("estimators", 8),
     ("gradients", 3),
-    ("records, store", 2),
-    ("records, store", 6),
     ("recording", 2),
 }
 KNOWN_HOMES = {
