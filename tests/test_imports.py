@@ -55,6 +55,7 @@ KNOWN_HOMES = {
     ("records", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
+    "examples": 2,
     "cli": 1,
     "report": 1,
     "attribution": 1,
@@ -68,7 +69,6 @@ KNOWN_WITHOUT_DOCSTRING = {
     "store": 14,
     "records": 2,
     "runtime": 1,
-    "examples": 2,
 }
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
+from tda_lightning.optimizers import STEP_COUNT, apply_settings, make_optimizer, rule_of
 from tda_lightning.records.errors import (
     TrajectoryMismatchError,
     UnsupportedTrainingError,
@@ -103,7 +103,7 @@ class Replay:
             TrajectoryMismatchError: another number of training examples than recorded.
         """
         facts, steps = self.trajectory.facts, self.trajectory.steps
-        self.trajectory.require_optimizer()
+        rule_of(self.trajectory)
         if not len(steps.examples):
             raise UnsupportedTrainingError(
                 "The trajectory holds no example indices, so its batches cannot be replayed: "
@@ -177,6 +177,8 @@ class Walk:
         module, facts = replay.module, replay.trajectory.facts
         self.trained = {name: module.get_parameter(name) for name in facts.parameters}
         self.optimizer = make_optimizer(replay.trajectory, self.trained)
+        # States that it begins with.
+        self._initial = {name: self.state_of(name) for name in self.trained}
         self.random: Snapshot | None = None
 
     def restart(self, step: int) -> None:
@@ -207,10 +209,10 @@ class Walk:
         load(self.replay.module, where.tensors)
         self.optimizer.state.clear()
         for name, parameter in self.trained.items():
-            if state := where.optimizer.get(name):
-                # The count of steps stays on the CPU, as torch.optim keeps it.
+            if state := where.optimizer.get(name) or self._initial[name]:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    # torch.optim keeps the count of steps on the CPU.
+                    key: value.to("cpu" if key == STEP_COUNT else parameter.device, copy=True)
                     for key, value in state.items()
                 }
         self.random = where.random
@@ -295,34 +297,6 @@ def clips_by_value(settings: Mapping[str, Any]) -> bool:
 def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:
     """A batch's loss as trained with weights on its examples; what it divides by is kept."""
     return (weights.to(losses) * losses).sum() * task.share(len(losses))
-
-
-def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:
-    """The recorded optimizer over ``trained``, its groups as recorded; settings come per step."""
-    facts = trajectory.facts
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [
-                trained[name] for name, fact in facts.parameters.items() if fact.group == number
-            ]
-        }
-        for number in range(trajectory.steps.learning_rate.shape[1])
-    ]
-    kinds: dict[str, type[Optimizer]] = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}
-    return kinds[facts.optimizer](groups, lr=0.0)  # type: ignore[call-arg]
-
-
-def apply_settings(trajectory: Trajectory, optimizer: Optimizer, row: int) -> None:
-    """Give every group the rate and hyper-parameters that step row + 1 used."""
-    steps = trajectory.steps
-    for number, group in enumerate(optimizer.param_groups):
-        found = {name: float(table[row, number]) for name, table in steps.hyperparameters.items()}
-        group["lr"] = float(steps.learning_rate[row, number])
-        if "beta1" in found:
-            group["betas"] = (found.pop("beta1"), found.pop("beta2"))
-        if "nesterov" in found:
-            found["nesterov"] = bool(found["nesterov"])
-        group.update(found)
 
 
 def initial(trajectory: Trajectory) -> State:
