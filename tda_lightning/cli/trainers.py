@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.utils import instantiate
@@ -20,17 +21,14 @@ SILENT: dict[str, Any] = {
 
 
 def configured_trainer(
-    node: DictConfig,
-    callbacks: list[Callback],
-    progress: type[RichProgressBar] | None = RichProgressBar,
+    node: DictConfig, callbacks: Sequence[Callback] = (), progress: bool = False
 ) -> Trainer:
-    """The Trainer of a configuration, with a progress bar where a person watches."""
-    show = bool(progress and node.get("enable_progress_bar", True) and sys.stderr.isatty())
-    if progress and show:
-        callbacks = [*callbacks, progress()]
+    """The Trainer of a configuration; with ``progress``, it has a bar where a person watches."""
+    show = progress and node.get("enable_progress_bar", True) and sys.stderr.isatty()
     given = instantiate(node.get("callbacks"), _convert_="all") or []
+    bar = [RichProgressBar()] if show else []
     make = instantiate(node, _partial_=True, _convert_="all")
-    return make(callbacks=[*given, *callbacks], enable_progress_bar=show)
+    return make(callbacks=[*given, *callbacks, *bar], enable_progress_bar=bool(show))
 
 
 def silent_trainer() -> Trainer:

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from tda_lightning.attribution.module import AttributionModule
-from tda_lightning.attribution.progress_bar import PassProgressBar
 from tda_lightning.cli.command import (
     clear_errors,
     command_line,
@@ -58,7 +57,7 @@ def attribute(config: DictConfig) -> None:
             train=data.train_dataset,
             query=data.query_dataset,
             batch_size=config.batch_size,
-            trainer=configured_trainer(config.trainer, [], PassProgressBar),
+            trainer=configured_trainer(config.trainer),
             scores_path=str(target),
             self_influence=config.self_influence,
             overwrite=config.overwrite,

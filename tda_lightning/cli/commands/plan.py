@@ -32,7 +32,7 @@ def plan(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda plan trajectory=FOLDER"))
     trajectory = Trajectory.load(str(folder))
     data, module, task = load_parts(config, load_config(folder))
-    trainer = configured_trainer(config.trainer, [], None)
+    trainer = configured_trainer(config.trainer)
     single = "estimator" in config
     if single:
         require_usable_solver(config)
@@ -68,6 +68,4 @@ def plan_recording(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
-    Console().print(
-        recorder.plan(module, configured_trainer(config.trainer, [recorder], None), data)
-    )
+    Console().print(recorder.plan(module, configured_trainer(config.trainer, [recorder]), data))

@@ -25,7 +25,7 @@ def train(config: DictConfig) -> None:
     seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
-    trainer = configured_trainer(config.trainer, [recorder, SaveConfig(config)])
+    trainer = configured_trainer(config.trainer, [recorder, SaveConfig(config)], progress=True)
     try:
         trainer.fit(module, datamodule=data)
     except (KeyboardInterrupt, SystemExit):
