@@ -38,7 +38,6 @@ HOMES = {
 
 KNOWN_UPWARD = {
     ("cli", "examples"),
-    ("records", "store"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -47,9 +46,7 @@ KNOWN_CYCLES = {
     ("estimators", 4),
     ("estimators", 8),
     ("gradients", 3),
-    ("records, store", 3),
     ("recording", 2),
-    ("records, store", 6),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
