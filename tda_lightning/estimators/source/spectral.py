@@ -3,11 +3,13 @@ eigenvalue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tda_lightning.optimizers import OptimizerRule, ParameterStep
 
 SpectralFunction = Callable[[Tensor], Tensor]
 
@@ -81,46 +83,89 @@ def accumulated_response(time: float) -> SpectralFunction:
     return respond
 
 
-@dataclass
-class MomentumAdjoint:
-    """The adjoint of SGD with momentum, backwards through its steps, by eigenvalue.
+@dataclass(frozen=True)
+class Transfer:
+    """What a segment does to the queries' adjoints along each eigenvector of curvature.
 
-    The state is the pair (a, b) of docs/methods.md, "SOURCE on the recorded order": the adjoints of
-    parameter and momentum buffer. It depends linearly on the pair at the segment's end, and is
-    stored as its coefficients: ``a`` and ``b`` are each a pair of tensors, the factors of the a and
-    of the b there.
+    An adjoint has one component for the parameters and, where single steps are followed, one for
+    each state of the optimizer.
+
+    Attributes:
+        response: what the segment's gradients are multiplied by, for each component of the adjoint
+            at its end: [component, *eigenvalues].
+        carry: the adjoint at its start from the one at its end: [component at the start, component
+            at the end, *eigenvalues].
     """
 
-    eigenvalues: Tensor
+    response: Tensor
+    carry: Tensor
 
-    def __post_init__(self) -> None:
-        one, zero = torch.ones_like(self.eigenvalues), torch.zeros_like(self.eigenvalues)
-        self.a = (one, zero)
-        self.b = (zero, one)
 
-    def step(
-        self,
-        rate: float,
-        momentum: float,
-        dampening: float,
-        nesterov: bool,
-        clipping: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+def averaged_transfer(eigenvalues: Tensor, time: float) -> Transfer:
+    """Gradient descent for so long, with the order of batches averaged out."""
+    response, decay = segment_response(time)(eigenvalues), segment_decay(time)(eigenvalues)
+    return Transfer(response[None], decay[None, None])
+
+
+class LinearAdjoint:
+    """The adjoint of an optimizer whose steps are linear in the gradients, backwards through its
+    steps, by eigenvalue.
+
+    It depends linearly on the adjoint at the segment's end and is stored as its coefficients
+    (docs/methods.md, "SOURCE on the recorded order").
+    """
+
+    def __init__(self, eigenvalues: Tensor, rule: OptimizerRule) -> None:
+        identity = torch.eye(1 + len(rule.states), dtype=eigenvalues.dtype)
+        identity = identity.to(eigenvalues.device)[..., None, None, None]
+        components = (identity * torch.ones_like(eigenvalues)).unbind()
+        self._eigenvalues, self._rule = eigenvalues, rule
+        self._parameters = components[0].clone()
+        self._states = {name: part.clone() for name, part in zip(rule.states, components[1:])}
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Coefficients so far: [component, component at the end, *eigenvalues]."""
+        ended = torch.zeros_like(self._parameters)  # a state that began in the segment
+        states = [self._states.get(name, ended) for name in self._rule.states]
+        return torch.stack([self._parameters, *states])
+
+    def step(self, step: ParameterStep, clipping: float) -> Tensor:
         """Go one step back.
 
         Args:
+            step: without weight decay, which is part of the eigenvalues.
             clipping: what the step's gradient was multiplied by.
 
         Returns:
-            The coefficients of u, with which the step's gradients enter:
-            s[q, n] -= share(n) u . g_n.
+            The coefficients of u, [component at the end, *eigenvalues], with which the step's
+            gradients enter: s[q, n] -= share(n) u . g_n.
         """
-        kept = rate * momentum if nesterov else rate
-        b = tuple(b - kept * a for a, b in zip(self.a, self.b, strict=True))
-        u = tuple(
-            clipping * ((1 - dampening) * b - (rate * a if nesterov else 0))
-            for a, b in zip(self.a, b, strict=True)
-        )
-        self.a = tuple(a + self.eigenvalues * u for a, u in zip(self.a, u, strict=True))  # type: ignore[assignment]
-        self.b = tuple(momentum * b for b in b)  # type: ignore[assignment]
-        return u[0], u[1]
+        assert self._rule.adjoint is not None
+        u = clipping * self._rule.adjoint(self._parameters, self._states, step)
+        self._parameters = self._parameters + self._eigenvalues * u
+        return u
+
+
+def stepwise_transfer(
+    eigenvalues: Tensor, rule: OptimizerRule, steps: Iterable[tuple[ParameterStep, float]]
+) -> Transfer:
+    """One step of gradient descent after the other.
+
+    Args:
+        steps: each step with its clipping factor, the last one first.
+    """
+    adjoint = LinearAdjoint(eigenvalues, rule)
+    response = torch.zeros_like(adjoint.coefficients[0])
+    for step, clipping in steps:
+        response -= adjoint.step(step, clipping)
+    return Transfer(response, adjoint.coefficients)
+
+
+def combined(coefficients: Tensor, adjoint: Tensor) -> Tensor:
+    """Sum over the components of an adjoint, each times its coefficients: [component, *eigenvalues]
+    and [component, query, *eigenvalues] -> [query, *eigenvalues]."""
+    total = coefficients[0] * adjoint[0]
+    for coefficient, component in zip(coefficients[1:], adjoint[1:], strict=True):
+        total = total + coefficient * component
+    return total
