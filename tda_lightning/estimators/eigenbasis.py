@@ -20,9 +20,10 @@ from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
+from tda_lightning.optimizers import applied_rates, rule_if_known, weight_decay
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.responses import InverseSettings
@@ -38,7 +39,7 @@ def last_interval(trajectory: Trajectory) -> tuple[int, int]:
     return with_examples[0] if with_examples else (0, trajectory.last_step)
 
 
-def fit_of(options: InverseSettings, context: Context) -> CurvatureFit | RecordedFit:
+def fit_of(options: InverseSettings, context: Session) -> CurvatureFit | RecordedFit:
     """The curvature of the last checkpoint in an eigenbasis."""
     return curvature_of(
         options.statistics,
@@ -59,13 +60,14 @@ def absolute_damping(options: InverseSettings, trajectory: Trajectory) -> float 
     """
     if options.damping != "segment":
         return options.damping  # type: ignore[return-value]
-    if trajectory.require_optimizer() != "SGD":
+    rule = rule_if_known(trajectory)
+    if rule is None or not rule.linear:
         raise UnsupportedTrainingError(
             "damping='segment' is 1 / (eta T) of plain gradient descent, and the run was trained "
             f"with {trajectory.facts.optimizer}, whose steps are not in proportion to gradients. "
             "Give a number, or relative_damping."
         )
-    time = float(trajectory.applied_rates(slice(None)).sum(0).max())
+    time = float(applied_rates(trajectory, slice(None)).sum(0).max())
     if time <= 0:
         raise UnsupportedTrainingError("damping='segment' is 1 / (eta T), and all rates are 0.")
     return 1 / time
@@ -80,10 +82,11 @@ def about_damping(options: InverseSettings, trajectory: Trajectory, whole: str) 
     return {f"relative to {whole}": 0.1 if given is None else given}
 
 
-def decay_of(context: Context, kind: str) -> dict[str, Tensor]:
+def decay_of(context: Session, kind: str) -> dict[str, Tensor]:
     """Weight decay of every parameter at the last step, by unit of curvature."""
     trajectory = context.trajectory
-    rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+    last = trajectory.last_step
+    rates = weight_decay(trajectory, slice(last - 1, last))[0]
     filled = {
         key: torch.full(fact.shape, float(rates[fact.group]), dtype=torch.float64)
         for key, fact in trajectory.facts.parameters.items()
@@ -101,7 +104,7 @@ class EigenbasisResponses:
     copies = 2
     knows_own = True
 
-    def __init__(self, options: InverseSettings, context: Context, meetings: int | None) -> None:
+    def __init__(self, options: InverseSettings, context: Session, meetings: int | None) -> None:
         self.options, self.context, self.kind = options, context, options.curvature
         self.meetings = context.num_train if meetings is None else meetings
         self.values: dict[str, Response] = {}

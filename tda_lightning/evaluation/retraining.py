@@ -25,9 +25,9 @@ from tda_lightning.evaluation.stacked import run_stacked
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, fetch, initial, load, place
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import borrowed
+from tda_lightning.replay.run import Replay, State, Walk, initial
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
@@ -123,7 +123,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), unchanged_randomness():
-        load(replay.module, initial(replay.trajectory))
+        load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
         with seeded_examples(0, examples):
@@ -182,7 +182,7 @@ def of_each_batch(
     under ``state``."""
     found = []
     with borrowed(module), torch.no_grad():
-        load(module, state)
+        load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)

@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
-
-SUPPORTED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
+from tda_lightning.records.errors import TrajectoryFormatError
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,8 @@ class Steps:
     Attributes:
         epoch: int64 [steps].
         learning_rate: the applied rates, float64 [steps, groups].
-        hyperparameters: by name, float64 [steps, groups]. SGD: ``momentum``, ``dampening``,
-            ``nesterov``, ``weight_decay``; Adam and AdamW: ``beta1``, ``beta2``, ``eps``,
-            ``weight_decay``.
+        hyperparameters: by name, float64 [steps, groups]; the optimizer's rule lists them
+            (:mod:`tda_lightning.optimizers`).
         loss: mean training loss of the step's batches, float64 [steps].
         gradient_norm: before clipping, float64 [steps].
         batch_offsets: int64 [steps + 1]; row t holds the batches batch_offsets[t] to [t + 1],
@@ -333,31 +330,6 @@ class Trajectory:
         from tda_lightning.records.stages import cut_into_stages
 
         return cut_into_stages(self)
-
-    def require_optimizer(self) -> str:
-        """Name of the optimizer, or an error that lists the supported ones."""
-        if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
-            raise UnsupportedTrainingError(
-                f"The run was trained with {self.facts.optimizer}, for which there is no formula. "
-                f"Supported optimizers: {', '.join(SUPPORTED_OPTIMIZERS)}."
-            )
-        return self.facts.optimizer
-
-    def applied_rates(self, rows: slice) -> Tensor:
-        """Rates that reach the parameters, float64 [steps, groups].
-
-        A constant gradient moves the parameters by eta (1 - tau) / (1 - mu) per step once the
-        momentum buffer is warm, and by as much less as clipping made it shorter; Adam keeps eta,
-        its preconditioner is counted apart.
-        """
-        rates = self.steps.learning_rate[rows]
-        if self.facts.optimizer != "SGD":
-            return rates
-        hyper = self.steps.hyperparameters
-        momentum, dampening = hyper["momentum"][rows], hyper["dampening"][rows]
-        # torch.optim.SGD looks at dampening only when there is momentum.
-        kept = torch.where(momentum > 0, 1 - dampening, torch.ones_like(dampening))
-        return rates * kept / (1 - momentum) * self.clipping_factors(rows)
 
     def clipping_factors(self, rows: slice) -> Tensor:
         """What clipping multiplied each step's gradient by, float64 [steps, 1].

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset, default_collate
 
 from tda_lightning.optimizers import STEP_COUNT, apply_settings, make_optimizer, rule_of
 from tda_lightning.records.errors import (
@@ -21,8 +19,8 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.stages import require_one_stage
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import uncompiled
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
@@ -207,7 +205,7 @@ class Walk:
 
     def go_back(self, where: Standstill) -> None:
         """Take up the walk at ``where``."""
-        load(self.replay.module, where.tensors)
+        load_tensors(self.replay.module, where.tensors)
         self.optimizer.state.clear()
         for name, parameter in self.trained.items():
             if state := where.optimizer.get(name) or self._initial[name]:
@@ -317,36 +315,3 @@ def no_randomness() -> Iterator[None]:
             "does not hold the states of the random generators, so the run cannot be replayed. "
             "Record it again, in one process."
         )
-
-
-def place(batch: Any, module: nn.Module) -> Any:
-    """The batch on the module's device, by the module's own transfer hooks where it has them."""
-    device = device_of(module)
-    hooks: Any = module
-    if hasattr(module, "on_after_batch_transfer"):  # a LightningModule
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        batch = hooks.transfer_batch_to_device(batch, device, 0)
-        return hooks.on_after_batch_transfer(batch, 0)
-    move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    return pytree.tree_map(move, batch)
-
-
-def fetch(source: ExampleSource, examples: Tensor) -> Any:
-    """The batch of these examples, read as a ``DataLoader`` reads it."""
-    if type(source.dataset) is TensorDataset and source.collate is default_collate:
-        return list(source.dataset[examples])  # the same batch, without a call for each example
-    indices = examples.tolist()
-    if hasattr(source.dataset, "__getitems__"):
-        return source.collate(source.dataset.__getitems__(indices))
-    return source.collate([source.dataset[index] for index in indices])
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)

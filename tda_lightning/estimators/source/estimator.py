@@ -19,9 +19,11 @@ from tda_lightning.estimators.source.matrix_free import MatrixFreeRun
 from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
 from tda_lightning.estimators.source.staged import plan_stages, segment_counts
+from tda_lightning.optimizers import applied_rates, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Context, Plan, Stage
+from tda_lightning.session.passes import Plan, Session, Stage, run_plan
 from tda_lightning.solvers.problem import check_limits
 
 ORDERS = ("average", "recorded")
@@ -161,7 +163,7 @@ class Source:
     def _blockwise(self) -> bool:
         return self.curvature in ("ekfac", "kfac", "diagonal")
 
-    def leading(self, context: Context) -> int:
+    def leading(self, context: Session) -> int:
         """How many leading directions are kept for the model at hand."""
         size = sum(block.size for block in context.blocks)
         if self.leading_directions is not None:
@@ -183,22 +185,30 @@ class Source:
             )
         return list(self.segment_steps)  # type: ignore[arg-type]
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, context: Session) -> int:
         """How many segments the scores are split by."""
         return len(context.trajectory.segments(self.cuts()))
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Run :meth:`plan_stages`."""
+        return run_plan(self.plan_stages(stages), [stage.session for stage in stages])
+
+    def plan(self, context: Session) -> Plan:
         """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
-        adam = context.trajectory.require_optimizer() != "SGD"
+        rule = rule_of(context.trajectory)
         run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
         if self.curvature == MATRIX_FREE:
             run = MatrixFreeRun(self, context)
         elif self.order == "average":
             run = AveragedRun(self, context)
-        elif adam:
-            run = RecordedAdamRun(self, context)
-        else:
+        elif rule.linear:
             run = RecordedRun(self, context)
+        else:
+            run = RecordedAdamRun(self, context)
         provenance: dict[str, Any] = {
             "segments": [[s.start, s.stop] for s in run.segments],
             "checkpoints": [list(s.checkpoints) for s in run.segments],
@@ -237,13 +247,13 @@ class Source:
         plan.provenance["question"] = _QUESTIONS[self.order]
         return plan
 
-    def notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
+    def notes_on_rates(self, context: Session, segments: Sequence[Segment]) -> list[str]:
         """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
         facts = context.trajectory.facts.parameters
         groups = sorted({facts[name].group for name in context.engine.names})
         folded = []
         for number, segment in enumerate(segments, start=1):
-            rates = context.trajectory.applied_rates(segment.rows)[:, groups]
+            rates = applied_rates(context.trajectory, segment.rows)[:, groups]
             times = rates.sum(0)
             # Rates in a fixed ratio are, step by step, the same part of each group's sum.
             differences = (rates * times.max() - rates[:, [int(times.argmax())]] * times).abs()
