@@ -22,7 +22,8 @@ from torch import Tensor
 from tda_lightning.curvature.fit import CurvatureFit
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.records.trajectory import BlockStatistics, Statistics, Trajectory
+from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.passes import Pass, Session
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")

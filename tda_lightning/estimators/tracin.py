@@ -36,6 +36,14 @@ class TracIn:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
           section 3
         | https://arxiv.org/abs/2002.08484
+
+    Example:
+        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: nothing is forgotten, so a
+        score is the sum of the rates, 1, times 3 g / 4.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(TracIn())
+        tensor([-1.5000,  1.5000, -0.7500,  0.7500])
     """
 
     def segment_count(self, session: Session) -> int:

@@ -23,8 +23,8 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.moments import FULL
 from tda_lightning.gradients.observe import Observer
 from tda_lightning.recording import TrajectoryRecorder, curvature
+from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.statistics_folder import StatisticsFolder

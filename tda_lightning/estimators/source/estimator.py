@@ -102,7 +102,17 @@ class Source:
     References:
         | Training Data Attribution via Approximate Unrolling (Bae et al., 2024), section 3
         | https://arxiv.org/abs/2405.12186
-        | The recorded order is our own: METHODS.md, "SOURCE on the recorded order".
+        | The recorded order is our own: docs/methods.md, "SOURCE on the recorded order".
+
+    Example:
+        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        (1 - exp(-2)) / 2 or (1 - exp(-1/2)) / (1/2). In the recorded order it is exact here.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(Source())
+        tensor([-0.6485,  0.6485, -0.5902,  0.5902])
+        >>> least_squares_scores(Source(order="recorded"))
+        tensor([-0.6695,  0.6695, -0.6019,  0.6019])
     """
 
     num_segments: int = 3

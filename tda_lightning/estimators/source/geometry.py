@@ -2,7 +2,7 @@
 
 The update is theta -= eta P (g + decay). With h = P^(1/2), everything is symmetric in the
 coordinates theta / h: gradients become h * g, curvature h H h, and SOURCE's formulas hold as for
-plain gradient descent (METHODS.md, "SOURCE").
+plain gradient descent (docs/methods.md, "SOURCE for Adam").
 """
 
 from __future__ import annotations

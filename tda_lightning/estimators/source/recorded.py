@@ -1,4 +1,4 @@
-"""SOURCE on the recorded order of batches, for SGD (METHODS.md; our own).
+"""SOURCE for SGD, in the order of the batches (docs/methods.md, "SOURCE on the recorded order").
 
 The adjoint recursion of the recorded steps is run in a segment's eigenbasis, where every step is
 elementwise. It is linear in the adjoints (a, b) that enter at the segment's end, so the steps act

@@ -1,7 +1,7 @@
-"""SOURCE on the recorded order of batches, for Adam and AdamW (METHODS.md; our own).
+"""SOURCE for Adam, in the order of the batches (docs/methods.md, "SOURCE on the recorded order").
 
 Adam's step depends on the gradient through both moments. Holding the second one fixed in the
-derivative is worse than averaging the order out (METHODS.md: LDS 0.70 against 0.79), so the
+derivative is worse than averaging the order out (LDS 0.70 against 0.79), so the
 adjoint (a, b, e) of parameters and both moments is followed, step by step, on the parameters;
 only curvature is applied through a segment's eigenbasis. The moments between two checkpoints are
 rebuilt from the recorded ones and the recorded batches' gradients, interpolated between the
@@ -293,7 +293,7 @@ class RecordedAdamRun(SegmentedRun):
             self.next_row -= 1
 
     def _step(self, number: int, row: int) -> Units:
-        """One step of the adjoint (METHODS.md, "Exact unrolling"); u, which meets the gradients."""
+        """One step of the adjoint back (docs/methods.md, "Exact unrolling"), and u."""
         rule, settings, at = self.rule, self._settings(row), row - self.moments.start
         assert rule.adjoint is not None and rule.metric is not None
         found = {}

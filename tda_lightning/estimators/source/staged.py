@@ -3,9 +3,9 @@ another loss, another head, or a frozen trunk.
 
 Every stage is segmented, fitted and scored by itself: N, the loss, the gradients, the optimizer's
 metric and the curvature are its own, and no segment crosses its end. Only the queries' adjoint goes
-from a stage to the one before (METHODS.md, "Several stages"; coupling.py for frozen parameters).
-What multi-stage influence functions (Chen et al. 2020, 2007.09081) approximate at two optima is
-followed along the way here.
+from a stage to the one before it (docs/methods.md, "Several stages"; ``coupling.py`` for frozen
+parameters). Multi-stage influence functions (Chen et al. 2020, 2007.09081) approximate the same at
+two optima.
 """
 
 from __future__ import annotations
