@@ -39,9 +39,7 @@ HOMES = {
 KNOWN_UPWARD = {
     ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
     ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -58,7 +56,6 @@ KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
     ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "cli": 1,
@@ -72,7 +69,8 @@ KNOWN_WITHOUT_DOCSTRING = {
     "session": 4,
     "gradients": 10,
     "store": 14,
-    "records": 4,
+    "records": 2,
+    "runtime": 1,
     "examples": 2,
 }
 
@@ -226,3 +224,19 @@ def test_known_exceptions_name_folders():
         folder for pair in KNOWN_UPWARD for folder in pair
     )
     assert named.keys() <= {"", *FOLDERS}
+
+
+def test_cited_sections_exist():
+    """The code cites the methods page by section: ``docs/methods.md, "Units"``."""
+    headings = {}
+    for page in (ROOT / "docs").glob("*.md"):
+        found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        headings[f"docs/{page.name}"] = set(found)
+    cited = []
+    for folder in (PACKAGE, "tests", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = re.sub(r"\s+#?\s*", " ", path.read_text(encoding="utf-8"))
+            cited += re.findall(r'(docs/\w+\.md), "([^"]+)"', text)
+    assert cited
+    missing = [(page, section) for page, section in cited if section not in headings[page]]
+    assert not missing

@@ -1,4 +1,4 @@
-"""The README says what is true: its Python runs, its commands exist."""
+"""The README and docs/ say what is true: their Python runs, their commands and links exist."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning.cli import COMMANDS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDING = (ROOT / "docs" / "recording.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class Tiny(LightningModule):
@@ -40,7 +43,7 @@ class Data(LightningDataModule):
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
-    example, *others = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, *others = re.findall(r"```python\n(.*?)```", README + RECORDING, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     dataset = TensorDataset(torch.randn(20, 3), torch.arange(20) % 2)
@@ -58,7 +61,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     torch.testing.assert_close(scores.by_segment.sum(0), scores.values)
     assert (tmp_path / "scores.h5").is_file()
     for other in others:
-        exec(compile(other, "README.md", "exec"), names)
+        exec(compile(other, "README.md or docs/recording.md", "exec"), names)
     assert names["exact"].values.shape == (4, 20)
     assert names["exact"].provenance["certificate"]["bit_equal"]
     assert names["fast"].candidates.shape == (4, 5)
@@ -73,3 +76,18 @@ def test_the_commands_exist():
 
 def test_it_opens_with_the_two_commands():
     assert re.search(r"\A# .*\n\n```\nmake demo .*\nmake test ", README)
+
+
+def test_the_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        anchors = {
+            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        }
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            if path.startswith("http"):
+                continue
+            assert not path or (page.parent / path).exists(), f"{page.name}: {link}"
+            assert path or anchor in anchors, f"{page.name}: {link}"

@@ -317,7 +317,7 @@ class DenseRun:
 
 
 class _Walk:
-    """One rung on its way back (METHODS.md, "Exact unrolling")."""
+    """One rung on its way back (docs/methods.md, "Exact unrolling")."""
 
     def __init__(self, run: DenseRun, switches: Switches) -> None:
         self.run, self.switches = run, switches

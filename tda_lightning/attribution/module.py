@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +30,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import MemorySink, Scores, ScoreSink, StageSink
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime import clock
@@ -164,7 +165,7 @@ class AttributionModule(LightningModule):
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
-                scores = sink.finish({**made, **(provenance or {})})
+                scores = sink.finish(cast(Provenance, {**made, **(provenance or {})}))
             except BaseException:
                 sink.abort()
                 raise

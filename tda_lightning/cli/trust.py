@@ -62,7 +62,7 @@ def trust(
     told = ("lds", "reason", "over_queries", "over_subsets", "slope")
     check = {**{name: row[name] for name in told if name in row}, **about}
     earlier = mine.provenance.get("trust")
-    kept = earlier if isinstance(earlier, Mapping) else {}
+    kept: Mapping[str, Any] = earlier if isinstance(earlier, Mapping) else {}
     found: dict[str, Any] = {}
     if truth.protocol == "pbrf":
         keys = ("spot_check", "seed_variance_share")

@@ -16,8 +16,6 @@ identity no curvature
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +27,7 @@ from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.runtime.digests import digest
 from tda_lightning.session.passes import Context, Pass
 
 Sides = tuple[Basis, Basis]
@@ -98,7 +97,7 @@ class CurvatureFit:
         self.dense_side = dense_side
         self.spectra: dict[str, Spectrum] = {}
         self._sums: dict[str, list[Tensor]] = {}
-        self._known = None if bases is None else digest_of(bases)
+        self._known = None if bases is None else digest(bases)
         self._bases: dict[str, Sides] = dict(bases or {})
         size = sum(block.size for block in context.blocks)
         if kind == "exact" and size > MAX_EXACT:
@@ -238,19 +237,6 @@ class CurvatureFit:
         return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
 
 
-def digest_of(bases: Bases) -> str:
-    """Digest of bases, for the key of what is fitted in them."""
-    digest = hashlib.sha256()
-    for name, sides in sorted(bases.items()):
-        digest.update(name.encode())
-        for side in sides:
-            parts = [side.vectors, side.core] if isinstance(side, Reflections) else [side]
-            for part in parts:
-                if part is not None:
-                    digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def cache_key(
     context: Context,
     kind: str,
@@ -260,22 +246,18 @@ def cache_key(
     sides: Sequence[int] = (),
 ) -> str:
     """A digest of everything that determines fitted tensors; ``sides``: how wide sides are kept."""
-    scales = hashlib.sha256()
-    for name, values in sorted(scale.items()):
-        scales.update(name.encode())
-        scales.update(values.detach().cpu().double().contiguous().numpy().tobytes())
     description = {
         "format": _FORMAT,
         "kind": kind,
         "steps": steps,
         "seed": seed,
-        "scale": scales.hexdigest(),
+        "scale": {name: values.double() for name, values in sorted(scale.items())},
         "sides": sides,
         "alike": context.alike(steps),
         "sampled": context.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
     }
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    return digest(description)
 
 
 def _pack(spectra: Mapping[str, Spectrum]) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from tda_lightning.estimators.features import read_features
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.runtime.digests import digest
 from tda_lightning.session.passes import Context, Pass
 
 _FORMAT = 1  # part of the key: raise it when the meaning of kept features changes
@@ -28,8 +27,7 @@ class KeptFeatures:
     def __init__(self, context: Context, layer: str | None):
         self.context, self.layer = context, layer
         self.step = context.trajectory.last_step
-        about = [_FORMAT, layer, self.step, context.alike([self.step])]
-        self._key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self._key = digest([_FORMAT, layer, self.step, context.alike([self.step])])
         kept = context.trajectory.features.get(self._key)
         self.known = kept is not None
         self.place: str | None = None

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import measure
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.replay.run import borrowed, fetch, load, place
+from tda_lightning.replay.run import fetch, load, place
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.tasks import ClassificationTask, RegressionTask, silenced
+from tda_lightning.runtime.module_state import borrowed
+from tda_lightning.tasks import ClassificationTask, RegressionTask
 
 
 class _Constant(nn.Module):
@@ -98,7 +99,7 @@ def each_response(
         raise ValueError(f"damping must be positive to have one answer, got {damping}.")
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
-    with borrowed(module), silenced(module):
+    with borrowed(module):
         load(module, state)
         module.eval()
         batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tda_lightning.evaluation.stacked import run_stacked
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, borrowed, fetch, initial, load, place
+from tda_lightning.replay.run import Replay, State, Walk, fetch, initial, load, place
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.module_state import borrowed
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, seeded_examples, silenced
+from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
 Found = TypeVar("Found")
 
@@ -98,7 +99,7 @@ def retrain_each(
 
 def _run(replay: Replay, weights: Tensor) -> State:
     """One run by torch.optim."""
-    with borrowed(replay.module), silenced(replay.module), replay.as_trained():
+    with borrowed(replay.module), replay.as_trained():
         walk = Walk(replay)
         walk.restart(0)
         for row in range(replay.trajectory.last_step):
@@ -117,7 +118,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     # On a copy: a task that prepares itself on one batch would fix what differs by batch.
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
-    with borrowed(replay.module), silenced(replay.module), unchanged_randomness():
+    with borrowed(replay.module), unchanged_randomness():
         load(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
@@ -176,7 +177,7 @@ def of_each_batch(
     """What ``read`` finds in each batch of ``source``, in order, the module being in eval mode
     under ``state``."""
     found = []
-    with borrowed(module), silenced(module), torch.no_grad():
+    with borrowed(module), torch.no_grad():
         load(module, state)
         module.eval()
         for indices in source.batches():

@@ -15,13 +15,13 @@ from tda_lightning.replay.run import (
     Replay,
     State,
     apply_settings,
-    borrowed,
     initial,
     make_optimizer,
     no_randomness,
     weighted_loss,
 )
-from tda_lightning.tasks import AttributionTask, seeded_examples, silenced
+from tda_lightning.runtime.module_state import borrowed
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 
 class _Losses(nn.Module):
@@ -53,7 +53,7 @@ def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
         return weighted_loss(replay.task, found, own)
 
     each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
-    with borrowed(replay.module), silenced(replay.module), replay.as_trained():
+    with borrowed(replay.module), replay.as_trained():
         for row in range(trajectory.last_step):
             apply_settings(trajectory, optimizer, row)
             optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from tda_lightning.evaluation.lds import Interval, bootstrap, draw_subsets
 from tda_lightning.evaluation.retraining import measure, of_each_batch, retrain_each
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import integer_digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.tasks import AttributionTask, ClassificationTask
@@ -152,9 +152,4 @@ def predicted_classes(
     found = torch.cat(of_each_batch(read, module, state, source))
     if found.shape[1] == 1:
         return found[:, 0]
-    return torch.tensor([_digest(row) for row in found], dtype=torch.int64)
-
-
-def _digest(row: Tensor) -> int:
-    found = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest()
-    return int.from_bytes(found, "little", signed=True)
+    return torch.tensor([integer_digest(row) for row in found], dtype=torch.int64)

@@ -112,7 +112,7 @@ class Joined(Gradient):
 
 class Scaled(Gradient):
     """Gradients multiplied elementwise by ``scale`` [groups, rows, columns]: h * g, the
-    preconditioned gradient of METHODS.md (SOURCE for Adam)."""
+    preconditioned gradient (docs/methods.md, "SOURCE for Adam")."""
 
     def __init__(self, gradient: Gradient, scale: Tensor):
         self.gradient, self.scale = gradient, scale

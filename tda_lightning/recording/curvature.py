@@ -28,11 +28,12 @@ from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observer import Observer, training_gradients
 from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.complete import require_complete, unseen
-from tda_lightning.recording.undisturbed import undisturbed
 from tda_lightning.recording.wrapping import Wrapped
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import BlockStatistics
+from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import summed
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.observed import LossObserver, ObservedLoss, sampled_output_gradients
@@ -223,7 +224,9 @@ class CurvatureGatherer:
 
     def _backward(self, observer: Observer, *args: Any) -> list[Tensor | None]:
         try:
-            with undisturbed(self._trainer.lightning_module):
+            # The pass changes neither by itself, but gradient checkpointing runs a part of the
+            # forward pass again in it: batch norm counts its batch once more, and dropout draws.
+            with restored(self._trainer.lightning_module, "buffers"), unchanged_randomness():
                 return observer.backward(*args)
         except RuntimeError as error:
             if "checkpoint" not in str(error):

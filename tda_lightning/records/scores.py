@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.provenance import Provenance, require_well_formed
 
 
 class GroupScores(NamedTuple):
@@ -47,16 +48,14 @@ class Scores:
         candidates: the training examples that were scored for each query, int64 [query, k], the
             nearest first; the others have no score, NaN in ``values``. None where every example
             was scored.
-        provenance: how the scores were made, JSON-able. Two keys hold one entry per query, in
-            order, and are shown beside it in the report: ``predictions`` (texts) and
-            ``measurements`` (numbers). ``query_indices`` holds the positions of the queries in
-            their data set where these are not 0, 1, 2, ...
+        provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
+            hold it. A caller may add keys.
     """
 
     values: Tensor
     by_segment: Tensor | None = None
     self_influence: Tensor | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     by_token: Tensor | None = None
     candidates: Tensor | None = None
 
@@ -98,10 +97,12 @@ class Scores:
 
     @property
     def num_queries(self) -> int:
+        """Rows of ``values``."""
         return self.values.shape[0]
 
     @property
     def num_train(self) -> int:
+        """Columns of ``values``."""
         return self.values.shape[1]
 
     @property
@@ -200,23 +201,27 @@ class Scores:
 
         Raises:
             IndexError: there is no such stage.
+            TrajectoryFormatError: the provenance describes stages in another form.
         """
-        stages = self.provenance.get("stages")
-        if not stages or not 0 <= number < len(stages):
+        require_well_formed(self.provenance, ["stages", "segments"])
+        stages = self.provenance.get("stages", [])
+        if not 0 <= number < len(stages):
             raise IndexError(
-                f"Stage {number} does not exist: the scores know {len(stages or ())} stages, "
-                "numbered from 0."
+                f"Stage {number} does not exist: the scores know {len(stages)} stages, numbered "
+                "from 0."
             )
-        columns, segments = (slice(*stages[number][key]) for key in ("columns", "segments"))
+        stage = stages[number]
+        columns, segments = slice(*stage["columns"]), slice(*stage["segments"])
         by_segment = None if self.by_segment is None else self.by_segment[segments, :, columns]
         values = self.values[:, columns] if by_segment is None else by_segment.sum(0)
         own = None if self.self_influence is None else self.self_influence[columns]
-        known = {key: value for key, value in self.provenance.items() if key != "stages"}
-        about = {**known, "stage": stages[number]}
-        if self.by_segment is not None and "segments" in known:
-            about["segments"] = known["segments"][segments]
+        provenance = self.provenance.copy()
+        del provenance["stages"]
+        provenance["stage"] = stage
+        if by_segment is not None and "segments" in provenance:
+            provenance["segments"] = provenance["segments"][segments]
         by_token = None if self.by_token is None else self.by_token[:, columns]
-        return Scores(values, by_segment, own, about, by_token)
+        return Scores(values, by_segment, own, provenance, by_token)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
@@ -269,7 +274,7 @@ class ScoreSink(Protocol):
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores; a file appears under its name only now."""
 
     def abort(self) -> None:
@@ -304,7 +309,7 @@ class StageSink:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Candidates belong to the scores of all stages together.")
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores of all stages."""
         return self.sink.finish(provenance)
 
@@ -418,7 +423,7 @@ class MemorySink:
             row.fill_(torch.nan)
             row[chosen] = 0
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """The finished scores."""
         self._sum_segments()
         return Scores(

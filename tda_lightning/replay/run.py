@@ -20,8 +20,9 @@ from tda_lightning.records.errors import (
 )
 from tda_lightning.records.stages import require_one_stage
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.compiled import run_eagerly, uncompiled
+from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
@@ -129,27 +130,16 @@ class Replay:
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
-        """The module in the modes of the run, its trained parameters alone requiring gradients;
-        as before at the end."""
-        parts = [(part, part.training) for part in self.module.modules()]
-        parameters = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
-        try:
+        """The module in the modes of the run, with only its trained parameters requiring
+        gradients."""
+        with restored(self.module, "modes", "requires_grad", "gradients"), torch.enable_grad():
             self.module.train(self.training)
             for name, part in self.module.named_modules():
                 if name in self.eval_modules:
                     part.training = False
-            trained = self.trajectory.facts.parameters
             for name, parameter in self.module.named_parameters():
-                parameter.requires_grad_(name in trained)
-                parameter.grad = None
-            with torch.enable_grad():
-                yield
-        finally:
-            for part, training in parts:
-                part.training = training
-            for parameter, required, gradient in parameters:
-                parameter.requires_grad_(required)
-                parameter.grad = gradient
+                parameter.requires_grad_(name in self.trajectory.facts.parameters)
+            yield
 
     def fetch(self, examples: Tensor) -> Any:
         """The batch of these examples, on the device of the module."""
@@ -386,31 +376,3 @@ def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
-
-
-@contextmanager
-def borrowed(module: nn.Module) -> Iterator[None]:
-    """Weights, buffers, modes, gradients and what requires them, as before at the end; nothing
-    is compiled meanwhile."""
-    with run_eagerly(module):
-        yield from _borrowed(module)
-
-
-def _borrowed(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    tensors = [*module.parameters(), *module.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        for parameter, _, _ in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        for parameter, required, gradient in parameters:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-        for part, mode in modes.items():
-            part.training = mode

@@ -20,7 +20,7 @@ _ELSEWHERE = ("notes", "predictions", "measurements", "query_indices")
 
 def per_query(scores: Scores, name: str) -> list[Any] | None:
     """The provenance's list ``name`` if it has one entry for each query."""
-    values = scores.provenance.get(name)
+    values: Any = scores.provenance.get(name)
     fits = isinstance(values, list) and len(values) == scores.num_queries
     return values if fits else None
 

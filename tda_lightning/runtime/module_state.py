@@ -1,48 +1,74 @@
-"""Modules made ready for attribution, and put back afterwards."""
+"""A module is changed within a ``with`` block, and left as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.runtime.compiled import run_eagerly
-from tda_lightning.tasks import silenced
+from tda_lightning.runtime.silence import silenced
+
+Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
 
 @contextmanager
-def prepared(modules: Sequence[nn.Module], device: torch.device | None = None) -> Iterator[None]:
-    """Eval mode and silent logging, on ``device``; weights, buffers, modes and device as before at
-    the end."""
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(run_eagerly(module))
-            stack.enter_context(_one_prepared(module, device))
-        yield
+def restored(module: nn.Module, *parts: Part) -> Iterator[None]:
+    """Put parts of the module's state back at the end.
 
+    Gradients are set aside meanwhile, so that none is added to.
 
-@contextmanager
-def _one_prepared(module: nn.Module, device: torch.device | None) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    before = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
-    home = next(module.parameters()).device
-    module.eval()
+    Args:
+        module: what may be changed inside the block.
+        parts: what is put back; everything by default.
+    """
+    chosen = parts or get_args(Part)
+    modes = {part: part.training for part in module.modules() if "modes" in chosen}
+    required = {p: p.requires_grad for p in module.parameters() if "requires_grad" in chosen}
+    gradients = {p: p.grad for p in module.parameters() if "gradients" in chosen}
+    values = {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
+    for parameter in gradients:
+        parameter.grad = None
     try:
-        # Plans place their tensors where the module is, so it moves before Lightning moves it.
-        module.to(device or home)
-        with silenced(module):
-            yield
+        yield
     finally:
-        module.to(home)
-        with torch.no_grad():
-            # By name: moving a module replaces its buffers.
-            for name, tensor in _tensors(module).items():
-                tensor.copy_(before[name])
+        # By name: moving a module replaces its buffers. Through .data: a backward pass that is
+        # still to come may have saved them.
+        for name, tensor in _values(module, chosen).items():
+            tensor.data.copy_(values[name])
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         for part, mode in modes.items():
             part.training = mode
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters()) if "parameters" in chosen else {}
+    buffers = dict(module.named_buffers()) if "buffers" in chosen else {}
+    return {**parameters, **buffers}
+
+
+@contextmanager
+def borrowed(module: nn.Module) -> Iterator[None]:
+    """Run a module outside of training: nothing is compiled or logged, and its whole state is put
+    back at the end."""
+    with run_eagerly(module), restored(module), silenced(module):
+        yield
+
+
+@contextmanager
+def prepared(modules: Sequence[nn.Module], device: torch.device | None = None) -> Iterator[None]:
+    """Borrow modules in eval mode, on ``device``; the device is put back too."""
+    with ExitStack() as stack:
+        for module in modules:
+            home = next(module.parameters()).device
+            stack.enter_context(borrowed(module))
+            stack.callback(module.to, home)
+            # Plans place their tensors where the module is, so it moves before Lightning moves it.
+            module.eval().to(device or home)
+        yield

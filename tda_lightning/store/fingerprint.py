@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.random_states import unchanged_randomness
 
 LENGTH = "length"
@@ -86,48 +83,3 @@ def _read(dataset: Dataset, index: int) -> str:
     except Exception:
         # A sampler may know to avoid this example; it must not end a training that never reads it.
         return _UNREADABLE
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's content: tensors, arrays, pictures, texts, numbers, nested."""
-    sha = hashlib.sha256()
-    _feed(sha, value, set())
-    return sha.hexdigest()
-
-
-def _feed(sha: Any, value: Any, parents: set[int]) -> None:
-    """Add ``value`` to the hash, each part led by its type so that no two values read alike."""
-    sha.update(f"<{type(value).__name__}>".encode())
-    if isinstance(value, Tensor):
-        value = value.detach()
-        dense = value if value.layout == torch.strided else value.to_dense()
-        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        sha.update(flat.view(torch.uint8).numpy().data)
-    elif isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
-        sha.update(f"{value.dtype.str}{value.shape}".encode())
-        sha.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, (bytes, bytearray)):
-        sha.update(f"{len(value)}:".encode())
-        sha.update(value)
-    elif value is None or isinstance(value, (bool, int, float, complex, str)):
-        text = repr(value)
-        sha.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
-    elif id(value) in parents:
-        sha.update(b"cycle")
-    elif isinstance(value, Mapping):
-        _feed_all(sha, [part for pair in value.items() for part in pair], value, parents)
-    elif isinstance(value, (list, tuple)):
-        _feed_all(sha, value, value, parents)
-    elif isinstance(value, (set, frozenset)):
-        _feed_all(sha, sorted(map(digest, value)), value, parents)
-    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # a picture, as PIL holds it
-        _feed_all(sha, [getattr(value, "mode", None), value.size, value.tobytes()], value, parents)
-    elif hasattr(value, "__dict__"):
-        _feed_all(sha, [p for pair in vars(value).items() for p in pair], value, parents)
-
-
-def _feed_all(sha: Any, parts: Any, owner: Any, parents: set[int]) -> None:
-    sha.update(f"{len(parts)}:".encode())
-    for part in parts:
-        _feed(sha, part, parents | {id(owner)})

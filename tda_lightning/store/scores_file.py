@@ -26,8 +26,9 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import h5py
 import numpy as np
@@ -35,8 +36,9 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import MemorySink, Scores, require_finite, require_scored
-from tda_lightning.store.checked import (
+from tda_lightning.store.untrusted import (
     DAMAGE,
     from_json,
     get_integer,
@@ -112,7 +114,7 @@ class ScoreFile(MemorySink):
             self._part.unlink(missing_ok=True)
             raise
 
-    def finish(self, provenance: dict[str, Any]) -> Scores:
+    def finish(self, provenance: Provenance) -> Scores:
         """Write what is left, move the file to its name and return the scores, mapped."""
         self._sum_segments()
         if self.candidates is None:
@@ -122,7 +124,7 @@ class ScoreFile(MemorySink):
         self.publish(provenance)
         return read_scores(self.path, mapped=True)
 
-    def publish(self, provenance: dict[str, Any]) -> None:
+    def publish(self, provenance: Provenance) -> None:
         """Write what is left and move the file to its name."""
         try:
             self._write_rest(_to_json(provenance))
@@ -185,7 +187,7 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
         file.publish(scores.provenance)
 
 
-def replace_provenance(path: str | os.PathLike[str], provenance: dict[str, Any]) -> None:
+def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, Any]) -> None:
     """Give the file at ``path`` another provenance; its numbers stay, with their checksums.
 
     Raises:
@@ -238,7 +240,8 @@ def read_scores(
             by_token = _read(path, file, "by_token", (rows,), mapped)
             candidates = _read_candidates(path, file, rows)
             assert values is not None
-            return Scores(values, by_segment, self_influence, provenance, by_token, candidates)
+            made = cast(Provenance, provenance)
+            return Scores(values, by_segment, self_influence, made, by_token, candidates)
     except (TrajectoryFormatError, PermissionError):
         raise
     except DAMAGE as error:
@@ -367,7 +370,7 @@ def _row_checksums(array: np.ndarray) -> np.ndarray:
     return checksums
 
 
-def _to_json(provenance: dict[str, Any]) -> str:
+def _to_json(provenance: Mapping[str, Any]) -> str:
     try:
         return to_json(provenance)
     except (TypeError, ValueError) as error:

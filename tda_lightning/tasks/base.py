@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tda_lightning.runtime.digests import source_digest
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.interception import WeightedLoss, by_term, intercept, standard_outputs
 
@@ -140,15 +139,6 @@ class AttributionTask(ABC):
     def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
         """What those losses are of, by call: in a forward-mode derivative all that is needed."""
         return standard_outputs(lambda: self.train_loss(module, batch))
-
-
-def source_digest(kind: type) -> str | None:
-    """Hash of a class's source, so that edited code does not find an old result; None if there is
-    no source to read (a notebook's cell may have none)."""
-    try:
-        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None
 
 
 def _plain(value: Any) -> Any:

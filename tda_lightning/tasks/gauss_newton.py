@@ -4,7 +4,7 @@ For l_n = sum_t w_nt e_nt, with e_nt the loss of one element of example n and J_
 its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. Both functions give losses whose
 gradients have outer products that are G_n: in expectation, or as an exact sum. The weights enter
 as square roots, once for every element: the gradient of the weighted *mean* loss itself would give
-a matrix too small by the number of elements (METHODS, "Units").
+a matrix too small by the number of elements (docs/methods.md, "Units").
 """
 
 from __future__ import annotations

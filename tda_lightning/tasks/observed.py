@@ -72,7 +72,7 @@ def sampled_output_gradients(
     """Output gradients of sampled labels, for the loss of a batch as it is optimised.
 
     Carried back to the parameters and split by example, their second moment, averaged over the
-    batch, is the Gauss-Newton matrix of ``total`` (METHODS, "Units"). Inside
+    batch, is the Gauss-Newton matrix of ``total`` (docs/methods.md, "Units"). Inside
     :func:`~tda_lightning.tasks.seeded_examples` they depend on the seed and the example alone.
 
     Args:

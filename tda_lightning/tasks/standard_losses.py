@@ -121,7 +121,7 @@ class SquaredLoss(StandardLoss):
     predicted: Tensor
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
-        """Labels at o +- sqrt(1/2), the variance that METHODS asks for of (o - y)^2."""
+        """Labels at o +- sqrt(1/2): the variance for (o - y)^2 (docs/methods.md, "Units")."""
         return _random_signs(scale, stream) * next(self.factors(scale))
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks import batches
-from tda_lightning.tasks.base import AttributionTask, source_digest
+from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.interception import (

@@ -66,7 +66,7 @@ def test_source_is_leave_one_out_retraining(optimizer, options) -> None:
 
 
 def test_removal_that_renormalises_is_the_centred_form() -> None:
-    """METHODS.md, "Judging scores": s' = N / (N - 1) (s - mean of s over the training set)."""
+    """docs/methods.md, "Judging scores": s' = N / (N - 1) (s - mean of s over the training set)."""
     count = 80
     data, run = trained(count, "sgd")
     scores = attribute(

@@ -182,8 +182,8 @@ def source_recorded(
 ) -> Tensor:
     """SOURCE on the recorded order for SGD by segment, [segment, query, train].
 
-    The adjoint recursion of METHODS.md, "Exact unrolling", with each segment's one curvature matrix
-    in place of every step's Hessian and the checkpoints' gradients in place of every step's.
+    The adjoint recursion of docs/methods.md, "Exact unrolling", with one curvature matrix for each
+    segment in place of every step's Hessian, and the checkpoints' gradients for every step's.
 
     Args:
         curvature: mean curvature H of each segment.

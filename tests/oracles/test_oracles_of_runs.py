@@ -231,7 +231,7 @@ def test_recorded_shares_count_accumulation_and_small_batches() -> None:
 
 
 def test_removal_is_the_centred_weight_zero_form() -> None:
-    """METHODS.md, "Judging scores": s' = N / (N - 1) (s - mean s), for full batches."""
+    """docs/methods.md, "Judging scores": s' = N / (N - 1) (s - mean s), for full batches."""
     data = LINEAR.batch(400)
     run = oracles.record_run(
         LINEAR.build(), LINEAR.loss, data, OPTIMIZERS["sgd"], [[list(range(400))]] * 10, ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from tda_lightning.session.passes import Context
+from tda_lightning.runtime.digests import digest
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolled.run import UnrolledRun
@@ -69,37 +67,17 @@ class Unfinished:
 
 
 def _key(run: UnrolledRun, first: int, last: int) -> str:
-    context = run.context
-    digest = hashlib.sha256()
-    digest.update(context.alike([run.checkpoints[-1]]).encode())
-    facts = run.trajectory.facts
-    about = {
-        # Neither how much memory there is nor where states are kept changes a score.
-        "options": {
-            key: value
-            for key, value in asdict(run.options).items()
-            if key not in ("memory_budget", "states")
-        },
+    context, facts, steps = run.context, run.trajectory.facts, run.trajectory.steps
+    options = asdict(run.options)
+    # Neither how much memory there is nor where states are kept changes a score.
+    for name in ("memory_budget", "states"):
+        del options[name]
+    description = {
+        "alike": context.alike([run.checkpoints[-1]]),
+        "options": json.dumps(options, sort_keys=True, default=repr),
         "run": facts.settings.get("run_id"),
         "checkpoints": run.checkpoints,
-        "queries": [first, last],
+        "steps": [steps.examples, steps.learning_rate],
+        "queries": [first, last, *map(digest, context.queries(first, last))],
     }
-    digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
-    for tensor in (run.trajectory.steps.examples, run.trajectory.steps.learning_rate):
-        _update(digest, tensor)
-    _update_with_queries(digest, context, first, last)
-    return digest.hexdigest()
-
-
-def _update_with_queries(digest: hashlib._Hash, context: Context, first: int, last: int) -> None:
-    for batch, indices in context.queries(first, last):
-        for leaf in pytree.tree_leaves([batch, indices]):
-            if isinstance(leaf, Tensor):
-                _update(digest, leaf)
-            else:
-                digest.update(repr(leaf).encode())
-
-
-def _update(digest: hashlib._Hash, tensor: Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(plain.numpy().tobytes())
+    return digest(description)
