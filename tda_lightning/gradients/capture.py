@@ -94,23 +94,25 @@ class Capture(TorchFunctionMode):
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        rows: slice = slice(None),
+        rows: slice | None = None,
         bias_rows: slice | None = None,
     ) -> Tensor:
         """``F.linear`` with the given rows of weight and bias, noted."""
         self.generic.update(self._names((inputs,)))
-        bias_rows = rows if bias_rows is None else bias_rows
-        output = F.linear(inputs, weight[rows], None if bias is None else bias[bias_rows])
+        bias_rows = bias_rows or rows
+        used = weight if rows is None else weight[rows]
+        used_bias = bias if bias is None or bias_rows is None else bias[bias_rows]
+        output = F.linear(inputs, used, used_bias)
         use = Linear(self.ref(weight, rows), self.ref(bias, bias_rows), inputs.detach())
         self.note(use, output)
         return output
 
-    def ref(self, tensor: Tensor | None, rows: slice = slice(None)) -> Ref | None:
+    def ref(self, tensor: Tensor | None, rows: slice | None = None) -> Ref | None:
         """The given rows of a trained parameter; None for any other tensor."""
         if tensor is None or (name := self.trained.get(id(tensor))) is None:
             return None
         height = tensor.shape[0] if tensor.dim() else 1
-        start, stop, _ = rows.indices(height)
+        start, stop, _ = (rows or slice(None)).indices(height)
         return Ref(name, start, stop, height)
 
     def note(self, use: Use, output: Tensor) -> None:

@@ -26,7 +26,7 @@ class LinearMap(Protocol):
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        rows: slice = slice(None),
+        rows: slice | None = None,
         bias_rows: slice | None = None,
     ) -> Tensor:
         """The product [..., rows]."""
@@ -112,11 +112,12 @@ def recurrent(linear: LinearMap, func: Callable[..., Any], *args: Any, **kwargs:
     inputs, state, parameters, biases, layers, dropout, training, bidirectional, batch_first = args
     step = _STEPS[func.__name__]
     is_lstm = func.__name__ == "lstm"
-    hidden_states, cell_states = state if is_lstm else (state, None)
+    hidden_states, cell_states = state if is_lstm else (state, [])
     directions = 2 if bidirectional else 1
     per_direction = len(parameters) // (layers * directions)
     time_axis = 1 if batch_first else 0
-    final_hidden, final_cell = [], []
+    final_hidden: list[Tensor] = []
+    final_cell: list[Any] = []
     for layer in range(layers):
         outputs = []
         for direction in range(directions):

@@ -203,13 +203,12 @@ def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use |
         return None
     parameter, activation = (input, other) if trained is not None else (other, input)
     name = ref(parameter)
-    shape = torch.broadcast_shapes(parameter.shape, activation.shape)
-    offset = len(shape) - parameter.dim()
+    _, factor = torch.broadcast_tensors(parameter, activation.detach())
+    offset = factor.dim() - parameter.dim()
     if offset == 0 and parameter.shape[:1] != (1,):
         return None  # no axis is left for the examples
     axes = tuple(offset + axis for axis, size in enumerate(parameter.shape) if size > 1)
     weight, bias = (name, None) if scales else (None, name)
-    factor = activation.detach().expand(shape)
     return ScaleAndShift(weight, bias, factor, tuple(parameter.shape), axes)
 
 
