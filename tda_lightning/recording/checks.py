@@ -14,10 +14,12 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from tda_lightning.optimizers import consequences, optimizer_name
 from tda_lightning.recording.facts import Trained
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
@@ -72,6 +74,13 @@ def require_one_optimizer(trainer: Trainer) -> None:
             f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} optimizers "
             "from configure_optimizers(). Use one, with a parameter group for each setting."
         )
+
+
+def warn_without_formula(optimizer: Optimizer) -> None:
+    """Warn of an optimizer that some estimators will refuse."""
+    name = optimizer_name(optimizer)
+    if text := consequences(name):
+        rank_zero_warn(f"TrajectoryRecorder records this run by {name} all the same. {text}")
 
 
 def indices_ended(reason: str) -> UnsupportedTrainingError:

@@ -13,7 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from tda_lightning.recording.checks import indices_ended, trained_parameters, training_loader
+from tda_lightning.recording.checks import (
+    indices_ended,
+    trained_parameters,
+    training_loader,
+    warn_without_formula,
+)
 from tda_lightning.recording.curvature import (
     CurvatureGatherer,
     OnlineCurvature,
@@ -200,6 +205,7 @@ class ContinuingRecorder(Callback, ABC):
         optimizer = trainer.optimizers[0]
         dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = trained_parameters(pl_module, optimizer)
+        warn_without_formula(optimizer)
         self._shards = Shards.of(trainer.model)  # type: ignore[arg-type]
         self._held, self._dataset = ids(self._trained), dataset
         if self._gatherer is not None:

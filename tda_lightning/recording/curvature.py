@@ -29,8 +29,8 @@ from tda_lightning.gradients.observer import Observer, training_gradients
 from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.complete import require_complete, unseen
 from tda_lightning.recording.wrapping import Wrapped
+from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import summed
 from tda_lightning.runtime.random_states import unchanged_randomness

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.recording.step_log import optimizer_name, read_hyperparameters, read_rates
+from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.recording.stepping import clipping_kind
 from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact
 from tda_lightning.runtime.compiled import plain_buffers, plain_name, plain_parameters

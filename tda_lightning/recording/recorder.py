@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.optimizers import read_hyperparameters, read_rates
 from tda_lightning.recording.checks import (
     indices_ended,
     require_one_optimizer,
@@ -32,11 +33,7 @@ from tda_lightning.recording.plan import RecordingPlan, plan_recording
 from tda_lightning.recording.several_processes import shared_writer
 from tda_lightning.recording.sharded import require_whole
 from tda_lightning.recording.stages import begin_stage, held_parameters
-from tda_lightning.recording.step_log import (
-    Batch,
-    read_hyperparameters,
-    read_rates,
-)
+from tda_lightning.recording.step_log import Batch
 from tda_lightning.recording.stepping import unscaled
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.processes import Processes

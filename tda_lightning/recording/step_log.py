@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tda_lightning.recording.indices import Indices
 from tda_lightning.records.trajectory import Steps
 from tda_lightning.runtime.random_states import States
 from tda_lightning.store.reader import join_steps, widened
 
-# What the formulas need, by torch.optim's own keys ("betas" becomes beta1 and beta2).
-_HYPERPARAMETERS: dict[type, tuple[str, ...]] = {
-    SGD: ("momentum", "dampening", "nesterov", "weight_decay"),
-    Adam: ("beta1", "beta2", "eps", "weight_decay"),
-    AdamW: ("beta1", "beta2", "eps", "weight_decay"),
-}
-# Variants of a supported class that follow another formula.
-_VARIANTS = ("amsgrad", "maximize")
 _PENDING = 512  # rows whose device scalars are not yet fetched
-
-
-def optimizer_name(optimizer: Optimizer) -> str:
-    """The name that selects the formula: a class of ``torch.optim`` or a full path, never alike.
-
-    A subclass may step differently, so it is not called by its parent's name; neither is a
-    variant such as ``Adam(amsgrad=True)``.
-    """
-    cls = type(optimizer)
-    name = cls.__name__
-    if cls is not getattr(torch.optim, name, None):
-        return f"{cls.__module__}.{cls.__qualname__}"
-    if cls is Adam and all(g.get("decoupled_weight_decay") for g in optimizer.param_groups):
-        name = "AdamW"  # the same update under its other name
-    chosen = [v for v in _VARIANTS if any(g.get(v) for g in optimizer.param_groups)]
-    return f"{name}({', '.join(f'{v}=True' for v in chosen)})" if chosen else name
-
-
-def read_rates(optimizer: Optimizer) -> list[float]:
-    """Learning rate of each parameter group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def read_hyperparameters(optimizer: Optimizer) -> dict[str, list[float]]:
-    """Hyper-parameters by name, one value for each parameter group."""
-    groups = [_numbers(group) for group in optimizer.param_groups]
-    known = _HYPERPARAMETERS.get(type(optimizer))
-    names = known or sorted(set.intersection(*(set(group) for group in groups)))
-    return {name: [group[name] for group in groups] for name in names}
-
-
-def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {}
-    for name, value in group.items():
-        if name == "betas":
-            for position, beta in enumerate(value, start=1):
-                numbers[f"beta{position}"] = float(beta)
-        elif name not in ("lr", "initial_lr") and isinstance(value, (Real, Tensor)):
-            numbers[name] = float(value)
-    return numbers
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
@@ -142,7 +92,7 @@ class StepLog:
         Args:
             epoch: counted from 0.
             rates: applied learning rates.
-            hyperparameters: as :func:`read_hyperparameters` gives them.
+            hyperparameters: as ``optimizers.read_hyperparameters`` gives them.
             losses: of each batch, as the user's training_step returned it.
             norm: of the gradient before clipping.
             applied_norm: after it; None where nothing clips.

@@ -20,8 +20,9 @@ from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
 from tda_lightning.estimators.source.staged import plan_stages, segment_counts
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Context, Plan, Stage
+from tda_lightning.session.passes import Plan, Session, Stage, run_plan
 from tda_lightning.solvers.problem import check_limits
 
 ORDERS = ("average", "recorded")
@@ -100,7 +101,17 @@ class Source:
     References:
         | Training Data Attribution via Approximate Unrolling (Bae et al., 2024), section 3
         | https://arxiv.org/abs/2405.12186
-        | The recorded order is our own: METHODS.md, "SOURCE on the recorded order".
+        | The recorded order is our own: docs/methods.md, "SOURCE on the recorded order".
+
+    Example:
+        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        (1 - exp(-2)) / 2 or (1 - exp(-1/2)) / (1/2). In the recorded order it is exact here.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(Source())
+        tensor([-0.6485,  0.6485, -0.5902,  0.5902])
+        >>> least_squares_scores(Source(order="recorded"))
+        tensor([-0.6695,  0.6695, -0.6019,  0.6019])
     """
 
     num_segments: int = 3
@@ -161,7 +172,7 @@ class Source:
     def _blockwise(self) -> bool:
         return self.curvature in ("ekfac", "kfac", "diagonal")
 
-    def leading(self, context: Context) -> int:
+    def leading(self, context: Session) -> int:
         """How many leading directions are kept for the model at hand."""
         size = sum(block.size for block in context.blocks)
         if self.leading_directions is not None:
@@ -183,11 +194,19 @@ class Source:
             )
         return list(self.segment_steps)  # type: ignore[arg-type]
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, context: Session) -> int:
         """How many segments the scores are split by."""
         return len(context.trajectory.segments(self.cuts()))
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Run :meth:`plan_stages`."""
+        return run_plan(self.plan_stages(stages), [stage.session for stage in stages])
+
+    def plan(self, context: Session) -> Plan:
         """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
         adam = context.trajectory.require_optimizer() != "SGD"
         run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
@@ -237,7 +256,7 @@ class Source:
         plan.provenance["question"] = _QUESTIONS[self.order]
         return plan
 
-    def notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
+    def notes_on_rates(self, context: Session, segments: Sequence[Segment]) -> list[str]:
         """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
         facts = context.trajectory.facts.parameters
         groups = sorted({facts[name].group for name in context.engine.names})

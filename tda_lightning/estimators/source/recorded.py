@@ -1,4 +1,4 @@
-"""SOURCE on the recorded order of batches, for SGD (METHODS.md; our own).
+"""SOURCE for SGD, in the order of the batches (docs/methods.md, "SOURCE on the recorded order").
 
 The adjoint recursion of the recorded steps is run in a segment's eigenbasis, where every step is
 elementwise. It is linear in the adjoints (a, b) that enter at the segment's end, so the steps act
@@ -96,7 +96,7 @@ class RecordedRun(SegmentedRun):
                         dtype=self.context.dtype,
                         device=self.context.device,
                     )
-                self.context.sink.set_self_influence(self.context.reduce(own).cpu())
+                self.context.scores.set_self_influence(self.context.reduce(own).cpu())
 
         return end
 
@@ -140,7 +140,7 @@ class RecordedRun(SegmentedRun):
                             if query.b is not None:
                                 used = used + u_b * query.b[name]
                             own[part] += (used * gradient).flatten(1).sum(1)
-            context.sink.add(number, examples, values, first_query)
+            context.scores.add(number, examples, values, first_query)
             if with_self:
                 if self.self_influence is None:
                     self.self_influence = values.new_zeros(context.num_train)

@@ -1,7 +1,7 @@
-"""SOURCE on the recorded order of batches, for Adam and AdamW (METHODS.md; our own).
+"""SOURCE for Adam, in the order of the batches (docs/methods.md, "SOURCE on the recorded order").
 
 Adam's step depends on the gradient through both moments. Holding the second one fixed in the
-derivative is worse than averaging the order out (METHODS.md: LDS 0.70 against 0.79), so the
+derivative is worse than averaging the order out (LDS 0.70 against 0.79), so the
 adjoint (a, b, e) of parameters and both moments is followed, step by step, on the parameters;
 only curvature is applied through a segment's eigenbasis. The moments between two checkpoints are
 rebuilt from the recorded ones and the recorded batches' gradients, interpolated between the
@@ -156,7 +156,7 @@ class RecordedAdamRun(SegmentedRun):
     def _begin(self, start: int, stop: int, fresh: bool) -> Callable[[], None]:
         def begin() -> None:
             if fresh:
-                held = self.context.held_step
+                held = self.context.loaded_step
                 found = self.arrive(start, stop)
                 self.a = found.a
                 self.b = found.b or {name: torch.zeros_like(a) for name, a in self.a.items()}
@@ -279,7 +279,7 @@ class RecordedAdamRun(SegmentedRun):
                     for part in chunks(rows, ends[0][name].cost_per_example):
                         gradient = _lerp(ends, name, between, part).flatten(1)
                         values[:, part] -= shares[part] * (u.flatten(1) @ gradient.T)
-            context.sink.add(number, examples, values, first_query)
+            context.scores.add(number, examples, values, first_query)
 
         return accumulate
 
@@ -290,7 +290,7 @@ class RecordedAdamRun(SegmentedRun):
             self.next_row -= 1
 
     def _step(self, number: int, row: int) -> Units:
-        """One step of the adjoint (METHODS.md, "Exact unrolling"); u, which meets the gradients."""
+        """Go one step back (docs/methods.md, "Exact unrolling") and return u."""
         settings, at = self._settings(row), row - self.moments.start
         found = {}
         for name, taken in self._steps_before().items():

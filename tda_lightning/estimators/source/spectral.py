@@ -85,10 +85,10 @@ def accumulated_response(time: float) -> SpectralFunction:
 class MomentumAdjoint:
     """The adjoint of SGD with momentum, backwards through its steps, by eigenvalue.
 
-    The state is the pair (a, b) of METHODS.md, "Exact unrolling": the adjoints of the parameter
-    and of the momentum buffer. It is linear in the state that enters at the segment's end, so it
-    is kept as coefficients of that: ``a`` and ``b`` are each a pair of tensors, the factors of
-    the entering a and of the entering b.
+    The state is the pair (a, b) of docs/methods.md, "SOURCE on the recorded order": the adjoints of
+    parameter and momentum buffer. It depends linearly on the pair at the segment's end, and is
+    stored as its coefficients: ``a`` and ``b`` are each a pair of tensors, the factors of the a and
+    of the b there.
     """
 
     eigenvalues: Tensor

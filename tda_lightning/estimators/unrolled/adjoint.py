@@ -4,7 +4,7 @@ r"""Adjoints of the optimizers' steps: how a change of a step's gradient reaches
 momentum buffer or Adam's first moment, ``e`` to the second moment. With g the gradient as the
 optimizer sees it, :meth:`OptimizerAdjoint.enter` gives :math:`u = \partial m / \partial g` and
 :meth:`OptimizerAdjoint.leave` ends the step; the Hessian's part, :math:`a \mathrel{+}= H u`, is
-added in between (METHODS.md, "Exact unrolling").
+added in between (docs/methods.md, "Exact unrolling").
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tda_lightning.estimators.unrolled.run import UnrolledRun
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.passes import Plan, Session, run_plan
 
 STATES = ("auto", "memory", "disk", "recompute")
 
@@ -57,6 +58,14 @@ class Unrolled:
         | https://arxiv.org/abs/2503.13751
         | MAGIC: Near-Optimal Data Attribution for Deep Learning (Ilyas & Engstrom, 2025)
         | https://arxiv.org/abs/2504.16430
+
+    Example:
+        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        (1 - 0.8^10) / 2 or (1 - 0.95^10) / (1/2), the sum of what is left of each step.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(Unrolled())
+        tensor([-0.6695,  0.6695, -0.6019,  0.6019])
     """
 
     last_steps: int | None = None
@@ -88,11 +97,15 @@ class Unrolled:
                 "the old label's terms: ask for one of them at a time."
             )
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, context: Session) -> int:
         """One segment for each recorded interval between checkpoints."""
         return len(context.trajectory.checkpoints) - 1
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def plan(self, context: Session) -> Plan:
         """For every interval, last one first: a replay forwards, and the way back."""
         return UnrolledRun(self, context).plan()
 
