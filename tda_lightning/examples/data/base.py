@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +42,11 @@ class DataModule(LightningDataModule, ABC):
     def render(self, split: str, index: int) -> Rendered:
         """Example ``index`` of ``split`` ("train" or "query") as a reader wants to see it."""
 
-    def describe(self, outputs: Tensor) -> list[str]:
-        """In words, what the model said of each query, given its outputs [query, ...].
-
-        Empty when there is nothing to say beyond the measurement.
-        """
-        return []
+    def reordered(self, seed: int) -> DataModule:
+        """The same data in the order that another seed draws; nothing is read again."""
+        data = copy.copy(self)
+        data.seed = seed
+        return data
 
     def setup(self, stage: str | None = None) -> None:
         if self._datasets is None:

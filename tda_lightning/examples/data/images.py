@@ -96,6 +96,7 @@ class ImageData(DataModule):
         )
 
     def describe(self, outputs: Tensor) -> list[str]:
+        """The likeliest class of each query and its probability."""
         return predicted_classes(outputs, self.classes)
 
     def render(self, split: str, index: int) -> Rendered:

@@ -153,6 +153,7 @@ class MNLIData(DataModule):
         return self._dataset(train), self._dataset(query)
 
     def describe(self, outputs: Tensor) -> list[str]:
+        """The likeliest class of each pair and its probability."""
         return predicted_classes(outputs, CLASSES)
 
     def render(self, split: str, index: int) -> Rendered:
