@@ -50,7 +50,6 @@ KNOWN_HOMES = {
     ("recording", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
-    "examples": 2,
     "report": 1,
     "recording": 8,
     "estimators": 15,
