@@ -36,12 +36,9 @@ HOMES = {
     "scipy": {"evaluation"},
 }
 
-KNOWN_UPWARD = {
-    ("cli", "examples"),
-}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
-    ("cli", 4),
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
@@ -50,11 +47,8 @@ KNOWN_CYCLES = {
 KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
-    ("records", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
-    "examples": 2,
-    "cli": 1,
     "report": 1,
     "recording": 8,
     "estimators": 15,

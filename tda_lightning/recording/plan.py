@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tda_lightning.recording.blueprint import Blueprint, blueprint
 from tda_lightning.recording.planned_curvature import NOTE, planned_curvature
 from tda_lightning.recording.planned_steps import PlannedSteps, planned_steps
-from tda_lightning.records.plans import readable_bytes
+from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.layout import STEP_COLUMNS
 
 if TYPE_CHECKING:
