@@ -104,7 +104,8 @@ def coupled(
         title = f"{segment.title}: coupling to frozen parameters, step {step}"
         for batch in session.walk(title, step):
             for gradients in _gauss_newton(session, batch, segment.kind, seed + step):
-                inner = sum(gradients.blocks[name].dot(own) for name, own in u.items())
+                dots = [gradients.blocks[name].dot(own) for name, own in u.items()]
+                inner = torch.stack(dots).sum(0)
                 for block in session.blocks:
                     if not products.keys() & set(block.parameters):
                         continue

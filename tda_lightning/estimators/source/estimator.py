@@ -208,10 +208,9 @@ class Source:
                 f"curvature='matrix_free' follows one stage of training, got {len(stages)}. Use "
                 "curvature='ekfac' or 'exact', or attribute the last stage's trajectory alone."
             )
-        cuts = stage_cuts(self.num_segments, self.segment_steps, stages)
         return [
             len(stage.session.trajectory.segments(own))
-            for stage, own in zip(stages, cuts, strict=True)
+            for stage, own in zip(stages, self._stage_cuts(stages), strict=True)
         ]
 
     def score(self, session: Session) -> Provenance:
@@ -222,9 +221,7 @@ class Source:
 
     def score_stages(self, stages: Sequence[Stage]) -> Provenance:
         """Follow the queries back through one or several stages of training."""
-        cuts = [self.cuts()]
-        if len(stages) > 1:
-            cuts = stage_cuts(self.num_segments, self.segment_steps, stages)
+        cuts = self._stage_cuts(stages)
         fitted = [self._fit(stage, own) for stage, own in zip(stages, cuts, strict=True)]
         session = stages[-1].session
         query_bytes = max(fit.stage.wide.gradient_bytes(fit.copies) for fit in fitted)
@@ -241,6 +238,11 @@ class Source:
         if session.self_influence and fitted[0].cross is averaged.cross:
             averaged.add_self_influence(fitted[0].segments)
         return self._provenance(fitted)
+
+    def _stage_cuts(self, stages: Sequence[Stage]) -> list[int | list[int]]:
+        if len(stages) == 1:
+            return [self.cuts()]
+        return stage_cuts(self.num_segments, self.segment_steps, stages)
 
     def _fit(self, stage: Stage, cuts: int | list[int]) -> _FittedStage:
         """Choose how a stage's segments are crossed, and fit their curvature."""

@@ -37,14 +37,14 @@ def cross(
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
     with_self = session.self_influence and first_query == 0
     steps = _steps_back(segment)
-    row, u = segment.steps.stop, {}
+    row, u = segment.steps.stop, dict[str, Tensor]()
     order = [load.examples for load in loads]
     for batch in session.walk(f"{segment.title}: recorded steps", order=order):
         load = loads[batch.position]
         before, after = (segment.gradients(batch, step) for step in load.interval)
         measured = segment.measurement_gradients(batch) if with_self else {}
-        queries = next(iter(inside.values())).shape[1]
-        values = torch.zeros(queries, len(load.rows), dtype=session.dtype, device=session.device)
+        some = next(iter(inside.values()))
+        values = some.new_zeros(some.shape[1], len(load.rows))
         own_values = torch.zeros_like(values[0])
         for used_in, positions in load.runs():
             while row > used_in:

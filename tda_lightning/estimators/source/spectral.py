@@ -116,12 +116,10 @@ class LinearAdjoint:
     """
 
     def __init__(self, eigenvalues: Tensor, rule: OptimizerRule) -> None:
-        identity = torch.eye(1 + len(rule.states), dtype=eigenvalues.dtype)
-        identity = identity.to(eigenvalues.device)[..., None, None, None]
-        components = (identity * torch.ones_like(eigenvalues)).unbind()
+        identity = torch.eye(1 + len(rule.states)).to(eigenvalues)[..., None, None, None]
+        self._parameters, *states = (identity * torch.ones_like(eigenvalues)).unbind()
+        self._states = dict(zip(rule.states, states, strict=True))
         self._eigenvalues, self._rule = eigenvalues, rule
-        self._parameters = components[0].clone()
-        self._states = {name: part.clone() for name, part in zip(rule.states, components[1:])}
 
     @property
     def coefficients(self) -> Tensor:

@@ -48,12 +48,14 @@ def cross(
         title = f"{segment.title}: steps {first + 1} to {last + 1}"
         recorded = _rebuilt_steps(segment, loads, first, last, f"{title}, moments")
         steps = _steps_back(segment, recorded, first, crossing)
-        row, u = last + 1, {}
+        row, u = last + 1, dict[str, Tensor]()
         for batch in session.walk(title, order=[load.examples for load in loads]):
             load = loads[batch.position]
             before, after = (segment.gradients(batch, step) for step in load.interval)
             queries = next(iter(adjoint.values())).shape[1]
-            values = torch.zeros(queries, len(load.rows), dtype=session.dtype, device=session.device)
+            values = torch.zeros(
+                queries, len(load.rows), dtype=session.dtype, device=session.device
+            )
             for used_in, positions in load.runs():
                 while row > used_in:
                     row, u = next(steps)
@@ -119,7 +121,7 @@ def _rebuilt_steps(
 ) -> _RecordedSteps:
     """The steps from the checkpoint before row ``first`` to row ``last``: their gradients by a walk
     over the recorded batches, their states by the optimizer's own recursion."""
-    session, trajectory, rule = segment.session, segment.session.trajectory, segment.rule
+    trajectory, rule = segment.session.trajectory, segment.rule
     start, stop = loads[0].interval
     if start < first:
         # The segment begins inside the interval; the states are known at the interval's start only.
@@ -268,9 +270,7 @@ class _Settings:
         return weight_decay(self._trajectory, slice(row, row + 1))[0]
 
     def _spread(self, values: Tensor) -> Units:
-        return {
-            name: values.to(groups)[groups.long()] for name, groups in self._groups.items()
-        }
+        return {name: values.to(groups)[groups.long()] for name, groups in self._groups.items()}
 
 
 def _by_unit(segment: FittedSegment, values: Mapping[str, Tensor]) -> Units:
