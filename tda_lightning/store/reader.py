@@ -27,7 +27,6 @@ from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, 
 from tda_lightning.store.record_checks import (
     require_facts,
     require_fitting,
-    require_states,
     require_values,
 )
 from tda_lightning.store.statistics_folder import StatisticsFolder
@@ -211,8 +210,6 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
         self._require_recorded(tensors)
         names = self.facts.parameters
-        if optimizer is not None:
-            require_states(optimizer, {name: tensors[name] for name in names})
         return Checkpoint(
             step=step,
             # HDF5 lists names by the alphabet; the facts know the model's own order.
