@@ -100,7 +100,7 @@ def test_source_and_tracin_are_the_dense_formulas(case: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NEW)
 def test_influence_and_tracin(name: str) -> None:
-    run, module, data = train(MLP, OPTIMIZERS[name])
+    run, module, data = train(MLP, OPTIMIZERS[name], checkpoints=(3,), schedule=schedule)
     last = run.last_step
     segments = run.segments([last - 1])[1:]
     (curvature,) = oracles.mean_curvature(run, segments, module, MLP.criterion, data)
@@ -109,7 +109,9 @@ def test_influence_and_tracin(name: str) -> None:
     expected = oracles.influence(curvature, decay, 0.03, gradients[last], query)
     scores = attribute(MLP, run, module, data, InfluenceFunction("exact", damping=0.03))
     assert relative(scores.values, expected) < 1e-9
-    expected = oracles.tracin(run, {last: gradients[last]}, {last: query}).sum(0)
+    gradients = oracles.checkpoint_gradients(run, module, MLP.loss, data, [3, last])
+    query = oracles.checkpoint_gradients(run, module, MLP.loss, queries_of(MLP), [3, last])
+    expected = oracles.tracin(run, gradients, query).sum(0)
     assert relative(attribute(MLP, run, module, data, TracIn()).values, expected) < 1e-9
 
 
