@@ -14,7 +14,7 @@ from torch import Tensor
 from tda_lightning.recording.indices import Indices
 from tda_lightning.records.trajectory import Steps
 from tda_lightning.runtime.random_states import States
-from tda_lightning.store.reader import join_steps, widened
+from tda_lightning.store.steps_file import join_steps, widened
 
 _PENDING = 512  # rows whose device scalars are not yet fetched
 
