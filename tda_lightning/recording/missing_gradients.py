@@ -17,7 +17,7 @@ _FEW = 8
 
 def require_complete(
     blocks: list[Block],
-    found: Mapping[str, Gradient],
+    gradients: Mapping[str, Gradient],
     own: Mapping[str, Tensor | None],
     allowed: float,
 ) -> None:
@@ -27,7 +27,7 @@ def require_complete(
         UnsupportedTrainingError: some use of a parameter has not been seen.
     """
     for block in blocks:
-        gradient = found[block.name]
+        gradient = gradients[block.name]
         total = block.tensors(gradient.mean() * gradient.batch)
         # A few examples tell how large what cancels in the sum is.
         few = first_examples(gradient, _FEW)
