@@ -39,9 +39,7 @@ HOMES = {
 KNOWN_UPWARD = {
     ("cli", "examples"),
     ("records", "store"),
-    ("runtime", "tasks"),
     ("session", "replay"),
-    ("store", "evaluation"),
 }
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
@@ -50,17 +48,17 @@ KNOWN_CYCLES = {
     ("estimators", 4),
     ("estimators", 8),
     ("gradients", 3),
+    ("recording", 2),
     ("records, store", 2),
     ("records, store", 6),
-    ("recording", 2),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
     ("records", "rich"),
-    ("store", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
+    "examples": 2,
     "cli": 1,
     "report": 1,
     "attribution": 1,
@@ -72,9 +70,8 @@ KNOWN_WITHOUT_DOCSTRING = {
     "session": 4,
     "gradients": 10,
     "store": 14,
-    "records": 6,
+    "records": 2,
     "runtime": 1,
-    "examples": 2,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.evaluation.lds import bootstrap
-from tda_lightning.store.durable import write_text
+from tda_lightning.store.atomic_write import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

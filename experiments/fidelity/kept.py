@@ -26,7 +26,7 @@ from torch import Tensor
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli.commands import versions
 from tda_lightning.evaluation import GroundTruth
-from tda_lightning.store.ground_truth import read_ground_truth
+from tda_lightning.store.ground_truth_file import read_ground_truth
 
 RESULTS = Path(__file__).parent / "results"
 PROTOCOLS = ("single_run", "algorithm")

@@ -27,7 +27,7 @@ from tda_lightning.attribution.provenance import package_versions
 from tda_lightning.evaluation import detection_auc, found_within
 from tda_lightning.examples.data import FashionMNISTData
 from tda_lightning.runtime.progress import SlowProgress
-from tda_lightning.store.durable import write_text
+from tda_lightning.store.atomic_write import write_text
 
 
 class Notes:

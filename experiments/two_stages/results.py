@@ -19,7 +19,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tda_lightning.store.durable import write_text
+from tda_lightning.store.atomic_write import write_text
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from experiments.marked import with_block
 from experiments.two_stages.figure import dots
 from experiments.two_stages.results import Results, read
 from tda_lightning.evaluation import Interval, difference, linear_datamodeling_score
-from tda_lightning.store.durable import write_text
+from tda_lightning.store.atomic_write import write_text
 
 HERE = Path(__file__).parent
 PROTOCOLS = {"single_run": "single run", "algorithm": "algorithm"}

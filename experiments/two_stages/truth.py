@@ -22,10 +22,10 @@ from tda_lightning.evaluation import (
     retrain_each,
     what_determines,
 )
-from tda_lightning.evaluation.ground_truth import RECORDED_SEED, Protocol
+from tda_lightning.records.ground_truth import RECORDED_SEED, Protocol
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.store.ground_truth import read_ground_truth, write_ground_truth
+from tda_lightning.store.ground_truth_file import read_ground_truth, write_ground_truth
 from tda_lightning.tasks import ClassificationTask
 
 TASK = ClassificationTask()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.processes import from_all
-from tda_lightning.store.kept_folder import KeptFolder
+from tda_lightning.store.tensor_cache import TensorCache
 
 
 def require_scorable(trainer: Trainer) -> None:
@@ -41,7 +41,7 @@ def written_by_first(trajectory: Trajectory) -> Trajectory:
     others keep what they have found to themselves."""
     curvature, features = trajectory.curvature, trajectory.features
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    if rank == 0 or not isinstance(curvature, KeptFolder):
+    if rank == 0 or not isinstance(curvature, TensorCache):
         return trajectory
     return replace(trajectory, curvature=ChainMap({}, curvature), features=ChainMap({}, features))
 

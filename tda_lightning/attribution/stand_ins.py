@@ -124,7 +124,7 @@ class KeptAside(MutableMapping[str, Mapping[str, Tensor]]):
 
     def _writing(self, key: str, value: Mapping[str, Tensor]) -> float:
         # Files of the store are written as the real ones are, elsewhere.
-        from tda_lightning.store.kept_folder import KeptFolder
+        from tda_lightning.store.tensor_cache import TensorCache
 
         sample, left = {}, _SAMPLE_BYTES
         for name, tensor in value.items():
@@ -135,7 +135,7 @@ class KeptAside(MutableMapping[str, Mapping[str, Tensor]]):
         whole = sum(tensor.numel() * tensor.element_size() for tensor in value.values())
         with tempfile.TemporaryDirectory() as folder:
             began = clock.now()
-            KeptFolder(Path(folder))[key] = sample
+            TensorCache(Path(folder))[key] = sample
             return (clock.now() - began) * whole / max(part, 1)
 
     def __delitem__(self, key: str) -> None:

@@ -31,6 +31,7 @@ from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.attribution.progress_bar import PassProgressBar
 from tda_lightning.cli.ground_truth import file_name, ground_truth
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.cli.judged import (
     Judged,
     how_judged,
@@ -63,7 +64,6 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
-from tda_lightning.evaluation.ground_truth import PROTOCOLS
 from tda_lightning.examples.data import DataModule
 from tda_lightning.records.errors import (
     NonFiniteError,
@@ -71,12 +71,13 @@ from tda_lightning.records.errors import (
     TrajectoryMismatchError,
     UnsupportedTrainingError,
 )
+from tda_lightning.records.ground_truth import PROTOCOLS
 from tda_lightning.records.plans import AttributionPlan, comparison
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report import write_report
-from tda_lightning.store.durable import write_text
-from tda_lightning.store.inspect import describe, description_table
+from tda_lightning.store.atomic_write import write_text
+from tda_lightning.store.inspect import describe
 from tda_lightning.store.layout import FACTS_FILE, GROUND_TRUTH_FOLDER
 from tda_lightning.store.scores_file import replace_provenance
 

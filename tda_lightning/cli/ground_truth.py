@@ -13,8 +13,8 @@ from tda_lightning.cli.kept import kept_retrainings
 from tda_lightning.cli.recorded import command_line
 from tda_lightning.cli.retraining import Parts
 from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, what_determines
-from tda_lightning.evaluation.ground_truth import RECORDED_SEED
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.ground_truth import RECORDED_SEED
 from tda_lightning.records.trajectory import Trajectory
 
 

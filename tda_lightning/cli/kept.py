@@ -26,7 +26,7 @@ from tda_lightning.cli.retraining import Outcome, Parts
 from tda_lightning.evaluation import GroundTruth, landing_error, retrain
 from tda_lightning.records.errors import TrajectoryLockedError
 from tda_lightning.runtime.progress import SlowProgress
-from tda_lightning.store.ground_truth import read_ground_truth, write_ground_truth
+from tda_lightning.store.ground_truth_file import read_ground_truth, write_ground_truth
 from tda_lightning.store.lock import FolderLock
 
 _INTERRUPTED = 130  # exit status, as of a command that SIGINT ends

@@ -1,7 +1,7 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
 from tda_lightning.evaluation.afresh import FreshTraining, retrain_afresh
-from tda_lightning.evaluation.ground_truth import GroundTruth, draw_seeds, what_determines
+from tda_lightning.evaluation.configuration import draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
     RemovalAgreement,
     agreement,
@@ -30,6 +30,7 @@ from tda_lightning.evaluation.top_removal import (
     removals,
     top_removal,
 )
+from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [
     "Estimate",

@@ -29,8 +29,8 @@ from tda_lightning.records.errors import (
     TrajectoryNotFoundError,
 )
 from tda_lightning.records.trajectory import Facts, StageFact, Steps
-from tda_lightning.store.cut import ADVICE
 from tda_lightning.store.reader import CheckpointFolder, read_facts, require_trajectory
+from tda_lightning.store.truncate import ADVICE
 
 FORMAT = 2
 # Settings that differ between two runs, or two starts of one run, that are the same otherwise.

@@ -97,10 +97,12 @@ class Scores:
 
     @property
     def num_queries(self) -> int:
+        """Rows of ``values``."""
         return self.values.shape[0]
 
     @property
     def num_train(self) -> int:
+        """Columns of ``values``."""
         return self.values.shape[1]
 
     @property

@@ -224,6 +224,7 @@ class Segment:
 
     @property
     def rows(self) -> slice:
+        """Its rows of the steps table."""
         return slice(self.start, self.stop)
 
 
@@ -276,6 +277,7 @@ class Trajectory:
 
     @property
     def num_steps(self) -> int:
+        """Recorded optimizer steps."""
         return len(self.steps)
 
     @property

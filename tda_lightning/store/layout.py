@@ -90,7 +90,7 @@ SCORES_FOLDER = "scores"
 GROUND_TRUTH_FOLDER = "ground_truth"
 
 # What attributions keep for later ones, each in a folder of its name.
-KEPT_FOLDERS = (CURVATURE_FOLDER, UNFINISHED_FOLDER, FEATURES_FOLDER)
+CACHE_FOLDERS = (CURVATURE_FOLDER, UNFINISHED_FOLDER, FEATURES_FOLDER)
 
 FACTS = "facts"
 PARAMETERS = "parameters"
@@ -165,11 +165,11 @@ def statistics_files(root: Path) -> dict[tuple[int, int], Path]:
     return dict(sorted(found.items()))
 
 
-def kept_file(root: Path, kind: str, key: str) -> Path:
+def cache_file(root: Path, kind: str, key: str) -> Path:
     return root / kind / f"{key}.h5"
 
 
-def kept_files(root: Path, kind: str) -> dict[str, Path]:
+def cache_files(root: Path, kind: str) -> dict[str, Path]:
     """What attributions kept in ``root`` of one kind, by key."""
     files = _files(root / kind)
     return {p.stem: p for p in files if p.suffix == ".h5" and KEY.fullmatch(p.stem)}
@@ -193,7 +193,7 @@ def recorded_files(root: Path) -> list[Path]:
         *(path for _, _, path in steps_files(root)),
         *checkpoint_files(root).values(),
         *statistics_files(root).values(),
-        *(path for kind in KEPT_FOLDERS for path in kept_files(root, kind).values()),
+        *(path for kind in CACHE_FOLDERS for path in cache_files(root, kind).values()),
     ]
 
 

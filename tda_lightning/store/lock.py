@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tda_lightning.records.errors import TrajectoryLockedError
-from tda_lightning.store.durable import make_folder
+from tda_lightning.store.atomic_write import make_folder
 
 try:
     import fcntl

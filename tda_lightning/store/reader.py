@@ -23,16 +23,16 @@ from tda_lightning.records.trajectory import (
 )
 from tda_lightning.runtime.random_states import TWISTERS, require_restorable
 from tda_lightning.store import layout
-from tda_lightning.store.checked import get_integer, has, names
-from tda_lightning.store.h5 import get_array, get_json, get_tensors, reading, subgroup
-from tda_lightning.store.kept_folder import KeptFolder
-from tda_lightning.store.plausible import (
+from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.record_checks import (
     require_facts,
     require_fitting,
     require_states,
     require_values,
 )
 from tda_lightning.store.statistics_folder import StatisticsFolder
+from tda_lightning.store.tensor_cache import TensorCache
+from tda_lightning.store.untrusted import get_integer, has, names
 
 
 def open_trajectory(path: str | Path) -> Trajectory:
@@ -55,9 +55,9 @@ def open_trajectory(path: str | Path) -> Trajectory:
         facts=facts,
         steps=steps,
         checkpoints=CheckpointFolder(root, facts),
-        curvature=KeptFolder(root, layout.CURVATURE_FOLDER),
-        unfinished=KeptFolder(root, layout.UNFINISHED_FOLDER),
-        features=KeptFolder(root, layout.FEATURES_FOLDER),
+        curvature=TensorCache(root, layout.CURVATURE_FOLDER),
+        unfinished=TensorCache(root, layout.UNFINISHED_FOLDER),
+        features=TensorCache(root, layout.FEATURES_FOLDER),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
     )

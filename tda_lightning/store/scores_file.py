@@ -38,7 +38,7 @@ from torch import Tensor
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import MemorySink, Scores, require_finite, require_scored
-from tda_lightning.store.checked import (
+from tda_lightning.store.untrusted import (
     DAMAGE,
     from_json,
     get_integer,

@@ -13,8 +13,7 @@ from torch import Tensor
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.trajectory import BlockStatistics, Statistics
 from tda_lightning.store import layout
-from tda_lightning.store.checked import names, own_dataset
-from tda_lightning.store.h5 import (
+from tda_lightning.store.hdf5 import (
     get_json,
     get_tensors,
     put_json,
@@ -23,7 +22,8 @@ from tda_lightning.store.h5 import (
     subgroup,
     writing,
 )
-from tda_lightning.store.plausible import require_statistics
+from tda_lightning.store.record_checks import require_statistics
+from tda_lightning.store.untrusted import names, own_dataset
 
 _PACKED = "packed "  # before the name of a symmetric matrix of which the lower triangle is kept
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.records.trajectory import Steps
 from tda_lightning.store import layout
-from tda_lightning.store.h5 import put_array, writing
+from tda_lightning.store.hdf5 import put_array, writing
 
 
 def write_steps(root: Path, first: int, steps: Steps) -> Path:

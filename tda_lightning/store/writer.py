@@ -12,12 +12,12 @@ from tda_lightning.records.errors import TrajectoryExistsError
 from tda_lightning.records.trajectory import Checkpoint, Facts, Statistics, Steps
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
-from tda_lightning.store.cut import cut, remove_unfinished
-from tda_lightning.store.durable import make_folder, sync_folder
-from tda_lightning.store.h5 import put_json, put_tensors, writing
+from tda_lightning.store.atomic_write import make_folder, sync_folder
+from tda_lightning.store.hdf5 import put_json, put_tensors, writing
 from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
 from tda_lightning.store.statistics_folder import write_statistics
 from tda_lightning.store.steps_file import write_steps
+from tda_lightning.store.truncate import remove_unfinished, truncate_trajectory
 
 
 class TrajectoryWriter:
@@ -80,7 +80,7 @@ class TrajectoryWriter:
 
         What else is there, steps, checkpoints and fitted curvature, is cut off.
         """
-        cut(self.root, facts, rows, checkpoints)
+        truncate_trajectory(self.root, facts, rows, checkpoints)
         self._num_steps = rows
         self._facts = (self.root / layout.FACTS_FILE).read_bytes()
         self._remember(CheckpointFolder(self.root, facts)[0])

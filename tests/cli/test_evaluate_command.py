@@ -31,7 +31,7 @@ from tda_lightning.evaluation import (
 )
 from tda_lightning.evaluation.baselines import random_scores
 from tda_lightning.records.errors import TrajectoryFormatError
-from tda_lightning.store.ground_truth import read_ground_truth
+from tda_lightning.store.ground_truth_file import read_ground_truth
 from tda_lightning.store.scores_file import replace_provenance
 from tests.cli.test_config import make
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, what_determines
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryMismatchError
-from tda_lightning.store.ground_truth import read_ground_truth, write_ground_truth
+from tda_lightning.store.ground_truth_file import read_ground_truth, write_ground_truth
 from tests.cases.training import CLASSIFIER, queries_of
 from tests.evaluation.test_evaluation import small
 

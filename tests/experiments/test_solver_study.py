@@ -12,7 +12,7 @@ from experiments.solvers.studies import STUDIES
 from tda_lightning import Scores
 from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets
 from tda_lightning.evaluation import linear_datamodeling_score as score_of
-from tda_lightning.store.ground_truth import write_ground_truth
+from tda_lightning.store.ground_truth_file import write_ground_truth
 
 TRAIN, QUERIES, ASKED, SUBSETS = 20, 5, 3, 8
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.random_states import restore_states, unchanged_randomness
 from tests.oracles.gradients import Batch, Loss, take, with_state
-from tests.oracles.unrolling import _adam, _call, _sgd
+from tests.oracles.unrolling import UPDATES, _call
 
 # The loss of a batch as trained, a scalar: (module, batch, its examples, row of the step).
 Objective = Callable[[nn.Module, Batch, Tensor, int], Tensor]
@@ -153,14 +153,8 @@ def retrace(
                 group = facts.parameters[name].group
                 hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
                 rate = float(steps.learning_rate[row, group])
-                update = _sgd if facts.optimizer == "SGD" else _adam
-                parameters[name] = update(
-                    parameters[name],
-                    gradient,
-                    state[name],
-                    rate,
-                    hyper,
-                    facts.optimizer == "AdamW",
+                parameters[name] = UPDATES[facts.optimizer](
+                    parameters[name], gradient, state[name], rate, hyper
                 )
     return Retraced(module, parameters)
 

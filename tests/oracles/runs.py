@@ -132,17 +132,31 @@ def _norm(parameters: Sequence[Tensor]) -> float:
     return float(torch.cat(gradients).norm())
 
 
+# torch.optim's keys for what a formula reads; of a tuple, every member counts from 1.
+_KEYS = {
+    "SGD": ("momentum", "dampening", "nesterov", "weight_decay"),
+    "Adam": ("betas", "eps", "weight_decay"),
+    "AdamW": ("betas", "eps", "weight_decay"),
+    "RMSprop": ("alpha", "eps", "weight_decay", "momentum", "centered"),
+    "Adagrad": ("lr_decay", "eps", "weight_decay", "initial_accumulator_value"),
+    "Muon": (
+        *("momentum", "nesterov", "weight_decay", "eps", "ns_steps"),
+        *("ns_coefficients", "adjust_lr_fn"),
+    ),
+}
+_ADJUSTMENTS = {None: 0, "original": 1, "match_rms_adamw": 2}
+
+
 def _hyperparameters(trainer: Optimizer, group: dict) -> dict[str, float]:
-    if isinstance(trainer, torch.optim.SGD):
-        names = ("momentum", "dampening", "nesterov", "weight_decay")
-        return {name: float(group[name]) for name in names}
-    beta1, beta2 = group["betas"]
-    return {
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-    }
+    numbers = {}
+    for key in _KEYS[type(trainer).__name__]:
+        value = group[key]
+        if isinstance(value, tuple):
+            single = key.removesuffix("s")
+            numbers |= {f"{single}{n}": member for n, member in enumerate(value, start=1)}
+        else:
+            numbers[key] = _ADJUSTMENTS[value] if key == "adjust_lr_fn" else float(value)
+    return numbers
 
 
 def _state(module: nn.Module, trainer: Optimizer, names: dict[int, str], step: int) -> Checkpoint:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tda_lightning.records.trajectory import Trajectory
 from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
-from tests.oracles.unrolling import _adam, _call, _sgd
+from tests.oracles.unrolling import UPDATES, _call
 
 
 def replay_run(
@@ -21,7 +21,7 @@ def replay_run(
     stages = {stage.start: stage for stage in facts.stages}
     state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
     names: tuple[str, ...] = ()
-    update = _sgd if facts.optimizer == "SGD" else _adam
+    update = UPDATES[facts.optimizer]
     for row in range(len(steps)):
         if row in stages:
             names = stages[row].parameters
@@ -40,8 +40,7 @@ def replay_run(
             group = facts.parameters[name].group
             hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
             rate = float(steps.learning_rate[row, group])
-            decoupled = facts.optimizer == "AdamW"
-            values[name] = update(values[name], gradient, state[name], rate, hyper, decoupled)
+            values[name] = update(values[name], gradient, state[name], rate, hyper)
     for name, value in trajectory.checkpoints[trajectory.last_step].parameters.items():
         torch.testing.assert_close(values[name].detach(), value)  # it is that run
     return values

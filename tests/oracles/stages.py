@@ -25,7 +25,7 @@ from tests.oracles.gradients import (
     take,
     with_state,
 )
-from tests.oracles.unrolling import _adam, _call, _sgd
+from tests.oracles.unrolling import UPDATES, _call
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def _replay(stage: TrainedStage, weights: Tensor, before: dict[str, Tensor]) -> 
             group = facts.parameters[name].group
             hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
             rate = float(steps.learning_rate[row, group])
-            update = _sgd if facts.optimizer == "SGD" else _adam
-            decoupled = facts.optimizer == "AdamW"
-            values[name] = update(values[name], gradient, state[name], rate, hyper, decoupled)
+            update = UPDATES[facts.optimizer]
+            values[name] = update(values[name], gradient, state[name], rate, hyper)
     return values
 
 

@@ -83,16 +83,12 @@ def replay(
             group = facts.parameters[name].group
             hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
             rate = float(steps.learning_rate[row, group])
-            update = _sgd if facts.optimizer == "SGD" else _adam
-            decoupled = facts.optimizer == "AdamW"
-            parameters[name] = update(parameter, gradient, state[name], rate, hyper, decoupled)
+            update = UPDATES[facts.optimizer]
+            parameters[name] = update(parameter, gradient, state[name], rate, hyper)
     return parameters
 
 
-def _sgd(
-    parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict, decoupled: bool
-) -> Tensor:
-    assert not decoupled
+def _sgd(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
     gradient = gradient + hyper["weight_decay"] * parameter
     momentum = hyper["momentum"]
     if momentum:
@@ -105,23 +101,87 @@ def _sgd(
     return parameter - rate * gradient
 
 
-def _adam(
-    parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict, decoupled: bool
-) -> Tensor:
-    beta1, beta2, decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
-    if decoupled:
-        parameter = parameter * (1 - rate * decay)
-    else:
-        gradient = gradient + decay * parameter
-    zero = torch.zeros_like(parameter)
+def _adam(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    gradient = gradient + hyper["weight_decay"] * parameter
+    return parameter - _adam_move(gradient, state, rate, hyper)
+
+
+def _adamw(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    parameter = parameter * (1 - rate * hyper["weight_decay"])
+    return parameter - _adam_move(gradient, state, rate, hyper)
+
+
+def _adam_move(gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    beta1, beta2 = hyper["beta1"], hyper["beta2"]
+    zero = torch.zeros_like(gradient)
     count = state["count"] = state.get("count", 0) + 1
     first = state["first"] = beta1 * state.get("first", zero) + (1 - beta1) * gradient
     second = state["second"] = beta2 * state.get("second", zero) + (1 - beta2) * gradient**2
-    # The square root has no derivative at 0; there the moment never moved and passes none on.
-    moved = second != 0
-    root = torch.where(moved, torch.where(moved, second, 1.0).sqrt(), 0.0)
-    root = root / (1 - beta2**count) ** 0.5
-    return parameter - rate / (1 - beta1**count) * first / (root + hyper["eps"])
+    root = _root(second) / (1 - beta2**count) ** 0.5
+    return rate / (1 - beta1**count) * first / (root + hyper["eps"])
+
+
+def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    gradient = gradient + hyper["weight_decay"] * parameter
+    alpha, zero = hyper["alpha"], torch.zeros_like(gradient)
+    square = state["square"] = alpha * state.get("square", zero) + (1 - alpha) * gradient**2
+    if hyper["centered"]:
+        mean = state["mean"] = alpha * state.get("mean", zero) + (1 - alpha) * gradient
+        square = square - mean**2
+    move = gradient / (_root(square) + hyper["eps"])
+    if hyper["momentum"]:
+        move = state["buffer"] = hyper["momentum"] * state.get("buffer", zero) + move
+    return parameter - rate * move
+
+
+def _adagrad(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    gradient = gradient + hyper["weight_decay"] * parameter
+    start = torch.full_like(gradient, hyper["initial_accumulator_value"])
+    total = state["sum"] = state.get("sum", start) + gradient**2
+    count = state["count"] = state.get("count", 0) + 1
+    rate = rate / (1 + (count - 1) * hyper["lr_decay"])
+    return parameter - rate * gradient / (_root(total) + hyper["eps"])
+
+
+def _muon(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
+    """The step lands where torch.optim's bfloat16 iteration does, with the derivative of the same
+    iteration without rounding."""
+    momentum, zero = hyper["momentum"], torch.zeros_like(gradient)
+    buffer = torch.lerp(state.get("buffer", zero), gradient, 1 - momentum)
+    state["buffer"] = buffer
+    update = torch.lerp(gradient, buffer, momentum) if hyper["nesterov"] else buffer
+    coefficients = tuple(hyper[f"ns_coefficient{n}"] for n in (1, 2, 3))
+    steps, eps = int(hyper["ns_steps"]), hyper["eps"]
+    exact = update / torch.clamp(update.norm(), min=eps)
+    for _ in range(steps):
+        square = exact @ exact.T
+        a, b, c = coefficients
+        exact = a * exact + b * square @ exact + c * square @ square @ exact
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    rounded = _zeropower_via_newtonschulz(update.detach().clone(), coefficients, steps, eps)
+    landed = exact + (rounded.to(exact) - exact).detach()
+    rows, columns = parameter.shape
+    ratio = 0.2 * max(rows, columns) ** 0.5 if hyper["adjust_lr_fn"] == 2 else 1.0
+    if hyper["adjust_lr_fn"] != 2:
+        ratio = max(1, rows / columns) ** 0.5
+    return parameter * (1 - rate * hyper["weight_decay"]) - rate * ratio * landed
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root has no derivative at 0; there nothing has ever moved, and it passes none."""
+    moved = squares != 0
+    return torch.where(moved, torch.where(moved, squares, 1.0).sqrt(), 0.0)
+
+
+UPDATES = {
+    "SGD": _sgd,
+    "Adam": _adam,
+    "AdamW": _adamw,
+    "RMSprop": _rmsprop,
+    "Adagrad": _adagrad,
+    "Muon": _muon,
+}
 
 
 def unrolled(

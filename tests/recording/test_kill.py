@@ -28,7 +28,7 @@ import torch
 
 from tda_lightning.records.errors import TrajectoryNotFoundError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.store import durable, open_trajectory
+from tda_lightning.store import atomic_write, open_trajectory
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.resumable import differences, train
 
@@ -154,7 +154,7 @@ def kill_within(method: str, number: int) -> Callable[[], None]:
     def patch() -> None:
         writer: Any = TrajectoryWriter
         setattr(writer, method, around(getattr(writer, method), within=True))
-        durable.AsideFile.write = around(durable.AsideFile.write)  # type: ignore[method-assign]
+        atomic_write.AsideFile.write = around(atomic_write.AsideFile.write)  # type: ignore[method-assign]
         os.fsync = around(os.fsync)
         os.replace = around(os.replace)
         Path.unlink = around(Path.unlink)  # type: ignore[method-assign]

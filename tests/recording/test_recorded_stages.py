@@ -17,12 +17,12 @@ from rich.console import Console
 from torch import nn
 
 from tda_lightning import AttributionModule
+from tda_lightning.cli.inspect_table import inspect_table
 from tda_lightning.estimators import Source, TracIn
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import StageFact, Trajectory
 from tda_lightning.store import layout, open_trajectory
-from tda_lightning.store.inspect import inspect_table
 from tests.attributing import quiet
 from tests.plain_loop import Small, epochs, require_agreement, train
 from tests.runs import Numbered, fit, loader, trainer

@@ -13,7 +13,7 @@ import torch
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import ResumeError
 from tda_lightning.store import layout, open_trajectory
-from tda_lightning.store.cut import cut
+from tda_lightning.store.truncate import truncate_trajectory
 from tests.resumable import Resumable, datasets, differences, resumable_loader, train
 from tests.runs import trainer
 
@@ -78,7 +78,7 @@ def test_cutting_shows_no_checkpoint_without_its_statistics(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
-        cut(run, before.facts, 4, [0, 3])
+        truncate_trajectory(run, before.facts, 4, [0, 3])
     assert seen[:4] == [9, 6, 3, 3]
     assert [*layout.statistics_files(run)] == [(0, 3)]
 

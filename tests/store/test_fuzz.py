@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 
 from tda_lightning import AttributionModule, Scores, Trajectory
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.estimators import InfluenceFunction, TracIn
 from tda_lightning.records.errors import (
     NonFiniteError,
@@ -45,7 +46,7 @@ from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.report import write_report
 from tda_lightning.runtime.random_states import current_states, restore_states, unchanged_randomness
 from tda_lightning.store import open_trajectory
-from tda_lightning.store.inspect import describe, description_table
+from tda_lightning.store.inspect import describe
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import RegressionTask
 from tests import fuzzing

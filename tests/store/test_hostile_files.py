@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 
 from tda_lightning import Scores
+from tda_lightning.cli.inspect_table import inspect_table
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.report import write_report
 from tda_lightning.store import layout, open_trajectory
-from tda_lightning.store.checked import from_json, to_json
-from tda_lightning.store.inspect import describe, inspect_table
+from tda_lightning.store.inspect import describe
+from tda_lightning.store.untrusted import from_json, to_json
 from tests.runs import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")

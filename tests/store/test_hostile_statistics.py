@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from tda_lightning.cli.inspect_table import inspect_table
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.store import layout, open_trajectory
-from tda_lightning.store.inspect import describe, inspect_table
+from tda_lightning.store.inspect import describe
 from tests.runs import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

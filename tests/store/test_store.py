@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tda_lightning.cli.inspect_table import inspect_table
 from tda_lightning.records.errors import (
     TrajectoryError,
     TrajectoryFormatError,
@@ -26,7 +27,7 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import compare_fingerprints, fingerprint, layout, open_trajectory
-from tda_lightning.store.inspect import describe, inspect_table
+from tda_lightning.store.inspect import describe
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.runs import Net, Numbered, Stream, adamw, fit
 

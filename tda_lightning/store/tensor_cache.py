@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from tda_lightning.store import layout
-from tda_lightning.store.durable import make_folder
-from tda_lightning.store.h5 import get_tensors, put_tensors, reading, subgroup, writing
+from tda_lightning.store.atomic_write import make_folder
+from tda_lightning.store.hdf5 import get_tensors, put_tensors, reading, subgroup, writing
 
 
 @dataclass(frozen=True, eq=False)
-class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
+class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
     """Named tensors by a hexadecimal key, one file for each key under ``<root>/<kind>``.
 
     Where the folder cannot be written, what is set is not kept, with a warning: it can always be
@@ -43,7 +43,7 @@ class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
                 f"A key of {self.kind} must be hexadecimal digits in lower case, got {key!r}: "
                 "pass a digest of everything that determines it."
             )
-        path = layout.kept_file(self.root, self.kind, key)
+        path = layout.cache_file(self.root, self.kind, key)
         try:
             make_folder(path.parent)
             with writing(path, self.kind) as file:
@@ -68,4 +68,4 @@ class KeptFolder(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._files())
 
     def _files(self) -> dict[str, Path]:
-        return layout.kept_files(self.root, self.kind)
+        return layout.cache_files(self.root, self.kind)

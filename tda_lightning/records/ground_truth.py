@@ -1,4 +1,4 @@
-"""What retraining gave: measured once, kept, and shared by all scores that are judged by it."""
+"""What retraining gave: measured once, saved, and shared by all scores that are judged by it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryMismatchError
-from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.digests import digest
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.store.fingerprint import fingerprint
-from tda_lightning.tasks import AttributionTask, as_task
 
 # single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
 # kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.
@@ -143,61 +137,61 @@ class GroundTruth:
         """With more to tell of how it was made."""
         return replace(self, made_by={**self.made_by, **facts})
 
-    def taking(self, found: GroundTruth) -> GroundTruth:
-        """What is asked for here, with what ``found`` knows of it.
+    def taking(self, other: GroundTruth) -> GroundTruth:
+        """What is asked for here, with what ``other`` knows of it.
 
         Subsets and seeds are drawn one after the other, so more of them go on where fewer ended;
-        ``found`` must not have more.
+        ``other`` must not have more.
 
         Raises:
-            TrajectoryMismatchError: ``found`` is the ground truth of another configuration, or of
+            TrajectoryMismatchError: ``other`` is the ground truth of another configuration, or of
                 other subsets.
         """
-        self.require_same_question(found)
-        rows, columns = found.seeds.shape
-        if not torch.equal(self.subsets[:rows], found.subsets) or not torch.equal(
-            self.seeds[:rows, :columns], found.seeds
+        self.require_same_question(other)
+        rows, columns = other.seeds.shape
+        if not torch.equal(self.subsets[:rows], other.subsets) or not torch.equal(
+            self.seeds[:rows, :columns], other.seeds
         ):
             raise TrajectoryMismatchError(
                 "The subsets or seeds of this ground truth are not those asked for: expected to "
-                f"keep {self.fraction:.4g} of the training examples, got {found.fraction:.4g}; or "
+                f"keep {self.fraction:.4g} of the training examples, got {other.fraction:.4g}; or "
                 "they were drawn from another seed. Choose another file."
             )
-        if not torch.allclose(self.baseline, found.baseline, rtol=1e-3, atol=1e-4):
+        if not torch.allclose(self.baseline, other.baseline, rtol=1e-3, atol=1e-4):
             raise TrajectoryMismatchError(
                 "The measurements of the recorded run's end are not those of this ground truth: "
                 "expected the same queries and weights. Choose another file."
             )
-        return self._told(found, *found.done.nonzero(as_tuple=True), *found.done.nonzero().T)
+        return self._told(other, *other.done.nonzero(as_tuple=True), *other.done.nonzero().T)
 
-    def knowing(self, found: GroundTruth) -> GroundTruth:
-        """What is asked for here, with what ``found`` knows of the same subsets and seeds, wherever
+    def knowing(self, other: GroundTruth) -> GroundTruth:
+        """What is asked for here, with what ``other`` knows of the same subsets and seeds, wherever
         they stand in it.
 
         Raises:
-            TrajectoryMismatchError: ``found`` is the ground truth of another configuration.
+            TrajectoryMismatchError: ``other`` is the ground truth of another configuration.
         """
-        self.require_same_question(found)
+        self.require_same_question(other)
         places = {
             (mask.numpy().tobytes(), int(seed)): (row, column)
             for row, mask in enumerate(self.subsets)
             for column, seed in enumerate(self.seeds[row])
         }
         pairs = []
-        for row, column in found.done.nonzero().tolist():
-            key = (found.subsets[row].numpy().tobytes(), int(found.seeds[row, column]))
+        for row, column in other.done.nonzero().tolist():
+            key = (other.subsets[row].numpy().tobytes(), int(other.seeds[row, column]))
             if key in places:
                 pairs.append([*places[key], row, column])
-        return self._told(found, *torch.tensor(pairs, dtype=torch.int64).reshape(-1, 4).T)
+        return self._told(other, *torch.tensor(pairs, dtype=torch.int64).reshape(-1, 4).T)
 
     def _told(
-        self, found: GroundTruth, row: Tensor, column: Tensor, its_row: Tensor, its_column: Tensor
+        self, other: GroundTruth, row: Tensor, column: Tensor, its_row: Tensor, its_column: Tensor
     ) -> GroundTruth:
-        """With retrainings of ``found``, from its places to ours."""
+        """With retrainings of ``other``, from its places to ours."""
         theirs = (its_row, its_column)
-        classes = None if found.classes is None else found.classes[theirs]
-        merged = self._with((row, column), found.outcomes[theirs], found.seconds[theirs], classes)
-        return replace(merged, made_by={**self.made_by, **found.made_by})
+        classes = None if other.classes is None else other.classes[theirs]
+        merged = self._with((row, column), other.outcomes[theirs], other.seconds[theirs], classes)
+        return replace(merged, made_by={**self.made_by, **other.made_by})
 
     def rows(self, index: Tensor | slice) -> GroundTruth:
         """Only these subsets, in this order; an index may be given twice."""
@@ -223,21 +217,23 @@ class GroundTruth:
         """Only the subsets whose retrainings have all been made."""
         return self.rows(self.done.all(1))
 
-    def require_same_question(self, found: GroundTruth) -> None:
-        """Check that ``found`` measures what is asked for here.
+    def require_same_question(self, other: GroundTruth) -> None:
+        """Check that ``other`` measures what is asked for here.
 
         Raises:
             TrajectoryMismatchError: it names what differs.
         """
-        train, other = self.subsets.shape[1], found.subsets.shape[1]
-        if train != other:
+        mine, theirs = self.subsets.shape[1], other.subsets.shape[1]
+        if mine != theirs:
             raise TrajectoryMismatchError(
                 f"The subsets of this ground truth are of another training set: expected "
-                f"{train} examples, got {other}."
+                f"{mine} examples, got {theirs}."
             )
-        mine = {"protocol": self.protocol, **self.configuration}
-        theirs = {"protocol": found.protocol, **found.configuration}
-        differing = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        expected = {"protocol": self.protocol, **self.configuration}
+        got = {"protocol": other.protocol, **other.configuration}
+        differing = sorted(
+            name for name in {*expected, *got} if expected.get(name) != got.get(name)
+        )
         if differing:
             raise TrajectoryMismatchError(
                 "This is the ground truth of another configuration: it differs in "
@@ -267,50 +263,3 @@ class GroundTruth:
             self.outcomes,
             self.baseline,
         )
-
-
-def what_determines(
-    trajectory: Trajectory,
-    module: nn.Module,
-    task: AttributionTask | None,
-    queries: Any,
-    training: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Digests of all that decides what a retraining will give: ``GroundTruth.configuration``.
-
-    Args:
-        trajectory: the recorded run, by whose data, steps and weights it is known.
-        module: of which class and shape matter.
-        task: whose measurement is taken.
-        queries: a data set or a loader over it.
-        training: settings of training afresh; None for a replay.
-    """
-    facts, steps = trajectory.facts, trajectory.steps
-    ends = [trajectory.checkpoints[step].parameters for step in (0, trajectory.last_step)]
-    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
-    found: dict[str, Any] = {
-        "run": digest([facts.settings.get("run_id"), steps.examples, steps.learning_rate, *ends]),
-        "data": digest([facts.num_examples, facts.fingerprint]),
-        "model": digest([type(module).__name__, shapes]),
-        "task": as_task(task).settings(),
-        "queries": digest(fingerprint(ExampleSource.of(queries, 1, "query").dataset)),
-    }
-    return found if training is None else {**found, "training": digest(training)}
-
-
-def draw_seeds(subsets: int, seeds: int, seed: int = 0) -> Tensor:
-    """A seed of its own for every retraining, int64 [subset, seed], alike whatever is asked for
-    besides it.
-
-    Example:
-        >>> bool((draw_seeds(2, 2)[:, :1] == draw_seeds(2, 1)).all())
-        True
-    """
-    found = [
-        [
-            int(np.random.SeedSequence([seed, row, column]).generate_state(1)[0] >> 1)
-            for column in range(seeds)
-        ]
-        for row in range(subsets)
-    ]
-    return torch.tensor(found, dtype=torch.int64).reshape(subsets, seeds)

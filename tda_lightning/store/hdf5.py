@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryError, TrajectoryFormatError
-from tda_lightning.store.checked import (
+from tda_lightning.store.atomic_write import AsideFile, sync_folder
+from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
+from tda_lightning.store.untrusted import (
     CHUNK_BYTES,
     DAMAGE,
     from_json,
@@ -31,8 +33,6 @@ from tda_lightning.store.checked import (
     put_text,
     require_regular,
 )
-from tda_lightning.store.durable import AsideFile, sync_folder
-from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
 
 _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
 

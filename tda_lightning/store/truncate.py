@@ -8,12 +8,12 @@ from pathlib import Path
 from tda_lightning.records.errors import ResumeError
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.store import layout
-from tda_lightning.store.durable import make_folder, sync_folder
+from tda_lightning.store.atomic_write import make_folder, sync_folder
 from tda_lightning.store.reader import read_recorded_steps, steps_chain
 from tda_lightning.store.steps_file import write_steps
 
 
-def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> None:
+def truncate_trajectory(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> None:
     """Leave the first ``rows`` steps and the ``checkpoints`` in ``root``, and remove the rest.
 
     A kill in the midst of it leaves a readable trajectory that can be cut again: a reader looks
@@ -46,8 +46,8 @@ def cut(root: Path, facts: Facts, rows: int, checkpoints: Collection[int]) -> No
             f"each checkpoint, got none up to {lost}. {ADVICE}"
         )
     # What was kept may be of checkpoints which are about to be made again.
-    for kind in layout.KEPT_FOLDERS:
-        _remove(layout.kept_files(root, kind).values())
+    for kind in layout.CACHE_FOLDERS:
+        _remove(layout.cache_files(root, kind).values())
     _remove(files[step] for step in sorted(files.keys() - set(checkpoints), reverse=True))
     _remove(path for (_, stop), path in statistics.items() if stop not in set(checkpoints))
     kept = {path for _, _, path in chain}

@@ -31,9 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.evaluation.ground_truth import PROTOCOLS, GroundTruth
 from tda_lightning.records.errors import TrajectoryFormatError
-from tda_lightning.store.checked import (
+from tda_lightning.records.ground_truth import PROTOCOLS, GroundTruth
+from tda_lightning.store.atomic_write import AsideFile, make_folder, sync_folder
+from tda_lightning.store.hdf5 import get_array, get_json, put_array, put_json
+from tda_lightning.store.untrusted import (
     DAMAGE,
     get_integer,
     get_text,
@@ -41,8 +43,6 @@ from tda_lightning.store.checked import (
     put_text,
     require_regular,
 )
-from tda_lightning.store.durable import AsideFile, make_folder, sync_folder
-from tda_lightning.store.h5 import get_array, get_json, put_array, put_json
 
 FORMAT = "tda-lightning ground truth"
 FORMAT_VERSION = 1

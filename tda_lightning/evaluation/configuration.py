@@ -1,0 +1,63 @@
+"""What determines the outcome of a retraining, and the seeds of retrainings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import digest
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.store.fingerprint import fingerprint
+from tda_lightning.tasks import AttributionTask, as_task
+
+
+def what_determines(
+    trajectory: Trajectory,
+    module: nn.Module,
+    task: AttributionTask | None,
+    queries: Any,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Digests of all that decides what a retraining will give: ``GroundTruth.configuration``.
+
+    Args:
+        trajectory: the recorded run, by whose data, steps and weights it is known.
+        module: of which class and shape matter.
+        task: whose measurement is taken.
+        queries: a data set or a loader over it.
+        training: settings of training afresh; None for a replay.
+    """
+    facts, steps = trajectory.facts, trajectory.steps
+    ends = [trajectory.checkpoints[step].parameters for step in (0, trajectory.last_step)]
+    shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
+    found: dict[str, Any] = {
+        "run": digest([facts.settings.get("run_id"), steps.examples, steps.learning_rate, *ends]),
+        "data": digest([facts.num_examples, facts.fingerprint]),
+        "model": digest([type(module).__name__, shapes]),
+        "task": as_task(task).settings(),
+        "queries": digest(fingerprint(ExampleSource.of(queries, 1, "query").dataset)),
+    }
+    return found if training is None else {**found, "training": digest(training)}
+
+
+def draw_seeds(subsets: int, seeds: int, seed: int = 0) -> Tensor:
+    """A seed of its own for every retraining, int64 [subset, seed], alike whatever is asked for
+    besides it.
+
+    Example:
+        >>> bool((draw_seeds(2, 2)[:, :1] == draw_seeds(2, 1)).all())
+        True
+    """
+    found = [
+        [
+            int(np.random.SeedSequence([seed, row, column]).generate_state(1)[0] >> 1)
+            for column in range(seeds)
+        ]
+        for row in range(subsets)
+    ]
+    return torch.tensor(found, dtype=torch.int64).reshape(subsets, seeds)

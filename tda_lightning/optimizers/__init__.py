@@ -1,0 +1,56 @@
+"""One file for each family of optimizers: its settings, its states, its step, its adjoint.
+
+No code outside this folder names an optimizer. To attribute runs of another one, give its formulas
+as an :class:`OptimizerRule` and :func:`register` it.
+"""
+
+from tda_lightning.optimizers.registry import (
+    find_rule,
+    known_optimizers,
+    optimizer_name,
+    read_rates,
+    read_settings,
+    register,
+    require_formula,
+    require_rates,
+    rule_if_known,
+    rule_of,
+)
+from tda_lightning.optimizers.rule import STEP_COUNT, WEIGHT_DECAY, OptimizerRule, ParameterStep
+from tda_lightning.optimizers.runs import (
+    applied_rates,
+    apply_settings,
+    count_of,
+    make_optimizer,
+    recorded_states,
+    remembers,
+    row_settings,
+    segment_metric,
+    weight_decay,
+)
+
+__all__ = [
+    "STEP_COUNT",
+    "WEIGHT_DECAY",
+    "OptimizerRule",
+    "ParameterStep",
+    "applied_rates",
+    "apply_settings",
+    "count_of",
+    "find_rule",
+    "known_optimizers",
+    "make_optimizer",
+    "optimizer_name",
+    "read_rates",
+    "read_settings",
+    "recorded_states",
+    "register",
+    "remembers",
+    "require_formula",
+    "require_rates",
+    "row_settings",
+    "rule_if_known",
+    "rule_of",
+    "segment_metric",
+    "weight_decay",
+]
