@@ -62,7 +62,6 @@ KNOWN_WITHOUT_DOCSTRING = {
     "cli": 1,
     "report": 1,
     "attribution": 1,
-    "recording": 8,
     "estimators": 15,
     "solvers": 17,
     "replay": 3,

@@ -63,6 +63,11 @@ def require_recordable(trainer: Trainer) -> None:
 
 
 def require_one_optimizer(trainer: Trainer) -> None:
+    """Check that there is one optimizer.
+
+    Raises:
+        UnsupportedTrainingError: there are several, or none.
+    """
     if len(trainer.optimizers) != 1:
         raise UnsupportedTrainingError(
             f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} optimizers "

@@ -41,6 +41,7 @@ def require_complete(
 
 
 def unseen(name: str) -> UnsupportedTrainingError:
+    """Some use of parameter ``name`` has not been seen."""
     return UnsupportedTrainingError(
         f"Parameter {name} is used in training_step in a way that curvature='online' cannot see "
         "(inside compiled or checkpointed code, or by an operation other than a linear, "

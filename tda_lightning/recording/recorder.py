@@ -66,9 +66,13 @@ from tda_lightning.store.writer import TrajectoryWriter
 class Stateful(Protocol):
     """Something whose state travels in Lightning's checkpoints: plain data and tensors."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what was saved."""
+        ...
 
 
 class TrajectoryRecorder(Callback):

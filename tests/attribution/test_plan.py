@@ -34,9 +34,9 @@ from tda_lightning.session.passes import Context, Pass, Plan
 from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import layout
 from tests import oracles, runs
-from tests import test_online_curvature as online
 from tests.attributing import CaseTask, quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+from tests.recording import test_online_curvature as online
 
 # Recording
 
