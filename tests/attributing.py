@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
@@ -13,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.estimators import Estimator
+from tda_lightning.session.pace import Pace
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tests import oracles
@@ -101,3 +105,18 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def slope(found: Tensor, expected: Tensor) -> float:
     return float((found * expected).sum() / expected.square().sum())
+
+
+@contextmanager
+def watched_walks() -> Iterator[list[str]]:
+    """The titles of the walks over the training set that are made meanwhile."""
+    titles: list[str] = []
+    walk = Pace.walk
+
+    def watched(self: Pace, title: str, *rest: Any) -> Any:
+        titles.append(title)
+        return walk(self, title, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "walk", watched)
+        yield titles

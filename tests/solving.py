@@ -11,32 +11,31 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning.curvature.products import as_rows
 from tda_lightning.gradients import GradientEngine
-from tda_lightning.records.scores import MemorySink
+from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask
 from tests.cases import Case
 
 
-def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], size: int) -> Context:
+def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], size: int) -> Session:
     """A context that knows the module as it is, and no trajectory."""
     source = ExampleSource.of(data, size, "training")
     count = len(source)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
-    context = Context(
+    context = Session(
         module=module,
         task=task,
         trajectory=None,  # type: ignore[arg-type]
         engine=GradientEngine(module, names),
-        sink=MemorySink(1, count),
+        scores=MemorySink(1, count),
         num_train=count,
         num_query=1,
         examples=source,
         queries=lambda start, stop: [],
-        reduce=lambda values: values,
-        alike=lambda steps: "",
+        cache_key=lambda steps: "",
         batch_size=size,
     )
     batch, examples = next(iter(context.batches([range(count)])))
@@ -45,13 +44,13 @@ def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], siz
     return context
 
 
-def case_context(case: Case, examples: int = 6, size: int = 4) -> tuple[Context, Any]:
+def case_context(case: Case, examples: int = 6, size: int = 4) -> tuple[Session, Any]:
     """The context of a case with its data, in batches that do not divide it."""
     module, data = case.build(), case.batch(examples)
     return context_of(module, CaseTask(case.kind), TensorDataset(*data), size), data
 
 
-def in_rows(context: Context, matrix: Tensor) -> Tensor:
+def in_rows(context: Session, matrix: Tensor) -> Tensor:
     """A matrix over the parameters of ``context.engine.names``, ordered as rows are."""
     first, places = 0, {}
     for name in context.engine.names:
@@ -62,7 +61,7 @@ def in_rows(context: Context, matrix: Tensor) -> Tensor:
     return matrix[order][:, order]
 
 
-def dense_curvature(context: Context, case: Case, data: Any, kind: str) -> Tensor:
+def dense_curvature(context: Session, case: Case, data: Any, kind: str) -> Tensor:
     """The curvature of a case's mean loss by loops, in the order of rows."""
     names, module = context.engine.names, context.module
     if kind == "gauss_newton":

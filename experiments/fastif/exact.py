@@ -25,7 +25,7 @@ from experiments.fastif.recorded import Run
 from tda_lightning import AttributionModule
 from tda_lightning.cli.trust import quiet_trainer
 from tda_lightning.gradients import ExampleGradients
-from tda_lightning.session.passes import Context, Pass, Plan
+from tda_lightning.session.passes import Pass, Plan, Session
 
 _BATCH = 250
 
@@ -35,24 +35,24 @@ class Look:
     """An estimator that scores nothing: it calls ``work`` with what estimators are given, the last
     weights being in place."""
 
-    work: Callable[[Context], None]
+    work: Callable[[Session], None]
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, context: Session) -> int | None:
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         step = context.trajectory.last_step
         begin = lambda: self.work(context)  # noqa: E731
         return Plan([Pass("look", step, lambda *_: None, begin, rows=range(1))])
 
 
-def look(run: Run, queries: Dataset, work: Callable[[Context], None]) -> None:
+def look(run: Run, queries: Dataset, work: Callable[[Session], None]) -> None:
     """Call ``work`` with the context of an attribution of ``run``."""
     attribution = AttributionModule(run.module, run.trajectory, Look(work), run.task)
     attribution.attribute(run.train, queries, trainer=quiet_trainer(), self_influence=False)
 
 
-def rows_of(context: Context, found: ExampleGradients) -> Tensor:
+def rows_of(context: Session, found: ExampleGradients) -> Tensor:
     """Gradients over all parameters, [batch, parameters], in the order of ``context.blocks``."""
     parts = []
     for block in context.blocks:
@@ -61,7 +61,7 @@ def rows_of(context: Context, found: ExampleGradients) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def query_rows(context: Context) -> Tensor:
+def query_rows(context: Session) -> Tensor:
     """Measurement gradients of all queries, [query, parameters]."""
     return torch.cat(
         [
@@ -195,7 +195,7 @@ def gather(run: Run) -> Exact:
     """The gradients of all training pairs and queries, at the last weights."""
     found: dict[str, Any] = {}
 
-    def work(context: Context) -> None:
+    def work(context: Session) -> None:
         sizes = {block.name: block.size for block in context.blocks}
         first = sum(list(sizes.values())[: list(sizes).index("network.tokens")])
         place = slice(first, first + sizes["network.tokens"])

@@ -23,7 +23,7 @@ from tda_lightning.cli.trust import quiet_trainer
 from tda_lightning.curvature import Products
 from tda_lightning.estimators import FastInfluence, InfluenceFunction
 from tda_lightning.evaluation.lds import rank_correlation
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 from tda_lightning.solvers import LiSSA, Problem
 
 K = 1000
@@ -38,7 +38,7 @@ ROUNDS = 2  # of all timed ways, one after another
 DEPTH, PAPER_DAMPING, PAPER_SCALE = 1000, 5e-3, 1e4
 
 
-def problem_of(context: Context, decay: float, damping: float) -> Problem:
+def problem_of(context: Session, decay: float, damping: float) -> Problem:
     """The system that a solver is given."""
     size = sum(block.size for block in context.blocks)
     return Problem(
@@ -58,7 +58,7 @@ def quality(run: Run, fast: Scores, exact: Exact) -> dict[str, Any]:
     assert fast.candidates is not None
     candidates = fast.candidates[:NUM_SOLVED, :K]
 
-    def work(context: Context) -> None:
+    def work(context: Session) -> None:
         vectors = query_rows(context)
         plain = problem_of(context, exact.decay, 0.0)
         scale = plain.largest_eigenvalue(1)
@@ -105,7 +105,7 @@ def times(run: Run) -> dict[str, Any]:
                 run.train, queries, trainer=quiet_trainer(), self_influence=False
             )
 
-    def by_lissa(context: Context) -> None:
+    def by_lissa(context: Session) -> None:
         scale = problem_of(context, decay, 0.0).largest_eigenvalue(1)
         damping = PAPER_DAMPING * scale
         problem = problem_of(context, decay, damping)
@@ -210,7 +210,7 @@ def _solved(solver: LiSSA, problem: Problem, vectors: Tensor) -> Tensor:
             return done.value
 
 
-def _parts(context: Context, solution: Tensor) -> dict[str, Tensor]:
+def _parts(context: Session, solution: Tensor) -> dict[str, Tensor]:
     pieces = solution.split([block.size for block in context.blocks], dim=1)
     return {
         block.name: piece.unflatten(1, block.shape)

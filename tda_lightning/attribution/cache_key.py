@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.passes import Context
+from tda_lightning.session.session import Session
 
 
-def digest_of(context: Context, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
+def digest_of(context: Session, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
     """Digest of weights, data, task and code, as far as they can be observed.
 
     Code is observed through what it computes: the losses of the first examples at each checkpoint.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from tda_lightning.session.passes import Context, Plan, Stage
+from tda_lightning.session.session import Session, Stage
 from tda_lightning.tasks import AttributionTask, seeded_examples
 
 
-def how_made(estimator: Any, context: Context, plan: Plan, trainer: Any) -> dict[str, Any]:
+def how_made(
+    estimator: Any, context: Session, estimated: Mapping[str, Any], trainer: Any
+) -> dict[str, Any]:
     """Estimator, task, model, run and machine."""
     options: dict[str, Any] = (
         asdict(estimator) if is_dataclass(estimator) and not isinstance(estimator, type) else {}
     )
     task, trajectory = context.task, context.trajectory
-    notes = [*task.notes, *plan.notes]
+    notes = [*task.notes, *estimated.get("notes", [])]
     if generic := context.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
     curvature = options.get("curvature")
@@ -40,12 +42,12 @@ def how_made(estimator: Any, context: Context, plan: Plan, trainer: Any) -> dict
         "device": str(trainer.strategy.root_device),
         "versions": package_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **estimated,
         "notes": notes,
-        **plan.provenance,
     }
 
 
-def about_queries(context: Context) -> dict[str, Any]:
+def about_queries(context: Session) -> dict[str, Any]:
     """Measurements and, where the task has words for them, predictions of the final model."""
     context.load(context.trajectory.last_step)
     measurements: list[float] = []
@@ -67,7 +69,7 @@ def about_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> dict[
     assert counts is not None
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
-        context, first = stage.context, sum(counts[:number])
+        context, first = stage.session, sum(counts[:number])
         rows.append(
             {
                 "trajectory": context.trajectory.path or "in memory",

@@ -21,7 +21,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError, TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import plain_parameters, uncompiled
-from tda_lightning.session.passes import Context
+from tda_lightning.session.session import Session
 from tda_lightning.tasks import AttributionTask, as_task
 
 
@@ -192,7 +192,7 @@ def training_sets(train: Any, runs: int) -> list[Any]:
     return list(train)
 
 
-def widened(context: Context, frozen: Sequence[str], batch: Any, examples: Tensor) -> Context:
+def widened(context: Session, frozen: Sequence[str], batch: Any, examples: Tensor) -> Session:
     """The same stage with gradients for its frozen parameters as well.
 
     Raises:

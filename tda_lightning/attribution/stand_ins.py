@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.records.scores import MemorySink
+from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.memory import PeakMemory
 

@@ -29,7 +29,6 @@ from rich.console import Console
 
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
-from tda_lightning.attribution.progress_bar import PassProgressBar
 from tda_lightning.cli.ground_truth import file_name, ground_truth
 from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.cli.judged import (
@@ -168,7 +167,7 @@ def attribute(config: DictConfig) -> None:
             train=data.train_dataset,
             query=data.query_dataset,
             batch_size=config.batch_size,
-            trainer=_trainer(config.trainer, [], PassProgressBar),
+            trainer=_trainer(config.trainer, [], None),
             scores_path=str(target),
             self_influence=config.self_influence,
             overwrite=config.overwrite,

@@ -28,7 +28,7 @@ from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -82,7 +82,7 @@ class CurvatureFit:
     def __init__(
         self,
         kind: str,
-        context: Context,
+        context: Session,
         steps: Sequence[int],
         scale: Mapping[str, Tensor] | None = None,
         seed: int = 0,
@@ -238,7 +238,7 @@ class CurvatureFit:
 
 
 def cache_key(
-    context: Context,
+    context: Session,
     kind: str,
     steps: Sequence[int],
     seed: int,
@@ -253,7 +253,7 @@ def cache_key(
         "seed": seed,
         "scale": {name: values.double() for name, values in sorted(scale.items())},
         "sides": sides,
-        "alike": context.alike(steps),
+        "alike": context.cache_key(steps),
         "sampled": context.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 from tda_lightning.curvature.fit import WHOLE, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 # Two rounds of power iteration and one that takes the eigenvalues: Gauss-Newton spectra fall fast.
 _ROUNDS = 3
@@ -50,7 +50,7 @@ class LeadingFit:
     def __init__(
         self,
         count: int,
-        context: Context,
+        context: Session,
         steps: Sequence[int],
         scale: Tensor | None,
         seed: int,

@@ -41,7 +41,7 @@ from tda_lightning.gradients.functional import (
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 from tda_lightning.tasks import seeded_examples
 from tda_lightning.tasks.gauss_newton import require_losses
 
@@ -99,7 +99,7 @@ class Products:
         counted: products so far, in units of one vector and the whole training set.
     """
 
-    def __init__(self, kind: str, context: Context, *, by_block: bool = False) -> None:
+    def __init__(self, kind: str, context: Session, *, by_block: bool = False) -> None:
         check_product(kind)
         self.kind, self.context, self.by_block = kind, context, by_block
         self.counted = 0.0
@@ -204,7 +204,7 @@ class _BatchCurvature:
     """Products with the curvature of the summed losses of one batch, as tensors by name."""
 
     def __init__(
-        self, context: Context, kind: str, values: Parameters, batch: Any, examples: Tensor
+        self, context: Session, kind: str, values: Parameters, batch: Any, examples: Tensor
     ) -> None:
         self.context, self.kind, self.values = context, kind, values
         self.batch, self.examples = batch, examples

@@ -22,8 +22,9 @@ from torch import Tensor
 from tda_lightning.curvature.fit import CurvatureFit
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.records.trajectory import BlockStatistics, Statistics, Trajectory
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.session.passes import Pass, Session
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")
 _KRONECKER = ("ekfac", "kfac")
@@ -63,7 +64,7 @@ def uses_statistics(choice: str, kind: str, trajectory: Trajectory) -> bool:
 def curvature_of(
     choice: str,
     kind: str,
-    context: Context,
+    context: Session,
     interval: tuple[int, int],
     steps: Sequence[int],
     scale: Mapping[str, Tensor] | None = None,
@@ -92,7 +93,7 @@ def curvature_of(
     return RecordedFit({name: spectrum.to(*place) for name, spectrum in spectra.items()})
 
 
-def _require_fitting(statistics: Statistics, context: Context, interval: tuple[int, int]) -> None:
+def _require_fitting(statistics: Statistics, context: Session, interval: tuple[int, int]) -> None:
     advice = "Pass statistics='fitted' to fit curvature at the checkpoints."
     if not any(float(block.examples) for block in statistics.values()):
         raise ValueError(

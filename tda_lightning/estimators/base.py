@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from tda_lightning.session.passes import Context, Plan, Stage
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Session, Stage
 
 
 class Estimator(Protocol):
-    """Settings with two verbs. A new estimator is a dataclass that has them."""
+    """Settings, and a method that computes scores. A new estimator is a dataclass that has both."""
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, session: Session) -> int | None:
         """Into how many stretches of training the scores are split; None if they are not."""
 
-    def plan(self, context: Context) -> Plan:
-        """The passes over the training set that compute the scores into ``context.sink``."""
+    def score(self, session: Session) -> Provenance:
+        """Add the scores to ``session.scores``; returns how they were made."""
 
 
 @runtime_checkable
@@ -25,5 +26,5 @@ class StagedEstimator(Estimator, Protocol):
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
         """Into how many stretches the scores of each stage are split."""
 
-    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
-        """The passes over all stages' training sets, into each stage's ``context.sink``."""
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Add the scores of every stage to its ``session.scores``."""

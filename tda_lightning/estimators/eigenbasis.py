@@ -22,7 +22,7 @@ from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.responses import InverseSettings
@@ -38,7 +38,7 @@ def last_interval(trajectory: Trajectory) -> tuple[int, int]:
     return with_examples[0] if with_examples else (0, trajectory.last_step)
 
 
-def fit_of(options: InverseSettings, context: Context) -> CurvatureFit | RecordedFit:
+def fit_of(options: InverseSettings, context: Session) -> CurvatureFit | RecordedFit:
     """The curvature of the last checkpoint in an eigenbasis."""
     return curvature_of(
         options.statistics,
@@ -80,7 +80,7 @@ def about_damping(options: InverseSettings, trajectory: Trajectory, whole: str) 
     return {f"relative to {whole}": 0.1 if given is None else given}
 
 
-def decay_of(context: Context, kind: str) -> dict[str, Tensor]:
+def decay_of(context: Session, kind: str) -> dict[str, Tensor]:
     """Weight decay of every parameter at the last step, by unit of curvature."""
     trajectory = context.trajectory
     rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
@@ -101,7 +101,7 @@ class EigenbasisResponses:
     copies = 2
     knows_own = True
 
-    def __init__(self, options: InverseSettings, context: Context, meetings: int | None) -> None:
+    def __init__(self, options: InverseSettings, context: Session, meetings: int | None) -> None:
         self.options, self.context, self.kind = options, context, options.curvature
         self.meetings = context.num_train if meetings is None else meetings
         self.values: dict[str, Response] = {}

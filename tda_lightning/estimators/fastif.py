@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tda_lightning.estimators.features import require_layer
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.kept_features import KeptFeatures
 from tda_lightning.estimators.neighbours import check_search, nearest
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.session.passes import Plan, Session
 
 DEFAULT_K = 1000
 _NO_SELF = (
@@ -63,7 +61,7 @@ class FastInfluence(InfluenceFunction):
         if self.k is not None and self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}.")
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         """Gather features where none are kept; then find the candidates and score them."""
         if self.k is not None and self.k > context.num_train:
             raise ValueError(
@@ -78,15 +76,11 @@ class FastInfluence(InfluenceFunction):
             return Plan(passes, then=lambda: self._scoring(context, features))
         return self._scoring(context, features)
 
-    def _scoring(self, context: Context, features: KeptFeatures) -> Plan:
+    def _scoring(self, context: Session, features: KeptFeatures) -> Plan:
         k = min(DEFAULT_K, context.num_train) if self.k is None else self.k
         points = features.of_queries()
         candidates = nearest(points, features.values, k, self.metric, self.backend, context.device)
-        if context.rehearsal and not features.known:
-            # Of a few examples no neighbours are known: as many as there may be.
-            places = torch.arange(candidates.numel()).view_as(candidates)
-            candidates = places % context.num_train
-        context.sink.set_candidates(candidates)
+        context.scores.set_candidates(candidates)
         plan = self._planned(context, candidates)
         plan.provenance["candidates"] = {
             "k": k,

@@ -14,7 +14,8 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.queries import query_rounds
 from tda_lightning.estimators.responses import Responses, check_inverse, responses_of
 from tda_lightning.gradients import Gradient
-from tda_lightning.session.passes import Context, Pass, Plan
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.passes import Pass, Plan, Session, run_plan
 from tda_lightning.solvers import Solver
 
 _NO_SELF = (
@@ -76,15 +77,19 @@ class InfluenceFunction:
     def __post_init__(self) -> None:
         check_inverse(self)
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, context: Session) -> int | None:
         """Influence functions know no time."""
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def plan(self, context: Session) -> Plan:
         """Fit curvature at the last checkpoint, then score the training set against it."""
         return self._planned(context, None)
 
-    def _planned(self, context: Context, candidates: Tensor | None) -> Plan:
+    def _planned(self, context: Session, candidates: Tensor | None) -> Plan:
         """The plan for all training examples, or for those in ``candidates`` [query, k] alone."""
         meetings = None if candidates is None else len(candidates.unique())
         responses = responses_of(self, context, meetings)
@@ -113,17 +118,17 @@ class InfluenceFunction:
         return plan
 
 
-def _batches(context: Context, candidates: Tensor) -> list[list[int]]:
+def _batches(context: Session, candidates: Tensor) -> list[list[int]]:
     """Batches of the candidates of some queries, small enough that every process has one."""
     chosen = candidates.unique()
-    size = min(context.batch_size, max(1, len(chosen) // context.world_size))
+    size = min(context.batch_size, max(1, len(chosen) // context.num_processes))
     return [part.tolist() for part in chosen.split(size)]
 
 
 @dataclass
 class _Run:
     responses: Responses
-    context: Context
+    context: Session
     self_influence: Tensor | None = None
 
     def scoring(
@@ -138,7 +143,7 @@ class _Run:
         def accumulate(batch: Any, examples: Tensor, _: int) -> None:
             gradients = self.context.train_gradients(batch, examples).blocks
             values = self.responses.dot(gradients) / self.context.num_train
-            self.context.sink.add(None, examples, values, first_query)
+            self.context.scores.add(None, examples, values, first_query)
             if with_self:
                 self._add_self(batch, examples, gradients)
 
@@ -158,4 +163,4 @@ class _Run:
 
     def finish(self) -> None:
         assert self.self_influence is not None
-        self.context.sink.set_self_influence(self.context.reduce(self.self_influence).cpu())
+        self.context.scores.set_self_influence(self.context.reduce(self.self_influence).cpu())

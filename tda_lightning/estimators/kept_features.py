@@ -10,7 +10,7 @@ from torch import Tensor
 from tda_lightning.estimators.features import read_features
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 _FORMAT = 1  # part of the key: raise it when the meaning of kept features changes
 _ROWS = 1 << 16  # of features that go over processes at a time
@@ -24,10 +24,10 @@ class KeptFeatures:
         place: where in the model they are read, in words; None before the first batch.
     """
 
-    def __init__(self, context: Context, layer: str | None):
+    def __init__(self, context: Session, layer: str | None):
         self.context, self.layer = context, layer
         self.step = context.trajectory.last_step
-        self._key = digest([_FORMAT, layer, self.step, context.alike([self.step])])
+        self._key = digest([_FORMAT, layer, self.step, context.cache_key([self.step])])
         kept = context.trajectory.features.get(self._key)
         self.known = kept is not None
         self.place: str | None = None

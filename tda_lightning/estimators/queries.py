@@ -13,10 +13,10 @@ from tda_lightning.curvature import Spectrum, units
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
-from tda_lightning.session.passes import Context, memory_budget
+from tda_lightning.session.passes import Session, memory_budget
 
 
-def query_rounds(context: Context, copies: int) -> Iterator[tuple[int, int]]:
+def query_rounds(context: Session, copies: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose ``copies`` dense gradients fit the memory budget together."""
     size = sum(block.size for block in context.blocks)
     return rounds_of(context.num_query, size * copies * torch.finfo(context.dtype).bits // 8)
@@ -34,7 +34,7 @@ def rounds_of(
 
 
 def query_gradients(
-    context: Context,
+    context: Session,
     kind: str,
     start: int,
     stop: int,

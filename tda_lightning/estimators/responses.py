@@ -25,7 +25,7 @@ from tda_lightning.estimators.eigenbasis import EigenbasisResponses
 from tda_lightning.estimators.queries import Response
 from tda_lightning.estimators.solved import SolverResponses
 from tda_lightning.gradients import Gradient
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 from tda_lightning.solvers import Solver
 
 
@@ -105,7 +105,7 @@ def check_inverse(options: InverseSettings) -> None:
 
 
 def responses_of(
-    options: InverseSettings, context: Context, meetings: int | None = None
+    options: InverseSettings, context: Session, meetings: int | None = None
 ) -> Responses:
     """The responses that an estimator's settings ask for.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
-from tda_lightning.estimators.queries import query_rounds
-from tda_lightning.gradients import Gradient, Outer, scaled
-from tda_lightning.session.passes import NO_SELF, Context, Pass, Plan, Stage, numbered
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Batch, Session, Stage
+
+NO_SELF = (
+    "No self-influence over several stages: an example of an earlier stage has no measurement of "
+    "its own on the final model. Attribute that stage's trajectory alone, or ask for examples as "
+    "queries."
+)
 
 
 @dataclass
@@ -33,151 +37,94 @@ class TracIn:
         | https://arxiv.org/abs/2002.08484
     """
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, session: Session) -> int:
         """One segment for each checkpoint after the initial weights."""
-        return len(_steps(context))
+        return len(_intervals(session))
 
-    def plan(self, context: Context) -> Plan:
-        """One pass for each checkpoint."""
-        optimizer = context.trajectory.require_optimizer()
-        # Adam's step hardly depends on the gradient's scale, and TracIn leaves its metric out.
-        neglected = None if optimizer == "SGD" else "Adam makes good for the length of gradients"
-        steps = _steps(context)
-        starts = [0, *steps[:-1]]
-        run = _Run(context)
-        passes = []
-        for number, (start, step) in enumerate(zip(starts, steps, strict=True)):
-            weights = _weights(context, start, step)
-            for first, last in query_rounds(context, copies=1):
-                with_self = context.self_influence and first == 0
-                passes.append(
-                    Pass(
-                        f"TracIn, step {step}",
-                        step,
-                        run.score(number, first, weights, with_self),
-                        run.prepare(first, last, weights),
-                        run.finish if with_self and number == len(steps) - 1 else None,
-                    )
-                )
-        segments = [[a, b] for a, b in zip(starts, steps, strict=True)]
-        notes = clipping_notes(context.trajectory, neglected)
-        return Plan(passes, {"checkpoints": steps, "segments": segments}, notes)
+    def score(self, session: Session) -> Provenance:
+        """Compare gradients at every checkpoint."""
+        for number, (start, step) in enumerate(_intervals(session)):
+            weights = _weights(session, start, step)
+            for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
+                session.load(step)
+                queries = session.query_gradients(first, last).scaled(weights)
+                for batch in session.walk(f"TracIn, step {step}", step):
+                    values = queries.dot(batch.gradients) / session.num_train
+                    session.scores.add(number, batch.examples, values, first)
+                    if session.self_influence and first == 0:
+                        own = _self_products(batch, weights)
+                        session.add_self_influence(batch.examples, own / session.num_train)
+        return {
+            "checkpoints": [step for _, step in _intervals(session)],
+            "segments": [[start, step] for start, step in _intervals(session)],
+            "notes": clipping_notes(session.trajectory, _neglected(session)),
+        }
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
         """Checkpoints of each stage."""
-        return [self.segment_count(stage.context) for stage in stages]
+        return [self.segment_count(stage.session) for stage in stages]
 
-    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
-        """Every stage's own sum, the queries measured at its own checkpoints.
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Score every stage by itself, with the queries measured at its own checkpoints.
 
         Raises:
             ValueError: the stages differ in model or task, so that an earlier one cannot be asked
                 for the final model's measurement.
         """
         _require_one_measurement(stages)
-        plan = Plan([], {"checkpoints": [], "segments": []}, [NO_SELF])
-        for number, stage in enumerate(stages):
-            own = self.plan(stage.context)
-            plan.passes += numbered(own.passes, number)
-            plan.notes += [f"Stage {number + 1}: {note}" for note in own.notes]
-            at = stage.first_step
-            plan.provenance["checkpoints"] += [at + c for c in own.provenance["checkpoints"]]
-            plan.provenance["segments"] += [
-                [at + start, at + stop] for start, stop in own.provenance["segments"]
-            ]
-        return plan
+        checkpoints: list[int] = []
+        segments: list[list[int]] = []
+        notes = [NO_SELF]
+        for number, stage in enumerate(stages, start=1):
+            notes += [f"Stage {number}: {note}" for note in self.score(stage.session)["notes"]]
+            for start, step in _intervals(stage.session):
+                checkpoints.append(stage.first_step + step)
+                segments.append([stage.first_step + start, stage.first_step + step])
+        return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+
+
+def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+    """Weighted inner products of each example's own two gradients: [batch]."""
+    return torch.stack(
+        [
+            paired(batch.measurement_gradients[name], gradient, None, weights[name])
+            for name, gradient in batch.gradients.items()
+        ]
+    ).sum(0)
+
+
+def _intervals(session: Session) -> list[tuple[int, int]]:
+    """(step of the checkpoint before, step) of every checkpoint after the initial weights."""
+    steps = [step for step in sorted(session.trajectory.checkpoints) if step > 0]
+    return list(zip([0, *steps], steps, strict=False))
+
+
+def _weights(session: Session, start: int, stop: int) -> dict[str, Tensor]:
+    """w_c of every parameter, by block: [groups, rows, columns]."""
+    trajectory = session.trajectory
+    sums = trajectory.applied_rates(slice(start, stop)).sum(0)
+    filled = {
+        name: torch.full(fact.shape, float(sums[fact.group]), dtype=session.dtype)
+        for name, fact in trajectory.facts.parameters.items()
+    }
+    return {block.name: block.matrix(filled).to(session.device) for block in session.blocks}
+
+
+def _neglected(session: Session) -> str | None:
+    """Why clipping is left out of the formula; None where it is not."""
+    # Adam's step hardly depends on the gradient's scale, and TracIn leaves its metric out.
+    adam = session.trajectory.require_optimizer() != "SGD"
+    return "Adam normalises gradient scale away" if adam else None
 
 
 def _require_one_measurement(stages: Sequence[Stage]) -> None:
-    last = stages[-1].context
+    last = stages[-1].session
     shapes = {name: p.shape for name, p in last.module.named_parameters()}
     for number, stage in enumerate(stages, start=1):
-        own = {name: p.shape for name, p in stage.context.module.named_parameters()}
-        if own != shapes or stage.context.task.settings() != last.task.settings():
+        own = {name: p.shape for name, p in stage.session.module.named_parameters()}
+        if own != shapes or stage.session.task.settings() != last.task.settings():
             raise ValueError(
                 f"TracIn measures the queries at the checkpoints of every stage, and stage "
                 f"{number} has another model or task than the last one. Use Source, which asks "
                 "the final model alone."
             )
-
-
-def _steps(context: Context) -> list[int]:
-    return [step for step in sorted(context.trajectory.checkpoints) if step > 0]
-
-
-def _weights(context: Context, start: int, stop: int) -> dict[str, Tensor]:
-    """w_c of every parameter, by block: [groups, rows, columns]."""
-    trajectory = context.trajectory
-    sums = trajectory.applied_rates(slice(start, stop)).sum(0)
-    filled = {
-        name: torch.full(fact.shape, float(sums[fact.group]), dtype=context.dtype)
-        for name, fact in trajectory.facts.parameters.items()
-    }
-    return {block.name: block.matrix(filled).to(context.device) for block in context.blocks}
-
-
-class _Run:
-    def __init__(self, context: Context):
-        self.context = context
-        self.queries: dict[str, list[Gradient]] = {}
-        self.dense: dict[str, Tensor] = {}
-        self.self_influence: Tensor | None = None
-
-    def prepare(self, first: int, last: int, weights: dict[str, Tensor]) -> Any:
-        def begin() -> None:
-            self.queries, self.dense = {}, {}
-            for batch, examples in self.context.queries(first, last):
-                found = self.context.measurement_gradients(batch, examples)
-                for name, gradient in found.blocks.items():
-                    weighted = scaled(gradient, weights[name])
-                    self.queries.setdefault(name, []).append(weighted)
-
-        return begin
-
-    def score(
-        self, number: int, first_query: int, weights: dict[str, Tensor], with_self: bool
-    ) -> Any:
-        def accumulate(batch: Any, examples: Tensor, _: int) -> None:
-            context = self.context
-            found = context.train_gradients(batch, examples).blocks
-            products = [self._product(name, gradient) for name, gradient in found.items()]
-            values = torch.stack(products).sum(0) / context.num_train
-            context.sink.add(number, examples, values, first_query)
-            if with_self:
-                self._add_self(batch, examples, found, weights)
-
-        return accumulate
-
-    def _product(self, name: str, gradient: Gradient) -> Tensor:
-        """Inner products of all queries with a batch, by the cheaper exact way: [query, batch]."""
-        queries = self.queries[name]
-        if isinstance(gradient, Outer) and all(
-            isinstance(query, Outer) and gradient.gram_is_cheaper(query) for query in queries
-        ):
-            return torch.cat([gradient.gram(query) for query in queries])  # type: ignore[arg-type]
-        if name not in self.dense:
-            self.dense[name] = torch.cat([query.dense(slice(None)) for query in queries])
-        return gradient.dot(self.dense[name])
-
-    def _add_self(
-        self,
-        batch: Any,
-        examples: Tensor,
-        found: dict[str, Gradient],
-        weights: dict[str, Tensor],
-    ) -> None:
-        context = self.context
-        measured = found
-        if not context.task.measures_loss:
-            measured = context.measurement_gradients(batch, examples).blocks
-        if self.self_influence is None:
-            self.self_influence = torch.zeros(
-                context.num_train, dtype=context.dtype, device=context.device
-            )
-        for name, gradient in found.items():
-            own = paired(measured[name], gradient, None, weights[name])
-            self.self_influence[examples] += own / context.num_train
-
-    def finish(self) -> None:
-        assert self.self_influence is not None
-        self.context.sink.set_self_influence(self.context.reduce(self.self_influence).cpu())

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import measure
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.replay.run import fetch, load, place
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import borrowed
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.tasks import ClassificationTask, RegressionTask
 
 
@@ -100,12 +99,12 @@ def each_response(
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
     with borrowed(module):
-        load(module, state)
+        load_tensors(module, state)
         module.eval()
         batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]
         anchors = [_anchor(module, task, batch) for batch in batches]
         for example in examples:
-            load(module, state)
+            load_tensors(module, state)
             given_up = place(fetch(source, torch.tensor([example])), module)
             _minimise(module, task, batches, anchors, given_up, len(source), damping, iterations)
             moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.evaluation.stacked import run_stacked
+from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, fetch, initial, load, place
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import borrowed
+from tda_lightning.replay.run import Replay, State, Walk, initial
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
@@ -82,7 +83,8 @@ def retrain_each(
     Args:
         together: runs to train at once through ``torch.func.vmap``, the same to rounding: 38
             times faster for an MLP of 1,400 weights (50 at once), 8 times at 18,000, where the
-            arithmetic itself takes over. 1 is the plain loop.
+            arithmetic itself takes over. 1 is the plain loop, as for an optimizer that mixes a
+            parameter's elements.
 
     Raises:
         As :func:`retrain` does.
@@ -91,6 +93,8 @@ def retrain_each(
     replay = Replay(trajectory, module, as_task(task), source, training)
     replay.check()
     _check_weights(replay, weights)
+    if not rule_of(trajectory).elementwise:
+        together = 1
     for part in weights.split(together):
         for state in [_run(replay, part[0])] if together == 1 else run_stacked(replay, part):
             require_finite(state)
@@ -119,7 +123,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), unchanged_randomness():
-        load(replay.module, initial(replay.trajectory))
+        load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
         with seeded_examples(0, examples):
@@ -178,7 +182,7 @@ def of_each_batch(
     under ``state``."""
     found = []
     with borrowed(module), torch.no_grad():
-        load(module, state)
+        load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)

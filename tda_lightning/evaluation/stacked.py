@@ -1,6 +1,6 @@
 """Many retrainings at once: models stacked along a leading axis, run by ``torch.func.vmap``.
 
-The supported optimizers move element by element, so torch.optim itself moves the stacked weights.
+Only for optimizers that step element by element: torch.optim itself moves the stacked weights.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.optimizers import apply_settings, make_optimizer
 from tda_lightning.replay.run import (
     Replay,
     State,
-    apply_settings,
     initial,
-    make_optimizer,
     no_randomness,
     weighted_loss,
 )

@@ -15,10 +15,11 @@ from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrain
 from tda_lightning.records.trajectory import Trajectory
 
 _RULES: dict[str, OptimizerRule] = {}
+_BY_CLASS: dict[type[Optimizer], OptimizerRule | None] = {}  # found so far, subclasses as well
 
 # Optimizers whose recorded rates say nothing of how far the parameters went, and why.
 _RATELESS = {
-    "LBFGS": "one step of it evaluates the loss several times and goes as far as a line search says"
+    "LBFGS": "each step of it evaluates the loss several times, along directions of its own"
 }
 
 
@@ -35,6 +36,7 @@ def register(rule: OptimizerRule) -> OptimizerRule:
         True
     """
     _RULES[rule.name] = rule
+    _BY_CLASS.clear()
     return rule
 
 
@@ -68,6 +70,12 @@ def optimizer_name(optimizer: Optimizer) -> str:
 
 
 def _rule_of_class(optimizer: type[Optimizer]) -> OptimizerRule | None:
+    if optimizer not in _BY_CLASS:
+        _BY_CLASS[optimizer] = _inherited_rule(optimizer)
+    return _BY_CLASS[optimizer]
+
+
+def _inherited_rule(optimizer: type[Optimizer]) -> OptimizerRule | None:
     rules = {rule.optimizer: rule for rule in _RULES.values()}
     for parent in optimizer.__mro__:
         if parent in rules:
@@ -102,15 +110,11 @@ def read_rates(optimizer: Optimizer) -> list[float]:
     return known
 
 
-def read_settings(optimizer: Optimizer) -> dict[str, list[float]]:
-    """Settings by column of the steps table, one value for each parameter group.
-
-    Those of the rule; without a rule, every number that all groups have.
-    """
-    rule = find_rule(optimizer_name(optimizer)) or _rule_of_class(type(optimizer))
-    groups = [
-        _numbers(group) if rule is None else rule.read(group) for group in optimizer.param_groups
-    ]
+def read_hyperparameters(optimizer: Optimizer) -> dict[str, list[float]]:
+    """Settings by column of the steps table, one value for each parameter group: those of the
+    rule; without a rule, every number that all groups have."""
+    rule = _rule_of_class(type(optimizer))
+    groups = [rule.read(g) if rule else _numbers(g) for g in optimizer.param_groups]
     columns = rule.settings if rule else sorted(set.intersection(*(set(g) for g in groups)))
     return {column: [group[column] for group in groups] for column in columns}
 
@@ -179,6 +183,20 @@ _WITHOUT = {
 }
 
 
+def consequences(name: str) -> str | None:
+    """What can be asked of a run by the optimizer of that name; None where it has a rule."""
+    if name in _RULES:
+        return None
+    text = f"There is no formula for {name}, so Source and Unrolled will refuse the run, and it "
+    text += "cannot be replayed. "
+    if reason := _without_rates(name):
+        return f"{text}TracIn will refuse it too: {reason}. InfluenceFunction works."
+    return (
+        f"{text}TracIn and InfluenceFunction, which need the applied rates alone, work. To add the "
+        "formulas, see tda_lightning.optimizers.register."
+    )
+
+
 def require_rates(trajectory: Trajectory) -> None:
     """Check that the recorded rates say how far a gradient moved the parameters.
 
@@ -186,14 +204,17 @@ def require_rates(trajectory: Trajectory) -> None:
         UnsupportedTrainingError: they do not, and why.
     """
     name = trajectory.facts.optimizer
-    reason = _RATELESS.get(name.partition("(")[0])
-    if reason is None and "maximize=True" in name:
-        reason = "it follows the gradient uphill"
-    if reason is not None:
+    if reason := _without_rates(name):
         raise UnsupportedTrainingError(
-            f"The run was trained with {name}, and {reason}: a sum of rates times gradients "
-            "does not describe it. Use InfluenceFunction, which looks at the final weights alone."
+            f"The run was trained with {name}, whose rates do not say how far a gradient moved the "
+            f"parameters: {reason}. Use InfluenceFunction, which looks at the final weights alone."
         )
+
+
+def _without_rates(name: str) -> str | None:
+    if "maximize=True" in name:
+        return "it follows the gradient uphill"
+    return _RATELESS.get(name)
 
 
 for _module in (sgd, adam, rmsprop, adagrad, muon):

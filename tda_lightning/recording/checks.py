@@ -14,8 +14,11 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from tda_lightning.optimizers import consequences, optimizer_name
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.processes import is_distributed
@@ -73,6 +76,13 @@ def require_one_optimizer(trainer: Trainer) -> None:
             f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} optimizers "
             "from configure_optimizers(). Use one, with a parameter group for each setting."
         )
+
+
+def warn_without_formula(optimizer: Optimizer) -> None:
+    """Warn about an optimizer that some estimators will refuse."""
+    name = optimizer_name(optimizer)
+    if text := consequences(name):
+        rank_zero_warn(f"TrajectoryRecorder records this run by {name} all the same. {text}")
 
 
 def indices_ended(reason: str) -> UnsupportedTrainingError:

@@ -35,8 +35,9 @@ from tda_lightning.recording.sharded import require_whole
 from tda_lightning.recording.step_table import StepTable
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
+from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import BlockStatistics, Facts
+from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import summed
 from tda_lightning.runtime.random_states import unchanged_randomness

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.recording.step_table import read_hyperparameters
+from tda_lightning.optimizers import read_hyperparameters
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.runtime.random_states import unchanged_randomness
 

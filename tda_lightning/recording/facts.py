@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import nn
 
+from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.recording.optimizer_steps import clipping_kind
-from tda_lightning.recording.step_table import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name

@@ -25,6 +25,7 @@ from tda_lightning.recording.checks import (
     require_same_examples,
     require_supported,
     training_loader,
+    warn_without_formula,
 )
 from tda_lightning.recording.curvature_statistics import (
     CurvatureStatistics,
@@ -314,6 +315,7 @@ class TrajectoryRecorder(Callback):
         self._in_batch = False
         self._dataset = getattr(training_loader(trainer), "dataset", None)
         self._trained = TrainedParameters(trainer)
+        warn_without_formula(self._trained.optimizer)
         for observer in self._observers:
             observer.begin(trainer, self._trained)
         self._schedule = self._planned_steps(trainer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
+from tda_lightning.optimizers import read_hyperparameters, read_rates
 from tda_lightning.recording.example_indices import ExampleIndices, Indices
 from tda_lightning.recording.observer import Observer
 from tda_lightning.recording.optimizer_steps import OptimizerHooks, unscaled
@@ -32,55 +32,6 @@ _UNFETCHED = 512  # rows whose scalars are still on their device
 _ROWS_IN_MEMORY = 10_000
 _JUMPS_IN_MEMORY = 1_000  # of 15 kB each
 _NO_INDICES = np.zeros(0, dtype=np.int64)
-
-# What the formulas need, by torch.optim's own keys ("betas" becomes beta1 and beta2).
-_HYPERPARAMETERS: dict[type, tuple[str, ...]] = {
-    SGD: ("momentum", "dampening", "nesterov", "weight_decay"),
-    Adam: ("beta1", "beta2", "eps", "weight_decay"),
-    AdamW: ("beta1", "beta2", "eps", "weight_decay"),
-}
-# Variants of a supported class that follow another formula.
-_VARIANTS = ("amsgrad", "maximize")
-
-
-def optimizer_name(optimizer: Optimizer) -> str:
-    """The name that selects the formula: a class of ``torch.optim`` or a full path, never alike.
-
-    A subclass may step differently, so it is not called by its parent's name; neither is a
-    variant such as ``Adam(amsgrad=True)``.
-    """
-    cls = type(optimizer)
-    name = cls.__name__
-    if cls is not getattr(torch.optim, name, None):
-        return f"{cls.__module__}.{cls.__qualname__}"
-    if cls is Adam and all(g.get("decoupled_weight_decay") for g in optimizer.param_groups):
-        name = "AdamW"  # the same update under its other name
-    chosen = [v for v in _VARIANTS if any(g.get(v) for g in optimizer.param_groups)]
-    return f"{name}({', '.join(f'{v}=True' for v in chosen)})" if chosen else name
-
-
-def read_rates(optimizer: Optimizer) -> list[float]:
-    """Learning rate of each parameter group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def read_hyperparameters(optimizer: Optimizer) -> dict[str, list[float]]:
-    """Hyper-parameters by name, one value for each parameter group."""
-    groups = [_numbers(group) for group in optimizer.param_groups]
-    known = _HYPERPARAMETERS.get(type(optimizer))
-    names = known or sorted(set.intersection(*(set(group) for group in groups)))
-    return {name: [group[name] for group in groups] for name in names}
-
-
-def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {}
-    for name, value in group.items():
-        if name == "betas":
-            for position, beta in enumerate(value, start=1):
-                numbers[f"beta{position}"] = float(beta)
-        elif name not in ("lr", "initial_lr") and isinstance(value, (Real, Tensor)):
-            numbers[name] = float(value)
-    return numbers
 
 
 class _Batch(NamedTuple):

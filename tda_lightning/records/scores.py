@@ -11,12 +11,13 @@ from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.files import StoreFunction
 from tda_lightning.records.provenance import Provenance, require_well_formed
 
 
@@ -229,10 +230,7 @@ class Scores:
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
         """
-        # The looks upwards, here and below: saving and loading are expected on the record itself.
-        from tda_lightning.store.scores_file import write_scores
-
-        write_scores(self, path, overwrite)
+        _write_scores(self, path, overwrite)
 
     @staticmethod
     def load(
@@ -251,210 +249,13 @@ class Scores:
             FileNotFoundError: there is no such file.
             TrajectoryFormatError: it holds no scores, is damaged, or of a newer format version.
         """
-        from tda_lightning.store.scores_file import read_scores
-
-        return read_scores(path, queries, mapped)
+        return _read_scores(path, queries, mapped)
 
 
-class ScoreSink(Protocol):
-    """Where an attribution puts its scores, block by block: memory or a file."""
-
-    def add(
-        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
-    ) -> None:
-        """Add ``values`` [some queries, block] to the rows from ``first_query`` on and the columns
-        ``train_indices`` [block]."""
-
-    def set_self_influence(self, values: Tensor) -> None:
-        """Keep the self-influence [train] of every training example."""
-
-    def set_by_token(self, values: Tensor) -> None:
-        """Keep the scores of single terms, [query, train, position]."""
-
-    def set_candidates(self, candidates: Tensor) -> None:
-        """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
-
-    def finish(self, provenance: Provenance) -> Scores:
-        """The finished scores; a file appears under its name only now."""
-
-    def abort(self) -> None:
-        """Give up; a file leaves nothing behind. After ``finish`` it does nothing."""
-
-
-@dataclass(frozen=True)
-class StageSink:
-    """The part of ``sink`` that belongs to one stage of training."""
-
-    sink: ScoreSink
-    first_segment: int
-    first_column: int
-
-    def add(
-        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
-    ) -> None:
-        """Add to the stage's own segments and columns, which count from 0."""
-        assert segment is not None
-        columns = train_indices + self.first_column
-        self.sink.add(self.first_segment + segment, columns, values, first_query)
-
-    def set_self_influence(self, values: Tensor) -> None:
-        """Refused: one stage's examples are not all of them."""
-        raise ValueError("Self-influence belongs to the scores of all stages together.")
-
-    def set_by_token(self, values: Tensor) -> None:
-        """Refused: one stage's examples are not all of them."""
-        raise ValueError("Scores by token belong to the scores of all stages together.")
-
-    def set_candidates(self, candidates: Tensor) -> None:
-        """Refused: one stage's examples are not all of them."""
-        raise ValueError("Candidates belong to the scores of all stages together.")
-
-    def finish(self, provenance: Provenance) -> Scores:
-        """The finished scores of all stages."""
-        return self.sink.finish(provenance)
-
-    def abort(self) -> None:
-        """Give up the scores of all stages."""
-        self.sink.abort()
-
-
-class MemorySink:
-    """Scores gathered in memory; every entry starts at zero.
-
-    Args:
-        num_queries: rows.
-        num_train: columns.
-        num_segments: when given, each block belongs to a segment and ``values`` is their sum.
-        dtype: float32 or float64.
-    """
-
-    def __init__(
-        self,
-        num_queries: int,
-        num_train: int,
-        num_segments: int | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        shape = (num_queries, num_train)
-        self.values = torch.zeros(shape, dtype=dtype)
-        self.by_segment = (
-            None if num_segments is None else torch.zeros(num_segments, *shape, dtype=dtype)
-        )
-        self.self_influence: Tensor | None = None
-        self.by_token: Tensor | None = None
-        self.candidates: Tensor | None = None
-
-    def add(
-        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
-    ) -> None:
-        """Add ``values`` [some queries, block] to the columns ``train_indices`` [block].
-
-        Args:
-            segment: number of the segment from 0; None exactly when there are no segments.
-            train_indices: int64, in any order; an index that comes twice is added twice.
-            values: on any device, of any floating-point type.
-            first_query: the query of the first row of ``values``.
-
-        Raises:
-            NonFiniteError: a score is NaN or infinite; names the query and the example.
-        """
-        queries, train = self.values.shape
-        if (segment is None) != (self.by_segment is None):
-            kind = "without segments" if self.by_segment is None else "by segment"
-            raise ValueError(f"These scores are gathered {kind}, got segment={segment}.")
-        if self.by_segment is not None and not 0 <= (segment or 0) < len(self.by_segment):
-            raise IndexError(
-                f"Segment {segment} does not exist: the scores are gathered in "
-                f"{len(self.by_segment)} segments, numbered from 0."
-            )
-        last_query = first_query + len(values)
-        if (
-            values.shape[1:] != (len(train_indices),)
-            or not 0 <= first_query < last_query <= queries
-        ):
-            raise ValueError(
-                f"values must have the shape [up to {queries} queries, {len(train_indices)} "
-                f"training indices], got {list(values.shape)} from query {first_query} on."
-            )
-        if not len(train_indices):
-            return
-        columns = train_indices.cpu()
-        if int(columns.min()) < 0 or int(columns.max()) >= train:
-            raise ValueError(
-                f"train_indices must lie in 0 to {train - 1}, got {int(columns.min())} to "
-                f"{int(columns.max())}."
-            )
-        block = values.detach().to("cpu", self.values.dtype)
-        require_finite(block, columns, first_query)
-        target = self.values if self.by_segment is None else self.by_segment[segment]
-        _add_columns(target[first_query:last_query], columns, block)
-
-    def set_self_influence(self, values: Tensor) -> None:
-        """Keep the self-influence [train] of every training example."""
-        if values.shape != (self.values.shape[1],):
-            raise ValueError(
-                f"self_influence must hold one number for each of the {self.values.shape[1]} "
-                f"training examples, got shape {list(values.shape)}."
-            )
-        require_finite_self_influence(values)
-        self.self_influence = values.detach().to("cpu", self.values.dtype)
-
-    def set_by_token(self, values: Tensor) -> None:
-        """Keep the scores of single terms, [query, train, position]."""
-        if values.ndim != 3 or values.shape[:2] != self.values.shape:
-            raise ValueError(
-                f"by_token must have the shape [{', '.join(map(str, self.values.shape))}, "
-                f"position], got {list(values.shape)}."
-            )
-        require_finite_tokens(values)
-        self.by_token = values.detach().to("cpu", self.values.dtype)
-
-    def set_candidates(self, candidates: Tensor) -> None:
-        """Score these alone, int64 [query, k]: whatever is added to others is forgotten.
-
-        Call it before anything is added.
-        """
-        if self.by_segment is not None:
-            raise ValueError("Scores of candidates alone have no segments.")
-        require_candidates(candidates, *self.values.shape)
-        self.candidates = candidates.detach().cpu()
-        # What is added to NaN stays NaN, here and in a sum over processes.
-        for row, chosen in zip(self.values, self.candidates, strict=True):
-            row.fill_(torch.nan)
-            row[chosen] = 0
-
-    def finish(self, provenance: Provenance) -> Scores:
-        """The finished scores."""
-        self._sum_segments()
-        return Scores(
-            self.values,
-            self.by_segment,
-            self.self_influence,
-            provenance,
-            self.by_token,
-            self.candidates,
-        )
-
-    def abort(self) -> None:
-        """Nothing to undo in memory."""
-
-    def _sum_segments(self) -> None:
-        if self.by_segment is not None:
-            # Row by row, because the twin of this class works on files larger than memory.
-            for query in range(len(self.values)):
-                torch.sum(self.by_segment[:, query], dim=0, out=self.values[query])
-
-
-def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:
-    first, count = int(columns[0]), len(columns)
-    if torch.equal(columns, torch.arange(first, first + count)):
-        target[:, first : first + count] += block
-        return
-    unique, inverse = columns.unique(return_inverse=True)
-    if len(unique) < count:
-        block = block.new_zeros(len(block), len(unique)).index_add_(1, inverse, block)
-        columns = unique
-    target[:, columns] += block
+_write_scores: StoreFunction[[Scores, str | PathLike[str], bool], None]
+_write_scores = StoreFunction("write_scores")
+_read_scores: StoreFunction[[str | PathLike[str], slice | None, bool], Scores]
+_read_scores = StoreFunction("read_scores")
 
 
 def require_finite(

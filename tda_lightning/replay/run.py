@@ -10,19 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset, default_collate
 
+from tda_lightning.optimizers import STEP_COUNT, apply_settings, make_optimizer, rule_of
 from tda_lightning.records.errors import (
     TrajectoryMismatchError,
     UnsupportedTrainingError,
 )
-from tda_lightning.records.stages import require_one_stage
-from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
-from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.module_state import load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
@@ -104,7 +101,7 @@ class Replay:
             TrajectoryMismatchError: another number of training examples than recorded.
         """
         facts, steps = self.trajectory.facts, self.trajectory.steps
-        self.trajectory.require_optimizer()
+        rule_of(self.trajectory)
         if not len(steps.examples):
             raise UnsupportedTrainingError(
                 "The trajectory holds no example indices, so its batches cannot be replayed: "
@@ -178,6 +175,8 @@ class Walk:
         module, facts = replay.module, replay.trajectory.facts
         self.trained = {name: module.get_parameter(name) for name in facts.parameters}
         self.optimizer = make_optimizer(replay.trajectory, self.trained)
+        # States that it begins with.
+        self._initial = {name: self.state_of(name) for name in self.trained}
         self.random: Snapshot | None = None
 
     def restart(self, step: int) -> None:
@@ -205,13 +204,13 @@ class Walk:
 
     def go_back(self, where: Standstill) -> None:
         """Take up the walk at ``where``."""
-        load(self.replay.module, where.tensors)
+        load_tensors(self.replay.module, where.tensors)
         self.optimizer.state.clear()
         for name, parameter in self.trained.items():
-            if state := where.optimizer.get(name):
-                # The count of steps stays on the CPU, as torch.optim keeps it.
+            if state := where.optimizer.get(name) or self._initial[name]:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    # torch.optim keeps the count of steps on the CPU.
+                    key: value.to("cpu" if key == STEP_COUNT else parameter.device, copy=True)
                     for key, value in state.items()
                 }
         self.random = where.random
@@ -298,34 +297,6 @@ def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Ten
     return (weights.to(losses) * losses).sum() * task.share(len(losses))
 
 
-def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:
-    """The recorded optimizer over ``trained``, its groups as recorded; settings come per step."""
-    facts = trajectory.facts
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [
-                trained[name] for name, fact in facts.parameters.items() if fact.group == number
-            ]
-        }
-        for number in range(trajectory.steps.learning_rate.shape[1])
-    ]
-    kinds: dict[str, type[Optimizer]] = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}
-    return kinds[facts.optimizer](groups, lr=0.0)  # type: ignore[call-arg]
-
-
-def apply_settings(trajectory: Trajectory, optimizer: Optimizer, row: int) -> None:
-    """Give every group the rate and hyper-parameters that step row + 1 used."""
-    steps = trajectory.steps
-    for number, group in enumerate(optimizer.param_groups):
-        found = {name: float(table[row, number]) for name, table in steps.hyperparameters.items()}
-        group["lr"] = float(steps.learning_rate[row, number])
-        if "beta1" in found:
-            group["betas"] = (found.pop("beta1"), found.pop("beta2"))
-        if "nesterov" in found:
-            found["nesterov"] = bool(found["nesterov"])
-        group.update(found)
-
-
 def initial(trajectory: Trajectory) -> State:
     """Initial parameters and buffers."""
     first = trajectory.checkpoints[0]
@@ -343,36 +314,3 @@ def no_randomness() -> Iterator[None]:
             "does not hold the states of the random generators, so the run cannot be replayed. "
             "Record it again, in one process."
         )
-
-
-def place(batch: Any, module: nn.Module) -> Any:
-    """The batch on the module's device, by the module's own transfer hooks where it has them."""
-    device = device_of(module)
-    hooks: Any = module
-    if hasattr(module, "on_after_batch_transfer"):  # a LightningModule
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        batch = hooks.transfer_batch_to_device(batch, device, 0)
-        return hooks.on_after_batch_transfer(batch, 0)
-    move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    return pytree.tree_map(move, batch)
-
-
-def fetch(source: ExampleSource, examples: Tensor) -> Any:
-    """The batch of these examples, read as a ``DataLoader`` reads it."""
-    if type(source.dataset) is TensorDataset and source.collate is default_collate:
-        return list(source.dataset[examples])  # the same batch, without a call for each example
-    indices = examples.tolist()
-    if hasattr(source.dataset, "__getitems__"):
-        return source.collate(source.dataset.__getitems__(indices))
-    return source.collate([source.dataset[index] for index in indices])
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
-
-from tda_lightning.runtime.processes import rank_and_world
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
@@ -103,48 +102,23 @@ class ExampleSource:
         return [range(first, min(first + size, end)) for first in range(start, end, size)]
 
 
-class PassLoader:
-    """The batches of one pass for this process: (batch, indices, position of the batch).
+def place(batch: Any, module: nn.Module) -> Any:
+    """The batch on the module's device, by the module's own transfer hooks where it has them."""
+    device = next(module.parameters()).device
+    hooks: Any = module
+    if hasattr(module, "on_after_batch_transfer"):  # a LightningModule
+        batch = hooks.on_before_batch_transfer(batch, 0)
+        batch = hooks.transfer_batch_to_device(batch, device, 0)
+        return hooks.on_after_batch_transfer(batch, 0)
+    move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return pytree.tree_map(move, batch)
 
-    Not a ``DataLoader`` on purpose: Lightning would put a distributed sampler of its own into
-    one. Each process takes every world-size-th batch.
 
-    Args:
-        source: the training set.
-        order: its batches; None for every example once.
-        rows: visit these instead, all of them in every process: (None, row, position).
-    """
-
-    def __init__(
-        self,
-        source: ExampleSource,
-        order: Sequence[Sequence[int]] | None,
-        rows: Sequence[int] | None = None,
-    ):
-        self.source = source
-        self.order = order
-        self.rows = rows
-
-    def _own(self) -> list[tuple[int, Sequence[int]]]:
-        """Positions and batches of this process, whose rank is known only once it runs."""
-        rank, world = rank_and_world()
-        order = self.order
-        if order is None:
-            # Small enough that no process goes without: all take part in sums over processes.
-            order = self.source.batches(
-                size=min(self.source.batch_size, max(1, len(self.source) // world))
-            )
-        return list(enumerate(order))[rank::world]
-
-    def __len__(self) -> int:
-        return len(self._own()) if self.rows is None else len(self.rows)
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor, int]]:
-        if self.rows is not None:
-            for position, row in enumerate(self.rows):
-                yield None, torch.tensor([row]), position
-            return
-        own = self._own()
-        loader = self.source.loader([batch for _, batch in own])
-        for (position, _), (batch, indices) in zip(own, loader, strict=True):
-            yield batch, indices, position
+def fetch(source: ExampleSource, examples: Tensor) -> Any:
+    """The batch of these examples, read as a ``DataLoader`` reads it."""
+    if type(source.dataset) is TensorDataset and source.collate is default_collate:
+        return list(source.dataset[examples])  # the same batch, without a call for each example
+    indices = examples.tolist()
+    if hasattr(source.dataset, "__getitems__"):
+        return source.collate(source.dataset.__getitems__(indices))
+    return source.collate([source.dataset[index] for index in indices])

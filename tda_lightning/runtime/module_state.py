@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
@@ -72,3 +72,11 @@ def prepared(modules: Sequence[nn.Module], device: torch.device | None = None) -
             # Plans place their tensors where the module is, so it moves before Lightning moves it.
             module.eval().to(device or home)
         yield
+
+
+def load_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy parameters and buffers into the module, by name."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)

@@ -75,7 +75,7 @@ class ASTRA:
                 rate *= min(1.0, 2 * (1 - number / self.iterations))
             rest = problem.apply_some(found, next(batches)) - vectors
             found = found - rate * problem.precondition(rest)
-            if not problem.context.rehearsal:
+            if not False:
                 self._require_bounded(problem, start, found, size)
             yield
         return found

@@ -105,7 +105,7 @@ class ConjugateGradients:
             curved = (directions @ products.T).double()
             values, turn = torch.linalg.eigh((curved + curved.T) / 2)
             largest = max(largest, float(values[-1]))
-            if not problem.context.rehearsal:
+            if not False:
                 _require_positive(float(values[0]), _NOISE * eps * largest)
             # Along the others the products say nothing but their rounding.
             kept = values > _NOISE * eps * values[-1]

@@ -60,7 +60,7 @@ class Direct:
             matrix = (matrix + matrix.T) / 2 + problem.diagonal.double().diag()
             values, basis = torch.linalg.eigh(matrix)
             smallest = float(values.abs().min())
-            if smallest <= 1e-14 * float(values.abs().max()) and not problem.context.rehearsal:
+            if smallest <= 1e-14 * float(values.abs().max()) and not False:
                 raise ValueError(
                     "Curvature plus weight decay plus damping is singular (its smallest eigenvalue "
                     f"is {smallest:.1g}): the inverse does not exist. Give a positive damping."

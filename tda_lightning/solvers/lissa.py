@@ -88,7 +88,7 @@ class LiSSA:
                 vectors + h - problem.apply_some(h, next(own)) / scale
                 for h, own in zip(found, batches, strict=True)
             ]
-            if not problem.context.rehearsal:
+            if not False:
                 self._require_bounded(problem, vectors, found, scale)
             yield
         reduce = problem.context.reduce

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Products, Spectrum, as_matrices
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 
 # One ``next`` for each unit of work that a progress bar counts; the solution at the end.
 Work = Generator[None, None, Tensor]
@@ -73,7 +73,7 @@ class Problem:
         kept: what a solver needs again for the next queries.
     """
 
-    context: Context
+    context: Session
     products: Products
     decay: Tensor
     damping: Tensor

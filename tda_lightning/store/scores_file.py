@@ -37,7 +37,8 @@ from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.scores import MemorySink, Scores, require_finite, require_scored
+from tda_lightning.records.score_sinks import MemorySink
+from tda_lightning.records.scores import Scores, require_finite, require_scored
 from tda_lightning.store.untrusted import (
     DAMAGE,
     from_json,

@@ -30,7 +30,7 @@ from tda_lightning.recording.plan import (
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.memory import PeakMemory
-from tda_lightning.session.passes import Context, Pass, Plan
+from tda_lightning.session.passes import Pass, Plan, Session
 from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import layout
 from tests import oracles, runs
@@ -355,10 +355,10 @@ class Counting:
     inner: Any
     batches: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, context: Session) -> int | None:
         return self.inner.segment_count(context)
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         plan = self.inner.plan(context)
         self.batches.clear()
         for number, one in enumerate(plan.passes):
@@ -465,7 +465,7 @@ def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(
     assert not run.unfinished
 
     class Interrupting(Counting):
-        def plan(self, context: Context) -> Plan:
+        def plan(self, context: Session) -> Plan:
             plan = super().plan(context)
 
             def stop(*_: Any) -> None:
@@ -519,10 +519,10 @@ class Timed:
     titles: list[str]
     catches_up: bool = False
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, context: Session) -> int | None:
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         def walk(title: str, order: Any) -> Pass:
             first = True
 
@@ -577,10 +577,10 @@ class ThereAndBack:
     kept: list[int] = dataclasses.field(default_factory=list)
     steps: int = 0
 
-    def segment_count(self, context: Context) -> int | None:
+    def segment_count(self, context: Session) -> int | None:
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         self.steps = 0
 
         def begin() -> None:

@@ -183,7 +183,9 @@ def test_plans_that_differ_are_an_error_in_every_process(scored: Any) -> None:
 
     for outcome in outcomes(work):
         assert isinstance(outcome.error, RuntimeError), outcome.trace
-        assert "plans" in str(outcome.error) and "expected the same" in str(outcome.error)
+        assert "is about to walk" in str(outcome.error) and "expected the same" in str(
+            outcome.error
+        )
 
 
 def test_a_taken_scores_file_is_refused_in_every_process(scored: Any) -> None:

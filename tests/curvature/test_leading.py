@@ -12,7 +12,8 @@ from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.averaged import AveragedRun
 from tda_lightning.gradients import Joined, scaled
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.passes import Plan, Session, run_plan
 from tests import oracles
 from tests.attributing import attribute, relative
 from tests.cases import Case
@@ -37,12 +38,12 @@ class Probe:
     def __init__(self, **options) -> None:
         self.options = Source(1, seed=SEED, **options)
 
-    def segment_count(self, context: Context) -> None:
+    def segment_count(self, context: Session) -> None:
         return None
 
-    def plan(self, context: Context) -> Plan:
-        self.run = AveragedRun(self.options, context)
-        return Plan(self.run.curvature_passes())
+    def score(self, session: Session) -> Provenance:
+        self.run = AveragedRun(self.options, session)
+        return run_plan(Plan(self.run.curvature_passes()), [session])
 
     def order(self, run) -> Tensor:
         """The flat place of each entry of the row that joins all blocks."""
@@ -199,14 +200,14 @@ def test_all_directions_follow_the_recorded_order_as_the_exact_matrix_does(
 ) -> None:
     """The same sampled Fisher as one dense matrix."""
 
-    def sampled(context: Context, batch, examples):
-        return [context.fisher_gradients(batch, examples, SEED + context.held_step)]
+    def sampled(context: Session, batch, examples):
+        return [context.fisher_gradients(batch, examples, SEED + context.loaded_step)]
 
     run, module, data = train(CLASSIFIER, OPTIMIZERS[optimizer], checkpoints=CHECKPOINTS)
     options = {"segment_steps": [3], "order": "recorded", "seed": SEED}
     work = (CLASSIFIER, run, module, data)
     found = attribute(*work, Source(leading_directions=10**9, **options))
-    monkeypatch.setattr(Context, "gauss_newton_gradients", sampled)
+    monkeypatch.setattr(Session, "gauss_newton_gradients", sampled)
     expected = attribute(*work, Source(curvature="exact", **options))
     assert relative(found.by_segment, expected.by_segment) < 1e-7
 
@@ -315,7 +316,7 @@ def test_directions_are_kept_with_the_trajectory(order, monkeypatch) -> None:
     def fitted_again(*_):
         raise AssertionError("curvature was fitted although it had been kept")
 
-    monkeypatch.setattr(Context, "fisher_gradients", fitted_again)
+    monkeypatch.setattr(Session, "fisher_gradients", fitted_again)
     assert torch.equal(attribute(*work, estimator).values, first.values)
 
 

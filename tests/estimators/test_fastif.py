@@ -27,7 +27,7 @@ from tda_lightning.evaluation import (
 )
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.report import write_report
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.session.passes import Plan, Session
 from tda_lightning.solvers import ConjugateGradients, Direct, LiSSA
 from tda_lightning.store.inspect import describe
 from tda_lightning.tasks import AttributionTask
@@ -124,14 +124,14 @@ class TestScores:
         if rounds > 1:
             monkeypatch.setattr("tda_lightning.estimators.queries.memory_budget", lambda: 1)
         seen: list[int] = []
-        taken = Context.train_gradients
+        taken = Session.train_gradients
 
-        def watched(self: Context, batch: Any, examples: Tensor) -> Any:
+        def watched(self: Session, batch: Any, examples: Tensor) -> Any:
             seen.extend(examples.tolist())
             return taken(self, batch, examples)
 
         full = attribute(CLASSIFIER, *work, InfluenceFunction("identity")).values
-        monkeypatch.setattr(Context, "train_gradients", watched)
+        monkeypatch.setattr(Session, "train_gradients", watched)
         found = attribute(CLASSIFIER, *work, FastInfluence("identity", k=2), batch_size=3)
         assert found.candidates is not None
         require_part_of(found, full, found.candidates)
@@ -403,10 +403,10 @@ class Counting:
     def __init__(self, estimator: FastInfluence) -> None:
         self.estimator, self.plans = estimator, []
 
-    def segment_count(self, context: Context) -> None:
+    def segment_count(self, context: Session) -> None:
         return None
 
-    def plan(self, context: Context) -> Plan:
+    def plan(self, context: Session) -> Plan:
         plan: Plan | None = self.estimator.plan(context)
         self.plans.append(plan)
         then = plan.then

@@ -24,7 +24,7 @@ from tda_lightning.records.trajectory import StageFact, Trajectory
 from tda_lightning.report import write_report
 from tda_lightning.store import open_trajectory
 from tests import oracles
-from tests.attributing import CaseTask, quiet, relative
+from tests.attributing import CaseTask, quiet, relative, watched_walks
 from tests.oracles.runs_in_stages import unrolled_run
 from tests.oracles.stages import TrainedStage, source_stages
 from tests.runs import trainer
@@ -282,8 +282,8 @@ def scored(work: Any, estimator: Any) -> tuple[Any, list[str]]:
     trajectory, module, data = work
     queries = TensorDataset(*(part[:20] for part in SECOND.tensors))
     attribution = AttributionModule(module, trajectory, estimator)
-    found = attribution.attribute(data, queries, trainer=quiet())
-    return found, [one.title for one in attribution._plan.passes]
+    with watched_walks() as titles:
+        return attribution.attribute(data, queries, trainer=quiet()), titles
 
 
 def agreement(found: Tensor, expected: Tensor) -> float:

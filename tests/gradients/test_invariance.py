@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
@@ -203,13 +203,13 @@ def test_two_processes(tmp_path: Path) -> None:
 def curvature_passes(monkeypatch) -> list[int]:
     """Steps whose gradients curvature has asked for, one entry for each batch."""
     asked: list[int] = []
-    original = Context.fisher_gradients
+    original = Session.fisher_gradients
 
     def counted(self, batch, examples, seed):
-        asked.append(self.held_step)
+        asked.append(self.loaded_step)
         return original(self, batch, examples, seed)
 
-    monkeypatch.setattr(Context, "fisher_gradients", counted)
+    monkeypatch.setattr(Session, "fisher_gradients", counted)
     return asked
 
 

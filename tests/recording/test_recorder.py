@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
+from tda_lightning.optimizers import known_optimizers, rule_of
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import TrajectoryExistsError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
@@ -369,8 +371,10 @@ def test_training_is_the_same_bit_for_bit(optimizers: Any, workers: int, tmp_pat
         (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), "Adam(amsgrad=True)"),
         (lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), "SGD(maximize=True)"),
         (lambda m: torch.optim.RMSprop(m.parameters()), "RMSprop"),
+        (lambda m: torch.optim.NAdam(m.parameters()), "NAdam"),
+        (lambda m: type("SGD", (torch.optim.SGD,), {})(m.parameters()), "SGD"),
         (
-            lambda m: type("SGD", (torch.optim.SGD,), {})(m.parameters()),
+            lambda m: type("SGD", (torch.optim.SGD,), {"step": _own_step})(m.parameters()),
             "tests.recording.test_recorder.SGD",
         ),
     ],
@@ -378,14 +382,24 @@ def test_training_is_the_same_bit_for_bit(optimizers: Any, workers: int, tmp_pat
 def test_only_an_optimizer_with_a_formula_gets_its_name(
     make: Any, name: str, tmp_path: Path
 ) -> None:
-    fit(tmp_path, optimizers=make, max_steps=2)
+    known = name in known_optimizers()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(TrajectoryRecorder(tmp_path), max_steps=2).fit(Net(make), loader())
+    said = [str(w.message) for w in caught if "no formula" in str(w.message)]
+    assert [f"There is no formula for {name}" in text for text in said] == [True] * (not known)
     trajectory = open_trajectory(tmp_path)
     assert trajectory.facts.optimizer == name
-    if name in ("SGD", "Adam", "AdamW"):
-        assert trajectory.require_optimizer() == name
+    if known:
+        assert rule_of(trajectory).name == name
     else:
+        assert "TracIn" in said[0] and ("refuse it too" in said[0]) == ("maximize" in name)
         with pytest.raises(UnsupportedTrainingError, match=r"no formula.*SGD, Adam, AdamW"):
-            trajectory.require_optimizer()
+            rule_of(trajectory)
+
+
+def _own_step(self: Any, closure: Any = None) -> Any:
+    return torch.optim.SGD.step(self, closure)
 
 
 def test_adam_records_what_its_formula_needs(tmp_path: Path) -> None:

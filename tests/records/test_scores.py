@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tda_lightning.records.errors import NonFiniteError, TrajectoryFormatError
-from tda_lightning.records.scores import MemorySink, Scores
+from tda_lightning.records.score_sinks import MemorySink
+from tda_lightning.records.scores import Scores
 from tda_lightning.store.scores_file import ScoreFile
 
 

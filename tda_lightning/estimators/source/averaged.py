@@ -86,7 +86,7 @@ class AveragedRun(SegmentedRun):
             found = self.context.train_gradients(batch, examples)
             gradients = units(self.grouping, found.blocks)
             values = dot(self.responses, gradients) * share
-            self.context.sink.add(number, examples, values, first_query)
+            self.context.scores.add(number, examples, values, first_query)
 
         return accumulate
 
@@ -138,4 +138,4 @@ class AveragedRun(SegmentedRun):
 
     def _finish_self(self) -> None:
         assert self.self_influence is not None
-        self.context.sink.set_self_influence(self.context.reduce(self.self_influence).cpu())
+        self.context.scores.set_self_influence(self.context.reduce(self.self_influence).cpu())

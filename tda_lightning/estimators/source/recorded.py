@@ -96,7 +96,7 @@ class RecordedRun(SegmentedRun):
                         dtype=self.context.dtype,
                         device=self.context.device,
                     )
-                self.context.sink.set_self_influence(self.context.reduce(own).cpu())
+                self.context.scores.set_self_influence(self.context.reduce(own).cpu())
 
         return end
 
@@ -140,7 +140,7 @@ class RecordedRun(SegmentedRun):
                             if query.b is not None:
                                 used = used + u_b * query.b[name]
                             own[part] += (used * gradient).flatten(1).sum(1)
-            context.sink.add(number, examples, values, first_query)
+            context.scores.add(number, examples, values, first_query)
             if with_self:
                 if self.self_influence is None:
                     self.self_influence = values.new_zeros(context.num_train)

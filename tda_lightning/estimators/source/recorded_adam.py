@@ -156,7 +156,7 @@ class RecordedAdamRun(SegmentedRun):
     def _begin(self, start: int, stop: int, fresh: bool) -> Callable[[], None]:
         def begin() -> None:
             if fresh:
-                held = self.context.held_step
+                held = self.context.loaded_step
                 found = self.arrive(start, stop)
                 self.a = found.a
                 self.b = found.b or {name: torch.zeros_like(a) for name, a in self.a.items()}
@@ -279,7 +279,7 @@ class RecordedAdamRun(SegmentedRun):
                     for part in chunks(rows, ends[0][name].cost_per_example):
                         gradient = _lerp(ends, name, between, part).flatten(1)
                         values[:, part] -= shares[part] * (u.flatten(1) @ gradient.T)
-            context.sink.add(number, examples, values, first_query)
+            context.scores.add(number, examples, values, first_query)
 
         return accumulate
 

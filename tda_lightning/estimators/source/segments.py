@@ -30,7 +30,7 @@ from tda_lightning.estimators.source.spectral import (
 from tda_lightning.gradients import Gradient, scaled
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Context, Pass
+from tda_lightning.session.passes import Pass, Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.source.coupling import StageLink
@@ -75,7 +75,7 @@ class SegmentedRun:
     """
 
     options: Source
-    context: Context
+    context: Session
     link: StageLink | None = None
     segments: tuple[Segment, ...] = field(init=False)
 

@@ -54,15 +54,15 @@ def options_by_stage(options: Source, stages: Sequence[Stage]) -> list[Source]:
             found.append(options)
             continue
         first = stage.first_step - own[0].first_step
-        total = sum(other.context.trajectory.last_step for other in own)
+        total = sum(other.session.trajectory.last_step for other in own)
         if given is None:
             cuts = [part * total // options.num_segments for part in range(options.num_segments)]
         else:
             cuts = list(given[runs.index(stage.run)] if nested else given)
-        last = first + stage.context.trajectory.last_step
+        last = first + stage.session.trajectory.last_step
         inside = [cut - first for cut in cuts if first < cut < last]
         if given is None:
-            inside = _with_checkpoints(inside, stage.context.trajectory)
+            inside = _with_checkpoints(inside, stage.session.trajectory)
         found.append(replace(options, segment_steps=inside))
     return found
 
@@ -79,7 +79,7 @@ def _with_checkpoints(cuts: Sequence[int], trajectory: Trajectory) -> list[int]:
 def segment_counts(options: Source, stages: Sequence[Stage]) -> list[int]:
     """Segments of each stage."""
     own = options_by_stage(options, stages)
-    return [one.segment_count(stage.context) for one, stage in zip(own, stages, strict=True)]
+    return [one.segment_count(stage.session) for one, stage in zip(own, stages, strict=True)]
 
 
 def plan_stages(options: Source, stages: Sequence[Stage]) -> Plan:
@@ -89,7 +89,7 @@ def plan_stages(options: Source, stages: Sequence[Stage]) -> Plan:
     passes: list[Pass] = []
     for number, run in enumerate(runs):
         passes += numbered(run.curvature_passes(), number)
-    context = stages[-1].context
+    context = stages[-1].session
     size = max(
         sum(block.size for block in stage.wide.blocks) * run.copies
         for stage, run in zip(stages, runs, strict=True)
@@ -111,7 +111,7 @@ def plan_stages(options: Source, stages: Sequence[Stage]) -> Plan:
         "segments": [[s.start, s.stop] for s in segments],
         "checkpoints": [list(s.checkpoints) for s in segments],
         "leading_directions": [
-            one.leading(stage.context) for one, stage in zip(own, stages, strict=True)
+            one.leading(stage.session) for one, stage in zip(own, stages, strict=True)
         ],
     }
     notes = [NO_SELF]
@@ -137,7 +137,7 @@ def _runs(own: Sequence[Source], stages: Sequence[Stage]) -> list[StageRun]:
         later = StageLink(stage, later, options.curvature, options.seed)
         kind: type[StageRun] = AveragedRun
         if options.order == "recorded":
-            adam = stage.context.trajectory.require_optimizer() != "SGD"
+            adam = stage.session.trajectory.require_optimizer() != "SGD"
             kind = RecordedAdamRun if adam else RecordedRun
-        runs.append(kind(options, stage.context, later))
+        runs.append(kind(options, stage.session, later))
     return runs[::-1]

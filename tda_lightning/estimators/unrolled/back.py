@@ -18,9 +18,10 @@ from tda_lightning.estimators.unrolled.derivatives import (
     queries_at_once,
 )
 from tda_lightning.estimators.unrolled.tape import StepState
-from tda_lightning.replay.run import Draws, Replay, load
+from tda_lightning.replay.run import Draws, Replay
+from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 
 
 class BackwardWalk:
@@ -36,7 +37,7 @@ class BackwardWalk:
     def __init__(
         self,
         replay: Replay,
-        context: Context,
+        context: Session,
         layers: Mapping[str, _BatchNorm],
         adjoint: OptimizerAdjoint,
         statistics: dict[str, Tensor],
@@ -60,7 +61,7 @@ class BackwardWalk:
     def step(self, state: StepState) -> None:
         """Go back through one step."""
         replay, steps = self.replay, self.replay.trajectory.steps
-        load(replay.module, state.parameters)
+        load_tensors(replay.module, state.parameters)
         u = self.adjoint.enter(state)
         batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
@@ -68,7 +69,7 @@ class BackwardWalk:
             for examples, draws, counts in reversed(batches):
                 if not self._chunk:
                     self._settle(state.row, examples, draws)
-                load(replay.module, counts)
+                load_tensors(replay.module, counts)
                 graph = self._graph(state.row, examples, draws)
                 losses.append(graph.loss)
                 self._add(graph, examples, u)
@@ -108,7 +109,7 @@ class BackwardWalk:
 
     def _end_segment(self, number: int) -> None:
         columns = torch.arange(self.context.num_train)
-        self.context.sink.add(number, columns, self._values, self.first_query)
+        self.context.scores.add(number, columns, self._values, self.first_query)
         self._finished[number] = self._values
         self._values = self._zeros()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tda_lightning.estimators.unrolled.run import UnrolledRun
-from tda_lightning.session.passes import Context, Plan
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.passes import Plan, Session, run_plan
 
 STATES = ("auto", "memory", "disk", "recompute")
 
@@ -88,11 +89,15 @@ class Unrolled:
                 "the old label's terms: ask for one of them at a time."
             )
 
-    def segment_count(self, context: Context) -> int:
+    def segment_count(self, context: Session) -> int:
         """One segment for each recorded interval between checkpoints."""
         return len(context.trajectory.checkpoints) - 1
 
-    def plan(self, context: Context) -> Plan:
+    def score(self, session: Session) -> Provenance:
+        """Run :meth:`plan`."""
+        return run_plan(self.plan(session), [session])
+
+    def plan(self, context: Session) -> Plan:
         """For every interval, last one first: a replay forwards, and the way back."""
         return UnrolledRun(self, context).plan()
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
-from tda_lightning.session.passes import Context
+from tda_lightning.session.passes import Session
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolled.estimator import Unrolled
 
 
 def require_exact(
-    replay: Replay, context: Context, options: Unrolled, moving: Collection[str]
+    replay: Replay, context: Session, options: Unrolled, moving: Collection[str]
 ) -> None:
     """Check that the run can be replayed and differentiated.
 
@@ -39,10 +39,10 @@ def require_exact(
             f"({', '.join(list(moving)[:3])}), of which those of the first were recorded. Train "
             "in one process, or keep these layers in eval mode."
         )
-    if options.token_weights and context.world_size > 1:
+    if options.token_weights and context.num_processes > 1:
         raise ValueError(
-            f"token_weights are gathered in one process, got {context.world_size}. Give a trainer "
-            "with devices=1."
+            f"token_weights are gathered in one process, got {context.num_processes}. Give a "
+            "trainer with devices=1."
         )
     if task.layers is not None:
         raise UnsupportedTrainingError(

@@ -24,7 +24,7 @@ from tda_lightning.estimators.unrolled.refusals import require_exact
 from tda_lightning.estimators.unrolled.unfinished import Unfinished
 from tda_lightning.replay.run import Replay
 from tda_lightning.runtime.processes import rank_and_world
-from tda_lightning.session.passes import Context, Pass, Plan, memory_budget
+from tda_lightning.session.passes import Pass, Plan, Session, memory_budget
 
 if TYPE_CHECKING:
     from tda_lightning.estimators.unrolled.estimator import Unrolled
@@ -46,7 +46,7 @@ class UnrolledRun:
     states of steps.
     """
 
-    def __init__(self, options: Unrolled, context: Context) -> None:
+    def __init__(self, options: Unrolled, context: Session) -> None:
         self.options, self.context = options, context
         self.trajectory = context.trajectory
         self.replay = Replay(self.trajectory, context.module, context.task, context.examples)
@@ -56,9 +56,9 @@ class UnrolledRun:
         self.checkpoints = sorted(self.trajectory.checkpoints)
         self.first_row = max(0, self.trajectory.last_step - (options.last_steps or _UNLIMITED))
         # What a rehearsal replays is compared, because that takes time, and refused for nothing.
-        tolerance = math.inf if context.rehearsal else options.tolerance
+        tolerance = math.inf if False else options.tolerance
         self.certificate = Certificate(tolerance)
-        self.forward = ForwardWalk(self.replay, self.layers, self.certificate, context.rehearsal)
+        self.forward = ForwardWalk(self.replay, self.layers, self.certificate, False)
         self.back: BackwardWalk | None = None
         self.by_token: Tensor | None = None
         self._rounds: list[tuple[int, int]] = []
@@ -182,7 +182,7 @@ class UnrolledRun:
 
         def begin() -> None:
             # The module's weights are the walk's from now on, no checkpoint's.
-            self.context.held.trajectory = None
+            self.context.loaded.trajectory = None
             disk = self.options.states == "disk"
             if move.kind != "back":
                 forward.begin(move, a, longest * self.sizes[0] if disk else None)
@@ -254,7 +254,7 @@ class UnrolledRun:
         self.forward.close()
         if last and self.options.token_weights:
             assert self.by_token is not None
-            self.context.sink.set_by_token(self.context.reduce(self.by_token))
+            self.context.scores.set_by_token(self.context.reduce(self.by_token))
 
     def _finish(self) -> None:
         for unfinished in self._unfinished:

@@ -36,7 +36,7 @@ class Unfinished:
     @staticmethod
     def of(run: UnrolledRun, first: int, last: int) -> Unfinished:
         """That of the queries ``first`` to ``last``."""
-        if run.context.world_size > 1:
+        if run.context.num_processes > 1:
             return Unfinished("", None)
         key = _key(run, first, last)
         kept = run.trajectory.unfinished.get(key)
@@ -52,7 +52,7 @@ class Unfinished:
         """Keep the state at ``row``, where much work would be lost without."""
         began = time.monotonic()
         recent = began - self._kept_at < _SECONDS * max(1.0, self._took)
-        if run.context.world_size > 1 or (recent and row > run.first_row):
+        if run.context.num_processes > 1 or (recent and row > run.first_row):
             return
         # Copies: a run in memory keeps the tensors themselves, and the walk goes on in them.
         found = {name: tensor.clone() for name, tensor in run.tensors().items()}
@@ -73,7 +73,7 @@ def _key(run: UnrolledRun, first: int, last: int) -> str:
     for name in ("memory_budget", "states"):
         del options[name]
     description = {
-        "alike": context.alike([run.checkpoints[-1]]),
+        "alike": context.cache_key([run.checkpoints[-1]]),
         "options": json.dumps(options, sort_keys=True, default=repr),
         "run": facts.settings.get("run_id"),
         "checkpoints": run.checkpoints,

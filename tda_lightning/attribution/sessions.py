@@ -1,0 +1,98 @@
+"""Opens the stages of a recorded run for attribution: the engine is planned on a first batch, the
+task prepared, the last checkpoint loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tda_lightning.attribution.cache_key import digest_of
+from tda_lightning.attribution.processes import written_by_first
+from tda_lightning.attribution.stages import StageSetup, widened
+from tda_lightning.gradients import GradientEngine
+from tda_lightning.records.score_sinks import MemorySink
+from tda_lightning.runtime.loading import ExampleSource, place
+from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
+from tda_lightning.tasks import seeded_examples
+
+# Examples that the engine plans and checks itself on, and that identify code in the cache's key.
+_FIRST = 32
+
+
+def open_stages(
+    setups: Sequence[StageSetup],
+    examples: Sequence[ExampleSource],
+    queries: ExampleSource,
+    self_influence: bool,
+) -> list[Stage]:
+    """The stages as an estimator sees them.
+
+    Args:
+        examples: the training set of each recorded run.
+    """
+    self_influence = self_influence and len(setups) == 1
+    loaded: dict[nn.Module, LoadedCheckpoint] = {}
+    stages = []
+    for number, setup in enumerate(setups, start=1):
+        source = examples[setup.run]
+        holder = loaded.setdefault(setup.module, LoadedCheckpoint())
+        session = wide = open_session(setup, source, queries, self_influence, holder)
+        session.prefix = f"stage {number}, " if len(setups) > 1 else ""
+        if setup.frozen:
+            wide = widened(session, setup.frozen, *first_batch(source, _FIRST, setup.module))
+        before = sum(len(other) for other in examples[: setup.run])
+        columns = range(before, before + len(source))
+        stages.append(
+            Stage(session, wide, setup.frozen, setup.carried, setup.run, columns, setup.first_step)
+        )
+    return stages
+
+
+def open_session(
+    setup: StageSetup,
+    examples: ExampleSource,
+    queries: ExampleSource,
+    self_influence: bool,
+    loaded: LoadedCheckpoint | None = None,
+) -> Session:
+    """One stage's session, with the weights of its last checkpoint in place."""
+    module, task = setup.module, setup.task
+    engine = GradientEngine(module, setup.trained)
+    batch, indices = first_batch(examples, _FIRST, module)
+    session = Session(
+        module=module,
+        task=task,
+        trajectory=written_by_first(setup.trajectory),
+        engine=engine,
+        scores=MemorySink(0, 0),
+        num_train=len(examples),
+        num_query=len(queries),
+        examples=examples,
+        queries=lambda start, stop: _query_batches(queries, start, stop, module),
+        cache_key=lambda steps: digest_of(session, steps, batch, indices),
+        self_influence=self_influence,
+        batch_size=examples.batch_size,
+        loaded=loaded or LoadedCheckpoint(),
+    )
+    session.load(setup.trajectory.last_step)
+    task.training_batch_size = setup.trajectory.batch_size
+    with seeded_examples(0, indices):
+        task.prepare(module, batch)
+    engine.discover(session.train_loss, batch, indices, task.separable)
+    return session
+
+
+def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[Any, Tensor]:
+    """The first ``count`` examples as (batch, indices) on the module's device."""
+    batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
+    return place(batch, module), indices.to(next(module.parameters()).device)
+
+
+def _query_batches(
+    queries: ExampleSource, start: int, stop: int, module: nn.Module
+) -> Iterator[tuple[Any, Tensor]]:
+    device = next(module.parameters()).device
+    for batch, indices in queries.loader(queries.batches(start, stop)):
+        yield place(batch, module), indices.to(device)

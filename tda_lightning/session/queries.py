@@ -1,0 +1,52 @@
+"""Measurement gradients of the queries, factored where a layer's form allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from tda_lightning.gradients import Gradient, Outer, scaled
+
+
+class QueryGradients:
+    """Gradients of some queries by block, in the batches that they came in."""
+
+    def __init__(self, batches: Mapping[str, list[Gradient]]) -> None:
+        self._batches = batches
+        self._dense: dict[str, Tensor] = {}
+
+    @staticmethod
+    def of(batches: Iterable[Mapping[str, Gradient]]) -> QueryGradients:
+        """Of several batches of queries, each by block."""
+        by_block: dict[str, list[Gradient]] = {}
+        for gradients in batches:
+            for name, gradient in gradients.items():
+                by_block.setdefault(name, []).append(gradient)
+        return QueryGradients(by_block)
+
+    def scaled(self, weights: Mapping[str, Tensor]) -> QueryGradients:
+        """Every entry times its weight, [groups, rows, columns] by block."""
+        return QueryGradients(
+            {
+                name: [scaled(gradient, weights[name]) for gradient in gradients]
+                for name, gradients in self._batches.items()
+            }
+        )
+
+    def dot(self, gradients: Mapping[str, Gradient]) -> Tensor:
+        """Inner products with training examples' gradients, summed over blocks: [query, batch]."""
+        products = [self._block_dot(name, gradient) for name, gradient in gradients.items()]
+        return torch.stack(products).sum(0)
+
+    def _block_dot(self, name: str, gradient: Gradient) -> Tensor:
+        """By the cheaper exact way: Gram matrices of the factors, or dense queries."""
+        queries = self._batches[name]
+        if isinstance(gradient, Outer) and all(
+            isinstance(query, Outer) and gradient.gram_is_cheaper(query) for query in queries
+        ):
+            return torch.cat([gradient.gram(query) for query in queries])  # type: ignore[arg-type]
+        if name not in self._dense:
+            self._dense[name] = torch.cat([query.dense(slice(None)) for query in queries])
+        return gradient.dot(self._dense[name])

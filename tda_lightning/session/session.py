@@ -1,0 +1,340 @@
+"""What an estimator works with: the model, the recorded run, walks over the training set, and the
+place where scores go.
+
+An estimator is a method that runs from top to bottom over one of these. Which processes share the
+work, on which devices, with which progress bar, and whether it is the real run or a dry run that
+only measures, is known to the session alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
+from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.score_sinks import ScoreSink
+from tda_lightning.records.trajectory import Checkpoint, Trajectory
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.pace import Pace
+from tda_lightning.session.queries import QueryGradients
+from tda_lightning.tasks import AttributionTask, gauss_newton_losses, seeded_examples
+
+T = TypeVar("T")
+
+
+@dataclass
+class LoadedCheckpoint:
+    """Which checkpoint a module holds; stages that train one module share this record."""
+
+    trajectory: Trajectory | None = None
+    step: int | None = None
+
+
+@dataclass
+class Batch:
+    """Some training examples, with the weights of a checkpoint in place.
+
+    Attributes:
+        data: the batch on the module's device.
+        examples: indices in the training set, int64 [batch].
+        position: of the batch in the order that was asked for.
+    """
+
+    session: Session
+    data: Any
+    examples: Tensor
+    position: int
+
+    @cached_property
+    def gradients(self) -> dict[str, Gradient]:
+        """Per-example gradients of the training loss, factored, by block."""
+        return self.session.train_gradients(self.data, self.examples).blocks
+
+    @cached_property
+    def measurement_gradients(self) -> dict[str, Gradient]:
+        """The same of the measurement; the very objects of ``gradients`` where it is the loss."""
+        if self.session.task.measures_loss:
+            return self.gradients
+        return self.session.measurement_gradients(self.data, self.examples).blocks
+
+
+@dataclass
+class Session:
+    """One stage of training, open for attribution.
+
+    Attributes:
+        module: the model; its weights are those of the checkpoint loaded last.
+        task: the training loss and the measurement.
+        trajectory: the recorded run, with what is kept beside it (``curvature``, ``features``,
+            ``unfinished``).
+        engine: per-example gradients of the parameters that are attributed.
+        scores: where scores are added.
+        num_train: training examples.
+        num_query: queries.
+        examples: the training set.
+        queries: loads the queries from ``start`` to ``stop``, as (batch, query indices) on the
+            module's device.
+        cache_key: digest of everything that curvature at some steps depends on besides its own
+            settings: weights, data, task and code.
+        self_influence: whether training examples are to be scored for themselves.
+        batch_size: examples per batch.
+        loaded: the checkpoint whose weights the module holds.
+        pace: shows progress; in a dry run it shortens every walk and measures it.
+        prefix: of the titles of walks, where a run has several stages.
+    """
+
+    module: nn.Module
+    task: AttributionTask
+    trajectory: Trajectory
+    engine: GradientEngine
+    scores: ScoreSink
+    num_train: int
+    num_query: int
+    examples: ExampleSource
+    queries: Callable[[int, int], Iterable[tuple[Any, Tensor]]]
+    cache_key: Callable[[Sequence[int]], str]
+    self_influence: bool = True
+    batch_size: int = 256
+    loaded: LoadedCheckpoint = field(default_factory=LoadedCheckpoint)
+    pace: Pace = field(default_factory=Pace)
+    prefix: str = ""
+    _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    _self_influence: Tensor | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The units of parameters that the engine's gradients come in, mostly layers."""
+        return self.engine.blocks
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that are attributed."""
+        return sum(block.size for block in self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the scores: float64 for a module in float64, else float32."""
+        own = next(self.module.parameters()).dtype
+        return own if own == torch.float64 else torch.float32
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that share the walks."""
+        return rank_and_world()[1]
+
+    @property
+    def loaded_step(self) -> int:
+        """The checkpoint whose weights the module holds."""
+        if self.loaded.trajectory is not self.trajectory or self.loaded.step is None:
+            raise RuntimeError("No checkpoint has been loaded yet: call load(step) first.")
+        return self.loaded.step
+
+    def load(self, step: int) -> None:
+        """Put the weights and buffers of the checkpoint at ``step`` into the module.
+
+        They stay in memory: some estimators go back and forth between checkpoints.
+        """
+        if self.loaded.trajectory is self.trajectory and self.loaded.step == step:
+            return
+        if step not in self._checkpoints:
+            recorded = self.trajectory.checkpoints[step]
+            self._checkpoints[step] = Checkpoint(step, recorded.parameters, recorded.buffers)
+        checkpoint = self._checkpoints[step]
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        with torch.no_grad():
+            for name, value in {**checkpoint.buffers, **checkpoint.parameters}.items():
+                _require_like(own.get(name), value, name, step)
+                own[name].copy_(value)
+        self.loaded.trajectory, self.loaded.step = self.trajectory, step
+
+    def walk(
+        self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[Batch]:
+        """The training set, batch by batch; of several processes, each has its share.
+
+        Args:
+            title: a few words for the progress bar.
+            step: load the weights of this checkpoint first; None: those in place.
+            order: batches of example indices; None: every example once, in batches of
+                ``batch_size``.
+        """
+        rank, world = rank_and_world()
+        if order is None:
+            # Small enough that no process goes without a batch.
+            order = self.examples.batches(
+                size=min(self.batch_size, max(1, self.num_train // world))
+            )
+        if step is not None:
+            self.load(step)
+        own = list(enumerate(order))[rank::world]
+        title = self.prefix + title
+        for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
+            yield Batch(self, data, examples, position)
+
+    def loop(
+        self, title: str, items: Iterable[T], total: int | None = None, memory: int = 0
+    ) -> Iterator[T]:
+        """``items`` with a progress bar: for work that is no walk over the training set.
+
+        Args:
+            title: a few words for the progress bar.
+            items: what to loop over. The loop may end early.
+            total: how many there are at most; their length by default.
+            memory: bytes of main memory that are filled when the loop is over.
+        """
+        return self.pace.loop(self.prefix + title, items, total, memory)
+
+    def query_rounds(self, bytes_each: int, budget: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of queries that fit into memory together.
+
+        Args:
+            bytes_each: what a query takes; see :meth:`gradient_bytes`.
+            budget: bytes for all of them; by default a quarter of the free memory.
+        """
+        fitting = max(1, (memory_budget() if budget is None else budget) // bytes_each)
+        rounds = -(-self.num_query // fitting)
+        bounds = [number * self.num_query // rounds for number in range(rounds + 1)]
+        return self.pace.rounds(list(zip(bounds, bounds[1:], strict=False)))
+
+    def gradient_bytes(self, copies: int) -> int:
+        """Bytes of so many dense gradients."""
+        return copies * self.num_parameters * self.dtype.itemsize
+
+    def query_gradients(self, first: int, last: int) -> QueryGradients:
+        """Measurement gradients of the queries ``first`` to ``last`` at the weights in place."""
+        return QueryGradients.of(
+            self.measurement_gradients(batch, indices).blocks
+            for batch, indices in self.queries(first, last)
+        )
+
+    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Any, Tensor]]:
+        """Training examples by their indices, as (batch, indices) on the module's device, the same
+        in every process and without a progress bar."""
+        for chosen in order:
+            indices = torch.as_tensor(chosen, dtype=torch.int64)
+            yield place(fetch(self.examples, indices), self.module), indices.to(self.device)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if rank_and_world()[1] == 1:
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def add_self_influence(self, examples: Tensor, values: Tensor) -> None:
+        """Add to the self-influence of ``examples`` [batch]."""
+        if self._self_influence is None:
+            self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+        self._self_influence.index_add_(0, examples, values.to(self._self_influence))
+
+    def finish_self_influence(self) -> None:
+        """Hand the self-influence of all processes to the scores, if any was added."""
+        own = self._self_influence
+        added = self.reduce(torch.tensor([float(own is not None)], device=self.device))
+        if not bool(added):
+            return
+        if own is None:
+            own = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+        self.scores.set_self_influence(self.reduce(own).cpu())
+
+    def require(self, fulfilled: bool, error: Exception) -> None:
+        """Raise ``error`` where numbers are not as they must be. In a dry run, which sees a few
+        batches only, they need not be."""
+        if not fulfilled:
+            self.pace.refuse(error)
+
+    # Per-example gradients at the weights in place.
+
+    def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+        """Per-example gradients of the training loss."""
+        return self.engine.gradients(self.train_loss, batch, examples)
+
+    def measurement_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+        """Per-example gradients of the measurement."""
+        return self.engine.gradients(self.measurement, batch, examples)
+
+    def fisher_gradients(self, batch: Any, examples: Tensor, seed: int) -> ExampleGradients:
+        """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
+        loss under sampled labels, or of the loss itself (empirical Fisher)."""
+        if not self.task.can_sample:
+            return self.train_gradients(batch, examples)
+
+        def sampled(module: nn.Module, part: Any, indices: Tensor) -> Tensor:
+            with seeded_examples(seed, indices):
+                return self.task.sampled_loss(module, part)
+
+        return self.engine.gradients(sampled, batch, examples)
+
+    def gauss_newton_gradients(self, batch: Any, examples: Tensor) -> Iterable[ExampleGradients]:
+        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
+
+        def factors(module: nn.Module, part: Any, indices: Tensor) -> Iterable[Tensor]:
+            with seeded_examples(0, indices):
+                return gauss_newton_losses(self.task, module, part)
+
+        return self.engine.each_gradient(factors, batch, examples)
+
+    def train_loss(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+        """The training loss of each example, [batch]."""
+        # The noise is not used; its context tells the task how many examples there are.
+        with seeded_examples(0, examples):
+            return self.task.train_loss(module, batch)
+
+    def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+        """The measurement of each example, [batch]."""
+        with seeded_examples(0, examples):
+            return self.task.measurement(module, batch)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several consecutive stages of training: another loss, data, head or set of trained
+    parameters. It begins with the weights that the stage before it ended with.
+
+    Attributes:
+        session: of the parameters that the stage trains. Its ``queries`` are those of the final
+            model.
+        wide: of those and the frozen ones; ``session`` itself where none is frozen.
+        frozen: parameters that an earlier stage trained and this one only uses.
+        carried: parameters of ``wide`` whose values come from the stage before.
+        run: position of the recorded run; one run has several stages where the set of trained
+            parameters changed in it, and they share its columns.
+        columns: of the stage's training set among those of the scores.
+        first_step: steps of all stages before it.
+    """
+
+    session: Session
+    wide: Session
+    frozen: tuple[str, ...]
+    carried: tuple[str, ...]
+    run: int
+    columns: range
+    first_step: int
+
+
+def memory_budget() -> int:
+    """Bytes that dense query gradients may take: a quarter of what the machine has free."""
+    return free_memory() // 4
+
+
+def _require_like(own: Tensor | None, value: Tensor, name: str, step: int) -> None:
+    """Refuse a tensor that the module lacks, or has in another shape: copying may broadcast."""
+    if own is None or own.shape != value.shape:
+        actual = "no such tensor" if own is None else list(own.shape)
+        raise TrajectoryMismatchError(
+            f"The checkpoint of step {step} does not fit the module: expected {name} of shape "
+            f"{list(value.shape)}, got {actual}. Build the module as it was trained."
+        )
