@@ -25,8 +25,9 @@ from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
 from tda_lightning.gradients.forms import Gradient, Outer
-from tda_lightning.gradients.observe import Observer as CallObserver
-from tda_lightning.gradients.observe import blocks_of, gradients_of
+from tda_lightning.gradients.observer import Observer as CallObserver
+from tda_lightning.gradients.observer import training_gradients
+from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.missing_gradients import require_complete, unseen
 from tda_lightning.recording.observer import Observer
@@ -308,8 +309,7 @@ class CurvatureStatistics(Observer):
 
     def _require_seen(self, calls: CallObserver) -> None:
         """Check that each parameter that has got a gradient was seen in some use."""
-        refs = [ref for use in calls.uses() for ref in (use.weight, use.bias)]
-        seen = {ref.name for ref in refs if ref is not None}
+        seen = {ref.name for use in calls.reached() for ref in use.refs}
         for name, parameter in self._parameters.items():
             if name not in seen and parameter.grad is not None and len(parameter.grad.nonzero()):
                 raise unseen(name)
@@ -318,7 +318,7 @@ class CurvatureStatistics(Observer):
         self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
     ) -> dict[str, Gradient]:
         """Of each block, the examples' gradients times ``factor``; ``own`` to compare with."""
-        uses = calls.uses()
+        uses = calls.reached()
         if not uses:
             raise unseen(next(iter(self._parameters)))
         for use in uses:
@@ -326,8 +326,8 @@ class CurvatureStatistics(Observer):
                 use.gradient = use.gradient * factor
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-            self._blocks = blocks_of(shapes, uses)
-        gradients = gradients_of(self._blocks, uses, size)
+            self._blocks = plan_blocks(shapes, uses)
+        gradients = training_gradients(self._blocks, uses, size)
         if own:
             require_complete(self._blocks, gradients, own, calls.eps**0.5)
         return gradients

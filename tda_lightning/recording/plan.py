@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tda_lightning.recording.dry_run import DryRun, dry_run
 from tda_lightning.recording.statistics_size import NOTE, planned_curvature
 from tda_lightning.recording.step_count import PlannedSteps, planned_steps
-from tda_lightning.records.plans import readable_bytes
+from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.layout import STEP_COLUMNS
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The ground truth that ``tda evaluate`` judges scores by."""
+"""The ground truth that ``tda evaluate`` judges scores by: the run retrained on subsets."""
 
 from __future__ import annotations
 
@@ -9,48 +9,58 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from tda_lightning.cli.kept import kept_retrainings
-from tda_lightning.cli.recorded import command_line
-from tda_lightning.cli.retraining import Parts
-from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, what_determines
+from tda_lightning.cli.command import command_line
+from tda_lightning.cli.retraining import RecordedRun
+from tda_lightning.cli.retraining_cache import cached_retrainings
+from tda_lightning.evaluation import (
+    GroundTruth,
+    draw_seeds,
+    draw_subsets,
+    what_determines,
+)
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.ground_truth import RECORDED_SEED
 from tda_lightning.records.trajectory import Trajectory
 
 
-def ground_truth(parts: Parts, path: Path) -> GroundTruth:
-    """What is asked for: from the file as far as it goes, the rest retrained and kept there."""
-    config, num_train = parts.config, len(parts.data.train_dataset)
-    _check(config, parts.trajectory)
-    baseline, determined = parts.recorded_measurements(), determined_by(parts)
+def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
+    """The configured number of subsets and seeds, cached in the file at ``path``.
 
-    def ask(found: Sequence[GroundTruth]) -> GroundTruth:
-        rows = max(config.num_subsets, *(len(one.seeds) for one in found), 0)
-        columns = max(config.seeds, *(one.seeds.shape[1] for one in found), 0)
-        asked = GroundTruth.asked(
+    Raises:
+        ValueError, UnsupportedTrainingError: settings that no retraining can answer.
+    """
+    config, num_train = run.config, len(run.data.train_dataset)
+    _check(config, run.trajectory)
+    baseline, configuration = run.recorded_measurements(), configuration_of(run)
+
+    def request(cached: Sequence[GroundTruth]) -> GroundTruth:
+        # A file may hold more than is asked for now, and keeps it.
+        rows = max(config.num_subsets, *(len(truth.seeds) for truth in cached), 0)
+        columns = max(config.seeds, *(truth.seeds.shape[1] for truth in cached), 0)
+        requested = GroundTruth.asked(
             config.protocol,
             _subsets(config, num_train, rows),
             seeds_of(config.protocol, rows, columns, config.seed),
             baseline,
-            determined,
+            configuration,
             {"command": command_line()},
         )
-        for one in found:
-            asked = asked.taking(one)
-        return asked
+        for truth in cached:
+            requested = requested.taking(truth)
+        return requested
 
-    return kept_retrainings(parts, path, ask, config.num_subsets)
+    return cached_retrainings(run, path, request, config.num_subsets)
 
 
-def determined_by(parts: Parts) -> dict[str, object]:
-    """All that decides what a retraining gives, besides the subset and the seed."""
+def configuration_of(run: RecordedRun) -> dict[str, object]:
+    """What decides the outcome of a retraining, besides the subset and the seed."""
     return what_determines(
-        parts.trajectory, parts.module, parts.task, parts.data.query_dataset, parts.training()
+        run.trajectory, run.module, run.task, run.data.query_dataset, run.training_settings()
     )
 
 
-def file_name(config: DictConfig) -> str:
-    """Of a ground truth, without its ending: one file for each way to draw subsets."""
+def truth_name(config: DictConfig) -> str:
+    """Name of the file without its suffix; each way to draw subsets has a file of its own."""
     if config.protocol == "pbrf":
         return f"pbrf-{config.damping:g}-{config.seed}"
     drawn = f"{config.alpha:g}" if config.leave_out is None else f"leave_out-{config.leave_out}"
@@ -58,7 +68,7 @@ def file_name(config: DictConfig) -> str:
 
 
 def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:
-    """The first ``count`` subsets, bool [subset, train]: more of them begin with the same ones."""
+    """``count`` subsets, bool [subset, train]; a larger number starts with the same ones."""
     left_out = config.leave_out
     if left_out is None:
         return draw_subsets(num_train, config.alpha, count, config.seed)
@@ -71,7 +81,7 @@ def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:
             f"There are {num_train} training examples to leave out one by one, got "
             f"num_subsets={count}."
         )
-    # Each of them at most once.
+    # Each example is left out at most once.
     order = torch.randperm(num_train, generator=torch.Generator().manual_seed(config.seed))
     kept = torch.ones(count, num_train, dtype=torch.bool)
     kept[torch.arange(count), order[:count]] = False
@@ -79,14 +89,13 @@ def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:
 
 
 def seeds_of(protocol: str, rows: int, columns: int, seed: int) -> Tensor:
-    """Of each retraining, int64 [subset, seed]."""
+    """The seed of each retraining, int64 [subset, seed]."""
     if protocol == "algorithm":
         return draw_seeds(rows, columns, seed)
     return torch.full((rows, columns), RECORDED_SEED, dtype=torch.int64)
 
 
 def _check(config: DictConfig, trajectory: Trajectory) -> None:
-    """Refuse settings that no retraining can answer, before any begins."""
     if config.num_subsets < 3:
         raise ValueError(
             f"A rank correlation needs at least 3 subsets, got num_subsets={config.num_subsets}."
@@ -97,10 +106,10 @@ def _check(config: DictConfig, trajectory: Trajectory) -> None:
     if config.protocol != "algorithm" and config.seeds != 1:
         raise ValueError(
             f"protocol={config.protocol} repeats the recorded seed: expected seeds=1, got "
-            f"{config.seeds}. Several seeds for each subset are for protocol=algorithm."
+            f"{config.seeds}. Several seeds per subset are for protocol=algorithm."
         )
     if config.protocol == "algorithm" and trajectory.facts.settings.get("world_size", 1) != 1:
         raise UnsupportedTrainingError(
-            "The run was trained in several processes, which training anew does not start. Judge "
+            "The run was trained in several processes, and retraining from scratch uses one. Judge "
             "by protocol=single_run."
         )

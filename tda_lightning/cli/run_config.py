@@ -1,24 +1,26 @@
 """The configuration kept beside a trajectory, and what may be built from it.
 
-Building an object from a configuration calls whatever its ``_target_`` names, with arguments of its
-choice: a file from elsewhere could run anything. So only classes of this library's data, models and
-tasks, and of ``torch.nn`` and ``torch.optim``, are built unless the user says otherwise.
+Building an object calls whatever its ``_target_`` names, with any arguments: a file from elsewhere
+could run any code. So only classes of this library's data, models and tasks, and of ``torch.nn``
+and ``torch.optim``, are built unless the user allows more.
 """
 
 from __future__ import annotations
 
 import inspect
-import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tda_lightning.cli.command import command_line
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
 
 FILE_NAME = "config.yaml"
@@ -31,19 +33,21 @@ TRUSTED = (
 )
 
 
-def command_line() -> str:
-    """The command that is running, as one would type it to run it again."""
-    # Not sys.argv: in a sweep this is one of many runs, perhaps in a worker process.
-    hydra = HydraConfig.get()
-    return shlex.join(["tda", str(hydra.job.config_name), *hydra.overrides.task])
-
-
-def save_config(config: DictConfig, folder: str | Path, versions: dict[str, str]) -> None:
+def save_config(config: DictConfig, folder: str | Path) -> None:
     """Write the composed configuration beside the trajectory in ``folder``."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    values["made_by"] = {"command": command_line(), "versions": versions}
+    values["made_by"] = {"command": command_line(), "versions": versions()}
     OmegaConf.save(OmegaConf.create(values), Path(folder) / FILE_NAME)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    installed = {"python": sys.version.split()[0]}
+    for package in ("tda-lightning", "torch", "lightning", "hydra-core", "numpy"):
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def load_config(folder: str | Path) -> DictConfig:
