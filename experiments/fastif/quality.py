@@ -19,7 +19,7 @@ from experiments.fastif.exact import Exact, decay_of, look, query_rows
 from experiments.fastif.kept import interval
 from experiments.fastif.recorded import NUM_MNLI, Run
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.curvature import Products
 from tda_lightning.estimators import FastInfluence, InfluenceFunction
 from tda_lightning.evaluation.lds import rank_correlation
@@ -102,7 +102,7 @@ def times(run: Run) -> dict[str, Any]:
         )
         with timed(ways, name):
             return attribution.attribute(
-                run.train, queries, trainer=quiet_trainer(), self_influence=False
+                run.train, queries, trainer=silent_trainer(), self_influence=False
             )
 
     def by_lissa(context: Session) -> None:

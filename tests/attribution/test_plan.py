@@ -34,9 +34,9 @@ from tda_lightning.session.passes import Pass, Plan, Session
 from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import layout
 from tests import oracles, runs
-from tests import test_online_curvature as online
 from tests.attributing import CaseTask, quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+from tests.recording import test_online_curvature as online
 
 # Recording
 
@@ -430,7 +430,7 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     again = attribution.plan(examples, queries, 4, quiet())
     assert again.curvature_bytes == 0
     assert again.num_passes == plan.num_passes - _curvature_passes(plan)
-    assert f"{plan.num_train} training examples for 3 queries" in shown(plan)
+    assert f"{plan.num_train} training examples for 3 queries" in str(plan)
 
 
 def test_the_rounds_and_recomputations_of_exact_unrolling_are_planned(work: Any) -> None:
