@@ -42,7 +42,6 @@ KNOWN_CYCLES = {
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
-    ("gradients", 3),
     ("recording", 2),
 }
 KNOWN_HOMES = {
@@ -50,7 +49,6 @@ KNOWN_HOMES = {
     ("recording", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
-    "examples": 2,
     "report": 1,
     "recording": 8,
     "estimators": 15,
@@ -58,7 +56,6 @@ KNOWN_WITHOUT_DOCSTRING = {
     "replay": 1,
     "curvature": 5,
     "session": 1,
-    "gradients": 10,
     "store": 14,
     "records": 2,
     "runtime": 1,

@@ -25,7 +25,8 @@ from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
 from tda_lightning.gradients.forms import Gradient, Outer
-from tda_lightning.gradients.observe import Observer, blocks_of, gradients_of
+from tda_lightning.gradients.observer import Observer, training_gradients
+from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.complete import require_complete, unseen
 from tda_lightning.recording.wrapping import Wrapped
 from tda_lightning.records.curvature_statistics import BlockStatistics
@@ -278,8 +279,7 @@ class CurvatureGatherer:
 
     def _require_seen(self, observer: Observer) -> None:
         """Check that each parameter that has got a gradient was seen in some use."""
-        refs = [ref for use in observer.uses() for ref in (use.weight, use.bias)]
-        seen = {ref.name for ref in refs if ref is not None}
+        seen = {ref.name for use in observer.reached() for ref in use.refs}
         for name, parameter in self._parameters.items():
             if name not in seen and parameter.grad is not None and len(parameter.grad.nonzero()):
                 raise unseen(name)
@@ -288,7 +288,7 @@ class CurvatureGatherer:
         self, observer: Observer, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
     ) -> dict[str, Gradient]:
         """Of each block, the examples' gradients times ``factor``; ``own`` to compare with."""
-        uses = observer.uses()
+        uses = observer.reached()
         if not uses:
             raise unseen(next(iter(self._parameters)))
         for use in uses:
@@ -296,8 +296,8 @@ class CurvatureGatherer:
                 use.gradient = use.gradient * factor
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-            self._blocks = blocks_of(shapes, uses)
-        found = gradients_of(self._blocks, uses, size)
+            self._blocks = plan_blocks(shapes, uses)
+        found = training_gradients(self._blocks, uses, size)
         if own:
             require_complete(self._blocks, found, own, observer.eps**0.5)
         return found

@@ -21,7 +21,7 @@ from tda_lightning.curvature.recorded import shrunk
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.moments import FULL
-from tda_lightning.gradients.observe import Observer
+from tda_lightning.gradients.observer import Observer
 from tda_lightning.recording import TrajectoryRecorder, curvature
 from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
