@@ -50,7 +50,6 @@ KNOWN_HOMES = {
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
-    "recording": 8,
     "estimators": 15,
     "solvers": 17,
     "replay": 1,

@@ -26,7 +26,7 @@ _STEPS = 1000  # for schedules, where the true number is not known; no state dep
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class DryRun:
     """Tensors are on the meta device.
 
     Attributes:
@@ -50,7 +50,7 @@ class Blueprint:
     notes: tuple[str, ...] = ()
 
 
-def blueprint(module: LightningModule, trainer: Trainer, steps: int | None) -> Blueprint:
+def dry_run(module: LightningModule, trainer: Trainer, steps: int | None) -> DryRun:
     """What training would hold, with ``steps`` optimizer steps ahead.
 
     Raises:
@@ -77,11 +77,11 @@ def blueprint(module: LightningModule, trainer: Trainer, steps: int | None) -> B
         )
         trained = {name: p for name, p in named.items() if p.requires_grad}
         others = {name: p for name, p in named.items() if not p.requires_grad}
-        return Blueprint(trained, {**others, **buffers}, None, 0, 1, 4, on_host, (note,))
+        return DryRun(trained, {**others, **buffers}, None, 0, 1, 4, on_host, (note,))
     finally:
         for parameter, wanted in zip(module.parameters(), trainable, strict=True):
             parameter.requires_grad_(wanted)
-    return Blueprint(
+    return DryRun(
         trained={name: p for name, p in named.items() if id(p) in held},
         others={**{name: p for name, p in named.items() if id(p) not in held}, **buffers},
         state_bytes=sum(state.numel() * state.element_size() for state in states),

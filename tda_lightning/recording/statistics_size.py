@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tda_lightning.curvature.sides import limits, side_form
 from tda_lightning.gradients.moments import FULL
-from tda_lightning.recording.curvature import OnlineCurvature
+from tda_lightning.recording.curvature_statistics import OnlineCurvature
 
 NOTE = (
     "Curvature statistics are told from the kinds of modules: of a parameter that is used "
