@@ -91,3 +91,10 @@ def test_the_links_lead_somewhere():
                 continue
             assert not path or (page.parent / path).exists(), f"{page.name}: {link}"
             assert path or anchor in anchors, f"{page.name}: {link}"
+
+
+def test_the_files_that_pages_name_exist():
+    for page in [*PAGES, *sorted((ROOT / "experiments").glob("*/README.md"))]:
+        for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text(encoding="utf-8")):
+            places = [ROOT, ROOT / "tda_lightning", page.parent]
+            assert any((place / name).is_file() for place in places), f"{page}: {name}"
