@@ -16,7 +16,7 @@ import torch
 
 from tda_lightning import Scores
 from tda_lightning.cli import main as tda
-from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.evaluation import agreement, detection_auc
 
 RUN = Path("runs/demo")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tda_lightning.records import files
+
 if TYPE_CHECKING:
     from tda_lightning.attribution.module import AttributionModule
     from tda_lightning.recording import TrajectoryRecorder
@@ -19,6 +21,9 @@ _HOMES = {
     "Trajectory": "tda_lightning.records.trajectory",
     "TrajectoryRecorder": "tda_lightning.recording",
 }
+
+# Records may not import the store, which stands above them.
+files.import_store = lambda: import_module("tda_lightning.store")
 
 
 def __getattr__(name: str) -> Any:

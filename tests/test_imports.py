@@ -36,37 +36,25 @@ HOMES = {
     "scipy": {"evaluation"},
 }
 
-KNOWN_UPWARD = {
-    ("cli", "examples"),
-    ("records", "store"),
-}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
-    ("cli", 4),
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
-    ("gradients", 3),
-    ("records, store", 3),
     ("recording", 2),
-    ("records, store", 6),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
     ("recording", "rich"),
-    ("records", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
-    "examples": 2,
-    "cli": 1,
     "report": 1,
-    "recording": 8,
     "estimators": 15,
     "solvers": 17,
     "replay": 1,
     "curvature": 5,
     "session": 1,
-    "gradients": 10,
     "store": 14,
     "records": 2,
     "runtime": 1,

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from experiments.fastif.recorded import Run
 from tda_lightning import AttributionModule
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.gradients import ExampleGradients
 from tda_lightning.session.passes import Pass, Plan, Session
 
@@ -49,7 +49,7 @@ class Look:
 def look(run: Run, queries: Dataset, work: Callable[[Session], None]) -> None:
     """Call ``work`` with the context of an attribution of ``run``."""
     attribution = AttributionModule(run.module, run.trajectory, Look(work), run.task)
-    attribution.attribute(run.train, queries, trainer=quiet_trainer(), self_influence=False)
+    attribution.attribute(run.train, queries, trainer=silent_trainer(), self_influence=False)
 
 
 def rows_of(context: Session, found: ExampleGradients) -> Tensor:

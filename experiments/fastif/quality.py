@@ -19,7 +19,7 @@ from experiments.fastif.exact import Exact, decay_of, look, query_rows
 from experiments.fastif.kept import interval
 from experiments.fastif.recorded import NUM_MNLI, Run
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.curvature import Products
 from tda_lightning.estimators import FastInfluence, InfluenceFunction
 from tda_lightning.evaluation.lds import rank_correlation
@@ -42,7 +42,7 @@ def problem_of(context: Session, decay: float, damping: float) -> Problem:
     """The system that a solver is given."""
     size = sum(block.size for block in context.blocks)
     return Problem(
-        context=context,
+        session=context,
         products=Products("gauss_newton", context),
         decay=torch.full((size,), decay),
         damping=torch.full((size,), damping),
@@ -102,7 +102,7 @@ def times(run: Run) -> dict[str, Any]:
         )
         with timed(ways, name):
             return attribution.attribute(
-                run.train, queries, trainer=quiet_trainer(), self_influence=False
+                run.train, queries, trainer=silent_trainer(), self_influence=False
             )
 
     def by_lissa(context: Session) -> None:
@@ -202,12 +202,7 @@ def _product_error(problem: Problem, exact: Exact, vectors: Tensor) -> float:
 
 
 def _solved(solver: LiSSA, problem: Problem, vectors: Tensor) -> Tensor:
-    work = solver.solve(problem, vectors)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value
+    return solver.solve(problem, vectors)
 
 
 def _parts(context: Session, solution: Tensor) -> dict[str, Tensor]:

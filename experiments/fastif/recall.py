@@ -10,7 +10,7 @@ from torch import Tensor
 from experiments.fastif.kept import interval
 from experiments.fastif.recorded import Run
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import FastInfluence
 
 KS = (10, 30, 100, 300, 1000, 3000)  # and all
@@ -28,7 +28,7 @@ def fast_scores(run: Run) -> Scores:
         attribution.attribute(
             run.train,
             run.queries,
-            trainer=quiet_trainer(),
+            trainer=silent_trainer(),
             self_influence=False,
             scores_path=str(path),
         )

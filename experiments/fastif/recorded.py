@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning import Trajectory
-from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.tasks import AttributionTask
 
 RUNS = Path("runs/fastif")

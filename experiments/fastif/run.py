@@ -21,7 +21,7 @@ from experiments.fastif.quality import quality, times
 from experiments.fastif.recall import fast_scores, recall
 from experiments.fastif.recorded import SEEDS, open_run, record
 from experiments.fastif.tuning import correct, simulate
-from tda_lightning.cli.commands import quiet_lightning
+from tda_lightning.cli.command import quiet_lightning
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from tda_lightning import Scores, Trajectory
-from tda_lightning.cli.commands import versions
+from tda_lightning.cli.run_config import versions
 from tda_lightning.evaluation import GroundTruth
 from tda_lightning.store.ground_truth_file import read_ground_truth
 

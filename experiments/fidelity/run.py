@@ -26,8 +26,8 @@ from experiments.fidelity.studies import (
     Study,
 )
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.cli.recorded import build, load_config
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.run_config import build, load_config
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import TracIn
 from tda_lightning.evaluation.baselines import (
     last_checkpoint,
@@ -103,7 +103,7 @@ def score_cheaply(folder: Path) -> None:
         "self_loss": lambda: self_loss(module, task, state, train, len(query)),
         "last_layer": lambda: last_layer_cosine(module, task, state, train, query),
         "gradient_dot": lambda: dotted.attribute(
-            train, query, trainer=quiet_trainer(), self_influence=False
+            train, query, trainer=silent_trainer(), self_influence=False
         ),
     }
     for name, make in makers.items():

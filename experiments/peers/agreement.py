@@ -21,7 +21,7 @@ from experiments.peers.kronfluence import Influence, left_out
 from experiments.peers.recorded import Run, open_run
 from experiments.peers.trak import Trak, projection_dimension
 from tda_lightning import AttributionModule
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import InfluenceFunction, TracIn
 from tda_lightning.tasks import AttributionTask
 
@@ -45,7 +45,7 @@ class EmpiricalTask(AttributionTask):
 def ours(run: Run, estimator: Any, task: AttributionTask, batch_size: int) -> Tensor:
     attribution = AttributionModule(run.module, run.trajectory, estimator, task)
     return attribution.attribute(
-        run.train, run.query, batch_size, trainer=quiet_trainer(), self_influence=False
+        run.train, run.query, batch_size, trainer=silent_trainer(), self_influence=False
     ).values
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tda_lightning import Trajectory
 from tda_lightning.attribution.matching import require_same_data, require_same_parameters
-from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.tasks import (
     AttributionTask,

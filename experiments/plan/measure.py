@@ -56,7 +56,7 @@ def child(arguments: argparse.Namespace) -> None:
     from hydra.utils import instantiate
 
     from tda_lightning import AttributionModule
-    from tda_lightning.cli.recorded import build, load_config
+    from tda_lightning.cli.run_config import build, load_config
     from tda_lightning.runtime import clock
     from tda_lightning.runtime.memory import PeakMemory
 

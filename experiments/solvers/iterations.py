@@ -21,9 +21,8 @@ from torch.utils.data import Subset
 
 from experiments.fidelity.run import tda
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.cli.commands import versions
-from tda_lightning.cli.recorded import build, load_config
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.run_config import build, load_config, versions
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.solvers import ConjugateGradients
 
@@ -92,7 +91,7 @@ def solve(damping: float, preconditioner: str | None, queries: int) -> dict[str,
         train=data.train_dataset,
         query=Subset(data.query_dataset, range(queries)),
         batch_size=512,
-        trainer=quiet_trainer(),
+        trainer=silent_trainer(),
         self_influence=False,
     )
     told = found.provenance["solver"]

@@ -21,9 +21,8 @@ from torch.utils.data import Subset
 from experiments.fidelity.kept import truths, write
 from experiments.solvers.studies import STUDIES, Study
 from tda_lightning import AttributionModule, Scores, Trajectory
-from tda_lightning.cli.commands import versions
-from tda_lightning.cli.recorded import build, load_config
-from tda_lightning.cli.trust import quiet_trainer
+from tda_lightning.cli.run_config import build, load_config, versions
+from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.evaluation import GroundTruth
 
@@ -90,7 +89,7 @@ def solved(study: Study, run: Path, estimator: InfluenceFunction, file: Path) ->
         train=data.train_dataset,
         query=Subset(queries, range(study.queries or len(queries))),
         batch_size=study.batch_size,
-        trainer=quiet_trainer(),
+        trainer=silent_trainer(),
         scores_path=str(file),
         self_influence=False,
     )

@@ -8,25 +8,25 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-# What each command does, and which setting a plain first argument stands for.
+# What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
-    "plan": ("what recording or attribution will cost here, before it runs", "trajectory"),
+    "plan": ("predict time, memory and disk space before recording or attribution", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
-    "check": ("is the engine exact, and the run smooth enough for derivatives", "trajectory"),
-    "evaluate": ("how well scores predict retraining", "trajectory"),
-    "report": ("make an HTML page from a file of scores", "scores"),
-    "inspect": ("what is in a trajectory, is it whole, how big", "trajectory"),
+    "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
+    "evaluate": ("measure how well scores predict retraining", "trajectory"),
+    "report": ("write an HTML page that shows a file of scores", "scores"),
+    "inspect": ("show what is in a trajectory, its size, and whether it is whole", "trajectory"),
 }
 
-# `tda plan` takes the settings of `tda train`, unless it is told of a trajectory.
-_ASKS_FOR_ATTRIBUTION = ("trajectory=", "-", "help")
+# `tda plan` takes the settings of `tda train` unless it is given a trajectory.
+_PLANS_ATTRIBUTION = ("trajectory=", "-", "help")
 
-# Settings that may be given as flags.
+# Settings that can be given as flags.
 _FLAGS = {("evaluate", "--spot-check"): "spot_check=true"}
 
 USAGE = """\
-tda: which training examples caused this, how much, and when in training.
+tda: which training examples caused a prediction, by how much, and when in training.
 
 Usage:
 {usage}
@@ -46,7 +46,7 @@ configuration, `tda COMMAND --multirun KEY=A,B` runs every combination.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a failure, 2 for a wrong call."""
+    """Run one command and return the exit status: 0, 1 for a failure, 2 for a usage error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     named = [_FLAGS.get((command, text), text) for text in _name_first(command, rest)]
-    if command == "plan" and not any(text.startswith(_ASKS_FOR_ATTRIBUTION) for text in named):
+    if command == "plan" and not any(text.startswith(_PLANS_ATTRIBUTION) for text in named):
         return _run("plan_recording", named, settings="train")
     return _run(command, named)
 
@@ -83,33 +83,36 @@ def _name_first(command: str, arguments: list[str]) -> list[str]:
         return arguments
     if "=" in arguments[0] and not os.path.exists(arguments[0]):
         return arguments
-    # Quoted, because a path may hold what Hydra's grammar gives a meaning.
+    # Quoted: a path may contain characters of Hydra's grammar.
     quoted = arguments[0].replace("\\", "\\\\").replace("'", "\\'")
     return [f"{key}='{quoted}'", *arguments[1:]]
 
 
 def _run(command: str, arguments: list[str], settings: str | None = None) -> int:
+    """Run the function ``command`` as a Hydra application, configured by ``conf/SETTINGS.yaml``."""
     import hydra
 
     from hydra_plugins.tda_lightning_searchpath import conf_directory
 
-    function: Callable[[Any], None] = getattr(import_module("tda_lightning.cli.commands"), command)
+    # One module per command: `tda inspect` waits neither for Lightning nor for the estimators.
+    module = import_module(f"tda_lightning.cli.commands.{command.partition('_')[0]}")
+    function: Callable[[Any], None] = getattr(module, command)
     application = hydra.main(
         version_base="1.3", config_path=str(conf_directory()), config_name=settings or command
     )(function)
     # hydra.main reads sys.argv; a command run from Python leaves it as it was.
-    before = sys.argv
+    argv = sys.argv
     sys.argv = [f"tda {command}", *arguments]
     try:
         application()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ValueError as error:
-        # Hydra reports bad flags this way, before any command has begun.
+        # Hydra reports invalid flags this way, before any command has begun.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"tda {command}: {error}", file=sys.stderr)
         return 2
     finally:
-        sys.argv = before
+        sys.argv = argv
     return 0

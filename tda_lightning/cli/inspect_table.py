@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from tda_lightning.records.plans import readable_bytes
+from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.inspect import Description, FileEntry, describe
 
 _MOST_ROWS = 24  # for the files of one kind; of more, the first and the last are shown

@@ -1,19 +1,21 @@
-"""How ``tda evaluate`` retrains a recorded run, by the configuration that it was trained with."""
+"""How ``tda evaluate`` retrains a recorded run, following the configuration it was trained with."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from tda_lightning.cli.proximal import in_double, total_damping
-from tda_lightning.cli.recorded import build
+from tda_lightning.cli.command import not_null
+from tda_lightning.cli.recorded_run import load_parts, replay_device
+from tda_lightning.cli.run_config import build, load_config
+from tda_lightning.cli.trainers import SILENT
 from tda_lightning.evaluation import (
     FreshTraining,
     each_response,
@@ -22,17 +24,23 @@ from tda_lightning.evaluation import (
     retrain_afresh,
     retrain_each,
 )
-from tda_lightning.examples.data import DataModule
+from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
+from tda_lightning.records.data_module import AttributedData, Reorderable
 from tda_lightning.records.trajectory import Trajectory
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
-# Where the data lie, in which order they come and who is asked do not belong to the algorithm.
+# Where the data are, their order and the queries are not part of the algorithm.
 _NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "num_workers")
 
 
 class Outcome(NamedTuple):
-    """What one retraining gave: measurements [query], the seconds it took, and, where they are
-    asked for, the classes that it predicts, int64 [query]."""
+    """The result of one retraining.
+
+    Attributes:
+        measurements: [query].
+        seconds: time it took.
+        classes: predicted class of each query, int64 [query]; None unless asked for.
+    """
 
     measurements: Tensor
     seconds: float
@@ -40,47 +48,56 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parts:
+class RecordedRun:
     """A recorded run with everything that retraining it takes."""
 
     trajectory: Trajectory
-    data: Any
+    data: AttributedData
     module: LightningModule
     task: Any
-    recorded: DictConfig
-    config: DictConfig
+    run_config: DictConfig  # as it was trained
+    config: DictConfig  # of tda evaluate
+
+    @staticmethod
+    def load(config: DictConfig) -> RecordedRun:
+        """The run that ``tda evaluate`` is asked about."""
+        folder = Path(config.trajectory)
+        trajectory, run_config = Trajectory.load(str(folder)), load_config(folder)
+        data, module, task = load_parts(config, run_config)
+        module.to(replay_device(config.device, trajectory))
+        return RecordedRun(trajectory, data, module, task, run_config, config)
 
     @property
     def end(self) -> dict[str, Tensor]:
-        """Weights and buffers of the recorded run's last checkpoint."""
+        """Weights and buffers at the last checkpoint."""
         last = self.trajectory.checkpoints[self.trajectory.last_step]
         return {**last.buffers, **last.parameters}
 
     def recorded_measurements(self) -> Tensor:
-        """Of the recorded run's end, [query]."""
+        """Measurements at the last checkpoint, [query]."""
         module, queries = self.module, self.data.query_dataset
-        if self.config.protocol == "pbrf":  # beside responses as small as those of one example
+        if self.config.protocol == "pbrf":  # responses to single examples are tiny
             module, queries = in_double(module, queries)
         return measure(module, self.task, self.end, queries, self.config.batch_size)
 
     def outcomes(
         self, kept: Tensor, seeds: Sequence[int], classes: bool = False
     ) -> Iterator[Outcome]:
-        """After retraining on each row of ``kept``."""
+        """Retrain on the examples of each row of ``kept``, bool [retraining, train]."""
         if self.config.protocol == "pbrf":
             yield from self._responses(kept)
             return
         began, queries = time.monotonic(), self.data.query_dataset
         for state in self._states(kept, seeds):
-            found = measure(self.module, self.task, state, queries, self.config.batch_size)
+            measurements = measure(self.module, self.task, state, queries, self.config.batch_size)
             predicted = None
             if classes:
                 predicted = predicted_classes(self.module, self.task, state, queries)
-            yield Outcome(found, time.monotonic() - began, predicted)
+            yield Outcome(measurements, time.monotonic() - began, predicted)
             began = time.monotonic()
 
     def _responses(self, kept: Tensor) -> Iterator[Outcome]:
-        """After giving up the one example that each row of ``kept`` leaves out."""
+        """The proximal Bregman response to the single example that each row leaves out."""
         began = time.monotonic()
         before = self.recorded_measurements()
         sets = (self.data.train_dataset, self.data.query_dataset)
@@ -95,62 +112,52 @@ class Parts:
 
     def _states(self, kept: Tensor, seeds: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         if self.config.protocol == "single_run":
-            work = (self.trajectory, self.module, self.task, self.data.train_dataset)
-            yield from retrain_each(*work, kept.float(), together=self.config.together)
+            run = (self.trajectory, self.module, self.task, self.data.train_dataset)
+            yield from retrain_each(*run, kept.float(), together=self.config.together)
             return
         for row, seed in zip(kept, seeds, strict=True):
             yield retrain_afresh(self._fresh, row, seed)
 
     def _fresh(self, seed: int) -> FreshTraining:
-        """As ``tda train`` makes them, by the recorded configuration."""
-        recorded, trust = self.recorded, self.config.trust_config
-        data = self._data(seed)
+        """Trainer, module and data as ``tda train`` would build them with this seed."""
+        trust = self.config.trust_config
+        data = self._reordered_data(seed)
         data.setup()
         seed_everything(seed, workers=True, verbose=False)
-        module = build(recorded.model, trust)
-        return FreshTraining(_trainer(recorded.get("trainer"), trust), module, data)
+        module = build(self.run_config.model, trust)
+        return FreshTraining(_fresh_trainer(self.run_config.get("trainer"), trust), module, data)
 
-    def _data(self, seed: int) -> Any:
-        """The data in the order of ``seed``."""
-        if isinstance(self.data, DataModule):
-            # Ours differ by their seed in the order alone, so what was read serves all of them.
-            data = copy.copy(self.data)
-            data.seed = seed
-            return data
-        recorded = self.recorded.data
-        changes = {key: value for key, value in self.config.data.items() if value is not None}
+    def _reordered_data(self, seed: int) -> Any:
+        if isinstance(self.data, Reorderable):
+            return self.data.reordered(seed)  # nothing is read again
+        recorded, changes = self.run_config.data, not_null(self.config.data)
         if "seed" in recorded:
             changes["seed"] = seed
         return build(recorded, self.config.trust_config, **changes)
 
-    def training(self) -> dict[str, Any] | None:
-        """The settings of training afresh, or of a response; None for a replay."""
+    def training_settings(self) -> dict[str, Any] | None:
+        """The settings that decide an outcome beyond the recorded run; None for a replay."""
         if self.config.protocol == "single_run":
             return None
         if self.config.protocol == "pbrf":
             return {"damping": total_damping(self.trajectory, self.config.damping)}
-        found = OmegaConf.to_container(self.recorded, resolve=True)
-        assert isinstance(found, dict)
-        data = {k: v for k, v in found["data"].items() if k not in _NOT_OF_THE_ALGORITHM}
-        return {"data": data, "model": found["model"], "trainer": found.get("trainer")}
+        settings: Any = OmegaConf.to_container(self.run_config, resolve=True)
+        data = {k: v for k, v in settings["data"].items() if k not in _NOT_OF_THE_ALGORITHM}
+        return {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
 
 
-def _trainer(node: Any, trust: bool) -> Trainer:
-    """A new Trainer of the recorded settings, that writes and shows nothing."""
-    settings = dict(OmegaConf.to_container(node, resolve=True) if node else {})  # type: ignore[arg-type]
+def _fresh_trainer(node: Any, trust: bool) -> Trainer:
+    """A new Trainer with the recorded settings, which writes and shows nothing."""
+    settings: dict[Any, Any] = {}
+    if node:
+        settings = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
     target = settings.pop("_target_", _TRAINERS[0])
-    if target not in _TRAINERS and not trust:
+    if target in _TRAINERS:
+        return Trainer(**{**build(settings, trust), **SILENT})
+    if not trust:
         raise ValueError(
             f"The recorded configuration trains with {target}; expected {_TRAINERS[0]}. Building "
             "it runs its code: if you know where the trajectory comes from, add trust_config=true."
         )
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    if target not in _TRAINERS:
-        made: Trainer = build({"_target_": target, **settings, **quiet}, trust)
-        return made
-    return Trainer(**{**build(settings, trust), **quiet})
+    trainer: Trainer = build({"_target_": target, **settings, **SILENT}, trust)
+    return trainer

@@ -78,8 +78,8 @@ def fit_curvature(
         kind: one of ``KINDS``.
         session: the model and the training set.
         steps: checkpoints to average over.
-        scale: h, by unit, [groups, rows, columns]: fit the curvature of h * g instead of g (the
-            preconditioned gradients of Adam; docs/methods.md, "Units"); a missing unit has none.
+        scale: h, by unit, [groups, rows, columns]: fit the curvature of preconditioned gradients
+            h * g instead of g (docs/methods.md, "SOURCE for Adam"); a missing unit has none.
         seed: of the sampled labels.
         title: of what is fitted, for progress bars.
         dense_side: the widest side of a block whose covariance is kept dense; a wider one is

@@ -23,7 +23,8 @@ from tda_lightning.curvature.fit import fit_curvature
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
-from tda_lightning.records.trajectory import BlockStatistics, Statistics, Trajectory
+from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.session import Session
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")

@@ -49,6 +49,14 @@ class FastInfluence(InfluenceFunction):
         | FastIF: Scalable Influence Functions for Efficient Model Interpretation and Debugging
           (Guo et al., 2020), sec. 3
         | https://arxiv.org/abs/2012.15781
+
+    Example:
+        Of the inputs (2, 0), (2, 0), (0, 1) and (0, 1), the last two are nearest to the query
+        (1, 1). They have the scores of the influence function.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(FastInfluence(k=2, damping=0.0))
+        tensor([    nan,     nan, -1.5000,  1.5000])
     """
 
     k: int | None = None

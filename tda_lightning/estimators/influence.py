@@ -62,6 +62,15 @@ class InfluenceFunction:
         | Studying Large Language Model Generalization with Influence Functions (Grosse et al.,
           2023), sec. 2.2, 3.1
         | https://arxiv.org/abs/2308.03296
+
+    Example:
+        Two directions of curvature 2 and 1/2: undamped, a score is 3 g / 4 divided by those.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(InfluenceFunction(damping=0.0))
+        tensor([-0.7500,  0.7500, -1.5000,  1.5000])
+        >>> least_squares_scores(InfluenceFunction(damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     curvature: str = "ekfac"

@@ -13,10 +13,10 @@ from tda_lightning.estimators.inverse_settings import (
     InverseSettings,
     absolute_damping,
     damping_record,
+    decay_by_unit,
     final_curvature,
     last_interval,
     relative_damping,
-    weight_decay,
 )
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, query_gradients
@@ -38,7 +38,7 @@ class EigenbasisInverse:
         for name, spectrum in final_curvature(settings, session).items():
             mean = spectrum.eigenvalues.mean()
             damping = relative_damping(settings) * mean if absolute is None else absolute
-            damped = spectrum.shifted(weight_decay(session, self.kind)[name] + damping)
+            damped = spectrum.shifted(decay_by_unit(session, self.kind)[name] + damping)
             if not bool((damped.eigenvalues > 0).all()):
                 raise ValueError(
                     f"The curvature of {name} is singular and damping is 0: the inverse does not "

@@ -15,6 +15,7 @@ from tda_lightning.curvature import (
     unit_matrices,
 )
 from tda_lightning.curvature.spectrum import Spectrum
+from tda_lightning.optimizers import applied_rates, rule_if_known, weight_decay
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Damping
 from tda_lightning.records.trajectory import Trajectory
@@ -78,13 +79,14 @@ def absolute_damping(settings: InverseSettings, trajectory: Trajectory) -> float
     """
     if not isinstance(settings.damping, str):
         return settings.damping
-    if trajectory.require_optimizer() != "SGD":
+    rule = rule_if_known(trajectory)
+    if rule is None or not rule.linear:
         raise UnsupportedTrainingError(
             "damping='segment' is 1 / (eta T) of plain gradient descent, and the run was trained "
             f"with {trajectory.facts.optimizer}, whose steps are not in proportion to gradients. "
             "Give a number, or relative_damping."
         )
-    time = float(trajectory.applied_rates(slice(None)).sum(0).max())
+    time = float(applied_rates(trajectory, slice(None)).sum(0).max())
     if time <= 0:
         raise UnsupportedTrainingError("damping='segment' is 1 / (eta T), and all rates are 0.")
     return 1 / time
@@ -121,10 +123,11 @@ def final_curvature(settings: InverseSettings, session: Session) -> dict[str, Sp
     )
 
 
-def weight_decay(session: Session, kind: str) -> dict[str, Tensor]:
+def decay_by_unit(session: Session, kind: str) -> dict[str, Tensor]:
     """Weight decay of every parameter at the last step, by unit of curvature."""
     trajectory = session.trajectory
-    rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+    last = trajectory.last_step
+    rates = weight_decay(trajectory, slice(last - 1, last))[0]
     filled = {
         key: torch.full(fact.shape, float(rates[fact.group]), dtype=torch.float64)
         for key, fact in trajectory.facts.parameters.items()

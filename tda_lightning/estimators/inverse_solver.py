@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from tda_lightning.estimators.inverse_settings import (
     InverseSettings,
     absolute_damping,
     damping_record,
+    decay_by_unit,
     final_curvature,
     last_interval,
     relative_damping,
-    weight_decay,
 )
 from tda_lightning.estimators.queries import Response, query_gradients
 from tda_lightning.gradients import Gradient
@@ -45,7 +44,7 @@ class SolverInverse:
         self.settings, self.solver, self.session = settings, solver, session
         self.copies = solver.copies
         spectra = final_curvature(settings, session) if solver.preconditioned else {}
-        (decay,) = weight_decay(session, "exact").values()
+        (decay,) = decay_by_unit(session, "exact").values()
         absolute = absolute_damping(settings, session.trajectory)
         damping = self._relative_damping() if absolute is None else absolute
         self.problem = Problem(
@@ -120,14 +119,14 @@ class SolverInverse:
         settings, solver, trajectory = self.settings, self.solver, self.session.trajectory
         residuals = sorted(self.residuals)
         mean = "each layer's mean eigenvalue" if solver.by_layer else "the mean eigenvalue"
-        statistics: dict[str, Any] = {}
+        statistics: Provenance = {}
         if solver.preconditioned:
             spans = [last_interval(trajectory)]
             statistics = about_statistics(
                 settings.statistics, settings.curvature, trajectory, spans
             )
         return {
-            **statistics,  # type: ignore[typeddict-item]
+            **statistics,
             "curvature": f"{solver.curvature}, by products",
             "fisher": None,
             "damping": damping_record(settings, trajectory, mean),

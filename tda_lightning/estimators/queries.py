@@ -18,8 +18,7 @@ from tda_lightning.session.passes import Session, memory_budget
 
 def query_rounds(context: Session, copies: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose ``copies`` dense gradients fit the memory budget together."""
-    size = sum(block.size for block in context.blocks)
-    return rounds_of(context.num_query, size * copies * torch.finfo(context.dtype).bits // 8)
+    return context.query_rounds(context.gradient_bytes(copies))
 
 
 def rounds_of(

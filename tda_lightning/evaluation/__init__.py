@@ -1,6 +1,13 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
 from tda_lightning.evaluation.afresh import FreshTraining, retrain_afresh
+from tda_lightning.evaluation.baselines import (
+    BASELINES,
+    last_checkpoint,
+    last_layer_cosine,
+    random_scores,
+    self_loss,
+)
 from tda_lightning.evaluation.configuration import draw_seeds, what_determines
 from tda_lightning.evaluation.judgements import (
     RemovalAgreement,
@@ -15,6 +22,7 @@ from tda_lightning.evaluation.judgements import (
 )
 from tda_lightning.evaluation.lds import (
     Interval,
+    NothingToRankError,
     difference,
     draw_subsets,
     interval_over_subsets,
@@ -33,10 +41,12 @@ from tda_lightning.evaluation.top_removal import (
 from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [
+    "BASELINES",
     "Estimate",
     "FreshTraining",
     "GroundTruth",
     "Interval",
+    "NothingToRankError",
     "RemovalAgreement",
     "Smoothness",
     "TopRemoval",
@@ -52,16 +62,20 @@ __all__ = [
     "group_removal",
     "interval_over_subsets",
     "landing_error",
+    "last_checkpoint",
+    "last_layer_cosine",
     "leave_one_out",
     "linear_datamodeling_score",
     "measure",
     "predicted_changes",
     "predicted_classes",
     "proximal_bregman_response",
+    "random_scores",
     "removals",
     "retrain",
     "retrain_afresh",
     "retrain_each",
+    "self_loss",
     "slope_and_correlation",
     "smoothness",
     "top_removal",

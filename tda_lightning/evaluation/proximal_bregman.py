@@ -19,14 +19,17 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tda_lightning.evaluation.retraining import measure
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.tasks import ClassificationTask, RegressionTask
@@ -167,3 +170,40 @@ def _minimise(
 
     with torch.enable_grad():
         optimizer.step(objective)  # type: ignore[arg-type]
+
+
+def total_damping(trajectory: Trajectory, damping: float) -> float:
+    """``damping`` plus the recorded weight decay, as influence functions add them.
+
+    Raises:
+        ValueError: parameters differ in their weight decay.
+    """
+    rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+    decays = {float(rates[fact.group]) for fact in trajectory.facts.parameters.values()}
+    if len(decays) > 1:
+        raise ValueError(
+            "The proximal Bregman response needs one weight decay for all parameters, got "
+            f"{sorted(decays)}. Judge by protocol=single_run."
+        )
+    return damping + decays.pop()
+
+
+def in_double(module: nn.Module, *datasets: Any) -> tuple[Any, ...]:
+    """A copy of the module, and the data sets, in double precision."""
+    return copy.deepcopy(module).double(), *map(_DoubleDataset, datasets)
+
+
+class _DoubleDataset(torch.utils.data.Dataset[Any]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return pytree.tree_map(_doubled, self.dataset[index])
+
+
+def _doubled(leaf: Any) -> Any:
+    exact = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.double() if exact else leaf

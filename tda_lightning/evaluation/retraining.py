@@ -33,6 +33,8 @@ from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
 Found = TypeVar("Found")
 
+ROUNDING = 1e-2  # landing errors up to here are rounding errors, even amplified over a long run
+
 
 def retrain(
     trajectory: Trajectory,

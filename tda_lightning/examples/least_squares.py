@@ -60,7 +60,7 @@ def least_squares_scores(estimator: Any, steps: int = 10, rate: float = 0.1) -> 
         "enable_progress_bar": False,
     }
     with TemporaryDirectory() as folder:
-        recorder = TrajectoryRecorder(folder, overwrite=True, num_checkpoints=2)
+        recorder = TrajectoryRecorder(folder, overwrite=True, num_checkpoints=3)
         trainer = Trainer(max_epochs=steps, callbacks=[recorder], **quiet)
         trainer.fit(module, DataLoader(train, batch_size=4))
         attribution = AttributionModule(module, trajectory=folder, estimator=estimator)

@@ -33,6 +33,7 @@ class Reflections:
 
     @property
     def rank(self) -> int:
+        """Number of reflections."""
         return self.vectors.shape[-1]
 
     def turn(self, rows: Tensor) -> Tensor:
@@ -75,6 +76,7 @@ class Reflections:
         return total
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Reflections:
+        """The same matrix in another place."""
         return Reflections(self.vectors.to(device, dtype), self.core.to(device, dtype))
 
 
@@ -125,4 +127,5 @@ def turning_cost(basis: Basis, width: int) -> int:
 
 
 def placed(basis: Basis, device: torch.device, dtype: torch.dtype) -> Basis:
+    """The basis on ``device`` in ``dtype``."""
     return None if basis is None else basis.to(device, dtype)

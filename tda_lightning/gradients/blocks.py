@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tda_lightning.gradients.composite import Rows, Sum
+from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.records.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,13 @@ class Block:
         for name, shape in zip(self.parameters, self.shapes, strict=True):
             tensor = tensors[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
-            target = (1, 1, -1) if self.row else (self.groups, self.shape[1], -1)
-            parts.append(tensor.reshape((*lead, *target)))
+            parts.append(tensor.reshape((*lead, *self.shape[:2], -1)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`matrix`."""
-        lead = matrix.shape[:-3]
-        scale = 1 if self.row else self.groups * self.shape[1]
-        widths = [math.prod(shape) // scale for shape in self.shapes]
+        lead, (groups, rows, _) = matrix.shape[:-3], self.shape
+        widths = [math.prod(shape) // (groups * rows) for shape in self.shapes]
         parts = matrix.split(widths, dim=-1)
         return {
             name: part.reshape((*lead, *shape))
@@ -71,4 +74,85 @@ class Block:
 
 
 def block_name(parameter: str) -> str:
+    """Name of the block that the weight ``parameter`` leads."""
     return parameter.removesuffix(".weight")
+
+
+class BlockParts:
+    """Collects what single uses contribute to the per-example gradients of blocks."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self._blocks = blocks
+        self._owner = {name: block for block in blocks for name in block.parameters}
+        self._columns: dict[str, list[Callable[[slice], Tensor]]] = defaultdict(list)
+        self._outputs: dict[str, list[Tensor]] = defaultdict(list)
+        self._rows: dict[str, list[Rows]] = defaultdict(list)
+        self._dense: dict[str, Tensor] = {}  # by parameter
+        self._template: Tensor | None = None  # for zeros of its dtype and device
+
+    def block(self, parameter: str) -> Block:
+        """The block that holds ``parameter``."""
+        return self._owner[parameter]
+
+    def joined(self, weight: str, bias: str) -> bool:
+        """Whether both parameters belong to one block."""
+        return self._owner[weight] is self._owner[bias]
+
+    def add_outer(self, weight: str, columns: Callable[[slice], Tensor], outputs: Tensor) -> None:
+        """Add sums over positions of outer products, as in :class:`Outer`."""
+        name = self._owner[weight].name
+        self._columns[name].append(columns)
+        self._outputs[name].append(outputs)
+        self._template = outputs
+
+    def add_rows(self, weight: str, rows: Rows) -> None:
+        """Add gradients that touch few rows."""
+        self._rows[self._owner[weight].name].append(rows)
+        self._template = rows.values
+
+    def add_dense(self, parameter: str, values: Tensor) -> None:
+        """Add gradients [batch, *shape] of one parameter."""
+        known = self._dense.get(parameter)
+        self._dense[parameter] = values if known is None else known + values
+        self._template = values
+
+    def gradients(self, batch: int) -> dict[str, Gradient]:
+        """The per-example gradient of every block by name, zero where nothing was added.
+
+        Raises:
+            EngineError: nothing was added, or a block's parts do not fit together.
+        """
+        if self._template is None:
+            raise EngineError(
+                "The loss depends on no trained parameter. Check that the task's loss calls the "
+                "module that was trained."
+            )
+        return {block.name: self._gradient(block, batch, self._template) for block in self._blocks}
+
+    def _gradient(self, block: Block, batch: int, template: Tensor) -> Gradient:
+        terms: list[Gradient] = []
+        groups, height, width = block.shape
+        if outputs := self._outputs[block.name]:
+            together = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            if together.shape[1:2] + together.shape[3:] != (groups, height):
+                raise EngineError(
+                    f"Parameter {block.parameters[0]} is used by layers that see it in different "
+                    "shapes. Give them separate parameters."
+                )
+            terms.append(Outer(_side_by_side(self._columns[block.name]), together, width))
+        terms += self._rows[block.name]
+        if any(name in self._dense for name in block.parameters):
+            parts = {
+                name: self._dense.get(name, template.new_zeros(()).expand(batch, *shape))
+                for name, shape in zip(block.parameters, block.shapes, strict=True)
+            }
+            terms.append(Dense(block.matrix(parts)))
+        if not terms:
+            return Dense(template.new_zeros(()).expand(batch, *block.shape))
+        return terms[0] if len(terms) == 1 else Sum(terms)
+
+
+def _side_by_side(parts: list[Callable[[slice], Tensor]]) -> Callable[[slice], Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return lambda rows: torch.cat([part(rows) for part in parts], dim=2)

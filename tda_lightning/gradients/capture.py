@@ -1,25 +1,28 @@
-"""Watch a forward pass and keep, at every use of a trained parameter, the layer's input.
+"""Watch a forward pass and note every use of a trained parameter.
 
 A ``TorchFunctionMode`` sees the functional calls that modules end in (``F.linear``,
 ``F.conv2d``, ...), so a parameter is known by identity, whoever uses it and however often: tied
 weights, a layer called several times and ``F.linear(x, other.weight)`` need no special case.
-Parameters are detached in the call: the backward pass yields the gradients of the layers' outputs
-and never spends time on weight gradients that would be thrown away.
+Each call is made exactly as the user's code makes it. What it was given is noted, and the edge of
+the graph at which its output's gradient will arrive: a backward pass to those edges never spends
+time on weight gradients that would be thrown away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.gradients import native
-from tda_lightning.gradients.layout import Layout
+from tda_lightning.gradients.fused_layers import FUSED
+from tda_lightning.gradients.operations import OPERATIONS
+from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
 
 # Reading these of a parameter does not make a result depend on its values.
 _METADATA = frozenset(
@@ -32,119 +35,59 @@ _VALUE_GETTERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Ref:
-    """A trained parameter, or the rows ``start`` to ``stop`` of one."""
-
-    name: str
-    start: int
-    stop: int
-    height: int  # rows of the whole parameter
-
-
-@dataclass
-class Use:
-    """One use of trained parameters by one functional call.
-
-    ``kind`` says how ``saved`` and the output's gradient make per-example gradients (see
-    ``assemble.py``); ``channel_axes`` are the axes of the output that hold no examples.
-    """
-
-    kind: str
-    weight: Ref | None
-    bias: Ref | None
-    saved: Any
-    channel_axes: tuple[int, ...]
-    output_shape: torch.Size
-    gradient: Tensor | None = None
-    layout: Layout | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """Uses with the same key have the same layout."""
-        names = [ref.name if ref else "" for ref in (self.weight, self.bias)]
-        return (self.kind, names[0], names[1], len(self.output_shape))
-
-
 class Capture(TorchFunctionMode):
-    """Records every :class:`Use` of the trained parameters while active.
+    """Notes every :class:`Use` of trained parameters while active.
 
-    ``dummy`` is a zero scalar leaf that requires a gradient; without it nothing is recorded and
-    the mode only decomposes fused layers.
+    Attention and recurrent layers are taken apart into the linear maps they consist of; without
+    trained parameters that is all the mode does.
+
+    Args:
+        trained: names of the trained parameters by ``id``. They must require gradients.
 
     Attributes:
-        uses: in order of the calls.
+        watched: the uses, in the order of the calls.
         generic: names of parameters that were used in some way without a native form.
     """
 
-    def __init__(self, trained: dict[int, str], dummy: Tensor | None = None):
+    def __init__(self, trained: Mapping[int, str]):
         super().__init__()
         self.trained = trained
-        self.dummy = dummy
-        self.uses: list[Use] = []
+        self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
+
+    @property
+    def uses(self) -> list[Use]:
+        """Every use noted so far."""
+        return [output for output in self.watched if isinstance(output, Use)]
 
     def __torch_function__(  # type: ignore[override]
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = native.HANDLERS.get(func)
-        if handler is not None:
-            if handler is not native.elementwise:
-                # A parameter fed in as an *input* (learned queries) has no native form.
-                self.mark_generic(args[:1] or (kwargs.get("input"),))
-            return handler(self, func, *args, **kwargs)
-        if func.__name__ not in _METADATA or func in _VALUE_GETTERS:
-            self.mark_generic((*args, *kwargs.values()))
-        return func(*args, **kwargs)
-
-    def mark_generic(self, values: Iterable[Any]) -> None:
-        """Remember the trained parameters among ``values`` as having no native form."""
-        for value in values:
-            if isinstance(value, Tensor):
-                name = self.trained.get(id(value))
-                if name is not None:
-                    self.generic.add(name)
-            elif isinstance(value, (list, tuple)):
-                self.mark_generic(value)
-
-    def ref(self, tensor: Tensor | None, rows: slice | None = None) -> Ref | None:
-        if tensor is None or (name := self.trained.get(id(tensor))) is None:
-            return None
-        height = tensor.shape[0] if tensor.dim() else 1
-        start, stop, _ = (rows or slice(None)).indices(height)
-        return Ref(name, start, stop, height)
-
-    def record(
-        self,
-        kind: str,
-        output: Tensor,
-        weight: Ref | None,
-        bias: Ref | None,
-        saved: Any,
-        channel_axes: tuple[int, ...],
-    ) -> Tensor:
-        """Register a use and make its output's gradient reach it."""
-        if self.dummy is None or (weight is None and bias is None):
-            return output
-        if not torch.is_grad_enabled():
-            return output  # under no_grad() a parameter is a constant, for autograd and for us
-        if not output.requires_grad:
-            # Nothing upstream needs a gradient: a zero leaf gives the output a history without
-            # making it a leaf itself (in-place activations may follow).
-            output = output + self.dummy.to(output.dtype)
-        use = Use(kind, weight, bias, saved, channel_axes, output.shape)
-        self.uses.append(use)
-
-        def keep(gradient: Tensor) -> None:
-            use.gradient = gradient
-
-        output.register_hook(keep)
+        if func in FUSED:
+            return self.fused(func, args, kwargs)
+        names = Counter(self._names((*args, *kwargs.values())))
+        if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
+            return func(*args, **kwargs)
+        use = None
+        if (describe := OPERATIONS.get(func)) is not None:
+            with torch.no_grad():
+                use = describe(self.ref, *args, **kwargs)
+        # A parameter fed in as an input (learned queries) has no native form.
+        self.generic.update(names - Counter(ref.name for ref in (use.refs if use else ())))
+        output = func(*args, **kwargs)
+        if use is not None:
+            self.note(use, output)
         return output
 
-    def constant(self, tensor: Any) -> Any:
-        """The parameter as the call uses it: without its own gradient while recording."""
-        return tensor if tensor is None or self.dummy is None else tensor.detach()
+    def fused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The output of a fused layer, its linear maps noted one by one."""
+        before = len(self.watched)
+        output = FUSED[func](self.linear, func, *args, **kwargs)
+        if torch.is_grad_enabled():
+            seen = {ref.name for use in self.uses[before:] for ref in use.refs}
+            self.generic.update(set(self._names((*args, *kwargs.values()))) - seen)
+        return output
 
     def linear(
         self,
@@ -154,17 +97,70 @@ class Capture(TorchFunctionMode):
         rows: slice | None = None,
         bias_rows: slice | None = None,
     ) -> Tensor:
-        """``F.linear`` with the given rows of weight and bias, recorded."""
-        used, used_bias = self.constant(weight), self.constant(bias)
-        if rows is not None:
-            used = used[rows]
-        if used_bias is not None and (bias_rows or rows) is not None:
-            used_bias = used_bias[bias_rows or rows]
-        return self.record(
-            "linear",
-            F.linear(inputs, used, used_bias),
-            self.ref(weight, rows),
-            self.ref(bias, bias_rows or rows),
-            inputs.detach(),
-            (-1,),
+        """``F.linear`` with the given rows of weight and bias, noted."""
+        self.generic.update(self._names((inputs,)))
+        bias_rows = bias_rows or rows
+        used = weight if rows is None else weight[rows]
+        used_bias = bias if bias is None or bias_rows is None else bias[bias_rows]
+        output = F.linear(inputs, used, used_bias)
+        use = Linear(self.ref(weight, rows), self.ref(bias, bias_rows), inputs.detach())
+        self.note(use, output)
+        return output
+
+    def ref(self, tensor: Tensor | None, rows: slice | None = None) -> Ref | None:
+        """The given rows of a trained parameter; None for any other tensor."""
+        if tensor is None or (name := self.trained.get(id(tensor))) is None:
+            return None
+        height = tensor.shape[0] if tensor.dim() else 1
+        start, stop, _ = (rows or slice(None)).indices(height)
+        return Ref(name, start, stop, height)
+
+    def note(self, use: Use, output: Tensor) -> None:
+        """Watch the output of a use; under ``no_grad()`` a parameter is a constant."""
+        if use.refs and output.requires_grad:
+            use.output_shape = output.shape
+            self.watch(use, output)
+
+    def watch(self, watched: WatchedOutput, output: Tensor) -> None:
+        """Have the gradient of ``output`` arrive at ``watched``."""
+        # The edge stays this call's own, whatever is done to the output in place.
+        watched.edge = get_gradient_edge(output)
+        self.watched.append(watched)
+
+    def backward(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> list[Tensor | None]:
+        """Carry ``gradients`` of ``outputs`` (1 by default) to all that is watched.
+
+        The graph is kept. What they do not reach has the gradient None afterwards.
+
+        Returns:
+            The gradient of each of ``parameters``; leave them out to spare their cost.
+        """
+        self.forget()
+        inputs: list[Any] = [*(watched.edge for watched in self.watched), *parameters]
+        if not inputs or not any(output.requires_grad for output in outputs):
+            return [None] * len(parameters)
+        arrived = torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=True, allow_unused=True
         )
+        for watched, gradient in zip(self.watched, arrived, strict=False):
+            watched.gradient = gradient
+        return list(arrived[len(self.watched) :])
+
+    def forget(self) -> None:
+        """Forget the gradients that have arrived; another backward pass brings others."""
+        for watched in self.watched:
+            watched.gradient = None
+
+    def _names(self, values: Iterable[Any]) -> Iterator[str]:
+        """The trained parameters among ``values``, as often as they occur."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self.trained:
+                    yield self.trained[id(value)]
+            elif isinstance(value, (list, tuple)):
+                yield from self._names(value)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.engine import GradientEngine
 from tda_lightning.gradients.functional import Loss, doubled, in_double
+from tda_lightning.tasks import batches
 
 SUSPICIOUS = 1e-4
 
@@ -21,7 +21,7 @@ def largest_errors(
     """Largest relative error of any example's gradient, by block.
 
     The error is |engine - autograd| / |autograd| over the block's parameters; for a gradient that
-    is a rounding error beside the largest in the batch, relative to that one.
+    is a rounding error next to the largest in the batch, relative to that one.
     """
     errors = _errors(engine, loss, batch, examples)
     if max(errors.values()) > SUSPICIOUS:
@@ -34,28 +34,20 @@ def largest_errors(
 
 
 def _errors(engine: GradientEngine, loss: Loss, batch: Any, examples: Tensor) -> dict[str, float]:
-    found = engine.gradients(loss, batch, examples).blocks
-    plain = [_alone(engine, loss, batch, examples, i) for i in range(len(examples))]
+    factored = engine.gradients(loss, batch, examples).blocks
+    plain = [
+        engine.plain_gradient(
+            loss, batches.take(batch, position, len(examples)), examples[position : position + 1]
+        )
+        for position in range(len(examples))
+    ]
     errors = {}
     for block in engine.blocks:
         expected = torch.stack([block.matrix(gradient) for gradient in plain]).flatten(1)
-        got = found[block.name].dense(slice(None)).flatten(1)
+        got = factored[block.name].dense(slice(None)).flatten(1)
         norms = expected.norm(dim=1)
         floor = norms.max() * torch.finfo(norms.dtype).eps
         scale = torch.maximum(norms, floor)
         error = (got - expected).norm(dim=1) / scale.clamp(min=torch.finfo(norms.dtype).tiny)
         errors[block.name] = float(error.max())
     return errors
-
-
-def _alone(
-    engine: GradientEngine, loss: Loss, batch: Any, examples: Tensor, position: int
-) -> dict[str, Tensor]:
-    """Gradient of one example's loss in a batch of one, by plain autograd."""
-    own = slice(position, position + 1)
-
-    def cut(leaf: Any) -> Any:
-        sliced = isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape
-        return leaf[own] if sliced else leaf
-
-    return engine.plain_gradient(loss, pytree.tree_map(cut, batch), examples[own])

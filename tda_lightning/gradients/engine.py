@@ -1,4 +1,13 @@
-"""Exact per-example gradients of any module, block by block, in factored form."""
+"""Exact per-example gradients of any module, block by block, in factored form.
+
+:meth:`GradientEngine.each_gradient` is the whole way from a batch's losses to its gradients:
+
+1. ``capture.py`` watches the forward pass and notes every use of a trained parameter.
+2. ``example_axes.py`` finds out which axis of each layer's output holds the examples.
+3. A backward pass brings the gradient of each layer's output.
+4. ``uses.py`` makes the per-example gradients from inputs and output gradients, in the forms of
+   ``forms.py``. Parameters without a native form go through ``functional.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tda_lightning.gradients.assemble import assemble, plan_blocks
 from tda_lightning.gradients.blocks import Block
-from tda_lightning.gradients.capture import Capture, Use
+from tda_lightning.gradients.capture import Capture
+from tda_lightning.gradients.example_axes import ExampleAxes
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
@@ -22,7 +31,7 @@ from tda_lightning.gradients.functional import (
     parameters_frozen,
     plain_recurrence,
 )
-from tda_lightning.gradients.layout import Layout, candidates, consistent
+from tda_lightning.gradients.uses import assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
 
 Losses = Callable[[nn.Module, Any, Tensor], Iterable[Tensor]]
@@ -52,12 +61,9 @@ class GradientEngine:
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
-        named = dict(module.named_parameters())
-        self.names = tuple(name for name in parameters)
-        self._trained = {id(named[name]): name for name in self.names}
-        self._shapes = {name: tuple(named[name].shape) for name in self.names}
-        self._layouts: dict[tuple[str, str, str, int], set[Layout]] = {}
-        self._separable = True
+        self.names = tuple(parameters)
+        self._shapes = {name: tuple(module.get_parameter(name).shape) for name in self.names}
+        self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
 
@@ -72,6 +78,83 @@ class GradientEngine:
     def generic(self) -> list[str]:
         """Names of the parameters that are differentiated through ``torch.func``."""
         return list(self._generic)
+
+    def gradients(self, loss: Loss, batch: Any, examples: Tensor) -> ExampleGradients:
+        """Per-example gradients of ``loss`` for every block.
+
+        Args:
+            loss: maps (module, batch, examples) to the losses [batch].
+            batch: a batch of any structure.
+            examples: indices of its examples in the data set, int64 [batch].
+        """
+        return next(self.each_gradient(lambda *a: [loss(*a)], batch, examples))
+
+    def each_gradient(
+        self, losses: Losses, batch: Any, examples: Tensor
+    ) -> Iterator[ExampleGradients]:
+        """Per-example gradients of several losses that share one forward pass.
+
+        Raises:
+            EngineError: a parameter is used as the first batch did not show.
+            NonFiniteError: a loss is not finite.
+        """
+        blocks, count = self.blocks, len(examples)
+        capture, values = self._watched(losses, batch, examples)
+        for number, loss in enumerate(values):
+            if capture.generic:
+                raise EngineError(
+                    f"Parameter {min(capture.generic)} is used in this batch in a way that the "
+                    "first batch did not show. Give a first batch that uses every layer as the "
+                    "others do, or leave the layer out (task.layers)."
+                )
+            if number == 0 and (mixed := self._axes.locate(capture, loss, count)):
+                raise EngineError(
+                    f"Parameter {min(mixed)}: its layer's output in this batch of {count} "
+                    "examples is not laid out by example as in the first batch, so single "
+                    "examples cannot be told apart. Leave the layer out (task.layers), or let it "
+                    "see every example of a batch."
+                )
+            generic = functional_gradients(
+                self.module, self._generic, _nth(losses, number), batch, examples
+            )
+            with torch.enable_grad():
+                capture.backward([loss.sum()])
+            yield ExampleGradients(loss.detach(), assemble(blocks, capture.uses, count, generic))
+
+    def _watched(
+        self, losses: Losses, batch: Any, examples: Tensor
+    ) -> tuple[Capture, Iterator[Tensor]]:
+        """Run the losses under a fresh capture, which fills when the first loss is drawn."""
+        native = [name for name in self.names if name not in self._generic]
+        capture = Capture({id(self.module.get_parameter(name)): name for name in native})
+
+        def run() -> Iterator[Tensor]:
+            produced = None
+            while True:
+                with torch.enable_grad(), parameters_frozen(self.module, native), capture:
+                    if produced is None:
+                        produced = iter(losses(self.module, batch, examples))
+                    loss = next(produced, None)
+                if loss is None:
+                    return
+                _check_losses(loss, examples)
+                yield loss
+
+        return capture, run()
+
+    def plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
+        """Gradient of the summed losses by plain autograd."""
+        frozen = parameters_frozen(self.module, self.names)
+        with frozen, plain_recurrence(self.module), torch.enable_grad():
+            total = loss(self.module, batch, examples).sum()
+            if not total.requires_grad:
+                raise EngineError(
+                    "The loss depends on no trained parameter. Check that the task's loss calls "
+                    "the module that was trained."
+                )
+            parameters = [self.module.get_parameter(name) for name in self.names]
+            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+        return dict(zip(self.names, gradients, strict=True))
 
     def discover(
         self, loss: Loss, batch: Any, examples: Tensor, separable: bool = True
@@ -91,206 +174,45 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
-        self._separable = separable
+        self._axes.separable = separable
+        self._generic = []
         plain = self.plain_gradient(loss, batch, examples)
-        uses, mode, losses = self._forward(lambda *a: [loss(*a)], batch, examples)
-        broken = self._resolve(uses, next(losses), len(examples))
-        self._plan(uses, mode.generic | broken)
-        sums, errors = self._first_errors(loss, batch, examples, plain)
-        wrong = {name for name, error in errors.items() if error > self._tolerance()}
-        if wrong and (exact := self._errors_in_double(loss, batch, examples)) is not None:
-            sums, errors = exact
-            wrong = {name for name, error in errors.items() if error > self._tolerance()}
-        if wrong:
-            self._plan(uses, {*self._generic, *wrong})
-            sums, errors = self._first_errors(loss, batch, examples, plain)
-        for name, error in errors.items():
-            if error > self._tolerance():
-                what = "sum to the gradient of the batch"
-                if sums[name] <= self._tolerance():
-                    what = "stay the same when the batch is reversed"
-                raise EngineError(
-                    f"Parameter {name}: the per-example gradients do not {what} (relative "
-                    f"difference {error:.1e}). Examples of a batch influence one another (batch "
-                    "statistics, a contrastive loss), so there is no gradient of a single "
-                    "example. Restrict attribution to other layers (task.layers) or write a task "
-                    "whose losses are separate."
-                )
-        return sums
-
-    def _plan(self, uses: list[Use], generic: set[str]) -> None:
-        self._generic = [name for name in self.names if name in generic]
-        self._blocks = plan_blocks(self._shapes, self._native(uses))
-
-    def gradients(self, loss: Loss, batch: Any, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of ``loss`` for every block."""
-        return next(self.each_gradient(lambda *a: [loss(*a)], batch, examples))
-
-    def each_gradient(
-        self, losses: Losses, batch: Any, examples: Tensor
-    ) -> Iterator[ExampleGradients]:
-        """Per-example gradients of several losses that share one forward pass."""
-        blocks, count = self.blocks, len(examples)
-        uses, mode, values = self._forward(losses, batch, examples)
-        for number, loss in enumerate(values):
-            if new := mode.generic - set(self._generic):
-                raise EngineError(
-                    f"Parameter {sorted(new)[0]} is used in this batch in a way that the first "
-                    "batch did not show. Give a first batch that uses every layer as the others "
-                    "do, or leave the layer out (task.layers)."
-                )
-            if number == 0 and (broken := self._resolve(uses, loss, count) - set(self._generic)):
-                raise EngineError(
-                    f"Parameter {sorted(broken)[0]}: its layer's output in this batch of {count} "
-                    "examples is not laid out by example as in the first batch, so single "
-                    "examples cannot be told apart. Leave the layer out (task.layers), or let it "
-                    "see every example of a batch."
-                )
-            generic = functional_gradients(
-                self.module, self._generic, self._nth(losses, number), batch, examples
+        capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
+        mixed = self._axes.locate(capture, next(values), len(examples))
+        self._plan(capture, capture.generic | mixed)
+        errors = self._errors(loss, batch, examples, plain)
+        if self._wrong(errors):
+            errors = self._errors_in_double(loss, batch, examples) or errors
+        if wrong := self._wrong(errors):
+            self._plan(capture, {*self._generic, *wrong})
+            errors = self._errors(loss, batch, examples, plain)
+        for name in self._wrong(errors):
+            what = "sum to the gradient of the batch"
+            if errors[name].sum <= self._tolerance():
+                what = "stay the same when the batch is reversed"
+            raise EngineError(
+                f"Parameter {name}: the per-example gradients do not {what} (relative "
+                f"difference {errors[name].largest:.1e}). Examples of a batch influence one "
+                "another (batch statistics, a contrastive loss), so there is no gradient of a "
+                "single example. Restrict attribution to other layers (task.layers) or write a "
+                "task whose losses are separate."
             )
-            self._backward(loss, uses, retain=True)
-            found = assemble(blocks, self._native(uses), count, generic)
-            yield ExampleGradients(loss.detach(), found)
+        return {name: error.sum for name, error in errors.items()}
 
-    def _forward(
-        self, losses: Losses, batch: Any, examples: Tensor
-    ) -> tuple[list[Use], Capture, Iterator[Tensor]]:
-        """Run the losses under a fresh capture; uses fill when the first loss is drawn."""
-        parameter = next(self.module.parameters())
-        self._dummy = torch.zeros((), device=parameter.device, requires_grad=True)
-        mode = Capture(self._trained, self._dummy)
-        count = len(examples)
+    def _plan(self, capture: Capture, generic: set[str]) -> None:
+        self._generic = [name for name in self.names if name in generic]
+        self._blocks = plan_blocks(self._shapes, capture.uses, generic)
 
-        def run() -> Iterator[Tensor]:
-            with torch.enable_grad(), parameters_frozen(self.module), mode:
-                produced = iter(losses(self.module, batch, examples))
-            while True:
-                with torch.enable_grad(), parameters_frozen(self.module), mode:
-                    loss = next(produced, None)
-                if loss is None:
-                    return
-                _check_losses(loss, count, examples)
-                yield loss
-
-        return mode.uses, mode, run()
-
-    def _backward(self, loss: Tensor, uses: list[Use], retain: bool) -> None:
-        for use in uses:
-            use.gradient = None
-        if loss.requires_grad:
-            with torch.enable_grad():
-                total = loss.sum()
-            torch.autograd.grad(total, self._dummy, retain_graph=retain, allow_unused=True)
-
-    def _resolve(self, uses: list[Use], loss: Tensor, count: int) -> set[str]:
-        """Find the layout of every use; names of the parameters of uses that have none."""
-        choices: dict[int, list[Layout]] = {}
-        for position, use in enumerate(uses):
-            admissible = candidates(use.output_shape, count, use.channel_axes)
-            seen = self._layouts.get(use.key, set()) if count > 1 else set()
-            known = [layout for layout in admissible if layout in seen]
-            if len(known) == 1:
-                use.layout = known[0]
-            else:
-                choices[position] = admissible
-        if count > 1 and self._separable and choices:
-            self._observe(uses, choices, loss, count)
-        broken: set[str] = set()
-        for position, layouts in choices.items():
-            use = uses[position]
-            if layouts:
-                # Where several are left, all give the same gradients for this batch.
-                use.layout = layouts[0]
-                if count > 1 and (len(layouts) == 1 or not self._separable):
-                    self._layouts.setdefault(use.key, set()).add(layouts[0])
-            else:
-                broken |= {ref.name for ref in (use.weight, use.bias) if ref is not None}
-        return broken
-
-    def _observe(
-        self, uses: list[Use], choices: dict[int, list[Layout]], loss: Tensor, count: int
-    ) -> None:
-        """Strike out the layouts that single examples' gradients contradict.
-
-        Two examples with a gradient decide, unless they leave a choice.
-        """
-        self._backward(loss, uses, retain=True)
-        probed = {p: 0 for p in choices if _is_nonzero(uses[p].gradient)}
-        for example in (count - 1, *range(count - 1)):
-            undecided = [p for p, n in probed.items() if n < 2 or len(choices[p]) > 1]
-            if not undecided:
-                return
-            self._backward(loss[example], uses, retain=True)
-            for position in undecided:
-                gradient = uses[position].gradient
-                if gradient is None or not _is_nonzero(gradient):
-                    continue
-                probed[position] += 1
-                choices[position] = [
-                    layout
-                    for layout in choices[position]
-                    if consistent(layout, gradient, example, count)
-                ]
-
-    def _native(self, uses: list[Use]) -> list[Use]:
-        """Uses of parameters that are not differentiated through torch.func."""
-        generic = set(self._generic)
-        kept = []
-        for use in uses:
-            weight = use.weight if use.weight and use.weight.name not in generic else None
-            bias = use.bias if use.bias and use.bias.name not in generic else None
-            if weight is not None or bias is not None:
-                kept.append(
-                    Use(
-                        use.kind,
-                        weight,
-                        bias,
-                        use.saved,
-                        use.channel_axes,
-                        use.output_shape,
-                        use.gradient,
-                        use.layout,
-                    )
-                )
-        return kept
-
-    def _nth(self, losses: Losses, number: int) -> Loss:
-        def nth(module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
-            for position, loss in enumerate(losses(module, batch, examples)):
-                if position == number:
-                    return loss
-            raise AssertionError("a loss disappeared between two evaluations")
-
-        return nth
-
-    def plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
-        """Gradient of the summed losses by plain autograd."""
-        with parameters_frozen(self.module), plain_recurrence(self.module), torch.enable_grad():
-            parameters = [self.module.get_parameter(name) for name in self.names]
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            total = loss(self.module, batch, examples).sum()
-            if not total.requires_grad:
-                raise EngineError(
-                    "The loss depends on no trained parameter. Check that the task's loss calls "
-                    "the module that was trained."
-                )
-            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-        return dict(zip(self.names, gradients, strict=True))
-
-    def _first_errors(
+    def _errors(
         self, loss: Loss, batch: Any, examples: Tensor, plain: dict[str, Tensor]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """By parameter: |sum of per-example gradients - batch gradient| relative to the examples'
-        norms; and the larger of that and the relative change of any norm when the batch is
-        reversed."""
-        found = self.gradients(loss, batch, examples).blocks
+    ) -> dict[str, _Error]:
+        """Errors by parameter, of the batch and of the batch in reverse."""
+        gradients = self.gradients(loss, batch, examples).blocks
         turned = _reversed(batch, len(examples))
         again = None if turned is None else self.gradients(loss, turned, examples.flip(0)).blocks
-        sums, worst = {}, {}
+        errors = {}
         for block in self.blocks:
-            gradient = found[block.name]
+            gradient = gradients[block.name]
             total = block.tensors(gradient.mean() * gradient.batch)
             squares = gradient.weighted_squares(None, None, None)
             largest = squares.max()
@@ -303,13 +225,12 @@ class GradientEngine:
             for name in block.parameters:
                 difference = (total[name] - plain[name]).norm()
                 scale = torch.maximum(plain[name].norm(), spread)
-                sums[name] = float(difference / scale) if scale > 0 else 0.0
-                worst[name] = max(sums[name], order)
-        return sums, worst
+                errors[name] = _Error(float(difference / scale) if scale > 0 else 0.0, order)
+        return errors
 
     def _errors_in_double(
         self, loss: Loss, batch: Any, examples: Tensor
-    ) -> tuple[dict[str, float], dict[str, float]] | None:
+    ) -> dict[str, _Error] | None:
         """The same in float64, None where the module or its loss insists on its own precision.
 
         Near a kink (a ReLU, a maximum) the rounding of float32 decides which way a gradient goes,
@@ -321,9 +242,12 @@ class GradientEngine:
         try:
             with in_double(self.module):
                 plain = self.plain_gradient(loss, precise, examples)
-                return self._first_errors(loss, precise, examples, plain)
+                return self._errors(loss, precise, examples, plain)
         except (RuntimeError, TypeError, ValueError):
             return None
+
+    def _wrong(self, errors: dict[str, _Error]) -> list[str]:
+        return [name for name, error in errors.items() if error.largest > self._tolerance()]
 
     def _tolerance(self) -> float:
         """Far above rounding, far below what a lost or doubled term makes."""
@@ -331,11 +255,40 @@ class GradientEngine:
         return float(torch.finfo(dtype).eps ** 0.5)
 
 
-def _check_losses(losses: Tensor, count: int, examples: Tensor) -> None:
-    if losses.shape != (count,):
+@dataclass(frozen=True)
+class _Error:
+    """Of one parameter.
+
+    Attributes:
+        sum: |sum of per-example gradients - batch gradient|, relative to the examples' norms.
+        order: largest relative change of a norm when the batch is reversed.
+    """
+
+    sum: float
+    order: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.sum, self.order)
+
+
+def _nth(losses: Losses, number: int) -> Loss:
+    """The loss at place ``number`` alone."""
+
+    def nth(module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+        for position, loss in enumerate(losses(module, batch, examples)):
+            if position == number:
+                return loss
+        raise AssertionError("a loss disappeared between two evaluations")
+
+    return nth
+
+
+def _check_losses(losses: Tensor, examples: Tensor) -> None:
+    if losses.shape != examples.shape:
         raise ValueError(
-            f"The task returned losses of shape {tuple(losses.shape)} for {count} examples: "
-            "expected one loss per example, [batch]. Do not average over the batch."
+            f"The task returned losses of shape {tuple(losses.shape)} for {len(examples)} "
+            "examples: expected one loss per example, [batch]. Do not average over the batch."
         )
     bad = ~losses.detach().isfinite()
     if bad.any():
@@ -344,10 +297,6 @@ def _check_losses(losses: Tensor, count: int, examples: Tensor) -> None:
             f"The loss of example {int(examples[position])} is {float(losses[position].detach())}. "
             "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )
-
-
-def _is_nonzero(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.any())
 
 
 def _reversed(batch: Any, count: int) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Gradient(ABC):
 
     @property
     def batch(self) -> int:
+        """Number of examples."""
         return self.shape[0]
 
     @property
@@ -41,6 +43,7 @@ class Gradient(ABC):
         return self.shape[1] * self.shape[2] * self.shape[3]
 
     def chunks(self, scalars_per_example: int | None = None) -> Iterator[slice]:
+        """Slices of the examples that keep within ``CHUNK_SCALARS`` of working memory."""
         per_example = max(1, scalars_per_example or self.cost_per_example)
         size = max(1, CHUNK_SCALARS // per_example)
         for start in range(0, self.batch, size):
@@ -69,22 +72,17 @@ class Gradient(ABC):
         sum D D^T, sum D^T D and their trace. Either way rows x columns / count is the Kronecker
         approximation of the summed Fisher.
         """
-        left: Tensor | float = 0.0
-        right: Tensor | float = 0.0
-        for rows in self.chunks():
-            dense = self.dense(rows)
-            left = left + sides[0].moment(dense.transpose(2, 3))
-            right = right + sides[1].moment(dense)
-        assert isinstance(left, Tensor) and isinstance(right, Tensor)
+        left, right = _totals(
+            (sides[0].moment(dense.transpose(2, 3)), sides[1].moment(dense))
+            for dense in map(self.dense, self.chunks())
+        )
         return left, right, sides[1].trace(right)
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
-        total = None
-        for rows in self.chunks():
-            part = self.rotated(rows, left, right).square().sum(0)
-            total = part if total is None else total + part
-        assert total is not None
+        (total,) = _totals(
+            (self.rotated(rows, left, right).square().sum(0),) for rows in self.chunks()
+        )
         return total
 
     def weighted_squares(self, left: Basis, right: Basis, weight: Tensor | None) -> Tensor:
@@ -112,6 +110,11 @@ class Gradient(ABC):
         """Mean over the examples: [groups, rows, columns]."""
         total = torch.stack([self.dense(rows).sum(0) for rows in self.chunks()]).sum(0)
         return total / self.batch
+
+
+def _totals(terms: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The sum of each entry over the terms."""
+    return list(reduce(lambda sums, term: tuple(map(torch.add, sums, term)), terms))
 
 
 def _turned(samples: Tensor, basis: Basis) -> Tensor:
@@ -193,13 +196,12 @@ class Outer(Gradient):
         return torch.cat(parts, dim=1)
 
     def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
-        left: Tensor | float = 0.0
-        right: Tensor | float = 0.0
-        for rows in self.chunks(self.shape[1] * self.positions * (self.shape[2] + self.shape[3])):
-            left = left + sides[0].moment(self.outputs[rows])
-            right = right + sides[1].moment(self.inputs(rows))
-        assert isinstance(left, Tensor) and isinstance(right, Tensor)
-        return left, right, left.new_full((self.shape[1],), self.batch * self.positions)
+        _, groups, height, width = self.shape
+        left, right = _totals(
+            (sides[0].moment(self.outputs[rows]), sides[1].moment(self.inputs(rows)))
+            for rows in self.chunks(groups * self.positions * (height + width))
+        )
+        return left, right, left.new_full((groups,), self.batch * self.positions)
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:
@@ -240,15 +242,14 @@ class Outer(Gradient):
         per_example = query_outputs.shape[0] * queries.positions * self.positions * 2
         parts = []
         for rows in self.chunks(per_example):
-            total: Tensor | float = 0.0
+            outputs, inputs = self.outputs[rows], self.inputs(rows)
+            total = queries.outputs.new_zeros(len(query_outputs), len(outputs))
             for group in range(self.shape[1]):
-                outputs, inputs = self.outputs[rows, group], self.inputs(rows)[:, group]
-                products = (query_outputs[:, group].flatten(0, 1) @ outputs.flatten(0, 1).T) * (
-                    query_inputs[:, group].flatten(0, 1) @ inputs.flatten(0, 1).T
-                )
+                products = (
+                    query_outputs[:, group].flatten(0, 1) @ outputs[:, group].flatten(0, 1).T
+                ) * (query_inputs[:, group].flatten(0, 1) @ inputs[:, group].flatten(0, 1).T)
                 shape = (-1, queries.positions, len(outputs), self.positions)
-                total = total + products.reshape(shape).sum((1, 3))
-            assert isinstance(total, Tensor)
+                total += products.reshape(shape).sum((1, 3))
             parts.append(total)
         return torch.cat(parts, dim=1)
 

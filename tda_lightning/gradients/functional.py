@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.records.errors import EngineError
+from tda_lightning.tasks import batches
 
-Loss = Callable[[nn.Module, Any, Tensor], Tensor]
+# (module, batch, indices of its examples) -> losses [batch]
+Loss: TypeAlias = Callable[[nn.Module, Any, Tensor], Tensor]
 
 # Examples differentiated at once: enough to be quick, few enough for the memory of one batch.
 _CHUNK = 64
@@ -29,16 +31,19 @@ class Lossy(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Any, examples: Tensor) -> Tensor:
+        """``loss(module, batch, examples)``."""
         return self.loss(self.module, batch, examples)
 
 
 @contextmanager
-def parameters_frozen(module: nn.Module) -> Iterator[None]:
-    """All parameters with ``requires_grad`` off, restored at the end."""
+def parameters_frozen(module: nn.Module, but: Collection[str] = ()) -> Iterator[None]:
+    """Gradients for the parameters named in ``but`` and no others; restored at the end."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(False)
+        for name in but:
+            module.get_parameter(name).requires_grad_(True)
         yield
     finally:
         for parameter, required in before:
@@ -86,31 +91,23 @@ def doubled(batch: Any) -> Any:
 
 
 def functional_gradients(
-    module: nn.Module, names: list[str], loss: Loss, batch: Any, examples: Tensor
+    module: nn.Module, names: Sequence[str], loss: Loss, batch: Any, examples: Tensor
 ) -> dict[str, Tensor]:
     """Gradients of the named parameters, example by example: name -> [batch, *shape].
 
     Through ``vmap``; a model that ``vmap`` cannot take (packed sequences, Python branches on
     values) is differentiated one example at a time, with a warning that it is slow.
+
+    Raises:
+        EngineError: the loss of a batch of one example cannot be computed.
     """
     if not names:
         return {}
     lossy = Lossy(module, loss)
     values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
-    leaves, structure = pytree.tree_flatten(batch)
-    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
-
-    def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
-        one = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
-        arguments = (pytree.tree_unflatten(one, structure), example[None])
-        with Capture({}):
-            return torch.func.functional_call(lossy, parameters, arguments).sum()
-
-    axes = (None, [0 if cut else None for cut in sliced], 0)
     with parameters_frozen(module), torch.enable_grad():
         try:
-            mapped = torch.func.vmap(torch.func.grad(example_loss), axes, chunk_size=_CHUNK)
-            gradients = mapped(values, leaves, examples)
+            gradients = _by_vmap(lossy, values, batch, examples)
         except Exception as error:  # any failure of vmap has the same remedy
             warnings.warn(
                 f"Per-example gradients of {', '.join(names)} are computed one example at a "
@@ -119,7 +116,7 @@ def functional_gradients(
             )
             try:
                 with plain_recurrence(module):
-                    gradients = _one_by_one(lossy, values, leaves, sliced, structure, examples)
+                    gradients = _one_by_one(lossy, values, batch, examples)
             except Exception as alone:
                 raise EngineError(
                     f"Parameter {names[0]}: the loss of a batch of one example cannot be computed "
@@ -130,26 +127,38 @@ def functional_gradients(
     return {name: gradients[f"module.{name}"].detach() for name in names}
 
 
+def _by_vmap(
+    lossy: Lossy, values: dict[str, Tensor], batch: Any, examples: Tensor
+) -> dict[str, Tensor]:
+    leaves, structure = pytree.tree_flatten(batch)
+    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
+
+    def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
+        single = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
+        arguments = (pytree.tree_unflatten(single, structure), example[None])
+        with Capture({}):
+            return torch.func.functional_call(lossy, parameters, arguments).sum()
+
+    axes = (None, [0 if cut else None for cut in sliced], 0)
+    mapped = torch.func.vmap(torch.func.grad(example_loss), axes, chunk_size=_CHUNK)
+    return mapped(values, leaves, examples)  # type: ignore[no-any-return]
+
+
 def _one_by_one(
-    lossy: nn.Module,
-    values: dict[str, Tensor],
-    leaves: list[Any],
-    sliced: list[bool],
-    structure: Any,
-    examples: Tensor,
+    lossy: Lossy, values: dict[str, Tensor], batch: Any, examples: Tensor
 ) -> dict[str, Tensor]:
     """The obvious way: a batch of one and plain autograd for every example."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in values}
+    rows = []
     for position in range(len(examples)):
-        own = slice(position, position + 1)
-        one = [leaf[own] if cut else leaf for leaf, cut in zip(leaves, sliced, strict=True)]
         parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
-        arguments = (pytree.tree_unflatten(one, structure), examples[own])
+        single = batches.take(batch, position, len(examples))
+        arguments = (single, examples[position : position + 1])
         loss = torch.func.functional_call(lossy, parameters, arguments).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        for name, gradient in zip(values, gradients, strict=True):
-            rows[name].append(gradient)
-    return {name: torch.stack(parts) for name, parts in rows.items()}
+        rows.append(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+    return {
+        name: torch.stack(parts)
+        for name, parts in zip(values, zip(*rows, strict=True), strict=True)
+    }
 
 
 def ends_early(gradients: Sequence[Tensor | None]) -> bool:

@@ -1,9 +1,7 @@
 """Which entries of a layer's output belong to which example.
 
 Most layers see [batch, ...], but not all: recurrent layers and ``nn.MultiheadAttention`` default
-to [time, batch, ...], and many models merge batch and time into one axis. Guessing from shapes
-goes wrong as soon as two sizes agree, so the layout is observed: the gradient of one example's
-loss is non-zero only where that example is.
+to [time, batch, ...], and many models merge batch and time into one axis.
 """
 
 from __future__ import annotations
@@ -34,15 +32,15 @@ class Layout:
 def candidates(shape: torch.Size, batch: int, channel_axes: tuple[int, ...]) -> list[Layout]:
     """Every layout that ``shape`` admits for ``batch`` examples."""
     excluded = {axis % len(shape) for axis in channel_axes}
-    found = []
+    layouts = []
     for axis, size in enumerate(shape):
         if axis in excluded:
             continue
         if size == batch:
-            found.append(Layout(axis, "whole"))
+            layouts.append(Layout(axis, "whole"))
         elif size % batch == 0 and size > 0:
-            found += [Layout(axis, "major"), Layout(axis, "minor")]
-    return found
+            layouts += [Layout(axis, "major"), Layout(axis, "minor")]
+    return layouts
 
 
 def consistent(layout: Layout, gradient: Tensor, example: int, batch: int) -> bool:

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from tda_lightning.recording.blueprint import Blueprint, blueprint
-from tda_lightning.recording.planned_curvature import NOTE, planned_curvature
-from tda_lightning.recording.planned_steps import PlannedSteps, planned_steps
-from tda_lightning.records.plans import readable_bytes
+from tda_lightning.recording.dry_run import DryRun, dry_run
+from tda_lightning.recording.statistics_size import NOTE, planned_curvature
+from tda_lightning.recording.step_count import PlannedSteps, planned_steps
+from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.layout import STEP_COLUMNS
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def plan_recording(
 ) -> RecordingPlan:
     """See :meth:`tda_lightning.TrajectoryRecorder.plan`."""
     steps = planned_steps(trainer, module, train)
-    found = blueprint(module, trainer, steps.total)
+    found = dry_run(module, trainer, steps.total)
     notes = [*steps.notes, *found.notes]
     kept = _checkpoints(recorder, steps)
     count = None if kept is None else len(kept) + 1
@@ -181,7 +181,7 @@ def _checkpoints(recorder: TrajectoryRecorder, steps: PlannedSteps) -> list[int]
     return sorted(kept - {0})
 
 
-def _buffers(module: nn.Module, found: Blueprint) -> tuple[list[Tensor], list[Tensor]]:
+def _buffers(module: nn.Module, found: DryRun) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors that training moves without an optimizer, and the others that are not trained."""
     moving = {
         id(buffer)
@@ -202,7 +202,7 @@ def _epochs(steps: PlannedSteps) -> int:
     return math.ceil(steps.total / steps.per_epoch) if known else 1  # type: ignore[operator]
 
 
-def _row_bytes(found: Blueprint, steps: PlannedSteps) -> int:
+def _row_bytes(found: DryRun, steps: PlannedSteps) -> int:
     """One row of the steps table with its batches' example indices."""
     plain = len([name for name in STEP_COLUMNS if name not in ("learning_rate", "examples")])
     settings = found.num_groups * (1 + found.num_hyperparameters)
@@ -210,9 +210,7 @@ def _row_bytes(found: Blueprint, steps: PlannedSteps) -> int:
     return 8 * (plain + settings + batches + batches * (steps.batch_size or 0))
 
 
-def _memory(
-    found: Blueprint, kept: list[int] | None, steps: PlannedSteps, row: int
-) -> list[PlanItem]:
+def _memory(found: DryRun, kept: list[int] | None, steps: PlannedSteps, row: int) -> list[PlanItem]:
     """What is held between two checkpoints and while one is written."""
     tensors = [*found.trained.values(), *found.others.values()]
     largest = max((_bytes([tensor]) for tensor in tensors), default=0)

@@ -133,13 +133,12 @@ def _as_array(value: Any) -> np.ndarray | None:
     """Tensors, arrays, numbers, lists of numbers and PIL images as an array; else None."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        value = value.float() if value.dtype is torch.bfloat16 else value
-        return value.numpy()
-    array = np.asarray(value)
+        value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    array: np.ndarray = np.asarray(value)
     return array if array.dtype.kind in "biuf" else None
 
 
 def _is_image(array: np.ndarray) -> bool:
     if array.ndim == 2:
-        return min(array.shape) > 3
-    return array.ndim == 3 and (array.shape[0] in (1, 3) or array.shape[2] in (1, 3, 4))
+        return bool(min(array.shape) > 3)
+    return array.ndim == 3 and bool(array.shape[0] in (1, 3) or array.shape[2] in (1, 3, 4))

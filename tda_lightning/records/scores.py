@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.files import StoreFunction
 from tda_lightning.records.provenance import Provenance, require_well_formed
 
 
@@ -229,10 +230,7 @@ class Scores:
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
         """
-        # The looks upwards, here and below: saving and loading are expected on the record itself.
-        from tda_lightning.store.scores_file import write_scores
-
-        write_scores(self, path, overwrite)
+        _write_scores(self, path, overwrite)
 
     @staticmethod
     def load(
@@ -251,9 +249,13 @@ class Scores:
             FileNotFoundError: there is no such file.
             TrajectoryFormatError: it holds no scores, is damaged, or of a newer format version.
         """
-        from tda_lightning.store.scores_file import read_scores
+        return _read_scores(path, queries, mapped)
 
-        return read_scores(path, queries, mapped)
+
+_write_scores: StoreFunction[[Scores, str | PathLike[str], bool], None]
+_write_scores = StoreFunction("write_scores")
+_read_scores: StoreFunction[[str | PathLike[str], slice | None, bool], Scores]
+_read_scores = StoreFunction("read_scores")
 
 
 def require_finite(

@@ -6,16 +6,18 @@ builds one from dictionaries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from functools import cached_property
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
-
-SUPPORTED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
+from tda_lightning.records.files import StoreFunction
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,8 @@ class Steps:
     Attributes:
         epoch: int64 [steps].
         learning_rate: the applied rates, float64 [steps, groups].
-        hyperparameters: by name, float64 [steps, groups]. SGD: ``momentum``, ``dampening``,
-            ``nesterov``, ``weight_decay``; Adam and AdamW: ``beta1``, ``beta2``, ``eps``,
-            ``weight_decay``.
+        hyperparameters: by name, float64 [steps, groups]; the optimizer's rule lists them
+            (:mod:`tda_lightning.optimizers`).
         loss: mean training loss of the step's batches, float64 [steps].
         gradient_norm: before clipping, float64 [steps].
         batch_offsets: int64 [steps + 1]; row t holds the batches batch_offsets[t] to [t + 1],
@@ -158,62 +159,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class BlockStatistics:
-    """Curvature of one block of parameters, summed over training examples: additive throughout.
-
-    ``left``, ``right`` and ``count`` are the second moments of the two sides of the examples'
-    gradients [groups, rows, columns], as :meth:`Gradient.covariances` gives them: left (x) right /
-    count is the Kronecker approximation of the summed curvature.
-
-    Attributes:
-        parameters: names, weight first.
-        shape: (groups, rows, columns).
-        left: of the rows, [groups, rows, rows]; or its diagonal, or a sketch of it (SideForm).
-        right: of the columns, likewise.
-        count: [groups].
-        trace: sum of the examples' squared norms, [1].
-        examples: how many were summed, [1].
-        samples: how many vectors ``left`` and ``right`` were summed over, [2].
-    """
-
-    parameters: tuple[str, ...]
-    shape: tuple[int, int, int]
-    left: Tensor
-    right: Tensor
-    count: Tensor
-    trace: Tensor
-    examples: Tensor
-    samples: Tensor
-
-    SUMS: ClassVar[tuple[str, ...]] = (
-        "left",
-        "right",
-        "count",
-        "trace",
-        "examples",
-        "samples",
-    )
-
-    def __add__(self, other: BlockStatistics) -> BlockStatistics:
-        if self._kind() != other._kind():
-            raise TrajectoryFormatError(
-                f"Curvature statistics of different blocks cannot be added: expected "
-                f"{self._kind()}, got {other._kind()}. Restore the files from a copy, or record "
-                "again."
-            )
-        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in self.SUMS})
-
-    def _kind(self) -> tuple[Any, ...]:
-        """What two blocks have in common that can be added."""
-        sides = [(name, list(getattr(self, name).shape)) for name in ("left", "right")]
-        return (*self.parameters, list(self.shape), *sides)
-
-
-# Curvature by block name, summed over the sampled examples of an interval (start, stop] of steps.
-Statistics = Mapping[str, BlockStatistics]
-
-
-@dataclass(frozen=True)
 class Segment:
     """Steps ``start`` < step <= ``stop``, represented by the checkpoints after its start up to
     and including its end."""
@@ -226,6 +171,67 @@ class Segment:
     def rows(self) -> slice:
         """Its rows of the steps table."""
         return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class StageCheckpoints(Mapping[int, Checkpoint]):
+    """Checkpoints ``start`` to ``stop`` of a run, counted from ``start``, loaded when asked for."""
+
+    run: Mapping[int, Checkpoint]
+    start: int
+    stop: int
+    names: tuple[str, ...]  # of the parameters that the stage trains
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        if not 0 <= step <= self.stop - self.start:
+            raise KeyError(step)
+        whole = self.run[self.start + step]
+        frozen = {n: value for n, value in whole.parameters.items() if n not in self.names}
+        optimizer = whole.optimizer
+        return Checkpoint(
+            step=step,
+            parameters={name: whole.parameters[name] for name in self.names},
+            buffers={**frozen, **whole.buffers},
+            optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in self.names},
+            random=whole.random,
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(s - self.start for s in self.run if self.start <= s <= self.stop))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True, eq=False)
+class StageStatistics(Mapping[tuple[int, int], Statistics]):
+    """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``.
+
+    Without any where no step of the stage was looked at, as in one shorter than
+    ``curvature_every``.
+    """
+
+    run: Mapping[tuple[int, int], Statistics]
+    start: int
+    stop: int
+
+    def __getitem__(self, interval: tuple[int, int]) -> Statistics:
+        first, last = interval
+        if not 0 <= first < last <= self.stop - self.start:
+            raise KeyError(interval)
+        return self.run[self.start + first, self.start + last]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._intervals)
+
+    @cached_property
+    def _intervals(self) -> list[tuple[int, int]]:
+        inside = [at for at in self.run if self.start <= at[0] and at[1] <= self.stop]
+        looked_at = any(float(b.examples) for at in inside for b in self.run[at].values())
+        return [(a - self.start, b - self.start) for a, b in inside] if looked_at else []
+
+    def __len__(self) -> int:
+        return len(self._intervals)
 
 
 @dataclass(frozen=True)
@@ -263,17 +269,14 @@ class Trajectory:
         return merged
 
     @staticmethod
-    def load(path: str) -> Trajectory:
+    def load(path: str | PathLike[str]) -> Trajectory:
         """The trajectory recorded in folder ``path``.
 
         Raises:
             TrajectoryNotFoundError: the folder holds none.
             TrajectoryFormatError: a file of it is damaged or of another format version.
         """
-        # The one look upwards: a loader on the record itself is what users expect to find.
-        from tda_lightning.store import open_trajectory
-
-        return open_trajectory(path)
+        return _open_trajectory(path)
 
     @property
     def num_steps(self) -> int:
@@ -327,37 +330,45 @@ class Trajectory:
         return tuple(segments)
 
     def stages(self) -> tuple[Trajectory, ...]:
-        """The run cut where the set of trained parameters changed or a further fit began: each
-        part looks like a run of its own, step 0 being the state at its start. ``(self,)`` when
-        there is one."""
-        from tda_lightning.records.stages import cut_into_stages
+        """The run cut where its set of trained parameters changed or another fit began.
 
-        return cut_into_stages(self)
+        Each part is a run of its own: it has the rows of its own steps, counts its checkpoints
+        from its start (0 is the state there) and lists as parameters only what it trains; what is
+        frozen is among the buffers. ``(self,)`` where there is only one stage.
 
-    def require_optimizer(self) -> str:
-        """Name of the optimizer, or an error that lists the supported ones."""
-        if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
-            raise UnsupportedTrainingError(
-                f"The run was trained with {self.facts.optimizer}, for which there is no formula. "
-                f"Supported optimizers: {', '.join(SUPPORTED_OPTIMIZERS)}."
-            )
-        return self.facts.optimizer
-
-    def applied_rates(self, rows: slice) -> Tensor:
-        """Rates that reach the parameters, float64 [steps, groups].
-
-        A constant gradient moves the parameters by eta (1 - tau) / (1 - mu) per step once the
-        momentum buffer is warm, and by as much less as clipping made it shorter; Adam keeps eta,
-        its preconditioner is counted apart.
+        Raises:
+            TrajectoryFormatError: a checkpoint where a stage begins is missing.
         """
-        rates = self.steps.learning_rate[rows]
-        if self.facts.optimizer != "SGD":
-            return rates
-        hyper = self.steps.hyperparameters
-        momentum, dampening = hyper["momentum"][rows], hyper["dampening"][rows]
-        # torch.optim.SGD looks at dampening only when there is momentum.
-        kept = torch.where(momentum > 0, 1 - dampening, torch.ones_like(dampening))
-        return rates * kept / (1 - momentum) * self.clipping_factors(rows)
+        facts = self.facts
+        if len(facts.stages) == 1:
+            return (self,)
+        stops = [*(stage.start for stage in facts.stages[1:]), self.last_step]
+        for step in stops:
+            if step not in self.checkpoints:
+                raise TrajectoryFormatError(
+                    f"The checkpoint at step {step} is missing: expected one where each stage "
+                    f"begins, got checkpoints at {sorted(self.checkpoints)}. Restore the file, or "
+                    "record again."
+                )
+        parts = []
+        steps_before: dict[str, int] = {}
+        for stage, stop in zip(facts.stages, stops, strict=True):
+            if stage.new_optimizer:
+                steps_before = {}
+            names = tuple(name for name in facts.parameters if name in stage.parameters)
+            parameters = {name: facts.parameters[name] for name in names}
+            part = replace(
+                self,
+                facts=replace(facts, parameters=parameters, stages=(StageFact(0, names),)),
+                steps=self.steps.between(stage.start, stop),
+                checkpoints=StageCheckpoints(self.checkpoints, stage.start, stop, names),
+                statistics=StageStatistics(self.statistics, stage.start, stop),
+                steps_before=dict(steps_before),
+            )
+            parts.append(part)
+            for name in names:
+                steps_before[name] = steps_before.get(name, 0) + stop - stage.start
+        return tuple(parts)
 
     def clipping_factors(self, rows: slice) -> Tensor:
         """What clipping multiplied each step's gradient by, float64 [steps, 1].
@@ -366,3 +377,18 @@ class Trajectory:
         the gradient besides, which no factor describes: the ratio of the lengths stands for it.
         """
         return self.steps.clipping[rows, None]
+
+
+def require_one_stage(trajectory: Trajectory) -> None:
+    """Refuse a run that froze or unfroze parameters: its parts are runs of their own."""
+    stages = trajectory.facts.stages
+    if len(stages) > 1:
+        raise UnsupportedTrainingError(
+            f"The run has {len(stages)} stages (its trained parameters change after steps "
+            f"{[stage.start for stage in stages[1:]]}), expected one. Attribute its parts, "
+            "Trajectory.load(path).stages(), one by one."
+        )
+
+
+_open_trajectory: StoreFunction[[str | PathLike[str]], Trajectory]
+_open_trajectory = StoreFunction("open_trajectory")

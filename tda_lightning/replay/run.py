@@ -16,8 +16,7 @@ from tda_lightning.records.errors import (
     TrajectoryMismatchError,
     UnsupportedTrainingError,
 )
-from tda_lightning.records.stages import require_one_stage
-from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
 from tda_lightning.runtime.module_state import load_tensors, restored

@@ -39,6 +39,15 @@ class ASTRA:
         | Better Training Data Attribution via Better Inverse Hessian-Vector Products (Wang et al.,
           2025)
         | https://arxiv.org/abs/2507.14740
+
+    Example:
+        C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = ASTRA(iterations=5, batch=None)
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     iterations: int = 200

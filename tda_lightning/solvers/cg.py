@@ -48,6 +48,15 @@ class ConjugateGradients:
         | The block conjugate gradient algorithm and related methods (O'Leary, 1980)
         | Retooling the method of block conjugate gradients (Dubrulle, 2001): residuals are kept as
           an orthonormal basis and coordinates in it, which stands queries that depend on each other
+
+    Example:
+        C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = ConjugateGradients()
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     preconditioner: str | None = None

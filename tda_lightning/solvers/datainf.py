@@ -31,6 +31,16 @@ class DataInf:
         | DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models
           (Kwon et al., 2024), sec. 3
         | https://arxiv.org/abs/2310.00902
+
+    Example:
+        Half of the gradients are (+-2, 0), half are (0, +-1), and D = 1. The mean of the inverses
+        is diag((1/5 + 1) / 2, (1/2 + 1) / 2), where the inverse of the mean is diag(1/3, 2/3).
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = DataInf()
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.9000,  0.9000, -0.5625,  0.5625])
     """
 
     curvature: ClassVar[str] = "gauss_newton"

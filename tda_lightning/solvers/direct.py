@@ -25,6 +25,15 @@ class Direct:
 
     Raises:
         ValueError: while solving: too many parameters, or a singular matrix.
+
+    Example:
+        C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = Direct()
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     curvature: str = "gauss_newton"

@@ -37,6 +37,15 @@ class Lanczos:
     References:
         | Scaling Up Influence Functions (Schioppa et al., 2022), sec. 3
         | https://arxiv.org/abs/2112.03052
+
+    Example:
+        C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = Lanczos(rank=2)
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     rank: int = 50

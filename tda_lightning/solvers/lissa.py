@@ -42,6 +42,15 @@ class LiSSA:
         | Second-Order Stochastic Optimization for Machine Learning in Linear Time (Agarwal et al.,
           2017), sec. 3
         | Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017), sec. 3
+
+    Example:
+        C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
+
+        >>> from tda_lightning.estimators import InfluenceFunction
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> solver = LiSSA(depth=50, batch=4)
+        >>> least_squares_scores(InfluenceFunction(solver=solver, damping=1.0))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     scale: float | None = None

@@ -2,5 +2,12 @@
 
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint
 from tda_lightning.store.reader import open_trajectory
+from tda_lightning.store.scores_file import read_scores, write_scores
 
-__all__ = ["compare_fingerprints", "fingerprint", "open_trajectory"]
+__all__ = [
+    "compare_fingerprints",
+    "fingerprint",
+    "open_trajectory",
+    "read_scores",
+    "write_scores",
+]

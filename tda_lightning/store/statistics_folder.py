@@ -10,8 +10,8 @@ import h5py
 import torch
 from torch import Tensor
 
+from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.errors import TrajectoryFormatError
-from tda_lightning.records.trajectory import BlockStatistics, Statistics
 from tda_lightning.store import layout
 from tda_lightning.store.hdf5 import (
     get_json,

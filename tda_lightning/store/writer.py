@@ -8,8 +8,9 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from tda_lightning.records.curvature_statistics import Statistics
 from tda_lightning.records.errors import TrajectoryExistsError
-from tda_lightning.records.trajectory import Checkpoint, Facts, Statistics, Steps
+from tda_lightning.records.trajectory import Checkpoint, Facts, Steps
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder, sync_folder

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
-from tda_lightning.cli.recorded import build, load_config
+from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.evaluation import Estimate, Smoothness
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=3", "trainer.max_epochs=2"]
@@ -127,7 +127,7 @@ def test_a_check_of_gradients_replay_and_smoothness(run, tmp_path, capsys):
 def test_a_rough_run_is_a_finding_not_a_failure(run, monkeypatch, capsys):
     unlike = Estimate(torch.zeros(2), 0.0, -0.1, 0.1)
     found = Smoothness(unlike, unlike, unlike, 0.05, 0.001, 0.5, 0.0, 8, 1.0)
-    monkeypatch.setattr("tda_lightning.cli.commands.smoothness", lambda *_, **__: found)
+    monkeypatch.setattr("tda_lightning.cli.commands.check.smoothness", lambda *_, **__: found)
     assert main(["check", "runs/digits"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "misses the recorded end by 5.0e-01 of the way" in out

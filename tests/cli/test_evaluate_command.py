@@ -11,11 +11,10 @@ import torch
 from omegaconf import OmegaConf
 
 from tda_lightning import Scores
-from tda_lightning.cli import kept, main, retraining
-from tda_lightning.cli.commands import parts_to_retrain
-from tda_lightning.cli.judged import judge
-from tda_lightning.cli.proximal import in_double
-from tda_lightning.cli.recorded import load_config
+from tda_lightning.cli import main, retraining, retraining_cache
+from tda_lightning.cli.evaluation_table import judge
+from tda_lightning.cli.retraining import RecordedRun
+from tda_lightning.cli.run_config import load_config
 from tda_lightning.evaluation import (
     GroundTruth,
     difference,
@@ -30,6 +29,7 @@ from tda_lightning.evaluation import (
     top_removal,
 )
 from tda_lightning.evaluation.baselines import random_scores
+from tda_lightning.evaluation.proximal_bregman import in_double
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.store.ground_truth_file import read_ground_truth
 from tda_lightning.store.scores_file import replace_provenance
@@ -118,13 +118,13 @@ def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
     given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
     replace_provenance(file, {**made, "seconds": 75.25})
     assert main(given) == 0
-    assert "75.2 s" in capsys.readouterr().out
+    assert "1 min 15 s" in capsys.readouterr().out
     (row,) = table(run)["rows"]
     assert row["seconds"] == 75.25
     assert row["processor_seconds"] == made["processor_seconds"]
     replace_provenance(file, {**made, "seconds": odd})
     assert main(given) == 0
-    assert "Made in" not in capsys.readouterr().out
+    assert "Time: how long" not in capsys.readouterr().out
     assert table(run)["rows"][0]["seconds"] is None
 
 
@@ -219,7 +219,7 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
     assert lengths == [48] * 6
     assert len(set(seeds)) == 6
     out = capsys.readouterr().out
-    assert "Protocol algorithm: trained anew" in out
+    assert "Protocol algorithm: trained from scratch" in out
     assert "of the measurements' variance is between seeds" in out
     truth = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
     assert truth.outcomes.shape == (3, 2, 4)
@@ -234,8 +234,8 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
 def test_trained_anew_on_everything_with_its_own_seed_it_is_the_recorded_run(run):
     """So what else differs between a subset's training and the recorded one is the seed."""
     config = make("evaluate", "trajectory=runs/digits", "protocol=algorithm")
-    parts = parts_to_retrain(config)
-    state = retrain_afresh(parts._fresh, torch.ones(60, dtype=torch.bool), parts.recorded.seed)
+    parts = RecordedRun.load(config)
+    state = retrain_afresh(parts._fresh, torch.ones(60, dtype=torch.bool), parts.run_config.seed)
     end = parts.trajectory.checkpoints[parts.trajectory.last_step]
     for name, tensor in end.parameters.items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
@@ -313,7 +313,7 @@ def test_leaving_one_out_is_judged_by_rank_and_slope(run, capsys):
 
 def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys):
     monkeypatch.setattr(retraining, "measure", lambda *_: torch.ones(4))
-    monkeypatch.setattr("tda_lightning.cli.commands.require_measurements", lambda *_: None)
+    monkeypatch.setattr("tda_lightning.cli.commands.evaluate.require_measurements", lambda *_: None)
     assert main(["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]) == 0
     assert "No number for tracin, undefined: The outcomes" in capsys.readouterr().out
     (row,) = table(run)["rows"]
@@ -354,7 +354,7 @@ def test_a_damaged_ground_truth_is_named_and_kept(run, capsys):
 
 def test_one_process_at_a_time_adds_to_a_file(run, capsys):
     path = run / "ground_truth" / "single_run-0.5-0.h5"
-    with kept._alone(path):
+    with retraining_cache._exclusive(path):
         assert main(["evaluate", "runs/digits", "num_subsets=3"]) == 1
     assert "Another process is adding to" in capsys.readouterr().err
     assert main(["evaluate", "runs/digits", "num_subsets=3", "baselines=[]"]) == 0
@@ -388,7 +388,7 @@ def test_a_spot_check_is_kept_with_the_scores(run, capsys):
     before = [Scores.load(file) for file in files]
     given = ["evaluate", "runs/digits", "spot_check=true", "baselines=[]", "num_subsets=4"]
     assert main(given) == 0
-    assert "Kept in the provenance of" in capsys.readouterr().out
+    assert "Added to the provenance of" in capsys.readouterr().out
     rows = table(run)["rows"]
     for file, old, row in zip(files, before, rows, strict=True):
         found = Scores.load(file)  # checksums compared
@@ -446,7 +446,7 @@ def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
     given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
     assert main([*given, "removal=[3]"]) == 0
     out = capsys.readouterr().out
-    assert "Without a query's foremost proponents" in out
+    assert "Without the strongest proponents of each query" in out
     assert "Removal: by weight 0 in the recorded run" in out
     made = []
     one = retraining.measure
@@ -455,7 +455,7 @@ def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
     # The recorded end twice, and for the new k 4 queries and 5 random sets.
     assert len(made) == 2 + 4 + 5
     scores = Scores.load(run / "scores" / "tracin.h5")
-    parts = parts_to_retrain(make("evaluate", "trajectory=runs/digits"))
+    parts = RecordedRun.load(make("evaluate", "trajectory=runs/digits"))
     expected = top_removal(
         parts.trajectory,
         parts.module,
@@ -514,9 +514,11 @@ def test_parts_make_every_retraining_once_and_are_taken_up(run, monkeypatch, cap
     given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=5"]
     assert main([*given, "ground_truth=whole.h5"]) == 0
     made = []
-    one = kept.write_ground_truth
+    one = retraining_cache.write_ground_truth
     monkeypatch.setattr(
-        kept, "write_ground_truth", lambda truth, path: made.append(path.name) or one(truth, path)
+        retraining_cache,
+        "write_ground_truth",
+        lambda truth, path: made.append(path.name) or one(truth, path),
     )
     assert main([*given, "part=1/2,2/2", "ground_truth=parts.h5", "--multirun"]) == 0
     assert made == ["parts.part1of2.h5"] * 3 + ["parts.part2of2.h5"] * 2
@@ -524,7 +526,7 @@ def test_parts_make_every_retraining_once_and_are_taken_up(run, monkeypatch, cap
     assert not Path("parts.h5").exists()
     assert main([*given, "part=2/3", "ground_truth=parts.h5"]) == 0  # others' work is known
     assert len(made) == 5
-    with kept._alone(Path("parts.part1of2.h5")):
+    with retraining_cache._exclusive(Path("parts.part1of2.h5")):
         assert main([*given, "ground_truth=parts.h5"]) == 1
     assert "is adding to parts.part1of2.h5" in capsys.readouterr().err
     assert main([*given, "ground_truth=parts.h5"]) == 0
@@ -556,7 +558,7 @@ def test_the_proximal_response_judges_influence_functions(run, capsys):
     assert "Protocol pbrf: the trained model fine-tuned" in capsys.readouterr().out
     truth = read_ground_truth(run / "ground_truth" / "pbrf-0.5-0.h5")
     examples = (~truth.subsets).nonzero()[:, 1]
-    parts = parts_to_retrain(make("evaluate", "trajectory=runs/digits"))
+    parts = RecordedRun.load(make("evaluate", "trajectory=runs/digits"))
     decay = float(parts.trajectory.steps.hyperparameters["weight_decay"][-1, 0])
     module, train, query = in_double(
         parts.module, parts.data.train_dataset, parts.data.query_dataset
@@ -624,7 +626,7 @@ def test_under_the_algorithm_slopes_are_of_differences_between_subsets(run):
         ("part=half", "part must be K/N"),
         ("protocol=pbrf", "expected damping=NUMBER, or scores of influence functions"),
         ("protocol=pbrf damping=0", "damping must be positive"),
-        ("protocol=pbrf damping=1 leave_out=2", "gives up one example each, got leave_out=2"),
+        ("protocol=pbrf damping=1 leave_out=2", "gives up one example at a time, got leave_out=2"),
         ("protocol=pbrf damping=1 seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
         ("damping=1", "damping is for protocol=pbrf, got protocol=single_run"),
     ],

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from tda_lightning import AttributionModule, TrajectoryRecorder
-from tda_lightning.cli.recorded import build
+from tda_lightning.cli.run_config import build
 from tda_lightning.estimators import Source
 from tda_lightning.examples.data import MNLIData
 from tda_lightning.examples.models import Classifier, Pretrained

@@ -36,13 +36,13 @@ from rich.console import Console
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.estimators import InfluenceFunction, TracIn
+from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import (
     NonFiniteError,
     TrajectoryError,
     TrajectoryFormatError,
     TrajectoryMismatchError,
 )
-from tda_lightning.records.trajectory import BlockStatistics
 from tda_lightning.report import write_report
 from tda_lightning.runtime.random_states import current_states, restore_states, unchanged_randomness
 from tda_lightning.store import open_trajectory

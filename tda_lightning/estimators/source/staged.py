@@ -3,9 +3,9 @@ another loss, another head, or a frozen trunk.
 
 Every stage is segmented, fitted and scored by itself: N, the loss, the gradients, the optimizer's
 metric and the curvature are its own, and no segment crosses its end. Only the queries' adjoint goes
-from a stage to the one before (METHODS.md, "Several stages"; coupling.py for frozen parameters).
-What multi-stage influence functions (Chen et al. 2020, 2007.09081) approximate at two optima is
-followed along the way here.
+from a stage to the one before it (docs/methods.md, "Several stages"; ``coupling.py`` for frozen
+parameters). Multi-stage influence functions (Chen et al. 2020, 2007.09081) approximate the same at
+two optima.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tda_lightning.estimators.source.averaged import AveragedRun
 from tda_lightning.estimators.source.coupling import StageLink
 from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
+from tda_lightning.optimizers import rule_of
 from tda_lightning.records.trajectory import Segment, Trajectory
 from tda_lightning.session.passes import NO_SELF, Pass, Plan, Stage, numbered
 
@@ -137,7 +138,7 @@ def _runs(own: Sequence[Source], stages: Sequence[Stage]) -> list[StageRun]:
         later = StageLink(stage, later, options.curvature, options.seed)
         kind: type[StageRun] = AveragedRun
         if options.order == "recorded":
-            adam = stage.session.trajectory.require_optimizer() != "SGD"
-            kind = RecordedAdamRun if adam else RecordedRun
+            linear = rule_of(stage.session.trajectory).linear
+            kind = RecordedRun if linear else RecordedAdamRun
         runs.append(kind(options, stage.session, later))
     return runs[::-1]

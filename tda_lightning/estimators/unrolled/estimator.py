@@ -58,6 +58,14 @@ class Unrolled:
         | https://arxiv.org/abs/2503.13751
         | MAGIC: Near-Optimal Data Attribution for Deep Learning (Ilyas & Engstrom, 2025)
         | https://arxiv.org/abs/2504.16430
+
+    Example:
+        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        (1 - 0.8^10) / 2 or (1 - 0.95^10) / (1/2), the sum of what is left of each step.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> least_squares_scores(Unrolled())
+        tensor([-0.6695,  0.6695, -0.6019,  0.6019])
     """
 
     last_steps: int | None = None

@@ -1,7 +1,8 @@
-"""What all our data modules share: sizes, seeds, loaders, and the search for files."""
+"""What all data modules share: sizes, seeds, loaders, and finding files."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ class DataModule(LightningDataModule, ABC):
     """A training set and a set of queries, both with fixed indices.
 
     ``train_dataset`` and ``query_dataset`` are loaded on first use. Index n of the training set is
-    column n of the scores, so no example is drawn at random when it is read.
+    column n of the scores, so reading an example draws nothing at random.
 
     Args:
         batch_size: examples in a training batch.
-        seed: of the order in which training examples are drawn.
+        seed: for the order of the training examples.
         num_workers: processes that load batches.
     """
 
@@ -41,12 +42,11 @@ class DataModule(LightningDataModule, ABC):
     def render(self, split: str, index: int) -> Rendered:
         """Example ``index`` of ``split`` ("train" or "query") as a reader wants to see it."""
 
-    def describe(self, outputs: Tensor) -> list[str]:
-        """In words, what the model said of each query, given its outputs [query, ...].
-
-        Empty when there is nothing to say beyond the measurement.
-        """
-        return []
+    def reordered(self, seed: int) -> DataModule:
+        """The same data in the order that another seed draws; nothing is read again."""
+        data = copy.copy(self)
+        data.seed = seed
+        return data
 
     def setup(self, stage: str | None = None) -> None:
         if self._datasets is None:
@@ -62,10 +62,12 @@ class DataModule(LightningDataModule, ABC):
 
     @property
     def train_dataset(self) -> Dataset:
+        """The training set."""
         return self.dataset("train")
 
     @property
     def query_dataset(self) -> Dataset:
+        """The queries."""
         return self.dataset("query")
 
     def train_dataloader(self) -> DataLoader:
@@ -111,7 +113,7 @@ def find_files(root: str | Path, folder: str, names: Sequence[str], source: str)
     """Paths of ``names`` in ``root/folder``.
 
     Raises:
-        FileNotFoundError: it names the missing files and where to get them.
+        FileNotFoundError: names the missing files and says where to get them.
     """
     paths = [Path(root) / folder / name for name in names]
     missing = [str(path) for path in paths if not path.is_file()]

@@ -1,4 +1,4 @@
-"""Pictures with a class: digits, MNIST, FashionMNIST, CIFAR-10."""
+"""Image classification: digits, MNIST, FashionMNIST, CIFAR-10."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tda_lightning.records.rendered import Rendered
 
 
 class Split(NamedTuple):
-    """Raw pictures, uint8 [example, height, width(, channel)], and labels, int64 [example]."""
+    """Raw images, uint8 [example, height, width(, channel)], and labels, int64 [example]."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
 
 class ImageData(DataModule):
-    """Pictures scaled to mean 0 and standard deviation 1 over the training set, channels first.
+    """Images scaled to mean 0 and standard deviation 1 over the training set, channels first.
 
     Args:
         batch_size: examples in a training batch.
         num_train: training examples to keep, drawn with ``subset_seed``; None keeps all.
         num_query: queries to keep, likewise.
         subset_seed: seed of both draws.
-        flip_fraction: part of the training labels to replace by another class.
-        flip_seed: decides which labels are replaced, and by what.
+        flip_fraction: share of the training labels to replace by another class.
+        flip_seed: for choosing the labels and their replacements.
         seed: of the order in which training examples are drawn.
         num_workers: processes that load batches.
 
@@ -70,7 +70,7 @@ class ImageData(DataModule):
 
     @abstractmethod
     def read(self) -> tuple[Split, Split]:
-        """All raw training pictures and all raw queries."""
+        """All raw training images and all raw queries."""
 
     def load(self) -> tuple[Dataset, Dataset]:
         train, query = self.read()
@@ -96,6 +96,7 @@ class ImageData(DataModule):
         )
 
     def describe(self, outputs: Tensor) -> list[str]:
+        """The likeliest class of each query and its probability."""
         return predicted_classes(outputs, self.classes)
 
     def render(self, split: str, index: int) -> Rendered:
@@ -164,7 +165,7 @@ class MNISTData(IdxData):
 
 
 class FashionMNISTData(IdxData):
-    """FashionMNIST: 60000 pieces of clothing and 10000 queries, 28 x 28 pixels."""
+    """FashionMNIST: 60000 images of clothing and 10000 queries, 28 x 28 pixels."""
 
     folder = "fashion_mnist"
     source = "Get them from https://github.com/zalandoresearch/fashion-mnist (data/fashion)."
@@ -185,8 +186,8 @@ class FashionMNISTData(IdxData):
 class CIFAR10Data(ImageData):
     """CIFAR-10 in one npz file with x_train, y_train, x_test and y_test.
 
-    Pictures are uint8 [example, 32, 32, 3], labels integers. The default file holds the first 4000
-    training and 1000 test pictures in the official order; ``file`` names another, larger one.
+    Images are uint8 [example, 32, 32, 3], labels integers. The default file holds the first 4000
+    training and 1000 test images in the official order; ``file`` names another, larger one.
     """
 
     classes = (
@@ -285,8 +286,8 @@ def _channels_first(images: NDArray[np.uint8]) -> Tensor:
 def _moments(images: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel in units of 255, [1, channel, 1, 1].
 
-    By sums of whole numbers, which no number of threads rounds differently: the data's
-    fingerprint must be the same wherever it is read.
+    Computed from sums of integers, which do not depend on the number of threads: the fingerprint
+    of the data must be the same everywhere.
     """
     values = images.reshape(-1, images.shape[3] if images.ndim == 4 else 1)
     levels = np.stack([np.bincount(channel, minlength=256) for channel in values.T])

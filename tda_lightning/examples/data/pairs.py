@@ -29,8 +29,8 @@ class Pair(NamedTuple):
     """Two sentences and the label that their file gives them.
 
     Attributes:
-        heuristic: that of HANS which the pair tests; empty elsewhere.
-        subcase: the pattern that the pair follows, likewise.
+        heuristic: the heuristic of HANS that the pair tests; empty for MNLI.
+        subcase: the pattern that the pair follows; empty for MNLI.
         origin: "eval" or "train" in HANS, "contradicts a heuristic" for the added MNLI pairs.
     """
 
@@ -46,11 +46,11 @@ class MNLIData(DataModule):
     """Sentence pairs of MultiNLI, entailment (class 0) or not (class 1); an example is (inputs,
     class).
 
-    The matched *development* pairs are trained on, but for some that are held out, since the file
-    is small enough to share: numbers made with it are not MNLI results. Neutral and contradiction
-    are one class, so that training and HANS (McCoy et al., 2019,
+    Trains on the matched *development* pairs, except for some that are held out, because that file
+    is small enough to share. So results are not comparable with published MNLI results. Neutral
+    and contradiction are one class, so that training and HANS (McCoy et al., 2019,
     https://arxiv.org/abs/1902.01007) ask the same question. The HANS pairs here are regenerated
-    from its templates, so numbers made with them are not HANS results.
+    from its templates, so results are not comparable with published HANS results.
 
     Inputs are the words' numbers [position]: premise, ``<sep>``, hypothesis, then ``<pad>``. Words
     are lower-cased; the vocabulary is the most frequent ones of the pairs that are not held out,
@@ -153,6 +153,7 @@ class MNLIData(DataModule):
         return self._dataset(train), self._dataset(query)
 
     def describe(self, outputs: Tensor) -> list[str]:
+        """The likeliest class of each pair and its probability."""
         return predicted_classes(outputs, CLASSES)
 
     def render(self, split: str, index: int) -> Rendered:

@@ -78,6 +78,7 @@ class ConcreteData(DataModule):
         )
 
     def describe(self, outputs: Tensor) -> list[str]:
+        """The predicted target of each query, in its own unit."""
         self.setup()
         predicted = outputs[:, 0].double() * self._target_std + self._target_mean
         return [f"{self.columns[-1]} {value:.4g}" for value in predicted.tolist()]

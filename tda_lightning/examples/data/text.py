@@ -21,9 +21,9 @@ MARKS = (UNKNOWN, END_OF_LINE)
 class WikiText2Data(DataModule):
     """WikiText-2 by words, cut into sequences of equal length; an example is (inputs, targets).
 
-    The *validation* text is trained on and the *test* text gives the queries, since these two files
-    are small enough to share: numbers made with it are not WikiText-2 results. The vocabulary is
-    built from the training part alone: the most frequent words, everything else ``<unk>``.
+    Trains on the *validation* text and queries the *test* text, because these two files are small
+    enough to share. So results are not comparable with published WikiText-2 results. The vocabulary
+    consists of the most frequent words of the training text; all others are ``<unk>``.
 
     Args:
         root: folder that holds ``wikitext2/wiki.valid.tokens.gz`` and ``wiki.test.tokens.gz``.

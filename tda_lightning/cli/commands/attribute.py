@@ -1,0 +1,84 @@
+"""``tda attribute``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.command import (
+    clear_errors,
+    command_line,
+    estimator_name,
+    require_usable_solver,
+    required,
+)
+from tda_lightning.cli.recorded_run import load_parts
+from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.trainers import configured_trainer
+from tda_lightning.records.data_module import AttributedData, Describing
+from tda_lightning.records.trajectory import Trajectory
+
+
+@clear_errors
+def attribute(config: DictConfig) -> None:
+    """Score the recorded training examples for the recorded queries."""
+    folder = Path(required(config, "trajectory", "tda attribute trajectory=FOLDER"))
+    target = Path(config.scores or folder / "scores" / f"{estimator_name()}.h5")
+    require_usable_solver(config)
+    trajectory = Trajectory.load(str(folder))
+    run_config = load_config(folder)
+    if target.exists() and not config.overwrite:  # before anything is loaded
+        raise FileExistsError(
+            f"{target} already holds scores, which are kept. Choose another file with "
+            "scores=FILE, or replace it with overwrite=true."
+        )
+    data, module, task = load_parts(config, run_config)
+    attribution = AttributionModule(
+        module,
+        trajectory=trajectory,
+        estimator=instantiate(config.estimator, _convert_="all"),
+        task=task,
+    )
+    provenance: dict[str, Any] = {
+        "command": command_line(),
+        "config": OmegaConf.to_container(config, resolve=True),
+    }
+    if predictions := _predictions(module, data, trajectory):
+        provenance["predictions"] = predictions
+    try:
+        scores = attribution.attribute(
+            train=data.train_dataset,
+            query=data.query_dataset,
+            batch_size=config.batch_size,
+            trainer=configured_trainer(config.trainer),
+            scores_path=str(target),
+            self_influence=config.self_influence,
+            overwrite=config.overwrite,
+            provenance=provenance,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning exits without a message.
+        resume = " Run the same command again to resume." if trajectory.unfinished else ""
+        print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
+        raise
+    print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
+
+
+def _predictions(
+    module: LightningModule, data: AttributedData, trajectory: Trajectory
+) -> list[str]:
+    """What the trained model predicts for each query, if the data module can say it in words."""
+    if not isinstance(data, Describing):
+        return []
+    last = trajectory.checkpoints[trajectory.last_step]
+    module.load_state_dict({**last.buffers, **last.parameters}, strict=False)
+    module.eval()
+    with torch.no_grad():
+        return data.describe(torch.cat([module(batch[0]) for batch in data.val_dataloader()]))

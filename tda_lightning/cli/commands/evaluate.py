@@ -1,0 +1,209 @@
+"""``tda evaluate``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from tda_lightning.attribution.matching import require_same_data
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.command import clear_errors, command_line, not_null, required
+from tda_lightning.cli.evaluation_table import (
+    JudgedScores,
+    evaluation_json,
+    evaluation_notes,
+    evaluation_table,
+    judge,
+    require_measurements,
+    wrong_labels,
+)
+from tda_lightning.cli.pbrf_settings import complete_pbrf_settings
+from tda_lightning.cli.proponent_removal import (
+    removal_file,
+    removal_json,
+    removal_note,
+    removal_table,
+    remove_proponents,
+)
+from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
+from tda_lightning.cli.retraining import RecordedRun
+from tda_lightning.cli.retraining_cache import parse_part
+from tda_lightning.cli.run_config import versions
+from tda_lightning.cli.spot_check import spot_check
+from tda_lightning.cli.trainers import silent_trainer
+from tda_lightning.estimators import TracIn
+from tda_lightning.evaluation import (
+    BASELINES,
+    last_checkpoint,
+    last_layer_cosine,
+    random_scores,
+    self_loss,
+)
+from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.records.ground_truth import PROTOCOLS
+from tda_lightning.records.provenance import Provenance, well_formed
+from tda_lightning.records.scores import Scores
+from tda_lightning.store.atomic_write import write_text
+from tda_lightning.store.layout import GROUND_TRUTH_FOLDER
+from tda_lightning.store.scores_file import replace_provenance
+
+# Enough retrained models to tell estimators apart, and enough to see whether one can be trusted.
+_SUBSETS, _SPOT_CHECK_SUBSETS = 30, 8
+
+
+@clear_errors
+def evaluate(config: DictConfig) -> None:
+    """Show how well scores predict retraining; retrainings are cached beside the trajectory."""
+    began = time.monotonic()
+    folder = Path(required(config, "trajectory", "tda evaluate trajectory=FOLDER scores=FILE"))
+    files = _score_files(config, folder)
+    scores = {file.stem: Scores.load(file) for file in files}
+    _complete_settings(config, scores)
+    run = RecordedRun.load(config)
+    require_same_data(run.trajectory, run.data.train_dataset)
+    _require_shapes(run, scores)
+
+    path = folder / GROUND_TRUTH_FOLDER / f"{truth_name(config)}.h5"
+    path = Path(config.ground_truth or path)
+    truth = retrained_subsets(run, path)
+    for name, judged in scores.items():
+        require_measurements(name, judged, truth)
+    removed = {}
+    if config.removal is not None:
+        removed = remove_proponents(run, scores, removal_file(run, path))
+    if config.part is not None:
+        print(
+            f"Part {config.part} of the retrainings is done and kept in {path.parent}. When all "
+            "parts are done, the same command without part= collects them and judges the scores."
+        )
+        return
+
+    wrong = wrong_labels(run.data)
+    rows = [judge(name, judged, truth, wrong) for name, judged in scores.items()]
+    compared = dict(scores)
+    for name in config.baselines:
+        started = time.monotonic()
+        try:
+            baseline = _baseline(name, run)
+        except (UnsupportedTrainingError, ValueError) as error:
+            rows.append(JudgedScores(name, "baseline", reason=f"not possible: {error}"))
+            continue
+        rows.append(judge(name, baseline, truth, wrong, time.monotonic() - started))
+        if name == "gradient_dot":  # the only baseline that scores are compared with
+            compared.setdefault(name, baseline)
+
+    seconds = time.monotonic() - began
+    header: dict[str, Any] = {
+        "command": command_line(),
+        "versions": versions(),
+        "trajectory": str(folder),
+        "ground_truth": str(path),
+        "scores": [str(file) for file in files],
+    }
+    if config.protocol == "pbrf":
+        header["damping"] = config.damping
+    table = evaluation_json(rows, truth, seconds, header)
+    if removed:
+        table["removal"] = removal_json(removed)
+    output = Path(config.output or path.with_suffix(".json"))
+    write_text(output, json.dumps(table, indent=1))
+    if config.spot_check:
+        for file, row in zip(files, rows, strict=False):
+            trust = spot_check(row, compared, truth, run, command_line())
+            replace_provenance(file, {**scores[row.name].provenance, "trust": trust})
+
+    console = Console()
+    console.print(evaluation_table(rows, truth.protocol))
+    if removed:
+        console.print(removal_table(removed))
+        print(removal_note(config.protocol))
+    print(evaluation_notes(rows, truth, seconds), f"Ground truth: {path}", sep="\n")
+    print(f"Table: {output}")
+    if config.spot_check:
+        print(f"Added to the provenance of {', '.join(map(str, files))}")
+
+
+def _score_files(config: DictConfig, folder: Path) -> list[Path]:
+    """The files of scores to judge."""
+    given = config.scores
+    if given is None:
+        files = sorted((folder / "scores").glob("*.h5"))
+        if not files and not config.baselines:
+            raise ValueError(
+                f"Expected scores, got none, and there are none in {folder / 'scores'}. For "
+                "example: tda evaluate trajectory=FOLDER scores=FILE"
+            )
+        return files
+    files = [Path(given)] if isinstance(given, str) else [Path(file) for file in given]
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"Scores must have different names, got {', '.join(map(str, files))}.")
+    return files
+
+
+def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None:
+    """Check settings before anything is loaded, and fill in those that the scores decide."""
+    if config.spot_check and not scores:
+        raise ValueError(
+            "A spot check is kept in the scores' files, and there are none. For example: tda "
+            "evaluate trajectory=FOLDER scores=FILE spot_check=true"
+        )
+    if config.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be among {', '.join(PROTOCOLS)}, got {config.protocol}.")
+    if config.removal is not None and not scores:
+        raise ValueError("removal leaves out the proponents that scores name, and there are none.")
+    parse_part(config.part)
+    complete_pbrf_settings(config, scores)
+    if config.num_subsets is None:
+        config.num_subsets = _SPOT_CHECK_SUBSETS if config.spot_check else _SUBSETS
+    for name in config.baselines:
+        if name not in BASELINES:
+            raise ValueError(f"baselines must be among {', '.join(BASELINES)}, got {name}.")
+    # The queries are those that were scored, perhaps fewer than were recorded.
+    first = next((well_formed(judged.provenance) for judged in scores.values()), Provenance())
+    asked = first.get("config", {}).get("data", {})
+    config.data = {**config.data, **not_null(asked), **not_null(config.data)}
+
+
+def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:
+    """Refuse scores of other data, and impossible numbers of proponents, before any retraining."""
+    shape = (len(run.data.query_dataset), len(run.data.train_dataset))
+    for name, judged in scores.items():
+        if judged.values.shape != shape:
+            raise TrajectoryMismatchError(
+                f"The scores {name} are of {judged.num_queries} queries and {judged.num_train} "
+                f"training examples; the data of this run have {shape[0]} and {shape[1]}. Give "
+                "scores of this run, with the data settings of their attribution."
+            )
+    ks = run.config.removal
+    if ks is None:
+        return
+    counts = OmegaConf.is_list(ks) and all(isinstance(k, int) for k in ks)
+    if not counts or not ks or min(ks) < 1 or max(ks) >= shape[1]:
+        raise ValueError(
+            f"removal must be a list of numbers from 1 to {shape[1] - 1}, such as "
+            f"removal=[10,50]; got {ks}."
+        )
+
+
+def _baseline(name: str, run: RecordedRun) -> Scores:
+    """Scores that cost next to nothing."""
+    train, query, size = run.data.train_dataset, run.data.query_dataset, run.config.batch_size
+    if name == "random":
+        return random_scores(len(query), len(train), run.config.seed)
+    if name == "self_loss":
+        return self_loss(run.module, run.task, run.end, train, len(query), size)
+    if name == "last_layer":
+        return last_layer_cosine(run.module, run.task, run.end, train, query, size)
+    last = last_checkpoint(run.trajectory)
+    attribution = AttributionModule(run.module, last, TracIn(), run.task)
+    scores = attribution.attribute(
+        train, query, size, trainer=silent_trainer(), self_influence=False
+    )
+    return replace(scores, provenance=cast(Provenance, {**scores.provenance, "estimator": name}))

@@ -1,0 +1,71 @@
+"""``tda plan``, for an attribution or for a recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.command import (
+    clear_errors,
+    estimator_name,
+    require_usable_solver,
+    required,
+)
+from tda_lightning.cli.commands.train import output_folder
+from tda_lightning.cli.plan_tables import attribution_plan_table, comparison_table
+from tda_lightning.cli.recorded_run import load_parts
+from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.trainers import configured_trainer
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.plans import AttributionPlan
+from tda_lightning.records.trajectory import Trajectory
+
+
+@clear_errors
+def plan(config: DictConfig) -> None:
+    """Show how long attributions of a trajectory will take on this machine, and how large they
+    will be."""
+    folder = Path(required(config, "trajectory", "tda plan trajectory=FOLDER"))
+    trajectory = Trajectory.load(str(folder))
+    data, module, task = load_parts(config, load_config(folder))
+    trainer = configured_trainer(config.trainer)
+    single = "estimator" in config
+    if single:
+        require_usable_solver(config)
+    nodes = {estimator_name(): config.estimator} if single else config.estimators
+    plans: dict[str, AttributionPlan | str] = {}
+    for name, node in nodes.items():
+        attribution = AttributionModule(
+            module, trajectory, instantiate(node, _convert_="all"), task
+        )
+        try:
+            plans[str(name)] = attribution.plan(
+                train=data.train_dataset,
+                query=data.query_dataset,
+                batch_size=config.batch_size,
+                trainer=trainer,
+                self_influence=config.self_influence,
+            )
+        except (UnsupportedTrainingError, ValueError) as error:
+            if single:
+                raise
+            plans[str(name)] = str(error)
+    Console().print(
+        *(attribution_plan_table(one) for one in plans.values() if isinstance(one, AttributionPlan))
+        if single
+        else [comparison_table(plans)]
+    )
+
+
+@clear_errors
+def plan_recording(config: DictConfig) -> None:
+    """Show how much disk space and memory recording a training run will take."""
+    config.output = str(output_folder(config))
+    data = instantiate(config.data, _convert_="all")
+    module = instantiate(config.model, _convert_="all")
+    recorder = instantiate(config.recorder, _convert_="all")
+    Console().print(recorder.plan(module, configured_trainer(config.trainer, [recorder]), data))

@@ -1,0 +1,60 @@
+"""``tda report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from tda_lightning.cli.command import clear_errors, not_null, required
+from tda_lightning.cli.run_config import FILE_NAME, build, load_config
+from tda_lightning.records.provenance import Provenance, well_formed
+from tda_lightning.records.scores import Scores
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.report import write_report
+from tda_lightning.store.layout import FACTS_FILE
+
+
+@clear_errors
+def report(config: DictConfig) -> None:
+    """Write an HTML page that shows a file of scores."""
+    source = Path(required(config, "scores", "tda report scores=FILE"))
+    scores = Scores.load(source)
+    provenance = well_formed(scores.provenance)
+    folder = _scored_trajectory(config, source, provenance)
+    trajectory = None if folder is None else Trajectory.load(str(folder))
+    examples: dict[str, Any] = {}
+    if folder is not None and (folder / FILE_NAME).is_file():
+        # The queries are those of the attribution, perhaps fewer or others than were recorded.
+        asked = provenance.get("config", {}).get("data", {})
+        changes = {**not_null(asked), **not_null(config.data)}
+        data = build(load_config(folder).data, config.trust_config, **changes)
+        examples = {
+            "train": data.train_dataset,
+            "query": data.query_dataset,
+            "render": data.render,
+        }
+    path = write_report(
+        scores,
+        config.output or source.with_suffix(".html"),
+        trajectory=trajectory,
+        queries=None if config.queries is None else list(config.queries),
+        k=config.k,
+        num_suspects=config.num_suspects,
+        title=config.title,
+        **examples,
+    )
+    print(f"Report: {path}")
+
+
+def _scored_trajectory(config: DictConfig, scores: Path, provenance: Provenance) -> Path | None:
+    """The folder of the run that was scored; None where it cannot be found."""
+    if config.trajectory is not None:
+        return Path(config.trajectory)
+    named = provenance.get("config", {}).get("trajectory") or provenance.get("trajectory")
+    # Beside the scores first: folders are moved as a whole.
+    for folder in (scores.absolute().parent.parent, Path(str(named))):
+        if (folder / FACTS_FILE).is_file():
+            return folder
+    return None

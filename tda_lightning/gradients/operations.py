@@ -1,0 +1,228 @@
+"""Which functional calls have a native form, and what each does with its parameters.
+
+One function for each call, with the signature of ``torch.nn.functional`` after ``ref``, which
+names a trained parameter (None for any other tensor). It describes the call and does not make it;
+None means that these arguments have no native form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tda_lightning.gradients.uses import (
+    Convolution,
+    Embedding,
+    Linear,
+    Norm,
+    Ref,
+    ScaleAndShift,
+    Use,
+)
+from tda_lightning.records.errors import EngineError
+
+Refs: TypeAlias = Callable[[Tensor | None], Ref | None]
+Sizes: TypeAlias = int | Sequence[int]
+
+
+def _linear(ref: Refs, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
+    return Linear(ref(weight), ref(bias), input.detach())
+
+
+def _convolution(
+    ref: Refs,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Use:
+    kernel = tuple(weight.shape[2:])
+    spatial = len(kernel)
+    if input.dim() == spatial + 1:
+        raise EngineError(
+            f"A convolution was called on an input without a batch axis {tuple(input.shape)}. "
+            "Keep the batch axis: per-example gradients need it."
+        )
+
+    def each(value: Sizes) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * spatial if len(values) == 1 else values
+
+    if padding == "same":
+        # An odd total goes to the far side, as torch does it.
+        totals = [step * (size - 1) for size, step in zip(kernel, each(dilation), strict=True)]
+        input = F.pad(input, [n for t in reversed(totals) for n in (t // 2, t - t // 2)])
+    padding = 0 if isinstance(padding, str) else padding
+    return Convolution(
+        ref(weight), ref(bias), input.detach(), kernel, each(stride), each(padding), each(dilation),
+        groups,
+    )  # fmt: skip
+
+
+def _embedding(
+    ref: Refs,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Use:
+    trained = ref(weight)
+    if trained is not None and (max_norm is not None or scale_grad_by_freq):
+        raise EngineError(
+            f"Parameter {trained.name}: an embedding with max_norm or scale_grad_by_freq has no "
+            "per-example gradient (the first rewrites the table in the forward pass, the second "
+            "depends on the whole batch). Train without it, or freeze the embedding."
+        )
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return Embedding(trained, None, input, padding_idx)
+
+
+def _layer_norm(
+    ref: Refs,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Use | None:
+    def normalized() -> Tensor:
+        return F.layer_norm(input, normalized_shape, eps=eps)
+
+    return _norm(ref, weight, bias, normalized, input.dim() - len(normalized_shape))
+
+
+def _rms_norm(
+    ref: Refs,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Use | None:
+    def normalized() -> Tensor:
+        return F.rms_norm(input, normalized_shape, eps=eps)
+
+    return _norm(ref, weight, None, normalized, input.dim() - len(normalized_shape))
+
+
+def _group_norm(
+    ref: Refs,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Use | None:
+    return _norm(ref, weight, bias, lambda: F.group_norm(input, num_groups, eps=eps))
+
+
+def _batch_norm(
+    ref: Refs,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Use | None:
+    # The statistics of a batch in training come from the batch: a second call must not count.
+    mean, variance = (None, None) if training else (running_mean, running_var)
+
+    def normalized() -> Tensor:
+        return F.batch_norm(input, mean, variance, None, None, training, 0.0, eps)
+
+    return _norm(ref, weight, bias, normalized)
+
+
+def _instance_norm(
+    ref: Refs,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Use | None:
+    mean, variance = (None, None) if use_input_stats else (running_mean, running_var)
+
+    def normalized() -> Tensor:
+        return F.instance_norm(input, mean, variance, None, None, use_input_stats, 0.0, eps)
+
+    return _norm(ref, weight, bias, normalized)
+
+
+def _norm(
+    ref: Refs,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized: Callable[[], Tensor],
+    first_axis: int = 1,
+) -> Use | None:
+    """normalized * weight + bias; the parameters lie on the axes from ``first_axis`` on.
+
+    What the weight multiplies is computed apart. The output stays the layer's own, bit for bit:
+    another rounding would send values near zero to the other side of a ReLU.
+    """
+    parameter = weight if weight is not None else bias
+    if parameter is None:
+        return None
+    scale = ref(weight)
+    axes = tuple(range(first_axis, first_axis + parameter.dim()))
+    factor = None if scale is None else normalized()
+    return Norm(scale, ref(bias), factor, tuple(parameter.shape), axes)
+
+
+def _sum(ref: Refs, input: object, other: object, **options: object) -> Use | None:
+    return None if options else _elementwise(ref, input, other, scales=False)
+
+
+def _product(ref: Refs, input: object, other: object, **options: object) -> Use | None:
+    return None if options else _elementwise(ref, input, other, scales=True)
+
+
+def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use | None:
+    """A bare parameter and an activation, broadcast against each other."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return None
+    trained, others = ref(input), ref(other)
+    if trained is not None and others is not None:
+        return None
+    parameter, activation = (input, other) if trained is not None else (other, input)
+    name = ref(parameter)
+    _, factor = torch.broadcast_tensors(parameter, activation.detach())
+    offset = factor.dim() - parameter.dim()
+    if offset == 0 and parameter.shape[:1] != (1,):
+        return None  # no axis is left for the examples
+    axes = tuple(offset + axis for axis, size in enumerate(parameter.shape) if size > 1)
+    weight, bias = (name, None) if scales else (None, name)
+    return ScaleAndShift(weight, bias, factor, tuple(parameter.shape), axes)
+
+
+OPERATIONS: dict[Any, Callable[..., Use | None]] = {
+    F.linear: _linear,
+    **dict.fromkeys(
+        (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution
+    ),
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _sum),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _product),
+}
