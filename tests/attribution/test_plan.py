@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.stand_ins import Decompositions
@@ -627,9 +627,7 @@ def test_later_rounds_of_queries_are_like_the_second(
     own = Clock()
     monkeypatch.setattr(clock, "now", own)
     attribution = AttributionModule(module, run, Rounds(own), CaseTask("classification"))
-    many = TensorDataset(
-        *(tensor.repeat(4, *[1] * (tensor.dim() - 1)) for tensor in queries.tensors)
-    )
+    many = ConcatDataset([queries] * 4)
     plan = attribution.plan(examples, many, 5, quiet())
     assert plan.preparation == pytest.approx(5 + 2 * len(many) + 3)
     assert [(group.count, group.batches) for group in plan.passes] == [(len(many), 2 * len(many))]

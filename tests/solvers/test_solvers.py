@@ -153,11 +153,13 @@ def test_rounding_ends_conjugate_gradients_without_harm(count: int) -> None:
     values[:40] = torch.logspace(1, -3, 40, dtype=torch.float64)
     curvature = turn * values @ turn.T
     vectors = torch.randn(count, 300, generator=own)
-    context: Any = types.SimpleNamespace(loop=lambda _, items: items, require=Session.require)
+    context: Any = types.SimpleNamespace(
+        loop=lambda _, items: items, require=lambda ok, error: None
+    )
     products: Any = DenseProducts(curvature[None].float())
     for damping, bound in ((1e-3, 1e-3), (1e-4, 0.01), (1e-7, 1.01)):
         diagonal = torch.full((300,), damping)
-        problem = Problem(context, products, torch.zeros(300), diagonal, {})
+        problem = Problem(session, products, torch.zeros(300), diagonal, {})
         found = solved(ConjugateGradients(iterations=300), problem, vectors)
         exact = curvature + damping * torch.eye(300, dtype=torch.float64)
         expected = torch.linalg.solve(exact, vectors.double().T).T
