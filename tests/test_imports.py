@@ -42,11 +42,9 @@ KNOWN_CYCLES = {
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
-    ("recording", 2),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
-    ("recording", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,30 +18,9 @@ from tda_lightning.runtime.compiled import plain_buffers, plain_parameters
 from tda_lightning.store.writer import TrajectoryWriter
 
 
-def evenly_spaced(trainer: Trainer, count: int, *, required: bool) -> frozenset[int]:
-    """Steps floor(i T / count), i = 1 to count, of the T steps that ``trainer`` will make.
-
-    Args:
-        trainer: its training loader must have been made.
-        count: number of checkpoints; there are fewer when T is smaller.
-        required: whether it is an error that T is not known.
-
-    Raises:
-        ValueError: T is required and not known.
-    """
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException:
-        total = math.inf  # an accumulation that changes between epochs
-    if 0 < total < math.inf:
-        return frozenset(i * int(total) // count for i in range(1, count + 1)) - {0}
-    if required:
-        raise ValueError(
-            f"num_checkpoints={count} needs to know the number of optimizer steps beforehand, and "
-            "the trainer cannot tell it. Pass every_n_steps or every_n_epochs, or set "
-            "Trainer(max_steps=...)."
-        )
-    return frozenset()
+def evenly_spaced(total: int, count: int) -> frozenset[int]:
+    """Steps floor(i T / count), i = 1 to count, of T in ``total``; fewer where T is smaller."""
+    return frozenset(i * total // count for i in range(1, count + 1)) - {0}
 
 
 class Checkpoints(Observer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -65,15 +65,15 @@ def require_recordable(trainer: Trainer) -> None:
         )
 
 
-def require_one_optimizer(trainer: Trainer) -> None:
+def require_one_optimizer(optimizers: Sequence[Optimizer]) -> None:
     """Check that there is one optimizer.
 
     Raises:
         UnsupportedTrainingError: there are several, or none.
     """
-    if len(trainer.optimizers) != 1:
+    if len(optimizers) != 1:
         raise UnsupportedTrainingError(
-            f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} optimizers "
+            f"TrajectoryRecorder records one optimizer, got {len(optimizers)} optimizers "
             "from configure_optimizers(). Use one, with a parameter group for each setting."
         )
 

@@ -7,6 +7,8 @@ example indices, random states, steps, curvature statistics, checkpoints.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,7 +38,7 @@ from tda_lightning.recording.curvature_statistics import (
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.facts import modules_in_eval_mode, read_facts
 from tda_lightning.recording.observer import Observer
-from tda_lightning.recording.plan import RecordingPlan, plan_recording
+from tda_lightning.recording.plan import plan_recording
 from tda_lightning.recording.resume import (
     RecorderState,
     continued_facts,
@@ -52,10 +55,12 @@ from tda_lightning.recording.resume import (
 from tda_lightning.recording.rng_log import RngLog
 from tda_lightning.recording.several_processes import FirstProcessWriter
 from tda_lightning.recording.sharded import require_whole
+from tda_lightning.recording.step_count import StepCount, count_steps
 from tda_lightning.recording.step_table import StepTable
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod, come_first, precedes_averaging
 from tda_lightning.records.errors import RecordingError, TrajectoryError, TrajectoryFormatError
+from tda_lightning.records.plans import RecordingPlan
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
@@ -238,7 +243,7 @@ class TrajectoryRecorder(Callback):
     def plan(self, module: LightningModule, trainer: Trainer, train: Any = None) -> RecordingPlan:
         """Say how much disk and memory the recording of a fit will take; nothing is touched.
 
-        Sizes are in bytes; how long each estimator will take, ``AttributionModule.plan`` says.
+        ``AttributionModule.plan`` says how long each estimator will take.
 
         Args:
             module: what will be trained.
@@ -249,7 +254,27 @@ class TrajectoryRecorder(Callback):
         Raises:
             UnsupportedTrainingError: the module configures no optimizer, or several.
         """
-        return plan_recording(self, module, trainer, train)
+        steps, curvature, by_number = count_steps(trainer, train), self.curvature, self._by_number
+        asked = copy.copy(self)
+        asked._schedule = evenly_spaced(steps.total or 0, self.num_checkpoints * by_number)
+        checkpoints = asked._planned_checkpoints(steps)
+        if curvature is not None:
+            curvature = curvature.watching(asked._spacing())
+        every = int(self.save_optimizer)
+        plan = plan_recording(module, trainer, steps, checkpoints, every, curvature)
+        if checkpoints is None and by_number:
+            note = f"There are at most {self.num_checkpoints + 1} checkpoints."
+            plan = replace(plan, notes=(*plan.notes, note))
+        return plan
+
+    def _planned_checkpoints(self, steps: StepCount) -> list[int] | None:
+        """Steps after which a checkpoint is kept; None if not known."""
+        if steps.total is None or (self.every_n_epochs and steps.per_epoch is None):
+            return None
+        planned = {step for step in range(1, steps.total + 1) if self.should_record(step)}
+        if self.every_n_epochs and steps.per_epoch:
+            planned |= {*range(0, steps.total + 1, steps.per_epoch * self.every_n_epochs)}
+        return sorted({*planned, steps.total} - {0})
 
     # When to record.
 
@@ -265,6 +290,14 @@ class TrajectoryRecorder(Callback):
 
     def _decides_itself(self) -> bool:
         return type(self).should_record is not TrajectoryRecorder.should_record
+
+    @property
+    def _by_number(self) -> bool:
+        return self.every_n_steps is None and self.every_n_epochs is None
+
+    def _spacing(self) -> frozenset[int]:
+        """Steps of checkpoints that show how far apart they are."""
+        return self._schedule if self.every_n_steps is None else frozenset({self.every_n_steps})
 
     def _is_due(self, step: int) -> bool:
         # Gathering needs all processes. Our own answer is the same in each of them.
@@ -294,7 +327,7 @@ class TrajectoryRecorder(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._idle:
             return
-        require_one_optimizer(trainer)
+        require_one_optimizer(trainer.optimizers)
         # Some strategies load the checkpoint that is resumed from only after this hook.
         resumes = trainer.ckpt_path or trainer.strategy.restore_checkpoint_after_setup
         if not (resumes or trainer.global_step):
@@ -320,8 +353,7 @@ class TrajectoryRecorder(Callback):
             observer.begin(trainer, self._trained)
         self._schedule = self._planned_steps(trainer)
         if self._curvature is not None:
-            every = self.every_n_steps
-            self._curvature.plan(self._schedule if every is None else {every})
+            self._curvature.plan(self._spacing())
         with self._disk():
             if state is None:
                 self._start(trainer)
@@ -341,10 +373,25 @@ class TrajectoryRecorder(Callback):
         return self._final if global_step else None
 
     def _planned_steps(self, trainer: Trainer) -> frozenset[int]:
-        """Steps of the checkpoints that ``num_checkpoints`` asks for."""
-        if self.every_n_steps is not None or self.every_n_epochs is not None:
+        """Steps of the checkpoints that ``num_checkpoints`` asks for.
+
+        Raises:
+            ValueError: the length of the run is not known.
+        """
+        if not self._by_number:
             return frozenset()
-        steps = evenly_spaced(trainer, self.num_checkpoints, required=not self._decides_itself())
+        try:
+            total = trainer.estimated_stepping_batches
+        except MisconfigurationException:
+            total = math.inf  # an accumulation that changes between epochs
+        known = 0 < total < math.inf
+        if not known and not self._decides_itself():
+            raise ValueError(
+                f"num_checkpoints={self.num_checkpoints} needs to know the number of optimizer "
+                "steps beforehand, and the trainer cannot tell it. Pass every_n_steps or "
+                "every_n_epochs, or set Trainer(max_steps=...)."
+            )
+        steps = evenly_spaced(int(total) if known else 0, self.num_checkpoints)
         return self._processes.by_first(lambda: steps)
 
     def _start(self, trainer: Trainer) -> None:

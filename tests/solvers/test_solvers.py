@@ -153,9 +153,7 @@ def test_rounding_ends_conjugate_gradients_without_harm(count: int) -> None:
     values[:40] = torch.logspace(1, -3, 40, dtype=torch.float64)
     curvature = turn * values @ turn.T
     vectors = torch.randn(count, 300, generator=own)
-    context: Any = types.SimpleNamespace(
-        loop=lambda _, items: items, require=lambda ok, error: None
-    )
+    session: Any = types.SimpleNamespace(loop=lambda _, items: items, require=lambda *_: None)
     products: Any = DenseProducts(curvature[None].float())
     for damping, bound in ((1e-3, 1e-3), (1e-4, 0.01), (1e-7, 1.01)):
         diagonal = torch.full((300,), damping)
