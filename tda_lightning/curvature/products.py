@@ -59,6 +59,7 @@ Parameters = dict[str, Tensor]
 
 
 def check_product(kind: str) -> None:
+    """Refuse an unknown kind of product."""
     if kind not in PRODUCTS:
         raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(PRODUCTS)}.")
 
@@ -109,6 +110,7 @@ class Products:
 
     @property
     def way(self) -> str:
+        """How products are computed, in words."""
         return WAYS[self._way]
 
     def over_training_set(self, vectors: Tensor) -> Tensor:

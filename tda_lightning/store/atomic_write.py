@@ -60,6 +60,7 @@ class AsideFile(io.RawIOBase):
         return self._file.tell()
 
     def readinto(self, buffer: Any) -> int:
+        """Read what was written, and zeros where a failed write left nothing."""
         view = memoryview(buffer).cast("B")
         read = self._file.readinto(view) or 0
         if self.error is None:
@@ -68,6 +69,7 @@ class AsideFile(io.RawIOBase):
         return len(view)
 
     def write(self, buffer: Any) -> int:
+        """Write; an error of the system is kept in ``error``, not raised into HDF5."""
         view, written = memoryview(buffer).cast("B"), 0
         try:
             while self.error is None and written < len(view):

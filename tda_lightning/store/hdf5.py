@@ -168,6 +168,7 @@ def _values(dataset: h5py.Dataset, dtype: np.dtype | str) -> np.ndarray:
 
 
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
+    """The group of that name, which must be one."""
     return member(group, name, h5py.Group)
 
 
@@ -183,6 +184,7 @@ def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
 
 
 def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
+    """Every tensor that :func:`put_tensors` stored."""
     return {decode(name): _get_tensor(group, name) for name in names(group)}
 
 
@@ -215,6 +217,7 @@ def put_json(group: h5py.Group, name: str, value: Any) -> None:
 
 
 def get_json(group: h5py.Group, name: str) -> Any:
+    """The value of a JSON text."""
     dataset = own_dataset(group, name)
     if dataset.dtype.kind != "S" or dataset.shape != (1,):
         raise ValueError(f"{dataset.name} is not one text")

@@ -127,6 +127,7 @@ KEY = re.compile(r"[0-9a-f]{1,128}")
 
 
 def steps_file(root: Path, first: int, last: int) -> Path:
+    """Where the steps ``first`` to ``last`` are recorded."""
     return root / STEPS_FOLDER / f"{first:08d}-{last:08d}.h5"
 
 
@@ -140,6 +141,7 @@ def steps_files(root: Path) -> list[tuple[int, int, Path]]:
 
 
 def checkpoint_file(root: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` is."""
     return root / CHECKPOINTS_FOLDER / f"{step:08d}.h5"
 
 
@@ -153,6 +155,7 @@ def checkpoint_files(root: Path) -> dict[int, Path]:
 
 
 def statistics_file(root: Path, start: int, stop: int) -> Path:
+    """Where the statistics of an interval are."""
     return root / STATISTICS_FOLDER / f"{start:08d}-{stop:08d}.h5"
 
 
@@ -166,6 +169,7 @@ def statistics_files(root: Path) -> dict[tuple[int, int], Path]:
 
 
 def cache_file(root: Path, kind: str, key: str) -> Path:
+    """Where something of one kind is cached under a key."""
     return root / kind / f"{key}.h5"
 
 
@@ -203,6 +207,7 @@ def encode(name: str) -> str:
 
 
 def decode(name: str) -> str:
+    """The name that :func:`encode` was given."""
     return name.replace("%2F", "/").replace("%25", "%")
 
 

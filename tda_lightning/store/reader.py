@@ -83,6 +83,7 @@ def _what_is(root: Path) -> str:
 
 
 def read_facts(root: Path) -> Facts:
+    """The facts of the run recorded in ``root``."""
     with reading(root / layout.FACTS_FILE, "trajectory") as file:
         text = get_json(file, layout.FACTS)
         require_facts(text)
@@ -278,6 +279,7 @@ def steps_chain(root: Path, last_step: int) -> list[tuple[int, int, Path]]:
 
 
 def no_steps(groups: int) -> Steps:
+    """A steps table without rows."""
     none, start = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     nothing = torch.zeros(0, dtype=torch.float64)
     rates = torch.zeros(0, groups, dtype=torch.float64)

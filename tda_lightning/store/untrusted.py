@@ -112,6 +112,7 @@ def get_text(attributes: h5py.AttributeManager, name: str) -> str:
 
 
 def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
+    """An attribute that must be one integer."""
     attribute = attributes.get_id(name)
     if attribute.dtype.kind not in "iu" or attribute.shape != ():
         raise TypeError(f"attribute {name!r} is not an integer")
@@ -129,6 +130,7 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: bytes) -> Any:
+    """The value of a JSON text that is not nested too deeply."""
     value = json.loads(text.decode())
     _require_shallow(value)
     return value
