@@ -50,6 +50,7 @@ KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
     "estimators": 15,
     "solvers": 17,
+    "store": 3,
 }
 
 
