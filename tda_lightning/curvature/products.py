@@ -58,6 +58,7 @@ Parameters = dict[str, Tensor]
 
 
 def check_product(kind: str) -> None:
+    """Refuse an unknown kind of product."""
     if kind not in PRODUCTS:
         raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(PRODUCTS)}.")
 
@@ -108,6 +109,7 @@ class Products:
 
     @property
     def way(self) -> str:
+        """How products are computed, in words."""
         return WAYS[self._way]
 
     def over_training_set(self, vectors: Tensor) -> Tensor:

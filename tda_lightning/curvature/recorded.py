@@ -32,6 +32,7 @@ _KRONECKER = ("ekfac", "kfac")
 
 
 def check_statistics(choice: str, kind: str) -> None:
+    """Refuse an unknown choice of statistics, or one that the kind of curvature cannot use."""
     if choice not in STATISTICS:
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {choice!r}.")
     if choice in ("recorded", "corrected") and kind not in _KRONECKER:
