@@ -90,6 +90,7 @@ class Replay:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.module.parameters()).device
 
     @cached_property
