@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
@@ -215,14 +216,12 @@ class Source:
 
     def score(self, session: Session) -> Provenance:
         """Follow the queries back through a run."""
-        return self.score_stages(
-            [Stage(session, session, (), (), 0, range(session.num_train), first_step=0)]
-        )
+        return self.score_stages([alone(session)])
 
     def score_stages(self, stages: Sequence[Stage]) -> Provenance:
         """Follow the queries back through one or several stages of training."""
         cuts = self._stage_cuts(stages)
-        fitted = [self._fit(stage, own) for stage, own in zip(stages, cuts, strict=True)]
+        fitted = [self.fit(stage, own) for stage, own in zip(stages, cuts, strict=True)]
         session = stages[-1].session
         query_bytes = max(fit.stage.wide.gradient_bytes(fit.copies) for fit in fitted)
         for first, last in session.query_rounds(query_bytes):
@@ -244,7 +243,7 @@ class Source:
             return [self.cuts()]
         return stage_cuts(self.num_segments, self.segment_steps, stages)
 
-    def _fit(self, stage: Stage, cuts: int | list[int]) -> _FittedStage:
+    def fit(self, stage: Stage, cuts: int | list[int]) -> FittedStage:
         """Choose how a stage's segments are crossed, and fit their curvature."""
         session, trajectory = stage.session, stage.session.trajectory
         linear, recorded_order = rule_of(trajectory).linear, self.order == "recorded"
@@ -279,7 +278,7 @@ class Source:
                     couples=bool(stage.frozen) and self.curvature != "identity",
                 )
             )
-        return _FittedStage(stage, segments, cross, copies, leading, products)
+        return FittedStage(stage, segments, cross, copies, leading, products)
 
     def _curvature(
         self, session: Session, number: int, steps: Segment, leading: int
@@ -320,7 +319,7 @@ class Source:
         room = _LEADING_SCALARS // (size * num_segments)
         return min(_LEADING, room) if room >= _FEWEST else 0
 
-    def _provenance(self, fitted: Sequence[_FittedStage]) -> Provenance:
+    def _provenance(self, fitted: Sequence[FittedStage]) -> Provenance:
         """How the scores were made: of several stages, by stage where stages may differ."""
         provenance: Provenance = {"question": _QUESTIONS[self.order]}
         provenance["segments"] = [
@@ -333,7 +332,7 @@ class Source:
             for fit in fitted
             for segment in fit.segments
         ]
-        statistics = [
+        statistics: list[Any] = [
             about_statistics(
                 self.statistics,
                 self.curvature,
@@ -361,8 +360,13 @@ class Source:
         return provenance
 
 
+def alone(session: Session) -> Stage:
+    """A run of one stage."""
+    return Stage(session, session, (), (), 0, range(session.num_train), first_step=0)
+
+
 @dataclass(frozen=True)
-class _FittedStage:
+class FittedStage:
     """A stage of training, ready to be crossed.
 
     Attributes:

@@ -106,9 +106,7 @@ def segment_functions(
     largest = torch.zeros_like(lengths[active])  # element of T so far, [active, block]
     rounding = _INVARIANT * torch.finfo(vectors.dtype).eps
     due = 1
-    for step in steps:
-        if len(active) == 0:
-            break
+    for step in steps if len(active) else ():
         product = apply(basis[-1])
         if not bool(product.isfinite().all()):
             raise NonFiniteError(
@@ -157,6 +155,8 @@ def segment_functions(
             active, largest = active[~done], largest[~done]
             basis = [vector[~done] for vector in basis]
             diagonal, beside = [a[~done] for a in diagonal], [b[~done] for b in beside]
+            if len(active) == 0:
+                break
     return functions
 
 

@@ -201,19 +201,20 @@ def _steps_back(
         row = recorded.start + at
         rates, clipping = settings.rates(row), settings.clipping(row)
         coupled, decoupled = settings.coupled_decay(row), settings.decoupled_decay(row)
+        hyperparameters = row_settings(segment.session.trajectory, row, 0)
         u = {}
         for name, adjoint in crossing.adjoint.items():
             a, *states = adjoint.unbind()
             step = ParameterStep(
                 rate=rates[name],
-                settings=row_settings(segment.session.trajectory, row, 0),
+                settings=hyperparameters,
                 gradient=recorded.gradients[name][at],
                 states={key: value[at] for key, value in recorded.states[name].items()},
                 count=settings.counts[name] + row + 1,
             )
             own = rule.adjoint(a, dict(zip(rule.states, states, strict=True)), step)
             # A coordinate that has never moved passes nothing on.
-            moved = rule.metric(step.states, step.settings, step.count) > 0
+            moved = rule.metric(step.states, hyperparameters, step.count) > 0
             own = torch.where(moved, own, 0.0)
             u[name] = clipping * own
             a *= 1 - decoupled[name]
