@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tda_lightning import Scores
 from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.report import write_report
 from tda_lightning.store import layout, open_trajectory
@@ -212,7 +213,7 @@ def test_steps_without_what_the_formula_needs(copy: Path) -> None:
     with h5py.File(copy / STEPS, "r+") as file:
         del file["hyperparameters/dampening"]
     with pytest.raises(TrajectoryFormatError, match="expected the hyper-parameters of SGD"):
-        open_trajectory(copy)
+        rule_of(open_trajectory(copy))
 
 
 @pytest.mark.parametrize(
