@@ -21,7 +21,7 @@ from tda_lightning.records.trajectory import (
 from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
 from tda_lightning.store.hdf5 import get_json, get_tensors, reading, subgroup
-from tda_lightning.store.record_checks import require_facts, require_fitting, require_states
+from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.store.steps_file import join_steps, no_steps, read_steps
 from tda_lightning.store.tensor_cache import TensorCache
@@ -165,7 +165,6 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             if has(file, layout.OPTIMIZER):
                 group = subgroup(file, layout.OPTIMIZER)
                 states = {layout.decode(n): get_tensors(subgroup(group, n)) for n in names(group)}
-                require_states(states, parameters)
                 optimizer = {name: states.get(name, {}) for name in parameters}
             if has(file, layout.RANDOM):
                 random = get_tensors(subgroup(file, layout.RANDOM))

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.trajectory import Facts, Steps
 
 _MOST = 1 << 62  # numbers of a tensor, examples of a data set
 _GROUPS = 1 << 16
-# States of torch.optim that have one number for each of the parameter's.
-_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def require_facts(text: Any) -> None:
@@ -151,17 +148,3 @@ def _refuse(path: Path, expected: str, got: object) -> None:
         f"{path} does not belong to the facts beside it: expected {expected}, got {got}. "
         "Restore the files from a copy, or record again."
     )
-
-
-def require_states(
-    states: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor]
-) -> None:
-    """Check that optimizer states have the shapes of their parameters.
-
-    Raises:
-        ValueError: one has not.
-    """
-    for name, parameter in parameters.items():
-        for key, value in states.get(name, {}).items():
-            if key in _LIKE_PARAMETER and value.shape != parameter.shape:
-                raise ValueError(f"{key} of {name} has shape {list(value.shape)}")
