@@ -42,15 +42,12 @@ KNOWN_CYCLES = {
     ("estimators", 3),
     ("estimators", 4),
     ("estimators", 8),
-    ("recording", 2),
 }
 KNOWN_HOMES = {
     ("attribution", "rich"),
-    ("recording", "rich"),
 }
 KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
-    "recording": 8,
     "estimators": 15,
     "solvers": 17,
     "replay": 1,

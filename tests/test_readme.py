@@ -78,16 +78,24 @@ def test_it_opens_with_the_two_commands():
     assert re.search(r"\A# .*\n\n```\nmake demo .*\nmake test ", README)
 
 
+def anchors_of(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_links_lead_somewhere():
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        anchors = {
-            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-        }
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            path, _, anchor = link.partition("#")
-            if path.startswith("http"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
                 continue
-            assert not path or (page.parent / path).exists(), f"{page.name}: {link}"
-            assert path or anchor in anchors, f"{page.name}: {link}"
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors_of(target), f"{page.name}: {link}"
+
+
+def test_the_files_that_pages_name_exist():
+    for page in [*PAGES, *sorted((ROOT / "experiments").glob("*/README.md"))]:
+        for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text(encoding="utf-8")):
+            places = [ROOT, ROOT / "tda_lightning", page.parent]
+            assert any((place / name).is_file() for place in places), f"{page}: {name}"

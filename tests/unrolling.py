@@ -53,7 +53,19 @@ def adam(kind: Any = torch.optim.Adam, **options: Any) -> Optimizers:
     return lambda m: kind(m.parameters(), **{"lr": 0.02, "betas": (0.8, 0.9), **options})
 
 
-adamw = torch.optim.AdamW
+def muon(**options: Any) -> Optimizers:
+    """Of the matrices; the rest is frozen."""
+
+    def made(module: Any) -> Any:
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.dim() == 2)
+        matrices = [p for p in module.parameters() if p.dim() == 2]
+        return torch.optim.Muon(matrices, **{"lr": 0.05, **options})
+
+    return made
+
+
+adamw, rmsprop, adagrad = torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": sgd(),
     "decay": sgd(weight_decay=0.1),
@@ -67,6 +79,14 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "adam, default moments": adam(betas=(0.9, 0.999), lr=1e-3),
     "adam, large eps": adam(eps=0.1),
     "adamw": adam(adamw, weight_decay=0.5),
+    "rmsprop": lambda m: rmsprop(m.parameters(), 0.02, 0.8),
+    "rmsprop, everything": lambda m: rmsprop(
+        m.parameters(), 0.01, 0.8, momentum=0.6, centered=True, weight_decay=0.1
+    ),
+    "adagrad": lambda m: adagrad(m.parameters(), 0.1),
+    "adagrad, everything": lambda m: adagrad(
+        m.parameters(), 0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.01
+    ),
     "sgd in groups": lambda m: torch.optim.SGD(
         groups_of(m, lr=0.02, momentum=0.5, weight_decay=0.1, dampening=0.2), lr=0.1, momentum=0.8
     ),
@@ -77,7 +97,19 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "adamw in groups": lambda m: adamw(
         groups_of(m, lr=0.01, eps=1e-3, weight_decay=0.5), lr=0.02, betas=(0.8, 0.9)
     ),
+    "rmsprop in groups": lambda m: rmsprop(
+        groups_of(m, lr=0.005, alpha=0.7, momentum=0.5, centered=True), lr=0.01, alpha=0.9
+    ),
+    "adagrad in groups": lambda m: adagrad(groups_of(m, lr=0.05, lr_decay=0.3), lr=0.1),
 }
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS |= {
+        "muon": muon(),
+        "muon, everything": muon(
+            momentum=0.7, nesterov=False, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
+        ),
+    }
+NEW = [name for name in OPTIMIZERS if name.startswith(("rmsprop", "adagrad", "muon"))]
 SOME = ("momentum and decay", "nesterov", "adamw")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from experiments.peers import command
 from experiments.peers.recorded import Run, open_run
+from tda_lightning.optimizers import applied_rates, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 
 # Without gradients of a batch at once captum goes back through the whole batch for each example.
@@ -23,7 +24,7 @@ def checkpoint_weights(run: Run) -> dict[int, float]:
     """
     weights = {}
     for start, step in zip([0, *run.steps[:-1]], run.steps, strict=True):
-        sums = run.trajectory.applied_rates(slice(start, step)).sum(0)
+        sums = applied_rates(run.trajectory, slice(start, step)).sum(0)
         if not bool((sums == sums[0]).all()):
             raise UnsupportedTrainingError(
                 "captum multiplies a checkpoint by one learning rate, and the parameter groups of "
@@ -94,7 +95,7 @@ def main() -> None:
         "batch_size": batch_size,
     }
     notes = []
-    if run.trajectory.require_optimizer() != "SGD":
+    if not rule_of(run.trajectory).linear:
         notes.append(f"{run.trajectory.facts.optimizer}'s preconditioner is left out.")
     for file in files.values():
         command.save(

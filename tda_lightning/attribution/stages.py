@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.matching import attributed_parameters, require_same_parameters
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.optimizers import rule_if_known
 from tda_lightning.records.errors import EngineError, TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import plain_parameters, uncompiled
@@ -83,7 +84,7 @@ def set_up(
     for run, (one, own, asked) in enumerate(zip(loaded, modules, tasks, strict=True)):
         for stage in one.stages() if staged else (one,):
             require_same_parameters(own, stage)
-            stage.require_optimizer()
+            rule_if_known(stage)
             chosen = as_task(asked)
             if id(chosen) in used:
                 # A task remembers what it saw of its stage's batches.

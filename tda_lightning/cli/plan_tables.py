@@ -1,4 +1,4 @@
-"""Plans of attributions as tables."""
+"""Plans of recordings and attributions as tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from tda_lightning.records.plans import AttributionPlan
+from tda_lightning.records.plans import AttributionPlan, RecordingPlan
 from tda_lightning.runtime.formatting import readable_bytes, readable_time
 
 
@@ -59,3 +59,26 @@ def comparison_table(plans: Mapping[str, AttributionPlan | str]) -> RenderableTy
             *([readable_bytes(plan.device_bytes)] if on_device else []),
         )
     return Group(table, *reasons)
+
+
+def recording_plan_table(plan: RecordingPlan) -> RenderableType:
+    """What a recording takes on disk and in memory, item by item."""
+    steps = "unknown" if plan.steps is None else f"{plan.steps:,}"
+    table = Table("", "size", "number", "total", title=f"Recording of {steps} steps")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, items, total in (
+        ("disk", plan.disk, plan.disk_bytes),
+        ("memory", plan.memory, plan.memory_bytes),
+    ):
+        table.add_section()
+        for item in items:
+            count = "unknown" if item.count is None else str(item.count)
+            table.add_row(escape(item.name), _size(item.bytes), count, _size(item.total))
+        table.add_row(f"[bold]{title}[/bold]", "", "", _size(total))
+    one = f"One checkpoint: {_size(plan.checkpoint_bytes)}."
+    return Group(table, one, *(escape(note) for note in plan.notes))
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else readable_bytes(size)

@@ -20,6 +20,7 @@ from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.queries import Response, dot, query_gradients
 from tda_lightning.gradients import Gradient
+from tda_lightning.optimizers import applied_rates, rule_if_known, weight_decay
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.passes import Pass, Session
@@ -59,13 +60,14 @@ def absolute_damping(options: InverseSettings, trajectory: Trajectory) -> float 
     """
     if options.damping != "segment":
         return options.damping  # type: ignore[return-value]
-    if trajectory.require_optimizer() != "SGD":
+    rule = rule_if_known(trajectory)
+    if rule is None or not rule.linear:
         raise UnsupportedTrainingError(
             "damping='segment' is 1 / (eta T) of plain gradient descent, and the run was trained "
             f"with {trajectory.facts.optimizer}, whose steps are not in proportion to gradients. "
             "Give a number, or relative_damping."
         )
-    time = float(trajectory.applied_rates(slice(None)).sum(0).max())
+    time = float(applied_rates(trajectory, slice(None)).sum(0).max())
     if time <= 0:
         raise UnsupportedTrainingError("damping='segment' is 1 / (eta T), and all rates are 0.")
     return 1 / time
@@ -83,7 +85,8 @@ def about_damping(options: InverseSettings, trajectory: Trajectory, whole: str) 
 def decay_of(context: Session, kind: str) -> dict[str, Tensor]:
     """Weight decay of every parameter at the last step, by unit of curvature."""
     trajectory = context.trajectory
-    rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+    last = trajectory.last_step
+    rates = weight_decay(trajectory, slice(last - 1, last))[0]
     filled = {
         key: torch.full(fact.shape, float(rates[fact.group]), dtype=torch.float64)
         for key, fact in trajectory.facts.parameters.items()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
+from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Batch, Session, Stage
 
@@ -50,7 +51,13 @@ class TracIn:
         return len(_intervals(session))
 
     def score(self, session: Session) -> Provenance:
-        """Compare gradients at every checkpoint."""
+        """Compare gradients at every checkpoint.
+
+        Raises:
+            UnsupportedTrainingError: the optimizer's rates do not say how far a gradient moved
+                the parameters.
+        """
+        require_rates(session.trajectory)
         for number, (start, step) in enumerate(_intervals(session)):
             weights = _weights(session, start, step)
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
@@ -110,7 +117,7 @@ def _intervals(session: Session) -> list[tuple[int, int]]:
 def _weights(session: Session, start: int, stop: int) -> dict[str, Tensor]:
     """w_c of every parameter, by block: [groups, rows, columns]."""
     trajectory = session.trajectory
-    sums = trajectory.applied_rates(slice(start, stop)).sum(0)
+    sums = applied_rates(trajectory, slice(start, stop)).sum(0)
     filled = {
         name: torch.full(fact.shape, float(sums[fact.group]), dtype=session.dtype)
         for name, fact in trajectory.facts.parameters.items()
@@ -120,9 +127,11 @@ def _weights(session: Session, start: int, stop: int) -> dict[str, Tensor]:
 
 def _neglected(session: Session) -> str | None:
     """Why clipping is left out of the formula; None where it is not."""
-    # Adam's step hardly depends on the gradient's scale, and TracIn leaves its metric out.
-    adam = session.trajectory.require_optimizer() != "SGD"
-    return "Adam normalises gradient scale away" if adam else None
+    rule = rule_if_known(session.trajectory)
+    if rule is None:
+        return "there is no formula for the optimizer"
+    # Other steps hardly depend on the gradient's scale, and TracIn leaves their metric out.
+    return None if rule.linear else f"{rule.name} normalises gradient scale away"
 
 
 def _require_one_measurement(stages: Sequence[Stage]) -> None:

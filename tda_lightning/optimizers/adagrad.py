@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad
 
-from tda_lightning.optimizers.rule import OptimizerRule, ParameterStep, Settings, States
+from tda_lightning.optimizers.rule import (
+    Number,
+    OptimizerRule,
+    ParameterStep,
+    Settings,
+    States,
+)
 
 _SUM = "sum"
 
@@ -32,7 +38,7 @@ def _adjoint(a: Tensor, states: dict[str, Tensor], step: ParameterStep) -> Tenso
     return u
 
 
-def _metric(states: States, settings: Settings, _: float) -> Tensor:
+def _metric(states: States, settings: Settings, _: Number) -> Tensor:
     total = states[_SUM]
     return torch.where(total > 0, 1 / (total.sqrt() + settings["eps"]), 0)
 

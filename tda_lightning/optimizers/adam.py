@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW
 
-from tda_lightning.optimizers.rule import OptimizerRule, ParameterStep, Settings, States
+from tda_lightning.optimizers.rule import (
+    Number,
+    OptimizerRule,
+    ParameterStep,
+    Settings,
+    States,
+)
 
 _FIRST, _SECOND = "exp_avg", "exp_avg_sq"
 
@@ -44,7 +50,7 @@ def _advance(states: States, gradient: Tensor, settings: Settings) -> dict[str, 
     }
 
 
-def _metric(states: States, settings: Settings, count: float) -> Tensor:
+def _metric(states: States, settings: Settings, count: Number) -> Tensor:
     second = states[_SECOND]
     corrected = second / (1 - settings["beta2"] ** count)
     return torch.where(second > 0, 1 / (corrected.sqrt() + settings["eps"]), 0)

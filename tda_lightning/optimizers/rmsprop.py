@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import RMSprop
 
-from tda_lightning.optimizers.rule import OptimizerRule, ParameterStep, Settings, States
+from tda_lightning.optimizers.rule import (
+    Number,
+    OptimizerRule,
+    ParameterStep,
+    Settings,
+    States,
+)
 
 _SQUARE, _MEAN, _BUFFER = "square_avg", "grad_avg", "momentum_buffer"
 
@@ -51,7 +57,7 @@ def _variance(states: States) -> tuple[Tensor, Tensor | None]:
     return states[_SQUARE] if mean is None else states[_SQUARE] - mean**2, mean
 
 
-def _metric(states: States, settings: Settings, _: float) -> Tensor:
+def _metric(states: States, settings: Settings, _: Number) -> Tensor:
     root = _variance(states)[0].clamp(min=0).sqrt()
     return torch.where(states[_SQUARE] > 0, 1 / (root + settings["eps"]), 0)
 

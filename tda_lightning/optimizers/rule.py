@@ -44,7 +44,7 @@ class ParameterStep:
 
 Adjoint: TypeAlias = "Callable[[Tensor, dict[str, Tensor], ParameterStep], Tensor]"
 Advance: TypeAlias = "Callable[[States, Tensor, Settings], dict[str, Tensor]]"
-Metric: TypeAlias = "Callable[[States, Settings, float], Tensor]"
+Metric: TypeAlias = "Callable[[States, Settings, Number], Tensor]"
 EffectiveRates: TypeAlias = "Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]"
 
 
@@ -78,7 +78,7 @@ class OptimizerRule:
         effective_rates: the rate at which a constant gradient moves the parameters in the end,
             ``(rates [steps, groups], settings by column, steps taken before [steps])``. None: the
             rates themselves.
-        linear: a step is linear in the gradients so far.
+        linear: a step is linear in the gradients so far, which at most one state sums up.
         elementwise: every element of a parameter is stepped by itself.
         decoupled: weight decay is.
         remembers: whether the steps to come depend on states, given all settings of the run. None:
@@ -118,6 +118,11 @@ class OptimizerRule:
             raise ValueError(
                 f"The rule of {self.name} reads {sorted(unknown)}, which are not among its states "
                 f"{list(self.states)}."
+            )
+        if self.linear and len(self.states) > 1:
+            raise ValueError(
+                f"A linear rule has at most one state, got {list(self.states)} of {self.name}. "
+                "Set linear=False and give a metric."
             )
 
     def read(self, group: Mapping[str, Any]) -> dict[str, float]:

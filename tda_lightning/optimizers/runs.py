@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.optimizers.registry import require_formula, rule_if_known, rule_of
-from tda_lightning.optimizers.rule import STEP_COUNT, WEIGHT_DECAY
+from tda_lightning.optimizers.rule import STEP_COUNT, WEIGHT_DECAY, ParameterStep
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment, Trajectory
 
@@ -105,6 +105,25 @@ def remembers(trajectory: Trajectory) -> bool:
     if rule.remembers is None:
         return bool(rule.states)
     return rule.remembers(trajectory.steps.hyperparameters)
+
+
+def first_step_differs(trajectory: Trajectory) -> bool:
+    """Whether the first row steps a parameter without states otherwise than one that has them."""
+    rule = rule_of(trajectory)
+    assert rule.adjoint is not None
+    for group in range(trajectory.steps.learning_rate.shape[1]):
+        settings, probe = row_settings(trajectory, 0, group), torch.ones(1, dtype=torch.float64)
+        first, later = (
+            rule.adjoint(
+                probe,
+                {name: torch.zeros_like(probe) for name in rule.states},
+                ParameterStep(1.0, settings, probe, {}, 1, frozenset(new)),
+            )
+            for new in (rule.states, ())
+        )
+        if not torch.equal(first, later):
+            return True
+    return False
 
 
 def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:

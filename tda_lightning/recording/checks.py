@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,15 +15,12 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from tda_lightning.optimizers import consequences, optimizer_name
-from tda_lightning.recording.facts import Trained
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
-from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import is_distributed
 from tda_lightning.store.fingerprint import LENGTH, compare_fingerprints
 
@@ -68,16 +65,21 @@ def require_recordable(trainer: Trainer) -> None:
         )
 
 
-def require_one_optimizer(trainer: Trainer) -> None:
-    if len(trainer.optimizers) != 1:
+def require_one_optimizer(optimizers: Sequence[Optimizer]) -> None:
+    """Check that there is one optimizer.
+
+    Raises:
+        UnsupportedTrainingError: there are several, or none.
+    """
+    if len(optimizers) != 1:
         raise UnsupportedTrainingError(
-            f"TrajectoryRecorder records one optimizer, got {len(trainer.optimizers)} optimizers "
+            f"TrajectoryRecorder records one optimizer, got {len(optimizers)} optimizers "
             "from configure_optimizers(). Use one, with a parameter group for each setting."
         )
 
 
 def warn_without_formula(optimizer: Optimizer) -> None:
-    """Warn of an optimizer that some estimators will refuse."""
+    """Warn about an optimizer that some estimators will refuse."""
     name = optimizer_name(optimizer)
     if text := consequences(name):
         rank_zero_warn(f"TrajectoryRecorder records this run by {name} all the same. {text}")
@@ -89,16 +91,6 @@ def indices_ended(reason: str) -> UnsupportedTrainingError:
         f"Example indices ended in mid-training: {reason}. Expected one kind of batch "
         "throughout; use a sampler of integer positions for all of them."
     )
-
-
-def require_whole_step(step: int, held: Mapping[int, int], begun: Mapping[int, int]) -> None:
-    """Check that a step trains what was trained when its first batch began."""
-    if held != begun:
-        raise UnsupportedTrainingError(
-            f"The set of trained parameters changed in the midst of step {step + 1}: expected the "
-            f"{len(begun)} that it began with, got {len(held)}. Freeze and unfreeze between "
-            "optimizer steps, for instance in on_train_epoch_start."
-        )
 
 
 def require_same_examples(trainer: Trainer, facts: Facts, first: Any) -> Any:
@@ -119,38 +111,6 @@ def require_same_examples(trainer: Trainer, facts: Facts, first: Any) -> Any:
             "epoch. Vary the sampler instead, or record each part as a fit of its own."
         ) from error
     return dataset
-
-
-def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
-    """(parameter, group) by the module's names: what the optimizer holds and trains.
-
-    Raises:
-        UnsupportedTrainingError: the optimizer trains a parameter that is not the module's, or
-            nothing at all.
-    """
-    groups = {
-        id(parameter): number
-        for number, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
-    trained = {
-        name: (parameter, groups.pop(id(parameter)))
-        for name, parameter in plain_parameters(module).items()
-        if id(parameter) in groups
-    }
-    if groups:
-        raise UnsupportedTrainingError(
-            f"The optimizer trains {len(groups)} parameters that are not among the module's "
-            f"named_parameters() (in parameter groups {sorted(set(groups.values()))}); expected "
-            "all of them there. Register them in the LightningModule."
-        )
-    if not trained:
-        raise UnsupportedTrainingError(
-            "The optimizer trains no parameter: each one it holds has requires_grad=False, "
-            "expected at least one to record."
-        )
-    return trained
 
 
 def training_loader(trainer: Trainer) -> Any:

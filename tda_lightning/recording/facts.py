@@ -9,89 +9,42 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from lightning.pytorch import Trainer
+from torch import nn
 
 from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_rates
-from tda_lightning.recording.stepping import clipping_kind
-from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact
-from tda_lightning.runtime.compiled import plain_buffers, plain_name, plain_parameters
-
-# Parameter and its group in the optimizer, by the module's names.
-Trained = Mapping[str, tuple[nn.Parameter, int]]
+from tda_lightning.recording.optimizer_steps import clipping_kind
+from tda_lightning.recording.trained_parameters import TrainedParameters
+from tda_lightning.records.trajectory import Facts
+from tda_lightning.runtime.compiled import plain_name
 
 _PACKAGES = ("tda-lightning", "torch", "lightning", "numpy", "h5py")
 
 
-def read_checkpoint(
-    step: int,
-    module: nn.Module,
-    optimizer: Optimizer,
-    trained: Trained,
-    with_optimizer: bool,
-    random: Mapping[str, Tensor] | None = None,
-) -> Checkpoint:
-    """The state after ``step`` steps; ``buffers`` has every tensor that no step moves.
-
-    Frozen parameters are among them: without these the model cannot be rebuilt.
-    """
-    others = {**plain_parameters(module), **plain_buffers(module)}
-    states = None
-    if with_optimizer:
-        states = {
-            name: {
-                key: value
-                for key, value in optimizer.state.get(parameter, {}).items()
-                if isinstance(value, Tensor)
-            }
-            for name, (parameter, _) in trained.items()
-        }
-    return Checkpoint(
-        step=step,
-        parameters={name: parameter.detach() for name, (parameter, _) in trained.items()},
-        buffers={name: tensor for name, tensor in others.items() if name not in trained},
-        optimizer=states,
-        random=random,
-    )
-
-
 def read_facts(
     trainer: Trainer,
-    module: LightningModule,
-    trained: Trained,
+    trained: TrainedParameters,
     num_examples: int | None,
     fingerprint: Mapping[str, str] | None,
     settings: Mapping[str, Any],
 ) -> Facts:
     """The facts of the run that is about to start."""
-    optimizer = trainer.optimizers[0]
     return Facts(
-        parameters=parameter_facts(trained),
-        optimizer=optimizer_name(optimizer),
+        parameters=trained.facts(),
+        optimizer=optimizer_name(trained.optimizer),
         num_examples=num_examples,
         fingerprint=fingerprint,
-        settings={**_settings(trainer, module, optimizer), **settings},
+        settings={**_settings(trainer, trained), **settings},
     )
 
 
 def modules_in_eval_mode(module: nn.Module) -> list[str]:
-    """Names of the parts that do not train: frozen batch statistics, dropout that is off."""
+    """Names of the parts in eval mode: frozen batch statistics, dropout that is off."""
     return [plain_name(name) for name, part in module.named_modules() if not part.training]
 
 
-def parameter_facts(trained: Trained) -> dict[str, ParameterFact]:
-    """Shape, dtype and group of every trained parameter."""
-    return {
-        name: ParameterFact(
-            tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), group
-        )
-        for name, (parameter, group) in trained.items()
-    }
-
-
-def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
-    loader = trainer.train_dataloader
+def _settings(trainer: Trainer, trained: TrainedParameters) -> dict[str, Any]:
+    module, optimizer, loader = trained.module, trained.optimizer, trainer.train_dataloader
     algorithm = trainer.gradient_clip_algorithm or "norm"
     return {
         "module": _path(module),
@@ -125,13 +78,13 @@ def _settings(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            versions[package] = "not installed as a package"
+    return versions
 
 
 def _path(thing: object) -> str:

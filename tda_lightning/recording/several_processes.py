@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,31 +26,17 @@ from tda_lightning.runtime.processes import Processes
 from tda_lightning.store.writer import TrajectoryWriter
 
 
-def shared_writer(writer: TrajectoryWriter, processes: Processes) -> TrajectoryWriter:
-    """``writer`` for use in every process, of which only the first touches the folder."""
-    if processes.count == 1:
-        return writer
-    return cast(TrajectoryWriter, _SharedWriter(writer, processes))
+class FirstProcessWriter:
+    """A writer whose methods every process calls; the first one writes, and an error reaches all.
 
-
-class _SharedWriter:
-    """A writer whose every method is called in all processes and works in the first one."""
+    It stands for the ``TrajectoryWriter`` that it is made from.
+    """
 
     def __init__(self, writer: TrajectoryWriter, processes: Processes) -> None:
         self._writer, self._processes = writer, processes
-        self.num_steps = writer.num_steps  # looked at after every batch, so known everywhere
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._writer, name)
-
-        def shared(*args: Any, **options: Any) -> Any:
-            def act() -> tuple[Any, int]:
-                return method(*args, **options), self._writer.num_steps
-
-            result, self.num_steps = self._processes.by_first(act)
-            return result
-
-        return shared
+        return partial(self._processes.by_first, getattr(self._writer, name))
 
 
 def gathered(steps: Steps, processes: Processes, *, sharded: bool = False) -> Steps:
@@ -59,20 +46,16 @@ def gathered(steps: Steps, processes: Processes, *, sharded: bool = False) -> St
         steps: rows of this process.
         processes: those that train together.
         sharded: gradient norms are those of this process's own pieces of the gradient.
+
+    Raises:
+        UnsupportedTrainingError: in every process, when they did not take the same steps.
     """
     if processes.count == 1:
         return steps
     parts: list[Any] | None = [None] * processes.count if processes.is_first else None
     dist.gather_object(steps, parts, dst=0)
-    joined = steps
-
-    def join() -> None:
-        nonlocal joined
-        assert parts is not None
-        joined = interleaved(parts, sharded=sharded)
-
-    processes.by_first(join)
-    return joined
+    processes.by_first(_require_same_steps, parts or [])
+    return steps if parts is None else interleaved(parts, sharded=sharded)
 
 
 def interleaved(parts: Sequence[Steps], *, sharded: bool = False) -> Steps:
@@ -105,8 +88,8 @@ def interleaved(parts: Sequence[Steps], *, sharded: bool = False) -> Steps:
         loss=_mean_loss(parts),
         gradient_norm=norm,
         clipping=clipping,
-        batch_offsets=_offsets([len(row) for row in rows]),
-        example_offsets=_offsets([len(batch) for batch in batches]),
+        batch_offsets=offsets([len(row) for row in rows]),
+        example_offsets=offsets([len(batch) for batch in batches]),
         examples=torch.cat([first.examples[:0], *batches]),
         accumulation=first.accumulation * len(parts),
     )
@@ -143,5 +126,6 @@ def _mean_loss(parts: Sequence[Steps]) -> Tensor:
     return totals / counts.sum(0)
 
 
-def _offsets(sizes: Sequence[int]) -> Tensor:
+def offsets(sizes: Sequence[int]) -> Tensor:
+    """Where each of consecutive parts begins, and where the last one ends: int64 [parts + 1]."""
     return torch.cumsum(torch.tensor([0, *sizes], dtype=torch.int64), 0)

@@ -1,7 +1,8 @@
-"""What a rehearsal predicts about an attribution."""
+"""What a recording or an attribution will take, told before it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tda_lightning.runtime.formatting import readable_bytes, readable_time
@@ -81,3 +82,64 @@ class AttributionPlan:
             each = f"{group.count} x " if group.count > 1 else ""
             lines.append(f"  {group.title}: {each}{readable_time(group.seconds)}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """Something that takes disk or memory.
+
+    Attributes:
+        name: what it is.
+        bytes: size of one; None if not known beforehand.
+        count: how many there are; None if not known beforehand.
+        in_checkpoint: each checkpoint holds one.
+    """
+
+    name: str
+    bytes: int | None
+    count: int | None = 1
+    in_checkpoint: bool = False
+
+    @property
+    def total(self) -> int | None:
+        """Size of all."""
+        return None if self.bytes is None or self.count is None else self.bytes * self.count
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """What a recording will take, in bytes; None is not known.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        checkpoints: how many are written, the initial weights included.
+        disk: what is on disk in the end. Steps are counted uncompressed: an upper bound.
+        memory: what is held besides the training, at most.
+        notes: what is not known, and why.
+    """
+
+    steps: int | None
+    checkpoints: int | None
+    disk: tuple[PlanItem, ...]
+    memory: tuple[PlanItem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Everything on disk."""
+        return _sum([item.total for item in self.disk])
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Everything in memory."""
+        return _sum([item.total for item in self.memory])
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """One checkpoint with everything that the recorder is to keep in it."""
+        return _sum([item.bytes for item in self.disk if item.in_checkpoint])
+
+
+def _sum(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None

@@ -19,8 +19,6 @@ from tda_lightning.records.curvature_statistics import BlockStatistics, Statisti
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.files import StoreFunction
 
-SUPPORTED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
-
 
 @dataclass(frozen=True)
 class ParameterFact:
@@ -78,9 +76,8 @@ class Steps:
     Attributes:
         epoch: int64 [steps].
         learning_rate: the applied rates, float64 [steps, groups].
-        hyperparameters: by name, float64 [steps, groups]. SGD: ``momentum``, ``dampening``,
-            ``nesterov``, ``weight_decay``; Adam and AdamW: ``beta1``, ``beta2``, ``eps``,
-            ``weight_decay``.
+        hyperparameters: by name, float64 [steps, groups]; the optimizer's rule lists them
+            (:mod:`tda_lightning.optimizers`).
         loss: mean training loss of the step's batches, float64 [steps].
         gradient_norm: before clipping, float64 [steps].
         batch_offsets: int64 [steps + 1]; row t holds the batches batch_offsets[t] to [t + 1],
@@ -372,31 +369,6 @@ class Trajectory:
             for name in names:
                 steps_before[name] = steps_before.get(name, 0) + stop - stage.start
         return tuple(parts)
-
-    def require_optimizer(self) -> str:
-        """Name of the optimizer, or an error that lists the supported ones."""
-        if self.facts.optimizer not in SUPPORTED_OPTIMIZERS:
-            raise UnsupportedTrainingError(
-                f"The run was trained with {self.facts.optimizer}, for which there is no formula. "
-                f"Supported optimizers: {', '.join(SUPPORTED_OPTIMIZERS)}."
-            )
-        return self.facts.optimizer
-
-    def applied_rates(self, rows: slice) -> Tensor:
-        """Rates that reach the parameters, float64 [steps, groups].
-
-        A constant gradient moves the parameters by eta (1 - tau) / (1 - mu) per step once the
-        momentum buffer is warm, and by as much less as clipping made it shorter; Adam keeps eta,
-        its preconditioner is counted apart.
-        """
-        rates = self.steps.learning_rate[rows]
-        if self.facts.optimizer != "SGD":
-            return rates
-        hyper = self.steps.hyperparameters
-        momentum, dampening = hyper["momentum"][rows], hyper["dampening"][rows]
-        # torch.optim.SGD looks at dampening only when there is momentum.
-        kept = torch.where(momentum > 0, 1 - dampening, torch.ones_like(dampening))
-        return rates * kept / (1 - momentum) * self.clipping_factors(rows)
 
     def clipping_factors(self, rows: slice) -> Tensor:
         """What clipping multiplied each step's gradient by, float64 [steps, 1].

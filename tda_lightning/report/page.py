@@ -1,7 +1,7 @@
-"""Writes the report: collects what the page shows, and fills the template with it.
+"""Writes the report: collects what the page shows and fills the template.
 
-Scores, data, provenance and file names are foreign text: the template escapes all of it, and the
-page's own policy forbids it to run or to load anything.
+Scores, data, provenance and file names are untrusted text: the template escapes all of it, and the
+page's own policy forbids running or loading anything.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.utils.data import DataLoader
 
-from tda_lightning.records.rendered import DatasetRenderer, Renderer
+from tda_lightning.records.provenance import Provenance, well_formed
+from tda_lightning.records.rendered import Renderer
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report.charts import Chart, bar_chart, line_chart, number
+from tda_lightning.report.dataset_renderer import DatasetRenderer
 from tda_lightning.report.examples import Example, Listing, arrange, example, listing, shorten
-from tda_lightning.report.provenance import (
-    entries,
-    notes,
+from tda_lightning.report.provenance_rows import (
     one_line,
-    per_query,
     query_indices,
+    rows,
     segment_bounds,
     segment_names,
-    short_name,
 )
-from tda_lightning.report.trust import looked_at, relabelled, statements
+from tda_lightning.report.statements import relabelled, statements
 
 
 @dataclass(frozen=True)
 class QueryView:
-    """What the page says about one query."""
+    """What the page shows of one query."""
 
     row: int
     shown: Listing  # the query itself, as a list of one
     prediction: str
     measurement: str
-    totals: tuple[tuple[str, int, str, str], ...]  # kind, examples, their sum, share of those shown
+    totals: tuple[tuple[str, int, str, str], ...]  # kind, examples, their sum, share shown below
     proponents: Listing
     opponents: Listing
     chart: Chart | None
@@ -66,27 +65,32 @@ def write_report(
     num_suspects: int = 24,
     title: str = "Training data attribution",
 ) -> Path:
-    """Write the scores as one HTML file that needs no network and no JavaScript.
+    """Write the scores as one HTML file that needs neither network nor JavaScript.
 
-    Without data sets and without ``render`` the examples are shown by their indices.
+    Without data sets and without ``render``, examples are shown by their indices.
 
     Args:
         scores: any scores.
-        path: of the file; an older report there is replaced.
-        train: the training set or a loader of it; column n of the scores is its example n.
-        query: the queries or a loader of them, in the order of the rows.
-        render: how to show example ``index`` of ``split`` ("train" or "query"), as data modules
-            offer it; guessed from the data sets when None.
-        trajectory: the recorded run, for the curve of learning rates.
-        predictions: what the model said about each query; by default
+        path: the file to write; an older report there is replaced.
+        train: the training set or a loader over it; column n of the scores is its example n.
+        query: the queries or a loader over them, in the order of the rows.
+        render: shows example ``index`` of ``split`` ("train" or "query"), as data modules do; by
+            default it is guessed from the data sets.
+        trajectory: the recorded run, for its learning-rate curve.
+        predictions: what the model predicts for each query; by default
             ``scores.provenance["predictions"]``.
         queries: rows of the scores to show; by default the first 12.
-        k: proponents, and opponents, shown for each query.
+        k: number of proponents, and of opponents, shown for each query.
         num_suspects: length of the ranking by self-influence.
         title: heading of the page.
 
     Returns:
         The path of the file.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: data sets or predictions of another length than the scores.
+        IndexError: there is no such query.
     """
     path = Path(path)
     if path.is_dir():
@@ -94,7 +98,8 @@ def write_report(
     train, query = (
         data.dataset if isinstance(data, DataLoader) else data for data in (train, query)
     )
-    _require_lengths(scores, train, query, predictions)
+    provenance = well_formed(scores.provenance)
+    _require_lengths(scores, provenance, train, query, predictions)
     if queries is None:
         queries = range(min(12, scores.num_queries))
     if any(not 0 <= row < scores.num_queries for row in queries):
@@ -105,25 +110,26 @@ def write_report(
     if k < 1 or num_suspects < 1:
         raise ValueError(f"k and num_suspects must be positive, got {k} and {num_suspects}.")
     render = render or DatasetRenderer(train, query)
-    names = segment_names(scores)
+    names = segment_names(scores, provenance)
+    rates = None if trajectory is None else _learning_rate_chart(scores, provenance, trajectory)
     template = _environment().get_template("page.html.j2")
     html = template.render(
         title=title,
         scores=scores,
-        estimator=one_line(short_name(scores.provenance.get("estimator", ""))),
+        estimator=provenance.get("estimator", ""),
         segment_names=names,
-        queries=[_query(scores, row, render, predictions, k, names) for row in queries],
+        queries=[_query(scores, provenance, row, render, predictions, k, names) for row in queries],
         suspects=_suspects(scores, render, num_suspects),
         self_influence=_self_influence_chart(scores),
-        learning_rate=None if trajectory is None else _learning_rate_chart(scores, trajectory),
-        provenance=entries(scores.provenance),
-        notes=notes(scores.provenance),
-        trust=[*looked_at(scores), *statements(scores.provenance)],
+        learning_rate=rates,
+        provenance=rows(scores, provenance),
+        notes=provenance.get("notes", []),
+        trust=statements(scores, provenance),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        # Text from data may hold what UTF-8 cannot: lone surrogates become question marks.
+        # UTF-8 cannot encode lone surrogates, which text from data may contain.
         part.write_bytes(html.replace("\0", "").encode("utf-8", "replace"))
         os.replace(part, path)
     finally:
@@ -132,14 +138,18 @@ def write_report(
 
 
 def _require_lengths(
-    scores: Scores, train: Any, query: Any, predictions: Sequence[str] | None
+    scores: Scores,
+    provenance: Provenance,
+    train: Any,
+    query: Any,
+    predictions: Sequence[str] | None,
 ) -> None:
     if hasattr(train, "__len__") and len(train) != scores.num_train:
         raise ValueError(
             f"The training set has {len(train)} examples, the scores have {scores.num_train} "
             "columns. Give the data set that was scored."
         )
-    last = max(query_indices(scores), default=-1)
+    last = max(query_indices(scores, provenance), default=-1)
     if hasattr(query, "__len__") and len(query) <= last:
         raise ValueError(
             f"The query set has {len(query)} examples, the scores are about query {last} and "
@@ -152,9 +162,9 @@ def _require_lengths(
         )
 
 
-@functools.cache  # to compile the template takes longer than to fill it
+@functools.cache  # compiling the template takes longer than filling it
 def _environment() -> Environment:
-    # autoescape=True and not by file name: everything in this template is foreign text.
+    # autoescape=True and not by file name: everything in this template is untrusted.
     return Environment(
         loader=PackageLoader("tda_lightning.report"),
         autoescape=True,
@@ -166,6 +176,7 @@ def _environment() -> Environment:
 
 def _query(
     scores: Scores,
+    provenance: Provenance,
     row: int,
     render: Renderer,
     predictions: Sequence[str] | None,
@@ -175,10 +186,10 @@ def _query(
     values, k = scores.values[row], min(k, scores.num_scored)
     tails = {"proponent": scores.proponents(row, k), "opponent": scores.opponents(row, k)}
     strongest = max(float(tail.abs().max()) for _, tail in tails.values())
-    labels = relabelled(scores.provenance)
+    labels = relabelled(provenance)
     lists, series, totals = {}, [], []
     for kind, (indices, tail) in tails.items():
-        # With few examples the tails overlap: each list keeps to its own sign.
+        # With few examples the tails overlap: each list keeps its own sign only.
         sign = 1 if kind == "proponent" else -1
         indices, tail = indices[sign * tail > 0], tail[sign * tail > 0]
         parts = None
@@ -191,18 +202,18 @@ def _query(
             render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels
         )
         if len(indices):
-            alike = values[sign * values > 0].double()
-            share = float(tail.double().sum() / alike.sum())
-            total = number(float(alike.sum()), signed=True)
-            totals.append((kind, len(alike), total, f"{share:.0%}"))
-    if predictions is None:
-        predictions = per_query(scores, "predictions")
-    measurements = per_query(scores, "measurements")
+            same_sign = values[sign * values > 0].double()
+            share = float(tail.double().sum() / same_sign.sum())
+            total = number(float(same_sign.sum()), signed=True)
+            totals.append((kind, len(same_sign), total, f"{share:.0%}"))
+    predictions = predictions or provenance.get("predictions", [])
+    measurements = provenance.get("measurements", [])
+    told = [len(values) == scores.num_queries for values in (predictions, measurements)]
     return QueryView(
         row,
-        arrange((example(render, "query", query_indices(scores)[row], "large"),)),
-        "" if predictions is None else shorten(str(predictions[row]), 200),
-        "" if measurements is None else shorten(one_line(measurements[row]), 40),
+        arrange((example(render, "query", query_indices(scores, provenance)[row], "large"),)),
+        shorten(str(predictions[row]), 200) if told[0] else "",
+        one_line(measurements[row]) if told[1] else "",
         tuple(totals),
         lists["proponent"],
         lists["opponent"],
@@ -227,14 +238,16 @@ def _self_influence_chart(scores: Scores) -> Chart | None:
     return line_chart([(range(1, len(ordered) + 1), ordered)], width=420, height=170)
 
 
-def _learning_rate_chart(scores: Scores, trajectory: Trajectory) -> Chart | None:
+def _learning_rate_chart(
+    scores: Scores, provenance: Provenance, trajectory: Trajectory
+) -> Chart | None:
     rates = trajectory.steps.learning_rate
     if not len(rates):
         return None
     steps = range(1, len(rates) + 1)
     bands = [
         (start, stop, f"segment {place}")
-        for place, (start, stop) in enumerate(segment_bounds(scores) or [], start=1)
+        for place, (start, stop) in enumerate(segment_bounds(scores, provenance) or [], start=1)
     ]
     marks = [(step, f"checkpoint at step {step}") for step in sorted(trajectory.checkpoints)]
     # Groups that share a schedule would hide each other.

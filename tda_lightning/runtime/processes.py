@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def is_distributed() -> bool:
@@ -40,20 +41,20 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def by_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the first process; its result, or its error, reaches every process.
+    def by_first(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``action`` in the first process; its result, or its error, reaches every process.
 
         Every process must call this. Before the processes can talk, the others get None.
         """
         if self.count == 1:
-            return action()
+            return action(*args, **kwargs)
         if not is_distributed():
-            return action() if self.is_first else cast(T, None)
+            return action(*args, **kwargs) if self.is_first else cast(T, None)
         outcome: list[Any] = [None, None]
         caught: Exception | None = None
         if self.is_first:
             try:
-                outcome[0] = action()
+                outcome[0] = action(*args, **kwargs)
             except Exception as error:
                 caught, outcome[1] = error, _portable(error)
         dist.broadcast_object_list(outcome, src=0)

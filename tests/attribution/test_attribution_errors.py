@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -353,11 +354,13 @@ def test_labels_out_of_range_are_refused(work, label) -> None:
         attribution.attribute(data, queries, trainer=quiet())
 
 
-def test_an_unsupported_optimizer_names_the_supported_ones(work) -> None:
-    run, module, _, _ = work
-    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, optimizer="Adagrad"))
-    with pytest.raises(UnsupportedTrainingError, match="trained with Adagrad.*SGD, Adam, AdamW"):
-        AttributionModule(module, run, TracIn())
+@pytest.mark.parametrize("estimator", [Source(1), Source(1, order="recorded"), Unrolled()])
+def test_an_unsupported_optimizer_names_the_supported_ones(estimator: Any, work) -> None:
+    run, module, data, queries = work
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, optimizer="NAdam"))
+    attribution = AttributionModule(module, run, estimator)
+    with pytest.raises(UnsupportedTrainingError, match="trained with NAdam.*SGD, Adam, AdamW"):
+        attribution.attribute(data, queries, trainer=quiet())
 
 
 def test_adam_without_its_state_is_refused() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.stand_ins import Decompositions
+from tda_lightning.cli.plan_tables import recording_plan_table
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.estimators.unrolled import unfinished
 from tda_lightning.examples.models.gpt import GPT
@@ -25,9 +26,9 @@ from tda_lightning.recording.plan import (
     STATISTICS,
     STEPS,
     SUMS,
-    RecordingPlan,
 )
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.records.plans import RecordingPlan
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.session.passes import Pass, Plan, Session
@@ -43,7 +44,7 @@ from tests.recording import test_online_curvature as online
 
 def shown(plan: Any) -> str:
     console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan)
+    console.print(recording_plan_table(plan))
     return console.export_text()
 
 

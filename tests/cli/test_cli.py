@@ -95,7 +95,7 @@ def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
     assert main(["report", f"scores={file}"]) == 0
     page = file.with_suffix(".html").read_text(encoding="utf-8")
     assert "recorded checkpoints that it passes bit for bit" in page
-    assert "Only what the last 3 of 4 steps did" in page
+    assert "Only the effect of an example on the last 3 of 4 steps" in page
     assert "not of removal: 3 as 7." in page
 
 
@@ -294,7 +294,7 @@ def test_damaged_files_are_named(run, capsys):
     with h5py.File("foreign.h5", "w") as file:
         file["x"] = 1
     assert main(["report", "foreign.h5"]) == 1
-    assert "holds no scores" in capsys.readouterr().err
+    assert "is not a scores file" in capsys.readouterr().err
 
 
 def test_inspecting_a_damaged_run_fails(run, capsys):

@@ -522,17 +522,17 @@ def test_retraining_is_not_compared_with_scores_of_a_part(partial: Scores) -> No
 def test_a_report_says_how_many_examples_were_looked_at(partial: Scores, tmp_path: Path) -> None:
     page = write_report(partial, tmp_path / "page.html").read_text(encoding="utf-8")
     words = " ".join(page.split())
-    assert "6 training examples (3 looked at for each query)" in words
+    assert "6 training examples (3 scored for each query)" in words
     assert (
         "Only the 3 of 6 training examples nearest to each query by the inputs of &lt;head&gt; (l2)"
         in words
     )
-    assert "All proponents looked at" in words
+    assert "All scored proponents" in words
     assert "Self-influence: the most" not in words and ">nan" not in words.lower()
     assert "from 2 examples" in words and "from 1 examples" in words
     plain = Scores(torch.randn(2, 6))
     page = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "looked at" not in page
+    assert "scored for each" not in page
     for odd in (None, 3, {"features": 5, "metric": ["x"]}):
         scores = dataclasses.replace(partial, provenance={"candidates": odd})
         page = write_report(scores, tmp_path / "page.html").read_text(encoding="utf-8")

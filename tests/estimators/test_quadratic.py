@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tda_lightning.estimators import Source
+from tda_lightning.optimizers import applied_rates
 from tests import oracles
 from tests.attributing import attribute
 from tests.cases.training import LINEAR, OPTIMIZERS, queries_of
@@ -109,7 +110,7 @@ def test_the_exponent_is_the_measured_decay_of_descent(optimizer) -> None:
         end = again.checkpoints[STEPS].parameters
         ends.append(torch.cat([end[name].flatten() for name in run.facts.parameters]))
     measured = (vectors.T @ (ends[1] - ends[0])) / 1e-3
-    exponent = float(run.applied_rates(slice(0, STEPS)).sum()) * (values + decay)
+    exponent = float(applied_rates(run, slice(0, STEPS)).sum()) * (values + decay)
     assert exponent.max() > 1
     predicted = torch.exp(-exponent)
     torch.testing.assert_close(measured, predicted, rtol=0.25, atol=1e-3)

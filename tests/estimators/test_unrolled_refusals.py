@@ -174,7 +174,7 @@ def test_other_precisions(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["Adam(amsgrad=True)", "SGD(maximize=True)", "RMSprop", "Adagrad", "LBFGS"]
+    "kind", ["Adam(amsgrad=True)", "SGD(maximize=True)", "RAdam", "Adadelta", "LBFGS"]
 )
 def test_other_optimizers(kind: str) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS["adam"])

@@ -31,14 +31,18 @@ def spread(trajectory: Trajectory, per_group: Tensor) -> Tensor:
 
 
 def effective_rates(trajectory: Trajectory) -> Tensor:
-    """What each step adds to eta K, [steps, parameters]: momentum multiplies the rate."""
+    """What each step adds to eta K, [steps, parameters]: momentum multiplies the rate, and
+    Adagrad's falls."""
     steps = trajectory.steps
-    rates = steps.learning_rate.clone()
+    rates, hyper = steps.learning_rate.clone(), steps.hyperparameters
     if trajectory.facts.optimizer == "SGD":
-        momentum = steps.hyperparameters["momentum"]
-        dampening = steps.hyperparameters["dampening"]
+        momentum, dampening = hyper["momentum"], hyper["dampening"]
         # torch.optim.SGD without momentum has no buffer and so no dampening.
         rates = rates * torch.where(momentum == 0, 1.0, (1 - dampening) / (1 - momentum))
+    if trajectory.facts.optimizer == "RMSprop":
+        rates = rates / (1 - hyper["momentum"])
+    if trajectory.facts.optimizer == "Adagrad":
+        rates = rates / (1 + torch.arange(len(steps))[:, None] * hyper["lr_decay"])
     return spread(trajectory, rates)
 
 
@@ -47,19 +51,25 @@ def preconditioner(trajectory: Trajectory, checkpoints: Sequence[Checkpoint]) ->
 
     It is 1 for SGD, and 0 at a checkpoint where v = 0: nothing has moved that coordinate yet.
     """
-    if trajectory.facts.optimizer == "SGD":
+    kind, hyper = trajectory.facts.optimizer, trajectory.steps.hyperparameters
+    if kind == "SGD":
         return torch.ones_like(spread(trajectory, trajectory.steps.learning_rate[0]))
-    hyper = trajectory.steps.hyperparameters
     total = 0
     for checkpoint in checkpoints:
         parts = []
         for name, fact in trajectory.facts.parameters.items():
             state = checkpoint.optimizer[name]
-            beta2 = hyper["beta2"][checkpoint.step - 1, fact.group]
-            eps = hyper["eps"][checkpoint.step - 1, fact.group]
-            second = state["exp_avg_sq"].double().reshape(-1)
-            corrected = second / (1 - beta2 ** float(state["step"]))
-            parts.append(torch.where(second == 0, 0.0, 1 / (corrected.sqrt() + eps)))
+            own = {key: float(v[checkpoint.step - 1, fact.group]) for key, v in hyper.items()}
+            if kind == "RMSprop":
+                second = state["square_avg"]
+                if own["centered"]:
+                    second = second - state["grad_avg"] ** 2
+            elif kind == "Adagrad":
+                second = state["sum"]
+            else:
+                second = state["exp_avg_sq"] / (1 - own["beta2"] ** float(state["step"]))
+            second = second.double().reshape(-1)
+            parts.append(torch.where(second == 0, 0.0, 1 / (second.sqrt() + own["eps"])))
         total = total + torch.cat(parts)
     return total / len(checkpoints)
 

@@ -22,7 +22,7 @@ from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.gradients.moments import FULL
 from tda_lightning.gradients.observer import Observer
-from tda_lightning.recording import TrajectoryRecorder, curvature
+from tda_lightning.recording import TrajectoryRecorder, curvature_statistics
 from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.store import open_trajectory
@@ -339,8 +339,8 @@ def test_only_the_true_fisher_takes_backward_passes(
 def test_a_large_batch_is_stood_for_by_its_first_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature, "_ROWS", 3)
-    monkeypatch.setattr(curvature, "_NORMS", 2)
+    monkeypatch.setattr(curvature_statistics, "_ROWS", 3)
+    monkeypatch.setattr(curvature_statistics, "_NORMS", 2)
     dataset = data(lambda n: vectors(n).double())
     settings = {"fisher": "empirical", "every_n_steps": 1}
     run(tmp_path, lambda: Model(mlp()), dataset, settings, double=True, max_epochs=1)

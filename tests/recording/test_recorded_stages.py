@@ -215,7 +215,7 @@ def test_freezing_within_a_step_is_refused(tmp_path: Path) -> None:
             self.net[0].requires_grad_(batch_idx != 3)
             return super().training_step(batch, batch_idx)
 
-    message = r"in the midst of step 4: expected the 6 .* got 4.*on_train_epoch_start"
+    message = r"in the middle of step 4: expected the 6 .* got 4.*on_train_epoch_start"
     with pytest.raises(UnsupportedTrainingError, match=message):
         record(tmp_path, Within(sgd), recorder={"every_n_steps": 1})
     assert open_trajectory(tmp_path).last_step == 3

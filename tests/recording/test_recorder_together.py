@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from tda_lightning import TrajectoryRecorder
-from tda_lightning.recording.wrapping import Wrapped
+from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.errors import ResumeError, UnsupportedTrainingError
 from tda_lightning.store import layout, open_trajectory
 from tda_lightning.store.writer import TrajectoryWriter
@@ -296,7 +296,7 @@ def test_wrappers_end_in_any_order(order: tuple[int, ...], instance: bool) -> No
         vars(owner)["method"] = lambda value: f"own {value}"
     before = dict(vars(owner))
     wrappers = [
-        Wrapped(owner, "method", lambda inner, n=n: lambda value: f"{n} {inner(value)}")
+        ReplacedMethod(owner, "method", lambda inner, value, n=n: f"{n} {inner(value)}")
         for n in range(3)
     ]
     left = {0, 1, 2}

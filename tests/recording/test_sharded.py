@@ -16,10 +16,10 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule
 from tda_lightning.estimators import TracIn
-from tda_lightning.recording.checks import trained_parameters
-from tda_lightning.recording.facts import read_checkpoint
+from tda_lightning.recording.checkpoints import read_checkpoint
 from tda_lightning.recording.several_processes import interleaved
 from tda_lightning.recording.sharded import Shards
+from tda_lightning.recording.trained_parameters import trained_parameters
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts, ParameterFact
 from tda_lightning.runtime.compiled import plain_name

@@ -212,7 +212,7 @@ class TestTrust:
             replayed_steps=[0, 30],
         )
         assert "What this very run did." in text
-        assert "Replayed, the run lands on all 3 recorded checkpoints bit for bit." in text
+        assert "The replay lands on all 3 recorded checkpoints bit for bit." in text
         assert "Truncated" not in text
         assert {"trust", "provenance"} <= set(page.ids)
 
@@ -220,7 +220,7 @@ class TestTrust:
         residual = {"max": 0.25, "median": 0.125}
         solver = {"name": "LiSSA", "tolerance": 0.1, "relative_residual": residual}
         text, _ = self.text(scores, tmp_path, solver={**solver, "reached": False})
-        assert "LiSSA leaves a relative residual of 0.250 at most, 0.125 for the median" in text
+        assert "LiSSA leaves a relative residual of at most 0.250, 0.125 for the median" in text
         assert "did not reach its tolerance" in text
         text, _ = self.text(scores, tmp_path, solver={**solver, "tolerance": 0.5, "reached": True})
         assert "(0.500 was asked for)" in text
@@ -238,16 +238,16 @@ class TestTrust:
             replayed_steps=[25, 30],
         )
         assert "lands on the recorded checkpoint that it passes bit for bit." in text
-        assert "Only what the last 5 of 30 steps did with an example is counted" in text
-        assert "its part in the steps up to 25 is missing" in text
+        assert "Only the effect of an example on the last 5 of 30 steps is counted" in text
+        assert "effect on the steps up to 25 is missing" in text
 
     def test_near(self, scores, tmp_path):
         near = {"bit_equal": False, "largest_difference": 1.25e-7, "relative_difference": 3e-6}
         text, _ = self.text(
             scores, tmp_path, checkpoints=[0, 9, 18, 30], certificate={**CERTIFICATE, **near}
         )
-        assert "lands near all 3 recorded checkpoints, not on them bit for bit" in text
-        assert "off by up to 1.25·10⁻⁷, all weights together by 3.00·10⁻⁶ of how far" in text
+        assert "lands near all 3 recorded checkpoints, but not on them bit for bit" in text
+        assert "off by up to 1.25·10⁻⁷, all weights together by 3.00·10⁻⁶ of the dist" in text
         assert "(0.00100 was allowed)" in text
 
     def test_no_claim_that_its_own_numbers_refute(self, scores, tmp_path):
@@ -259,7 +259,7 @@ class TestTrust:
     def test_other_labels(self, scores, tmp_path):
         best = int(scores.proponents(0, 1)[0])
         text, _ = self.text(scores, tmp_path, relabel={str(best): 7, "29": "cat"})
-        assert f"another label, not of removal: {best} as 7, 29 as cat." in text
+        assert f"a different label, not of removal: {best} as 7, 29 as cat." in text
         assert f"#{best} with label 7" in text
         many = {str(index): 0 for index in range(30)}
         assert "11 as 0 and 18 more." in self.text(scores, tmp_path, relabel=many)[0]
@@ -274,7 +274,7 @@ class TestTrust:
     def test_without(self, scores, tmp_path):
         text, page = self.text(scores, tmp_path)
         assert "trust" not in page.ids
-        assert "How exact" not in text
+        assert "how accurately" not in text
 
 
 SPOT_CHECK = {
@@ -314,17 +314,17 @@ class TestSpotCheck:
         text, page = self.text(scores, tmp_path, trust=FOUND)
         assert "trust" in page.ids
         for said in (
-            "ranked 8 models retrained on a random 50% of the training examples (the recorded run "
-            "replayed, what is left out at weight 0) with a correlation of 0.46, averaged over 4 "
-            "queries",
-            "95% interval \N{MINUS SIGN}0.12 to 0.80 over subsets, 0.30 to 0.60 over queries.",
-            "So few retrainings do not tell these scores from chance.",
+            "rank 8 models retrained on a random 50% of the training examples (the recorded run "
+            "replayed, with what is left out at weight 0) with a correlation of 0.46, averaged "
+            "over 4 queries",
+            "95% interval: \N{MINUS SIGN}0.12 to 0.80 over subsets, 0.30 to 0.60 over queries.",
+            "These are too few retrainings to tell the scores from chance.",
             "of 12 random training examples rank their proximal Bregman responses",
             "at damping 0.0100) with a correlation of 0.91",
-            "a response is 1.25 times its score on average",
-            "With a tenth of the relative damping (0.1) the scores' ranks correlate with these by "
-            "0.50, with ten times as much by 0.88.",
-            "with others: source 0.75, tracin \N{MINUS SIGN}0.25.",
+            "On average, a response is 1.25 times its score.",
+            "With a tenth of the relative damping (0.1), the rank correlation with these scores is "
+            "0.50; with ten times as much it is 0.88.",
+            "with other scores: source 0.75, tracin \N{MINUS SIGN}0.25.",
             "40% of the variance between retrained models comes from their seeds",
         ):
             assert said in text, said
@@ -332,11 +332,11 @@ class TestSpotCheck:
     def test_other_spot_checks(self, scores, tmp_path):
         sure = {**SPOT_CHECK, "over_subsets": [0.1, 0.8], "protocol": "algorithm", "num_seeds": 3}
         text, _ = self.text(scores, tmp_path, trust={"spot_check": sure})
-        assert "trained anew on the smaller training set, from fresh seeds, 3 seeds each" in text
+        assert "from scratch on the smaller training set, with fresh seeds, 3 seeds each" in text
         assert "from chance" not in text
         unknown = {**SPOT_CHECK, "over_subsets": [None, None]}
         text, _ = self.text(scores, tmp_path, trust={"spot_check": unknown})
-        assert "95% interval 0.30 to 0.60 over queries." in text
+        assert "95% interval: 0.30 to 0.60 over queries." in text
         nothing = {**SPOT_CHECK, "lds": None, "reason": "undefined: all <b>constant</b>."}
         text, _ = self.text(scores, tmp_path, trust={"spot_check": nothing})
         assert "weight 0): undefined: all <b>constant</b>." in text

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import CurvatureFit, as_matrices
 from tda_lightning.estimators import InfluenceFunction
+from tda_lightning.optimizers import applied_rates
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tda_lightning.solvers import (
     ASTRA,
@@ -374,7 +375,7 @@ def test_the_default_damping_is_a_tenth_of_the_mean_eigenvalue() -> None:
 def test_damping_of_the_segment_is_one_over_the_applied_rates() -> None:
     run, _, _ = trained()
     scores = scores_of("direct", damping="segment")
-    time = float(run.applied_rates(slice(None)).sum(0).max())
+    time = float(applied_rates(run, slice(None)).sum(0).max())
     assert scores.provenance["solver"]["damping"] == pytest.approx(1 / time)
     assert relative(scores.values, truth("gauss_newton", 1 / time)[0]) < 1e-6
     adam, module, data = train(CLASSIFIER, OPTIMIZERS["adam"])

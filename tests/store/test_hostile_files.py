@@ -425,7 +425,7 @@ def test_impossible_candidates(candidates: Any, message: str, mapped: bool, scor
 def test_impossible_provenance(text: bytes, scores: Path) -> None:
     put(scores, "provenance", np.bytes_(text))
     sealed(scores)
-    with pytest.raises(TrajectoryFormatError, match="damaged or no scores file"):
+    with pytest.raises(TrajectoryFormatError, match="is damaged"):
         Scores.load(scores)
 
 

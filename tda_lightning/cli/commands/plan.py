@@ -16,7 +16,11 @@ from tda_lightning.cli.command import (
     required,
 )
 from tda_lightning.cli.commands.train import output_folder
-from tda_lightning.cli.plan_tables import attribution_plan_table, comparison_table
+from tda_lightning.cli.plan_tables import (
+    attribution_plan_table,
+    comparison_table,
+    recording_plan_table,
+)
 from tda_lightning.cli.recorded_run import load_parts
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
@@ -68,4 +72,5 @@ def plan_recording(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
-    Console().print(recorder.plan(module, configured_trainer(config.trainer, [recorder]), data))
+    plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)
+    Console().print(recording_plan_table(plan))

@@ -19,6 +19,7 @@ from tda_lightning.estimators.source.matrix_free import MatrixFreeRun
 from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
 from tda_lightning.estimators.source.staged import plan_stages, segment_counts
+from tda_lightning.optimizers import applied_rates, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
@@ -208,16 +209,16 @@ class Source:
 
     def plan(self, context: Session) -> Plan:
         """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
-        adam = context.trajectory.require_optimizer() != "SGD"
+        rule = rule_of(context.trajectory)
         run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
         if self.curvature == MATRIX_FREE:
             run = MatrixFreeRun(self, context)
         elif self.order == "average":
             run = AveragedRun(self, context)
-        elif adam:
-            run = RecordedAdamRun(self, context)
-        else:
+        elif rule.linear:
             run = RecordedRun(self, context)
+        else:
+            run = RecordedAdamRun(self, context)
         provenance: dict[str, Any] = {
             "segments": [[s.start, s.stop] for s in run.segments],
             "checkpoints": [list(s.checkpoints) for s in run.segments],
@@ -262,7 +263,7 @@ class Source:
         groups = sorted({facts[name].group for name in context.engine.names})
         folded = []
         for number, segment in enumerate(segments, start=1):
-            rates = context.trajectory.applied_rates(segment.rows)[:, groups]
+            rates = applied_rates(context.trajectory, segment.rows)[:, groups]
             times = rates.sum(0)
             # Rates in a fixed ratio are, step by step, the same part of each group's sum.
             differences = (rates * times.max() - rates[:, [int(times.argmax())]] * times).abs()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import unit_matrices
-from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import Segment, Trajectory
+from tda_lightning.optimizers import applied_rates, rule_of, segment_metric, weight_decay
+from tda_lightning.records.trajectory import Segment
 from tda_lightning.session.passes import Session
 
 
@@ -51,32 +51,31 @@ class Geometry:
 def segment_geometry(context: Session, segment: Segment, kind: str) -> Geometry:
     """The metric of ``segment`` for curvature of the given kind."""
     trajectory = context.trajectory
-    optimizer = trajectory.require_optimizer()
-    rates = trajectory.applied_rates(segment.rows)
+    rule = rule_of(trajectory)
+    rates = applied_rates(trajectory, segment.rows)
     clipping = trajectory.clipping_factors(segment.rows)
-    if optimizer != "SGD":
-        # Adam's moments are those of clipped gradients, so the gradients must be clipped too.
+    if not rule.linear:
+        # The metric is that of clipped gradients, so the gradients must be clipped too.
         rates = rates * clipping
     times = rates.sum(0)
     time = float(times.max())
     ratios = times / time if time > 0 else torch.ones_like(times)
     raw = trajectory.steps.learning_rate[segment.rows]
-    decays = trajectory.steps.hyperparameters["weight_decay"][segment.rows]
+    decays = weight_decay(trajectory, segment.rows)
     # Decay is not clipped: against gradients that are, it weighs more.
     total = (raw * clipping).sum(0)
     decay_of_group = torch.where(total > 0, (raw * decays).sum(0) / total.clamp(min=1e-300), 0.0)
-    inverse_roots = _adam_metric(trajectory, segment) if optimizer != "SGD" else {}
+    step_metric = segment_metric(trajectory, segment)
     metric, decay, still = {}, {}, {}
     for name, fact in trajectory.facts.parameters.items():
         if name not in context.engine.names:
             continue
         ratio, rate = float(ratios[fact.group]), float(decay_of_group[fact.group])
         ones = torch.ones(fact.shape, dtype=torch.float64)
-        metric[name] = ratio * inverse_roots.get(name, ones)
+        metric[name] = ratio * step_metric.get(name, ones)
         # Decoupled decay acts on the parameters themselves, coupled decay passes through P.
-        decoupled = optimizer == "AdamW"
-        decay[name] = ratio * rate * ones if decoupled else rate * metric[name]
-        still[name] = ratio * rate * ones if decoupled else torch.zeros_like(ones)
+        decay[name] = ratio * rate * ones if rule.decoupled else rate * metric[name]
+        still[name] = ratio * rate * ones if rule.decoupled else torch.zeros_like(ones)
     by_unit = {
         what: unit_matrices(kind, {b.name: b.matrix(values) for b in context.blocks})
         for what, values in (("metric", metric), ("decay", decay), ("still", still))
@@ -91,32 +90,3 @@ def segment_geometry(context: Session, segment: Segment, kind: str) -> Geometry:
         {name: placed(m) for name, m in by_unit["decay"].items()},
         {name: placed(m) for name, m in by_unit["still"].items()},
     )
-
-
-def _adam_metric(trajectory: Trajectory, segment: Segment) -> dict[str, Tensor]:
-    """Mean over the segment's checkpoints of 1 / (sqrt(v_hat) + eps); 0 where v = 0.
-
-    A coordinate whose second moment is zero has never had a gradient and never moved.
-    """
-    hyper = trajectory.steps.hyperparameters
-    sums: dict[str, Tensor] = {}
-    for step in segment.checkpoints:
-        states = trajectory.checkpoints[step].optimizer
-        if states is None:
-            raise UnsupportedTrainingError(
-                f"The checkpoint at step {step} has no optimizer state, and Adam's second moments "
-                "are part of the formula. Record with save_optimizer=True."
-            )
-        for name, fact in trajectory.facts.parameters.items():
-            beta = float(hyper["beta2"][step - 1, fact.group])
-            eps = float(hyper["eps"][step - 1, fact.group])
-            if "exp_avg_sq" not in states.get(name, {}):
-                # Never received a gradient: Adam keeps no state and does not move it.
-                inverse = torch.zeros(fact.shape, dtype=torch.float64)
-            else:
-                second = states[name]["exp_avg_sq"].double()
-                taken = float(states[name]["step"])
-                corrected = second / (1 - beta**taken)
-                inverse = torch.where(second > 0, 1 / (corrected.sqrt() + eps), 0.0)
-            sums[name] = sums[name] + inverse if name in sums else inverse
-    return {name: total / len(segment.checkpoints) for name, total in sums.items()}

@@ -22,9 +22,8 @@ from tda_lightning.estimators.source.segments import Adjoint, SegmentedRun
 from tda_lightning.estimators.source.spectral import MomentumAdjoint
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.forms import CHUNK_SCALARS
+from tda_lightning.optimizers import rule_of
 from tda_lightning.session.passes import Pass
-
-Coefficients = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -37,7 +36,7 @@ class RecordedRun(SegmentedRun):
         self.inside = Adjoint({})
         self.steppers: dict[str, MomentumAdjoint] = {}
         self.next_row = 0
-        self.u: dict[str, Coefficients] = {}
+        self.u: dict[str, Tensor]  # coefficients of a and b = {}
         self.self_influence: Tensor | None = None
         self._loads: list[list[Load]] = []
 
@@ -76,8 +75,9 @@ class RecordedRun(SegmentedRun):
                 self.adjoint = self.arrive(start, stop)
             self.inside = self.enter(number, self.adjoint)
             self.meet_frozen(number, self.inside)
+            rule = rule_of(self.context.trajectory)
             self.steppers = {
-                name: MomentumAdjoint(spectrum.eigenvalues)
+                name: MomentumAdjoint(spectrum.eigenvalues, rule)
                 for name, spectrum in self.spectra(number).items()
             }
             self.next_row = self.segments[number].stop - 1
@@ -103,7 +103,7 @@ class RecordedRun(SegmentedRun):
     def _walk_to(self, number: int, row: int) -> None:
         """Go back through the steps until ``row`` has been taken."""
         while self.next_row >= row:
-            step = self.sgd_step(number, self.next_row)
+            step = self.linear_step(number, self.next_row)
             self.u = {name: stepper.step(*step) for name, stepper in self.steppers.items()}
             self.next_row -= 1
 

@@ -23,6 +23,12 @@ from tda_lightning.estimators.source.recorded import chunks, runs
 from tda_lightning.estimators.source.schedule import Load, interval_around
 from tda_lightning.estimators.source.segments import Adjoint, SegmentedRun
 from tda_lightning.gradients import Gradient
+from tda_lightning.optimizers import (
+    ParameterStep,
+    recorded_states,
+    require_formula,
+    row_settings,
+)
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
 from tda_lightning.session.passes import Pass, memory_budget
@@ -31,15 +37,13 @@ Units = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class AdamSettings:
+class StepSettings:
     """Hyper-parameters of one step; tensors [groups, rows, columns] by unit where parameter
     groups differ."""
 
     rate: Units
     clipping: float
-    beta1: float
-    beta2: float
-    eps: float
+    shared: dict[str, float]
     coupled: Units
     decoupled: Units
 
@@ -61,6 +65,7 @@ class RecordedAdamRun(SegmentedRun):
     that rebuilds the moments and a walk back."""
 
     def __post_init__(self) -> None:
+        self.rule = require_formula(self.context.trajectory, "advance", "order='recorded'")
         super().__post_init__()
         self.a: Units = {}
         self.b: Units = {}
@@ -141,7 +146,7 @@ class RecordedAdamRun(SegmentedRun):
         needed = 3 * longest * size * torch.finfo(self.context.dtype).bits // 8
         if needed > memory_budget():
             raise UnsupportedTrainingError(
-                f"order='recorded' keeps Adam's moments of the {longest} steps between two "
+                f"order='recorded' keeps the moments of the {longest} steps between two "
                 f"checkpoints, {needed / 2**30:.1f} GiB, and {memory_budget() / 2**30:.1f} GiB "
                 "may be used. Record more checkpoints, or use order='average'."
             )
@@ -208,8 +213,10 @@ class RecordedAdamRun(SegmentedRun):
         return accumulate
 
     def _finish_moments(self, start: int, last: int) -> None:
-        """Run Adam's own recursion over the rebuilt gradients, from the recorded moments."""
-        context = self.context
+        """Run the optimizer's own recursion over the rebuilt gradients, from the recorded
+        moments."""
+        context, keys, advance = self.context, self.rule.states, self.rule.advance
+        assert advance is not None
         reduced = {n: context.reduce(g) for n, g in self.moments.gradient.items()}
         weights = self._parameters(start)
         first, second = self._recorded_moments(start)
@@ -224,8 +231,9 @@ class RecordedAdamRun(SegmentedRun):
                 gradient[row - start] *= settings.clipping
                 gradient[row - start] += settings.coupled[name] * at
                 now = gradient[row - start]
-                first[name] = settings.beta1 * first[name] + (1 - settings.beta1) * now
-                second[name] = settings.beta2 * second[name] + (1 - settings.beta2) * now**2
+                own = dict(zip(keys, (first[name], second[name]), strict=True))
+                own = advance(own, now, settings.shared)
+                first[name], second[name] = (own[key] for key in keys)
                 kept_first[name][row - start] = first[name]
                 kept_second[name][row - start] = second[name]
         self.moments = _Moments(start, reduced, kept_first, kept_second)
@@ -237,17 +245,12 @@ class RecordedAdamRun(SegmentedRun):
     def _recorded_moments(self, step: int) -> tuple[Units, Units]:
         trajectory = self.context.trajectory
         before = trajectory.steps_before
-        states = trajectory.checkpoints[step].optimizer if step > 0 or before else {}
-        if states is None:
-            raise UnsupportedTrainingError(
-                f"The checkpoint at step {step} has no optimizer state, and Adam's moments are "
-                "part of the formula. Record with save_optimizer=True."
-            )
+        states = recorded_states(trajectory, step) if step > 0 or before else {}
         if step == 0:
             # What a new optimizer begins with is not what the one before left.
             states = {name: state for name, state in states.items() if name in before}
         moments = []
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in self.rule.states:
             filled = {
                 name: states[name][key] if key in states.get(name, {}) else torch.zeros(fact.shape)
                 for name, fact in trajectory.facts.parameters.items()
@@ -290,29 +293,28 @@ class RecordedAdamRun(SegmentedRun):
             self.next_row -= 1
 
     def _step(self, number: int, row: int) -> Units:
-        """Go one step back (docs/methods.md, "Exact unrolling") and return u."""
-        settings, at = self._settings(row), row - self.moments.start
+        """One step of the adjoint back (docs/methods.md, "Exact unrolling"), and u."""
+        rule, settings, at = self.rule, self._settings(row), row - self.moments.start
+        assert rule.adjoint is not None and rule.metric is not None
         found = {}
         for name, taken in self._steps_before().items():
-            correction1 = 1 - settings.beta1 ** (taken + row + 1)
-            correction2 = 1 - settings.beta2 ** (taken + row + 1)
-            a, b, e = self.a[name], self.b[name], self.e[name]
-            first, second = self.moments.first[name][at], self.moments.second[name][at]
-            root = (second / correction2).sqrt()
-            denominator = root + settings.eps
-            rate = settings.rate[name] / correction1
-            slope = rate * first / (2 * correction2 * root * denominator**2)
-            b -= rate / denominator * a
-            # A coordinate whose second moment is zero did not move: no derivative, not NaN.
-            e += torch.where(second > 0, slope, 0.0) * a
-            gradient = self.moments.gradient[name][at]
-            u = (1 - settings.beta1) * b + 2 * (1 - settings.beta2) * gradient * e
-            u = torch.where(second > 0, u, 0.0)
+            a, moments = self.a[name], (self.moments.first[name][at], self.moments.second[name][at])
+            step = ParameterStep(
+                settings.rate[name],
+                settings.shared,
+                self.moments.gradient[name][at],
+                dict(zip(rule.states, moments, strict=True)),
+                taken + row + 1,
+            )
+            adjoints = dict(zip(rule.states, (self.b[name], self.e[name]), strict=True))
+            u = rule.adjoint(a, adjoints, step)
+            self.b[name], self.e[name] = (adjoints[key] for key in rule.states)
+            # A coordinate that has never moved passes nothing on.
+            moved = rule.metric(step.states, settings.shared, step.count) > 0
+            u = torch.where(moved, u, 0.0)
             a *= 1 - settings.decoupled[name]
             clipped = settings.clipping * u
             a += settings.coupled[name] * u + self._curve(number, name, clipped)
-            b *= settings.beta1
-            e *= settings.beta2
             found[name] = clipped
             if self.link is not None and self.link.couples:
                 known = self.response.get(name)
@@ -340,7 +342,7 @@ class RecordedAdamRun(SegmentedRun):
         curved = spectrum.lift(spectrum.eigenvalues * inside)
         return curved if inverse is None else curved * inverse
 
-    def _settings(self, row: int) -> AdamSettings:
+    def _settings(self, row: int) -> StepSettings:
         steps, facts = self.context.trajectory.steps, self.context.trajectory.facts
         hyper = {name: values[row] for name, values in steps.hyperparameters.items()}
         if not self._groups:
@@ -351,13 +353,11 @@ class RecordedAdamRun(SegmentedRun):
                 }
             )
         rates, decay = steps.learning_rate[row], hyper["weight_decay"]
-        decoupled = facts.optimizer == "AdamW"
-        return AdamSettings(
+        decoupled = self.rule.decoupled
+        return StepSettings(
             self._by_group(rates),
             float(self.context.trajectory.clipping_factors(slice(row, row + 1))),
-            float(hyper["beta1"][0]),
-            float(hyper["beta2"][0]),
-            float(hyper["eps"][0]),
+            row_settings(self.context.trajectory, row, 0),
             self._by_group(torch.zeros_like(decay) if decoupled else decay),
             self._by_group(rates * decay if decoupled else torch.zeros_like(decay)),
         )

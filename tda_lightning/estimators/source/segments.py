@@ -28,6 +28,14 @@ from tda_lightning.estimators.source.spectral import (
     segment_response,
 )
 from tda_lightning.gradients import Gradient, scaled
+from tda_lightning.optimizers import (
+    WEIGHT_DECAY,
+    ParameterStep,
+    applied_rates,
+    first_step_differs,
+    row_settings,
+    rule_of,
+)
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
 from tda_lightning.session.passes import Pass, Session
@@ -52,8 +60,8 @@ class Transfer:
 
 @dataclass
 class Adjoint:
-    """Adjoints of parameters (a) and momentum buffer (b), or Adam's first (b) and second moment
-    (e), of some queries, by unit: [query, groups, rows, columns]."""
+    """Adjoints of parameters (a) and the optimizer's states (a momentum buffer b, or two moments
+    b and e) of some queries, by unit: [query, groups, rows, columns]."""
 
     a: dict[str, Tensor]
     b: dict[str, Tensor] | None = None
@@ -187,17 +195,16 @@ class SegmentedRun:
 
     @property
     def follows_buffer(self) -> bool:
-        """Whether the adjoint of SGD's momentum buffer is carried along."""
-        sgd = self.context.trajectory.require_optimizer() == "SGD"
-        return sgd and (self.options.order == "recorded" or self.options.momentum == "recursion")
+        """Whether the adjoint of the momentum buffer is carried along."""
+        linear = rule_of(self.context.trajectory).linear
+        return linear and (self.options.order == "recorded" or self.options.momentum == "recursion")
 
     def _require_one_recursion(self) -> None:
         """Steps that are followed one by one must follow one recursion in all groups."""
         keys: tuple[str, ...] = ()
-        if self.follows_buffer:
-            keys = ("momentum", "dampening", "nesterov")
-        elif self.options.order == "recorded":
-            keys = ("beta1", "beta2", "eps")
+        if self.follows_buffer or self.options.order == "recorded":
+            settings = rule_of(self.context.trajectory).settings
+            keys = tuple(key for key in settings if key != WEIGHT_DECAY)
         for key in keys:
             values = self.context.trajectory.steps.hyperparameters[key]
             differs = (values != values[:, :1]).any(1)
@@ -214,11 +221,9 @@ class SegmentedRun:
     def _require_one_beginning(self) -> None:
         """A new buffer's first step is not damped, and a step is damped for all or for none."""
         trajectory = self.context.trajectory
-        hyper = {name: values[:1] for name, values in trajectory.steps.hyperparameters.items()}
-        damped = bool((hyper["dampening"] * (hyper["momentum"] > 0)).any())
         names = self.context.engine.names
         new = [name for name in names if name not in trajectory.steps_before]
-        if damped and 0 < len(new) < len(names):
+        if 0 < len(new) < len(names) and first_step_differs(trajectory):
             raise UnsupportedTrainingError(
                 f"Dampening does not act on a parameter's first step: {new[0]} ({len(new)} "
                 "parameters in all) had its first where a stage of this run began, and "
@@ -240,33 +245,31 @@ class SegmentedRun:
         if not self.follows_buffer:
             response = segment_response(time)(eigenvalues)
             return Transfer((response, None), (segment_decay(time)(eigenvalues), None), None)
-        adjoint = MomentumAdjoint(eigenvalues)
+        adjoint = MomentumAdjoint(eigenvalues, rule_of(self.context.trajectory))
         taken = [torch.zeros_like(eigenvalues), torch.zeros_like(eigenvalues)]
         for row in reversed(range(self.segments[number].start, self.segments[number].stop)):
-            for total, u in zip(taken, adjoint.step(*self.sgd_step(number, row)), strict=True):
+            for total, u in zip(taken, adjoint.step(*self.linear_step(number, row)), strict=True):
                 total -= u
-        return Transfer((taken[0], taken[1]), adjoint.a, adjoint.b)
+        a, b = adjoint.a, adjoint.b
+        return Transfer((taken[0], taken[1]), (a[0], a[1]), (b[0], b[1]))
 
-    def sgd_step(self, number: int, row: int) -> tuple[float, float, float, bool, float]:
-        """(rate, momentum, dampening, nesterov, clipping) of one step for the reference group.
+    def linear_step(self, number: int, row: int) -> tuple[ParameterStep, float]:
+        """One step for the reference group, and what its gradient was clipped by.
 
-        The other groups' rates are in the geometry, as ratios over the whole segment.
+        The other groups' rates are in the geometry, as ratios over the whole segment; weight decay
+        is in the eigenvalues.
         """
-        steps = self.context.trajectory.steps
-        hyper = steps.hyperparameters
-        rates = self.context.trajectory.applied_rates(self.segments[number].rows).sum(0)
-        group = int(rates.argmax())
-        momentum = float(hyper["momentum"][row, group])
-        # torch.optim.SGD fills the buffer undamped at its first step, and uses dampening only
-        # with momentum.
-        first = row == 0 and not self.context.trajectory.steps_before.keys() & set(
-            self.context.engine.names
+        trajectory = self.context.trajectory
+        group = int(applied_rates(trajectory, self.segments[number].rows).sum(0).argmax())
+        first = row == 0 and not trajectory.steps_before.keys() & set(self.context.engine.names)
+        step = ParameterStep(
+            float(trajectory.steps.learning_rate[row, group]),
+            row_settings(trajectory, row, group),
+            gradient=torch.zeros(0),
+            states={},
+            new_states=frozenset(rule_of(trajectory).states if first else ()),
         )
-        damped = momentum > 0 and not first
-        dampening = float(hyper["dampening"][row, group]) if damped else 0.0
-        nesterov = bool(hyper["nesterov"][row, group])
-        clipping = float(self.context.trajectory.clipping_factors(slice(row, row + 1)))
-        return float(steps.learning_rate[row, group]), momentum, dampening, nesterov, clipping
+        return step, float(trajectory.clipping_factors(slice(row, row + 1)))
 
     def enter(self, number: int, adjoint: Adjoint) -> Adjoint:
         """The adjoints in the eigenbasis of segment ``number``."""

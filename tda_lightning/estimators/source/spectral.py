@@ -4,10 +4,11 @@ eigenvalue."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tda_lightning.optimizers import OptimizerRule, ParameterStep
 
 SpectralFunction = Callable[[Tensor], Tensor]
 
@@ -81,31 +82,29 @@ def accumulated_response(time: float) -> SpectralFunction:
     return respond
 
 
-@dataclass
 class MomentumAdjoint:
-    """The adjoint of SGD with momentum, backwards through its steps, by eigenvalue.
+    """The adjoint of an optimizer whose steps are linear in the gradients, backwards through its
+    steps, by eigenvalue.
 
-    The state is the pair (a, b) of docs/methods.md, "SOURCE on the recorded order": the adjoints of
-    parameter and momentum buffer. It depends linearly on the pair at the segment's end, and is
-    stored as its coefficients: ``a`` and ``b`` are each a pair of tensors, the factors of the a and
-    of the b there.
+    The state is the pair (a, b) of docs/methods.md, "Exact unrolling": the adjoints of the
+    parameter and of the optimizer's one state, the momentum buffer. It is linear in the state that
+    enters at the segment's end, so it is kept as coefficients of that: ``a`` and ``b`` are each
+    two tensors, the factors of the entering a and of the entering b.
     """
 
-    eigenvalues: Tensor
+    def __init__(self, eigenvalues: Tensor, rule: OptimizerRule) -> None:
+        assert rule.linear and len(rule.states) <= 1
+        self.eigenvalues, self.rule = eigenvalues, rule
+        one, zero = torch.ones_like(eigenvalues), torch.zeros_like(eigenvalues)
+        self.a = torch.stack([one, zero])
+        self._states = {name: torch.stack([zero, one]) for name in rule.states}
 
-    def __post_init__(self) -> None:
-        one, zero = torch.ones_like(self.eigenvalues), torch.zeros_like(self.eigenvalues)
-        self.a = (one, zero)
-        self.b = (zero, one)
+    @property
+    def b(self) -> Tensor:
+        """Coefficients of the buffer's adjoint."""
+        return next(iter(self._states.values()), torch.zeros_like(self.a))
 
-    def step(
-        self,
-        rate: float,
-        momentum: float,
-        dampening: float,
-        nesterov: bool,
-        clipping: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, step: ParameterStep, clipping: float = 1.0) -> Tensor:
         """Go one step back.
 
         Args:
@@ -115,12 +114,7 @@ class MomentumAdjoint:
             The coefficients of u, with which the step's gradients enter:
             s[q, n] -= share(n) u . g_n.
         """
-        kept = rate * momentum if nesterov else rate
-        b = tuple(b - kept * a for a, b in zip(self.a, self.b, strict=True))
-        u = tuple(
-            clipping * ((1 - dampening) * b - (rate * a if nesterov else 0))
-            for a, b in zip(self.a, b, strict=True)
-        )
-        self.a = tuple(a + self.eigenvalues * u for a, u in zip(self.a, u, strict=True))  # type: ignore[assignment]
-        self.b = tuple(momentum * b for b in b)  # type: ignore[assignment]
-        return u[0], u[1]
+        assert self.rule.adjoint is not None
+        u = clipping * self.rule.adjoint(self.a, self._states, step)
+        self.a = self.a + self.eigenvalues * u
+        return u

@@ -23,6 +23,7 @@ from tda_lightning.estimators.source.averaged import AveragedRun
 from tda_lightning.estimators.source.coupling import StageLink
 from tda_lightning.estimators.source.recorded import RecordedRun
 from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
+from tda_lightning.optimizers import rule_of
 from tda_lightning.records.trajectory import Segment, Trajectory
 from tda_lightning.session.passes import NO_SELF, Pass, Plan, Stage, numbered
 
@@ -137,7 +138,7 @@ def _runs(own: Sequence[Source], stages: Sequence[Stage]) -> list[StageRun]:
         later = StageLink(stage, later, options.curvature, options.seed)
         kind: type[StageRun] = AveragedRun
         if options.order == "recorded":
-            adam = stage.session.trajectory.require_optimizer() != "SGD"
-            kind = RecordedAdamRun if adam else RecordedRun
+            linear = rule_of(stage.session.trajectory).linear
+            kind = RecordedRun if linear else RecordedAdamRun
         runs.append(kind(options, stage.session, later))
     return runs[::-1]

@@ -62,7 +62,7 @@ class BackwardWalk:
         """Go back through one step."""
         replay, steps = self.replay, self.replay.trajectory.steps
         load_tensors(replay.module, state.parameters)
-        u = self.adjoint.enter(state)
+        u = self.adjoint.step(state)
         batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
@@ -75,7 +75,6 @@ class BackwardWalk:
                 self._add(graph, examples, u)
         first = next(iter(state.parameters.values()))
         require_task_loss(state.row + 1, sum(losses) / len(losses), state.loss, first.dtype)
-        self.adjoint.leave(state)
         if state.row in self._starts:
             self._end_segment(self._starts.index(state.row))
 

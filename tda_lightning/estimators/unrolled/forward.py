@@ -18,6 +18,7 @@ from tda_lightning.estimators.unrolled.tape import (
     keep_in_memory,
     room_of,
 )
+from tda_lightning.optimizers import count_of, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Draws, Replay, Standstill, Walk
 
@@ -116,29 +117,22 @@ class ForwardWalk:
         self._compared.add(step)
         self._earlier = (step, recorded)
 
-    def _before(self, row: int) -> tuple[dict[str, Tensor], frozenset[str]]:
+    def _before(self, row: int) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
+        """Parameters, and the names of the optimizer's states."""
         keep = keep_in_memory if self._disk is None else self._disk.keep
         trained = self._walk.trained
         parameters = {name: keep(parameter) for name, parameter in trained.items()}
-        fresh = frozenset(n for n in trained if "momentum_buffer" not in self._walk.state_of(n))
-        return parameters, fresh
+        return parameters, {name: {*self._walk.state_of(name)} for name in trained}
 
     def _state(self, row: int, before: tuple, loss: float, draws: list) -> StepState:
         keep = keep_in_memory if self._disk is None else self._disk.keep
-        parameters, fresh = before
-        walk = self._walk
+        parameters, held = before
+        walk, rule = self._walk, rule_of(self.replay.trajectory)
         without = frozenset(name for name, p in walk.trained.items() if p.grad is None)
         gradient: dict[str, Tensor] = {}
-        first: dict[str, Tensor] = {}
-        second: dict[str, Tensor] = {}
-        count: dict[str, int] = {}
         if needs_gradients(self.replay):
             gradient = {name: keep(g) for name, g in walk.gradients.items()}
-        if self.replay.trajectory.facts.optimizer != "SGD":
-            for name in walk.gradients:
-                state = walk.state_of(name)
-                first[name], second[name] = keep(state["exp_avg"]), keep(state["exp_avg_sq"])
-                count[name] = int(state["step"])
+        after = {name: walk.state_of(name) for name in walk.gradients}
         return StepState(
             row,
             parameters,
@@ -147,10 +141,12 @@ class ForwardWalk:
             tuple(draws),
             gradient,
             without,
-            first,
-            second,
-            count,
-            fresh,
+            {
+                n: {key: keep(own[key]) for key in rule.reads if key in own}
+                for n, own in after.items()
+            },
+            {name: count_of(own) for name, own in after.items()},
+            {name: frozenset(own.keys() - held[name]) for name, own in after.items()},
         )
 
     def _require_known_buffers(self) -> None:
@@ -190,18 +186,17 @@ class _Walk(Walk):
 
 def needs_gradients(replay: Replay) -> bool:
     """Whether the way back reads the steps' gradients."""
-    return bool(replay.clip) or replay.trajectory.facts.optimizer != "SGD"
+    return bool(replay.clip) or rule_of(replay.trajectory).reads_gradient
 
 
 def state_bytes(replay: Replay) -> tuple[int, int]:
     """Bytes of a step's kept state, and of a standstill."""
-    module, facts = replay.module, replay.trajectory.facts
-    trained = [module.get_parameter(name) for name in facts.parameters]
+    module, rule = replay.module, rule_of(replay.trajectory)
+    trained = [module.get_parameter(name) for name in replay.trajectory.facts.parameters]
     weights = sum(room_of(parameter) for parameter in trained)
-    moments = 0 if facts.optimizer == "SGD" else 2
-    state = weights * (1 + moments + needs_gradients(replay))
+    state = weights * (1 + len(rule.reads) + needs_gradients(replay))
     everything = [*module.parameters(), *module.buffers()]
-    standstill = sum(tensor.nbytes for tensor in everything) + weights * max(moments, 1)
+    standstill = sum(tensor.nbytes for tensor in everything) + weights * len(rule.states)
     return state, standstill
 
 

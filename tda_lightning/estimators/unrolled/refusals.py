@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from tda_lightning.optimizers import require_formula
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
 from tda_lightning.session.passes import Session
@@ -28,6 +29,7 @@ def require_exact(
     """
     replay.check()
     trajectory, task = context.trajectory, context.task
+    require_formula(trajectory, "adjoint", "exact unrolling")
     if trajectory.last_step == 0:
         raise UnsupportedTrainingError(
             "The trajectory holds the initial weights alone: no step was recorded that could be "

@@ -22,6 +22,7 @@ from tda_lightning.estimators.unrolled.forward import ForwardWalk, state_bytes
 from tda_lightning.estimators.unrolled.moves import Move, least_budget, plan_moves
 from tda_lightning.estimators.unrolled.refusals import require_exact
 from tda_lightning.estimators.unrolled.unfinished import Unfinished
+from tda_lightning.optimizers import remembers, rule_of
 from tda_lightning.replay.run import Replay
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.passes import Pass, Plan, Session, memory_budget
@@ -93,7 +94,7 @@ class UnrolledRun:
                 "another label, not of removal."
             )
         passes: list[Pass] = []
-        copies = 3 if self.trajectory.facts.optimizer == "SGD" else 5
+        copies = 1 + 2 * len(rule_of(self.trajectory).states)
         each = copies * self._parameter_count() * self.context.dtype.itemsize
         self._rounds = list(rounds_of(self.context.num_query, each, self.budget // 2))
         for start, stop in self._rounds:
@@ -118,8 +119,7 @@ class UnrolledRun:
     @functools.cached_property
     def _restartable(self) -> list[int]:
         """The checkpoints that hold all that training went on from."""
-        momentum = self.trajectory.steps.hyperparameters.get("momentum")
-        if momentum is not None and not bool(momentum.any()):
+        if not remembers(self.trajectory):
             return self.checkpoints  # the weights are all there is
         found = self.trajectory.checkpoints
         return [step for step in self.checkpoints if step == 0 or found[step].optimizer is not None]
@@ -212,7 +212,7 @@ class UnrolledRun:
             statistics = self._measured_statistics(first, last)
         else:
             adjoint = OptimizerAdjoint(
-                self.trajectory, *(self._on_device(_group(found, kind)) for kind in "abe")
+                self.trajectory, self._on_device(_group(found, "a")), self._found_states(found)
             )
             statistics = self._on_device(_group(found, "c"))
         self.back = BackwardWalk(
@@ -235,7 +235,10 @@ class UnrolledRun:
         """The state of the round: what :meth:`_begin` takes up again."""
         assert self.back is not None
         adjoint = self.back.adjoint
-        kinds = {"a": adjoint.a, "b": adjoint.b, "e": adjoint.e, "c": self.back.statistics}
+        kinds: dict[str, dict[str, Tensor]] = {"a": adjoint.a, "c": self.back.statistics}
+        for name, states in adjoint.states.items():
+            for key, tensor in states.items():
+                kinds.setdefault(f"states.{key}", {})[name] = tensor
         named = {f"{kind}.{name}": t for kind, own in kinds.items() for name, t in own.items()}
         return {**named, **self.back.tensors(), **self.certificate.tensors()}
 
@@ -287,6 +290,13 @@ class UnrolledRun:
                 return context.measurement(context.module, batch, examples).sum()
 
         return measurement_adjoints(measure, self.layers, last - first)
+
+    def _found_states(self, found: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        states: dict[str, dict[str, Tensor]] = {}
+        for key in rule_of(self.trajectory).states:
+            for name, tensor in self._on_device(_group(found, f"states.{key}")).items():
+                states.setdefault(name, {})[key] = tensor
+        return states
 
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.context.device) for name, tensor in tensors.items()}

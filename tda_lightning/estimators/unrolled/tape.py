@@ -27,10 +27,9 @@ class StepState:
         draws: of the random generators, batch by batch.
         gradient: before clipping, of the parameters that had one; empty where it is not needed.
         without: parameters that had none; the optimizer passes over them.
-        first: Adam's first moment after the step; empty for SGD.
-        second: its second moment, likewise.
-        count: how often Adam has stepped each parameter.
-        fresh: parameters whose momentum buffer began with this step.
+        states: by parameter, what the optimizer's adjoint reads of its states after the step.
+        count: how often the optimizer has stepped each parameter, if it counts.
+        new_states: by parameter, names of the states that began with this step.
     """
 
     row: int
@@ -40,10 +39,9 @@ class StepState:
     draws: tuple[Draws | None, ...]
     gradient: Mapping[str, Tensor]
     without: frozenset[str]
-    first: Mapping[str, Tensor]
-    second: Mapping[str, Tensor]
-    count: Mapping[str, int]
-    fresh: frozenset[str]
+    states: Mapping[str, Mapping[str, Tensor]]
+    count: Mapping[str, float]
+    new_states: Mapping[str, frozenset[str]]
 
 
 def keep_in_memory(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tda_lightning.optimizers import rule_of
 from tda_lightning.runtime.digests import digest
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _key(run: UnrolledRun, first: int, last: int) -> str:
         "options": json.dumps(options, sort_keys=True, default=repr),
         "run": facts.settings.get("run_id"),
         "checkpoints": run.checkpoints,
+        "states": rule_of(run.trajectory).states,
         "steps": [steps.examples, steps.learning_rate],
         "queries": [first, last, *map(digest, context.queries(first, last))],
     }

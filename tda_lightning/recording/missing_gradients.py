@@ -17,7 +17,7 @@ _FEW = 8
 
 def require_complete(
     blocks: list[Block],
-    found: Mapping[str, Gradient],
+    gradients: Mapping[str, Gradient],
     own: Mapping[str, Tensor | None],
     allowed: float,
 ) -> None:
@@ -27,7 +27,7 @@ def require_complete(
         UnsupportedTrainingError: some use of a parameter has not been seen.
     """
     for block in blocks:
-        gradient = found[block.name]
+        gradient = gradients[block.name]
         total = block.tensors(gradient.mean() * gradient.batch)
         # A few examples tell how large what cancels in the sum is.
         few = first_examples(gradient, _FEW)
@@ -41,6 +41,7 @@ def require_complete(
 
 
 def unseen(name: str) -> UnsupportedTrainingError:
+    """Some use of parameter ``name`` has not been seen."""
     return UnsupportedTrainingError(
         f"Parameter {name} is used in training_step in a way that curvature='online' cannot see "
         "(inside compiled or checkpointed code, or by an operation other than a linear, "

@@ -6,14 +6,14 @@ that is already there, to the layers' outputs and no further (the empirical Fish
 training's own backward pass). Inputs and output gradients are summed into Kronecker factors.
 
 Lightning has no hook around the training step alone; ``Strategy.training_step`` is the last public
-point through which it goes. It is wrapped while a fit lasts.
+point through which it goes. It is replaced while a fit lasts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,15 +25,24 @@ from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
 from tda_lightning.gradients.forms import Gradient, Outer
-from tda_lightning.gradients.observer import Observer, training_gradients
+from tda_lightning.gradients.observer import Observer as CallObserver
+from tda_lightning.gradients.observer import training_gradients
 from tda_lightning.gradients.uses import plan_blocks
-from tda_lightning.recording.complete import require_complete, unseen
-from tda_lightning.recording.wrapping import Wrapped
+from tda_lightning.recording.example_indices import ExampleIndices
+from tda_lightning.recording.missing_gradients import require_complete, unseen
+from tda_lightning.recording.observer import Observer
+from tda_lightning.recording.resume import RecorderState
+from tda_lightning.recording.sharded import require_whole
+from tda_lightning.recording.step_table import StepTable
+from tda_lightning.recording.trained_parameters import TrainedParameters
+from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import summed
 from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_output_gradients
@@ -62,7 +71,7 @@ class OnlineCurvature:
     dense_side: int | None
 
     def watching(self, checkpoints: Collection[int]) -> OnlineCurvature:
-        """With the number of steps, where none was given: 64, or fewer so that three watched steps
+        """With ``every`` chosen where it was not given: 64, or fewer so that three watched steps
         fall between any two of the planned ``checkpoints``."""
         if self.every is not None:
             return self
@@ -71,7 +80,7 @@ class OnlineCurvature:
         return replace(self, every=max(1, min([_EVERY, *(gap // 3 for gap in gaps)])))
 
     def facts(self) -> dict[str, Any]:
-        """What is recorded of them."""
+        """What is recorded about them."""
         return {
             "every": self.every,
             "fisher": f"{self.fisher} (in training)",
@@ -127,90 +136,105 @@ def require_uncompiled(module: nn.Module) -> None:
             )
 
 
-@dataclass
-class CurvatureGatherer:
-    """Sums the statistics of the steps since the last :meth:`take`.
+class CurvatureStatistics(Observer):
+    """Sums the statistics of the steps since the last checkpoint.
 
-    Attributes:
+    Args:
         settings: what to gather.
-        next_step: the number, from 1, of the optimizer step under way.
-        indices: example indices of the batch under way; None when they are not known.
+        indices: of the examples of the batch under way.
+        steps: counts the optimizer steps.
     """
 
-    settings: OnlineCurvature
-    next_step: Callable[[], int]
-    indices: Callable[[], Any]
-    sums: dict[str, BlockStatistics] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._names: dict[int, str] = {}
+    def __init__(
+        self, settings: OnlineCurvature, indices: ExampleIndices, steps: StepTable
+    ) -> None:
+        self.settings = self._given = settings
+        self._indices, self._steps = indices, steps
+        self._trainer: Trainer
+        self._trained: TrainedParameters
+        self._training_step: ReplacedMethod | None = None
+        self._start = 0  # step of the last checkpoint
         self._parameters: dict[str, nn.Parameter] = {}
         self._blocks: list[Block] = []
-        self._checked = False
+        self._checked = False  # every use of the parameters has been seen
+        self._waiting: tuple[CallObserver, int] | None = None  # for training's own backward pass
         self._batch: dict[str, BlockStatistics] = {}  # of a batch before its backward pass
-        self._pending: dict[str, BlockStatistics] = {}  # of the step under way
-        self._waiting: tuple[Observer, int] | None = None  # for training's own backward pass
-        self._watch: Wrapped | None = None
+        self._step: dict[str, BlockStatistics] = {}  # of the step under way
+        self._sums: dict[str, BlockStatistics] = {}
 
-    def begin(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Gather for these parameters from now on."""
-        self._parameters = dict(trained)
-        self._names = {id(parameter): name for name, parameter in trained.items()}
-        self._blocks, self._checked = [], False
-        self.sums, self._pending, self._batch = {}, {}, {}
-
-    def install(self, trainer: Trainer) -> None:
-        """Watch the training steps of ``trainer``."""
+    def attach(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._training_step = ReplacedMethod(trainer.strategy, "training_step", self._watched)
 
-        def wrap(training_step: Callable[..., Any]) -> Callable[..., Any]:
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                if not self._wanted():
-                    return training_step(*args, **kwargs)
-                empirical = self.settings.fisher == "empirical"
-                losses = None if empirical and self._checked else LossObserver()
-                observer = Observer(self._names, listen=empirical)
-                with losses or nullcontext(), observer:
-                    output = training_step(*args, **kwargs)
-                self._observed(output, args[0] if args else kwargs.get("batch"), observer, losses)
-                return output
+    def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
+        require_whole(trained.shards is None, "curvature='online'")
+        self._trained = trained
+        self.begin_stage()
 
-            return watched
+    def plan(self, checkpoints: Collection[int]) -> None:
+        """Choose how often to watch, where that was left open."""
+        self.settings = self._given.watching(checkpoints)
 
-        self._watch = Wrapped(trainer.strategy, "training_step", wrap)
+    def watch_as(self, recorded: Facts) -> None:
+        """Watch as often as in a recorded run, where that was left open."""
+        before = recorded.settings.get("curvature")
+        if self._given.every is None and isinstance(before, Mapping):
+            self.settings = replace(self.settings, every=before.get("every"))
 
-    def uninstall(self) -> None:
-        """Put the strategy back as it was."""
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        self._waiting = None
+    def begin_stage(self) -> None:
+        self._parameters = self._trained.of_stage()
+        self._blocks, self._checked = [], False
+        self._sums, self._step, self._batch = {}, {}, {}
+
+    def facts(self) -> dict[str, Any]:
+        return {"curvature": self.settings.facts()}
+
+    def detach(self) -> None:
+        if self._training_step is not None:
+            self._training_step.remove()
+        self._training_step, self._waiting = None, None
+
+    def _watched(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._wanted():
+            return training_step(*args, **kwargs)
+        empirical = self.settings.fisher == "empirical"
+        losses = None if empirical and self._checked else LossObserver()
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        calls = CallObserver(names, listen=empirical)
+        with losses or nullcontext(), calls:
+            output = training_step(*args, **kwargs)
+        self._observed(output, args[0] if args else kwargs.get("batch"), calls, losses)
+        return output
+
+    @property
+    def _next_step(self) -> int:
+        """The optimizer step under way, counted from 1."""
+        return self._steps.num_steps + 1
 
     def _wanted(self) -> bool:
         every = self.settings.every
-        return bool(self._names) and every is not None and self.next_step() % every == 0
+        return bool(self._parameters) and every is not None and self._next_step % every == 0
 
     def _observed(
-        self, output: Any, batch: Any, observer: Observer, losses: LossObserver | None
+        self, output: Any, batch: Any, calls: CallObserver, losses: LossObserver | None
     ) -> None:
         total = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(total, Tensor) or not total.requires_grad:
             return  # the module skips this batch
-        indices = self.indices()
+        indices = self._indices.batch
         size = num_examples(batch) if indices is None else len(indices)
         if self.settings.fisher == "empirical":
             if losses is not None:
-                self._check(total, losses.losses, observer, size)
-            self._waiting = (observer, size)
+                self._check(total, losses.losses, calls, size)
+            self._waiting = (calls, size)
             return
         assert losses is not None
-        device = total.device
         examples = torch.arange(size) if indices is None else torch.as_tensor(indices)
-        # Another draw of labels at every step.
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         if losses.losses:
-            with seeded_examples(_SEED + self.next_step(), examples.to(device)):
+            # Labels are drawn anew at every step.
+            with seeded_examples(_SEED + self._next_step, examples.to(total.device)):
                 outputs, gradients = sampled_output_gradients(total, losses.losses, size)
         if not outputs:
             raise UnsupportedTrainingError(
@@ -220,15 +244,15 @@ class CurvatureGatherer:
                 "curvature=None and fit curvature afterwards."
             )
         parameters = list(self._parameters.values()) if not self._checked else []
-        own = self._backward(observer, outputs, gradients, parameters)
-        self._add(observer, size, dict(zip(self._parameters, own, strict=False)))
+        own = self._backward(calls, outputs, gradients, parameters)
+        self._add(calls, size, dict(zip(self._parameters, own, strict=False)))
 
-    def _backward(self, observer: Observer, *args: Any) -> list[Tensor | None]:
+    def _backward(self, calls: CallObserver, *args: Any) -> list[Tensor | None]:
         try:
             # The pass changes neither by itself, but gradient checkpointing runs a part of the
             # forward pass again in it: batch norm counts its batch once more, and dropout draws.
             with restored(self._trainer.lightning_module, "buffers"), unchanged_randomness():
-                return observer.backward(*args)
+                return calls.backward(*args)
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
@@ -239,57 +263,63 @@ class CurvatureGatherer:
             ) from error
 
     def _check(
-        self, total: Tensor, losses: list[ObservedLoss], observer: Observer, size: int
+        self, total: Tensor, losses: list[ObservedLoss], calls: CallObserver, size: int
     ) -> None:
         """Check once that every use is seen, by a backward pass from the arguments of the losses:
         in training's own the gradients of a penalty on the weights arrive too."""
         arguments = [loss.given[name] for loss in losses for name in loss.arguments]
         if not arguments:
             return
-        found = torch.autograd.grad(total.sum(), arguments, retain_graph=True, allow_unused=True)
-        reached = [(a, g) for a, g in zip(arguments, found, strict=True) if g is not None]
+        slopes = torch.autograd.grad(total.sum(), arguments, retain_graph=True, allow_unused=True)
+        reached = [(a, g) for a, g in zip(arguments, slopes, strict=True) if g is not None]
         if not reached:
             return
         outputs, gradients = zip(*reached, strict=True)
-        own = self._backward(observer, outputs, gradients, list(self._parameters.values()))
-        self._gradients(observer, size, dict(zip(self._parameters, own, strict=True)))
-        observer.forget()
+        own = self._backward(calls, outputs, gradients, list(self._parameters.values()))
+        self._gradients(calls, size, dict(zip(self._parameters, own, strict=True)))
+        calls.forget()
 
-    def after_backward(self) -> None:
-        """Training's own backward pass is done: the batch belongs to the step under way."""
+    def end_backward(self) -> None:
         if self._waiting is not None:
             self._after_waiting(*self._waiting)
             self._waiting = None
-        for name, statistics in self._batch.items():
-            _accumulate(self._pending, name, statistics)
+        _add_to(self._step, self._batch)
         self._batch = {}
 
-    def before_zero_grad(self) -> None:
-        """Gradients are thrown away, and the batches that they came from with them."""
-        self._pending = {}
+    def end_step(self, taken: bool) -> None:
+        if taken:
+            _add_to(self._sums, self._step)
+            self._step = {}
+        else:
+            self.drop()
 
-    def _after_waiting(self, observer: Observer, size: int) -> None:
+    def drop(self) -> None:
+        # The blocks are known now, though no example of theirs counts.
+        _add_to(self._sums, {name: _zeros(block) for name, block in self._step.items()})
+        self._step = {}
+
+    def _after_waiting(self, calls: CallObserver, size: int) -> None:
         if not self._checked:
-            self._require_seen(observer)
+            self._require_seen(calls)
         # Lightning divides the loss by the accumulation, and a scaler multiplies it.
         factor = float(self._trainer.accumulate_grad_batches * size)
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             factor /= scaler.get_scale()
-        self._add(observer, size, {}, factor)
+        self._add(calls, size, {}, factor)
 
-    def _require_seen(self, observer: Observer) -> None:
+    def _require_seen(self, calls: CallObserver) -> None:
         """Check that each parameter that has got a gradient was seen in some use."""
-        seen = {ref.name for use in observer.reached() for ref in use.refs}
+        seen = {ref.name for use in calls.reached() for ref in use.refs}
         for name, parameter in self._parameters.items():
             if name not in seen and parameter.grad is not None and len(parameter.grad.nonzero()):
                 raise unseen(name)
 
     def _gradients(
-        self, observer: Observer, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
+        self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
     ) -> dict[str, Gradient]:
         """Of each block, the examples' gradients times ``factor``; ``own`` to compare with."""
-        uses = observer.reached()
+        uses = calls.reached()
         if not uses:
             raise unseen(next(iter(self._parameters)))
         for use in uses:
@@ -298,30 +328,24 @@ class CurvatureGatherer:
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
             self._blocks = plan_blocks(shapes, uses)
-        found = training_gradients(self._blocks, uses, size)
+        gradients = training_gradients(self._blocks, uses, size)
         if own:
-            require_complete(self._blocks, found, own, observer.eps**0.5)
-        return found
+            require_complete(self._blocks, gradients, own, calls.eps**0.5)
+        return gradients
 
     def _add(
-        self, observer: Observer, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
+        self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
     ) -> None:
-        found = self._gradients(observer, size, own, factor)
-        added = {block.name: self._statistics(block, found[block.name]) for block in self._blocks}
+        gradients = self._gradients(calls, size, own, factor)
+        batch = {b.name: self._statistics(b, gradients[b.name]) for b in self._blocks}
         # Half precision overflows now and then; training skips such a step, and so do we.
-        whole = all(bool(torch.isfinite(s.trace).all()) for s in added.values())
-        if not whole:
+        finite = all(bool(torch.isfinite(block.trace).all()) for block in batch.values())
+        if not finite:
             rank_zero_warn(
-                f"Curvature statistics of step {self.next_step()} are not finite and are left out."
+                f"Curvature statistics of step {self._next_step} are not finite and are left out."
             )
-        self._checked = self._checked or whole  # what overflows shows nothing
-        self._batch = {n: s if whole else _nothing(s) for n, s in added.items()}
-
-    def end_step(self, taken: bool) -> None:
-        """The optimizer has made its step, or skipped it: then its batches belong to no step."""
-        for name, statistics in self._pending.items():
-            _accumulate(self.sums, name, statistics if taken else _nothing(statistics))
-        self._pending, self._batch = {}, {}
+        self._checked = self._checked or finite  # what overflows shows nothing
+        self._batch = {n: block if finite else _zeros(block) for n, block in batch.items()}
 
     def _statistics(self, block: Block, gradient: Gradient) -> BlockStatistics:
         if not isinstance(gradient, Rows):  # few rows are touched, however many there are
@@ -336,50 +360,45 @@ class CurvatureGatherer:
         placed = (value.to(device or value.device, dtype) for value in sums)
         return BlockStatistics(block.parameters, block.shape, *placed)
 
-    def take(self) -> dict[str, BlockStatistics]:
-        """The sums of all processes, which begin anew; every process must come here."""
-        sums, self.sums = self._of_all(), {}
-        return sums
+    def write(self, writer: TrajectoryWriter, step: int, last: bool) -> None:
+        if step > self._start:
+            writer.write_statistics(self._start, step, self._sums_of_all())
+            self._start, self._sums = step, {}
 
-    def _of_all(self) -> dict[str, BlockStatistics]:
+    def _sums_of_all(self) -> dict[str, BlockStatistics]:
+        """The sums over all processes; every process must call it."""
         totals = summed(
             {
                 f"{kind}:{name}": getattr(block, kind)
-                for name, block in self.sums.items()
+                for name, block in self._sums.items()
                 for kind in block.SUMS
             }
         )
         return {
-            name: BlockStatistics(
-                block.parameters,
-                block.shape,
-                **{kind: totals[f"{kind}:{name}"] for kind in block.SUMS},
-            )
-            for name, block in self.sums.items()
+            name: _with_sums(block, {kind: totals[f"{kind}:{name}"] for kind in block.SUMS})
+            for name, block in self._sums.items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of all processes, in plain containers; every process must come here."""
-        blocks = {
+    def state(self) -> dict[str, Any]:
+        sums = {
             name: {
                 "parameters": list(block.parameters),
                 "shape": list(block.shape),
                 **{kind: getattr(block, kind).clone() for kind in block.SUMS},
             }
-            for name, block in self._of_all().items()
+            for name, block in self._sums_of_all().items()
         }
-        return {"sums": blocks}
+        return {"parts": {"curvature": {"sums": sums}}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`: the first process has the sums of all."""
-        self.sums = {}
+    def resume(self, facts: Facts, state: RecorderState) -> None:
+        self._start = state.checkpoints[-1]
         # Lightning loads checkpoints to the CPU.
         device = self.settings.device or self._trainer.strategy.root_device
-        for name, about in state["sums"].items():
-            tensors = {n: about[n].to(device, self.settings.dtype) for n in BlockStatistics.SUMS}
-            shape = tuple(about["shape"])
-            block = BlockStatistics(tuple(about["parameters"]), shape, **tensors)
-            self.sums[name] = block if self._trainer.is_global_zero else _nothing(block)
+        for name, saved in state.parts["curvature"]["sums"].items():
+            sums = {n: saved[n].to(device, self.settings.dtype) for n in BlockStatistics.SUMS}
+            block = BlockStatistics(tuple(saved["parameters"]), tuple(saved["shape"]), **sums)
+            # The first process has the sums of all.
+            self._sums[name] = block if self._trainer.is_global_zero else _zeros(block)
 
 
 def _samples(gradient: Gradient) -> tuple[float, float]:
@@ -401,10 +420,14 @@ def _affordable(gradient: Gradient) -> int:
     return max(_FEWEST, min(_ROWS // rows, _WORK // (groups * work)))
 
 
-def _accumulate(sums: dict[str, BlockStatistics], name: str, added: BlockStatistics) -> None:
-    sums[name] = sums[name] + added if name in sums else added
+def _add_to(sums: dict[str, BlockStatistics], added: Mapping[str, BlockStatistics]) -> None:
+    for name, block in added.items():
+        sums[name] = sums[name] + block if name in sums else block
 
 
-def _nothing(statistics: BlockStatistics) -> BlockStatistics:
-    zeros = {name: torch.zeros_like(getattr(statistics, name)) for name in statistics.SUMS}
-    return BlockStatistics(statistics.parameters, statistics.shape, **zeros)
+def _zeros(block: BlockStatistics) -> BlockStatistics:
+    return _with_sums(block, {k: torch.zeros_like(getattr(block, k)) for k in block.SUMS})
+
+
+def _with_sums(block: BlockStatistics, sums: Mapping[str, Any]) -> BlockStatistics:
+    return replace(block, **sums)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
@@ -15,11 +15,11 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 
 
 @dataclass(frozen=True)
-class PlannedSteps:
-    """What is known of the run.
+class StepCount:
+    """What is known about the length of a run; None is not known.
 
     Attributes:
-        total: optimizer steps, if nothing stops the run early; None when not known.
+        total: optimizer steps, if nothing stops the run early.
         per_epoch: those of one epoch.
         accumulation: batches in a step.
         batch_size: examples in a batch.
@@ -32,60 +32,62 @@ class PlannedSteps:
     batch_size: int | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def epochs(self) -> int:
+        """Epochs that are begun, at least one."""
+        return math.ceil(self.total / self.per_epoch) if self.total and self.per_epoch else 1
 
-def planned_steps(trainer: Trainer, module: LightningModule, train: Any) -> PlannedSteps:
-    """Steps of a fit of ``module``.
+
+def count_steps(trainer: Trainer, train: Any) -> StepCount:
+    """Steps of a fit.
 
     Args:
         trainer: with its limits.
-        module: it may have the training loader attached.
         train: a loader or a data module; None for the one attached to the trainer, if any.
 
     Raises:
         TypeError: ``train`` is neither.
     """
     with unchanged_randomness(train):
-        loader = _loader(trainer, module, train)
-    accumulation = trainer.accumulate_grad_batches
+        loader = _loader(trainer, train)
+    notes = []
     size = getattr(loader, "batch_size", None)
     if size is None:
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    given = trainer.max_steps if trainer.max_steps >= 0 else None
-    batches = None if loader is None else _batches(trainer, loader)
-    notes = []
     if loader is not None and size is None:
         notes.append("The loader does not tell its batch size: example indices are not counted.")
+    batches = None if loader is None else _batches(trainer, loader)
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
         notes.append("Accumulation changes between epochs: the number of steps is not known.")
         batches = None
+    elif loader is None:
+        notes.append(
+            "No training data are given: pass the loader or the data module as train=..., to know "
+            "the number of steps and the size of the steps table."
+        )
+    elif batches is None:
+        notes.append("The loader has no length: the number of steps is not known.")
+    accumulation, limit = trainer.accumulate_grad_batches, trainer.max_steps
+    given = limit if limit >= 0 else None
     if batches is None:
-        if loader is None:
-            notes.append(
-                "No training data are given: pass the loader or the data module as train=..., to "
-                "know the number of steps and the size of the steps table."
-            )
-        elif not notes:
-            notes.append("The loader has no length: the number of steps is not known.")
-        return PlannedSteps(given, None, accumulation, size, tuple(notes))
-    per_epoch = math.ceil(batches / accumulation)
-    epochs = trainer.max_epochs
+        return StepCount(given, None, accumulation, size, tuple(notes))
+    per_epoch, epochs = math.ceil(batches / accumulation), trainer.max_epochs
     if epochs is None:
         # Lightning's own default where nothing else limits the run.
         epochs = 1000 if given is None and trainer.max_time is None else -1  # type: ignore[attr-defined]
-    total = given if epochs < 0 else per_epoch * epochs
-    if given is not None and total is not None:
-        total = min(total, given)
+    limits = [given] if epochs < 0 else [given, per_epoch * epochs]
+    total = min((steps for steps in limits if steps is not None), default=None)
     if total is None:
         notes.append("The run has no limit but time: the number of steps is not known.")
-    return PlannedSteps(total, per_epoch, accumulation, size, tuple(notes))
+    return StepCount(total, per_epoch, accumulation, size, tuple(notes))
 
 
-def _loader(trainer: Trainer, module: LightningModule, train: Any) -> Any:
+def _loader(trainer: Trainer, train: Any) -> Any:
     if train is None:
         attached = trainer.train_dataloader  # made by a fit that is under way or over
         train = attached if attached is not None else getattr(trainer, "datamodule", None)
     if isinstance(train, LightningDataModule):
-        # A copy: what its setup leaves behind must not be found by the fit that follows.
+        # A copy: the fit that follows must not find what setup leaves behind.
         train = copy.copy(train)
         train.setup("fit")
         train = train.train_dataloader()
@@ -102,11 +104,7 @@ def _batches(trainer: Trainer, loader: Any) -> int | None:
     try:
         length: float = len(loader)
     except (TypeError, NotImplementedError):
-        length = math.inf
+        return limit if isinstance(limit, int) else None
     if trainer.world_size > 1 and getattr(loader, "batch_sampler", None) is not None:
-        length = math.ceil(length / trainer.world_size) if math.isfinite(length) else length
-    if isinstance(limit, int):
-        length = min(length, limit)
-    elif math.isfinite(length):
-        length = int(length * limit)
-    return int(length) if math.isfinite(length) else None
+        length = math.ceil(length / trainer.world_size)
+    return min(int(length), limit) if isinstance(limit, int) else int(length * limit)

@@ -1,4 +1,4 @@
-"""A module without weights, to see which optimizer it asks for and what state that keeps.
+"""One optimizer step without memory, to see which optimizer a module asks for and what it keeps.
 
 The module's structure is copied with tensors on torch's meta device, which have shapes and no
 memory; the copy configures its optimizer and makes one step. Module, random generators and
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tda_lightning.optimizers import read_hyperparameters
+from tda_lightning.recording.checks import require_one_optimizer
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import unchanged_randomness
 
 # Precisions for which Lightning changes the type of the weights themselves.
@@ -26,8 +28,8 @@ _STEPS = 1000  # for schedules, where the true number is not known; no state dep
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """Tensors are on the meta device.
+class DryRun:
+    """What training would hold. Tensors are on the meta device.
 
     Attributes:
         trained: parameters that the optimizer trains, by the module's names.
@@ -50,7 +52,7 @@ class Blueprint:
     notes: tuple[str, ...] = ()
 
 
-def blueprint(module: LightningModule, trainer: Trainer, steps: int | None) -> Blueprint:
+def dry_run(module: LightningModule, trainer: Trainer, steps: int | None) -> DryRun:
     """What training would hold, with ``steps`` optimizer steps ahead.
 
     Raises:
@@ -59,36 +61,34 @@ def blueprint(module: LightningModule, trainer: Trainer, steps: int | None) -> B
     tensors = _meta_tensors(module, _PRECISIONS.get(str(trainer.precision)))
     named = {name: tensors[id(p)] for name, p in module.named_parameters()}
     buffers = {name: tensors[id(b)] for name, b in module.named_buffers()}
-    trainable = [parameter.requires_grad for parameter in module.parameters()]
-    on_host = trainer.strategy.root_device.type == "cpu"
+    held = {id(tensors[id(p)]) for p in module.parameters() if p.requires_grad}
+    groups, settings = 1, 4
+    states: list[Tensor] | None = None
+    notes: tuple[str, ...] = ()
     try:
-        with unchanged_randomness(module):
+        with restored(module, "requires_grad"), unchanged_randomness(module):
             optimizer = _optimizer(module, trainer, tensors, steps)
-            groups, hyper = len(optimizer.param_groups), read_hyperparameters(optimizer)
+            groups, settings = len(optimizer.param_groups), len(read_hyperparameters(optimizer))
             held = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
             states = _state_tensors(optimizer)
     except UnsupportedTrainingError:
         raise
     except Exception as error:
         # Whatever the user's own code may raise before there is a run.
-        note = (
+        notes = (
             "The optimizer's state is not known: configure_optimizers() or a step of its optimizer "
-            f"fails before training ({type(error).__name__}: {error})."
+            f"fails before training ({type(error).__name__}: {error}).",
         )
-        trained = {name: p for name, p in named.items() if p.requires_grad}
-        others = {name: p for name, p in named.items() if not p.requires_grad}
-        return Blueprint(trained, {**others, **buffers}, None, 0, 1, 4, on_host, (note,))
-    finally:
-        for parameter, wanted in zip(module.parameters(), trainable, strict=True):
-            parameter.requires_grad_(wanted)
-    return Blueprint(
+    frozen = {name: p for name, p in named.items() if id(p) not in held}
+    return DryRun(
         trained={name: p for name, p in named.items() if id(p) in held},
-        others={**{name: p for name, p in named.items() if id(p) not in held}, **buffers},
-        state_bytes=sum(state.numel() * state.element_size() for state in states),
-        state_tensors=len(states),
+        others={**frozen, **buffers},
+        state_bytes=None if states is None else sum(s.numel() * s.element_size() for s in states),
+        state_tensors=len(states or ()),
         num_groups=groups,
-        num_hyperparameters=len(hyper),
-        on_host=on_host,
+        num_hyperparameters=settings,
+        on_host=trainer.strategy.root_device.type == "cpu",
+        notes=notes,
     )
 
 
@@ -110,18 +110,14 @@ def _optimizer(
 ) -> Optimizer:
     """The optimizer that ``configure_optimizers`` makes, holding twins of the parameters."""
     copied = _copy(module, twins, _BeforeFit(trainer, steps), {})
-    found = _optimizers(copied.configure_optimizers())
-    if len(found) != 1:
-        raise UnsupportedTrainingError(
-            f"TrajectoryRecorder records one optimizer, got {len(found)} optimizers from "
-            "configure_optimizers(). Use one, with a parameter group for each setting."
-        )
-    for group in found[0].param_groups:
+    optimizers = _optimizers(copied.configure_optimizers())
+    require_one_optimizer(optimizers)
+    for group in optimizers[0].param_groups:
         # A function that was bound to the module itself gives the parameters themselves.
         group["params"] = [twins.get(id(p), p) for p in group["params"]]
         if not all(p.is_meta for p in group["params"]):
             raise ValueError("the optimizer holds parameters that are not the module's")
-    return found[0]
+    return optimizers[0]
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:
@@ -131,7 +127,7 @@ def _optimizers(configured: Any) -> list[Optimizer]:
     if isinstance(configured, Mapping):
         return _optimizers(configured.get("optimizer"))
     if isinstance(configured, (list, tuple)):
-        return [one for part in configured for one in _optimizers(part)]
+        return [optimizer for part in configured for optimizer in _optimizers(part)]
     return []
 
 

@@ -1,9 +1,9 @@
 """Did the optimizer really step, and with which gradients?
 
 Lightning's own count of steps moves on when a gradient scaler skips one, so the optimizer itself is
-asked, through the hooks that torch.optim has for this. Clipping comes between Lightning's last hook
-and the optimizer's arithmetic, which may write into the gradients (``foreach`` SGD with Nesterov
-momentum does): the one moment at which clipped gradients can be measured is right before it.
+asked, through torch.optim's hooks. Clipping comes between Lightning's last hook and the optimizer's
+arithmetic, which may write into the gradients (``foreach`` SGD with Nesterov momentum does): the
+one moment at which clipped gradients can be measured is right before it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-
-from tda_lightning.recording.order import BeforeBatch
 
 
 def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
@@ -31,40 +29,32 @@ def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
     return "norm" if chosen is None else str(getattr(chosen, "value", chosen))
 
 
-class StepWatch:
-    """Hooks into the optimizer of one fit."""
+class OptimizerHooks:
+    """Hooks into the optimizer of one fit.
 
-    def __init__(self) -> None:
-        self.applied_norm: Tensor | None = None  # of the gradient that the last step used
-        self._stepped = False
-        self._clips = False
-        self._measure: Callable[[], Tensor]
-        self._handles: list[Any] = []
+    Args:
+        trainer: whose optimizer exists.
+        measure: the gradient's norm; called right before each step where something may clip.
 
-    def attach(
-        self,
-        trainer: Trainer,
-        before_batch: Callable[[], None],
-        measure: Callable[[], Tensor],
-    ) -> None:
-        """Watch the optimizer of ``trainer``.
+    Attributes:
+        applied_norm: of the gradient that the last step used; None where nothing clips.
+    """
 
-        Args:
-            before_batch: called before the forward pass of every batch, after all hooks.
-            measure: the gradient's norm; taken right before each step where something may clip.
-        """
+    def __init__(self, trainer: Trainer, measure: Callable[[], Tensor]) -> None:
         optimizer = trainer.optimizers[0]
+        self.applied_norm: Tensor | None = None
+        self._measure = measure
+        self._stepped = False
         self._clips = clipping_kind(trainer, trainer.lightning_module) != "none"
-        self._measure = lambda: unscaled(measure(), trainer)
         self._handles = [
-            BeforeBatch(trainer, before_batch),
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
     def took_step(self) -> bool:
         """Whether the optimizer has stepped since this was last asked."""

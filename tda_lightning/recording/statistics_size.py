@@ -1,8 +1,7 @@
 """How large the statistics of an interval will be, told from the modules that hold parameters.
 
-The blocks themselves are known only when a batch has shown how each parameter is used. Modules
-tell as much: what they hold is used as their kind uses it. A parameter that is used in another
-way, of which the module knows nothing, may take another number of bytes.
+Only a batch shows how each parameter is used. Before it, a parameter counts as used in the way of
+the module that holds it; one that is used in another way may take another number of bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from tda_lightning.curvature.sides import limits, side_form
 from tda_lightning.gradients.moments import FULL
-from tda_lightning.recording.curvature import OnlineCurvature
+from tda_lightning.recording.curvature_statistics import OnlineCurvature
 
 NOTE = (
-    "Curvature statistics are told from the kinds of modules: of a parameter that is used "
-    "elsewhere too (an embedding's weights as a head), and of a step's activations, nothing is "
-    "known before the first batch."
+    "The size of curvature statistics is told from the kinds of modules. Before the first batch "
+    "nothing is known of parameters that are used elsewhere too (an embedding's weights as a "
+    "head), nor of the activations of a watched step."
 )
 # Measured on files of 1 to 40 blocks: an empty file, and what every block adds.
 _FILE, _BLOCK = 400, 2_100
@@ -51,8 +51,8 @@ class PlannedBlock:
         factored, unfactored, rank = limits(dense_side)
         limit = factored if self.factored else unfactored
         total = self.groups + 4  # count; trace, examples and samples
-        for width, axes in ((self.rows, self.one_hot), (self.columns, False)):
-            if axes:
+        for width, diagonal in ((self.rows, self.one_hot), (self.columns, False)):
+            if diagonal:
                 size = width
             elif side_form(width, limit, rank) != FULL:
                 size = width * (rank + 1)
@@ -62,25 +62,24 @@ class PlannedBlock:
         return total
 
 
-@dataclass(frozen=True)
-class PlannedCurvature:
+class StatisticsSize(NamedTuple):
     """Bytes of the statistics of one interval, on disk and as sums in memory."""
 
     file: int
     sums: int
 
 
-def planned_curvature(
+def statistics_size(
     settings: OnlineCurvature, module: nn.Module, trained: Mapping[str, Tensor]
-) -> PlannedCurvature:
+) -> StatisticsSize:
     """The size of what is gathered of the parameters ``trained``."""
     blocks = list(planned_blocks(module, trained))
     width = torch.finfo(settings.dtype).bits // 8
-    numbers = [
-        sum(block.numbers(settings.dense_side, packed=packed) for block in blocks)
+    packed, whole = (
+        width * sum(block.numbers(settings.dense_side, packed=packed) for block in blocks)
         for packed in (True, False)
-    ]
-    return PlannedCurvature(_FILE + _BLOCK * len(blocks) + width * numbers[0], width * numbers[1])
+    )
+    return StatisticsSize(_FILE + _BLOCK * len(blocks) + packed, whole)
 
 
 def planned_blocks(module: nn.Module, trained: Mapping[str, Tensor]) -> Iterator[PlannedBlock]:
@@ -91,15 +90,15 @@ def planned_blocks(module: nn.Module, trained: Mapping[str, Tensor]) -> Iterator
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((part, name))
-    for found in holders.values():
-        part, name = found[0]
+    for places in holders.values():
+        part, name = places[0]
         parameter = getattr(part, name)
         if id(parameter) not in waiting or _is_partner(part, name, waiting, holders):
             continue
         shape = waiting[id(parameter)]
         bias = _partner(part, name)
         joined = bias is not None and id(bias) in waiting and len(holders[id(bias)]) == 1
-        yield _block(part, shape, math.prod(bias.shape) if joined else 0, tied=len(found) > 1)  # type: ignore[union-attr]
+        yield _block(part, shape, math.prod(bias.shape) if joined else 0, tied=len(places) > 1)  # type: ignore[union-attr]
 
 
 def _partner(part: nn.Module, name: str) -> nn.Parameter | None:

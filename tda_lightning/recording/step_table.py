@@ -1,0 +1,287 @@
+"""The rows of the steps table: applied rates and settings, losses, gradient norms, batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tda_lightning.optimizers import read_hyperparameters, read_rates
+from tda_lightning.recording.example_indices import ExampleIndices, Indices
+from tda_lightning.recording.observer import Observer
+from tda_lightning.recording.optimizer_steps import OptimizerHooks, unscaled
+from tda_lightning.recording.resume import RecorderState
+from tda_lightning.recording.rng_log import RngLog
+from tda_lightning.recording.several_processes import gathered, offsets
+from tda_lightning.recording.trained_parameters import TrainedParameters
+from tda_lightning.records.trajectory import Facts, Steps
+from tda_lightning.runtime.processes import Processes
+from tda_lightning.runtime.random_states import States
+from tda_lightning.store.steps_file import join_steps, widened
+from tda_lightning.store.writer import TrajectoryWriter
+
+_UNFETCHED = 512  # rows whose scalars are still on their device
+_ROWS_IN_MEMORY = 10_000
+_JUMPS_IN_MEMORY = 1_000  # of 15 kB each
+_NO_INDICES = np.zeros(0, dtype=np.int64)
+
+
+class _Batch(NamedTuple):
+    indices: Indices
+    random: States | None  # before it was fetched, where they had jumped
+
+
+class _Applied(NamedTuple):
+    """What the step under way applies."""
+
+    rates: list[float]  # of each group
+    hyperparameters: dict[str, list[float]]
+    norm: Tensor  # of the gradient before clipping
+
+
+@dataclass
+class _Row:
+    epoch: int
+    rates: list[float]
+    hyperparameters: dict[str, list[float]]
+    losses: list[Any]  # 0-d tensors on any device, numbers once fetched
+    norm: Any
+    applied_norm: Any
+    batches: list[_Batch]
+    accumulation: int
+
+
+class StepTable(Observer):
+    """The rows of one fit.
+
+    Losses and norms stay on their device until some hundred have gathered: fetching each one
+    would make an accelerator wait at every step.
+
+    Attributes:
+        written: rows on disk.
+        skipped: steps that Lightning counted and the optimizer did not take.
+
+    Args:
+        indices: of each batch.
+        rng: the random states before each batch.
+        processes: those that train together.
+    """
+
+    def __init__(self, indices: ExampleIndices, rng: RngLog, processes: Processes) -> None:
+        self.written, self.skipped = 0, 0
+        self._indices, self._rng, self._processes = indices, rng, processes
+        self._trainer: Trainer
+        self._trained: TrainedParameters
+        self._hooks: OptimizerHooks | None = None
+        self._warned = False
+        self._earlier: Steps | None = None  # rows from before a resume that are not on disk
+        self._rows: list[_Row] = []
+        self._fetched = 0  # rows whose losses and norms are numbers
+        self._num_jumps = 0  # batches with random states
+        # The step under way.
+        self._batches: list[_Batch] = []  # those whose gradients are in the parameters
+        self._losses: list[Tensor] = []
+        self._loss: Tensor | None = None  # of the batch under way, times the gradient scaler's
+        self._scale: Tensor | None = None
+        self._applied: _Applied | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded, on disk or not."""
+        return self.written + self._in_memory
+
+    @property
+    def _in_memory(self) -> int:
+        return len(self._rows) + (0 if self._earlier is None else len(self._earlier))
+
+    @property
+    def full(self) -> bool:
+        """Whether the rows in memory should be written before the next checkpoint."""
+        return self._in_memory >= _ROWS_IN_MEMORY or self._num_jumps >= _JUMPS_IN_MEMORY
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the gradients of a batch are waiting for their step."""
+        return bool(self._batches)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the optimizer may have made a part of a step."""
+        return self._applied is not None
+
+    def took_step(self) -> bool:
+        """Whether the optimizer has stepped since this was last asked."""
+        return self._hooks is not None and self._hooks.took_step()
+
+    def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
+        self._trainer, self._trained = trainer, trained
+        self._hooks = OptimizerHooks(trainer, self._gradient_norm)
+
+    def _gradient_norm(self) -> Tensor:
+        return unscaled(self._trained.gradient_norm(), self._trainer)
+
+    def resume(self, facts: Facts, state: RecorderState) -> None:
+        self.written, self._earlier = state.rows_on_disk, state.rows
+        self.skipped = state.global_step - self.num_steps
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """The loss of a batch, times a gradient scaler's factor."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        self._loss = loss.detach()
+        # A new tensor: the factor changes after the step.
+        self._scale = None if scaler is None else scaler.scale(torch.ones_like(self._loss))
+
+    def end_backward(self) -> None:
+        indices = self._indices.batch
+        self._batches.append(_Batch(_NO_INDICES if indices is None else indices, self._rng.jump))
+
+    def begin_step(self, optimizer: Optimizer) -> None:
+        """The gradients are complete. By the end of the batch a scheduler has moved the rates."""
+        self._trained.require_unchanged(self.num_steps + 1)
+        hyperparameters = read_hyperparameters(optimizer)
+        self._applied = _Applied(read_rates(optimizer), hyperparameters, self._gradient_norm())
+
+    def end_batch(self, outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if loss is None and self._loss is not None:
+            loss = self._loss if self._scale is None else self._loss / self._scale
+        if loss is not None:
+            # Lightning divides the loss by the accumulation.
+            self._losses.append(loss.detach() * self._trainer.accumulate_grad_batches)
+        self._loss = None
+
+    def end_step(self, taken: bool) -> None:
+        if taken:
+            self._add_row()
+        else:
+            self.skipped += 1
+        self._applied = None
+        self.drop()
+
+    def drop(self) -> None:
+        self._batches, self._losses = [], []
+
+    def _add_row(self) -> None:
+        assert self._applied is not None and self._hooks is not None
+        norm, after = self._applied.norm, self._hooks.applied_norm
+        self._rows.append(
+            _Row(
+                epoch=self._trainer.current_epoch,
+                rates=self._applied.rates,
+                hyperparameters=self._applied.hyperparameters,
+                losses=list(self._losses),
+                norm=norm,
+                applied_norm=norm if after is None else after,
+                batches=self._batches,
+                accumulation=self._trainer.accumulate_grad_batches,
+            )
+        )
+        self._num_jumps += sum(batch.random is not None for batch in self._batches)
+        if len(self._rows) - self._fetched >= _UNFETCHED:
+            self._fetch_scalars()
+
+    def _fetch_scalars(self) -> None:
+        rows = self._rows[self._fetched :]
+        scalars = [s for row in rows for s in (*row.losses, row.norm, row.applied_norm)]
+        numbers = iter(_fetch(scalars))
+        for row in rows:
+            row.losses = [next(numbers) for _ in row.losses]
+            row.norm, row.applied_norm = next(numbers), next(numbers)
+        self._fetched = len(self._rows)
+
+    def write(self, writer: TrajectoryWriter, step: int, last: bool) -> None:
+        steps = self._table()
+        infinite = (~steps.loss.isfinite()).nonzero()
+        if len(infinite) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The training loss of step {self.written + int(infinite[0]) + 1} is "
+                f"{steps.loss[infinite[0]].item()}; it is recorded as it is, and training goes on."
+            )
+        writer.append(steps)
+        self.written = self.num_steps
+        self._earlier, self._rows, self._fetched, self._num_jumps = None, [], 0, 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "global_step": self.num_steps + self.skipped,
+            "rows_on_disk": self.written,
+            "rows": self._table(),
+            "accumulated": len(self._batches),
+        }
+
+    def _table(self) -> Steps:
+        """The rows in memory; in the first process those of all."""
+        self._fetch_scalars()
+        rows = _table_of(self._rows)
+        if self._earlier is not None and len(self._earlier):
+            rows = join_steps([self._earlier, rows]) if len(rows) else self._earlier
+        return gathered(rows, self._processes, sharded=self._trained.shards is not None)
+
+    def detach(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+
+
+def _table_of(rows: Sequence[_Row]) -> Steps:
+    """Rows as a table whose offsets count from 0."""
+    batches = [batch for row in rows for batch in row.batches]
+    return Steps(
+        epoch=torch.tensor([row.epoch for row in rows], dtype=torch.int64),
+        learning_rate=_by_group([row.rates for row in rows], fill=0.0),
+        hyperparameters={
+            name: _by_group([row.hyperparameters[name] for row in rows])
+            for name in (rows[0].hyperparameters if rows else ())
+        },
+        loss=_column([_mean(row.losses) for row in rows]),
+        gradient_norm=_column([row.norm for row in rows]),
+        batch_offsets=offsets([len(row.batches) for row in rows]),
+        example_offsets=offsets([len(batch.indices) for batch in batches]),
+        examples=torch.from_numpy(
+            np.concatenate([_NO_INDICES, *(batch.indices for batch in batches)])
+        ),
+        accumulation=torch.tensor([row.accumulation for row in rows], dtype=torch.int64),
+        clipping=_column([_ratio(row.applied_norm, row.norm) for row in rows]),
+        random={b: batch.random for b, batch in enumerate(batches) if batch.random is not None},
+    )
+
+
+def _fetch(scalars: Sequence[Tensor]) -> list[float]:
+    """Values of 0-d tensors, with one transfer for each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, scalar in enumerate(scalars):
+        kinds.setdefault((scalar.device, scalar.dtype), []).append(position)
+    values = [math.nan] * len(scalars)
+    for positions in kinds.values():
+        fetched = torch.stack([scalars[p].reshape(()) for p in positions]).cpu().double()
+        for position, value in zip(positions, fetched.tolist(), strict=True):
+            values[position] = value
+    return values
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _ratio(after: float, before: float) -> float:
+    """1 where nothing was clipped: a gradient of nothing but zeros cannot be."""
+    return 1.0 if after == before else after / before if before else math.nan
+
+
+def _by_group(rows: Sequence[Sequence[float]], fill: float | None = None) -> Tensor:
+    """Rows of groups; groups may have been added from one row to the next."""
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    return widened([torch.tensor([row], dtype=torch.float64) for row in rows], fill)
