@@ -132,6 +132,6 @@ def _require_usable(weighted: WeightedLoss, batch: int, where: str, remedy: str)
     readable = not torch._C._functorch.is_functorch_wrapped_tensor(weighted.weights)
     if readable and bool((weighted.weights < 0).any()):
         raise ValueError(
-            f"{where}: a {kind} loss enters with a negative weight, for which there is no "
+            f"{where} subtracts a {kind} loss (it has a negative weight), for which there is no "
             f"Gauss-Newton matrix. {remedy}"
         )
