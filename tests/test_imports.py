@@ -49,7 +49,6 @@ KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
     "estimators": 5,
     "solvers": 5,
-    "store": 3,
 }
 
 

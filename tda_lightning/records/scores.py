@@ -1,4 +1,4 @@
-"""The scores of an attribution: a plain record that can be asked, saved and loaded.
+"""The scores of an attribution: a plain record that can be queried, saved and loaded.
 
 One sign and one unit for every estimator: ``values[q, n] > 0`` says that *removing* training
 example n is predicted to *raise* the measurement of query q by that amount. The example is a
@@ -49,8 +49,8 @@ class Scores:
         candidates: the training examples that were scored for each query, int64 [query, k], the
             nearest first; the others have no score, NaN in ``values``. None where every example
             was scored.
-        provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
-            hold it. A caller may add keys.
+        provenance: how the scores were made (``tda_lightning.records.provenance``); only what JSON
+            can hold. A caller may add keys.
     """
 
     values: Tensor
@@ -225,7 +225,7 @@ class Scores:
         return Scores(values, by_segment, own, provenance, by_token)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
-        """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
+        """Write the scores to one HDF5 file (described in ``tda_lightning.store.layout``).
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
@@ -280,7 +280,11 @@ def require_finite(
 
 
 def require_candidates(candidates: Tensor, queries: int, train: int) -> None:
-    """Refuse candidates that are not as many different training examples for every query."""
+    """Check that candidates are the same number of distinct training examples for every query.
+
+    Raises:
+        ValueError: they are not.
+    """
     if candidates.dtype != torch.int64 or candidates.ndim != 2 or len(candidates) != queries:
         raise ValueError(
             f"candidates must be int64 [{queries}, k], got {candidates.dtype} of shape "
