@@ -48,7 +48,6 @@ KNOWN_HOMES = {
 KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
     "estimators": 5,
-    "solvers": 5,
     "store": 3,
 }
 
