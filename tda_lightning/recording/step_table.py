@@ -25,7 +25,7 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts, Steps
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import States
-from tda_lightning.store.reader import join_steps, widened
+from tda_lightning.store.steps_file import join_steps, widened
 from tda_lightning.store.writer import TrajectoryWriter
 
 _UNFETCHED = 512  # rows whose scalars are still on their device

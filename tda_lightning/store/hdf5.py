@@ -1,17 +1,15 @@
-"""HDF5 as every file of ours uses it: written aside and renamed, checked when read.
+"""HDF5 as every file of the library uses it: written aside and renamed, checked when read.
 
-Data carry checksums, and ``libver`` asks for the file version whose metadata carries them too,
-so a flipped bit is noticed and not computed with.
+Data carry checksums, and ``libver`` asks for the file version whose metadata carry them too, so a
+flipped bit is noticed and not computed with.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryError, TrajectoryFormatError
-from tda_lightning.store.atomic_write import AsideFile, sync_folder
-from tda_lightning.store.layout import DTYPE, FORMAT, FORMAT_VERSION, decode, encode
+from tda_lightning.store.atomic_write import AsideFile, replacing
+from tda_lightning.store.layout import DTYPE, FileKind, decode, encode
 from tda_lightning.store.untrusted import (
     CHUNK_BYTES,
     DAMAGE,
@@ -32,6 +30,7 @@ from tda_lightning.store.untrusted import (
     own_dataset,
     put_text,
     require_regular,
+    to_json,
 )
 
 _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
@@ -61,67 +60,98 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def writing(path: Path, kind: str) -> Iterator[h5py.File]:
+def writing(path: Path, kind: FileKind) -> Iterator[h5py.File]:
     """A new file that appears under ``path``, in an existing folder, whole or not at all.
 
     Raises:
         OSError: the disk is full, the folder is gone or may not be written to.
     """
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        with AsideFile(aside) as target:
-            try:
-                with h5py.File(target, "w", libver=("v110", "v110")) as file:
-                    put_text(file.attrs, "format", FORMAT)
-                    file.attrs["version"] = FORMAT_VERSION
-                    put_text(file.attrs, "kind", kind)
-                    yield file
-            except Exception:
-                target.check()  # what HDF5 makes of a dropped write says nothing to anybody
-                raise
-            target.finish()
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part, hdf5_file(part, "w") as file:
+        put_header(file, kind, kind.newest)
+        yield file
 
 
 @contextmanager
-def reading(path: Path, kind: str) -> Iterator[h5py.File]:
-    """An existing file of ours; whatever is wrong with it becomes a TrajectoryFormatError."""
+def hdf5_file(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """The file at ``path``, open for writing and synchronised at the end.
+
+    Raises:
+        OSError: the disk is full, or the file may not be written to.
+    """
+    with AsideFile(path, mode) as target:
+        try:
+            with h5py.File(target, mode, libver=("v110", "v110")) as file:
+                yield file
+        except Exception:
+            target.check()  # what HDF5 makes of a dropped write helps nobody
+            raise
+        target.finish()
+
+
+@contextmanager
+def reading(path: Path, kind: FileKind) -> Iterator[h5py.File]:
+    """An existing file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        TrajectoryFormatError: it is damaged, of another kind or version, or the code that reads it
+            raised an error that damage leads to.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {kind.name} file at {path}.")
     require_regular(path)
     try:
         with h5py.File(path, "r") as file:
-            _check_header(file, path, kind)
+            require_header(file, path, kind)
             yield file
     except (TrajectoryError, PermissionError):
         raise
     except DAMAGE as error:
-        raise TrajectoryFormatError(
-            f"{path} is truncated or corrupted: expected a complete {FORMAT} {kind} file, got "
-            f"{type(error).__name__}: {error}. Restore the file from a copy, or record again."
-        ) from error
+        raise damaged(path, kind, error) from error
 
 
-def _check_header(file: h5py.File, path: Path, kind: str) -> None:
-    version = get_integer(file.attrs, "version") if "version" in file.attrs else FORMAT_VERSION
-    if 0 < version < FORMAT_VERSION:  # whose texts, the format's name too, are of another type
+def damaged(path: Path, kind: FileKind, error: Exception) -> TrajectoryFormatError:
+    """The error that says that ``path`` is damaged, and what to do."""
+    return TrajectoryFormatError(
+        f"{path} is damaged: expected a complete {kind.name} file of tda-lightning, got "
+        f"{type(error).__name__}: {error}. {kind.advice}"
+    )
+
+
+def put_header(file: h5py.File, kind: FileKind, version: int) -> None:
+    """Store what the file is in its root attributes."""
+    put_text(file.attrs, "format", kind.format)
+    file.attrs[kind.version_attribute] = version
+    if kind.has_kind:
+        put_text(file.attrs, "kind", kind.name)
+
+
+def require_header(file: h5py.File, path: Path, kind: FileKind) -> None:
+    """Check that ``file`` is of a kind, and of a format version that this release reads.
+
+    Raises:
+        TrajectoryFormatError: it is not.
+    """
+    attribute = kind.version_attribute
+    version = get_integer(file.attrs, attribute) if attribute in file.attrs else kind.newest
+    if 0 < version < kind.oldest:  # its text, the name of the format too, is of another type
         raise TrajectoryFormatError(
             f"{path} has format version {version}, which this release of tda-lightning no longer "
-            f"reads: expected version {FORMAT_VERSION}. Record the run again."
+            f"reads: expected version {kind.oldest}. Record the run again."
         )
-    found = tuple(get_text(file.attrs, name) for name in ("format", "kind") if name in file.attrs)
-    if found != (FORMAT, kind):
+    expected = (kind.format, kind.name) if kind.has_kind else (kind.format,)
+    attributes = ("format", "kind")[: len(expected)]
+    got = tuple(get_text(file.attrs, name) for name in attributes if name in file.attrs)
+    if got != expected:
         raise TrajectoryFormatError(
-            f"{path} is not a {FORMAT} {kind} file: expected format {FORMAT!r} and kind {kind!r}, "
-            f"got {' and '.join(map(repr, found)) or 'neither'}. Check the path."
+            f"{path} is not a {kind.name} file of tda-lightning: expected "
+            f"{' and '.join(attributes)} {' and '.join(map(repr, expected))}, got "
+            f"{' and '.join(map(repr, got)) or 'none'}. Check the path."
         )
-    if version > FORMAT_VERSION:
+    if version > kind.newest:
         raise TrajectoryFormatError(
-            f"{path} has format version {version}, this release of tda-lightning reads up to "
-            f"version {FORMAT_VERSION}. Upgrade tda-lightning."
+            f"{path} has {kind.name} format version {version}, and this release of tda-lightning "
+            f"reads up to version {kind.newest}. Upgrade tda-lightning."
         )
     if version < 1:
         raise ValueError(f"format version {version}")
@@ -168,6 +198,7 @@ def _values(dataset: h5py.Dataset, dtype: np.dtype | str) -> np.ndarray:
 
 
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
+    """The group ``name``, which lies in the file itself."""
     return member(group, name, h5py.Group)
 
 
@@ -183,6 +214,7 @@ def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
 
 
 def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
+    """Read what :func:`put_tensors` stored."""
     return {decode(name): _get_tensor(group, name) for name in names(group)}
 
 
@@ -208,13 +240,18 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def put_json(group: h5py.Group, name: str, value: Any) -> None:
-    """Store ``value`` as one JSON text."""
-    text = json.dumps(value, ensure_ascii=False).encode()
+    """Store ``value`` as JSON text [1].
+
+    Raises:
+        TypeError, ValueError: ``value`` is not what JSON can hold.
+    """
+    text = to_json(value).encode()
     kind = h5py.string_dtype("utf-8", len(text))
     put_array(group, name, np.array([text], dtype=kind), compress=True)
 
 
 def get_json(group: h5py.Group, name: str) -> Any:
+    """Read what :func:`put_json` stored."""
     dataset = own_dataset(group, name)
     if dataset.dtype.kind != "S" or dataset.shape != (1,):
         raise ValueError(f"{dataset.name} is not one text")

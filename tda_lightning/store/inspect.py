@@ -1,7 +1,9 @@
-"""What is in a trajectory's folder, is it whole, how big is it."""
+"""What a trajectory's folder holds, whether it is whole, and how big it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from tda_lightning.store.reader import (
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.store.tensor_cache import TensorCache
 
+_DAMAGED = "damaged"
+
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a trajectory: what it holds and its bytes."""
+    """One file of a trajectory: what it holds, and its size in bytes."""
 
     name: str
     size: int
@@ -45,15 +49,11 @@ class Description:
 
     @property
     def planned_end(self) -> int | None:
-        """The step of the last checkpoint that the run planned and did not reach, else None."""
+        """The last checkpoint that the run planned, if it never got there; else None."""
         planned = self.facts.settings.get("planned_checkpoints")
-        steps = [step for step in planned if _is_step(step)] if isinstance(planned, list) else []
+        steps = [step for step in planned if type(step) is int] if isinstance(planned, list) else []
         last = max(steps, default=0)
         return last if last > max(self.checkpoints, default=0) else None
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def describe(path: str | Path) -> Description:
@@ -67,42 +67,41 @@ def describe(path: str | Path) -> Description:
     require_trajectory(root)
     facts = read_facts(root)
     problems: list[str] = []
-    checkpoints, contents = CheckpointFolder(root, facts), {}
-    for step in checkpoints:
-        try:
-            kept = checkpoints[step].optimizer is not None
-            contents[step] = "weights and optimizer" if kept else "weights"
-        except (TrajectoryError, OSError) as error:
-            contents[step] = "damaged"
-            problems.append(str(error))
+    folder, checkpoints = CheckpointFolder(root, facts), {}
+    for step, file in layout.checkpoint_files(root).items():
+        content = _DAMAGED
+        with _noting(problems):
+            optimizer = folder[step].optimizer
+            content = "weights" if optimizer is None else "weights and optimizer"
+        checkpoints[step] = _entry(content, file)
     steps = None
-    try:
-        checkpoints.require_readable()
-        steps = read_recorded_steps(root, facts, max(checkpoints))
-    except (TrajectoryError, OSError) as error:
-        problems.append(str(error))
+    with _noting(problems):
+        folder.require_readable()
+        steps = read_recorded_steps(root, facts, max(folder))
     statistics = _statistics(root, facts, list(checkpoints), problems)
-    for folder in (TensorCache(root, kind) for kind in layout.CACHE_FOLDERS):
-        for key in folder:
-            try:
-                folder[key]
-            except (TrajectoryError, OSError) as error:
-                problems.append(str(error))
+    for kind in layout.CACHES:
+        cache = TensorCache(root, kind)
+        for key in cache:
+            with _noting(problems):
+                cache[key]
     problems.extend(
         f"{file} is unfinished: a process was stopped while it wrote. It is not read and can be "
         "deleted."
         for file in sorted(root.rglob("*.part"))
     )
-    files = layout.checkpoint_files(root)
+    curvature, unfinished, features = (
+        tuple(_entry(key, file) for key, file in layout.cache_files(root, kind).items())
+        for kind in layout.CACHES
+    )
     return Description(
         path=str(root),
         facts=facts,
         steps=steps,
-        checkpoints={step: _entry(contents[step], file) for step, file in files.items()},
+        checkpoints=checkpoints,
         statistics=statistics,
-        curvature=_kept(root, layout.CURVATURE_FOLDER),
-        unfinished=_kept(root, layout.UNFINISHED_FOLDER),
-        features=_kept(root, layout.FEATURES_FOLDER),
+        curvature=curvature,
+        unfinished=unfinished,
+        features=features,
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         ground_truth=tuple(_entry(file.name, file) for file in layout.ground_truth_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
@@ -110,39 +109,42 @@ def describe(path: str | Path) -> Description:
     )
 
 
-def _kept(root: Path, kind: str) -> tuple[FileEntry, ...]:
-    return tuple(_entry(key, file) for key, file in layout.cache_files(root, kind).items())
-
-
 def _statistics(
     root: Path, facts: Facts, steps: list[int], problems: list[str]
 ) -> dict[tuple[int, int], FileEntry]:
-    """The statistics by interval; what is wrong with them goes to ``problems``."""
+    """The statistics by interval; what is wrong with them is added to ``problems``."""
     folder = StatisticsFolder(root, max(steps, default=0))
-    found: dict[tuple[int, int], FileEntry] = {}
     files = layout.statistics_files(root)
     try:
         intervals = list(folder)
     except (TrajectoryError, OSError) as error:
         problems.append(str(error))
-        return {interval: _entry("damaged", file) for interval, file in files.items()}
+        return {interval: _entry(_DAMAGED, file) for interval, file in files.items()}
+    entries: dict[tuple[int, int], FileEntry] = {}
     for interval in intervals:
-        try:
+        content = _DAMAGED
+        with _noting(problems):
             blocks = folder[interval]
             examples = max((float(block.examples) for block in blocks.values()), default=0.0)
             content = f"{examples:.0f} examples, {len(blocks)} blocks"
-        except (TrajectoryError, OSError) as error:
-            content = "damaged"
-            problems.append(str(error))
-        found[interval] = _entry(content, files[interval])
-    missing = sorted(set(steps) - {0, *(stop for _, stop in found)})
+        entries[interval] = _entry(content, files[interval])
+    missing = sorted(set(steps) - {0, *(stop for _, stop in entries)})
     if missing and facts.settings.get("curvature") is not None:
         problems.append(
             f"{root / layout.STATISTICS_FOLDER} is incomplete: expected statistics up to each "
             f"checkpoint, got none up to {missing[:10]}. Restore the missing files, or attribute "
             "with statistics='fitted'."
         )
-    return found
+    return entries
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Adds an error to ``problems`` instead of raising it."""
+    try:
+        yield
+    except (TrajectoryError, OSError) as error:
+        problems.append(str(error))
 
 
 def _entry(name: str, file: Path) -> FileEntry:

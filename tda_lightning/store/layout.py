@@ -1,39 +1,44 @@
-"""All names and shapes of a trajectory on disk, on one page.
+"""All files that the library writes: their names, contents and format versions, on one page.
 
-A trajectory is a folder of HDF5 files. Every file is complete: it is written aside as
-``<name>.part`` and renamed into place, and is never written into afterwards, though a resumed
-training removes what lies beyond its step and records it again. Every file carries the
-root attributes ``format`` ("tda-lightning"), ``version`` (an integer) and ``kind`` (below).
-Attributes of text have fixed length: the other kind lies outside of all checksums, and HDF5 can
-hang on it. Nothing is pickled; texts are JSON. ``S`` steps, ``P`` parameter groups, ``B``
-batches.
+Every file is HDF5, readable with h5py alone, and complete: it is written aside as
+``<name>.<process>.part`` and renamed into place. Nothing is pickled. Arrays carry HDF5's
+checksums, except in a file of scores, which can be mapped into memory and has its own. JSON is
+stored as text [1]. Text has a fixed length: HDF5 keeps the other kind outside of all checksums,
+and can hang on it. A dataset of a tensor has the attribute ``dtype``, torch's name for it; what
+NumPy lacks (bfloat16, the float8 family) is stored as unsigned integers of the same width. In
+names, "/" is written "%2F" and "%" is written "%25".
 
-Of a training in W processes the first writes. A step's batches are the first of every process in
-order of rank, then the second of every process, and so on; ``accumulation`` is W times each
-process's own, ``loss`` the mean over the batches of all of them. Tensors are whole, buffers and
-random states those of the first process::
+Root attributes say what a file is. Every file in a trajectory, except for scores and ground truth,
+has ``format`` ("tda-lightning"), ``version`` (2) and ``kind`` (below).
+
+**A trajectory** is a folder. ``S`` steps, ``P`` parameter groups, ``B`` batches. A file is never
+written into once it is there, but a resumed training removes what lies beyond its step and records
+it again. Of a training in W processes the first one writes. A step's batches are then the first of
+every process in order of rank, then the second of every process, and so on; ``accumulation`` is W
+times each process's own, and ``loss`` is the mean over the batches of all processes. Tensors are
+whole; buffers and random states are those of the first process::
 
     <trajectory>/
       trajectory.h5             kind "trajectory"
-        facts                   JSON text [1]: parameters {name: {shape, dtype, group}}, optimizer,
+        facts                   JSON: parameters {name: {shape, dtype, group}}, optimizer,
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
                                 stages [{start, parameters [names], new_optimizer}]
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
         learning_rate           float64 [S, P]   as applied; a group that was added later has
-                                                 no column in earlier files, its rate being 0
+                                                 no column in earlier files: its rate was 0
         hyperparameters/<name>  float64 [S, P]
         loss                    float64 [S]      mean over the step's batches
         gradient_norm           float64 [S]      before clipping
         accumulation            int64   [S]      what each batch loss was divided by
         clipping                float64 [S]      gradient norm after clipping / before; 1 where
-                                                 nothing was clipped (since version 2)
+                                                 nothing was clipped
         batch_offsets           int64   [S + 1]  step s holds batches [s] to [s + 1]
         example_offsets         int64   [B + 1]  batch b holds examples [b] to [b + 1]
         examples                int64   [.]      training-example indices, in order
-        random/<generator>/     states of a random generator right before a batch was fetched, of R
-                                batches before which it or another was not as the batch before had
-                                left it; without any, there is no group
+        random/<generator>/     states of a random generator right before a batch was fetched, for
+                                the R batches before which any generator was not as the batch
+                                before had left it; no group where there are none
           batches               int64   [R]      counted like those of example_offsets, increasing
           states                        [R, .]   as in a checkpoint
       checkpoints/<step>.h5     kind "checkpoint", attribute ``step``; 0 holds the initial weights
@@ -41,56 +46,127 @@ random states those of the first process::
         buffers/<name>          every other tensor of the module (buffers, frozen parameters);
                                 left out where it still equals the one in checkpoint 0
         optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
-        random/<generator>      states of the random generators that the step left behind (torch,
-                                cuda<i>: uint8; python, numpy: int64 [627], the 624 words and the
-                                position of a Mersenne twister, whether a second normal number
-                                waits, its bits); absent if not recorded
+        random/<generator>      states of the random generators after the step (torch, cuda<i>:
+                                uint8; python, numpy: int64 [627], the 624 words and the position
+                                of a Mersenne twister, whether a second normal number is stored,
+                                and its bits); absent if not recorded
       statistics/<start>-<stop>.h5   kind "statistics": curvature summed in training over sampled
                                 examples of the steps start < step <= stop; such sums add up
-        blocks                  JSON text [1]: {block: {parameters, shape [groups, rows, columns]}}
+        blocks                  JSON: {block: {parameters, shape [groups, rows, columns]}}
         <block>/left            second moment of the rows: [groups, rows] a diagonal; the lower
                                 triangle of a matrix, row by row, under "packed left"
-        <block>/right           likewise of the columns
+        <block>/right           likewise for the columns
         <block>/count           [groups]: left (x) right / count is the summed curvature
         <block>/trace           [1]: summed squared norms of the examples' gradients
-        <block>/examples        [1]: how many examples
-        <block>/samples         [2]: how many vectors left and right were summed over
-      curvature/<key>.h5        kind "curvature": fitted curvature, by a hexadecimal key
+        <block>/examples        [1]: number of examples
+        <block>/samples         [2]: number of vectors that left and right were summed over
+      curvature/<key>.h5        kind "curvature": cached curvature, by a hexadecimal digest
         values/<name>           tensors
-      unfinished/<key>.h5       kind "unfinished": where an interrupted exact unrolling goes on
-        values/<name>           tensors
-      features/<key>.h5         kind "features": of the training examples at a layer
+      features/<key>.h5         kind "features": cached features of the training examples
         values/features         float32 [example, feature]
-        values/place            uint8 [.], text: where in the model
-      scores/*.h5               scores that were computed from this trajectory
-      ground_truth/*.h5         measurements after retraining it (store/ground_truth.py)
-      recording.lock            locked while a recorder writes; means nothing when left behind
+        values/place            uint8 [.], text: the layer that they are read at
+      unfinished/<key>.h5       kind "unfinished": where an interrupted attribution resumes
+        values/<name>           tensors
+      scores/*.h5               scores computed from this trajectory
+      ground_truth/*.h5         measurements after retraining
+      recording.lock            locked while a recorder writes; a file left behind means nothing
 
-A dataset of a tensor has the attribute ``dtype``, torch's name; what NumPy lacks (bfloat16, the
-float8 family) is stored as unsigned integers of the same width. In names "/" is written "%2F"
-and "%" is written "%25".
+**Scores**, anywhere. Root attributes ``format`` ("tda-lightning scores") and ``format_version`` (1,
+or 2 with candidates). Arrays are contiguous and uncompressed, so that a file larger than memory can
+be mapped::
+
+    values                      float32 or float64 [query, train]; NaN where there is no score
+    by_segment                  the same type [segment, query, train]; absent without segments
+    self_influence              the same type [train]; absent when not computed
+    by_token                    the same type [query, train, position]; absent when not asked for
+    candidates                  int64 [query, k], the training examples that were scored for each
+                                query, nearest first; absent where all were scored
+    provenance                  JSON text []: how the scores were made
+    checksums/<name>            uint32, CRC-32 of the bytes of each row (the last axis) of a dataset
+                                above; of the provenance, of all of its bytes
+
+**Ground truth**, anywhere. Root attributes ``format`` ("tda-lightning ground truth"),
+``format_version`` (1) and ``protocol`` ("single_run", "algorithm" or "pbrf"). It is written anew
+after every retraining, so one that is interrupted leaves all earlier ones::
+
+    subsets                     bool [subset, train], True for the examples that a subset keeps
+    seeds                       int64 [subset, seed], of each retraining; -1 for the recorded one
+    done                        bool [subset, seed], whether the retraining was made
+    outcomes                    float64 [subset, seed, query], measurements; 0 where not done
+    seconds                     float64 [subset, seed], how long it took
+    baseline                    float64 [query], measurements at the recorded run's last checkpoint
+    classes                     int64 [subset, seed, query], what the retrained model predicts, 0
+                                where not done; absent when not asked for
+    configuration               JSON: digests and settings that determine the outcomes
+    made_by                     JSON: command and versions
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = "tda-lightning"
-FORMAT_VERSION = 2
+_RECORD_AGAIN = "Restore the file from a copy, or record again."
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """How a kind of file is recognised.
+
+    Attributes:
+        name: what it holds, in words.
+        advice: what to do about a damaged one.
+        format: root attribute.
+        version_attribute: name of the root attribute that holds the format version.
+        oldest, newest: format versions that this release reads.
+    """
+
+    name: str
+    advice: str = _RECORD_AGAIN
+    format: str = "tda-lightning"
+    version_attribute: str = "version"
+    oldest: int = 2
+    newest: int = 2
+
+    @property
+    def has_kind(self) -> bool:
+        """Whether a root attribute ``kind`` tells it from others of the same format."""
+        return self.version_attribute == "version"
+
+
+TRAJECTORY = FileKind("trajectory")
+STEPS = FileKind("steps")
+CHECKPOINT = FileKind("checkpoint")
+STATISTICS = FileKind("statistics")
+CURVATURE = FileKind("curvature", "Delete the file: it is computed again.")
+FEATURES = FileKind("features", CURVATURE.advice)
+UNFINISHED = FileKind("unfinished", CURVATURE.advice)
+SCORES = FileKind(
+    "scores",
+    "Restore the file from a copy, or compute the scores again.",
+    format="tda-lightning scores",
+    version_attribute="format_version",
+    oldest=1,
+)
+GROUND_TRUTH = FileKind(
+    "ground truth",
+    "Restore the file from a copy, or delete it to retrain.",
+    format="tda-lightning ground truth",
+    version_attribute="format_version",
+    oldest=1,
+    newest=1,
+)
+
+# Cached tensors: each kind has a folder of its name, and a file for each key.
+CACHES = (CURVATURE, UNFINISHED, FEATURES)
 
 FACTS_FILE = "trajectory.h5"
 STEPS_FOLDER = "steps"
 CHECKPOINTS_FOLDER = "checkpoints"
 STATISTICS_FOLDER = "statistics"
-CURVATURE_FOLDER = "curvature"
-UNFINISHED_FOLDER = "unfinished"
-FEATURES_FOLDER = "features"
 SCORES_FOLDER = "scores"
 GROUND_TRUTH_FOLDER = "ground_truth"
-
-# What attributions keep for later ones, each in a folder of its name.
-CACHE_FOLDERS = (CURVATURE_FOLDER, UNFINISHED_FOLDER, FEATURES_FOLDER)
 
 FACTS = "facts"
 PARAMETERS = "parameters"
@@ -118,7 +194,7 @@ STEP_COLUMNS = {
     "examples": "int64",
 }
 
-# Exactly as written: at least eight digits, and no zero before more. A second name for a step
+# Exactly as written: at least eight digits, and no leading zero in more. A second name for a step
 # would hide the first.
 _STEP = r"(\d{8}|[1-9]\d{8,17})"
 _STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
@@ -127,61 +203,60 @@ KEY = re.compile(r"[0-9a-f]{1,128}")
 
 
 def steps_file(root: Path, first: int, last: int) -> Path:
+    """The file of steps ``first`` to ``last``."""
     return root / STEPS_FOLDER / f"{first:08d}-{last:08d}.h5"
 
 
 def steps_files(root: Path) -> list[tuple[int, int, Path]]:
-    """(first, last, file) of the steps recorded in ``root``: by first step, the longest first."""
-    found = []
-    for path in _files(root / STEPS_FOLDER):
-        if match := _STEPS_NAME.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2]), path))
-    return sorted(found, key=lambda entry: (entry[0], -entry[1]))
+    """(first, last, file) of the recorded steps: by first step, the longest first."""
+    intervals = _intervals(root / STEPS_FOLDER)
+    return sorted(intervals, key=lambda entry: (entry[0], -entry[1]))
 
 
 def checkpoint_file(root: Path, step: int) -> Path:
+    """The file of the checkpoint after ``step`` steps."""
     return root / CHECKPOINTS_FOLDER / f"{step:08d}.h5"
 
 
 def checkpoint_files(root: Path) -> dict[int, Path]:
-    """The finished checkpoints in ``root``, by step."""
-    found = {}
-    for path in _files(root / CHECKPOINTS_FOLDER):
-        if match := _CHECKPOINT_NAME.fullmatch(path.name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """The finished checkpoints, by step."""
+    files = {
+        int(match[1]): path
+        for path in _files(root / CHECKPOINTS_FOLDER)
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name))
+    }
+    return dict(sorted(files.items()))
 
 
 def statistics_file(root: Path, start: int, stop: int) -> Path:
+    """The file of the statistics of steps ``start`` < step <= ``stop``."""
     return root / STATISTICS_FOLDER / f"{start:08d}-{stop:08d}.h5"
 
 
 def statistics_files(root: Path) -> dict[tuple[int, int], Path]:
-    """The statistics in ``root`` by interval (start, stop)."""
-    found = {}
-    for path in _files(root / STATISTICS_FOLDER):
-        if match := _STEPS_NAME.fullmatch(path.name):
-            found[int(match[1]), int(match[2])] = path
-    return dict(sorted(found.items()))
+    """The statistics, by interval (start, stop)."""
+    intervals = _intervals(root / STATISTICS_FOLDER)
+    return {(start, stop): path for start, stop, path in sorted(intervals)}
 
 
-def cache_file(root: Path, kind: str, key: str) -> Path:
-    return root / kind / f"{key}.h5"
+def cache_file(root: Path, kind: FileKind, key: str) -> Path:
+    """The file of the cached tensors of a kind under ``key``."""
+    return root / kind.name / f"{key}.h5"
 
 
-def cache_files(root: Path, kind: str) -> dict[str, Path]:
-    """What attributions kept in ``root`` of one kind, by key."""
-    files = _files(root / kind)
+def cache_files(root: Path, kind: FileKind) -> dict[str, Path]:
+    """The files of cached tensors of a kind, by key."""
+    files = _files(root / kind.name)
     return {p.stem: p for p in files if p.suffix == ".h5" and KEY.fullmatch(p.stem)}
 
 
 def scores_files(root: Path) -> list[Path]:
-    """The files of scores kept in ``root``."""
+    """The files of scores in the trajectory's folder."""
     return [path for path in _files(root / SCORES_FOLDER) if path.suffix == ".h5"]
 
 
 def ground_truth_files(root: Path) -> list[Path]:
-    """The files of ground truth kept in ``root``."""
+    """The files of ground truth in the trajectory's folder."""
     return [path for path in _files(root / GROUND_TRUTH_FOLDER) if path.suffix == ".h5"]
 
 
@@ -193,7 +268,7 @@ def recorded_files(root: Path) -> list[Path]:
         *(path for _, _, path in steps_files(root)),
         *checkpoint_files(root).values(),
         *statistics_files(root).values(),
-        *(path for kind in CACHE_FOLDERS for path in cache_files(root, kind).values()),
+        *(path for kind in CACHES for path in cache_files(root, kind).values()),
     ]
 
 
@@ -203,7 +278,13 @@ def encode(name: str) -> str:
 
 
 def decode(name: str) -> str:
+    """The tensor's name that :func:`encode` was given."""
     return name.replace("%2F", "/").replace("%25", "%")
+
+
+def _intervals(folder: Path) -> list[tuple[int, int, Path]]:
+    matches = [(_STEPS_NAME.fullmatch(path.name), path) for path in _files(folder)]
+    return [(int(match[1]), int(match[2]), path) for match, path in matches if match]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
@@ -21,16 +19,12 @@ from tda_lightning.records.trajectory import (
     Steps,
     Trajectory,
 )
-from tda_lightning.runtime.random_states import TWISTERS, require_restorable
+from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
-from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, subgroup
-from tda_lightning.store.record_checks import (
-    require_facts,
-    require_fitting,
-    require_states,
-    require_values,
-)
+from tda_lightning.store.hdf5 import get_json, get_tensors, reading, subgroup
+from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
+from tda_lightning.store.steps_file import join_steps, no_steps, read_steps
 from tda_lightning.store.tensor_cache import TensorCache
 from tda_lightning.store.untrusted import get_integer, has, names
 
@@ -55,9 +49,9 @@ def open_trajectory(path: str | Path) -> Trajectory:
         facts=facts,
         steps=steps,
         checkpoints=CheckpointFolder(root, facts),
-        curvature=TensorCache(root, layout.CURVATURE_FOLDER),
-        unfinished=TensorCache(root, layout.UNFINISHED_FOLDER),
-        features=TensorCache(root, layout.FEATURES_FOLDER),
+        curvature=TensorCache(root, layout.CURVATURE),
+        unfinished=TensorCache(root, layout.UNFINISHED),
+        features=TensorCache(root, layout.FEATURES),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
     )
@@ -83,7 +77,7 @@ def _what_is(root: Path) -> str:
 
 
 def read_facts(root: Path) -> Facts:
-    with reading(root / layout.FACTS_FILE, "trajectory") as file:
+    with reading(root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
         text = get_json(file, layout.FACTS)
         require_facts(text)
         return Facts(
@@ -159,7 +153,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         """
         self._require_initial()
         for step, path in self._files().items():
-            with reading(path, "checkpoint") as file:
+            with reading(path, layout.CHECKPOINT) as file:
                 _require_step(file, step)
 
     def _require_initial(self) -> None:
@@ -178,7 +172,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         if step not in files:
             raise KeyError(step)
         self._require_initial()  # it holds the buffers that never changed
-        with reading(files[step], "checkpoint") as file:
+        with reading(files[step], layout.CHECKPOINT) as file:
             _require_step(file, step)
             tensors = {
                 **get_tensors(subgroup(file, layout.BUFFERS)),
@@ -197,7 +191,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
                 require_restorable(random)
             if step == 0:
                 return self._checkpoint(step, tensors, optimizer, random)
-        with reading(files[0], "checkpoint") as file:
+        with reading(files[0], layout.CHECKPOINT) as file:
             tensors = {**get_tensors(subgroup(file, layout.BUFFERS)), **tensors}
             return self._checkpoint(step, tensors, optimizer, random)
 
@@ -211,8 +205,6 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
         self._require_recorded(tensors)
         names = self.facts.parameters
-        if optimizer is not None:
-            require_states(optimizer, {name: tensors[name] for name in names})
         return Checkpoint(
             step=step,
             # HDF5 lists names by the alphabet; the facts know the model's own order.
@@ -275,128 +267,3 @@ def steps_chain(root: Path, last_step: int) -> list[tuple[int, int, Path]]:
         chain.append((first, last, path))
         covered = last
     return chain
-
-
-def no_steps(groups: int) -> Steps:
-    none, start = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    nothing = torch.zeros(0, dtype=torch.float64)
-    rates = torch.zeros(0, groups, dtype=torch.float64)
-    return Steps(none, rates, {}, nothing, nothing, start, start, none, none)
-
-
-def read_steps(path: Path, count: int) -> Steps:
-    """The ``count`` steps that file ``path`` holds; offsets count from 0."""
-    with reading(path, "steps") as file:
-        columns = {
-            name: torch.from_numpy(get_array(file, name, np.dtype(dtype)))
-            for name, dtype in layout.STEP_COLUMNS.items()
-        }
-        group = subgroup(file, layout.HYPERPARAMETERS)
-        hyperparameters = {
-            layout.decode(name): torch.from_numpy(get_array(group, name, np.dtype("float64")))
-            for name in names(group)
-        }
-        random = _read_random(subgroup(file, layout.RANDOM)) if has(file, layout.RANDOM) else {}
-        steps = Steps(hyperparameters=hyperparameters, random=random, **columns)
-        _check_steps(steps, count)
-        require_values(steps)
-        return steps
-
-
-def _read_random(group: h5py.Group) -> dict[int, dict[str, Tensor]]:
-    """States of the random generators by batch."""
-    random: dict[int, dict[str, Tensor]] = {}
-    for name in names(group):
-        part = subgroup(group, name)
-        dtype = np.dtype("int64" if name in TWISTERS else "uint8")
-        batches = get_array(part, layout.RANDOM_BATCHES, np.dtype("int64"))
-        table = torch.from_numpy(get_array(part, layout.RANDOM_STATES, dtype))
-        rising = batches.ndim == 1 and bool((batches[:-1] < batches[1:]).all())
-        if not rising or len(table) != len(batches):
-            raise ValueError(f"random states of {name} belong to no increasing batches")
-        for batch, state in zip(batches.tolist(), table, strict=True):
-            # A tensor of its own: torch 2.13 crashes when it restores a row of a table.
-            random.setdefault(batch, {})[layout.decode(name)] = state.clone()
-    for states in random.values():
-        require_restorable(states)
-    return dict(sorted(random.items()))
-
-
-def _check_steps(steps: Steps, count: int) -> None:
-    """Shapes fit each other, and offsets lead from 0 to the end without going back."""
-    for column in ("epoch", "loss", "gradient_norm", "accumulation", "clipping"):
-        if tuple(getattr(steps, column).shape) != (count,):
-            raise ValueError(f"column {column} does not hold {count} steps")
-    shape = steps.learning_rate.shape
-    if len(shape) != 2 or shape[0] != count:
-        raise ValueError(f"column learning_rate has shape {list(shape)}")
-    for name, values in steps.hyperparameters.items():
-        if values.shape != shape:
-            raise ValueError(f"hyper-parameter {name} has shape {list(values.shape)}")
-    if steps.examples.dim() != 1:
-        raise ValueError(f"column examples has shape {list(steps.examples.shape)}")
-    _check_offsets(steps.batch_offsets, count + 1, len(steps.example_offsets) - 1)
-    _check_offsets(steps.example_offsets, len(steps.example_offsets), len(steps.examples))
-    if len(steps.examples) and int(steps.examples.min()) < 0:
-        raise ValueError("negative example indices")
-    if any(not 0 <= batch < len(steps.example_offsets) - 1 for batch in steps.random):
-        raise ValueError(f"random states of other batches than {len(steps.example_offsets) - 1}")
-
-
-def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
-    whole = offsets.dim() == 1 and len(offsets) == count >= 1
-    whole = whole and int(offsets[0]) == 0 and int(offsets[-1]) == end
-    # Differences come last: those between numbers of either sign may overflow.
-    if not whole or bool((offsets < 0).any()) or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets do not lead from 0 to {end}")
-
-
-def join_steps(blocks: Sequence[Steps]) -> Steps:
-    """Consecutive pieces as one; parameter groups that a later piece added have rate 0 before."""
-
-    def joined(column: str) -> Tensor:
-        return torch.cat([getattr(block, column) for block in blocks])
-
-    def chained(column: str) -> Tensor:
-        pieces, end = [torch.zeros(1, dtype=torch.int64)], 0
-        for block in blocks:
-            offsets = getattr(block, column)
-            pieces.append(offsets[1:] + end)
-            end += int(offsets[-1])
-        return torch.cat(pieces)
-
-    random, before = {}, 0
-    for block in blocks:
-        random.update({before + batch: states for batch, states in block.random.items()})
-        before += int(block.batch_offsets[-1])
-    names = blocks[0].hyperparameters
-    hyperparameters = {n: widened([b.hyperparameters[n] for b in blocks]) for n in names}
-    return Steps(
-        epoch=joined("epoch"),
-        learning_rate=widened([block.learning_rate for block in blocks], fill=0.0),
-        hyperparameters=hyperparameters,
-        loss=joined("loss"),
-        gradient_norm=joined("gradient_norm"),
-        batch_offsets=chained("batch_offsets"),
-        example_offsets=chained("example_offsets"),
-        examples=joined("examples"),
-        accumulation=joined("accumulation"),
-        clipping=joined("clipping"),
-        random=random,
-    )
-
-
-def widened(tables: Sequence[Tensor], fill: float | None = None) -> Tensor:
-    """Tables [rows, groups] below each other, all as wide as the widest.
-
-    Args:
-        fill: what the missing groups get; None for the row's value of the first group, which a
-            formula for all groups can take.
-    """
-    width = max(table.shape[1] for table in tables)
-    filled = []
-    for table in tables:
-        missing = width - table.shape[1]
-        column = table[:, :1] if fill is None else torch.full_like(table[:, :1], fill)
-        filled.append(torch.cat([table, column.expand(-1, missing)], 1))
-    return torch.cat(filled)

@@ -39,7 +39,7 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
         path = self._files().get(interval)
         if path is None:
             raise KeyError(interval)
-        with reading(path, "statistics") as file:
+        with reading(path, layout.STATISTICS) as file:
             blocks = get_json(file, layout.BLOCKS)
             require_statistics(blocks)
             return {
@@ -73,7 +73,7 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
 
 def write_statistics(root: Path, start: int, stop: int, statistics: Statistics) -> None:
     """Keep the sums of the steps ``start`` < step <= ``stop``."""
-    with writing(layout.statistics_file(root, start, stop), "statistics") as file:
+    with writing(layout.statistics_file(root, start, stop), layout.STATISTICS) as file:
         about = {
             name: {"parameters": block.parameters, "shape": block.shape}
             for name, block in statistics.items()

@@ -1,4 +1,4 @@
-"""Tensors kept beside the trajectory that they come from: curvature, features, unfinished work."""
+"""Tensors cached beside a trajectory: curvature, features, unfinished attributions."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from tda_lightning.store.hdf5 import get_tensors, put_tensors, reading, subgroup
 
 @dataclass(frozen=True, eq=False)
 class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
-    """Named tensors by a hexadecimal key, one file for each key under ``<root>/<kind>``.
+    """Named tensors by a hexadecimal key, one file for each key.
 
-    Where the folder cannot be written, what is set is not kept, with a warning: it can always be
-    computed again.
+    Where the folder cannot be written to, a warning is given instead of an error, because
+    everything here can be computed again.
 
     Attributes:
-        root: of the trajectory.
-        kind: ``curvature``; ``features`` of the training examples; or ``unfinished``: where an
-            interrupted attribution goes on.
+        root: the trajectory's folder.
+        kind: which of the ``layout.CACHES``.
     """
 
     root: Path
-    kind: str = "curvature"
+    kind: layout.FileKind = layout.CURVATURE
 
     def __getitem__(self, key: str) -> Mapping[str, Tensor]:
-        path = self._files().get(key)
-        if path is None:
-            raise KeyError(key)
-        with reading(path, self.kind) as file:
+        with reading(self._files()[key], self.kind) as file:
             return get_tensors(subgroup(file, layout.VALUES))
 
     def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
+        kind = self.kind.name
         if not layout.KEY.fullmatch(key):
             raise ValueError(
-                f"A key of {self.kind} must be hexadecimal digits in lower case, got {key!r}: "
-                "pass a digest of everything that determines it."
+                f"A key of {kind} must be hexadecimal digits in lower case, got {key!r}: pass a "
+                "digest of everything that determines it."
             )
         path = layout.cache_file(self.root, self.kind, key)
         try:
@@ -50,16 +47,13 @@ class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
                 put_tensors(file.create_group(layout.VALUES), value)
         except OSError as error:
             warnings.warn(
-                f"{path} cannot be written, so the file of {self.kind} is not kept: {error}. "
-                "Scores are not affected; the next attribution will compute it again.",
+                f"{path} cannot be written, so {kind} is not kept: {error}. Scores are not "
+                "affected; the next attribution will compute it again.",
                 stacklevel=2,
             )
 
     def __delitem__(self, key: str) -> None:
-        path = self._files().get(key)
-        if path is None:
-            raise KeyError(key)
-        path.unlink()
+        self._files()[key].unlink()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files())

@@ -1,8 +1,8 @@
-"""What a file of ours may hold, asked before HDF5 reads it.
+"""Checks on what a file holds before HDF5 reads it, as a file may come from anywhere.
 
-A file may come from anywhere. HDF5 follows links and virtual or external data sets into other
-files, makes room for whatever a header claims, waits for ever at a pipe, and can hang in a damaged
-heap of texts. None of it is ever written here, so none of it is read.
+HDF5 follows links, virtual and external datasets into other files, allocates whatever a header
+claims, waits for ever at a pipe, and can hang in a damaged heap of text. The library never writes
+any of these, so it reads none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INFLATION = 1100  # deflate packs nothing tighter than this
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 _DEPTH = 100  # of nested JSON: what is deeper could not be shown either
 
-# What h5py, NumPy and our own checks raise for a damaged file depends on where the damage lies.
+# What h5py, NumPy and the checks here raise depends on where the damage lies.
 DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -50,15 +50,15 @@ def require_regular(path: Path) -> None:
 
 
 def member(group: h5py.Group, name: str, kind: type) -> Any:
-    """A data set or group that lies in the file itself: links lead out of it."""
+    """A dataset or group that lies in the file itself: links may lead out of it."""
     if "/" in name or name in ("", "."):
         raise KeyError(f"{group.name} cannot have a member {name!r}")
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise KeyError(f"{group.name} has no {name!r}")
-    found = group[name]
-    if not isinstance(found, kind):
+    value = group[name]
+    if not isinstance(value, kind):
         raise TypeError(f"{name!r} in {group.name} is not a {kind.__name__}")
-    return found
+    return value
 
 
 def has(group: h5py.Group, name: str) -> bool:
@@ -74,7 +74,7 @@ def names(group: h5py.Group) -> list[str]:
 
 
 def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """A data set whose values lie in the file and take no more room than they may."""
+    """A dataset whose values lie in the file, and whose size fits what the file stores."""
     dataset = member(group, name, h5py.Dataset)
     plan = dataset.id.get_create_plist()
     # Before its shape is asked for: that of a virtual one depends on other files.
@@ -112,6 +112,7 @@ def get_text(attributes: h5py.AttributeManager, name: str) -> str:
 
 
 def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
+    """An attribute that must be one integer."""
     attribute = attributes.get_id(name)
     if attribute.dtype.kind not in "iu" or attribute.shape != ():
         raise TypeError(f"attribute {name!r} is not an integer")
@@ -129,6 +130,11 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: bytes) -> Any:
+    """The value that :func:`to_json` was given.
+
+    Raises:
+        ValueError: ``text`` is not JSON, or nested too deep.
+    """
     value = json.loads(text.decode())
     _require_shallow(value)
     return value

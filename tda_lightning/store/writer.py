@@ -15,9 +15,9 @@ from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder, sync_folder
 from tda_lightning.store.hdf5 import put_json, put_tensors, writing
-from tda_lightning.store.reader import CheckpointFolder, join_steps, read_steps
+from tda_lightning.store.reader import CheckpointFolder
 from tda_lightning.store.statistics_folder import write_statistics
-from tda_lightning.store.steps_file import write_steps
+from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
 from tda_lightning.store.truncate import remove_unfinished, truncate_trajectory
 
 
@@ -103,7 +103,7 @@ class TrajectoryWriter:
         self._write_facts(facts)
 
     def _write_facts(self, facts: Facts) -> None:
-        with writing(self.root / layout.FACTS_FILE, "trajectory") as file:
+        with writing(self.root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
             put_json(file, layout.FACTS, asdict(facts))
         self._facts = (self.root / layout.FACTS_FILE).read_bytes()
 
@@ -146,7 +146,7 @@ class TrajectoryWriter:
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         path = layout.checkpoint_file(self.root, checkpoint.step)
-        with writing(path, "checkpoint") as file:
+        with writing(path, layout.CHECKPOINT) as file:
             file.attrs[layout.STEP] = checkpoint.step
             put_tensors(file.create_group(layout.PARAMETERS), checkpoint.parameters)
             put_tensors(file.create_group(layout.BUFFERS), checkpoint.buffers)

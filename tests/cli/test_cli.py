@@ -294,7 +294,7 @@ def test_damaged_files_are_named(run, capsys):
     with h5py.File("foreign.h5", "w") as file:
         file["x"] = 1
     assert main(["report", "foreign.h5"]) == 1
-    assert "holds no scores" in capsys.readouterr().err
+    assert "is not a scores file" in capsys.readouterr().err
 
 
 def test_inspecting_a_damaged_run_fails(run, capsys):

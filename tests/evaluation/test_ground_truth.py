@@ -231,17 +231,17 @@ def test_missing_contents_are_format_errors(path, name) -> None:
 
 
 def test_files_of_another_kind_are_named(path, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no ground truth at"):
+    with pytest.raises(FileNotFoundError, match="There is no ground truth file at"):
         read_ground_truth(tmp_path / "nowhere.h5")
     with pytest.raises(TrajectoryFormatError, match="is a folder"):
         read_ground_truth(tmp_path)
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(TrajectoryFormatError, match="holds no ground truth"):
+    with pytest.raises(TrajectoryFormatError, match="is not a ground truth file"):
         read_ground_truth(tmp_path / "foreign.h5")
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = 2
-    with pytest.raises(TrajectoryFormatError, match="reads up to 1. Upgrade"):
+    with pytest.raises(TrajectoryFormatError, match="reads up to version 1. Upgrade"):
         read_ground_truth(path)
 
 

@@ -26,8 +26,7 @@ from tda_lightning.runtime.random_states import (
 )
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
-from tda_lightning.store.reader import join_steps, read_steps
-from tda_lightning.store.steps_file import write_steps
+from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
 from tests.resumable import EpochOrder, Resumable, ResumableLoader, differences, train
 from tests.runs import Net, Numbered, adamw, fit, loader, sgd
 

@@ -311,7 +311,7 @@ def test_a_damaged_file_is_named_when_the_trajectory_opens(
         file.write_bytes(
             {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage]
         )
-    expected = "is not a tda-lightning" if damage == "another kind" else "truncated or corrupted"
+    expected = "is not a" if damage == "another kind" else "is damaged"
     with pytest.raises(TrajectoryFormatError, match=expected) as info:
         open_trajectory(copy)
     assert str(file) in str(info.value)
@@ -324,7 +324,7 @@ def test_corrupted_numbers_are_noticed(copy: Path) -> None:
     weight = trajectory.checkpoints[6].parameters["net.0.weight"].numpy().tobytes()
     content[content.index(weight) + 7] ^= 1
     file.write_bytes(content)
-    with pytest.raises(TrajectoryFormatError, match="corrupted") as info:
+    with pytest.raises(TrajectoryFormatError, match="damaged") as info:
         trajectory.checkpoints[6]
     assert str(file) in str(info.value)
     assert trajectory.checkpoints[12].step == 12
@@ -407,7 +407,7 @@ def test_curvature_that_cannot_be_kept_is_said(copy: Path) -> None:
 
 def test_damaged_curvature_is_named(copy: Path) -> None:
     (copy / "curvature" / "0af3.h5").write_bytes(b"hello")
-    with pytest.raises(TrajectoryFormatError, match=r"0af3\.h5 is truncated or corrupted"):
+    with pytest.raises(TrajectoryFormatError, match=r"0af3\.h5 is damaged"):
         open_trajectory(copy).curvature["0af3"]
 
 
@@ -553,7 +553,7 @@ def test_inspect_says_what_is_broken(copy: Path) -> None:
     (copy / "steps" / "00000013-00000014.h5.part").write_bytes(b"")
     text = show(copy)
     assert "damaged" in text
-    assert "00000006.h5 is truncated or corrupted" in text
+    assert "00000006.h5 is damaged" in text
     assert "unfinished" in text
     assert len(describe(copy).problems) == 2
     with pytest.raises(TrajectoryNotFoundError):
