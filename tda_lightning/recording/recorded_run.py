@@ -31,8 +31,7 @@ from tda_lightning.recording.resume import (
     new_run_id,
     no_history,
     recorded_facts,
-    require_same_curvature,
-    require_same_model,
+    require_same_run,
     require_same_weights,
     stopped_state,
 )
@@ -212,10 +211,9 @@ class RecordedRun:
                 observer.begin_stage()
         # Check everything before the folder is touched.
         now = read_facts(trainer, trained, num_examples(data), None, {})
-        require_same_model(recorded, now)
         if self._curvature is not None:
             self._curvature.watch_as(recorded)
-        require_same_curvature(recorded, self._observed_facts().get("curvature"))
+        require_same_run(recorded, now, self._observed_facts().get("curvature"))
         first(compare_fingerprints, recorded.fingerprint, data)
         first(self._lock.acquire)
         if again:

@@ -200,11 +200,13 @@ def no_history(global_step: int, root: Path) -> ResumeError:
     )
 
 
-def require_same_model(recorded: Facts, now: Facts) -> None:
-    """Check that the model and the optimizer are those of the recorded run.
+def require_same_run(recorded: Facts, now: Facts, curvature: Mapping[str, Any] | None) -> None:
+    """Check that the model and the optimizer are those of the recorded run, and that curvature
+    statistics are gathered as before: their sums are added up over intervals.
 
     Raises:
-        TrajectoryMismatchError: they are not.
+        TrajectoryMismatchError: the model or the optimizer is another one.
+        ResumeError: the statistics would be gathered in another way.
     """
     advice = "Resume with the recorded model and optimizer, or record into another folder."
     if recorded.optimizer != now.optimizer:
@@ -221,19 +223,11 @@ def require_same_model(recorded: Facts, now: Facts) -> None:
             f"shape, dtype or parameter group, {name} among them: expected {before.get(name)}, "
             f"got {after.get(name)}. {advice}"
         )
-
-
-def require_same_curvature(recorded: Facts, now: Mapping[str, Any] | None) -> None:
-    """Check that statistics are gathered as before: their sums are added up over intervals.
-
-    Raises:
-        ResumeError: they are not.
-    """
-    before = recorded.settings.get("curvature")
-    if before != now:
+    expected = recorded.settings.get("curvature")
+    if curvature != expected:
         raise ResumeError(
-            f"Curvature statistics would be gathered in another way: expected {before}, as when "
-            f"the recording began, got {now}. Resume with the recorded curvature, "
+            f"Curvature statistics would be gathered in another way: expected {expected}, as when "
+            f"the recording began, got {curvature}. Resume with the recorded curvature, "
             "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
             "another folder."
         )
