@@ -47,8 +47,8 @@ class Unrolled:
 
     Raises:
         ValueError: at once for impossible settings; when planning, for too small a budget.
-        UnsupportedTrainingError: when planning, for what has no formula here: an optimizer other
-            than SGD, Adam and AdamW, mixed precision, several stages, no recorded batches, ...
+        UnsupportedTrainingError: when planning, for what has no formula here: an optimizer whose
+            rule has no adjoint, mixed precision, several stages, no recorded batches, ...
         TrajectoryMismatchError: the replay does not land on the recorded checkpoints.
 
     References:
