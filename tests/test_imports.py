@@ -39,7 +39,6 @@ HOMES = {
 KNOWN_UPWARD: set[tuple[str, str]] = set()
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
-    ("estimators", 4),
     ("estimators", 8),
 }
 KNOWN_HOMES = {
@@ -48,8 +47,6 @@ KNOWN_HOMES = {
 KNOWN_WITHOUT_DOCSTRING = {
     "report": 1,
     "estimators": 5,
-    "solvers": 5,
-    "store": 3,
 }
 
 

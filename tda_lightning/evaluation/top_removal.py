@@ -25,7 +25,7 @@ class TopRemoval:
 
     Attributes:
         k: how many were left out.
-        rise: of each query's measurement without its own ``k`` foremost proponents.
+        rise: of each query's measurement without its own ``k`` top proponents.
         random_rise: without ``k`` random examples, averaged over the draws.
         flipped: share of the queries that are then classified otherwise; None where there are no
             classes.
@@ -52,7 +52,7 @@ def top_removal(
     together: int = 1,
     training: bool = True,
 ) -> list[TopRemoval]:
-    """Replay the recorded run without each query's foremost proponents, and without random ones.
+    """Replay the recorded run without each query's top proponents, and without random ones.
 
     Args:
         trajectory: the recorded run.
@@ -88,7 +88,7 @@ def top_removal(
 
 def removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Tensor:
     """Which examples each retraining keeps, bool [retraining, train]: first all of them; then for
-    each k all but a query's ``k`` foremost proponents, query by query, and ``draws`` times all but
+    each k all but a query's ``k`` top proponents, query by query, and ``draws`` times all but
     ``k`` random ones."""
     train, count = scores.num_train, scores.num_queries
     if not ks or min(ks) < 1 or max(ks) >= train:

@@ -40,7 +40,7 @@ class AttributionPlan:
             report it.
         device_bytes: the same on the accelerator; 0 without one.
         scores_bytes: size of the scores, by segment where the estimator has segments.
-        curvature_bytes: fitted curvature that is cached beside the trajectory.
+        curvature_bytes: fitted curvature that is cached next to the trajectory.
         features_bytes: features of the training examples, cached likewise.
     """
 

@@ -41,41 +41,40 @@ _UNLIMITED = 1 << 62
 
 @dataclass
 class Unrolled:
-    r"""The derivative of the very run: same seed, same batches, example n's loss weighted by w_n.
+    r"""The exact derivative of the recorded run: same seed and batches, l_n weighted by w_n.
 
     .. math::
         s_{qn} = -\frac{\partial m_q(\theta_T)}{\partial w_n}\Big|_{w = 1}
 
-    The recorded intervals are replayed from their checkpoints with the recorded batches, rates and
-    random states, and the adjoint of each query runs backwards through the optimizer's steps with
-    the Hessian of every step's loss. Nothing is approximated; the question is a local one all the
-    same. A batch keeps its denominator (:func:`~tda_lightning.evaluation.as_removal` for true
-    removal), and in a rough run a small weight change predicts no removal: ``tda check`` tells.
-    What a training step detaches counts as a constant, also where its value came from the weights.
+    The run is replayed from its checkpoints with the recorded batches, rates and random states.
+    Each query's adjoint then runs backwards through the optimizer's steps, with the true Hessian of
+    every step's loss. Nothing is approximated, but a derivative is local: in a rough run a small
+    change of weights does not predict removal (``tda check`` tells). Batches keep their
+    denominators; see :func:`~tda_lightning.evaluation.as_removal` for true removal. What a training
+    step detaches counts as a constant, even if its value was computed from the weights.
 
     Every replay is compared with the recorded checkpoints (``provenance["certificate"]``).
 
     Attributes:
-        last_steps: count only what the last so many steps did with an example: cheaper, and
-            truncated; None for the whole run.
-        relabel: ``{index: label}``: the scores of these training examples predict what their other
-            label would have done, instead of their removal. The effect of a group, removed or
-            relabelled together, is the sum of its columns (:meth:`~tda_lightning.Scores.by_group`).
-        token_weights: also score each term of an example's loss, the tokens of a sequence
+        last_steps: count only the effects of this many last steps, at a lower cost; None: all.
+        relabel: ``{index: label}``: for these training examples, score another label in place of
+            removal. The effect of a group, removed or relabelled together, is the sum of its
+            columns (:meth:`~tda_lightning.Scores.by_group`).
+        token_weights: also score each term of an example's loss, such as the tokens of a sequence
             (``scores.by_token``).
-        memory_budget: bytes for adjoints and states of steps; None for half of what the machine
-            has free. The result does not depend on it.
-        states: where the states between two checkpoints are kept: in ``memory``, whatever they
-            take; on ``disk``, in a temporary file; ``recompute``: few in memory, the others by
-            replaying again. ``auto``: all in memory where they fit, else as many as do.
-        tolerance: how far a replay may land from a recorded checkpoint, relative to how far the
-            weights moved since the one before.
+        memory_budget: bytes for adjoints and states of steps; None: half of the free memory. The
+            result does not depend on it.
+        states: where states between two checkpoints are kept: in ``memory``, whatever they take;
+            on ``disk``, in a temporary file; ``recompute``: a few in memory, the others by
+            replaying again; ``auto``: as many in memory as fit, the others by replaying again.
+        tolerance: how far a replay may miss a recorded checkpoint, relative to how far the weights
+            moved since the checkpoint before.
 
     Raises:
-        ValueError: at once for impossible settings; when planning, for too small a budget.
-        UnsupportedTrainingError: when planning, for what has no formula here: an optimizer whose
-            rule has no adjoint, mixed precision, several stages, no recorded batches, ...
-        TrajectoryMismatchError: the replay does not land on the recorded checkpoints.
+        ValueError: at once, for impossible settings; when scoring, for too small a budget.
+        UnsupportedTrainingError: when scoring, for what has no formula: most optimizers (see
+            ``tda_lightning.optimizers``), mixed precision, several stages, unrecorded batches, ...
+        TrajectoryMismatchError: the replay misses the recorded checkpoints.
 
     References:
         | Data Cleansing for Models Trained with SGD (Hara et al., 2019), section 3
@@ -86,7 +85,7 @@ class Unrolled:
         | https://arxiv.org/abs/2504.16430
 
     Example:
-        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        Ten steps at rate 0.1 on least squares with curvature 2 and 1/2: a score is 3 g / 4 times
         (1 - 0.8^10) / 2 or (1 - 0.95^10) / (1/2), the sum of what is left of each step.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores

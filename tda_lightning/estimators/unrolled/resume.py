@@ -1,4 +1,4 @@
-"""How far an attribution has come, kept beside the trajectory: if interrupted, it resumes there."""
+"""How far an attribution has come, kept next to the trajectory, to resume after interruptions."""
 
 from __future__ import annotations
 
