@@ -200,6 +200,17 @@ class StageRecord(TypedDict):
     notes: list[str]
 
 
+class MemberRecord(TypedDict, total=False):
+    """One run of an ensemble; the keys have the meaning of those of `Provenance`."""
+
+    trajectory: str
+    steps: Count
+    measurements: list[float]
+    predictions: list[str]
+    certificate: Certificate
+    notes: list[str]
+
+
 class _Judgement(TypedDict):
     num_subsets: Count
     num_queries: Count
@@ -296,6 +307,7 @@ class Provenance(TypedDict, total=False):
         checkpoints: steps of the checkpoints used; a list per segment for SOURCE.
         segments: first and last step of each segment.
         stages: one record per stage, where there are several.
+        members: one record per run of an ensemble; ``measurements`` are their means.
         stage: the record of the only stage that is left (:meth:`Scores.stage`).
         task: its class and settings.
         trajectory: folder of the run, or ``in memory``; a list for several runs.
@@ -335,6 +347,7 @@ class Provenance(TypedDict, total=False):
     replayed_steps: Pair
     checkpoints: list[Count] | list[list[Count]]
     segments: list[Pair]
+    members: list[MemberRecord]
     stages: list[StageRecord]
     stage: StageRecord
     task: dict[str, Any]
