@@ -25,7 +25,8 @@ from experiments.fastif.recorded import Run
 from tda_lightning import AttributionModule
 from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.gradients import ExampleGradients
-from tda_lightning.session.passes import Pass, Plan, Session
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Session
 
 _BATCH = 250
 
@@ -40,10 +41,10 @@ class Look:
     def segment_count(self, context: Session) -> int | None:
         return None
 
-    def plan(self, context: Session) -> Plan:
-        step = context.trajectory.last_step
-        begin = lambda: self.work(context)  # noqa: E731
-        return Plan([Pass("look", step, lambda *_: None, begin, rows=range(1))])
+    def score(self, session: Session) -> Provenance:
+        session.load(session.trajectory.last_step)
+        self.work(session)
+        return {"notes": []}
 
 
 def look(run: Run, queries: Dataset, work: Callable[[Session], None]) -> None:

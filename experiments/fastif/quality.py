@@ -23,7 +23,7 @@ from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.curvature import Products
 from tda_lightning.estimators import FastInfluence, InfluenceFunction
 from tda_lightning.evaluation.linear_datamodeling import rank_correlation
-from tda_lightning.session.passes import Session
+from tda_lightning.session.session import Session
 from tda_lightning.solvers import LiSSA, Problem
 
 K = 1000
@@ -42,7 +42,7 @@ def problem_of(context: Session, decay: float, damping: float) -> Problem:
     """The system that a solver is given."""
     size = sum(block.size for block in context.blocks)
     return Problem(
-        context=context,
+        session=context,
         products=Products("gauss_newton", context),
         decay=torch.full((size,), decay),
         damping=torch.full((size,), damping),
@@ -202,12 +202,7 @@ def _product_error(problem: Problem, exact: Exact, vectors: Tensor) -> float:
 
 
 def _solved(solver: LiSSA, problem: Problem, vectors: Tensor) -> Tensor:
-    work = solver.solve(problem, vectors)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value
+    return solver.solve(problem, vectors)
 
 
 def _parts(context: Session, solution: Tensor) -> dict[str, Tensor]:

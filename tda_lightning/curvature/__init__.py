@@ -1,7 +1,7 @@
 """Curvature of the training loss, as eigenvalues in a basis that gradients can be turned into."""
 
-from tda_lightning.curvature.fit import CurvatureFit, check_kind, unit_matrices, units
-from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingFit
+from tda_lightning.curvature.fit import check_kind, fit_curvature, unit_matrices, units
+from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingDirections, leading_directions
 from tda_lightning.curvature.products import (
     Products,
     as_matrices,
@@ -10,7 +10,6 @@ from tda_lightning.curvature.products import (
     check_product,
 )
 from tda_lightning.curvature.recorded import (
-    RecordedFit,
     check_statistics,
     curvature_of,
     uses_statistics,
@@ -19,11 +18,9 @@ from tda_lightning.curvature.sides import check_dense_side, eigenbasis, side_for
 from tda_lightning.curvature.spectrum import Spectrum
 
 __all__ = [
-    "CurvatureFit",
     "DeflatedSpectrum",
-    "LeadingFit",
+    "LeadingDirections",
     "Products",
-    "RecordedFit",
     "Spectrum",
     "as_matrices",
     "as_rows",
@@ -34,6 +31,8 @@ __all__ = [
     "check_statistics",
     "curvature_of",
     "eigenbasis",
+    "fit_curvature",
+    "leading_directions",
     "side_forms",
     "unit_matrices",
     "units",

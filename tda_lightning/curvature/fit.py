@@ -16,19 +16,19 @@ identity no curvature
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.gradients import Basis, Gradient, Joined, Reflections, scaled
+from tda_lightning.gradients import Basis, Block, Gradient, Joined, Reflections, scaled
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.passes import Pass, Session
+from tda_lightning.session.session import Batch, Session
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -62,12 +62,21 @@ def unit_matrices(kind: str, matrices: Mapping[str, Tensor]) -> dict[str, Tensor
     return {WHOLE: torch.cat(rows, dim=-1)[..., None, None, :]}
 
 
-class CurvatureFit:
-    """Plans the passes that fit a curvature, and holds it afterwards.
+def fit_curvature(
+    kind: str,
+    session: Session,
+    steps: Sequence[int],
+    scale: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    title: str = "curvature",
+    dense_side: int | None = None,
+    bases: Bases | None = None,
+) -> dict[str, Spectrum]:
+    """Curvature by unit, fitted in walks over the training set and kept beside the trajectory.
 
     Args:
         kind: one of ``KINDS``.
-        context: what the passes work with.
+        session: the model and the training set.
         steps: checkpoints to average over.
         scale: h, by unit, [groups, rows, columns]: fit the curvature of preconditioned gradients
             h * g instead of g (docs/methods.md, "SOURCE for Adam"); a missing unit has none.
@@ -76,169 +85,175 @@ class CurvatureFit:
         dense_side: the widest side of a block whose covariance is kept dense; a wider one is
             rank-limited. None: the defaults of ``curvature/sides.py``.
         bases: eigenvectors of both sides by unit, where they are known: ``ekfac`` then needs the
-            pass for its eigenvalues alone.
+            walk for its eigenvalues alone.
+
+    Raises:
+        ValueError: ``exact`` for a model of too many parameters.
+        NonFiniteError: the gradient of an example is NaN or infinite.
     """
+    check_kind(kind)
+    check_dense_side(dense_side)
+    if kind == "exact" and session.num_parameters > MAX_EXACT:
+        size = session.num_parameters
+        raise ValueError(
+            f"curvature='exact' builds a dense matrix of all parameters: {size} x {size} "
+            f"numbers are {8 * size**2 / 2**30:.1f} GiB, and the limit is {MAX_EXACT} "
+            "parameters. Use curvature='ekfac', or restrict the task to some layers."
+        )
+    place = (session.device, session.dtype)
+    if kind == "identity":
+        return {
+            name: Spectrum(None, None, torch.ones(shape, device=place[0], dtype=place[1]))
+            for name, shape in _unit_shapes(kind, session.blocks).items()
+        }
+    known_kind = kind if bases is None else f"{kind} in {digest(bases)}"
+    scale = dict(scale or {})
+    key = cache_key(session, known_kind, steps, seed, scale, limits(dense_side))
+    if (cached := session.trajectory.curvature.get(key)) is not None:
+        return {name: spectrum.to(*place) for name, spectrum in _unpack(cached).items()}
+    walks = _Walks(kind, session, tuple(steps), scale, seed, title)
+    if kind == "exact":
+        spectra = _fit_exact(walks)
+    elif kind == "diagonal":
+        spectra = _fit_eigenvalues(walks, {}, "squares")
+    elif kind == "kfac":
+        spectra = _fit_kfac(walks, dense_side)
+    else:
+        if bases is None:
+            bases = _fit_bases(walks, dense_side)
+        on_device = {
+            name: (placed(left, *place), placed(right, *place))
+            for name, (left, right) in bases.items()
+        }
+        spectra = _fit_eigenvalues(walks, on_device, "eigenvalues")
+    spectra = {name: spectrum.to(*place) for name, spectrum in spectra.items()}
+    session.trajectory.curvature[key] = _pack(spectra)
+    return spectra
 
-    def __init__(
-        self,
-        kind: str,
-        context: Session,
-        steps: Sequence[int],
-        scale: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        title: str = "curvature",
-        dense_side: int | None = None,
-        bases: Bases | None = None,
-    ):
-        check_kind(kind)
-        check_dense_side(dense_side)
-        self.kind, self.context, self.steps = kind, context, tuple(steps)
-        self.scale, self.seed, self.title = dict(scale or {}), seed, title
-        self.dense_side = dense_side
-        self.spectra: dict[str, Spectrum] = {}
+
+def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
+    sums = _Sums(walks)
+    for _, batch in walks.over("Gauss-Newton"):
+        for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
+            for name, gradient in walks.scaled(gradients.blocks).items():
+                rows = gradient.dense(slice(None)).flatten(1)
+                sums.add(name, [rows.T @ rows])
+    spectra = {}
+    for name, (matrix,) in sums.means().items():
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        spectra[name] = Spectrum(None, vectors[None], eigenvalues.clamp(min=0)[None, None])
+    return spectra
+
+
+def _fit_kfac(walks: _Walks, dense_side: int | None) -> dict[str, Spectrum]:
+    spectra = {}
+    for name, (left, right, count) in _covariances(walks, dense_side).items():
+        left_values, left_vectors = eigenbasis(left)
+        right_values, right_vectors = eigenbasis(right)
+        product = left_values[:, :, None] * right_values[:, None, :] / count.view(-1, 1, 1)
+        spectra[name] = Spectrum(left_vectors, right_vectors, product)
+    return spectra
+
+
+def _fit_bases(walks: _Walks, dense_side: int | None) -> Bases:
+    """Kronecker eigenvectors of both sides."""
+    return {
+        name: (eigenbasis(left)[1], eigenbasis(right)[1])
+        for name, (left, right, _) in _covariances(walks, dense_side).items()
+    }
+
+
+def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectrum]:
+    """Mean squares of the gradients' coordinates in ``bases``."""
+    sums = _Sums(walks)
+    for name, gradient in walks.fisher_gradients(what):
+        sums.add(name, [gradient.sum_of_squares(*bases.get(name, (None, None)))])
+    return {
+        name: Spectrum(*bases.get(name, (None, None)), squares)
+        for name, (squares,) in sums.means().items()
+    }
+
+
+def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor]]:
+    """Second moments of both sides, and the positions of an example, by unit."""
+    sums = _Sums(walks)
+    for name, gradient in walks.fisher_gradients("covariances"):
+        sums.add(name, gradient.covariances(side_forms(gradient, dense_side)))
+    return sums.means()
+
+
+@dataclass(frozen=True)
+class _Walks:
+    """The walks that fit one curvature; see :func:`fit_curvature` for the fields."""
+
+    kind: str
+    session: Session
+    steps: tuple[int, ...]
+    scale: Mapping[str, Tensor]
+    seed: int
+    title: str
+
+    def over(self, what: str) -> Iterator[tuple[int, Batch]]:
+        """The training set at every checkpoint, as (step, batch)."""
+        for step in self.steps:
+            for batch in self.session.walk(f"{self.title}: {what}, step {step}", step):
+                yield step, batch
+
+    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient]]:
+        """Scaled Fisher gradients of every batch by unit, as (unit, gradient)."""
+        for step, batch in self.over(what):
+            # Another draw of labels at every checkpoint, the same in every walk over one.
+            gradients = self.session.fisher_gradients(batch.data, batch.examples, self.seed + step)
+            yield from self.scaled(gradients.blocks).items()
+
+    def scaled(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+        """h * g by unit."""
+        return {
+            name: scaled(gradient, self.scale.get(name))
+            for name, gradient in units(self.kind, gradients).items()
+        }
+
+
+class _Sums:
+    """Sums of matrices by unit, in float64: sums of many small squares lose digits in float32."""
+
+    def __init__(self, walks: _Walks) -> None:
+        self._walks = walks
         self._sums: dict[str, list[Tensor]] = {}
-        self._known = None if bases is None else digest(bases)
-        self._bases: dict[str, Sides] = dict(bases or {})
-        size = sum(block.size for block in context.blocks)
-        if kind == "exact" and size > MAX_EXACT:
-            raise ValueError(
-                f"curvature='exact' builds a dense matrix of all parameters: {size} x {size} "
-                f"numbers are {8 * size**2 / 2**30:.1f} GiB, and the limit is {MAX_EXACT} "
-                "parameters. Use curvature='ekfac', or restrict the task to some layers."
-            )
 
-    def passes(self) -> list[Pass]:
-        """The passes still to run: none when the fitted curvature was kept from before."""
-        if self.kind == "identity":
-            for name, shape in self._unit_shapes().items():
-                self.spectra[name] = Spectrum(None, None, self._ones(shape))
-            return []
-        sides = limits(self.dense_side)
-        name = self.kind if self._known is None else f"{self.kind} in {self._known}"
-        self._key = cache_key(self.context, name, self.steps, self.seed, self.scale, sides)
-        if (kept := self.context.trajectory.curvature.get(self._key)) is not None:
-            self.spectra = _unpack(kept)
-            return []
-        passes = []
-        for what, add, finish in self._walks():
-            for number, step in enumerate(self.steps):
-                last = number == len(self.steps) - 1
-                title = f"{self.title}: {what}, step {step}"
-                passes.append(
-                    Pass(title, step, self._bound(add, step), None, finish if last else None)
-                )
-        return passes
-
-    def _walks(self) -> list[tuple[str, Any, Any]]:
-        """(title, what to add of every batch, what to do in the end) of each walk over the data."""
-        if self.kind == "exact":
-            return [("Gauss-Newton", self._add_outer_products, self._finish_exact)]
-        if self.kind == "diagonal":
-            return [("squares", self._add_squares, self._finish_eigenvalues)]
-        if self.kind == "kfac":
-            return [("covariances", self._add_covariances, self._finish_kfac)]
-        eigenvalues = ("eigenvalues", self._add_squares, self._finish_eigenvalues)
-        if self._known is not None:
-            place = (self.context.device, self.context.dtype)
-            self._bases = {
-                name: (placed(left, *place), placed(right, *place))
-                for name, (left, right) in self._bases.items()
-            }
-            return [eigenvalues]
-        return [("covariances", self._add_covariances, self._finish_bases), eigenvalues]
-
-    def _bound(self, add: Any, step: int) -> Any:
-        return lambda batch, examples, _: add(batch, examples, step)
-
-    def _gradients(self, batch: Any, examples: Tensor, step: int) -> dict[str, Gradient]:
-        # Another draw of labels at every checkpoint, the same in both passes over one.
-        found = self.context.fisher_gradients(batch, examples, self.seed + step)
-        by_unit = units(self.kind, found.blocks)
-        return {name: scaled(g, self.scale.get(name)) for name, g in by_unit.items()}
-
-    def _accumulate(self, name: str, values: Sequence[Tensor]) -> None:
-        """Add in float64: sums of many small squares lose digits in float32."""
+    def add(self, name: str, values: Sequence[Tensor]) -> None:
+        """Add to the sums of a unit."""
         exact = [value.double() for value in values]
-        known = self._sums.get(name)
+        sums = self._sums.get(name)
         self._sums[name] = (
-            exact if known is None else [a + b for a, b in zip(known, exact, strict=True)]
+            exact if sums is None else [a + b for a, b in zip(sums, exact, strict=True)]
         )
 
-    def _reduced(self) -> dict[str, list[Tensor]]:
-        """Sums over processes, divided by examples and checkpoints; forgotten afterwards."""
-        count = self.context.num_train * len(self.steps)
-        sums = {
-            name: [self.context.reduce(value) / count for value in values]
+    def means(self) -> dict[str, list[Tensor]]:
+        """Sums over processes, divided by the number of examples and checkpoints."""
+        session, steps = self._walks.session, self._walks.steps
+        count = session.num_train * len(steps)
+        means = {
+            name: [session.reduce(value) / count for value in values]
             for name, values in self._sums.items()
         }
-        self._sums = {}
-        for name, values in sums.items():
+        for name, values in means.items():
             if not all(bool(value.isfinite().all()) for value in values):
                 raise NonFiniteError(
-                    f"The curvature of {name} at steps {list(self.steps)} is not finite: the "
-                    "gradient of a training example is NaN or infinite although its loss is not. "
-                    "Look for infinite inputs, or use earlier checkpoints."
+                    f"The curvature of {name} at steps {list(steps)} is not finite: the gradient "
+                    "of a training example is NaN or infinite although its loss is not. Look for "
+                    "infinite inputs, or use earlier checkpoints."
                 )
-        return sums
+        return means
 
-    def _add_covariances(self, batch: Any, examples: Tensor, step: int) -> None:
-        for name, gradient in self._gradients(batch, examples, step).items():
-            self._accumulate(name, gradient.covariances(side_forms(gradient, self.dense_side)))
 
-    def _add_squares(self, batch: Any, examples: Tensor, step: int) -> None:
-        for name, gradient in self._gradients(batch, examples, step).items():
-            left, right = self._bases.get(name, (None, None))
-            self._accumulate(name, [gradient.sum_of_squares(left, right)])
-
-    def _add_outer_products(self, batch: Any, examples: Tensor, step: int) -> None:
-        for found in self.context.gauss_newton_gradients(batch, examples):
-            for name, gradient in units(self.kind, found.blocks).items():
-                rows = scaled(gradient, self.scale.get(name)).dense(slice(None)).flatten(1)
-                self._accumulate(name, [rows.T @ rows])
-
-    def _finish_exact(self) -> None:
-        for name, (matrix,) in self._reduced().items():
-            eigenvalues, vectors = torch.linalg.eigh(matrix)
-            self._keep(name, None, vectors[None], eigenvalues.clamp(min=0)[None, None])
-        self._store()
-
-    def _finish_bases(self) -> None:
-        for name, (left, right, _) in self._reduced().items():
-            place = (left.device, next(self.context.module.parameters()).dtype)
-            bases = (eigenbasis(left)[1], eigenbasis(right)[1])
-            self._bases[name] = (placed(bases[0], *place), placed(bases[1], *place))
-
-    def _finish_kfac(self) -> None:
-        for name, (left, right, count) in self._reduced().items():
-            left_values, left_vectors = eigenbasis(left)
-            right_values, right_vectors = eigenbasis(right)
-            product = left_values[:, :, None] * right_values[:, None, :]
-            self._keep(name, left_vectors, right_vectors, product / count.view(-1, 1, 1))
-        self._store()
-
-    def _finish_eigenvalues(self) -> None:
-        for name, (squares,) in self._reduced().items():
-            self._keep(name, *self._bases.get(name, (None, None)), squares)
-        self._bases = {}
-        self._store()
-
-    def _keep(self, name: str, left: Basis, right: Basis, values: Tensor) -> None:
-        context = self.context
-        self.spectra[name] = Spectrum(left, right, values).to(context.device, context.dtype)
-
-    def _store(self) -> None:
-        self.context.trajectory.curvature[self._key] = _pack(self.spectra)
-
-    def _unit_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {b.name: torch.empty(b.shape, device="meta") for b in self.context.blocks}
-        return {name: tuple(t.shape) for name, t in unit_matrices(self.kind, shapes).items()}
-
-    def _ones(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.ones(shape, dtype=self.context.dtype, device=self.context.device)
+def _unit_shapes(kind: str, blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:
+    shapes = {block.name: torch.empty(block.shape, device="meta") for block in blocks}
+    return {name: tuple(t.shape) for name, t in unit_matrices(kind, shapes).items()}
 
 
 def cache_key(
-    context: Session,
+    session: Session,
     kind: str,
     steps: Sequence[int],
     seed: int,
@@ -253,9 +268,9 @@ def cache_key(
         "seed": seed,
         "scale": {name: values.double() for name, values in sorted(scale.items())},
         "sides": sides,
-        "alike": context.cache_key(steps),
-        "sampled": context.task.can_sample,
-        "blocks": [[b.name, *b.parameters, *b.shape] for b in context.blocks],
+        "alike": session.cache_key(steps),
+        "sampled": session.task.can_sample,
+        "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
     return digest(description)
 

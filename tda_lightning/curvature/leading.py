@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,111 +24,72 @@ from torch import Tensor
 from tda_lightning.curvature.fit import WHOLE, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
-from tda_lightning.session.passes import Pass, Session
+from tda_lightning.session.session import Session
 
 # Two rounds of power iteration and one that takes the eigenvalues: Gauss-Newton spectra fall fast.
 _ROUNDS = 3
 
 
-class LeadingFit:
-    """Plans the passes that find the leading directions, and holds them afterwards.
-
-    Args:
-        count: how many.
-        context: what the passes work with.
-        steps: checkpoints to average over.
-        scale: h of all parameters, [1, 1, parameters]; None: 1.
-        seed: of the sampled labels, the same as the block-wise fit's.
-        title: of what is fitted, for progress bars.
+@dataclass(frozen=True)
+class LeadingDirections:
+    """The leading eigenvectors of the whole curvature.
 
     Attributes:
         vectors: V, orthonormal rows [count, parameters].
         eigenvalues: S, descending [count].
     """
 
-    def __init__(
-        self,
-        count: int,
-        context: Session,
-        steps: Sequence[int],
-        scale: Tensor | None,
-        seed: int,
-        title: str,
-    ):
-        size = sum(block.size for block in context.blocks)
-        self.count = min(count, size)
-        self.context, self.steps, self.scale = context, tuple(steps), scale
-        self.seed, self.title = seed, title
-        self.vectors = torch.empty(0)
-        self.eigenvalues = torch.empty(0)
-        self._products = torch.empty(0)
-        self._size = size
+    vectors: Tensor
+    eigenvalues: Tensor
 
-    def passes(self) -> list[Pass]:
-        """The passes still to run: none when the directions were kept from before."""
-        scales = {} if self.scale is None else {WHOLE: self.scale}
-        name = f"leading {self.count} in {_ROUNDS}"
-        self._key = cache_key(self.context, name, self.steps, self.seed, scales)
-        kept = self.context.trajectory.curvature.get(self._key)
-        if kept is not None:
-            self._hold(kept["vectors"], kept["eigenvalues"])
-            return []
-        passes = []
-        for number in range(_ROUNDS):
-            for position, step in enumerate(self.steps):
-                passes.append(
-                    Pass(
-                        f"{self.title}: leading directions, round {number + 1}, step {step}",
-                        step,
-                        self._multiply(step),
-                        self._begin(number) if position == 0 else None,
-                        self._end(number) if position == len(self.steps) - 1 else None,
-                    )
-                )
-        return passes
 
-    def _begin(self, number: int) -> Any:
-        def begin() -> None:
-            if number == 0:
-                generator = torch.Generator().manual_seed(self.seed)
-                start = torch.randn(self._size, self.count, generator=generator)
-                self._hold(torch.linalg.qr(start).Q.T, self.eigenvalues)
-            self._products = torch.zeros_like(self.vectors)
+def leading_directions(
+    count: int,
+    session: Session,
+    steps: Sequence[int],
+    scale: Tensor | None,
+    seed: int,
+    title: str,
+) -> LeadingDirections:
+    """Find the leading directions by subspace iteration, or take those that were kept.
 
-        return begin
-
-    def _multiply(self, step: int) -> Any:
-        def accumulate(batch: Any, examples: Tensor, _: int) -> None:
-            found = self.context.fisher_gradients(batch, examples, self.seed + step)
-            gradient: Gradient = scaled(units("exact", found.blocks)[WHOLE], self.scale)
-            inner = gradient.dot(self.vectors[:, None, None])
-            self._products += gradient.weighted_sums(inner).flatten(1)
-
-        return accumulate
-
-    def _end(self, number: int) -> Any:
-        def end() -> None:
-            count = self.context.num_train * len(self.steps)
-            products = self.context.reduce(self._products) / count
-            if number < _ROUNDS - 1:
-                self._hold(torch.linalg.qr(products.T.double()).Q.T, self.eigenvalues)
-                return
-            # Rayleigh-Ritz: the best eigenvectors within the subspace.
-            vectors = self.vectors.double()
-            values, turn = torch.linalg.eigh(vectors @ products.double().T)
-            order = values.argsort(descending=True)
-            self._hold(turn[:, order].T @ vectors, values[order].clamp(min=0))
-            self._products = torch.empty(0)
-            self.context.trajectory.curvature[self._key] = {
-                "vectors": self.vectors.cpu(),
-                "eigenvalues": self.eigenvalues.cpu(),
-            }
-
-        return end
-
-    def _hold(self, vectors: Tensor, eigenvalues: Tensor) -> None:
-        place = (self.context.device, self.context.dtype)
-        self.vectors, self.eigenvalues = vectors.to(*place), eigenvalues.to(*place)
+    Args:
+        count: how many, at most the number of parameters.
+        session: the model and the training set.
+        steps: checkpoints to average over.
+        scale: h of all parameters, [1, 1, parameters]; None: 1.
+        seed: of the sampled labels, the same as the block-wise fit's.
+        title: of what is fitted, for progress bars.
+    """
+    count = min(count, session.num_parameters)
+    place = (session.device, session.dtype)
+    scales = {} if scale is None else {WHOLE: scale}
+    key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales)
+    if (cached := session.trajectory.curvature.get(key)) is not None:
+        return LeadingDirections(cached["vectors"].to(*place), cached["eigenvalues"].to(*place))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(session.num_parameters, count, generator=generator)
+    vectors = torch.linalg.qr(start).Q.T.to(*place)
+    for number in range(1, _ROUNDS + 1):
+        products = torch.zeros_like(vectors)
+        for step in steps:
+            walk = f"{title}: leading directions, round {number}, step {step}"
+            for batch in session.walk(walk, step):
+                sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
+                inner = gradient.dot(vectors[:, None, None])
+                products += gradient.weighted_sums(inner).flatten(1)
+        products = session.reduce(products) / (session.num_train * len(steps))
+        if number < _ROUNDS:
+            vectors = torch.linalg.qr(products.T.double()).Q.T.to(*place)
+    # Rayleigh-Ritz: the best eigenvectors within the subspace.
+    exact = vectors.double()
+    values, turn = torch.linalg.eigh(exact @ products.double().T)
+    order = values.argsort(descending=True)
+    vectors = (turn[:, order].T @ exact).to(*place)
+    eigenvalues = values[order].clamp(min=0).to(*place)
+    session.trajectory.curvature[key] = {"vectors": vectors.cpu(), "eigenvalues": eigenvalues.cpu()}
+    return LeadingDirections(vectors, eigenvalues)
 
 
 @dataclass(frozen=True)
@@ -149,12 +109,11 @@ class DeflatedSpectrum:
 
     @classmethod
     def of(
-        cls, leading: LeadingFit, blocks: Sequence[Block], spectra: Mapping[str, Spectrum]
+        cls, leading: LeadingDirections, blocks: Sequence[Block], spectra: Mapping[str, Spectrum]
     ) -> DeflatedSpectrum:
         """The leading directions in front of block-wise ``spectra``."""
-        place = (leading.context.device, leading.context.dtype)
-        rest = tuple(spectra[block.name].to(*place) for block in blocks)
-        vectors, values = leading.vectors.to(*place), leading.eigenvalues.to(*place)
+        rest = tuple(spectra[block.name] for block in blocks)
+        vectors, values = leading.vectors, leading.eigenvalues
         parts = vectors.split([block.size for block in blocks], dim=1)
         turned = torch.cat(
             [

@@ -39,9 +39,8 @@ from tda_lightning.gradients.functional import (
     plain_recurrence,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.passes import Session
+from tda_lightning.session.session import Session
 from tda_lightning.tasks import seeded_examples
 from tda_lightning.tasks.gauss_newton import require_losses
 
@@ -59,6 +58,7 @@ Parameters = dict[str, Tensor]
 
 
 def check_product(kind: str) -> None:
+    """Refuse an unknown kind of product."""
     if kind not in PRODUCTS:
         raise ValueError(f"Unknown curvature {kind!r}: expected one of {', '.join(PRODUCTS)}.")
 
@@ -85,11 +85,11 @@ class Products:
     """Multiplies vectors with the curvature of the training loss at the weights in place.
 
     Vectors are rows over all trained parameters, [vector, parameters], in the order of
-    ``context.blocks``.
+    ``session.blocks``.
 
     Args:
         kind: one of ``PRODUCTS``.
-        context: model, task and training set.
+        session: model, task and training set.
         by_block: keep the blocks on the matrix's diagonal only (the layers), and multiply each
             part of a vector with its own. Every block takes a derivative of its own, of what
             follows it in the model.
@@ -99,16 +99,17 @@ class Products:
         counted: products so far, in units of one vector and the whole training set.
     """
 
-    def __init__(self, kind: str, context: Session, *, by_block: bool = False) -> None:
+    def __init__(self, kind: str, session: Session, *, by_block: bool = False) -> None:
         check_product(kind)
-        self.kind, self.context, self.by_block = kind, context, by_block
+        self.kind, self.session, self.by_block = kind, session, by_block
         self.counted = 0.0
         self._way = 0
         self._checked = False
-        self._together = _TOGETHER.get(context.device.type, _MANY)
+        self._together = _TOGETHER.get(session.device.type, _MANY)
 
     @property
     def way(self) -> str:
+        """How products are computed, in words."""
         return WAYS[self._way]
 
     def over_training_set(self, vectors: Tensor) -> Tensor:
@@ -116,25 +117,22 @@ class Products:
 
         All processes must ask for it, with the same vectors.
         """
-        context = self.context
-        rank, world = rank_and_world()
-        own = context.examples.batches()[rank::world]
-        total = context.reduce(self._sum(vectors, own))
+        session = self.session
+        total = torch.zeros_like(vectors)
+        for batch in session.walk("products with the curvature"):
+            total += self.of_batch(vectors, batch.data, batch.examples)
         self.counted += len(vectors)
-        return total / context.num_train
+        return session.reduce(total) / session.num_train
 
     def over(self, vectors: Tensor, examples: Sequence[int]) -> Tensor:
         """The product with the mean over some training examples, the same in every process."""
-        size = self.context.batch_size
+        size = self.session.batch_size
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        self.counted += len(vectors) * len(examples) / self.context.num_train
-        return self._sum(vectors, parts) / len(examples)
-
-    def _sum(self, vectors: Tensor, order: Sequence[Sequence[int]]) -> Tensor:
         total = torch.zeros_like(vectors)
-        for batch, examples in self.context.batches(order):
-            total += self.of_batch(vectors, batch, examples)
-        return total
+        for batch, indices in self.session.batches(parts):
+            total += self.of_batch(vectors, batch, indices)
+        self.counted += len(vectors) * len(examples) / self.session.num_train
+        return total / len(examples)
 
     def of_batch(self, vectors: Tensor, batch: Any, examples: Tensor) -> Tensor:
         """The product with the sum over the examples of a batch.
@@ -143,15 +141,15 @@ class Products:
             ValueError: the Gauss-Newton matrix of the task is unknown.
             UnsupportedTrainingError: an operation has no second derivative.
         """
-        context = self.context
-        groups: list[Sequence[str]] = [context.engine.names]
+        session = self.session
+        groups: list[Sequence[str]] = [session.engine.names]
         if self.by_block:
-            groups = [block.parameters for block in context.blocks]
-        named = dict(context.module.named_parameters())
+            groups = [block.parameters for block in session.blocks]
+        named = dict(session.module.named_parameters())
         calls = []
         for group in groups:
             values = {name: named[name].detach() for name in group}
-            calls.append(_BatchCurvature(context, self.kind, values, batch, examples))
+            calls.append(_BatchCurvature(session, self.kind, values, batch, examples))
         if not self._checked:
             self._check(calls)
         return self._rows(calls, vectors)
@@ -160,24 +158,24 @@ class Products:
         """Leave the forward mode where it does not fit the backward pass: the matrix would not be
         symmetric (an operation whose two derivatives are not of the same function)."""
         self._checked = True
-        context = self.context
-        size = sum(block.size for block in context.blocks)
+        session = self.session
+        size = sum(block.size for block in session.blocks)
         own = torch.Generator().manual_seed(0)
-        pair = torch.randn(2, size, generator=own).to(context.device, context.dtype)
+        pair = torch.randn(2, size, generator=own).to(session.device, session.dtype)
         left, right = self._rows(calls, pair).double()
         u, v = pair.double()
         scale = left.norm() * v.norm() + right.norm() * u.norm()
-        if (left @ v - right @ u).abs() > torch.finfo(context.dtype).eps ** 0.5 * scale:
+        if (left @ v - right @ u).abs() > torch.finfo(session.dtype).eps ** 0.5 * scale:
             self._way = len(WAYS) - 1
 
     def _rows(self, calls: Sequence[_BatchCurvature], vectors: Tensor) -> Tensor:
         """Rows of the products of each group of parameters with its own curvature."""
-        tensors = as_tensors(self.context.blocks, vectors)
+        tensors = as_tensors(self.session.blocks, vectors)
         products: Parameters = {}
         for one in calls:
             directions = {name: tensors[name].to(value) for name, value in one.values.items()}
             products |= self._in_parts(one, directions)
-        return as_rows(self.context.blocks, products).to(vectors)
+        return as_rows(self.session.blocks, products).to(vectors)
 
     def _in_parts(self, calls: _BatchCurvature, directions: Parameters) -> Parameters:
         """As many vectors at once as fit, in the way that the model can take."""
@@ -204,9 +202,9 @@ class _BatchCurvature:
     """Products with the curvature of the summed losses of one batch, as tensors by name."""
 
     def __init__(
-        self, context: Session, kind: str, values: Parameters, batch: Any, examples: Tensor
+        self, session: Session, kind: str, values: Parameters, batch: Any, examples: Tensor
     ) -> None:
-        self.context, self.kind, self.values = context, kind, values
+        self.session, self.kind, self.values = session, kind, values
         self.batch, self.examples = batch, examples
 
     def products(self, directions: Parameters, way: int) -> Parameters:
@@ -220,13 +218,13 @@ class _BatchCurvature:
             gradient = torch.func.grad(lambda p: self._run(p, self._losses).sum())
             return torch.func.jvp(gradient, (self.values,), (direction,))[1]
 
-        with _second_order(self.context.module):
+        with _second_order(self.session.module):
             return self._each(product, directions, way)
 
     def _gauss_newton(self, directions: Parameters, way: int) -> Parameters:
         leaves = {name: v.clone().requires_grad_() for name, v in self.values.items()}
-        with _second_order(self.context.module):
-            found, _ = self._run(leaves, lambda m, b, _: require_losses(self.context.task, m, b))
+        with _second_order(self.session.module):
+            found, _ = self._run(leaves, lambda m, b, _: require_losses(self.session.task, m, b))
         outputs = [item.loss.outputs for item in found]
         if way == len(WAYS) - 1:
             tangents = _transposed_twice(outputs, leaves, directions)
@@ -238,19 +236,19 @@ class _BatchCurvature:
                     lambda p: self._outputs(p, numbers), (self.values,), (direction,)
                 )[1]
 
-            with _second_order(self.context.module):
+            with _second_order(self.session.module):
                 tangents = self._each(forwards, directions, way)
         curved = [i.curved(t).detach() for i, t in zip(found, tangents, strict=True)]
         return _backwards(outputs, leaves, curved, together=way == 0)
 
     def _outputs(self, parameters: Parameters, numbers: Sequence[int]) -> list[Tensor]:
-        outputs = self._run(parameters, lambda m, b, _: self.context.task.standard_outputs(m, b))
+        outputs = self._run(parameters, lambda m, b, _: self.session.task.standard_outputs(m, b))
         return [outputs[number] for number in numbers]
 
     def _double_backward(self, directions: Parameters) -> Parameters:
         leaves = {name: v.clone().requires_grad_() for name, v in self.values.items()}
         inputs = list(leaves.values())
-        with _second_order(self.context.module):
+        with _second_order(self.session.module):
             total = self._run(leaves, self._losses).sum()
         gradient = torch.autograd.grad(total, inputs, create_graph=True, materialize_grads=True)
         _require_differentiable(gradient)
@@ -278,11 +276,11 @@ class _BatchCurvature:
 
     @property
     def _losses(self) -> Callable[..., Tensor]:
-        return lambda m, b, _: self.context.task.train_loss(m, b)
+        return lambda m, b, _: self.session.task.train_loss(m, b)
 
     def _run(self, parameters: Parameters, function: Callable[..., Any]) -> Any:
         """``function(module, batch, examples)`` with other parameters in the module."""
-        lossy = Lossy(self.context.module, function)
+        lossy = Lossy(self.session.module, function)
         named = {_PREFIX + name: value for name, value in parameters.items()}
         # Capture takes fused layers apart.
         with seeded_examples(0, self.examples), _PaddingHeld(), Capture({}):

@@ -19,29 +19,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.fit import CurvatureFit
+from tda_lightning.curvature.fit import fit_curvature
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
+from tda_lightning.gradients import Block
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.passes import Pass, Session
+from tda_lightning.session.session import Session
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")
 _KRONECKER = ("ekfac", "kfac")
 
 
-class RecordedFit:
-    """Curvature of recorded statistics: the face of a :class:`CurvatureFit` without passes."""
-
-    def __init__(self, spectra: Mapping[str, Spectrum]):
-        self.spectra = dict(spectra)
-
-    def passes(self) -> list[Pass]:
-        """None: everything has been recorded."""
-        return []
-
-
 def check_statistics(choice: str, kind: str) -> None:
+    """Refuse an unknown choice of statistics, or one that the kind of curvature cannot use."""
     if choice not in STATISTICS:
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {choice!r}.")
     if choice in ("recorded", "corrected") and kind not in _KRONECKER:
@@ -64,36 +55,37 @@ def uses_statistics(choice: str, kind: str, trajectory: Trajectory) -> bool:
 def curvature_of(
     choice: str,
     kind: str,
-    context: Session,
+    session: Session,
     interval: tuple[int, int],
     steps: Sequence[int],
     scale: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     title: str = "curvature",
     dense_side: int | None = None,
-) -> CurvatureFit | RecordedFit:
-    """Curvature of the steps in ``interval``: recorded where it can be, else fitted at the
-    checkpoints ``steps`` (see :class:`CurvatureFit` for the other arguments).
+) -> dict[str, Spectrum]:
+    """Curvature of the steps in ``interval`` by unit: recorded where it can be, else fitted at the
+    checkpoints ``steps`` (see :func:`fit_curvature` for the other arguments).
 
     Raises:
         ValueError: statistics are asked for, and there are none that fit the model.
     """
-    if not uses_statistics(choice, kind, context.trajectory):
-        return CurvatureFit(kind, context, steps, scale, seed, title, dense_side)
-    statistics = context.trajectory.merged_statistics(*interval)
-    _require_fitting(statistics, context, interval)
+    if not uses_statistics(choice, kind, session.trajectory):
+        return fit_curvature(kind, session, steps, scale, seed, title, dense_side)
+    statistics = session.trajectory.merged_statistics(*interval)
+    _require_fitting(statistics, session.blocks, interval)
     spectra = {
         block.name: _spectrum(statistics[block.name], (scale or {}).get(block.name))
-        for block in context.blocks
+        for block in session.blocks
     }
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
-        return CurvatureFit("ekfac", context, steps, scale, seed, title, dense_side, bases)
-    place = (context.device, context.dtype)
-    return RecordedFit({name: spectrum.to(*place) for name, spectrum in spectra.items()})
+        return fit_curvature("ekfac", session, steps, scale, seed, title, dense_side, bases)
+    return {name: s.to(session.device, session.dtype) for name, s in spectra.items()}
 
 
-def _require_fitting(statistics: Statistics, context: Session, interval: tuple[int, int]) -> None:
+def _require_fitting(
+    statistics: Statistics, blocks: Sequence[Block], interval: tuple[int, int]
+) -> None:
     advice = "Pass statistics='fitted' to fit curvature at the checkpoints."
     if not any(float(block.examples) for block in statistics.values()):
         raise ValueError(
@@ -101,7 +93,7 @@ def _require_fitting(statistics: Statistics, context: Session, interval: tuple[i
             "expected some from TrajectoryRecorder(curvature='online'), whose curvature_every may "
             f"be longer than these steps. {advice}"
         )
-    for block in context.blocks:
+    for block in blocks:
         found = statistics.get(block.name)
         if found is None or (found.parameters, found.shape) != (block.parameters, block.shape):
             what = "none" if found is None else f"{list(found.parameters)} as {list(found.shape)}"

@@ -34,6 +34,7 @@ RANK = 256
 
 
 def check_dense_side(dense_side: int | None) -> None:
+    """Refuse a negative width."""
     if dense_side is not None and dense_side < 0:
         raise ValueError(
             f"dense_side is a width and must not be negative, got {dense_side}. 0 keeps no "

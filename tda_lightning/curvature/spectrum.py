@@ -60,5 +60,6 @@ class Spectrum:
         return Spectrum(self.left, self.right, self.eigenvalues + self.project_diagonal(diagonal))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
+        """The same spectrum on a device, in a precision."""
         left, right = (placed(basis, device, dtype) for basis in (self.left, self.right))
         return Spectrum(left, right, self.eigenvalues.to(device, dtype))

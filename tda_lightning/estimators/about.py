@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tda_lightning.curvature import uses_statistics
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Trajectory
 
 
 def about_statistics(
     choice: str, kind: str, trajectory: Trajectory, spans: Sequence[tuple[int, int]]
-) -> dict[str, Any]:
+) -> Provenance:
     """Provenance of curvature that was recorded in training over ``spans`` of steps; empty where
     it was fitted."""
     if not uses_statistics(choice, kind, trajectory):

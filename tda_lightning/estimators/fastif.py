@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from tda_lightning.estimators.features import require_layer
 from tda_lightning.estimators.influence import InfluenceFunction
-from tda_lightning.estimators.kept_features import KeptFeatures
 from tda_lightning.estimators.neighbours import check_search, nearest
-from tda_lightning.session.passes import Plan, Session
+from tda_lightning.estimators.training_features import query_features, training_features
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Session
 
 DEFAULT_K = 1000
 _NO_SELF = (
@@ -40,9 +41,9 @@ class FastInfluence(InfluenceFunction):
 
     Raises:
         ImportError: at once, for ``backend="faiss"`` without FAISS.
-        ValueError: at once for impossible settings; when planning, for more candidates than
-            training examples and for a layer that the model does not have; in the first pass, for
-            one that is not called or gives no features.
+        ValueError: at once for impossible settings; when scoring, for more candidates than training
+            examples, and for a layer that the model does not have, does not call, or that gives no
+            features.
 
     References:
         | FastIF: Scalable Influence Functions for Efficient Model Interpretation and Debugging
@@ -69,32 +70,27 @@ class FastInfluence(InfluenceFunction):
         if self.k is not None and self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}.")
 
-    def plan(self, context: Session) -> Plan:
-        """Gather features where none are kept; then find the candidates and score them."""
-        if self.k is not None and self.k > context.num_train:
+    def score(self, session: Session) -> Provenance:
+        """Find the candidates by their features, then score them."""
+        if self.k is not None and self.k > session.num_train:
             raise ValueError(
-                f"k must be at most the number of training examples, {context.num_train}; got "
+                f"k must be at most the number of training examples, {session.num_train}; got "
                 f"{self.k}. Without k, all of them are candidates where there are fewer than "
                 f"{DEFAULT_K}."
             )
         if self.layer is not None:
-            require_layer(context.module, self.layer)
-        features = KeptFeatures(context, self.layer)
-        if passes := features.passes():
-            return Plan(passes, then=lambda: self._scoring(context, features))
-        return self._scoring(context, features)
-
-    def _scoring(self, context: Session, features: KeptFeatures) -> Plan:
-        k = min(DEFAULT_K, context.num_train) if self.k is None else self.k
-        points = features.of_queries()
-        candidates = nearest(points, features.values, k, self.metric, self.backend, context.device)
-        context.scores.set_candidates(candidates)
-        plan = self._planned(context, candidates)
-        plan.provenance["candidates"] = {
+            require_layer(session.module, self.layer)
+        k = min(DEFAULT_K, session.num_train) if self.k is None else self.k
+        features = training_features(session, self.layer)
+        points = query_features(session, self.layer, features)
+        candidates = nearest(points, features.values, k, self.metric, self.backend, session.device)
+        session.scores.set_candidates(candidates)
+        made = self.score_candidates(session, candidates)
+        made["candidates"] = {
             "k": k,
             "examples": len(candidates.unique()),
             "features": features.place,
             "metric": self.metric,
         }
-        plan.notes += [_NO_SELF] if context.self_influence else []
-        return plan
+        made["notes"] += [_NO_SELF] if session.self_influence else []
+        return made

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from tda_lightning.curvature import units
 from tda_lightning.estimators.clipping import clipping_notes
-from tda_lightning.estimators.queries import query_rounds
-from tda_lightning.estimators.responses import Responses, check_inverse, responses_of
-from tda_lightning.gradients import Gradient
+from tda_lightning.estimators.inverse import fit_inverse
+from tda_lightning.estimators.inverse_settings import check_inverse
+from tda_lightning.estimators.queries import dot
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.session.passes import Pass, Plan, Session, run_plan
+from tda_lightning.session.session import Session
 from tda_lightning.solvers import Solver
 
 _NO_SELF = (
@@ -26,7 +24,7 @@ _NO_SELF = (
 
 @dataclass
 class InfluenceFunction:
-    r"""What the optimum of the training loss would lose without an example.
+    r"""How the optimum of the training loss would move without an example.
 
     .. math::
         s_{qn} = \frac1N \nabla m_q(\theta_T)^\top
@@ -42,7 +40,7 @@ class InfluenceFunction:
             solver: of the whole Gauss-Newton matrix's); 0.1 when neither is given.
         statistics: ``recorded``: curvature from the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered in the last interval before the
-            last checkpoint. ``corrected``: with one pass for EK-FAC's eigenvalues in their basis.
+            last checkpoint. ``corrected``: with one walk for EK-FAC's eigenvalues in their basis.
             ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where the run
             has any and ``curvature`` is ``ekfac`` or ``kfac``, else fitted.
         dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
@@ -55,7 +53,7 @@ class InfluenceFunction:
             preconditioner's, where the solver has one. None: the inverse of ``curvature`` itself.
 
     Raises:
-        ValueError: at once for impossible settings; when planning, for statistics that are asked
+        ValueError: at once for impossible settings; when scoring, for statistics that are asked
             for and were not recorded, or do not fit the model.
 
     References:
@@ -91,85 +89,36 @@ class InfluenceFunction:
         return None
 
     def score(self, session: Session) -> Provenance:
-        """Run :meth:`plan`."""
-        return run_plan(self.plan(session), [session])
-
-    def plan(self, context: Session) -> Plan:
         """Fit curvature at the last checkpoint, then score the training set against it."""
-        return self._planned(context, None)
+        return self.score_candidates(session, None)
 
-    def _planned(self, context: Session, candidates: Tensor | None) -> Plan:
-        """The plan for all training examples, or for those in ``candidates`` [query, k] alone."""
-        meetings = None if candidates is None else len(candidates.unique())
-        responses = responses_of(self, context, meetings)
-        notes = clipping_notes(context.trajectory, "the formula looks at the final weights alone")
-        plan = Plan([], {"checkpoints": [context.trajectory.last_step]}, notes)
-        run = _Run(responses, context)
-        asked = context.self_influence and candidates is None
-        own = asked and responses.knows_own
-        if asked and not own:
+    def score_candidates(self, session: Session, candidates: Tensor | None) -> Provenance:
+        """Score the training examples in ``candidates`` [query, k]; None: all of them."""
+        step = session.trajectory.last_step
+        inverse = fit_inverse(self, session)
+        count = session.num_train if candidates is None else len(candidates.unique())
+        with_self = session.self_influence and candidates is None
+        for first, last in session.query_rounds(session.gradient_bytes(inverse.copies)):
+            responses = inverse.responses(first, last, count)
+            order = None if candidates is None else _batches(session, candidates[first:last])
+            for batch in session.walk("influence function", step, order):
+                values = dot(responses, units(inverse.kind, batch.gradients)) / session.num_train
+                session.scores.add(None, batch.examples, values, first)
+                if with_self and inverse.knows_own and first == 0:
+                    own = inverse.own(batch.measurement_gradients, batch.gradients)
+                    session.add_self_influence(batch.examples, own / session.num_train)
+        made = inverse.provenance()
+        notes = (
+            clipping_notes(session.trajectory, "the formula looks at the final weights alone")
+            + made["notes"]
+        )
+        if with_self and not inverse.knows_own:
             notes.append(_NO_SELF)
-        for number, (start, stop) in enumerate(query_rounds(context, responses.copies)):
-            plan.passes += responses.passes(start, stop)
-            order = None if candidates is None else _batches(context, candidates[start:stop])
-            plan.passes.append(run.scoring(start, own and number == 0, order))
-
-        def tell(finish: Callable[[], None] | None) -> Callable[[], None]:
-            def end() -> None:
-                if finish is not None:
-                    finish()
-                plan.provenance |= responses.provenance()
-                plan.notes += responses.notes()
-
-            return end
-
-        plan.passes[-1].end = tell(plan.passes[-1].end)
-        return plan
+        return {**made, "checkpoints": [step], "notes": notes}
 
 
-def _batches(context: Session, candidates: Tensor) -> list[list[int]]:
+def _batches(session: Session, candidates: Tensor) -> list[list[int]]:
     """Batches of the candidates of some queries, small enough that every process has one."""
     chosen = candidates.unique()
-    size = min(context.batch_size, max(1, len(chosen) // context.num_processes))
+    size = min(session.batch_size, max(1, len(chosen) // session.num_processes))
     return [part.tolist() for part in chosen.split(size)]
-
-
-@dataclass
-class _Run:
-    responses: Responses
-    context: Session
-    self_influence: Tensor | None = None
-
-    def scoring(
-        self, first_query: int, with_self: bool, order: Sequence[Sequence[int]] | None
-    ) -> Pass:
-        """The pass that scores the round of queries whose responses are there."""
-        step, finish = self.context.trajectory.last_step, self.finish if with_self else None
-        score = self.score(first_query, with_self)
-        return Pass("influence function", step, score, None, finish, order)
-
-    def score(self, first_query: int, with_self: bool) -> Any:
-        def accumulate(batch: Any, examples: Tensor, _: int) -> None:
-            gradients = self.context.train_gradients(batch, examples).blocks
-            values = self.responses.dot(gradients) / self.context.num_train
-            self.context.scores.add(None, examples, values, first_query)
-            if with_self:
-                self._add_self(batch, examples, gradients)
-
-        return accumulate
-
-    def _add_self(self, batch: Any, examples: Tensor, gradients: Mapping[str, Gradient]) -> None:
-        measured = gradients
-        if not self.context.task.measures_loss:
-            measured = self.context.measurement_gradients(batch, examples).blocks
-        if self.self_influence is None:
-            self.self_influence = torch.zeros(
-                self.context.num_train, dtype=self.context.dtype, device=self.context.device
-            )
-        self.self_influence[examples] += (
-            self.responses.own(measured, gradients) / self.context.num_train
-        )
-
-    def finish(self) -> None:
-        assert self.self_influence is not None
-        self.context.scores.set_self_influence(self.context.reduce(self.self_influence).cpu())

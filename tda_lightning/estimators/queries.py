@@ -3,7 +3,7 @@ training examples meet them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,7 @@ from tda_lightning.session.passes import Session, memory_budget
 
 def query_rounds(context: Session, copies: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose ``copies`` dense gradients fit the memory budget together."""
-    size = sum(block.size for block in context.blocks)
-    return rounds_of(context.num_query, size * copies * torch.finfo(context.dtype).bits // 8)
+    return context.query_rounds(context.gradient_bytes(copies))
 
 
 def rounds_of(
@@ -38,11 +37,11 @@ def query_gradients(
     kind: str,
     start: int,
     stop: int,
-    basis: Callable[[str], Spectrum] | None = None,
+    spectra: Mapping[str, Spectrum] | None = None,
 ) -> dict[str, Tensor]:
     """Measurement gradients at the weights in place, by unit: [query, groups, rows, columns].
 
-    With ``basis`` they are coordinates in each unit's spectrum.
+    With ``spectra`` they are coordinates in each unit's basis.
     """
     out: dict[str, Tensor] = {}
     first = 0
@@ -52,8 +51,9 @@ def query_gradients(
             if name not in out:
                 shape = (stop - start, *gradient.shape[1:])
                 out[name] = torch.empty(shape, dtype=context.dtype, device=context.device)
-            spectrum = None if basis is None else basis(name)
-            left, right = (None, None) if spectrum is None else (spectrum.left, spectrum.right)
+            left, right = (None, None)
+            if spectra is not None:
+                left, right = spectra[name].left, spectra[name].right
             for rows in gradient.chunks():
                 place = slice(first + rows.start, first + rows.stop)
                 out[name][place] = gradient.rotated(rows, left, right)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tda_lightning.evaluation.retraining import measure
+from tda_lightning.optimizers import weight_decay
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
@@ -178,7 +179,8 @@ def total_damping(trajectory: Trajectory, damping: float) -> float:
     Raises:
         ValueError: parameters differ in their weight decay.
     """
-    rates = trajectory.steps.hyperparameters["weight_decay"][trajectory.last_step - 1]
+    last = trajectory.last_step
+    rates = weight_decay(trajectory, slice(last - 1, last))[0]
     decays = {float(rates[fact.group]) for fact in trajectory.facts.parameters.values()}
     if len(decays) > 1:
         raise ValueError(

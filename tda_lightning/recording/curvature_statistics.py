@@ -45,7 +45,8 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.example_seeds import seeded_examples
-from tda_lightning.tasks.observed import LossObserver, ObservedLoss, sampled_output_gradients
+from tda_lightning.tasks.gauss_newton import sampled_output_gradients
+from tda_lightning.tasks.loss_calls import LossObserver, ObservedLoss
 
 FISHERS = ("true", "empirical")
 # What one step adds to a covariance: rows (examples x positions), and multiplications. It is one

@@ -178,7 +178,7 @@ DampingSensitivity = TypedDict(
 
 
 class Trust(TypedDict, total=False):
-    """What ``tda evaluate spot_check=true`` found. A new check replaces an earlier one of its kind."""
+    """What ``tda evaluate spot_check=true`` found; a check replaces an earlier one of its kind."""
 
     spot_check: SpotCheck  # against retraining
     pbrf: SpotCheck  # against the proximal Bregman response

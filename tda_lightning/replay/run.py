@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.optimizers import STEP_COUNT, apply_settings, make_optimizer, rule_of
+from tda_lightning.optimizers import (
+    STEP_COUNT,
+    apply_settings,
+    make_optimizer,
+    recorded_states,
+    rule_of,
+)
 from tda_lightning.records.errors import (
     TrajectoryMismatchError,
     UnsupportedTrainingError,
@@ -84,6 +90,7 @@ class Replay:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.module.parameters()).device
 
     @cached_property
@@ -181,8 +188,9 @@ class Walk:
 
     def restart(self, step: int) -> None:
         """Take up the run at the checkpoint of ``step``, whose optimizer state was recorded."""
-        found = self.replay.trajectory.checkpoints[step]
-        optimizer = found.optimizer or {}
+        trajectory = self.replay.trajectory
+        found = trajectory.checkpoints[step]
+        optimizer = {} if found.optimizer is None else recorded_states(trajectory, step)
         random = None
         if self.replay.knows_randomness and found.random is not None:
             random = Snapshot.of(found.random)

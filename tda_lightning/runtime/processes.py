@@ -39,6 +39,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
         return self.rank == 0
 
     def by_first(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

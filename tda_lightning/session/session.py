@@ -121,6 +121,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.module.parameters()).device
 
     @property

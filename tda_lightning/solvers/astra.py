@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import check_product
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.solvers.problem import Problem, Work, check_limits, norms
+from tda_lightning.solvers.problem import Problem, check_limits, norms
 
 
 @dataclass
@@ -66,39 +66,37 @@ class ASTRA:
             iterations=self.iterations, batch=self.batch, step=self.step, tolerance=self.tolerance
         )
 
-    def steps(self, problem: Problem) -> int:
-        return 1 + self.iterations
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
-        count = problem.context.num_train
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows in one iteration."""
+        count = problem.session.num_train
         size = min(self.batch or count, count)
-        if "step" not in problem.kept:
-            problem.kept["step"] = self.step or self._largest_step(problem, size)
-            problem.found["step"] = problem.kept["step"]
-        yield
+        if "step" not in problem.cache:
+            problem.cache["step"] = self.step or self._largest_step(problem, size)
+            problem.record["step"] = problem.cache["step"]
         batches = problem.random_batches(size, stream=1)
-        start = found = problem.precondition(vectors)
-        for number in range(self.iterations):
-            rate = problem.kept["step"]
+        start = solution = problem.precondition(vectors)
+        for number in problem.session.loop("ASTRA", range(self.iterations)):
+            rate = problem.cache["step"]
             if size < count:
                 rate *= min(1.0, 2 * (1 - number / self.iterations))
-            rest = problem.apply_some(found, next(batches)) - vectors
-            found = found - rate * problem.precondition(rest)
-            if not False:
-                self._require_bounded(problem, start, found, size)
-            yield
-        return found
+            rest = problem.apply_some(solution, next(batches)) - vectors
+            solution = solution - rate * problem.precondition(rest)
+            self._require_bounded(problem, start, solution, size)
+        return solution
 
     def _largest_step(self, problem: Problem, size: int) -> float:
         return min(1.0, 1 / problem.largest_eigenvalue(size, problem.precondition))
 
-    def _require_bounded(self, problem: Problem, start: Tensor, found: Tensor, size: int) -> None:
-        lengths, bound = norms(found), 1e4 * norms(start)
+    def _require_bounded(
+        self, problem: Problem, start: Tensor, solution: Tensor, size: int
+    ) -> None:
+        lengths, bound = norms(solution), 1e4 * norms(start)
         if bool((lengths <= bound).all()):
             return
         enough = self._largest_step(problem, size)
-        raise NonFiniteError(
-            f"ASTRA diverges with step={problem.kept['step']:.4g}. step={enough:.4g} is below 1 "
+        reason = (
+            f"ASTRA diverges with step={problem.cache['step']:.4g}. step={enough:.4g} is below 1 "
             "over the largest eigenvalue that power iteration finds; if that diverges too the "
             "curvature is not positive: raise the damping, or use curvature=gauss_newton."
         )
+        problem.session.require(False, NonFiniteError(reason))

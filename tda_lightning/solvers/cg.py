@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.solvers.problem import Problem, Work, check_limits, norms
+from tda_lightning.session.session import Session
+from tda_lightning.solvers.problem import Problem, check_limits, norms
 
 # Times the rounding of one operation: what products over a training set are taken to be off.
 _NOISE = 8
@@ -78,19 +79,17 @@ class ConjugateGradients:
     def preconditioned(self) -> bool:
         return self.preconditioner is not None
 
-    def steps(self, problem: Problem) -> int:
-        return self.iterations
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows together."""
         lengths = norms(vectors)
         asked = (lengths > 0).nonzero().squeeze(1)
         solution = torch.zeros_like(vectors)
         if len(asked):
             bound = self.tolerance * lengths[asked]
-            solution[asked] = yield from self._solve(problem, vectors[asked], bound)
+            solution[asked] = self._solve(problem, vectors[asked], bound)
         return solution
 
-    def _solve(self, problem: Problem, vectors: Tensor, bound: Tensor) -> Work:
+    def _solve(self, problem: Problem, vectors: Tensor, bound: Tensor) -> Tensor:
         def turned(rows: Tensor, power: float = -0.5) -> Tensor:
             return problem.precondition(rows, power) if self.preconditioned else rows
 
@@ -101,21 +100,20 @@ class ConjugateGradients:
         basis, weights = _orthonormal(turned(vectors))
         directions = basis
         best, nearest, largest = solution, float("inf"), 0.0
-        for walk in range(self.iterations + 1):
+        for _ in problem.session.loop("conjugate gradients", range(self.iterations)):
             left = float((norms(turned(weights @ basis, 0.5)) / bound).max())
             if left < nearest:
                 best, nearest = solution.clone(), left
-            if left <= 1 or walk == self.iterations:
+            if left <= 1:
                 break
             if not left <= _LOST * nearest:
-                problem.found["ended_by"] = "rounding"
+                problem.record["ended_by"] = "rounding"
                 break
             products = turned(problem.apply(turned(directions)))
             curved = (directions @ products.T).double()
             values, turn = torch.linalg.eigh((curved + curved.T) / 2)
             largest = max(largest, float(values[-1]))
-            if not False:
-                _require_positive(float(values[0]), _NOISE * eps * largest)
+            _require_positive(problem.session, float(values[0]), _NOISE * eps * largest)
             # Along the others the products say nothing but their rounding.
             kept = values > _NOISE * eps * values[-1]
             inverse = ((turn[:, kept] / values[kept]) @ turn[:, kept].T).to(vectors)
@@ -126,7 +124,9 @@ class ConjugateGradients:
             # Without what the matrix makes of the directions before: conjugate to them.
             before = inverse @ (products @ basis.T)
             directions, _ = _orthonormal(basis - before.T @ directions)
-            yield
+        else:
+            left = float((norms(turned(weights @ basis, 0.5)) / bound).max())
+            best = solution if left < nearest else best
         return turned(best)
 
 
@@ -136,11 +136,12 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return factors.Q.T, factors.R.T
 
 
-def _require_positive(least: float, noise: float) -> None:
-    if least >= -noise:
-        return
-    raise ValueError(
-        "Conjugate gradients need a positive definite matrix, and curvature plus weight decay plus "
-        f"damping is {least:.3g} along a direction that they met. Raise the damping by more than "
-        f"{-least:.3g}, or use curvature=gauss_newton."
+def _require_positive(session: Session, least: float, noise: float) -> None:
+    session.require(
+        least >= -noise,
+        ValueError(
+            "Conjugate gradients need a positive definite matrix, and curvature plus weight decay "
+            f"plus damping is {least:.3g} along a direction that they met. Raise the damping by "
+            f"more than {-least:.3g}, or use curvature=gauss_newton."
+        ),
     )

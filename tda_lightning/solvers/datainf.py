@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import as_matrices
 from tda_lightning.gradients import scaled
-from tda_lightning.runtime.processes import rank_and_world
-from tda_lightning.solvers.problem import Problem, Work
+from tda_lightning.solvers.problem import Problem
 
 
 @dataclass
@@ -51,36 +49,23 @@ class DataInf:
     by_layer: ClassVar[bool] = True
     copies: ClassVar[int] = 5
 
-    def steps(self, problem: Problem) -> int:
-        return len(problem.context.examples.batches())
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
-        context, blocks = problem.context, problem.context.blocks
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows in one walk over the training set."""
+        session, blocks = problem.session, problem.session.blocks
         if float(problem.diagonal.min()) <= 0:
             raise ValueError("DataInf divides by the damping: give a positive damping.")
+        # In the coordinates D^(1/2), in which D is the identity.
         roots = as_matrices(blocks, problem.diagonal.rsqrt())
         inside = as_matrices(blocks, vectors * problem.diagonal.rsqrt())
-        taken = {name: torch.zeros_like(part) for name, part in inside.items()}
-        rank, world = rank_and_world()
-        for batch, examples in context.batches(context.examples.batches()[rank::world]):
-            self._add(taken, inside, roots, context.train_gradients(batch, examples).blocks)
-            yield
+        removed = {name: torch.zeros_like(part) for name, part in inside.items()}
+        for batch in session.walk("DataInf"):
+            for name, part in inside.items():
+                gradient = scaled(batch.gradients[name], roots[name])
+                squares = gradient.weighted_squares(None, None, None)
+                weights = gradient.dot(part) / (1 + squares)
+                removed[name] += gradient.weighted_sums(weights)
         parts = []
         for name, part in inside.items():
-            mean = context.reduce(taken[name]) / context.num_train
+            mean = session.reduce(removed[name]) / session.num_train
             parts.append(((part - mean) * roots[name]).flatten(-3))
         return torch.cat(parts, dim=-1)
-
-    def _add(
-        self,
-        taken: dict[str, Tensor],
-        inside: Mapping[str, Tensor],
-        roots: Mapping[str, Tensor],
-        gradients: Mapping[str, object],
-    ) -> None:
-        """Add the batch's share of what is taken from v, in the coordinates D^(1/2)."""
-        for name, part in inside.items():
-            gradient = scaled(gradients[name], roots[name])  # type: ignore[arg-type]
-            squares = gradient.weighted_squares(None, None, None)
-            weights = gradient.dot(part) / (1 + squares)
-            taken[name] += gradient.weighted_sums(weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.solvers.problem import Problem, Work, check_limits
+from tda_lightning.solvers.problem import Problem, check_limits
 
 MAX_DIRECT = 10_000
 _COLUMNS = 64  # of the matrix made by one walk over the training set
@@ -47,34 +47,34 @@ class Direct:
         check_product(self.curvature)
         check_limits(tolerance=self.tolerance)
 
-    def steps(self, problem: Problem) -> int:
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows with the dense matrix."""
         if problem.size > MAX_DIRECT:
             raise ValueError(
                 f"The direct solver makes a dense matrix of all parameters: {problem.size} x "
                 f"{problem.size} numbers are {8 * problem.size**2 / 2**30:.1f} GiB, and the limit "
                 f"is {MAX_DIRECT} parameters. Use solver=cg, or restrict the task to some layers."
             )
-        return -(-problem.size // _COLUMNS)
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
-        if "factor" not in problem.kept:
+        if "factor" not in problem.cache:
             rows = []
-            for start in range(0, problem.size, _COLUMNS):
+            starts = range(0, problem.size, _COLUMNS)
+            for start in problem.session.loop("rows of the curvature", starts):
                 number = min(_COLUMNS, problem.size - start)
                 units = vectors.new_zeros(number, problem.size)
                 units[range(number), range(start, start + number)] = 1
                 rows.append(problem.products.over_training_set(units).double())
-                yield
             matrix = torch.cat(rows)
             matrix = (matrix + matrix.T) / 2 + problem.diagonal.double().diag()
             values, basis = torch.linalg.eigh(matrix)
             smallest = float(values.abs().min())
-            if smallest <= 1e-14 * float(values.abs().max()) and not False:
-                raise ValueError(
+            problem.session.require(
+                smallest > 1e-14 * float(values.abs().max()),
+                ValueError(
                     "Curvature plus weight decay plus damping is singular (its smallest eigenvalue "
                     f"is {smallest:.1g}): the inverse does not exist. Give a positive damping."
-                )
-            problem.kept["factor"] = values, basis
-            problem.found["negative_eigenvalues"] = int((values < 0).sum())
-        values, basis = problem.kept["factor"]
+                ),
+            )
+            problem.cache["factor"] = values, basis
+            problem.record["negative_eigenvalues"] = int((values < 0).sum())
+        values, basis = problem.cache["factor"]
         return ((vectors.double() @ basis / values) @ basis.T).to(vectors)

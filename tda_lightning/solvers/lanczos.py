@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
-from tda_lightning.solvers.problem import Problem, Work, check_limits
+from tda_lightning.solvers.problem import Problem, check_limits
 
 
 @dataclass
@@ -66,32 +65,30 @@ class Lanczos:
                 f"iterations must be at least the rank {self.rank}, got {self.iterations}."
             )
 
-    def steps(self, problem: Problem) -> int:
-        return min(self.iterations or 2 * self.rank, problem.size)
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows by the leading part of C."""
         diagonal = problem.diagonal
         if float(diagonal.min()) <= 0:
             raise ValueError("A low rank has no inverse without damping: give a positive damping.")
-        if "basis" not in problem.kept:
-            problem.kept["basis"] = yield from self._leading(problem)
-            problem.found["rank"] = len(problem.kept["basis"][0])
-        values, basis = problem.kept["basis"]
+        if "basis" not in problem.cache:
+            problem.cache["basis"] = self._leading(problem)
+            problem.record["rank"] = len(problem.cache["basis"][0])
+        values, basis = problem.cache["basis"]
         flat = vectors.double() / diagonal
         inside = (basis / diagonal) @ basis.T + (1 / values).diag()
         weights = torch.linalg.solve(inside, basis @ flat.T).T
         return (flat - weights @ basis / diagonal).to(vectors)
 
-    def _leading(self, problem: Problem) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    def _leading(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Ritz values [rank] and vectors [rank, parameters], in float64."""
         own = torch.Generator().manual_seed(problem.seed)
         vector = torch.randn(problem.size, generator=own, dtype=torch.float64)
         basis = (vector / vector.norm()).to(problem.decay.device)[None]
         products: list[Tensor] = []
-        for _ in range(self.steps(problem)):
+        steps = min(self.iterations or 2 * self.rank, problem.size)
+        for _ in problem.session.loop("Lanczos", range(steps)):
             product = problem.products.over_training_set(basis[-1:].to(problem.decay)).double()
             products.append(product)
-            yield
             rest = product
             for _ in range(2):  # once more: rounding
                 rest = rest - (rest @ basis.T) @ basis
@@ -101,6 +98,6 @@ class Lanczos:
         basis = basis[: len(products)]
         inside = torch.cat(products) @ basis.T
         values, turn = torch.linalg.eigh((inside + inside.T) / 2)
-        kept = values.abs().argsort(descending=True)[: self.rank]
-        kept = kept[values[kept].abs() > 1e-12 * values.abs().max()]
-        return values[kept], turn[:, kept].T @ basis
+        largest = values.abs().argsort(descending=True)[: self.rank]
+        largest = largest[values[largest].abs() > 1e-12 * values.abs().max()]
+        return values[largest], turn[:, largest].T @ basis

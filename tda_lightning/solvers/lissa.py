@@ -11,7 +11,7 @@ from torch import Tensor
 from tda_lightning.curvature import check_product
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.processes import rank_and_world
-from tda_lightning.solvers.problem import Problem, Work, check_limits, inner, norms
+from tda_lightning.solvers.problem import Problem, check_limits, inner, norms
 
 
 @dataclass
@@ -77,36 +77,31 @@ class LiSSA:
     def copies(self) -> int:
         return 4 + 2 * self.repeats
 
-    def steps(self, problem: Problem) -> int:
-        return 1 + self.depth
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
-        if "scale" not in problem.kept:
-            problem.kept["scale"] = self.scale or problem.largest_eigenvalue(self.batch)
-            problem.found["scale"] = problem.kept["scale"]
-        scale = problem.kept["scale"]
-        yield
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
+        """Solve for all rows in the same recursions."""
+        if "scale" not in problem.cache:
+            problem.cache["scale"] = self.scale or problem.largest_eigenvalue(self.batch)
+            problem.record["scale"] = problem.cache["scale"]
+        scale = problem.cache["scale"]
         # Recursions are independent: each process takes its share of them.
         rank, world = rank_and_world()
         streams = range(self.repeats)[rank::world]
         batches = [problem.random_batches(self.batch, 1 + n) for n in streams]
-        found = [vectors for _ in streams]
+        recursions = [vectors for _ in streams]
         counted = problem.products.counted
-        for _ in range(self.depth):
-            found = [
+        for _ in problem.session.loop("LiSSA", range(self.depth)):
+            recursions = [
                 vectors + h - problem.apply_some(h, next(own)) / scale
-                for h, own in zip(found, batches, strict=True)
+                for h, own in zip(recursions, batches, strict=True)
             ]
-            if not False:
-                self._require_bounded(problem, vectors, found, scale)
-            yield
-        reduce = problem.context.reduce
+            self._require_bounded(problem, vectors, recursions, scale)
+        reduce = problem.session.reduce
         here = torch.tensor(problem.products.counted - counted, dtype=torch.float64)
         problem.products.counted = counted + float(reduce(here.to(vectors.device)))
-        return reduce(sum(found, torch.zeros_like(vectors))) / self.repeats / scale
+        return reduce(sum(recursions, torch.zeros_like(vectors))) / self.repeats / scale
 
     def _require_bounded(
-        self, problem: Problem, vectors: Tensor, found: list[Tensor], scale: float
+        self, problem: Problem, vectors: Tensor, recursions: list[Tensor], scale: float
     ) -> None:
         """Where every step contracts, |h| stays below s |v| over the least damping.
 
@@ -114,11 +109,11 @@ class LiSSA:
         """
         least = max(float(problem.diagonal.min()), 1e-8 * scale)
         bound = 2 * max(1.0, scale / least) * norms(vectors)
-        outside = [h for h in found if not bool((norms(h) <= bound).all())]
+        outside = [h for h in recursions if not bool((norms(h) <= bound).all())]
         rank, world = rank_and_world()
         flags = torch.zeros(world, dtype=vectors.dtype, device=vectors.device)
         flags[rank] = float(bool(outside))
-        flags = problem.context.reduce(flags)
+        flags = problem.session.reduce(flags)
         if not bool(flags.any()):
             return
         worst = torch.zeros_like(vectors[:1])
@@ -127,17 +122,16 @@ class LiSSA:
             worst = outside[0][lengths.nan_to_num(torch.inf).argmax()][None]
             if not bool(lengths.isfinite().all()):
                 worst = torch.ones_like(worst)
-        worst = problem.context.reduce(worst)
+        worst = problem.session.reduce(worst)
         quotient = float(inner(worst, problem.apply(worst)) / inner(worst, worst))
-        if quotient < 0:
-            raise NonFiniteError(
-                f"LiSSA diverges whatever its scale: curvature plus damping is {quotient:.3g} "
-                "along the direction in which it grows. Raise the damping by more than "
-                f"{-quotient:.3g}, or use curvature=gauss_newton."
-            )
         enough = max(problem.largest_eigenvalue(self.batch), 1.2 * quotient)
-        raise NonFiniteError(
-            f"LiSSA diverges with scale={scale:.4g}: it must be above the largest eigenvalue of "
-            f"the curvature of a batch of {self.batch}. scale={enough:.4g} would have converged; "
-            "scale=null finds it."
+        reason = (
+            f"LiSSA diverges whatever its scale: curvature plus damping is {quotient:.3g} along "
+            "the direction in which it grows. Raise the damping by more than "
+            f"{-quotient:.3g}, or use curvature=gauss_newton."
+            if quotient < 0
+            else f"LiSSA diverges with scale={scale:.4g}: it must be above the largest eigenvalue "
+            f"of the curvature of a batch of {self.batch}. scale={enough:.4g} would have "
+            "converged; scale=null finds it."
         )
+        problem.session.require(False, NonFiniteError(reason))

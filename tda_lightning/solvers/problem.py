@@ -10,7 +10,7 @@ decay of each parameter and :math:`\delta` the damping. Vectors are rows over al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Products, Spectrum, as_matrices
-from tda_lightning.session.passes import Session
-
-# One ``next`` for each unit of work that a progress bar counts; the solution at the end.
-Work = Generator[None, None, Tensor]
+from tda_lightning.records.provenance import SolverRecord
+from tda_lightning.session.session import Session
 
 _PROBES, _STARTS, _POWER_STEPS = 8, 4, 20
 # Power iteration comes from below, and the next batches may have more curvature than the probes.
@@ -51,10 +49,7 @@ class Solver(Protocol):
     @property
     def copies(self) -> int: ...
 
-    def steps(self, problem: Problem) -> int:
-        """At most so many units of work in :meth:`solve`."""
-
-    def solve(self, problem: Problem, vectors: Tensor) -> Work:
+    def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
         """Solve for the rows of ``vectors``."""
 
 
@@ -63,24 +58,24 @@ class Problem:
     """One system, for all queries of an attribution.
 
     Attributes:
-        context: the model and the training set.
+        session: the model and the training set.
         products: with C.
         decay: the weight decay of each parameter, [parameters].
-        damping: [parameters]; known once the passes before the first solve have run.
+        damping: [parameters].
         spectra: of a block-wise curvature close to C, by block, for :meth:`precondition`.
         seed: of random batches and starts.
-        found: what a solver has to say of its settings and results, for the provenance.
-        kept: what a solver needs again for the next queries.
+        record: what a solver has to say of its settings and results, for the provenance.
+        cache: what a solver needs again for the next queries.
     """
 
-    context: Session
+    session: Session
     products: Products
     decay: Tensor
     damping: Tensor
     spectra: dict[str, Spectrum]
     seed: int = 0
-    found: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    record: SolverRecord = field(default_factory=lambda: SolverRecord(name=""))
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def diagonal(self) -> Tensor:
@@ -102,20 +97,20 @@ class Problem:
 
     def precondition(self, vectors: Tensor, power: float = -1) -> Tensor:
         """(C~ + D)^power v with the block-wise curvature C~."""
-        if "damped" not in self.kept:
-            diagonal = as_matrices(self.context.blocks, self.diagonal)
-            self.kept["damped"] = {
+        if "damped" not in self.cache:
+            diagonal = as_matrices(self.session.blocks, self.diagonal)
+            self.cache["damped"] = {
                 name: spectrum.shifted(diagonal[name]) for name, spectrum in self.spectra.items()
             }
-            for name, damped in self.kept["damped"].items():
+            for name, damped in self.cache["damped"].items():
                 if not bool((damped.eigenvalues > 0).all()):
                     raise ValueError(
                         f"The curvature of {name} is singular and damping is 0: it cannot "
                         "precondition. Give a positive damping."
                     )
         parts = []
-        for name, matrix in as_matrices(self.context.blocks, vectors).items():
-            spectrum: Spectrum = self.kept["damped"][name]
+        for name, matrix in as_matrices(self.session.blocks, vectors).items():
+            spectrum: Spectrum = self.cache["damped"][name]
             scaled = spectrum.project(matrix) * spectrum.eigenvalues**power
             parts.append(spectrum.lift(scaled).flatten(-3))
         return torch.cat(parts, dim=-1)
@@ -123,7 +118,7 @@ class Problem:
     def random_batches(self, size: int, stream: int) -> Iterator[list[int]]:
         """Batches of the shuffled training set, over and over; the same for the same stream."""
         own = torch.Generator().manual_seed(self.seed * 10_007 + stream)
-        count = self.context.num_train
+        count = self.session.num_train
         while True:
             order = torch.randperm(count, generator=own).tolist()
             # A short last batch would weigh its few examples more than the others.
@@ -139,7 +134,7 @@ class Problem:
         # Several, since one may be all but perpendicular to the leading eigenvector.
         start = torch.randn(_STARTS, self.size, generator=own).to(self.decay)
         batches = self.random_batches(size, stream=0)
-        whole = size >= self.context.num_train
+        whole = size >= self.session.num_train
         largest = 0.0
         for _ in range(1 if whole else _PROBES):
             batch, vector = next(batches), start

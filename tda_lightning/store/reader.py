@@ -22,7 +22,7 @@ from tda_lightning.records.trajectory import (
 from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
 from tda_lightning.store.hdf5 import get_json, get_tensors, reading, subgroup
-from tda_lightning.store.record_checks import require_facts, require_fitting, require_states
+from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.store.steps_file import join_steps, no_steps, read_steps
 from tda_lightning.store.tensor_cache import TensorCache
@@ -205,8 +205,6 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
         self._require_recorded(tensors)
         names = self.facts.parameters
-        if optimizer is not None:
-            require_states(optimizer, {name: tensors[name] for name in names})
         return Checkpoint(
             step=step,
             # HDF5 lists names by the alphabet; the facts know the model's own order.

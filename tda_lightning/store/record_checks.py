@@ -13,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.trajectory import Facts, Steps
 
 _MOST = 1 << 62  # numbers of a tensor, examples of a data set
 _GROUPS = 1 << 16
-# What the formulas look up by name.
-_REQUIRED = {
-    "SGD": {"momentum", "dampening", "nesterov", "weight_decay"},
-    "Adam": {"beta1", "beta2", "eps", "weight_decay"},
-    "AdamW": {"beta1", "beta2", "eps", "weight_decay"},
-}
-# States of torch.optim that have one number for each of the parameter's.
-_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def require_facts(text: Any) -> None:
@@ -137,11 +128,10 @@ def require_fitting(path: Path, blocks: Sequence[Steps], facts: Facts) -> None:
     Raises:
         TrajectoryFormatError: they do not.
     """
-    required = _REQUIRED.get(facts.optimizer, set())
     group = max((fact.group for fact in facts.parameters.values()), default=0)
     for block in blocks:
         names = set(block.hyperparameters)
-        if names != set(blocks[0].hyperparameters) or not required <= names:
+        if names != set(blocks[0].hyperparameters):
             _refuse(path, f"the hyper-parameters of {facts.optimizer}", sorted(names))
         last = int(block.examples.max()) if len(block.examples) else 0
         if facts.num_examples is not None and last >= facts.num_examples:
@@ -156,17 +146,3 @@ def _refuse(path: Path, expected: str, found: Any) -> None:
         f"{path} does not belong to the facts beside it: expected {expected}, got {found}. "
         "Restore the files from a copy, or record again."
     )
-
-
-def require_states(
-    states: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor]
-) -> None:
-    """Check that optimizer states have the shapes of their parameters.
-
-    Raises:
-        ValueError: one has not.
-    """
-    for name, parameter in parameters.items():
-        for key, value in states.get(name, {}).items():
-            if key in _LIKE_PARAMETER and value.shape != parameter.shape:
-                raise ValueError(f"{key} of {name} has shape {list(value.shape)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.stand_ins import Decompositions
@@ -29,9 +31,11 @@ from tda_lightning.recording.plan import (
 )
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.plans import RecordingPlan
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.memory import PeakMemory
-from tda_lightning.session.passes import Pass, Plan, Session
+from tda_lightning.session.pace import Pace
+from tda_lightning.session.session import Session
 from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import layout
 from tests import oracles, runs
@@ -349,30 +353,25 @@ def adam_work() -> Any:
     return run, module, TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER))
 
 
-@dataclasses.dataclass
-class Counting:
-    """An estimator whose passes count their batches."""
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The batches or steps of every walk and loop that is gone through meanwhile."""
+    sizes: list[int] = []
+    walk, loop = Pace.walk, Pace.loop
 
-    inner: Any
-    batches: dict[int, int] = dataclasses.field(default_factory=dict)
+    def counted_walk(self: Pace, *arguments: Any) -> Any:
+        sizes.append(len(arguments[-1]))
+        return walk(self, *arguments)
 
-    def segment_count(self, context: Session) -> int | None:
-        return self.inner.segment_count(context)
+    def counted_loop(self: Pace, title: str, items: Any, total: int | None, memory: int) -> Any:
+        items = list(items)
+        sizes.append(len(items))
+        return loop(self, title, items, total, memory)
 
-    def plan(self, context: Session) -> Plan:
-        plan = self.inner.plan(context)
-        self.batches.clear()
-        for number, one in enumerate(plan.passes):
-            self.batches[number] = 0
-            one.accumulate = self._counted(number, one.accumulate)
-        return plan
-
-    def _counted(self, number: int, accumulate: Any) -> Any:
-        def counted(*arguments: Any) -> None:
-            self.batches[number] += 1
-            accumulate(*arguments)
-
-        return counted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "walk", counted_walk)
+        patch.setattr(Pace, "loop", counted_loop)
+        yield sizes
 
 
 ESTIMATORS = {
@@ -384,7 +383,7 @@ ESTIMATORS = {
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
-    "influence, cg": InfluenceFunction(solver=ConjugateGradients("ekfac", iterations=20)),
+    "influence, cg": InfluenceFunction(solver=ConjugateGradients("ekfac", iterations=2)),
     "unrolled": Unrolled(),
     "unrolled, rounds": Unrolled(memory_budget=1700),
     "unrolled, recomputed": Unrolled(states="recompute"),
@@ -403,13 +402,13 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     run, module, examples, queries = adam_work() if name == "recorded, adam" else work
     run = dataclasses.replace(run, curvature={})
     if rounds > 1:
-        monkeypatch.setattr("tda_lightning.estimators.queries.memory_budget", lambda: 1)
-    counting = Counting(ESTIMATORS.get(name, ESTIMATORS["recorded"]))
+        monkeypatch.setattr("tda_lightning.session.session.memory_budget", lambda: 1)
+    estimator = ESTIMATORS.get(name, ESTIMATORS["recorded"])
     if name == "undamped":
-        counting = Counting(InfluenceFunction(curvature="exact", damping=1e-3))
+        estimator = InfluenceFunction(curvature="exact", damping=1e-3)
         unchanged = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
         assert unchanged.plan(examples, queries, 4, quiet()).seconds > 0
-    attribution = AttributionModule(module, run, counting, CaseTask("classification"))
+    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))
     weights = [p.clone() for p in module.parameters()]
     torch.manual_seed(5)
     plan = attribution.plan(examples, queries, 4, quiet())
@@ -417,11 +416,12 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     assert not run.curvature
     for before, after in zip(weights, module.parameters(), strict=True):
         assert torch.equal(before, after)
-    scores = attribution.attribute(examples, queries, 4, quiet())
+    with counted() as sizes:
+        scores = attribution.attribute(examples, queries, 4, quiet())
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(2))
-    assert plan.num_passes == len(counting.batches)
-    assert plan.num_batches == sum(counting.batches.values())
+    assert plan.num_passes == len(sizes)
+    assert plan.num_batches == sum(sizes)
     kept = [scores.values, scores.by_segment, scores.by_token]
     assert plan.scores_bytes == sum(t.numel() * t.element_size() for t in kept if t is not None)
     fitted = [tensor for one in run.curvature.values() for tensor in one.values()]
@@ -465,19 +465,18 @@ def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(
     assert attribution.plan(examples, queries, 4, quiet()).num_passes == 6
     assert not run.unfinished
 
-    class Interrupting(Counting):
-        def plan(self, context: Session) -> Plan:
-            plan = super().plan(context)
+    loop, started = Pace.loop, []
 
-            def stop(*_: Any) -> None:
-                raise KeyboardInterrupt
+    def interrupted(self: Pace, title: str, *rest: Any) -> Any:
+        started.append(title)
+        if len(started) == 4:
+            raise KeyboardInterrupt
+        return loop(self, title, *rest)
 
-            plan.passes[3].accumulate = stop
-            return plan
-
-    cut = AttributionModule(module, run, Interrupting(Unrolled()), CaseTask("classification"))
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        cut.attribute(examples, queries, 4, quiet())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "loop", interrupted)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            attribution.attribute(examples, queries, 4, quiet())
     ((key, kept),) = run.unfinished.items()
     assert attribution.plan(examples, queries, 4, quiet()).num_passes == 4
     assert list(run.unfinished) == [key]
@@ -488,7 +487,7 @@ def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(
     assert not run.unfinished
 
 
-def test_what_a_rehearsal_replays_is_refused_for_nothing(work: Any) -> None:
+def test_what_a_dry_run_replays_is_refused_for_nothing(work: Any) -> None:
     run, module, examples, queries = work
     steps = dataclasses.replace(run.steps, loss=run.steps.loss + 1)
     run = dataclasses.replace(run, steps=steps)
@@ -513,41 +512,28 @@ class Clock:
 
 @dataclasses.dataclass
 class Timed:
-    """Passes that take what a clock is told: begin 5, each example 2, the first batch 3 more."""
+    """Walks that take what a clock is told: 5 before each, an example 2, the first batch 3 more, 7
+    after each."""
 
     clock: Clock
-    orders: list[Any]
+    order: list[list[int]] | None
     titles: list[str]
-    catches_up: bool = False
 
-    def segment_count(self, context: Session) -> int | None:
+    def segment_count(self, session: Session) -> int | None:
         return None
 
-    def plan(self, context: Session) -> Plan:
-        def walk(title: str, order: Any) -> Pass:
-            first = True
-
-            def begin() -> None:
-                nonlocal first
-                first = True
-                self.clock.at += 5
-
-            def accumulate(batch: Any, examples: Tensor, position: int) -> None:
-                nonlocal first
-                self.clock.at += 2 * len(examples) + 3 * first
-                first = False
-
-            def end() -> None:
-                self.clock.at += 7
-
-            return Pass(title, 3, accumulate, begin, end, order, catches_up=self.catches_up)
-
-        return Plan([walk(*one) for one in zip(self.titles, self.orders, strict=True)])
+    def score(self, session: Session) -> Provenance:
+        for title in self.titles:
+            self.clock.at += 5
+            for number, batch in enumerate(session.walk(title, 3, self.order)):
+                self.clock.at += 2 * len(batch.examples) + 3 * (number == 0)
+            self.clock.at += 7
+        return {"notes": []}
 
 
 @pytest.mark.parametrize("size", [10, 20])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_pass_takes_its_examples_times_their_time(
+def test_a_walk_takes_its_examples_times_their_time(
     size: int, ordered: bool, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, module, _, queries = work
@@ -555,59 +541,49 @@ def test_a_pass_takes_its_examples_times_their_time(
     run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, num_examples=size))
     own = Clock()
     monkeypatch.setattr(clock, "now", own)
-    order = [list(range(start, start + 5)) for start in range(0, size, 5)] if ordered else None
+    order = [list(range(start, start + 5)) for start in reversed(range(0, size, 5))]
     titles = ["step 1", "step 2", "again", "again", "again", "again"]
-    estimator = Timed(own, [order] * 6, titles)
-    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))  # type: ignore[arg-type]
+    estimator = Timed(own, order if ordered else None, titles)
+    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))
     plan = attribution.plan(examples, queries, 4, quiet())
-    each = 5 + 3 + 2 * size + 7
-    assert plan.seconds == pytest.approx(6 * each)
-    assert [one.count for one in plan.passes] == [2, 4]
-    assert [one.seconds for one in plan.passes] == pytest.approx([each, each])
-    estimator.catches_up = True
-    assert attribution.plan(examples, queries, 4, quiet()).seconds == pytest.approx(6 * (each - 7))
+    assert plan.preparation == pytest.approx(6 * (5 + 7))
+    assert [group.count for group in plan.passes] == [2, 4]
+    assert [group.seconds for group in plan.passes] == pytest.approx([3 + 2 * size] * 2)
+    before = own.at
+    attribution.attribute(examples, queries, 4, quiet())
+    assert own.at - before == pytest.approx(plan.seconds)
 
 
 @dataclasses.dataclass
 class ThereAndBack:
-    """Walks over the rows, last ones first, that take what a clock is told: a row 2 on the way
-    there, 3 on the way back, the first of all 11 more; begin 5."""
+    """Loops over steps, last ones first, that take what a clock is told: a step 2 on the way there,
+    3 on the way back, the first of all 11 more; 5 before each stretch."""
 
     clock: Clock
     stretches: list[range]
-    kept: list[int] = dataclasses.field(default_factory=list)
     steps: int = 0
 
-    def segment_count(self, context: Session) -> int | None:
+    def segment_count(self, session: Session) -> int | None:
         return None
 
-    def plan(self, context: Session) -> Plan:
+    def score(self, session: Session) -> Provenance:
         self.steps = 0
-
-        def begin() -> None:
-            self.clock.at += 5
-            self.kept.clear()
-
-        def there(batch: Any, rows: Tensor, position: int) -> None:
-            assert batch is None
-            self.clock.at += 2 + 11 * (not self.steps)
-            self.steps += 1
-            self.kept.append(int(rows))
-
-        def back(batch: Any, rows: Tensor, position: int) -> None:
-            self.clock.at += 3
-            assert self.kept.pop() == int(rows)
-
-        passes = []
         for rows in self.stretches:
             title = f"steps {rows.start} to {rows.stop}"
-            passes.append(Pass(f"{title}, there", 9, there, begin, rows=rows, holds=1 << 40))
-            passes.append(Pass(f"{title}, back", 9, back, rows=rows[::-1], returns=True))
-        return Plan(passes)
+            self.clock.at += 5
+            states = []
+            for row in session.loop(f"{title}, there", rows, memory=1 << 40):
+                self.clock.at += 2 + 11 * (not self.steps)
+                self.steps += 1
+                states.append(row)
+            for row in session.loop(f"{title}, back", states[::-1], total=len(rows)):
+                self.clock.at += 3
+                assert states.pop() == row
+        return {"notes": []}
 
 
 @pytest.mark.parametrize("length", [1, 2, 40])
-def test_a_walk_takes_its_rows_times_their_time(
+def test_a_loop_takes_its_steps_times_their_time(
     length: int, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, module, examples, queries = work
@@ -615,15 +591,49 @@ def test_a_walk_takes_its_rows_times_their_time(
     monkeypatch.setattr(clock, "now", own)
     stretches = [range(start, start + length) for start in (80, 40, 0)]
     estimator = ThereAndBack(own, stretches)
-    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))  # type: ignore[arg-type]
+    attribution = AttributionModule(module, run, estimator, CaseTask("classification"))
     plan = attribution.plan(examples, queries, 4, quiet())
     assert plan.seconds == pytest.approx(3 * (5 + length * (2 + 3)) + 11)
-    assert [(one.count, one.batches) for one in plan.passes] == [(3, 3 * length)] * 2
-    assert estimator.steps <= 12
-    if plan.peak_bytes is not None:  # what the rows that were not visited would have kept
+    assert [(group.count, group.batches) for group in plan.passes] == [(3, 3 * length)] * 2
+    assert estimator.steps <= 3 * 13
+    if plan.peak_bytes is not None and length > 13:  # what was not visited would have been kept
         assert plan.peak_bytes > 1 << 39
     before = own.at
     attribution.attribute(examples, queries, 4, quiet())
+    assert own.at - before == pytest.approx(plan.seconds)
+
+
+@dataclasses.dataclass
+class Rounds:
+    """A round for every query: 5 before all, 2 for each, the first 3 more, a walk in each."""
+
+    clock: Clock
+
+    def segment_count(self, session: Session) -> int | None:
+        return None
+
+    def score(self, session: Session) -> Provenance:
+        self.clock.at += 5
+        for first, _ in session.query_rounds(1, budget=1):
+            self.clock.at += 2 + 3 * (first == 0)
+            for _ in session.walk("walk", 3):
+                self.clock.at += 1
+        return {"notes": []}
+
+
+def test_later_rounds_of_queries_are_like_the_second(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, examples, queries = work
+    own = Clock()
+    monkeypatch.setattr(clock, "now", own)
+    attribution = AttributionModule(module, run, Rounds(own), CaseTask("classification"))
+    many = ConcatDataset([queries] * 4)
+    plan = attribution.plan(examples, many, 5, quiet())
+    assert plan.preparation == pytest.approx(5 + 2 * len(many) + 3)
+    assert [(group.count, group.batches) for group in plan.passes] == [(len(many), 2 * len(many))]
+    before = own.at
+    attribution.attribute(examples, many, 5, quiet())
     assert own.at - before == pytest.approx(plan.seconds)
 
 

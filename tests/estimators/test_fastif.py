@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.estimators import FastInfluence, InfluenceFunction, neighbours
+from tda_lightning.estimators import training_features as features
 from tda_lightning.estimators.features import read_features, require_layer
-from tda_lightning.estimators.kept_features import KeptFeatures
 from tda_lightning.estimators.neighbours import nearest
 from tda_lightning.evaluation import (
     agreement,
@@ -27,11 +27,11 @@ from tda_lightning.evaluation import (
 )
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.report import write_report
-from tda_lightning.session.passes import Plan, Session
+from tda_lightning.session.session import Session
 from tda_lightning.solvers import ConjugateGradients, Direct, LiSSA
 from tda_lightning.store.inspect import describe
 from tda_lightning.tasks import AttributionTask
-from tests.attributing import CaseTask, attribute, quiet, relative
+from tests.attributing import CaseTask, attribute, quiet, relative, watched_walks
 from tests.attribution.test_processes_scoring import WithoutTask
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 from tests.processes import results
@@ -122,7 +122,7 @@ class TestScores:
         self, rounds: int, work: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if rounds > 1:
-            monkeypatch.setattr("tda_lightning.estimators.queries.memory_budget", lambda: 1)
+            monkeypatch.setattr("tda_lightning.session.session.memory_budget", lambda: 1)
         seen: list[int] = []
         taken = Session.train_gradients
 
@@ -161,18 +161,19 @@ class TestScores:
             require_part_of(found, expected.values, expected.candidates, 1e-15)
 
 
-class TestKeptFeatures:
+class TestTrainingFeatures:
     @pytest.fixture
     def gathered(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """Training examples whose features were read."""
         seen: list[int] = []
-        one = KeptFeatures._add
+        read = features._read
 
-        def watched(self: KeptFeatures, batch: Any, examples: Tensor, position: int) -> None:
-            seen.extend(examples.tolist())
-            one(self, batch, examples, position)
+        def watched(session: Session, layer: Any, loss: Any, *rest: Any) -> Any:
+            if loss == session.train_loss:
+                seen.extend(rest[1].tolist())
+            return read(session, layer, loss, *rest)
 
-        monkeypatch.setattr(KeptFeatures, "_add", watched)
+        monkeypatch.setattr(features, "_read", watched)
         return seen
 
     def test_used_again_by_other_settings_and_queries(self, work: Any, gathered: Any) -> None:
@@ -397,50 +398,24 @@ class TestRefusals:
             attribute(CLASSIFIER, run, module, data, FastInfluence(layer="flat"), batch_size=5)
 
 
-class Counting:
-    """Passes on what an estimator plans, and keeps it."""
-
-    def __init__(self, estimator: FastInfluence) -> None:
-        self.estimator, self.plans = estimator, []
-
-    def segment_count(self, context: Session) -> None:
-        return None
-
-    def plan(self, context: Session) -> Plan:
-        plan: Plan | None = self.estimator.plan(context)
-        self.plans.append(plan)
-        then = plan.then
-        if then is not None:
-
-            def rest() -> Plan:
-                self.plans.append(then())
-                return self.plans[-1]
-
-            plan.then = rest
-        return plan
-
-    @property
-    def passes(self) -> int:
-        return sum(len(plan.passes) for plan in self.plans)
-
-
 def test_plans(work: Any) -> None:
-    """With features kept, what will be done; before that, as if no queries shared a candidate."""
+    """The neighbours of a few examples are not those of all, so candidates are as many as there
+    may be until the features are known."""
     run, module, data = work
     sets = TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER))
-    counting = Counting(FastInfluence(k=2))
-    attribution = AttributionModule(module, run, counting, CaseTask("classification"))
+    attribution = AttributionModule(module, run, FastInfluence(k=2), CaseTask("classification"))
     plan = attribution.plan(*sets, 4, quiet())
     assert not run.features and not run.curvature
-    scores = attribution.attribute(*sets, 4, quiet())
-    assert plan.num_passes == counting.passes / 2
+    with watched_walks() as titles:
+        scores = attribution.attribute(*sets, 4, quiet())
+    assert plan.num_passes == len(titles)
     assert plan.features_bytes == sum(t.nbytes for t in next(iter(run.features.values())).values())
-    batches = {one.title: one.batches for one in plan.passes}
-    assert batches["features"] == 3 and batches["influence function"] == 2  # 3 queries x 2, by 4
-    counting.plans.clear()
+    batches = {group.title: group.batches for group in plan.passes}
+    assert batches["features"] == 3
+    assert 1 <= batches["influence function"] <= 2  # 3 queries x 2, by 4
     again = attribution.plan(*sets, 4, quiet())
     assert again.features_bytes == again.curvature_bytes == 0
-    assert [one.title for one in again.passes][-1] == "influence function"
+    assert [group.title for group in again.passes][-1] == "influence function"
     distinct = scores.provenance["candidates"]["examples"]
     assert again.passes[-1].batches == -(-distinct // 4)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule
-from tda_lightning.estimators import Source, queries
+from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.matrix_functions import SegmentFunctions, segment_functions
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tests import oracles
@@ -136,7 +136,7 @@ def test_rounds_of_queries_and_single_precision_change_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dense = expected("cnn", "adamw", *CUTS)
-    monkeypatch.setattr(queries, "memory_budget", lambda: 1)
+    monkeypatch.setattr("tda_lightning.session.session.memory_budget", lambda: 1)
     scores = scored("cnn", "adamw", **CLOSE)
     assert relative(scores.by_segment, dense) < 1e-7
     monkeypatch.undo()

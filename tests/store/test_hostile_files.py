@@ -20,14 +20,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from tda_lightning import Scores
+from tda_lightning import AttributionModule, Scores
 from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.estimators import TracIn
+from tda_lightning.optimizers import recorded_states, rule_of
 from tda_lightning.records.errors import TrajectoryFormatError
+from tda_lightning.replay.run import Replay, Walk
 from tda_lightning.report import write_report
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.store import layout, open_trajectory
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.untrusted import from_json, to_json
-from tests.runs import fit
+from tda_lightning.tasks import as_task
+from tests.runs import Net, Numbered, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
 
@@ -211,8 +216,11 @@ def test_impossible_steps(column: str, value: float, message: str, copy: Path) -
 def test_steps_without_what_the_formula_needs(copy: Path) -> None:
     with h5py.File(copy / STEPS, "r+") as file:
         del file["hyperparameters/dampening"]
+    trajectory = open_trajectory(copy)
     with pytest.raises(TrajectoryFormatError, match="expected the hyper-parameters of SGD"):
-        open_trajectory(copy)
+        rule_of(trajectory)
+    with pytest.raises(TrajectoryFormatError, match="expected the hyper-parameters of SGD"):
+        AttributionModule(Net(), trajectory, TracIn())
 
 
 @pytest.mark.parametrize(
@@ -247,8 +255,12 @@ def test_impossible_facts(change: Callable[[Any], None], message: str, copy: Pat
 
 def test_optimizer_states_of_another_shape(copy: Path) -> None:
     put(copy / LAST, "optimizer/net.0.weight/momentum_buffer", np.zeros((3, 5), np.float32))
+    trajectory = open_trajectory(copy)
     with pytest.raises(TrajectoryFormatError, match=r"momentum_buffer of net\.0\.weight has shape"):
-        open_trajectory(copy).checkpoints[12]
+        recorded_states(trajectory, 12)
+    walk = Walk(Replay(trajectory, Net(), as_task(None), ExampleSource.of(Numbered(), 4, "train")))
+    with pytest.raises(TrajectoryFormatError, match=r"momentum_buffer of net\.0\.weight has shape"):
+        walk.restart(12)
 
 
 def twister(place: int, value: int) -> Callable[[np.ndarray], np.ndarray]:

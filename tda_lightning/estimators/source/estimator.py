@@ -234,8 +234,8 @@ class Source:
             notes += self.notes_on_rates(context, run.segments)
         if follows and context.self_influence:
             notes.append(
-                "No self-influence: on the recorded order of Adam every example needs an adjoint "
-                "of its own. Ask for examples as queries, or use order='average'."
+                "No self-influence: in the recorded order of these optimizer steps every example "
+                "needs an adjoint of its own. Ask for examples as queries, or use order='average'."
             )
         plan = Plan(run.passes(), provenance, notes)
         if isinstance(run, MatrixFreeRun):

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import (
-    CurvatureFit,
     DeflatedSpectrum,
-    LeadingFit,
-    RecordedFit,
+    LeadingDirections,
     Spectrum,
     curvature_of,
+    leading_directions,
 )
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import query_gradients
-from tda_lightning.estimators.source.geometry import Geometry, segment_geometry
+from tda_lightning.estimators.source.geometry import segment_geometry
 from tda_lightning.estimators.source.schedule import Load, recorded_loads
 from tda_lightning.estimators.source.spectral import (
     MomentumAdjoint,
@@ -94,51 +93,52 @@ class SegmentedRun:
         # With leading directions, the unit of curvature is all parameters together.
         leading = options.leading(context)
         self.grouping = "exact" if leading else options.curvature
-        self.geometries: list[Geometry] = []
-        self.fits: list[CurvatureFit | RecordedFit] = []
-        self.leading: list[LeadingFit] = []
-        for number, segment in enumerate(self.segments):
-            title, kind, seed = f"segment {number + 1}", options.curvature, options.seed
-            geometry = segment_geometry(context, segment, kind)
-            interval, steps = (segment.start, segment.stop), segment.checkpoints
-            self.fits.append(
-                curvature_of(
-                    options.statistics,
-                    kind,
-                    context,
-                    interval,
-                    steps,
-                    geometry.scale,
-                    seed,
-                    title,
-                    options.dense_side,
-                )
-            )
-            if leading:
-                geometry = segment_geometry(context, segment, self.grouping)
-                scale = geometry.scale.get(WHOLE)
-                self.leading.append(
-                    LeadingFit(leading, context, segment.checkpoints, scale, seed, title)
-                )
-            self.geometries.append(geometry)
+        kind = options.curvature
+        self.geometries = [segment_geometry(context, s, self.grouping) for s in self.segments]
+        self.block_geometries = [segment_geometry(context, s, kind) for s in self.segments]
+        self.fits: list[dict[str, Spectrum]] = []
+        self.leading: list[LeadingDirections] = []
         self._curvature: dict[int, Mapping[str, Curvature]] = {}
         self._spectra: dict[int, dict[str, Curvature]] = {}
         self._transfers: dict[int, dict[str, Transfer]] = {}
 
     def curvature_passes(self) -> list[Pass]:
-        """The passes that fit what is not kept from before."""
-        fits: list[CurvatureFit | RecordedFit | LeadingFit] = [*self.fits, *self.leading]
-        return [one for fit in fits for one in fit.passes()]
+        """A pass that fits what is not kept from before."""
+        last = self.context.trajectory.last_step
+        return [Pass("curvature", last, lambda *_: None, self._fit, rows=())]
+
+    def _fit(self) -> None:
+        options, session = self.options, self.context
+        for number, segment in enumerate(self.segments):
+            self.fits.append(
+                curvature_of(
+                    options.statistics,
+                    options.curvature,
+                    session,
+                    (segment.start, segment.stop),
+                    segment.checkpoints,
+                    self.block_geometries[number].scale,
+                    options.seed,
+                    f"segment {number + 1}",
+                    options.dense_side,
+                )
+            )
+        count = options.leading(session)
+        for number, segment in enumerate(self.segments if count else ()):
+            scale = self.geometries[number].scale.get(WHOLE)
+            title = f"segment {number + 1}"
+            self.leading.append(
+                leading_directions(count, session, segment.checkpoints, scale, options.seed, title)
+            )
 
     def curvature(self, number: int) -> Mapping[str, Curvature]:
         """Curvature of segment ``number`` on the device, by unit."""
         if number not in self._curvature:
-            spectra = self.fits[number].spectra
-            place = (self.context.device, self.context.dtype)
+            spectra = self.fits[number]
             self._curvature[number] = (
                 {WHOLE: DeflatedSpectrum.of(self.leading[number], self.context.blocks, spectra)}
                 if self.leading
-                else {name: spectrum.to(*place) for name, spectrum in spectra.items()}
+                else spectra
             )
         return self._curvature[number]
 

@@ -1,0 +1,78 @@
+"""The inverse of a curvature that is held as eigenvalues in a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import Spectrum, units
+from tda_lightning.estimators.about import about_statistics
+from tda_lightning.estimators.inverse_settings import (
+    InverseSettings,
+    absolute_damping,
+    damping_record,
+    decay_by_unit,
+    final_curvature,
+    last_interval,
+    relative_damping,
+)
+from tda_lightning.estimators.pairs import paired
+from tda_lightning.estimators.queries import Response, query_gradients
+from tda_lightning.gradients import Gradient
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Session
+
+
+class EigenbasisInverse:
+    """Curvature of the last checkpoint in an eigenbasis, inverted eigenvalue by eigenvalue."""
+
+    copies = 2
+    knows_own = True
+
+    def __init__(self, settings: InverseSettings, session: Session) -> None:
+        self.settings, self.session, self.kind = settings, session, settings.curvature
+        absolute = absolute_damping(settings, session.trajectory)
+        self.damped: dict[str, Spectrum] = {}
+        for name, spectrum in final_curvature(settings, session).items():
+            mean = spectrum.eigenvalues.mean()
+            damping = relative_damping(settings) * mean if absolute is None else absolute
+            damped = spectrum.shifted(decay_by_unit(session, self.kind)[name] + damping)
+            if not bool((damped.eigenvalues > 0).all()):
+                raise ValueError(
+                    f"The curvature of {name} is singular and damping is 0: the inverse does not "
+                    "exist. Give a positive damping."
+                )
+            self.damped[name] = damped
+
+    def responses(self, first: int, last: int, meetings: int) -> dict[str, Response]:
+        """See :class:`~tda_lightning.estimators.inverse.Inverse`."""
+        self.session.load(self.session.trajectory.last_step)
+        coordinates = query_gradients(self.session, self.kind, first, last, self.damped)
+        return {
+            name: Response(values.div_(self.damped[name].eigenvalues), self.damped[name], meetings)
+            for name, values in coordinates.items()
+        }
+
+    def own(self, measured: Mapping[str, Gradient], trained: Mapping[str, Gradient]) -> Tensor:
+        """See :class:`~tda_lightning.estimators.inverse.Inverse`."""
+        train_units = units(self.kind, trained)
+        # The same objects tell that the two gradients are one.
+        measured_units = train_units if measured is trained else units(self.kind, measured)
+        parts = [
+            paired(measured_units[name], gradient, spectrum, 1 / spectrum.eigenvalues)
+            for name, gradient in train_units.items()
+            for spectrum in [self.damped[name]]
+        ]
+        return torch.stack(parts).sum(0)
+
+    def provenance(self) -> Provenance:
+        """See :class:`~tda_lightning.estimators.inverse.Inverse`."""
+        settings, trajectory = self.settings, self.session.trajectory
+        spans = [last_interval(trajectory)]
+        return {
+            "damping": damping_record(settings, trajectory, "the layer's mean eigenvalue"),
+            **about_statistics(settings.statistics, settings.curvature, trajectory, spans),
+            "notes": [],
+        }
