@@ -184,10 +184,10 @@ def edits(results: Results) -> str:
 
 
 def proponents(results: Results) -> str:
-    """Shares among the ten foremost proponents of wrong predictions."""
+    """Shares among the ten top proponents of wrong predictions."""
     found = results["seeds"][0]["proponents"]
     rows = [
-        "| ten foremost proponents of a wrong prediction | label flipped | labelled as predicted |",
+        "| ten top proponents of a wrong prediction | label flipped | labelled as predicted |",
         "|---|---|---|",
     ]
     for name, title in WAYS.items():

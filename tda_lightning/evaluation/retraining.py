@@ -108,7 +108,7 @@ def _run(replay: Replay, weights: Tensor) -> State:
         walk.restart(0)
         for row in range(replay.trajectory.last_step):
             walk.step(row, weights)
-        return dict(walk.stand().tensors)
+        return dict(walk.snapshot().tensors)
 
 
 def _check_weights(replay: Replay, weights: Tensor) -> None:

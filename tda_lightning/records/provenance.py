@@ -145,6 +145,17 @@ class StageRecord(TypedDict):
     notes: list[str]
 
 
+class MemberRecord(TypedDict, total=False):
+    """One run of an ensemble; the keys mean what they mean in :class:`Provenance`."""
+
+    trajectory: str
+    steps: Count
+    measurements: list[float]
+    predictions: list[str]
+    certificate: Certificate
+    notes: list[str]
+
+
 class _JudgedCounts(TypedDict):
     num_subsets: Count  # retrained on; examples given up, for pbrf
     num_queries: Count
@@ -225,6 +236,7 @@ class Provenance(TypedDict, total=False):
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars
+    members: list[MemberRecord]  # of an ensemble; measurements are their means
     stages: list[StageRecord]  # if there are several
     stage: StageRecord  # the one that is left (Scores.stage)
     # The machine

@@ -441,7 +441,7 @@ def test_only_the_provenance_of_scores_is_replaced(tmp_path, monkeypatch):
         replace_provenance(tmp_path / "foreign.h5", {})
 
 
-# A query's foremost proponents left out
+# A query's top proponents left out
 
 
 def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
