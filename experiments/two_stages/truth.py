@@ -20,7 +20,7 @@ from tda_lightning.evaluation import (
     measure,
     retrain,
     retrain_each,
-    what_determines,
+    truth_configuration,
 )
 from tda_lightning.records.ground_truth import RECORDED_SEED, Protocol
 from tda_lightning.runtime.progress import SlowProgress
@@ -59,7 +59,7 @@ def ground_truth(
         seeds,
         measure(network(1), TASK, end, data.queries),
         {
-            f"stage {number}": what_determines(run, network(1), TASK, data.queries, settings)
+            f"stage {number}": truth_configuration(run, network(1), TASK, data.queries, settings)
             for number, run in enumerate(runs, start=1)
         },
     )

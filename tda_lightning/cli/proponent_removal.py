@@ -24,7 +24,7 @@ Results = dict[str, list[TopRemoval]]  # by the name of the scores
 
 
 def removal_file(run: RecordedRun, truth: Path) -> Path:
-    """The cache of retrainings without proponents, beside the ground truth at ``truth``; it serves
+    """The cache of retrainings without proponents, next to the ground truth at ``truth``; it serves
     all scores and all k."""
     return truth.with_name(f"{run.config.protocol}-removal-{run.config.seed}.h5")
 

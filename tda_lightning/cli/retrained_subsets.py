@@ -16,7 +16,7 @@ from tda_lightning.evaluation import (
     GroundTruth,
     draw_seeds,
     draw_subsets,
-    what_determines,
+    truth_configuration,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.ground_truth import RECORDED_SEED
@@ -54,7 +54,7 @@ def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
 
 def configuration_of(run: RecordedRun) -> dict[str, object]:
     """What decides the outcome of a retraining, besides the subset and the seed."""
-    return what_determines(
+    return truth_configuration(
         run.trajectory, run.module, run.task, run.data.query_dataset, run.training_settings()
     )
 

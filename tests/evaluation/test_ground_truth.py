@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, what_determines
+from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, truth_configuration
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryMismatchError
 from tda_lightning.store.ground_truth_file import read_ground_truth, write_ground_truth
 from tests.cases.training import CLASSIFIER, queries_of
@@ -167,18 +167,18 @@ def test_shapes_must_fit() -> None:
         asked().with_outcome(0, 0, torch.tensor([1.0, float("nan"), 0.0]), 1.0)
 
 
-def test_what_determines_an_outcome_is_told_apart() -> None:
+def test_truth_configuration_an_outcome_is_told_apart() -> None:
     run, module, task, _ = small()
     inputs, labels = queries_of(CLASSIFIER)
     queries = TensorDataset(inputs, labels)
-    found = what_determines(run, module, task, queries)
-    assert found == what_determines(run, module, task, TensorDataset(inputs.clone(), labels))
-    fewer = what_determines(run, module, task, TensorDataset(inputs[1:], labels[1:]))
+    found = truth_configuration(run, module, task, queries)
+    assert found == truth_configuration(run, module, task, TensorDataset(inputs.clone(), labels))
+    fewer = truth_configuration(run, module, task, TensorDataset(inputs[1:], labels[1:]))
     assert {name for name in found if found[name] != fewer[name]} == {"queries"}
     other, *_ = small("sgd")
-    assert what_determines(other, module, task, queries)["run"] != found["run"]
-    afresh = what_determines(run, module, task, queries, {"max_epochs": 2})
-    assert afresh["training"] != what_determines(run, module, task, queries, {})["training"]
+    assert truth_configuration(other, module, task, queries)["run"] != found["run"]
+    afresh = truth_configuration(run, module, task, queries, {"max_epochs": 2})
+    assert afresh["training"] != truth_configuration(run, module, task, queries, {})["training"]
 
 
 # Files from elsewhere
