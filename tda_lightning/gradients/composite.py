@@ -156,8 +156,8 @@ def first_examples(gradient: Gradient, count: int) -> Gradient:
             gradient.shape[3],
         )
     if isinstance(gradient, Rows):
-        kept = gradient.example < count
-        parts = (gradient.example[kept], gradient.index[kept], gradient.values[kept])
+        own = gradient.example < count
+        parts = (gradient.example[own], gradient.index[own], gradient.values[own])
         return Rows(*parts, count, gradient.shape[2])
     if isinstance(gradient, Sum):
         return Sum([first_examples(term, count) for term in gradient.terms])

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.records.errors import EngineError
+from tda_lightning.runtime.module_state import restored
 from tda_lightning.tasks import batches
 
 # (module, batch, indices of its examples) -> losses [batch]
@@ -38,16 +39,11 @@ class Lossy(nn.Module):
 @contextmanager
 def parameters_frozen(module: nn.Module, but: Collection[str] = ()) -> Iterator[None]:
     """Gradients for the parameters named in ``but`` and no others; restored at the end."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
+    with restored(module, "requires_grad"):
+        module.requires_grad_(False)
         for name in but:
             module.get_parameter(name).requires_grad_(True)
         yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class SideForm:
             flat = columns.transpose(1, 2)
         if self.kind == "full":
             return columns @ flat
-        omega = _held(flat.shape[2], self.rank, flat.device, flat.dtype)
+        omega = _cached_test_matrix(flat.shape[2], self.rank, flat.device, flat.dtype)
         diagonal = samples.square().sum((0, 2)).unsqueeze(2)
         return torch.cat([columns @ (flat @ omega), diagonal], dim=2)
 
@@ -71,5 +71,5 @@ def random_test_matrix(width: int, rank: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)  # drawing it takes as long as a batch's products with it
-def _held(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _cached_test_matrix(width: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return random_test_matrix(width, rank).to(device, dtype)

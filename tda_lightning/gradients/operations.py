@@ -7,6 +7,7 @@ None means that these arguments have no native form.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -88,102 +89,35 @@ def _embedding(
     return Embedding(trained, None, input, padding_idx)
 
 
-def _layer_norm(
-    ref: Refs,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Use | None:
-    def normalized() -> Tensor:
-        return F.layer_norm(input, normalized_shape, eps=eps)
-
-    return _norm(ref, weight, bias, normalized, input.dim() - len(normalized_shape))
-
-
-def _rms_norm(
-    ref: Refs,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Use | None:
-    def normalized() -> Tensor:
-        return F.rms_norm(input, normalized_shape, eps=eps)
-
-    return _norm(ref, weight, None, normalized, input.dim() - len(normalized_shape))
-
-
-def _group_norm(
-    ref: Refs,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Use | None:
-    return _norm(ref, weight, bias, lambda: F.group_norm(input, num_groups, eps=eps))
-
-
-def _batch_norm(
-    ref: Refs,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Use | None:
-    # The statistics of a batch in training come from the batch: a second call must not count.
-    mean, variance = (None, None) if training else (running_mean, running_var)
-
-    def normalized() -> Tensor:
-        return F.batch_norm(input, mean, variance, None, None, training, 0.0, eps)
-
-    return _norm(ref, weight, bias, normalized)
-
-
-def _instance_norm(
-    ref: Refs,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Use | None:
-    mean, variance = (None, None) if use_input_stats else (running_mean, running_var)
-
-    def normalized() -> Tensor:
-        return F.instance_norm(input, mean, variance, None, None, use_input_stats, 0.0, eps)
-
-    return _norm(ref, weight, bias, normalized)
-
-
-def _norm(
-    ref: Refs,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalized: Callable[[], Tensor],
-    first_axis: int = 1,
-) -> Use | None:
-    """normalized * weight + bias; the parameters lie on the axes from ``first_axis`` on.
+def _norm(func: Callable[..., Tensor]) -> Callable[..., Use | None]:
+    """normalized * weight + bias of the layer ``func``.
 
     What the weight multiplies is computed apart. The output stays the layer's own, bit for bit:
     another rounding would send values near zero to the other side of a ReLU.
     """
-    parameter = weight if weight is not None else bias
-    if parameter is None:
-        return None
-    scale = ref(weight)
-    axes = tuple(range(first_axis, first_axis + parameter.dim()))
-    factor = None if scale is None else normalized()
-    return Norm(scale, ref(bias), factor, tuple(parameter.shape), axes)
+    signature = inspect.signature(func)
+
+    def describe(ref: Refs, *args: Any, **kwargs: Any) -> Use | None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        weight, bias = given["weight"], given.get("bias")
+        parameter = weight if weight is not None else bias
+        if parameter is None:
+            return None
+        scale, factor = ref(weight), None
+        if scale is not None:
+            changed = dict.fromkeys({"weight", "bias"} & given.keys())
+            if given.get("training") or given.get("use_input_stats"):
+                # These statistics come from the batch: a second call must not count.
+                changed |= {"running_mean": None, "running_var": None}
+            factor = func(**{**given, **changed})
+        last = len(given["normalized_shape"]) if "normalized_shape" in given else None
+        first = 1 if last is None else given["input"].dim() - last
+        axes = tuple(range(first, first + parameter.dim()))
+        return Norm(scale, ref(bias), factor, tuple(parameter.shape), axes)
+
+    return describe
 
 
 def _sum(ref: Refs, input: object, other: object, **options: object) -> Use | None:
@@ -218,11 +152,10 @@ OPERATIONS: dict[Any, Callable[..., Use | None]] = {
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution
     ),
     F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    **{
+        norm: _norm(norm)
+        for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
+    },
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _sum),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _product),
 }

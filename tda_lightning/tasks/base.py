@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.tasks import batches
-from tda_lightning.tasks.interception import WeightedLoss, by_term, intercept, standard_outputs
+from tda_lightning.tasks.loss_calls import WeightedLoss, intercept, standard_outputs
 
 
 class AttributionTask(ABC):
@@ -71,9 +71,9 @@ class AttributionTask(ABC):
             regulariser) is in the scalar only.
         """
         if by_position:
-            losses, found, _ = intercept(lambda: self.train_loss(module, batch))
-            share = self.share(len(losses))
-            return losses.sum() * share, by_term(found, len(losses)) * share
+            parts = intercept(lambda: self.train_loss(module, batch))
+            share = self.share(parts.batch)
+            return parts.total.sum() * share, parts.by_position() * share
         losses = self.train_loss(module, batch)
         return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
 
@@ -133,8 +133,8 @@ class AttributionTask(ABC):
 
     def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
         """The standard losses in ``train_loss`` with their weights, and the number of examples."""
-        losses, found, _ = intercept(lambda: self.train_loss(module, batch))
-        return found, len(losses)
+        parts = intercept(lambda: self.train_loss(module, batch))
+        return parts.losses, parts.batch
 
     def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
         """What those losses are of, by call: in a forward-mode derivative all that is needed."""

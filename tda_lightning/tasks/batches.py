@@ -33,20 +33,20 @@ def split_target(batch: Any, target: str | None = None) -> tuple[Any, Tensor]:
                 "Name the key with target=, or override forward(module, batch) of the task."
             )
         inputs: Any = {name: value for name, value in batch.items() if name != key}
-        found = batch[key]
+        labels = batch[key]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        inputs, found = list(batch[:-1]), batch[-1]
+        inputs, labels = list(batch[:-1]), batch[-1]
     else:
         raise ValueError(
             f"Expected a batch (inputs, target) or a dictionary, got {_describe(batch)}. "
             "Override forward(module, batch) of the task for other batches."
         )
-    if not isinstance(found, Tensor):
+    if not isinstance(labels, Tensor):
         raise ValueError(
-            f"Expected the target to be a tensor, got {_describe(found)}. "
+            f"Expected the target to be a tensor, got {_describe(labels)}. "
             "Override forward(module, batch) of the task for other targets."
         )
-    return inputs, found
+    return inputs, labels
 
 
 def with_labels(batch: Any, labels: Mapping[int, Any], target: str | None = None) -> Any:
@@ -57,21 +57,20 @@ def with_labels(batch: Any, labels: Mapping[int, Any], target: str | None = None
         labels: new label by position in the batch.
         target: the dictionary's key of the target.
     """
-    _, found = split_target(batch, target)
-    changed = found.clone()
+    _, present = split_target(batch, target)
+    changed = present.clone()
     for position, label in labels.items():
-        given = torch.as_tensor(label, dtype=found.dtype, device=found.device)
-        if given.shape != found.shape[1:]:
+        given = torch.as_tensor(label, dtype=present.dtype, device=present.device)
+        if given.shape != present.shape[1:]:
             raise ValueError(
                 f"A new label has the shape {list(given.shape)}, expected that of the labels in "
-                f"the batch, {list(found.shape[1:])}."
+                f"the batch, {list(present.shape[1:])}."
             )
         changed[position] = given
     if isinstance(batch, Mapping):
-        (key,) = [name for name, value in batch.items() if value is found]
+        (key,) = [name for name, value in batch.items() if value is present]
         return {**batch, key: changed}
-    parts = [*batch[:-1], changed]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return _rebuilt(batch, [*batch[:-1], changed])
 
 
 def call(module: nn.Module, inputs: Any) -> Tensor:
@@ -112,7 +111,7 @@ def unwrap(outputs: Any) -> Tensor:
 
 
 def num_examples(batch: Any) -> int:
-    """Examples in the batch: those of the active noise, else the first tensor's first dimension."""
+    """Number of examples: those of the active seeds, else the first tensor's first dimension."""
     examples = active_examples()
     if examples is not None:
         return len(examples)
@@ -125,7 +124,7 @@ def num_examples(batch: Any) -> int:
 
 
 def take(batch: Any, index: int, size: int) -> Any:
-    """A batch of one: example ``index`` of a batch of ``size``, nested containers kept."""
+    """A batch of one: example ``index`` of a batch of ``size``, in the same containers."""
     if isinstance(batch, Tensor):
         return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
@@ -133,11 +132,13 @@ def take(batch: Any, index: int, size: int) -> Any:
     if isinstance(batch, (tuple, list)):
         if len(batch) == size and all(isinstance(value, (str, int, float)) for value in batch):
             return batch[index : index + 1]
-        values = [take(value, index, size) for value in batch]
-        if hasattr(batch, "_fields"):
-            return type(batch)(*values)
-        return type(batch)(values)
+        return _rebuilt(batch, [take(value, index, size) for value in batch])
     return batch
+
+
+def _rebuilt(batch: Any, values: list[Any]) -> Any:
+    """``values`` in a tuple, named tuple or list like ``batch``."""
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def _first_tensor(batch: Any) -> Tensor | None:
@@ -146,10 +147,7 @@ def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):
-        for value in batch:
-            found = _first_tensor(value)
-            if found is not None:
-                return found
+        return next((t for t in map(_first_tensor, batch) if t is not None), None)
     return None
 
 

@@ -1,22 +1,23 @@
 """The Gauss-Newton matrix of any task whose ``train_loss`` calls standard losses.
 
 For l_n = sum_t w_nt e_nt, with e_nt the loss of one element of example n and J_nt the Jacobian of
-its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. Both functions give losses whose
-gradients have outer products that are G_n: in expectation, or as an exact sum. The weights enter
-as square roots, once for every element: the gradient of the weighted *mean* loss itself would give
-a matrix too small by the number of elements (docs/methods.md, "Units").
+its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. The functions here give losses, or
+gradients of outputs, whose outer products are G_n: in expectation, or as an exact sum. The weights
+enter as square roots, once for every element: the gradient of the weighted *mean* loss itself would
+give a matrix too small by the number of elements (METHODS, "Units").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks.base import AttributionTask
-from tda_lightning.tasks.interception import WeightedLoss
+from tda_lightning.tasks.loss_calls import ObservedLoss, WeightedLoss
 
 
 def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Any) -> Tensor:
@@ -30,12 +31,8 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: A
     ``standard_losses`` on why it is not those labels themselves). Inside
     :func:`~tda_lightning.tasks.seeded_examples` it depends on the seed and the example alone.
     """
-    found, batch_size = require_losses(task, module, batch)
-    sampled = [
-        item.loss.sampled(item.scale(batch_size), stream).sum(1)
-        for stream, item in enumerate(found)
-    ]
-    return torch.stack(sampled).sum(0)
+    losses, size = require_losses(task, module, batch)
+    return torch.stack([_sampled(loss, size, i) for i, loss in enumerate(losses)]).sum(0)
 
 
 def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) -> Iterator[Tensor]:
@@ -45,14 +42,55 @@ def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) ->
     ``retain_graph=True``. There are (positions x classes) of them for cross entropy, one for each
     number or bit otherwise.
     """
-    found, batch_size = require_losses(task, module, batch)
+    losses, size = require_losses(task, module, batch)
+    return (
+        column
+        for loss in losses
+        for factor in loss.loss.factors(loss.scale(size))
+        for column in factor.unbind(1)
+    )
 
-    def losses() -> Iterator[Tensor]:
-        for item in found:
-            for factor in item.loss.factors(item.scale(batch_size)):
-                yield from factor.unbind(1)
 
-    return losses()
+def sampled_output_gradients(
+    total: Tensor, losses: Sequence[ObservedLoss], batch: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Output gradients of sampled labels, for the loss of a training batch as it is optimised.
+
+    Carried back to the parameters and split by example, their second moment, averaged over the
+    batch, is the Gauss-Newton matrix of ``total`` (METHODS, "Units"). Inside
+    :func:`~tda_lightning.tasks.seeded_examples` they depend on the seed and the example alone.
+
+    Args:
+        total: the loss of the batch, a scalar with its graph, which is kept.
+        losses: the standard losses behind it.
+        batch: examples in the batch.
+
+    Returns:
+        The outputs that losses were taken of, and a gradient for each.
+
+    Raises:
+        ValueError: a loss enters with a negative weight, or is not laid out by example.
+    """
+    derivatives = torch.autograd.grad(
+        total.sum(), [loss.value for loss in losses], retain_graph=True, allow_unused=True
+    )
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for number, (loss, derivative) in enumerate(zip(losses, derivatives, strict=True)):
+        if derivative is None:
+            continue
+        leaves = {name: loss.given[name].detach().requires_grad_() for name in loss.arguments}
+        with torch.enable_grad():
+            weighted = loss.weighted(derivative, leaves, number)
+            weighted = replace(weighted, weights=weighted.weights * batch)
+            _require_usable(
+                weighted, batch, "training_step",
+                "Record with fisher='empirical', or with curvature=None.",
+            )  # fmt: skip
+            sampled = _sampled(weighted, batch, number).sum()
+            gradients += torch.autograd.grad(sampled, list(leaves.values()))
+        outputs += [loss.given[name] for name in leaves]
+    return outputs, gradients
 
 
 def require_losses(
@@ -65,25 +103,35 @@ def require_losses(
             does not lead, or it enters with a negative weight.
     """
     with torch.enable_grad():
-        found, batch_size = task.standard_losses(module, batch)
+        losses, size = task.standard_losses(module, batch)
     name = type(task).__name__
-    if not found:
+    if not losses:
         raise ValueError(
             f"{name}: the loss depends on none of cross_entropy, nll_loss, mse_loss and "
             "binary_cross_entropy_with_logits of torch.nn.functional, so its Gauss-Newton matrix "
             "is unknown. Use one of them, or a curvature that needs no outputs: the empirical "
             "Fisher, or a solver's curvature='hessian'."
         )
-    for item in found:
-        if not item.fits(batch_size):
-            raise ValueError(
-                f"{name}: expected losses with the batch axis first, got {item.loss.kind} losses "
-                f"of shape {list(item.loss.values.shape)} for {batch_size} examples."
-            )
-        readable = not torch._C._functorch.is_functorch_wrapped_tensor(item.weights)
-        if readable and (item.weights < 0).any():
-            raise ValueError(
-                f"{name}: a {item.loss.kind} loss enters with a negative weight, for which there "
-                "is no Gauss-Newton matrix. Use a curvature from the empirical Fisher."
-            )
-    return found, batch_size
+    for loss in losses:
+        _require_usable(loss, size, name, "Use a curvature from the empirical Fisher.")
+    return losses, size
+
+
+def _sampled(loss: WeightedLoss, batch: int, stream: int) -> Tensor:
+    """A random loss of each example whose gradient has the loss's matrix as its second moment."""
+    return loss.loss.sampled(loss.scale(batch), stream).sum(1)
+
+
+def _require_usable(weighted: WeightedLoss, batch: int, where: str, remedy: str) -> None:
+    kind = weighted.loss.kind
+    if not weighted.fits(batch):
+        raise ValueError(
+            f"{where}: expected losses with the batch axis first, got {kind} losses of shape "
+            f"{list(weighted.loss.values.shape)} for {batch} examples. {remedy}"
+        )
+    readable = not torch._C._functorch.is_functorch_wrapped_tensor(weighted.weights)
+    if readable and bool((weighted.weights < 0).any()):
+        raise ValueError(
+            f"{where} subtracts a {kind} loss (it has a negative weight), for which there is no "
+            f"Gauss-Newton matrix. {remedy}"
+        )

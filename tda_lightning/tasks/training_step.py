@@ -17,33 +17,27 @@ from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
-from tda_lightning.tasks.interception import (
-    Call,
-    WeightedLoss,
-    by_term,
-    intercept,
-    standard_outputs,
-)
+from tda_lightning.tasks.loss_calls import LossParts, WeightedLoss, intercept, standard_outputs
 
 
 class TrainingStepTask(AttributionTask):
     r"""Losses of single examples from an unchanged ``training_step``.
 
-    The standard losses that it calls are found by interception; the weight of each element in the
-    batch's loss is a derivative, so factors, masks and reductions are kept as trained:
+    Its calls of standard losses are intercepted; the weight of each element in the batch's loss is
+    a derivative, so factors, masks and reductions are those of training:
 
     .. math::
         l_n = B \sum_t w_{nt} e_{nt}, \qquad w_{nt} = \partial L_{batch} / \partial e_{nt}
 
     What does not depend on a standard loss (a regulariser) belongs to no example and is left out,
-    with a note. Where no standard loss is found, every example gets the mean loss of its batch
+    with a note. Without any standard loss, every example gets the mean loss of its batch
     (``separable`` is False) and curvature is the empirical Fisher.
 
     A weighted mean (class weights, ignored targets) divides by a number that differs between
     batches. :meth:`prepare` fixes it at its batch's average for an example, so that an example's
     loss does not depend on the batch it comes in; before that, it is each batch's own.
 
-    A step that *sums* over its batch is found by :meth:`prepare` too: its gradient is that of a
+    :meth:`prepare` also recognises a step that *sums* over its batch: its gradient is that of a
     mean over ``training_batch_size`` examples of as many times the loss, and the measurement of a
     query is the loss itself.
     """
@@ -69,55 +63,49 @@ class TrainingStepTask(AttributionTask):
         self._reset()
         kind = type(module)
         self._training_step = [f"{kind.__module__}.{kind.__qualname__}", source_digest(kind)]
-        total, found, calls, size = self._run(module, batch)
-        self.separable = bool(found) and all(item.fits(size) for item in found)
+        parts = self._parts(module, batch)
+        self.separable = parts.by_example
         if not self.separable:
             self._can_sample = False
             reason = "it calls no standard loss"
-            if found:
-                shapes = [list(item.loss.values.shape) for item in found]
-                reason = f"its losses have shapes {shapes} for {size} examples"
+            if parts.losses:
+                shapes = [list(item.loss.values.shape) for item in parts.losses]
+                reason = f"its losses have shapes {shapes} for {parts.batch} examples"
             self._note(
                 f"The losses of single examples in training_step are not known ({reason}): each "
                 "example gets the gradient of its batch's mean loss, and curvature is the "
                 "empirical Fisher. Give a task to attribute to single examples."
             )
             return
-        self._fix_masses(calls, size)
-        self._check_weights(total, found)
-        self._check_alone(module, batch, size)
+        self._fix_masses(parts)
+        self._check_weights(parts)
+        self._check_alone(module, batch, parts.batch)
 
     def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
-        total, found, _, size = self._run(module, batch)
-        known = bool(found) and all(item.fits(size) for item in found)
-        if self._training_step and self.separable and not known:
+        parts = self._parts(module, batch)
+        if self._training_step and self.separable and not parts.by_example:
             raise ValueError(
-                f"training_step called no standard loss of {size} examples for this batch, but "
-                "did for the first one. Give a task whose train_loss holds for every batch."
+                f"training_step called no standard loss of {parts.batch} examples for this batch, "
+                "but did for the first one. Give a task whose train_loss holds for every batch."
             )
-        if known and self.separable:
-            losses = torch.stack([item.per_example(size) for item in found]).sum(0)
-            losses = losses * self._examples_per_mean(size)
+        if parts.by_example and self.separable:
+            losses = parts.per_example() * self._examples_per_mean(parts.batch)
         else:
-            losses = total.reshape(()).expand(size)
+            losses = parts.total.reshape(()).expand(parts.batch)
         return losses if torch.is_grad_enabled() else losses.detach()
 
     def batch_loss(
         self, module: nn.Module, batch: Any, by_position: bool = False
     ) -> tuple[Tensor, Tensor]:
-        size = batches.num_examples(batch)
-        with silenced(module):
-            # What a mean divides by is this batch's own, not held as for single examples.
-            total, found, _ = intercept(lambda: run_training_step(module, batch))
-        total = total.reshape(())
-        if not found or not all(item.fits(size) for item in found):
+        # What a mean divides by is this batch's own, not held as for single examples.
+        parts = self._parts(module, batch, masses=())
+        if not parts.by_example:
             raise ValueError(
                 "The losses of single examples in training_step are not known: it calls no "
-                f"standard loss of {size} examples. Give a task."
+                f"standard loss of {parts.batch} examples. Give a task."
             )
-        if by_position:
-            return total, by_term(found, size)
-        return total, torch.stack([item.per_example(size) for item in found]).sum(0)
+        losses = parts.by_position() if by_position else parts.per_example()
+        return parts.total.reshape(()), losses
 
     def measurement(self, module: nn.Module, batch: Any) -> Tensor:
         losses = self.train_loss(module, batch)
@@ -141,19 +129,19 @@ class TrainingStepTask(AttributionTask):
         return sampled_gauss_newton_loss(self, module, batch)
 
     def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
-        _, found, _, size = self._run(module, batch)
-        factor = self._examples_per_mean(size)
-        return [replace(item, weights=item.weights * factor) for item in found], size
+        parts = self._parts(module, batch)
+        factor = self._examples_per_mean(parts.batch)
+        return [replace(loss, weights=loss.weights * factor) for loss in parts.losses], parts.batch
 
     def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
         with silenced(module):
             return standard_outputs(lambda: run_training_step(module, batch))
 
     def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
-        _, found, _, size = self._run(module, batch)
-        if not found or not self.separable:
+        parts = self._parts(module, batch)
+        if not parts.losses or not self.separable:
             return None
-        return found[0].loss.describe(size)
+        return parts.losses[0].loss.describe(parts.batch)
 
     def settings(self) -> dict[str, Any]:
         masses = [None if mass is None else float(mass) for mass in self._masses]
@@ -164,24 +152,22 @@ class TrainingStepTask(AttributionTask):
             "summed_over": self.training_batch_size if self._summed else None,
         }
 
-    def _run(
-        self, module: nn.Module, batch: Any
-    ) -> tuple[Tensor, list[WeightedLoss], list[Call], int]:
-        size = batches.num_examples(batch)
+    def _parts(
+        self, module: nn.Module, batch: Any, masses: Sequence[Tensor | None] | None = None
+    ) -> LossParts:
+        masses = self._masses if masses is None else masses
         with silenced(module):
-            total, found, calls = intercept(
-                lambda: run_training_step(module, batch), self._masses, size
-            )
-        return total, found, calls, size
+            size = batches.num_examples(batch)
+            return intercept(lambda: run_training_step(module, batch), masses, size)
 
-    def _fix_masses(self, calls: Sequence[Call], size: int) -> None:
+    def _fix_masses(self, parts: LossParts) -> None:
         self._masses = [
-            call.mass / size
+            call.mass / parts.batch
             if call.mass is not None
             and call.reduction == "mean"
             and float(call.mass) != call.loss.values.numel()
             else None
-            for call in calls
+            for call in parts.calls
         ]
         if any(mass is not None for mass in self._masses):
             self.notes.append(
@@ -190,17 +176,17 @@ class TrainingStepTask(AttributionTask):
                 "batch of the attribution."
             )
 
-    def _check_weights(self, total: Tensor, found: Sequence[WeightedLoss]) -> None:
-        parts = [(item.weights * item.loss.values).detach() for item in found]
-        left = float(total.detach().sum() - sum(part.sum() for part in parts))
-        size = sum(float(part.abs().sum()) for part in parts)
-        if abs(left) > 1e-3 * size:
+    def _check_weights(self, parts: LossParts) -> None:
+        terms = [(item.weights * item.loss.values).detach() for item in parts.losses]
+        rest = float(parts.total.detach().sum() - sum(term.sum() for term in terms))
+        size = sum(float(term.abs().sum()) for term in terms)
+        if abs(rest) > 1e-3 * size:
             self._note(
-                f"training_step adds {left:.3g} to the standard losses' {size:.3g} (a regulariser, "
+                f"training_step adds {rest:.3g} to the standard losses' {size:.3g} (a regulariser, "
                 "another loss, or a nonlinear function of them): this part belongs to no example "
                 "and is left out of the gradients of single examples."
             )
-        if any(bool((item.weights < 0).any()) for item in found):
+        if any(bool((item.weights < 0).any()) for item in parts.losses):
             self._can_sample = False
             self._note(
                 "training_step subtracts a standard loss: there is no Gauss-Newton matrix of it, "

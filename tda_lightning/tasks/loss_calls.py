@@ -1,0 +1,359 @@
+"""Find the standard losses that user code calls, and the weight it gives to each element.
+
+A torch function mode sees ``F.cross_entropy`` and its like. There are two ways to go on:
+
+* In attribution (:func:`intercept`) a call is replaced by the same loss per element, reduced
+  afterwards as asked. Whatever the code then does with it linearly (factors, sums, masks, its own
+  reductions), d total / d element is the weight of each element exactly as trained.
+* In training (:class:`LossObserver`) the call is made exactly as the user's code makes it, and its
+  elements and their weights are worked out afterwards:
+  d total / d element = (d total / d value) (d value / d element).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import TorchFunctionMode
+
+from tda_lightning.tasks.standard_losses import (
+    LogisticLoss,
+    SoftmaxLoss,
+    SquaredLoss,
+    StandardLoss,
+    check_labels,
+)
+
+LossFunction: TypeAlias = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The elements of one call.
+
+    ``mass`` is what ``reduction="mean"`` divides by where that depends on the labels (class
+    weights, ignored targets), a scalar tensor; None where it is the number of elements.
+    """
+
+    loss: StandardLoss
+    mass: Tensor | None
+    reduction: str
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A standard loss and d total / d element, detached, in the shape of ``loss.values``;
+    ``number`` is its place among the calls."""
+
+    loss: StandardLoss
+    weights: Tensor
+    number: int
+
+    def by_position(self, batch: int) -> Tensor:
+        """Weight x loss of each example's elements, [batch, positions]."""
+        return (self.weights * self.loss.values).reshape(batch, -1)
+
+    def scale(self, batch: int) -> Tensor:
+        """sqrt(weight x curvature) of each element, [batch, positions]."""
+        return (self.weights.flatten() * self.loss.curvature).sqrt().view(batch, -1)
+
+    def curved(self, tangents: Tensor) -> Tensor:
+        """The second derivative of the sum of weight x loss in the outputs, times ``tangents``,
+        [..., *outputs]."""
+        scale = self.weights.flatten() * self.loss.curvature
+        form = self.loss.curved(tangents)
+        return form * scale.view(scale.shape + (1,) * (self.loss.outputs.dim() - 1))
+
+    def fits(self, batch: int) -> bool:
+        """Whether the elements are those of ``batch`` examples, batch axis leading."""
+        leading = self.loss.values.shape[0] if self.loss.values.dim() else 1
+        return leading % batch == 0
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """What user code's loss consists of.
+
+    Attributes:
+        total: as returned: a scalar, or losses [batch].
+        losses: the standard losses that it depends on.
+        calls: all calls of standard losses, in order.
+        batch: number of examples.
+    """
+
+    total: Tensor
+    losses: list[WeightedLoss]
+    calls: list[LossCall]
+    batch: int
+
+    @property
+    def by_example(self) -> bool:
+        """Whether there are standard losses, and their elements can be told apart by example."""
+        return bool(self.losses) and all(loss.fits(self.batch) for loss in self.losses)
+
+    def per_example(self) -> Tensor:
+        """Sum of weight x loss over each example's elements, [batch]."""
+        return torch.stack([loss.by_position(self.batch).sum(1) for loss in self.losses]).sum(0)
+
+    def by_position(self) -> Tensor:
+        """Weight x loss of each example's single terms, summed over losses: [batch, position].
+
+        Raises:
+            ValueError: there is no standard loss, or they have different numbers of terms.
+        """
+        terms = [loss.by_position(self.batch) for loss in self.losses]
+        lengths = sorted({term.shape[1] for term in terms})
+        if len(lengths) != 1:
+            raise ValueError(
+                "The terms of single positions are not known: expected standard losses of "
+                "torch.nn.functional with the same number of terms for each example, got "
+                f"{lengths}. Attribute to whole examples (token_weights=False)."
+            )
+        return torch.stack(terms).sum(0)
+
+
+def intercept(
+    run: Callable[[], Tensor], masses: Sequence[Tensor | None] = (), batch: int | None = None
+) -> LossParts:
+    """Run ``run() -> total`` and take its loss apart.
+
+    Args:
+        run: gives a scalar, or losses whose sum is differentiated.
+        masses: what "mean" divides by in each call, per example of the batch, where this is to
+            be the same for all batches (None: as the call has it).
+        batch: number of examples; by default the length of the total.
+    """
+    mode = _Interception(masses, batch or 1)
+    weights: Sequence[Tensor | None] = ()
+    with torch.enable_grad():
+        with mode:
+            total = run()
+        if mode.calls and total.requires_grad:
+            weights = _derivatives(total, mode.calls)
+        elif mode.calls and _inside_transform():
+            weights = _derivatives_in_transform(run, mode)
+    losses = [
+        WeightedLoss(mode.calls[number].loss, weight.detach(), number)
+        for number, weight in enumerate(weights)
+        if weight is not None
+    ]
+    return LossParts(total, losses, mode.calls, len(total) if batch is None else batch)
+
+
+def standard_outputs(run: Callable[[], Tensor]) -> list[Tensor]:
+    """The outputs that the standard losses in ``run()`` are of, by call: ``StandardLoss.outputs``
+    without the weights, which take a derivative of their own."""
+    mode = _Interception((), 1)
+    with mode:
+        run()
+    return [call.loss.outputs for call in mode.calls]
+
+
+def _derivatives(total: Tensor, calls: Sequence[LossCall]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        total.sum(), [call.loss.values for call in calls], retain_graph=True, allow_unused=True
+    )
+
+
+def _derivatives_in_transform(
+    run: Callable[[], Tensor], mode: _Interception
+) -> Sequence[Tensor | None]:
+    """Weights under ``torch.func.vmap`` alone, where no tensor may be made to require gradients:
+    a second run inside ``torch.func.grad`` of a zero that is added to every loss."""
+
+    def probe(zero: Tensor) -> tuple[Tensor, list[Tensor]]:
+        again = _Interception(mode.masses, mode.batch, zero)
+        with again:
+            total = run()
+        weights = _derivatives(total, again.calls)
+        return zero, [
+            torch.zeros_like(call.loss.values) if weight is None else weight
+            for call, weight in zip(again.calls, weights, strict=True)
+        ]
+
+    zero = torch.zeros((), device=mode.calls[0].loss.values.device)
+    _, weights = torch.func.grad(probe, has_aux=True)(zero)
+    return weights  # type: ignore[no-any-return]
+
+
+def _inside_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _LossMode(TorchFunctionMode, ABC):
+    """Sees every call of a standard loss while active."""
+
+    def __torch_function__(
+        self,
+        func: LossFunction,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in READERS:
+            return func(*args, **(kwargs or {}))
+        bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        given = bound.arguments
+        reduction = given["reduction"]
+        if given["size_average"] is not None or given["reduce"] is not None:
+            reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"], False)
+        given.update(size_average=None, reduce=None, reduction="none")
+        return self.call(func, given, reduction)
+
+    @abstractmethod
+    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+        """The value of the call, with ``reduction="none"`` among the ``given`` arguments."""
+
+
+class _Interception(_LossMode):
+    """Replaces each call by its elements. ``zero`` is added to connect them (see above)."""
+
+    def __init__(
+        self, masses: Sequence[Tensor | None], batch: int, zero: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.masses, self.batch, self.zero = masses, batch, zero
+        self.calls: list[LossCall] = []
+
+    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+        loss, mass = READERS[func](lambda: self._connect(func(**given)), given)
+        number = len(self.calls)
+        self.calls.append(LossCall(loss, mass, reduction))
+        if reduction == "none":
+            return loss.values.clone()  # the caller may change its copy in place
+        if reduction == "sum":
+            return loss.values.sum()
+        fixed = self.masses[number] if number < len(self.masses) else None
+        if fixed is not None:
+            mass = fixed.to(loss.values) * self.batch
+        return loss.values.mean() if mass is None else loss.values.sum() / mass
+
+    def _connect(self, values: Tensor) -> Tensor:
+        if self.zero is not None:
+            return values + self.zero.to(values.dtype)
+        if not values.requires_grad and not _inside_transform():
+            # No graph (gradients switched off): a leaf is enough to find the weights.
+            return values.detach().requires_grad_()
+        return values
+
+
+@dataclass(frozen=True)
+class ObservedLoss:
+    """One call in training: its arguments, and the value that it gave."""
+
+    func: LossFunction
+    given: Mapping[str, Any]
+    reduction: str
+    value: Tensor
+
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the arguments that come from the model: mean squared error does not care which
+        side they are on."""
+        names = ("input", "target")
+        return [n for n in names if isinstance(x := self.given[n], Tensor) and x.requires_grad]
+
+    def weighted(
+        self, derivative: Tensor, leaves: Mapping[str, Tensor], number: int
+    ) -> WeightedLoss:
+        """The call's elements and their weights.
+
+        Args:
+            derivative: d total / d value.
+            leaves: what stands in for some of the arguments.
+            number: place among the calls.
+        """
+        given = {**self.given, **leaves}
+        loss, mass = READERS[self.func](lambda: self.func(**given), given)
+        weights = derivative.to(loss.values.detach())
+        if self.reduction == "mean":
+            weights = weights / (loss.values.numel() if mass is None else mass)
+        return WeightedLoss(loss, weights.expand(loss.values.shape), number)
+
+
+class LossObserver(_LossMode):
+    """Notes the standard losses that are called while active, with a graph behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[ObservedLoss] = []
+
+    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+        value = func(**{**given, "reduction": reduction})
+        if value.requires_grad:
+            self.losses.append(ObservedLoss(func, given, reduction, value))
+        return value
+
+
+# Each reader checks its arguments, and then calls ``evaluate`` for the loss of each element.
+# It gives the loss and its mass (see LossCall).
+_Read: TypeAlias = tuple[StandardLoss, Tensor | None]
+
+
+def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+    logits, target, weight = given["input"], given["target"], given["weight"]
+    smoothing = given.get("label_smoothing", 0.0)
+    classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+    flat = (logits.movedim(1, -1) if logits.dim() > 1 else logits).reshape(-1, classes)
+    if target.is_floating_point():  # probabilities; torch divides by the number of positions
+        target = (target.movedim(1, -1) if target.dim() > 1 else target).reshape(-1, classes)
+        target = target * (1 - smoothing) + smoothing / classes
+        curvature = (target if weight is None else target * weight).sum(-1).to(flat.dtype)
+        return SoftmaxLoss(evaluate(), flat, curvature.detach()), None
+    ignore_index = given["ignore_index"]
+    check_labels(target, classes, ignore_index)
+    labels = target.flatten()
+    counted = labels != ignore_index
+    curvature = mass = counted.to(flat.dtype)
+    if weight is not None:
+        mass = weight[labels.where(counted, 0)] * counted
+        curvature = (1 - smoothing) * mass + smoothing * weight.mean() * counted
+    return SoftmaxLoss(evaluate(), flat, curvature.detach()), mass.sum().detach()
+
+
+def _read_mse(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+    outputs, target = given["input"], given["target"]
+    difference = outputs - target
+    if difference.shape not in (outputs.shape, target.shape):
+        raise ValueError(
+            f"mse_loss got outputs of shape {list(outputs.shape)} and targets of shape "
+            f"{list(target.shape)}: they broadcast to {list(difference.shape)}, so that each "
+            "example is compared with the targets of others. Give both the same shape."
+        )
+    values = evaluate()
+    weight = given.get("weight")
+    curvature = torch.ones_like(values) if weight is None else weight.expand_as(values)
+    difference = difference.expand_as(values).flatten()
+    mass = None if weight is None else weight.sum().detach()
+    return SquaredLoss(values, difference, curvature.detach().flatten(), outputs), mass
+
+
+def _read_binary_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+    logits, target = given["input"], given["target"]
+    values = evaluate()
+    curvature = torch.ones_like(values)
+    if given["pos_weight"] is not None:
+        curvature = given["pos_weight"] * target + (1 - target)
+    if given["weight"] is not None:
+        curvature = curvature * given["weight"]
+    curvature = curvature.detach().to(values.dtype).expand_as(values).flatten()
+    return LogisticLoss(values, logits.flatten(), curvature), None
+
+
+# nll_loss is read as cross entropy: log-probabilities are logits of themselves, since
+# log_softmax(log_softmax(z)) = log_softmax(z).
+READERS: dict[LossFunction, Callable[[Callable[[], Tensor], Mapping[str, Any]], _Read]] = {
+    F.cross_entropy: _read_cross_entropy,
+    F.nll_loss: _read_cross_entropy,
+    F.mse_loss: _read_mse,
+    F.binary_cross_entropy_with_logits: _read_binary_cross_entropy,
+}
