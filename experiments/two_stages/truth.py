@@ -53,7 +53,7 @@ def ground_truth(
     settings = None
     if protocol == "algorithm":
         settings = {"epochs": EPOCHS, "rates": RATES, "batch_size": BATCH_SIZE}
-    truth = GroundTruth.asked(
+    truth = GroundTruth.unmeasured(
         protocol,
         subsets,
         seeds,
@@ -64,7 +64,7 @@ def ground_truth(
         },
     )
     if path.exists():
-        truth = truth.taking(read_ground_truth(path))
+        truth = truth.continuing(read_ground_truth(path))
     missing = truth.missing
     if not missing:
         return truth
@@ -77,7 +77,7 @@ def ground_truth(
         began = time.monotonic()
         for (row, column), state in zip(missing, states, strict=True):
             outcome = measure(network(1), TASK, state, data.queries)
-            truth = truth.known(row, column, outcome, time.monotonic() - began)
+            truth = truth.with_outcome(row, column, outcome, time.monotonic() - began)
             write_ground_truth(truth, path)
             progress.advance()
             began = time.monotonic()

@@ -605,11 +605,11 @@ def test_under_the_algorithm_slopes_are_of_differences_between_subsets(run):
     scores = Scores.load(run / "scores" / "tracin.h5")
     subsets = draw_subsets(60, 0.8, 12)
     predicted = predicted_changes(scores, subsets, removed=True)
-    truth = GroundTruth.asked(
+    truth = GroundTruth.unmeasured(
         "algorithm", subsets, draw_seeds(12, 1), torch.zeros(4), {"run": "this"}
     )
     for row in range(12):
-        truth = truth.known(row, 0, 5 + 2 * predicted[:, row], 1.0)
+        truth = truth.with_outcome(row, 0, 5 + 2 * predicted[:, row], 1.0)
     row = judge("tracin", scores, truth)
     assert row.slope == pytest.approx(2)
     assert row.correlation == pytest.approx(1)
