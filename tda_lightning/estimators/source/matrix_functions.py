@@ -95,7 +95,8 @@ def segment_functions(
     count = len(vectors)
     functions = SegmentFunctions(
         response=torch.zeros_like(vectors),
-        left=torch.zeros_like(vectors) if carry else None,
+        # A vector that the loop leaves behind stays as it is.
+        left=vectors.clone() if carry else None,
         errors=torch.zeros(count, dtype=torch.float64),
         products=torch.zeros(count, dtype=torch.int64),
     )
@@ -147,6 +148,7 @@ def segment_functions(
         basis.append(_divided(rest, beside[-1], sizes))
         if bool(done.any()):
             for part, (_, _, out, _) in zip(parts, wanted, strict=True):
+                out[active[done]] = 0
                 for number in range(step):
                     weight = _spread(part[done, :, number], sizes, rest)
                     out[active[done]] += weight * basis[number][done]
