@@ -39,18 +39,11 @@ HOMES = {
 KNOWN_UPWARD: set[tuple[str, str]] = set()
 # Cycles of modules, by the folders that they run through and the number of modules.
 KNOWN_CYCLES = {
-    ("estimators", 3),
-    ("estimators", 4),
     ("estimators", 8),
 }
-KNOWN_HOMES = {
-    ("attribution", "rich"),
-}
+KNOWN_HOMES: set[tuple[str, str]] = set()
 KNOWN_WITHOUT_DOCSTRING = {
-    "report": 1,
-    "estimators": 15,
-    "solvers": 17,
-    "store": 3,
+    "estimators": 5,
 }
 
 

@@ -1,4 +1,4 @@
-"""What stands behind wrong predictions: their foremost proponents, as numbers and as pictures."""
+"""What stands behind wrong predictions: their top proponents, as numbers and as pictures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def drawing(
         'font-family="sans-serif" font-size="9" fill="#222">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         '<text x="8" y="18" font-size="12">wrong prediction</text>',
-        f'<text x="{_LEFT}" y="18" font-size="12">its ten foremost proponents; red: the label was '
+        f'<text x="{_LEFT}" y="18" font-size="12">its ten top proponents; red: the label was '
         "flipped (in brackets: the right one)</text>",
     ]
     for number in range(SHOWN):

@@ -24,7 +24,7 @@ from experiments.mislabelled.mending import COMPARED, LOOKED
 from experiments.mislabelled.proponents import TITLES as WAYS
 from experiments.mislabelled.ranking import TITLES
 from experiments.mislabelled.setting import FLIPPED
-from tda_lightning.evaluation.lds import bootstrap
+from tda_lightning.evaluation.linear_datamodeling import bootstrap
 from tda_lightning.store.atomic_write import write_text
 
 HERE = Path(__file__).parent
@@ -184,10 +184,10 @@ def edits(results: Results) -> str:
 
 
 def proponents(results: Results) -> str:
-    """Shares among the ten foremost proponents of wrong predictions."""
+    """Shares among the ten top proponents of wrong predictions."""
     found = results["seeds"][0]["proponents"]
     rows = [
-        "| ten foremost proponents of a wrong prediction | label flipped | labelled as predicted |",
+        "| ten top proponents of a wrong prediction | label flipped | labelled as predicted |",
         "|---|---|---|",
     ]
     for name, title in WAYS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,22 +11,26 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import about_queries, about_stages, how_made
-from tda_lightning.attribution.sessions import first_batch, open_session, open_stages
+from tda_lightning.attribution.provenance import (
+    about_queries,
+    about_stages,
+    ensemble_provenance,
+    how_made,
+)
+from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
+from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.score_sinks import MemorySink, ScoreSink, StageSink
+from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -34,6 +39,7 @@ from tda_lightning.runtime.module_state import prepared
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.runtime.tables import print_table
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
@@ -50,7 +56,9 @@ class AttributionModule(LightningModule):
             end.
         trajectory: a folder that :class:`~tda_lightning.TrajectoryRecorder` wrote, or a
             :class:`~tda_lightning.Trajectory`. Or a list of them in order of training
-            (pre-training, then fine-tuning), with a list of modules and tasks, or one for all.
+            (pre-training, then fine-tuning), with a list of modules and tasks, or one for all. Or
+            an :class:`~tda_lightning.Ensemble` of runs that differ in chance alone: scores are the
+            mean over its members (:attr:`Scores.spread`, :meth:`Scores.member`).
         estimator: one of ``tda_lightning.estimators``.
         task: the training loss and the measurement; None for the module's own ``training_step``.
         fresh: names of modules or parameters that a later trajectory initialised anew under a
@@ -69,14 +77,19 @@ class AttributionModule(LightningModule):
     def __init__(
         self,
         module: nn.Module | Sequence[nn.Module],
-        trajectory: str | Trajectory | Sequence[str | Trajectory],
+        trajectory: str | Trajectory | Sequence[str | Trajectory] | Ensemble,
         estimator: Estimator,
         task: AttributionTask | Sequence[AttributionTask | None] | None = None,
         fresh: Sequence[str] = (),
     ):
         super().__init__()
         staged = isinstance(estimator, StagedEstimator)
-        self.stages = set_up(module, trajectory, task, fresh, staged)
+        self.members = [
+            # A task remembers what it saw of its run's batches.
+            set_up(module, run, copy.deepcopy(task), fresh, staged)
+            for run in _ensemble_runs(module, trajectory, task)
+        ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
+        self.stages = self.members[0]
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
@@ -143,8 +156,9 @@ class AttributionModule(LightningModule):
         sets = training_sets(train, self.stages[-1].run + 1)
         examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
         queries = ExampleSource.of(query, batch_size, "query")
-        for stage in self.stages:
-            require_same_data(stage.trajectory, examples[stage.run].dataset)
+        for member in self.members:
+            for stage in member:
+                require_same_data(stage.trajectory, examples[stage.run].dataset)
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -152,17 +166,27 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with prepared(self._attributed_modules, runner.strategy.root_device):
-            stages = open_stages(self.stages, examples, queries, self_influence)
-            counts = self._segment_counts(stages)
-            session = stages[-1].session
-            segments = None if counts is None else sum(counts)
-            sizes = (session.num_query, stages[-1].columns.stop, segments)
-            sink = _sink(sizes, session.dtype, scores_path, overwrite, runner)
+            opened = open_members(self.members, examples, queries, self_influence)
+            counts = [self._segment_counts(stages) for stages in opened]
+            (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
+            session = opened[0][-1].session
+            segments = None if shared is None else sum(shared)
+            members = len(opened) if len(opened) > 1 else None
+            sizes = (session.num_query, opened[0][-1].columns.stop, segments)
+            sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
-                    estimated = self._launch(runner, lambda: self._score(stages, sink, counts))
-                made = how_made(self.estimator, session, estimated, runner)
-                made |= about_queries(session) | about_stages(stages, counts)
+                    estimated = self._launch(
+                        runner, lambda: self._score_members(opened, sink, counts)
+                    )
+                made = ensemble_provenance(
+                    [
+                        how_made(self.estimator, stages[-1].session, part, runner)
+                        | about_queries(stages[-1].session)
+                        | about_stages(stages, own)
+                        for stages, part, own in zip(opened, estimated, counts, strict=True)
+                    ]
+                )
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -191,10 +215,9 @@ class AttributionModule(LightningModule):
                 batch, indices = first_batch(source, examples, session.module)
                 for name, error in largest_errors(session.engine, loss, batch, indices).items():
                     errors[name] = max(error, errors.get(name, 0.0))
-        table = Table("layer", "largest relative error", title="Engine against plain autograd")
-        for name, error in errors.items():
-            table.add_row(name, f"{error:.1e}")
-        Console().print(table)
+        rows = [(name, f"{error:.1e}") for name, error in errors.items()]
+        title, columns = "Engine against plain autograd", ("layer", "largest relative error")
+        print_table(title, columns, rows)
         return errors
 
     def plan(
@@ -206,6 +229,7 @@ class AttributionModule(LightningModule):
         self_influence: bool = True,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
+        Of an ensemble the first member stands for all.
 
         The arguments are those of :meth:`attribute`. A dry run: a few batches of every
         walk over the data are timed.
@@ -230,7 +254,10 @@ class AttributionModule(LightningModule):
                 (stage,) = open_stages(self.stages, [examples], queries, self_influence)
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace)
-                return self._launch(runner, work)
+                plan = self._launch(runner, work)
+        if len(self.members) == 1:
+            return plan
+        return plan.repeated(len(self.members), stage.session.dtype.itemsize)
 
     # One launch: Lightning sets up devices and processes, and one step does all the work.
 
@@ -250,10 +277,29 @@ class AttributionModule(LightningModule):
         self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
+    def _score_members(
+        self,
+        members: Sequence[Sequence[Stage]],
+        sink: MemorySink,
+        counts: Sequence[Sequence[int] | None],
+    ) -> list[Provenance]:
+        """Run the estimator on every member; each process has its share of the work, and all of
+        the scores at the end."""
+        estimated = []
+        for number, (stages, own) in enumerate(zip(members, counts, strict=True)):
+            part: ScoreSink = sink
+            if sink.members is not None:
+                part = MemberSink(sink, number, by_segment=sink.by_segment is not None)
+            estimated.append(self._score(stages, part, own))
+        for matrix in (sink.values, sink.by_segment, sink.members):
+            if matrix is not None:
+                matrix.copy_(members[0][-1].session.reduce(matrix))
+        return estimated
+
     def _score(
         self, stages: Sequence[Stage], sink: ScoreSink, counts: Sequence[int] | None
     ) -> Provenance:
-        """Run the estimator; each process has its share of the work, and all of the scores."""
+        """Run the estimator on one run."""
         if len(stages) == 1:
             session = stages[0].session
             session.scores = sink
@@ -265,15 +311,11 @@ class AttributionModule(LightningModule):
                 first = sum(counts[:number])
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
-        if isinstance(sink, MemorySink):
-            for matrix in (sink.values, sink.by_segment):
-                if matrix is not None:
-                    matrix.copy_(stages[-1].session.reduce(matrix))
         return estimated
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(stage.module for stage in self.stages))
+        return list(dict.fromkeys(stage.module for member in self.members for stage in member))
 
     def _segment_counts(self, stages: Sequence[Stage]) -> list[int] | None:
         """Segments of each stage; None for an estimator without."""
@@ -310,20 +352,34 @@ def quiet_trainer() -> Trainer:
 def _sink(
     sizes: tuple[int, int, int | None],
     dtype: torch.dtype,
+    members: int | None,
     path: str | None,
     overwrite: bool,
     trainer: Trainer,
-) -> ScoreSink:
+) -> MemorySink:
     """Where the scores go: memory, or the file at ``path``."""
     if path is None:
-        return MemorySink(*sizes, dtype=dtype)
+        return MemorySink(*sizes, dtype, members)
     if trainer.world_size > 1:
         # Saved at the end by one process; whether it can be is known before the work.
         Processes.of(trainer).by_first(
-            lambda: ScoreFile(path, *sizes, dtype=dtype, overwrite=overwrite).abort()
+            lambda: ScoreFile(path, *sizes, dtype, members, overwrite).abort()
         )
-        return MemorySink(*sizes, dtype=dtype)
-    return ScoreFile(path, *sizes, dtype=dtype, overwrite=overwrite)
+        return MemorySink(*sizes, dtype, members)
+    return ScoreFile(path, *sizes, dtype, members, overwrite)
+
+
+def _ensemble_runs(module: object, trajectory: object, task: object) -> list[Trajectory]:
+    """The members of an ensemble; none where there is a single run."""
+    if not isinstance(trajectory, Ensemble):
+        return []
+    for name, given in (("module", module), ("task", task)):
+        if isinstance(given, list | tuple):
+            raise ValueError(
+                f"The members of an ensemble share one {name}, got a list of {len(given)}. "
+                "Members must differ in chance alone."
+            )
+    return list(trajectory)
 
 
 @contextmanager

@@ -113,3 +113,25 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
+
+
+def ensemble_provenance(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The provenance of an ensemble's mean, from that of its members; a single one as it is."""
+    if len(members) == 1:
+        return members[0]
+    merged = {k: v for k, v in members[0].items() if k not in ("certificate", "predictions")}
+    measurements = torch.tensor([member["measurements"] for member in members])
+    merged["measurements"] = measurements.mean(0).tolist()
+    merged["trajectory"] = [member["trajectory"] for member in members]
+    if any(len(m.get("segments", [])) != len(merged.get("segments", [])) for m in members):
+        del merged["segments"]  # the mean is not split
+    shared = [n for n in members[0]["notes"] if all(n in other["notes"] for other in members)]
+    merged["notes"] = shared + [
+        f"Member {number}: {note}"
+        for number, member in enumerate(members, start=1)
+        for note in member["notes"]
+        if note not in shared
+    ]
+    keys = ("trajectory", "steps", "measurements", "predictions", "certificate", "notes")
+    merged["members"] = [{key: m[key] for key in keys if key in m} for m in members]
+    return merged

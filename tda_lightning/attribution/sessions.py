@@ -21,19 +21,32 @@ from tda_lightning.tasks import seeded_examples
 _FIRST = 32
 
 
+def open_members(
+    members: Sequence[Sequence[StageSetup]],
+    examples: Sequence[ExampleSource],
+    queries: ExampleSource,
+    self_influence: bool,
+) -> list[list[Stage]]:
+    """:func:`open_stages` of every member of an ensemble, or of the one run."""
+    loaded: dict[nn.Module, LoadedCheckpoint] = {}
+    return [open_stages(setups, examples, queries, self_influence, loaded) for setups in members]
+
+
 def open_stages(
     setups: Sequence[StageSetup],
     examples: Sequence[ExampleSource],
     queries: ExampleSource,
     self_influence: bool,
+    loaded: dict[nn.Module, LoadedCheckpoint] | None = None,
 ) -> list[Stage]:
     """The stages as an estimator sees them.
 
     Args:
         examples: the training set of each recorded run.
+        loaded: what each module holds, shared by all who load checkpoints into it.
     """
     self_influence = self_influence and len(setups) == 1
-    loaded: dict[nn.Module, LoadedCheckpoint] = {}
+    loaded = {} if loaded is None else loaded
     stages = []
     for number, setup in enumerate(setups, start=1):
         source = examples[setup.run]

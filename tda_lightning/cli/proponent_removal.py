@@ -24,7 +24,7 @@ Results = dict[str, list[TopRemoval]]  # by the name of the scores
 
 
 def removal_file(run: RecordedRun, truth: Path) -> Path:
-    """The cache of retrainings without proponents, beside the ground truth at ``truth``; it serves
+    """The cache of retrainings without proponents, next to the ground truth at ``truth``; it serves
     all scores and all k."""
     return truth.with_name(f"{run.config.protocol}-removal-{run.config.seed}.h5")
 
@@ -50,7 +50,7 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
         subsets = torch.cat([wanted, others])
         # The same seeds for every subset: differences are not to be those between seeds.
         seeds = seeds_of(config.protocol, 1, columns, config.seed).expand(len(subsets), -1)
-        requested = GroundTruth.asked(
+        requested = GroundTruth.unmeasured(
             config.protocol,
             subsets,
             seeds,
@@ -60,7 +60,7 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
             classes=isinstance(run.task, ClassificationTask),
         )
         for truth in cached:
-            requested = requested.knowing(truth)
+            requested = requested.with_outcomes_of(truth)
         return requested
 
     truth = cached_retrainings(run, path, request, len(wanted))

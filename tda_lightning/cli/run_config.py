@@ -34,7 +34,7 @@ TRUSTED = (
 
 
 def save_config(config: DictConfig, folder: str | Path) -> None:
-    """Write the composed configuration beside the trajectory in ``folder``."""
+    """Write the composed configuration next to the trajectory in ``folder``."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     values["made_by"] = {"command": command_line(), "versions": versions()}
@@ -60,8 +60,8 @@ def load_config(folder: str | Path) -> DictConfig:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise TrajectoryNotFoundError(
-            f"Expected {path}, which tda train writes beside the trajectory. For a run recorded by "
-            "your own script, use tda_lightning.AttributionModule with your model and data."
+            f"Expected {path}, which tda train writes next to the trajectory. For a run recorded "
+            "by your own script, use tda_lightning.AttributionModule with your model and data."
         )
     try:
         config = OmegaConf.load(path)

@@ -72,7 +72,7 @@ def fit_curvature(
     dense_side: int | None = None,
     bases: Bases | None = None,
 ) -> dict[str, Spectrum]:
-    """Curvature by unit, fitted in walks over the training set and kept beside the trajectory.
+    """Curvature by unit, fitted in walks over the training set and kept next to the trajectory.
 
     Args:
         kind: one of ``KINDS``.

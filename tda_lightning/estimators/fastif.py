@@ -1,4 +1,4 @@
-"""FastIF (Guo et al. 2020, 2012.15781): influence functions of each query's nearest neighbours."""
+"""FastIF (Guo et al. 2020, 2012.15781): influence functions for each query's nearest neighbours."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tda_lightning.session.session import Session
 
 DEFAULT_K = 1000
 _NO_SELF = (
-    "No self-influence: it takes the gradients of all training examples, of which those without "
-    "a query near them are spared here. InfluenceFunction has it."
+    "No self-influence: it takes the gradients of all training examples, and only those near a "
+    "query are computed here. InfluenceFunction has it."
 )
 
 
@@ -22,28 +22,29 @@ _NO_SELF = (
 class FastInfluence(InfluenceFunction):
     r"""Scores of :class:`InfluenceFunction` for the training examples nearest to each query.
 
-    (1) A forward pass over the training set gives the features of every example, kept beside the
-    trajectory for later attributions with any ``k``, ``metric`` and queries. The ``k`` nearest to a
-    query are its candidates. (2) Products of the inverse curvature with the queries' gradients, as
-    :class:`InfluenceFunction` has them. (3) Gradients of the training loss, of candidates alone.
+    1. A forward pass over the training set computes the features of all examples, which are cached
+       next to the trajectory for later attributions with any ``k``, ``metric`` and queries. The
+       ``k`` nearest to a query are its candidates.
+    2. The queries' gradients are multiplied by the inverse curvature, as in
+       :class:`InfluenceFunction`.
+    3. Gradients of the training loss are computed for the candidates only.
 
-    A candidate's score is that of :class:`InfluenceFunction` with the same settings. Every other
-    example has none: NaN in ``Scores.values``; ``Scores.candidates`` tells which have one.
+    A candidate's score is that of :class:`InfluenceFunction` with the same settings. All other
+    examples are NaN in ``Scores.values``; ``Scores.candidates`` says which have a score.
 
     Attributes:
-        k: candidates of each query; None for 1000 (the paper's), or all where there are fewer.
-        layer: name of a module whose outputs are the features; None for the inputs of the last
-            linear layer that the model calls, the hidden features that a classifier's head sees.
-            Sequences and images are averaged: see
-            :func:`~tda_lightning.estimators.features.read_features`.
+        k: candidates per query; None: 1000 (as in the paper), or all if there are fewer.
+        layer: name of a module whose outputs are the features; None: the inputs of the last
+            linear layer that the model calls, which a classifier's head sees. Sequences and images
+            are averaged: see :func:`~tda_lightning.estimators.features.read_features`.
         metric: ``l2`` or ``cosine``.
-        backend: ``torch``, or ``faiss`` where it is installed; the neighbours are the same.
+        backend: ``torch``, or ``faiss`` if installed; the neighbours are the same.
 
     Raises:
         ImportError: at once, for ``backend="faiss"`` without FAISS.
-        ValueError: at once for impossible settings; when scoring, for more candidates than training
-            examples, and for a layer that the model does not have, does not call, or that gives no
-            features.
+        ValueError: at once, for impossible settings; when scoring, for more candidates than
+            training examples, and for a layer that the model does not have or does not call, or
+            that yields no features.
 
     References:
         | FastIF: Scalable Influence Functions for Efficient Model Interpretation and Debugging
@@ -52,7 +53,7 @@ class FastInfluence(InfluenceFunction):
 
     Example:
         Of the inputs (2, 0), (2, 0), (0, 1) and (0, 1), the last two are nearest to the query
-        (1, 1). They have the scores of the influence function.
+        (1, 1). Their scores are those of the influence function.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores
         >>> least_squares_scores(FastInfluence(k=2, damping=0.0))

@@ -1,4 +1,4 @@
-"""What a model makes of its examples: one vector for each, read inside the model."""
+"""Features of examples: one vector each, read inside the model."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def require_layer(module: nn.Module, layer: str) -> None:
 def read_features(
     module: nn.Module, layer: str | None, forward: Callable[[], int]
 ) -> tuple[Tensor, str]:
-    """Features of the examples of one batch, and the layer that they were found at.
+    """Features of the examples of one batch, and the name of their layer.
 
     Args:
         module: the model.
         layer: its outputs are the features; None: the *inputs* of the last linear layer
             (``torch.nn.Linear``) called, the hidden features that a classifier's head sees.
-        forward: runs the model on the batch and tells the number of examples.
+        forward: runs the model on the batch and returns the number of examples.
 
     Returns:
-        float32 [example, feature], and the layer's name. Those of a sequence [example, position,
-        feature] are averaged over its positions, those of an image [example, channel, height,
-        width] over its places; a linear layer has its features in the last axis. A layer that is
-        called several times gives those of the last call.
+        float32 [example, feature], and the layer's name. Sequences [example, position, feature]
+        are averaged over positions, images [example, channel, height, width] over height and
+        width; the features of a linear layer are in its last axis. If a layer is called several
+        times, the last call counts.
 
     Raises:
-        ValueError: the layer is not called, or gives no floating-point tensor with one row, or
-            the same number of rows, for each example.
+        ValueError: the layer is not called, or yields no floating-point tensor with the same
+            number of rows for each example.
     """
     with _watched(module, layer) as seen:
         size = forward()

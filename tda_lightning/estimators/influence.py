@@ -1,4 +1,4 @@
-"""Influence functions at the final weights (Koh & Liang 2017, 1703.04730), with EK-FAC by default
+"""Influence functions at the final weights (Koh & Liang 2017, 1703.04730), by default with EK-FAC
 (Grosse et al. 2023, 2308.03296)."""
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ class InfluenceFunction:
 
     Attributes:
         curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
-        damping: :math:`\delta`, absolute; or ``segment``: 1 over the sum of the applied rates,
-            1 / (eta T), of a run trained by SGD.
+        damping: :math:`\delta`, absolute; or ``segment``, for runs trained by SGD: 1 over the sum
+            of the applied rates, 1 / (eta T).
         relative_damping: :math:`\delta` as a multiple of the layer's mean eigenvalue (with a
-            solver: of the whole Gauss-Newton matrix's); 0.1 when neither is given.
-        statistics: ``recorded``: curvature from the statistics that
+            solver: the mean eigenvalue of the whole Gauss-Newton matrix); 0.1 if neither is given.
+        statistics: ``recorded``: use the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered in the last interval before the
-            last checkpoint. ``corrected``: with one walk for EK-FAC's eigenvalues in their basis.
-            ``fitted``: curvature fitted at the last checkpoint. ``auto``: recorded where the run
-            has any and ``curvature`` is ``ekfac`` or ``kfac``, else fitted.
+            last checkpoint. ``corrected``: the same, with EK-FAC's eigenvalues measured in their
+            basis by one pass over the data. ``fitted``: fit curvature at the last checkpoint.
+            ``auto``: recorded if the run has any and ``curvature`` is ``ekfac`` or ``kfac``, else
+            fitted.
         dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
-            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
-            leading 256 directions and the diagonal. None: 4096; 1024 for layers whose gradients
-            have no factors (a weight used in two ways).
-        seed: of the sampled labels, and of a solver's batches.
-        solver: one of ``tda_lightning.solvers``: solves with products of the solver's own
-            curvature, in which layers are not separate. ``curvature`` is then only the
-            preconditioner's, where the solver has one. None: the inverse of ``curvature`` itself.
+            and ``kfac`` hold as a dense matrix. Of a wider side they hold the leading 256
+            directions and the diagonal. None: 4096, or 1024 for layers whose gradients have no
+            factors (a weight used in two ways).
+        seed: for sampled labels, and for a solver's batches.
+        solver: one of ``tda_lightning.solvers``, which solves by products with its own curvature
+            over all layers together. ``curvature`` then only preconditions, if the solver asks for
+            that. None: invert ``curvature`` itself.
 
     Raises:
-        ValueError: at once for impossible settings; when scoring, for statistics that are asked
-            for and were not recorded, or do not fit the model.
+        ValueError: at once, for impossible settings; when scoring, if the statistics asked for
+            were not recorded or do not fit the model.
 
     References:
         | Understanding Black-box Predictions via Influence Functions (Koh & Liang, 2017), sec. 2
@@ -64,7 +65,7 @@ class InfluenceFunction:
         | https://arxiv.org/abs/2308.03296
 
     Example:
-        Two directions of curvature 2 and 1/2: undamped, a score is 3 g / 4 divided by those.
+        Least squares with curvature 2 and 1/2: a score is 3 g / 4 divided by that plus damping.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores
         >>> least_squares_scores(InfluenceFunction(damping=0.0))
@@ -85,7 +86,7 @@ class InfluenceFunction:
         check_inverse(self)
 
     def segment_count(self, context: Session) -> int | None:
-        """Influence functions know no time."""
+        """None: influence functions do not split scores by time."""
         return None
 
     def score(self, session: Session) -> Provenance:

@@ -23,14 +23,16 @@ NO_SELF = (
 
 @dataclass
 class TracIn:
-    r"""What each use of an example did to the query's measurement, forgetting left out.
+    r"""Inner products of training and query gradients at the recorded checkpoints.
 
     .. math::
         s_{qn} = \frac1N \sum_c w_c\, \nabla m_q(\theta_c)^\top \nabla l_n(\theta_c)
 
-    Each checkpoint c stands for the steps since the one before it; :math:`w_c` sums their applied
-    rates (with momentum, times (1 - dampening) / (1 - momentum)), group by group. The paper
-    writes :math:`\eta_c` for :math:`w_c / N`: the same ranking when checkpoints are evenly spaced.
+    This sums what each use of an example did to the query's measurement, and leaves out that later
+    steps partly forget it. Each checkpoint c stands for the steps since the one before it, and
+    :math:`w_c` is the sum of their applied rates (with momentum, times
+    (1 - dampening) / (1 - momentum)), for each parameter group. The paper writes :math:`\eta_c` for
+    :math:`w_c / N`, which gives the same ranking when checkpoints are evenly spaced.
 
     References:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
@@ -38,8 +40,8 @@ class TracIn:
         | https://arxiv.org/abs/2002.08484
 
     Example:
-        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: nothing is forgotten, so a
-        score is the sum of the rates, 1, times 3 g / 4.
+        Ten steps at rate 0.1 on least squares with curvature 2 and 1/2: nothing is forgotten, so
+        a score is the sum of the rates, 1, times 3 g / 4.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores
         >>> least_squares_scores(TracIn())

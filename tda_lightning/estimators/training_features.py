@@ -1,4 +1,4 @@
-"""Features of the training examples, read in one walk and kept beside the trajectory."""
+"""Features of the training examples, read in one walk and kept next to the trajectory."""
 
 from __future__ import annotations
 

@@ -127,13 +127,10 @@ def training_loader(trainer: Trainer) -> Any:
             "expected a single DataLoader, so that each batch has one list of example indices. "
             "Join the data sets, for instance with torch.utils.data.ConcatDataset."
         )
-    if isinstance(loader, DataLoader) and loader.num_workers and not _in_order(loader):
+    in_order = getattr(loader, "in_order", True)  # torch before 2.6 knows no other way
+    if isinstance(loader, DataLoader) and loader.num_workers and not in_order:
         raise UnsupportedTrainingError(
             "The training DataLoader has in_order=False: its batches arrive in another order "
             "than their indices are drawn, so they cannot be told apart. Set in_order=True."
         )
     return loader
-
-
-def _in_order(loader: DataLoader) -> bool:
-    return getattr(loader, "in_order", True)  # torch before 2.6 knows no other way

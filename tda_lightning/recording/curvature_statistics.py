@@ -29,7 +29,6 @@ from tda_lightning.gradients.observer import Observer as CallObserver
 from tda_lightning.gradients.observer import training_gradients
 from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.example_indices import ExampleIndices
-from tda_lightning.recording.missing_gradients import require_complete, unseen
 from tda_lightning.recording.observer import Observer
 from tda_lightning.recording.resume import RecorderState
 from tda_lightning.recording.sharded import require_whole
@@ -313,7 +312,7 @@ class CurvatureStatistics(Observer):
         seen = {ref.name for use in calls.reached() for ref in use.refs}
         for name, parameter in self._parameters.items():
             if name not in seen and parameter.grad is not None and len(parameter.grad.nonzero()):
-                raise unseen(name)
+                raise _unseen(name)
 
     def _gradients(
         self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
@@ -321,7 +320,7 @@ class CurvatureStatistics(Observer):
         """Of each block, the examples' gradients times ``factor``; ``own`` to compare with."""
         uses = calls.reached()
         if not uses:
-            raise unseen(next(iter(self._parameters)))
+            raise _unseen(next(iter(self._parameters)))
         for use in uses:
             if factor != 1 and use.gradient is not None:
                 use.gradient = use.gradient * factor
@@ -330,7 +329,7 @@ class CurvatureStatistics(Observer):
             self._blocks = plan_blocks(shapes, uses)
         gradients = training_gradients(self._blocks, uses, size)
         if own:
-            require_complete(self._blocks, gradients, own, calls.eps**0.5)
+            _require_complete(self._blocks, gradients, own, calls.eps**0.5)
         return gradients
 
     def _add(
@@ -431,3 +430,38 @@ def _zeros(block: BlockStatistics) -> BlockStatistics:
 
 def _with_sums(block: BlockStatistics, sums: Mapping[str, Any]) -> BlockStatistics:
     return replace(block, **sums)
+
+
+def _require_complete(
+    blocks: list[Block],
+    gradients: Mapping[str, Gradient],
+    own: Mapping[str, Tensor | None],
+    allowed: float,
+) -> None:
+    """Check that the examples' gradients sum to autograd's, parameter by parameter.
+
+    Raises:
+        UnsupportedTrainingError: some use of a parameter has not been seen.
+    """
+    for block in blocks:
+        gradient = gradients[block.name]
+        total = block.tensors(gradient.mean() * gradient.batch)
+        # A few examples tell how large what cancels in the sum is.
+        few = first_examples(gradient, _NORMS)
+        spread = few.weighted_squares(None, None, None).mean() * gradient.batch**2
+        for name in block.parameters:
+            plain = own[name]
+            expected = torch.zeros_like(total[name]) if plain is None else plain
+            difference = (total[name] - expected).norm()
+            if difference > allowed * torch.maximum(expected.norm(), spread.sqrt()):
+                raise _unseen(name)
+
+
+def _unseen(name: str) -> UnsupportedTrainingError:
+    """Some use of parameter ``name`` has not been seen."""
+    return UnsupportedTrainingError(
+        f"Parameter {name} is used in training_step in a way that curvature='online' cannot see "
+        "(inside compiled or checkpointed code, or by an operation other than a linear, "
+        "convolution, embedding, norm, attention or recurrent layer). Record with curvature=None "
+        "and fit curvature afterwards."
+    )

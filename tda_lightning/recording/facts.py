@@ -9,11 +9,10 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_rates
-from tda_lightning.recording.optimizer_steps import clipping_kind
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name
@@ -36,6 +35,18 @@ def read_facts(
         fingerprint=fingerprint,
         settings={**_settings(trainer, trained), **settings},
     )
+
+
+def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
+    """What may clip gradients: "none", "norm" or "value" by the trainer's settings, or "own", the
+    module's own ``configure_gradient_clipping``."""
+    own = getattr(module.configure_gradient_clipping, "__func__", None)
+    if own is not LightningModule.configure_gradient_clipping:
+        return "own"
+    if not trainer.gradient_clip_val:
+        return "none"
+    chosen = trainer.gradient_clip_algorithm
+    return "norm" if chosen is None else str(getattr(chosen, "value", chosen))
 
 
 def modules_in_eval_mode(module: nn.Module) -> list[str]:

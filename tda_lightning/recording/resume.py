@@ -1,12 +1,12 @@
-"""What a recorder must know to go on with a trajectory, and when it must not.
+"""What a recorder must know to continue a trajectory, and when it must not.
 
-The state travels in Lightning's checkpoints. It holds plain numbers, texts and tensors only, so
-that a checkpoint loads with ``weights_only=True``. Rows of the steps table that are not on disk
-when Lightning saves are part of it: writing them out then would make saving a checkpoint depend
-on the recorder's disk, and leave a file of steps for each one.
+The state travels in Lightning's checkpoints. It holds only plain numbers, texts and tensors, so a
+checkpoint loads with ``weights_only=True``. Rows of the steps table that are not on disk when
+Lightning saves are part of it: writing them out then would make saving a checkpoint depend on the
+recorder's disk, and leave a file of steps for each one.
 
-Gradients that have been accumulated but not stepped are in no Lightning checkpoint. After a
-resume in mid-accumulation the step is made of the later batches alone, and is recorded so.
+Gradients that have been accumulated but not stepped are in no Lightning checkpoint. After a resume
+in the middle of an accumulation the step is made of the later batches alone, and is recorded so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tda_lightning.store.reader import CheckpointFolder, read_facts, require_tra
 from tda_lightning.store.truncate import ADVICE
 
 FORMAT = 2
-# Settings that differ between two runs, or two starts of one run, that are the same otherwise.
+# Settings that may differ between two starts of one run.
 _OF_ONE_START = (
     "run_id",
     "created",
@@ -47,14 +47,19 @@ _OF_ONE_START = (
 
 @dataclass(frozen=True)
 class RecorderState:
-    """How far the trajectory had come when Lightning saved a checkpoint.
+    """Where the trajectory stood when Lightning saved a checkpoint.
 
-    ``rows_on_disk`` steps were on disk, ``rows`` holds those after them. ``global_step`` is the
-    trainer's. ``checkpoints`` were kept, the last with the optimizer's state if
-    ``state_kept``; ``planned`` is the schedule of the whole run. ``accumulated`` counts batches
-    whose gradients were not stepped yet. ``parts`` holds the states of whatever else records
-    (:attr:`TrajectoryRecorder.parts`), by name. ``left`` are the states of the random generators
-    that the last step left behind; None where they are not recorded.
+    Attributes:
+        run_id: of the run that it belongs to.
+        global_step: the trainer's.
+        rows_on_disk: number of steps on disk.
+        rows: those after them.
+        checkpoints: steps of those written.
+        state_kept: the last of them has the optimizer's state.
+        planned: steps of the checkpoints that were planned for the whole run.
+        accumulated: batches whose gradients were not stepped yet.
+        parts: states of whatever else records (:attr:`TrajectoryRecorder.parts`), by name.
+        left: random states that the last step left behind; None where they are not recorded.
     """
 
     run_id: str
@@ -70,17 +75,8 @@ class RecorderState:
 
     def pack(self) -> dict[str, Any]:
         """As plain containers, numbers and tensors."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        columns = {f.name: getattr(self.rows, f.name) for f in dataclasses.fields(self.rows)}
-        return {
-            "format": FORMAT,
-            **fields,
-            "rows": {name: _plain(column) for name, column in columns.items()},
-            "checkpoints": list(self.checkpoints),
-            "planned": list(self.planned),
-            "parts": dict(self.parts),
-            "left": _plain(self.left),
-        }
+        rows, parts = _plain(vars(self.rows)), dict(self.parts)
+        return {"format": FORMAT, **_plain(vars(self)), "rows": rows, "parts": parts}
 
     @classmethod
     def unpack(cls, state: Mapping[str, Any]) -> RecorderState:
@@ -103,19 +99,16 @@ class RecorderState:
                 "saved before that, or without the recorder."
             )
         values = {f.name: state[f.name] for f in dataclasses.fields(cls)}
-        values.update(
-            rows=Steps(**state["rows"]),
-            checkpoints=tuple(state["checkpoints"]),
-            planned=tuple(state["planned"]),
-        )
-        return cls(**values)
+        for name in ("checkpoints", "planned"):
+            values[name] = tuple(values[name])
+        return cls(**{**values, "rows": Steps(**state["rows"])})
 
 
 def _plain(value: Any) -> Any:
-    """Mappings as dictionaries."""
+    """Mappings as dictionaries, tuples as lists."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def new_run_id() -> str:
@@ -129,26 +122,33 @@ def stopped_state(reason: str) -> dict[str, Any]:
 
 
 def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] | None:
-    """Of the states of all callbacks, the one of the run in ``root``.
+    """Of the states of all callbacks, that of the run in ``root``.
 
-    The recorder's key names its folder; this is how its state is found after the folder has been
-    moved, or is called by another name. A single state is taken for ours in any case: what is
-    wrong with the folder is then said when training starts.
+    The recorder's key names its folder; this finds its state when the folder was moved, or has
+    another name. A single state is ours in any case: what is wrong with the folder is then said
+    when training starts.
     """
-    found = [
+    recorders = [
         s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()
     ]
-    if len(found) > 1:
+    if len(recorders) > 1:
         try:
             run_id = read_facts(root).settings.get("run_id")
         except (OSError, TrajectoryFormatError):
             return None
-        found = [state for state in found if state["run_id"] == run_id]
-    return found[0] if found else None
+        recorders = [state for state in recorders if state["run_id"] == run_id]
+    return recorders[0] if recorders else None
 
 
 def failure(root: Path, step: int, kept: int, error: BaseException) -> str:
-    """What to say when the trajectory cannot be written."""
+    """What to say when a trajectory cannot be written.
+
+    Args:
+        root: its folder.
+        step: the last one taken.
+        kept: step of the last checkpoint.
+        error: the reason.
+    """
     if step == 0:
         return (
             f"The trajectory in {root} cannot be begun: {type(error).__name__}: {error}. Make "
@@ -191,20 +191,22 @@ def recorded_facts(root: Path, state: RecorderState, global_step: int) -> Facts:
 
 
 def no_history(global_step: int, root: Path) -> ResumeError:
-    """Training does not begin at step 0, and nothing is known of the steps before."""
+    """The error for a training that starts elsewhere than at step 0, with no state to resume."""
     return ResumeError(
-        f"Training starts at step {global_step}, expected step 0 or the recorder's state: a "
-        f"trajectory begins with the initial weights, and there is no history of the recorder "
-        f"for {root}. Resume (ckpt_path) from a Lightning checkpoint that was saved with this "
-        "recorder among the callbacks, or train from the start with a new Trainer."
+        f"Training starts at step {global_step}, expected step 0 or a checkpoint with the "
+        f"recorder's state for {root}: a trajectory begins with the initial weights. Resume "
+        "(ckpt_path) from a Lightning checkpoint that was saved with this recorder among the "
+        "callbacks, or train from the start with a new Trainer."
     )
 
 
-def require_same_model(recorded: Facts, now: Facts) -> None:
-    """Check that the model and the optimizer are those of the recorded run.
+def require_same_run(recorded: Facts, now: Facts, curvature: Mapping[str, Any] | None) -> None:
+    """Check that the model and the optimizer are those of the recorded run, and that curvature
+    statistics are gathered as before: their sums are added up over intervals.
 
     Raises:
-        TrajectoryMismatchError: they are not.
+        TrajectoryMismatchError: the model or the optimizer is another one.
+        ResumeError: the statistics would be gathered in another way.
     """
     advice = "Resume with the recorded model and optimizer, or record into another folder."
     if recorded.optimizer != now.optimizer:
@@ -212,30 +214,20 @@ def require_same_model(recorded: Facts, now: Facts) -> None:
             f"The optimizer is not the recorded one: expected {recorded.optimizer}, got "
             f"{now.optimizer}. {advice}"
         )
-    if dict(recorded.parameters) != dict(now.parameters):
-        names = sorted(
-            name
-            for name in {*recorded.parameters, *now.parameters}
-            if recorded.parameters.get(name) != now.parameters.get(name)
-        )
+    before, after = recorded.parameters, now.parameters
+    differing = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
+    if differing:
+        name = differing[0]
         raise TrajectoryMismatchError(
-            f"The trained parameters are not the recorded ones: {len(names)} differ in name, "
-            f"shape, dtype or parameter group, {names[0]} among them: expected "
-            f"{recorded.parameters.get(names[0])}, got {now.parameters.get(names[0])}. {advice}"
+            f"The trained parameters are not the recorded ones: {len(differing)} differ in name, "
+            f"shape, dtype or parameter group, {name} among them: expected {before.get(name)}, "
+            f"got {after.get(name)}. {advice}"
         )
-
-
-def require_same_curvature(recorded: Facts, now: Mapping[str, Any] | None) -> None:
-    """Check that statistics are gathered as before: their sums are added up over intervals.
-
-    Raises:
-        ResumeError: they are not.
-    """
-    before = recorded.settings.get("curvature")
-    if before != now:
+    expected = recorded.settings.get("curvature")
+    if curvature != expected:
         raise ResumeError(
-            f"Curvature statistics would be gathered in another way: expected {before}, as when "
-            f"the recording began, got {now}. Resume with the recorded curvature, "
+            f"Curvature statistics would be gathered in another way: expected {expected}, as when "
+            f"the recording began, got {curvature}. Resume with the recorded curvature, "
             "curvature_every, fisher, curvature_dtype and curvature_dense_side, or record into "
             "another folder."
         )

@@ -70,11 +70,8 @@ def interleaved(parts: Sequence[Steps], *, sharded: bool = False) -> Steps:
     """
     first = parts[0]
     _require_same_steps(parts)
-    per_row = [
-        [batch for turn in zip_longest(*(part.batches(row) for part in parts)) for batch in turn]
-        for row in range(len(first))
-    ]
-    rows = [[batch for batch in row if batch is not None] for row in per_row]
+    turns = [zip_longest(*(part.batches(row) for part in parts)) for row in range(len(first))]
+    rows = [[batch for turn in row for batch in turn if batch is not None] for row in turns]
     batches = [batch for row in rows for batch in row]
     norm, clipping = first.gradient_norm, first.clipping
     if sharded:

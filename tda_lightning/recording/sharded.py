@@ -3,16 +3,16 @@
 Two layouts, both of plain torch. ``FullyShardedDataParallel(use_orig_params=True)`` leaves in each
 process a flat piece of every parameter, possibly empty; the pieces in order of rank make the
 whole, and gradients and optimizer state are cut in the same places. ``fully_shard`` makes
-parameters, gradients and state DTensors, which put themselves together. With replicas of shards
+parameters, gradients and state DTensors, which can be asked for the whole. With replicas of shards
 (``HYBRID_SHARD``) the first ranks hold the first replica.
 
-Tensors come together one at a time and go to the first process's CPU memory.
+Tensors are gathered one at a time, in the first process's CPU memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import Checkpoint, Facts
+from tda_lightning.records.trajectory import Checkpoint
 from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import from_all, meeting_device, rank_and_world
 
@@ -74,14 +74,6 @@ class Shards:
         sizes = {name: tuple(each[name] for each in everywhere) for name in parameters}
         return Shards(shapes, sizes)
 
-    def facts(self, facts: Facts) -> Facts:
-        """``facts``, which were read from pieces, with the shapes of the whole parameters."""
-        parameters = {
-            name: replace(fact, shape=tuple(self.shapes[name]))
-            for name, fact in facts.parameters.items()
-        }
-        return replace(facts, parameters=parameters)
-
     def gradient_norm(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """This process's share of the gradient's norm: the squares of all shares sum to its
         square, whatever is replicated. float32 or better, []."""
@@ -109,11 +101,10 @@ class Shards:
         )
 
     def _whole_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Buffers are in every process.
         return {
             name: self._whole(name, tensor, tensor.dtype)
             if name in self.sizes or _is_distributed(tensor)
-            else tensor
+            else tensor  # a buffer, which every process has
             for name, tensor in tensors.items()
         }
 
@@ -122,25 +113,18 @@ class Shards:
     ) -> dict[str, dict[str, Tensor]]:
         """Optimizer states by parameter. A process whose piece is empty has none."""
         own = {
-            name: {
-                key: (value.dtype, _scalar(value), _piece(value).numel())
-                for key, value in state.items()
-            }
+            name: {k: (v.dtype, _scalar(v), _piece(v).numel()) for k, v in state.items()}
             for name, state in states.items()
         }
         everywhere = from_all(own)
         self._require_alike(everywhere)
-        whole: dict[str, dict[str, Tensor]] = {}
+        whole: dict[str, dict[str, Tensor]] = {name: {} for name in states}
         for name, state in states.items():
-            known: dict[str, Any] = {}
-            for each in everywhere:
-                known = each[name] | known
-            whole[name] = {
-                key: scalar
-                if scalar is not None
-                else self._whole(name, state.get(key, torch.zeros(0)), dtype)
-                for key, (dtype, scalar, _) in sorted(known.items())
-            }
+            entries = {k: v for each in reversed(everywhere) for k, v in each[name].items()}
+            for key, (dtype, scalar, _) in sorted(entries.items()):
+                if scalar is None:
+                    scalar = self._whole(name, state.get(key, torch.zeros(0)), dtype)
+                whole[name][key] = scalar
         return whole
 
     def _require_alike(self, everywhere: list[Any]) -> None:

@@ -1,4 +1,10 @@
-"""The rows of the steps table: applied rates and settings, losses, gradient norms, batches."""
+"""The rows of the steps table: applied rates and settings, losses, gradient norms, batches.
+
+Lightning's own count of steps moves on when a gradient scaler skips one, so the optimizer itself is
+asked, through torch.optim's hooks. Clipping comes between Lightning's last hook and the optimizer's
+arithmetic, which may write into the gradients (``foreach`` SGD with Nesterov momentum does): the
+one moment at which clipped gradients can be measured is right before it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +22,8 @@ from torch.optim import Optimizer
 
 from tda_lightning.optimizers import read_hyperparameters, read_rates
 from tda_lightning.recording.example_indices import ExampleIndices, Indices
+from tda_lightning.recording.facts import clipping_kind
 from tda_lightning.recording.observer import Observer
-from tda_lightning.recording.optimizer_steps import OptimizerHooks, unscaled
 from tda_lightning.recording.resume import RecorderState
 from tda_lightning.recording.rng_log import RngLog
 from tda_lightning.recording.several_processes import gathered, offsets
@@ -39,22 +45,14 @@ class _Batch(NamedTuple):
     random: States | None  # before it was fetched, where they had jumped
 
 
-class _Applied(NamedTuple):
-    """What the step under way applies."""
-
-    rates: list[float]  # of each group
-    hyperparameters: dict[str, list[float]]
-    norm: Tensor  # of the gradient before clipping
-
-
 @dataclass
 class _Row:
     epoch: int
     rates: list[float]
     hyperparameters: dict[str, list[float]]
     losses: list[Any]  # 0-d tensors on any device, numbers once fetched
-    norm: Any
-    applied_norm: Any
+    norm: Any  # of the gradient before clipping
+    applied_norm: Any  # after it
     batches: list[_Batch]
     accumulation: int
 
@@ -80,7 +78,9 @@ class StepTable(Observer):
         self._indices, self._rng, self._processes = indices, rng, processes
         self._trainer: Trainer
         self._trained: TrainedParameters
-        self._hooks: OptimizerHooks | None = None
+        self._hooks: list[Any] = []
+        self._clips = False
+        self._stepped = False
         self._warned = False
         self._earlier: Steps | None = None  # rows from before a resume that are not on disk
         self._rows: list[_Row] = []
@@ -91,7 +91,7 @@ class StepTable(Observer):
         self._losses: list[Tensor] = []
         self._loss: Tensor | None = None  # of the batch under way, times the gradient scaler's
         self._scale: Tensor | None = None
-        self._applied: _Applied | None = None
+        self._row: _Row | None = None
 
     @property
     def num_steps(self) -> int:
@@ -115,18 +115,56 @@ class StepTable(Observer):
     @property
     def stepping(self) -> bool:
         """Whether the optimizer may have made a part of a step."""
-        return self._applied is not None
+        return self._row is not None
 
     def took_step(self) -> bool:
         """Whether the optimizer has stepped since this was last asked."""
-        return self._hooks is not None and self._hooks.took_step()
+        stepped, self._stepped = self._stepped, False
+        return stepped
 
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
         self._trainer, self._trained = trainer, trained
-        self._hooks = OptimizerHooks(trainer, self._gradient_norm)
+        self._clips = clipping_kind(trainer, trained.module) != "none"
+        self._hooks = [
+            trained.optimizer.register_step_pre_hook(self._before_step),
+            trained.optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _gradient_norm(self) -> Tensor:
-        return unscaled(self._trained.gradient_norm(), self._trainer)
+        """Without a gradient scaler's factor, which fused optimizers take out themselves."""
+        norm = self._trained.gradient_norm()
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        fused = getattr(self._trained.optimizer, "_step_supports_amp_scaling", False)
+        if scaler is None or not fused:
+            return norm
+        return norm / scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure")
+        if not self._clips:
+            return None
+        if closure is None:
+            self._measure_clipped()
+            return None
+
+        # Lightning computes and clips the gradients inside the closure.
+        def measured() -> Any:
+            result = closure()
+            self._measure_clipped()
+            return result
+
+        return args, {**kwargs, "closure": measured}
+
+    def _measure_clipped(self) -> None:
+        if self._row is not None:
+            self._row.applied_norm = self._gradient_norm()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        # A fused optimizer under a gradient scaler is called all the same and skips inside.
+        skipped = getattr(optimizer, "found_inf", None)
+        # Without any gradient, no torch optimizer moves anything.
+        moves = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        self._stepped = moves and not (skipped is not None and bool(skipped))
 
     def resume(self, facts: Facts, state: RecorderState) -> None:
         self.written, self._earlier = state.rows_on_disk, state.rows
@@ -146,8 +184,17 @@ class StepTable(Observer):
     def begin_step(self, optimizer: Optimizer) -> None:
         """The gradients are complete. By the end of the batch a scheduler has moved the rates."""
         self._trained.require_unchanged(self.num_steps + 1)
-        hyperparameters = read_hyperparameters(optimizer)
-        self._applied = _Applied(read_rates(optimizer), hyperparameters, self._gradient_norm())
+        norm = self._gradient_norm()
+        self._row = _Row(
+            epoch=self._trainer.current_epoch,
+            rates=read_rates(optimizer),
+            hyperparameters=read_hyperparameters(optimizer),
+            losses=self._losses,
+            norm=norm,
+            applied_norm=norm,
+            batches=self._batches,
+            accumulation=self._trainer.accumulate_grad_batches,
+        )
 
     def end_batch(self, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
@@ -160,33 +207,18 @@ class StepTable(Observer):
 
     def end_step(self, taken: bool) -> None:
         if taken:
-            self._add_row()
+            assert self._row is not None
+            self._rows.append(self._row)
+            self._num_jumps += sum(batch.random is not None for batch in self._batches)
+            if len(self._rows) - self._fetched >= _UNFETCHED:
+                self._fetch_scalars()
         else:
             self.skipped += 1
-        self._applied = None
+        self._row = None
         self.drop()
 
     def drop(self) -> None:
         self._batches, self._losses = [], []
-
-    def _add_row(self) -> None:
-        assert self._applied is not None and self._hooks is not None
-        norm, after = self._applied.norm, self._hooks.applied_norm
-        self._rows.append(
-            _Row(
-                epoch=self._trainer.current_epoch,
-                rates=self._applied.rates,
-                hyperparameters=self._applied.hyperparameters,
-                losses=list(self._losses),
-                norm=norm,
-                applied_norm=norm if after is None else after,
-                batches=self._batches,
-                accumulation=self._trainer.accumulate_grad_batches,
-            )
-        )
-        self._num_jumps += sum(batch.random is not None for batch in self._batches)
-        if len(self._rows) - self._fetched >= _UNFETCHED:
-            self._fetch_scalars()
 
     def _fetch_scalars(self) -> None:
         rows = self._rows[self._fetched :]
@@ -227,8 +259,8 @@ class StepTable(Observer):
         return gathered(rows, self._processes, sharded=self._trained.shards is not None)
 
     def detach(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 def _table_of(rows: Sequence[_Row]) -> Steps:

@@ -50,8 +50,8 @@ def come_first(trainer: Trainer, callback: Callback) -> None:
     Averaging callbacks replace the module's weights when training ends: the last checkpoint must
     have been written by then.
     """
-    others = [other for other in _callbacks(trainer) if other is not callback]
-    # A new list: Lightning is iterating over the present one.
+    # Public, but not declared for type checkers. A new list: Lightning iterates over the old one.
+    others = [other for other in vars(trainer)["callbacks"] if other is not callback]
     vars(trainer)["callbacks"] = [callback, *others]
 
 
@@ -63,9 +63,5 @@ def precedes_averaging(trainer: Trainer) -> bool:
     """
     return any(
         isinstance(other, StochasticWeightAveraging) and trainer.current_epoch == other.swa_end + 1
-        for other in _callbacks(trainer)
+        for other in vars(trainer)["callbacks"]
     )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return list(vars(trainer)["callbacks"])  # public, but not declared for type checkers

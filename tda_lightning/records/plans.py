@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tda_lightning.runtime.formatting import readable_bytes, readable_time
 
@@ -40,7 +40,7 @@ class AttributionPlan:
             report it.
         device_bytes: the same on the accelerator; 0 without one.
         scores_bytes: size of the scores, by segment where the estimator has segments.
-        curvature_bytes: fitted curvature that is cached beside the trajectory.
+        curvature_bytes: fitted curvature that is cached next to the trajectory.
         features_bytes: features of the training examples, cached likewise.
     """
 
@@ -69,6 +69,26 @@ class AttributionPlan:
     def num_batches(self) -> int:
         """Number of batches in all passes."""
         return sum(group.batches for group in self.passes)
+
+    def repeated(self, members: int, score_bytes: int) -> AttributionPlan:
+        """The plan of an ensemble of so many members like this one.
+
+        Args:
+            score_bytes: of one score; those of every member are kept.
+        """
+        more = members * self.num_query * self.num_train * score_bytes
+        return replace(
+            self,
+            preparation=self.preparation * members,
+            passes=tuple(
+                replace(group, count=group.count * members, batches=group.batches * members)
+                for group in self.passes
+            ),
+            peak_bytes=None if self.peak_bytes is None else self.peak_bytes + more,
+            scores_bytes=self.scores_bytes + more,
+            curvature_bytes=self.curvature_bytes * members,
+            features_bytes=self.features_bytes * members,
+        )
 
     def __str__(self) -> str:
         memory = "unknown" if self.peak_bytes is None else readable_bytes(self.peak_bytes)

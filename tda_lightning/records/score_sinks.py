@@ -80,6 +80,59 @@ class StageSink:
         self.sink.abort()
 
 
+@dataclass(frozen=True)
+class MemberSink:
+    """The part of ``sink`` that belongs to one member of an ensemble; all of them add to the mean.
+
+    Attributes:
+        number: of the member, from 0.
+        by_segment: whether the member is split by the segments of the others.
+    """
+
+    sink: MemorySink
+    number: int
+    by_segment: bool
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add to the member's own scores, and a share of it to the mean."""
+        members = self.sink.members
+        assert members is not None
+        segment = segment if self.by_segment else None
+        self.sink.add(segment, train_indices, values / len(members), first_query)
+        rows = members[self.number, first_query : first_query + len(values)]
+        _add_columns(rows, train_indices.cpu(), values.detach().to("cpu", members.dtype))
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """Add a share to the mean."""
+        self.sink.set_self_influence(self._mean(self.sink.self_influence, values))
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Add a share to the mean."""
+        self.sink.set_by_token(self._mean(self.sink.by_token, values))
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Refused: every member has candidates of its own."""
+        raise ValueError(
+            "Every member of an ensemble has other candidates, so the mean of their scores does "
+            "not exist. Use InfluenceFunction, or attribute the members one by one."
+        )
+
+    def _mean(self, total: Tensor | None, values: Tensor) -> Tensor:
+        assert self.sink.members is not None
+        share = values.detach().to("cpu", self.sink.values.dtype) / len(self.sink.members)
+        return share if total is None else total + share
+
+    def finish(self, provenance: Provenance) -> Scores:
+        """The finished scores of the ensemble."""
+        return self.sink.finish(provenance)
+
+    def abort(self) -> None:
+        """Give up the scores of the ensemble."""
+        self.sink.abort()
+
+
 class MemorySink:
     """Scores gathered in memory; every entry starts at zero.
 
@@ -88,7 +141,11 @@ class MemorySink:
         num_train: columns.
         num_segments: when given, each block belongs to a segment and ``values`` is their sum.
         dtype: float32 or float64.
+        num_members: when given, each block belongs to a member of an ensemble, and ``values`` is
+            the mean over the members.
     """
+
+    members: Tensor | None = None
 
     def __init__(
         self,
@@ -96,6 +153,7 @@ class MemorySink:
         num_train: int,
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
+        num_members: int | None = None,
     ) -> None:
         shape = (num_queries, num_train)
         self.values = torch.zeros(shape, dtype=dtype)
@@ -105,6 +163,8 @@ class MemorySink:
         self.self_influence: Tensor | None = None
         self.by_token: Tensor | None = None
         self.candidates: Tensor | None = None
+        if num_members is not None:
+            self.members = torch.zeros(num_members, *shape, dtype=dtype)
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -195,6 +255,7 @@ class MemorySink:
             provenance,
             self.by_token,
             self.candidates,
+            self.members,
         )
 
     def abort(self) -> None:

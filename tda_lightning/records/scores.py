@@ -1,4 +1,4 @@
-"""The scores of an attribution: a plain record that can be asked, saved and loaded.
+"""The scores of an attribution: a plain record that can be queried, saved and loaded.
 
 One sign and one unit for every estimator: ``values[q, n] > 0`` says that *removing* training
 example n is predicted to *raise* the measurement of query q by that amount. The example is a
@@ -49,6 +49,8 @@ class Scores:
         candidates: the training examples that were scored for each query, int64 [query, k], the
             nearest first; the others have no score, NaN in ``values``. None where every example
             was scored.
+        members: [member, query, train], the scores of each run of an ensemble, whose mean is
+            ``values``; None for a single run.
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -59,6 +61,7 @@ class Scores:
     provenance: Provenance = field(default_factory=Provenance)
     by_token: Tensor | None = None
     candidates: Tensor | None = None
+    members: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -85,6 +88,15 @@ class Scores:
             raise ValueError(
                 f"by_token must have the shape [{queries}, {train}, position], got "
                 f"{list(self.by_token.shape)}."
+            )
+        if self.members is not None and (
+            self.members.ndim != 3
+            or len(self.members) < 2
+            or self.members.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"members must have the shape [2 or more members, {queries}, {train}] of values, "
+                f"got {list(self.members.shape)}."
             )
         if self.candidates is None:
             require_finite(self.values)
@@ -115,6 +127,50 @@ class Scores:
     def is_complete(self) -> bool:
         """Whether every training example has a score for every query."""
         return self.num_scored == self.num_train
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard error of ``values`` as the mean over an ensemble's members, [query, train].
+
+        Raises:
+            ValueError: the scores are of a single run.
+
+        Example:
+            >>> members = torch.tensor([[[1.0, 2.0]], [[3.0, 2.0]]])
+            >>> Scores(members.mean(0), members=members).spread
+            tensor([[1., 0.]])
+        """
+        members = self._members()
+        spread = torch.empty_like(self.values)
+        for query in range(self.num_queries):  # the file may be larger than memory
+            spread[query] = members[:, query].std(0) / len(members) ** 0.5
+        return spread
+
+    def member(self, number: int) -> Scores:
+        """The scores of one run of an ensemble, from 0, in the order of its members.
+
+        Raises:
+            ValueError: the scores are of a single run.
+            IndexError: there is no such member.
+        """
+        members = self._members()
+        if not 0 <= number < len(members):
+            raise IndexError(
+                f"Member {number} does not exist: the ensemble has {len(members)}, numbered from 0."
+            )
+        provenance = self.provenance.copy()
+        records = provenance.pop("members", [])
+        if number < len(records):
+            provenance.update(records[number])  # type: ignore[typeddict-item]
+        return Scores(members[number], provenance=provenance)
+
+    def _members(self) -> Tensor:
+        if self.members is None:
+            raise ValueError(
+                "These scores are of a single run, so they have no members and no spread. "
+                "Attribute an Ensemble of runs."
+            )
+        return self.members
 
     def proponents(self, query: int, k: int = 10) -> tuple[Tensor, Tensor]:
         """The ``k`` training examples that helped ``query`` most, most helpful first.
@@ -225,7 +281,7 @@ class Scores:
         return Scores(values, by_segment, own, provenance, by_token)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
-        """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
+        """Write the scores to one HDF5 file (described in ``tda_lightning.store.layout``).
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
@@ -280,7 +336,11 @@ def require_finite(
 
 
 def require_candidates(candidates: Tensor, queries: int, train: int) -> None:
-    """Refuse candidates that are not as many different training examples for every query."""
+    """Check that candidates are the same number of distinct training examples for every query.
+
+    Raises:
+        ValueError: they are not.
+    """
     if candidates.dtype != torch.int64 or candidates.ndim != 2 or len(candidates) != queries:
         raise ValueError(
             f"candidates must be int64 [{queries}, k], got {candidates.dtype} of shape "

@@ -41,7 +41,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Standstill:
+class ReplaySnapshot:
     """What a :class:`Walk` needs to go on from a step."""
 
     tensors: State
@@ -195,13 +195,13 @@ class Walk:
         if self.replay.knows_randomness and found.random is not None:
             random = Snapshot.of(found.random)
         tensors = {**found.buffers, **found.parameters}
-        self.go_back(Standstill(tensors, optimizer, random))  # type: ignore[arg-type]
+        self.resume_from(ReplaySnapshot(tensors, optimizer, random))  # type: ignore[arg-type]
 
-    def stand(self) -> Standstill:
+    def snapshot(self) -> ReplaySnapshot:
         """A copy of where the walk is."""
         module = self.replay.module
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return Standstill(
+        return ReplaySnapshot(
             {name: tensor.detach().clone() for name, tensor in tensors.items()},
             {
                 name: {key: value.clone() for key, value in self.state_of(name).items()}
@@ -210,7 +210,7 @@ class Walk:
             self.random,
         )
 
-    def go_back(self, where: Standstill) -> None:
+    def resume_from(self, where: ReplaySnapshot) -> None:
         """Take up the walk at ``where``."""
         load_tensors(self.replay.module, where.tensors)
         self.optimizer.state.clear()

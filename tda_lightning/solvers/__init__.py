@@ -1,4 +1,4 @@
-"""Solvers of (C + D) h = v, matrix-free: each an own file, named as its paper names it."""
+"""Matrix-free solvers of (C + D) h = v, one per file, named as in their papers."""
 
 from tda_lightning.solvers.astra import ASTRA
 from tda_lightning.solvers.cg import ConjugateGradients

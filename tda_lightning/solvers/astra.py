@@ -1,4 +1,4 @@
-"""ASTRA: Neumann iterations by random batches, preconditioned by EK-FAC."""
+"""ASTRA: Neumann iterations over random batches, preconditioned by EK-FAC."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from tda_lightning.solvers.problem import Problem, check_limits, norms
 
 @dataclass
 class ASTRA:
-    r"""Repeats, over random batches B and with P the EK-FAC curvature plus D,
+    r"""Iterates, over random batches B and with P the EK-FAC curvature plus D,
 
     .. math::
         h \leftarrow h - \alpha_t P^{-1} ((C_B + D) h - v)
 
-    from EK-FAC's own answer :math:`P^{-1} v`, which is the paper's first iterate from 0 with
-    :math:`\alpha = 1`. Ours: the step is found by power iteration where it is not given, and where
-    a batch is not the whole training set it falls linearly to 0 over the second half of the
-    iterations, because at a constant step the noise of the batches would never die out.
+    starting from EK-FAC's own answer :math:`P^{-1} v`, which is the paper's first iterate from 0
+    with :math:`\alpha = 1`. Two differences from the paper: power iteration finds the step if none
+    is given; and unless a batch is the whole training set, the step falls linearly to 0 over the
+    second half of the iterations, because at a constant step the noise of the batches would stay.
 
     Attributes:
-        iterations: batches to go through.
-        batch: training examples in each; null: the whole training set, without noise.
+        iterations: number of batches.
+        batch: training examples per batch; null: the whole training set, without noise.
         step: alpha; null: 1 over the largest eigenvalue of P^-1 (C_B + D) over a few batches, at
             most 1.
         curvature: ``gauss_newton`` or ``hessian``.
-        tolerance: the relative residual that counts as reached.
+        tolerance: the relative residual that counts as solved.
 
     Raises:
-        NonFiniteError: while solving: the iteration diverges.
+        NonFiniteError: while solving, if the iteration diverges.
 
     References:
         | Better Training Data Attribution via Better Inverse Hessian-Vector Products (Wang et al.,

@@ -24,30 +24,30 @@ class ConjugateGradients:
     r"""Minimises :math:`\frac12 h^\top (C + D) h - v^\top h` for all queries over the Krylov space
     that they span together.
 
-    A walk over the training set multiplies one direction for each query, and every query takes its
-    step along all of them. So none needs more walks than alone, and many together need far fewer:
-    the block finds the leading directions of the curvature, which all have in common. The residual
-    at the end is computed afresh, not the recursion's.
+    Each walk over the training set multiplies one direction per query, and every query steps along
+    all of them. So no query needs more walks than by itself, and many together need far fewer: the
+    block finds the leading directions of the curvature, which they share. The reported residual is
+    computed at the end, not taken from the recursion.
 
     Attributes:
-        preconditioner: null: plain. ``ekfac``: solve
+        preconditioner: null: none. ``ekfac``: solve
             :math:`P^{-1/2} (C + D) P^{-1/2} x = P^{-1/2} v` with P the block-wise curvature that
-            the estimator fits (EK-FAC, or its ``curvature``) plus D. Where the Gauss-Newton matrix
-            has a far smaller rank than there are parameters, P gives curvature to directions that
-            have none, and takes about twice the walks (``experiments/solvers``).
+            the estimator fits (EK-FAC, or its ``curvature``) plus D. If the Gauss-Newton matrix has
+            far less rank than there are parameters, P assigns curvature to directions that have
+            none, and it takes about twice as many walks (``experiments/solvers``).
         curvature: ``gauss_newton`` or ``hessian`` (which must be positive definite with D).
         tolerance: stop when all queries have this relative residual.
-        iterations: stop after this number of walks. Where they are not enough, and where rounding
-            ends the recursion before (float32, with a damping below a millionth of the largest
-            eigenvalue), the solution is that of the walk with the smallest residual.
+        iterations: the largest number of walks. If they are not enough, or if rounding ends the
+            recursion before (float32, with a damping below a millionth of the largest eigenvalue),
+            the solution is that of the walk with the smallest residual.
 
     Raises:
-        ValueError: while solving: the curvature is negative along a direction.
+        ValueError: while solving, if the curvature is negative along a direction.
 
     References:
         | The block conjugate gradient algorithm and related methods (O'Leary, 1980)
         | Retooling the method of block conjugate gradients (Dubrulle, 2001): residuals are kept as
-          an orthonormal basis and coordinates in it, which stands queries that depend on each other
+          an orthonormal basis and coordinates in it, which tolerates linearly dependent queries
 
     Example:
         C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.
@@ -77,6 +77,7 @@ class ConjugateGradients:
 
     @property
     def preconditioned(self) -> bool:
+        """Whether EK-FAC preconditions."""
         return self.preconditioner is not None
 
     def solve(self, problem: Problem, vectors: Tensor) -> Tensor:

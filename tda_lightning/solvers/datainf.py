@@ -1,4 +1,4 @@
-"""DataInf: the inverse of a mean taken as the mean of inverses."""
+"""DataInf: the mean of inverses in place of the inverse of the mean."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class DataInf:
         = \frac1n \sum_i D^{-1} \Bigl(v - g_i \frac{g_i^\top D^{-1} v}{1 + g_i^\top D^{-1} g_i}
         \Bigr)
 
-    which for D = mu is the paper's formula. Its mu is 0.1 times the mean of |g_i|^2 / d in a layer
-    of d parameters: the default relative damping, with the layer's mean eigenvalue that of the
-    empirical Fisher. It has no tolerance to reach: its residual says how far the exchange of mean
-    and inverse, and the empirical Fisher, are from (C + D) h = v with C the Gauss-Newton matrix.
+    which for D = mu is the paper's formula. The paper's mu is 0.1 times the mean of |g_i|^2 / d in
+    a layer of d parameters: the default relative damping, with the mean eigenvalue of the empirical
+    Fisher matrix. There is no tolerance. The residual says how far exchanging mean and inverse, and
+    using the empirical Fisher matrix, lead away from (C + D) h = v with the Gauss-Newton matrix C.
 
     References:
         | DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models

@@ -1,4 +1,4 @@
-"""The dense matrix, inverted: small models, and the truth that the others are measured by."""
+"""The dense matrix, solved directly: for small models, and as the reference for the others."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _COLUMNS = 64  # of the matrix made by one walk over the training set
 
 @dataclass
 class Direct:
-    """Makes C by its products with unit vectors and solves in float64.
+    """Builds C from products with unit vectors and solves in float64.
 
     Attributes:
         curvature: ``gauss_newton`` or ``hessian``.
-        tolerance: the relative residual that counts as reached.
+        tolerance: the relative residual that counts as solved.
 
     Raises:
-        ValueError: while solving: too many parameters, or a singular matrix.
+        ValueError: while solving, for too many parameters or a singular matrix.
 
     Example:
         C + D is diag(3, 3/2), so a score is 3 g / 4 divided by 3 or 3/2.

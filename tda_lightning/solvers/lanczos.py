@@ -1,4 +1,4 @@
-"""Arnoldi iteration: the curvature's leading eigenvectors, the rest taken as flat."""
+"""Arnoldi iteration: the leading eigenvectors of the curvature, which counts as 0 elsewhere."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tda_lightning.solvers.problem import Problem, check_limits
 
 @dataclass
 class Lanczos:
-    r"""Keeps the leading part :math:`V \Lambda V^\top` of C and inverts it with D (Woodbury):
+    r"""Keeps the leading part :math:`V \Lambda V^\top` of C and inverts it plus D (Woodbury):
 
     .. math::
         (V \Lambda V^\top + D)^{-1} = D^{-1} - D^{-1} V (\Lambda^{-1} + V^\top D^{-1} V)^{-1}
         V^\top D^{-1}
 
-    Lambda and V are the Ritz pairs of largest magnitude of a Krylov space from a random vector,
-    with full reorthogonalisation: C is symmetric, so Arnoldi's iteration is Lanczos's. Departure
-    from the paper, which projects on V and drops the complement: there C is taken as 0 here and D
-    stays, so that the answer tends to the exact one as the rank grows.
+    Lambda and V are the Ritz pairs of largest magnitude in the Krylov space of a random vector,
+    with full reorthogonalisation. (C is symmetric, so Arnoldi's iteration is Lanczos's.) The paper
+    projects on V and drops the complement; here C counts as 0 there and D stays, so that the answer
+    tends to the exact one as the rank grows.
 
     Attributes:
-        rank: eigenvectors to keep.
-        iterations: products; null: twice the rank, as far as there are parameters.
+        rank: number of eigenvectors.
+        iterations: number of products; null: twice the rank, but no more than parameters.
         curvature: ``gauss_newton`` or ``hessian``.
-        tolerance: the relative residual that counts as reached.
+        tolerance: the relative residual that counts as solved.
 
     Raises:
-        ValueError: while solving: damping and weight decay are 0.
+        ValueError: while solving, if damping and weight decay are 0.
 
     References:
         | Scaling Up Influence Functions (Schioppa et al., 2022), sec. 3

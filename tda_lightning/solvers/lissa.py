@@ -1,4 +1,4 @@
-"""LiSSA: the Neumann series of the inverse, by random batches."""
+"""LiSSA: the Neumann series of the inverse, over random batches."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from tda_lightning.solvers.problem import Problem, check_limits, inner, norms
 
 @dataclass
 class LiSSA:
-    r"""Repeats, from :math:`h_0 = v` and over random batches B,
+    r"""Iterates, from :math:`h_0 = v` and over random batches B,
 
     .. math::
         h \leftarrow v + h - (C_B + D) h / s
 
-    and answers :math:`h / s`, the mean of ``repeats`` independent recursions. The damping is added
-    to the curvature as everywhere here; the published recursion (1 - damp) h - C h / s has the
-    effective damping damp x s instead. Each step contracts where s is above the largest eigenvalue
-    of C_B + D; what is left of the start after t steps is (1 - sigma / s)^t along an eigenvalue
-    sigma of C + D, so that depth must be several times s over the damping.
+    The answer is :math:`h / s`, averaged over ``repeats`` independent recursions. Damping is added
+    to the curvature, as everywhere in this library; the published recursion (1 - damp) h - C h / s
+    has the effective damping damp x s instead. Each step contracts if s is above the largest
+    eigenvalue of C_B + D. After t steps, (1 - sigma / s)^t of the start is left along an eigenvalue
+    sigma of C + D, so the depth must be several times s over the damping.
 
     Attributes:
-        scale: s; null: from the largest eigenvalue of C_B + D over a few batches (power iteration).
+        scale: s; null: above the largest eigenvalue of C_B + D in a few batches (power iteration).
         depth: steps of each recursion.
-        batch: training examples in each step.
-        repeats: independent recursions.
+        batch: training examples per step.
+        repeats: number of independent recursions.
         curvature: ``gauss_newton`` or ``hessian``.
-        tolerance: the relative residual that counts as reached.
+        tolerance: the relative residual that counts as solved.
 
     Raises:
-        NonFiniteError: while solving: the recursion diverges; names a scale that would not have.
+        NonFiniteError: while solving, if the recursion diverges; names a scale that would not.
 
     References:
         | Second-Order Stochastic Optimization for Machine Learning in Linear Time (Agarwal et al.,
@@ -75,6 +75,7 @@ class LiSSA:
 
     @property
     def copies(self) -> int:
+        """Each recursion holds two."""
         return 4 + 2 * self.repeats
 
     def solve(self, problem: Problem, vectors: Tensor) -> Tensor:

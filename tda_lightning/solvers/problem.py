@@ -1,11 +1,11 @@
-r"""The linear system that every solver is given, and what several of them need.
+r"""The linear system that solvers are given, and what several of them need.
 
 .. math::
     (C + D) h = v, \qquad D = \lambda + \delta
 
-with C the curvature of the mean training loss, by products, :math:`\lambda` the recorded weight
-decay of each parameter and :math:`\delta` the damping. Vectors are rows over all parameters,
-[query, parameters], in the order of :func:`~tda_lightning.curvature.as_rows`.
+with C the curvature of the mean training loss (known through products), :math:`\lambda` the
+recorded weight decay of each parameter and :math:`\delta` the damping. Vectors are rows over all
+parameters, [query, parameters], in the order of :func:`~tda_lightning.curvature.as_rows`.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _MARGIN = 1.2
 
 
 class Solver(Protocol):
-    """Settings, and how to solve. Every solver is a dataclass of this form.
+    """What a solver is: a dataclass of settings that can solve.
 
     Attributes:
-        curvature: ``gauss_newton`` or ``hessian``: what C is.
-        tolerance: the relative residual that counts as reached; None for a closed form.
-        preconditioned: whether ``Problem.precondition`` is needed.
-        by_layer: relative damping is relative to each layer's mean eigenvalue, not the whole's.
-        copies: rows of the size of the queries in memory at a time.
+        curvature: what C is, ``gauss_newton`` or ``hessian``.
+        tolerance: the relative residual that counts as solved; None for a closed form.
     """
 
     curvature: str
     tolerance: float | None
 
     @property
-    def preconditioned(self) -> bool: ...
+    def preconditioned(self) -> bool:
+        """Whether it needs :meth:`Problem.precondition`."""
 
     @property
-    def by_layer(self) -> bool: ...
+    def by_layer(self) -> bool:
+        """Whether relative damping refers to each layer's mean eigenvalue, not the matrix's."""
 
     @property
-    def copies(self) -> int: ...
+    def copies(self) -> int:
+        """How many copies of the queries' vectors it holds in memory at a time."""
 
     def solve(self, problem: Problem, vectors: Tensor) -> Tensor:
-        """Solve for the rows of ``vectors``."""
+        """Solutions for the rows of ``vectors``, [query, parameters]."""
 
 
 @dataclass

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 
@@ -76,7 +75,7 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-class AsideFile(io.RawIOBase):
+class AsideFile(io.FileIO):
     """A file for HDF5 to write into, which keeps disk errors away from it.
 
     HDF5 2.0 cannot close a file that a full disk keeps it from writing: its own state breaks, and
@@ -89,21 +88,8 @@ class AsideFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path, mode: Literal["w", "r+"] = "w") -> None:
-        super().__init__()
+        super().__init__(path, "w+" if mode == "w" else "r+")
         self.error: OSError | None = None
-        self._file = io.FileIO(path, "w+" if mode == "w" else "r+")
-
-    def __enter__(self) -> AsideFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        super().close()
 
     def check(self) -> None:
         """Raise the first disk error, if there was one."""
@@ -117,17 +103,11 @@ class AsideFile(io.RawIOBase):
             OSError: something could not be written.
         """
         self.check()
-        os.fsync(self._file.fileno())
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
+        os.fsync(self.fileno())
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = self._file.readinto(view) or 0
+        count = super().readinto(view) or 0
         if self.error is None:
             return count
         view[count:] = bytes(len(view) - count)  # what was dropped reads as zeros
@@ -137,25 +117,16 @@ class AsideFile(io.RawIOBase):
         view, written = memoryview(buffer).cast("B"), 0
         try:
             while self.error is None and written < len(view):
-                written += self._file.write(view[written:]) or 0
+                written += super().write(view[written:]) or 0
         except OSError as error:
             self.error = error
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        size = self._file.tell() if size is None else size
+        size = self.tell() if size is None else size
         try:
             if self.error is None:
-                self._file.truncate(size)
+                super().truncate(size)
         except OSError as error:
             self.error = error
         return size
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True

@@ -36,25 +36,14 @@ from tda_lightning.store.untrusted import (
 _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
 
 # torch dtypes that NumPy has; every other one is stored as unsigned integers of its width.
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float64: np.dtype("<f8"),
-    torch.float32: np.dtype("<f4"),
-    torch.float16: np.dtype("<f2"),
-    torch.complex64: np.dtype("<c8"),
-    torch.complex128: np.dtype("<c16"),
-    torch.int64: np.dtype("<i8"),
-    torch.int32: np.dtype("<i4"),
-    torch.int16: np.dtype("<i2"),
-    torch.int8: np.dtype("i1"),
-    torch.uint8: np.dtype("u1"),
-    torch.bool: np.dtype("?"),
+_NUMPY = {
+    getattr(torch, name): np.dtype(name).newbyteorder("<")
+    for name in (
+        *("float64", "float32", "float16", "complex64", "complex128", "bool"),
+        *("int64", "int32", "int16", "int8", "uint8"),
+    )
 }
-_UNSIGNED: dict[int, np.dtype[Any]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("<u2"),
-    4: np.dtype("<u4"),
-    8: np.dtype("<u8"),
-}
+_UNSIGNED = {width: np.dtype(f"<u{width}") for width in (1, 2, 4, 8)}
 # Views between equal widths go through the signed twin, which every torch release has.
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -239,7 +228,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return signed.view(_UNSIGNED[width]).reshape(tuple(tensor.shape))
 
 
-def put_json(group: h5py.Group, name: str, value: Any) -> None:
+def put_json(group: h5py.Group, name: str, value: object) -> None:
     """Store ``value`` as JSON text [1].
 
     Raises:

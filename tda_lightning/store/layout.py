@@ -79,6 +79,8 @@ be mapped::
     by_segment                  the same type [segment, query, train]; absent without segments
     self_influence              the same type [train]; absent when not computed
     by_token                    the same type [query, train, position]; absent when not asked for
+    members                     the same type [member, query, train], of an ensemble, whose mean is
+                                values; absent for a single run
     candidates                  int64 [query, k], the training examples that were scored for each
                                 query, nearest first; absent where all were scored
     provenance                  JSON text []: how the scores were made

@@ -1,13 +1,17 @@
 """One recorder for one folder.
 
-The lock is ``flock`` on an open file: the kernel gives it up when the process ends, however it
-ends, so the file that a killed process leaves behind is no obstacle; it holds between two
-recorders of one process too, which locks of ``fcntl.lockf`` would not. Readers take no lock: no
-file of a trajectory is ever half written.
+The lock is ``flock`` on an open file. The kernel releases it when the process ends, however it
+ends, so the file that a killed process leaves behind is no obstacle; and it holds between two
+recorders of one process, which ``fcntl.lockf`` would not. Readers take no lock: no file of a
+trajectory is ever half written.
 
-``flock`` is honoured across machines by NFS (Linux 2.6.12 and later) and by parallel file
-systems where the administrator has switched it on. Where there is none, the existence of a
-second file is the lock; that file outlives a killed process, and the error says to delete it.
+NFS (Linux 2.6.12 and later) honours ``flock`` across machines, and so do parallel file systems
+where the administrator has switched it on. Where it is missing, the existence of a second file is
+the lock; that file outlives a killed process, and the error says to delete it.
+
+The package ``filelock`` was tried in its place. It does not say who holds a lock and leaves its
+file behind; 4.3 fails where a file system answers ENOLCK; and with 3.13 a data loader's worker
+keeps the lock of a killed process.
 """
 
 from __future__ import annotations
@@ -60,19 +64,25 @@ class FolderLock:
                 os.close(descriptor)
                 if error.errno in _MISSING:
                     break
-                raise self._refusal(error, self._path) from error
+                if error.errno not in _BUSY:
+                    raise
+                raise TrajectoryLockedError(
+                    f"{self._path.parent} is being recorded into by {_read(self._path)}; expected "
+                    "no other recorder there. Choose another path, or wait until that training "
+                    "has ended."
+                ) from error
             # Whoever had the lock may have deleted the file between our opening and locking it.
             if _same_file(descriptor, self._path):
                 self._descriptor = descriptor
                 _held.add(self)
-                with suppress(OSError):  # who it is only serves the error message of others
+                with suppress(OSError):  # the text only serves the error message of others
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, _self())
                 return
             os.close(descriptor)
-        self._own()
+        self._acquire_owner_file()
 
-    def _own(self) -> None:
+    def _acquire_owner_file(self) -> None:
         try:
             descriptor = os.open(self._owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError as error:
@@ -87,18 +97,16 @@ class FolderLock:
         self._owns = True
 
     def release(self) -> None:
-        """Give the lock back and leave no file; nothing happens when it was not taken."""
+        """Give the lock back and leave no file; without the lock, do nothing."""
         if self._descriptor is not None:
             with suppress(OSError):  # the folder may be gone, or read-only
                 if _same_file(self._descriptor, self._path):
                     self._path.unlink()
-            os.close(self._descriptor)
-            self._descriptor = None
             _held.discard(self)
         if self._owns:
             with suppress(OSError):
                 self._owner.unlink()
-            self._owns = False
+        self._forget()
 
     def require_free(self) -> None:
         """Check that nobody has the lock, without making a file.
@@ -110,16 +118,7 @@ class FolderLock:
             self.acquire()
             self.release()
 
-    def _refusal(self, error: OSError, path: Path) -> OSError | TrajectoryLockedError:
-        if error.errno not in _BUSY:
-            return error
-        return TrajectoryLockedError(
-            f"{path.parent} is being recorded into by {_read(path)}; expected no other recorder "
-            "there. Choose another path, or wait until that training has ended."
-        )
-
     def _forget(self) -> None:
-        """In a forked child: the lock is the parent's, and must not live on in a worker."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor, self._owns = None, False
@@ -129,6 +128,7 @@ _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
+    """In a forked child: the lock is the parent's, and must not live on in a worker."""
     for lock in list(_held):
         lock._forget()
     _held.clear()
@@ -139,12 +139,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    opened = os.fstat(descriptor)
     try:
-        named = os.stat(path)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-    return (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)
 
 
 def _self() -> bytes:

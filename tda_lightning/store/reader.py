@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 from torch import Tensor
@@ -77,65 +76,45 @@ def _what_is(root: Path) -> str:
 
 
 def read_facts(root: Path) -> Facts:
+    """The facts of the trajectory in ``root``.
+
+    Raises:
+        TrajectoryFormatError: they are damaged.
+    """
     with reading(root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
-        text = get_json(file, layout.FACTS)
-        require_facts(text)
+        facts = get_json(file, layout.FACTS)
+        require_facts(facts)
         return Facts(
             parameters={
-                str(name): ParameterFact(
-                    tuple(int(length) for length in fact["shape"]),
-                    str(fact["dtype"]),
-                    int(fact["group"]),
-                )
-                for name, fact in text["parameters"].items()
+                name: ParameterFact(tuple(fact["shape"]), fact["dtype"], fact["group"])
+                for name, fact in facts["parameters"].items()
             },
-            optimizer=str(text["optimizer"]),
-            num_examples=None if text["num_examples"] is None else int(text["num_examples"]),
-            fingerprint=None if text["fingerprint"] is None else _texts(text["fingerprint"]),
-            settings=dict(text["settings"]),
-            stages=read_stages(text.get("stages", ()), list(text["parameters"])),
+            optimizer=facts["optimizer"],
+            num_examples=facts["num_examples"],
+            fingerprint=facts["fingerprint"],
+            settings=facts["settings"],
+            stages=tuple(
+                StageFact(
+                    stage["start"],
+                    tuple(stage["parameters"]),
+                    bool(stage.get("new_optimizer", False)),
+                )
+                for stage in facts.get("stages", ())
+            ),
         )
-
-
-def read_stages(entries: Sequence[Any], parameters: Sequence[str]) -> tuple[StageFact, ...]:
-    """Stages as the facts' JSON has them."""
-    stages = tuple(
-        StageFact(
-            int(entry["start"]),
-            tuple(str(name) for name in entry["parameters"]),
-            bool(entry.get("new_optimizer", False)),
-        )
-        for entry in entries
-    )
-    starts = [stage.start for stage in stages]
-    known = all(name in parameters for stage in stages for name in stage.parameters)
-    rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
-    if stages and (starts[0] != 0 or not rising or not known):
-        raise ValueError(f"stages that start at {starts}")
-    return stages
 
 
 def facts_up_to(facts: Facts, num_steps: int) -> Facts:
-    """The facts without stages of no recorded step, and what only those would train.
+    """The facts without stages that have no recorded step, and without what only they would train.
 
-    A stage is announced at its start, and the run may have been killed right after.
+    A stage is recorded at its start, and the run may have been killed right after.
     """
-    kept = tuple(stage for stage in facts.stages if stage.start < max(num_steps, 1))
-    if kept == facts.stages:
+    stages = tuple(stage for stage in facts.stages if stage.start < max(num_steps, 1))
+    if stages == facts.stages:
         return facts
-    trained = {name for stage in kept for name in stage.parameters}
+    trained = {name for stage in stages for name in stage.parameters}
     parameters = {name: fact for name, fact in facts.parameters.items() if name in trained}
-    return replace(facts, parameters=parameters, stages=kept)
-
-
-def _texts(mapping: Mapping[Any, Any]) -> dict[str, str]:
-    texts = {str(key): str(value) for key, value in mapping.items()}
-    if not all(key == "length" or key.isdecimal() for key in texts) or "length" not in texts:
-        raise ValueError(f"a fingerprint with keys {list(texts)[:5]}")
-    return texts
-
-
-_States = Mapping[str, Mapping[str, Tensor]]
+    return replace(facts, parameters=parameters, stages=stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,50 +148,28 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
 
     def __getitem__(self, step: int) -> Checkpoint:
         files = self._files()
-        if step not in files:
-            raise KeyError(step)
-        self._require_initial()  # it holds the buffers that never changed
-        with reading(files[step], layout.CHECKPOINT) as file:
+        path, unchanged = files[step], {}
+        self._require_initial()
+        if step:
+            with reading(files[0], layout.CHECKPOINT) as file:
+                unchanged = get_tensors(subgroup(file, layout.BUFFERS))
+        with reading(path, layout.CHECKPOINT) as file:
             _require_step(file, step)
-            tensors = {
-                **get_tensors(subgroup(file, layout.BUFFERS)),
-                **get_tensors(subgroup(file, layout.PARAMETERS)),
-            }
-            optimizer = None
+            stored = [subgroup(file, name) for name in (layout.BUFFERS, layout.PARAMETERS)]
+            tensors = {**unchanged, **get_tensors(stored[0]), **get_tensors(stored[1])}
+            # Sorted by the facts, which know the model's own order, while HDF5 lists names by the
+            # alphabet; a parameter that is trained only later is stored with the buffers.
+            parameters = {name: tensors.pop(name) for name in self.facts.parameters}
+            _require_recorded(parameters, self.facts)
+            optimizer = random = None
             if has(file, layout.OPTIMIZER):
-                states = subgroup(file, layout.OPTIMIZER)
-                optimizer = {
-                    layout.decode(name): get_tensors(subgroup(states, name))
-                    for name in names(states)
-                }
-            random = None
+                group = subgroup(file, layout.OPTIMIZER)
+                states = {layout.decode(n): get_tensors(subgroup(group, n)) for n in names(group)}
+                optimizer = {name: states.get(name, {}) for name in parameters}
             if has(file, layout.RANDOM):
                 random = get_tensors(subgroup(file, layout.RANDOM))
                 require_restorable(random)
-            if step == 0:
-                return self._checkpoint(step, tensors, optimizer, random)
-        with reading(files[0], layout.CHECKPOINT) as file:
-            tensors = {**get_tensors(subgroup(file, layout.BUFFERS)), **tensors}
-            return self._checkpoint(step, tensors, optimizer, random)
-
-    def _checkpoint(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        optimizer: _States | None,
-        random: Mapping[str, Tensor] | None,
-    ) -> Checkpoint:
-        """Sorted by the facts: a parameter that is trained only later lies with the buffers."""
-        self._require_recorded(tensors)
-        names = self.facts.parameters
-        return Checkpoint(
-            step=step,
-            # HDF5 lists names by the alphabet; the facts know the model's own order.
-            parameters={name: tensors[name] for name in names},
-            buffers={name: tensor for name, tensor in tensors.items() if name not in names},
-            optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in names},
-            random=random,
-        )
+            return Checkpoint(step, parameters, tensors, optimizer, random)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files())
@@ -220,11 +177,12 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
     def __len__(self) -> int:
         return len(self._files())
 
-    def _require_recorded(self, parameters: Mapping[str, Tensor]) -> None:
-        for name, fact in self.facts.parameters.items():
-            shape, dtype = parameters[name].shape, parameters[name].dtype
-            if tuple(shape) != fact.shape or str(dtype).removeprefix("torch.") != fact.dtype:
-                raise ValueError(f"parameter {name} is {dtype} {list(shape)}, expected {fact}")
+
+def _require_recorded(parameters: Mapping[str, Tensor], facts: Facts) -> None:
+    for name, fact in facts.parameters.items():
+        shape, dtype = parameters[name].shape, parameters[name].dtype
+        if tuple(shape) != fact.shape or str(dtype).removeprefix("torch.") != fact.dtype:
+            raise ValueError(f"parameter {name} is {dtype} {list(shape)}, expected {fact}")
 
 
 def _require_step(file: h5py.File, step: int) -> None:

@@ -1,8 +1,8 @@
-"""What the records of a trajectory must satisfy before anything is computed with them.
+"""Checks on the records of a trajectory before anything is computed with them.
 
-HDF5's checksums find accidents. A file that was made or changed by other means may be whole and
-still say what no run can: an example beyond the end of the data set, offsets that run backwards, a
-shape of a trillion numbers. Estimators index with these records and do not look again.
+HDF5's checksums detect accidents. A file that was made or changed by other means may be intact and
+still hold what no run can: an example beyond the end of the data set, offsets that run backwards, a
+shape of a trillion numbers. Estimators index with these records and do not check again.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ def require_facts(text: Any) -> None:
 def _require_stages(stages: Any, known: set[str]) -> None:
     if not isinstance(stages, list):
         raise TypeError("stages are no list")
+    previous = -1
     for stage in stages:
         start, parameters = stage["start"], stage["parameters"]
-        if not _is_count(start):
+        if not _is_count(start) or start <= previous or (previous < 0 < start):
             raise ValueError(f"a stage starts at {str(start)[:100]}")
         if not _is_names(parameters) or not set(parameters) <= known:
             raise ValueError(f"a stage trains {str(parameters)[:100]}, not all of them parameters")
+        previous = start
 
 
 def require_statistics(blocks: Any) -> None:
@@ -65,25 +67,25 @@ def require_statistics(blocks: Any) -> None:
     """
     if not isinstance(blocks, dict):
         raise TypeError("blocks are no JSON object")
-    for name, about in blocks.items():
-        if set(about) != {"parameters", "shape"}:
-            raise ValueError(f"block {name[:100]!r} has {str(sorted(about))[:100]}")
-        shape, parameters = about["shape"], about["parameters"]
+    for name, block in blocks.items():
+        if set(block) != {"parameters", "shape"}:
+            raise ValueError(f"block {name[:100]!r} has {str(sorted(block))[:100]}")
+        shape, parameters = block["shape"], block["parameters"]
         if not _is_names(parameters) or not parameters:
             raise ValueError(f"block {name[:100]!r} is of {str(parameters)[:100]}")
         whole = isinstance(shape, list) and len(shape) == 3
         if not whole or not all(_is_count(n) and n > 0 for n in shape) or math.prod(shape) > _MOST:
             raise ValueError(f"block {name[:100]!r} has shape {str(shape)[:100]}")
-    owned = [name for about in blocks.values() for name in about["parameters"]]
+    owned = [name for block in blocks.values() for name in block["parameters"]]
     if len(owned) != len(set(owned)):
         raise ValueError("a parameter is in two blocks")
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
+def _require_fingerprint(prints: Mapping[str, object], count: int | None) -> None:
     length = _position(prints["length"])
     if count is not None and length != count:
         raise ValueError(f"a fingerprint of {length} examples, and {count} examples")
@@ -92,13 +94,13 @@ def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
             raise ValueError(f"a fingerprint of example {key[:100]!r} of {length}")
 
 
-def _position(text: Any) -> int:
+def _position(text: object) -> int:
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise ValueError(f"{str(text)[:100]!r} is no number of an example")
     return int(text)
 
 
-def _is_count(value: Any, most: int = _MOST) -> bool:
+def _is_count(value: object, most: int = _MOST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
@@ -130,9 +132,9 @@ def require_fitting(path: Path, blocks: Sequence[Steps], facts: Facts) -> None:
     """
     group = max((fact.group for fact in facts.parameters.values()), default=0)
     for block in blocks:
-        names = set(block.hyperparameters)
-        if names != set(blocks[0].hyperparameters):
-            _refuse(path, f"the hyper-parameters of {facts.optimizer}", sorted(names))
+        names, expected = set(block.hyperparameters), set(blocks[0].hyperparameters)
+        if names != expected:
+            _refuse(path, f"the hyper-parameters {sorted(expected)}", sorted(names))
         last = int(block.examples.max()) if len(block.examples) else 0
         if facts.num_examples is not None and last >= facts.num_examples:
             _refuse(path, f"examples of {facts.num_examples}", f"example {last}")
@@ -141,8 +143,8 @@ def require_fitting(path: Path, blocks: Sequence[Steps], facts: Facts) -> None:
         _refuse(path, f"{group + 1} parameter groups or more", columns)
 
 
-def _refuse(path: Path, expected: str, found: Any) -> None:
+def _refuse(path: Path, expected: str, got: object) -> None:
     raise TrajectoryFormatError(
-        f"{path} does not belong to the facts beside it: expected {expected}, got {found}. "
+        f"{path} does not belong to the facts beside it: expected {expected}, got {got}. "
         "Restore the files from a copy, or record again."
     )

@@ -24,7 +24,7 @@ from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES
 from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_dataset, to_json
 
-_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates")
+_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members")
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
 # Provenance entries with one item per query, which are cut along with the rows.
@@ -45,7 +45,7 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
         _require_free(path, overwrite)
 
 
-def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, Any]) -> None:
+def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, object]) -> None:
     """Give the file at ``path`` another provenance; its numbers and their checksums stay.
 
     Raises:
@@ -93,6 +93,7 @@ def read_scores(
             provenance=cast(Provenance, provenance),
             by_token=_read(path, file, "by_token", (rows,), mapped),
             candidates=_read(path, file, "candidates", (rows,), False),
+            members=_read(path, file, "members", (slice(None), rows), mapped),
         )
 
 
@@ -154,10 +155,10 @@ def _read(
 
 
 def _require_checksum(
-    path: Path, name: str, checksum: object, file: h5py.File, rows: tuple[slice, ...] = ()
+    path: Path, name: str, checksum: np.ndarray | int, file: h5py.File, rows: tuple[slice, ...] = ()
 ) -> None:
     stored = own_dataset(member(file, "checksums", h5py.Group), name)
-    if not np.array_equal(stored[rows], cast(Any, checksum)):
+    if not np.array_equal(stored[rows], checksum):
         raise TrajectoryFormatError(
             f"{path} is damaged: {name!r} does not match its checksum. {SCORES.advice}"
         )
@@ -189,7 +190,7 @@ def _numpy_dtype(dtype: torch.dtype) -> str:
     return dtypes[dtype]
 
 
-def _provenance_json(provenance: Mapping[str, Any]) -> str:
+def _provenance_json(provenance: Mapping[str, object]) -> str:
     try:
         return to_json(provenance)
     except (TypeError, ValueError) as error:
@@ -219,6 +220,7 @@ class ScoreFile(MemorySink):
         num_train: columns.
         num_segments: when given, each block belongs to a segment and ``values`` is their sum.
         dtype: float32 or float64.
+        num_members: when given, each block belongs to a member of an ensemble.
         overwrite: replace an existing file. It stays whole until :meth:`finish`.
 
     Raises:
@@ -233,6 +235,7 @@ class ScoreFile(MemorySink):
         num_train: int,
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
+        num_members: int | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -247,6 +250,8 @@ class ScoreFile(MemorySink):
         shapes: dict[str, tuple[int, ...]] = {"values": (num_queries, num_train)}
         if num_segments is not None:
             shapes["by_segment"] = (num_segments, num_queries, num_train)
+        if num_members is not None:
+            shapes["members"] = (num_members, num_queries, num_train)
         try:
             with hdf5_file(self._part, "w") as file:
                 put_header(file, SCORES, _WITHOUT_CANDIDATES)

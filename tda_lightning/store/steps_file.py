@@ -114,7 +114,7 @@ def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
 
 
 def join_steps(blocks: Sequence[Steps]) -> Steps:
-    """Consecutive pieces as one; parameter groups that a later piece added have rate 0 before."""
+    """Consecutive tables as one; parameter groups that a later one added have rate 0 before."""
 
     def joined(column: str) -> Tensor:
         return torch.cat([getattr(block, column) for block in blocks])
@@ -149,11 +149,12 @@ def join_steps(blocks: Sequence[Steps]) -> Steps:
 
 
 def widened(tables: Sequence[Tensor], fill: float | None = None) -> Tensor:
-    """Tables [rows, groups] below each other, all as wide as the widest.
+    """Stack tables [rows, groups], padded to the widest.
 
     Args:
-        fill: what the missing groups get; None for the row's value of the first group, which a
-            formula for all groups can take.
+        tables: from top to bottom.
+        fill: value of the missing groups; None for the row's value of the first group, which is
+            valid in every formula.
     """
     width = max(table.shape[1] for table in tables)
     filled = []

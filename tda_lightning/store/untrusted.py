@@ -119,7 +119,7 @@ def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
     return int(attributes[name])
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON text that :func:`from_json` reads.
 
     Raises:
@@ -140,16 +140,9 @@ def from_json(text: bytes) -> Any:
     return value
 
 
-def _require_shallow(value: Any) -> None:
-    level: list[Any] = [value]
-    for _ in range(_DEPTH):
-        inner: list[Any] = []
-        for entry in level:
-            if isinstance(entry, dict):
-                inner.extend(entry.values())
-            elif isinstance(entry, (list, tuple)):
-                inner.extend(entry)
-        if not inner:
-            return
-        level = inner
-    raise ValueError(f"JSON is nested more than {_DEPTH} deep")
+def _require_shallow(value: object, depth: int = 0) -> None:
+    if depth >= _DEPTH:
+        raise ValueError(f"JSON is nested more than {_DEPTH} deep")
+    if isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _require_shallow(entry, depth + 1)

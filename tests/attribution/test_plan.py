@@ -19,7 +19,7 @@ from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.stand_ins import Decompositions
 from tda_lightning.cli.plan_tables import recording_plan_table
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.estimators.unrolled import unfinished
+from tda_lightning.estimators.unrolled import resume
 from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.recording.plan import (
     JUMPS,
@@ -460,7 +460,7 @@ def test_a_plan_of_an_interrupted_attribution_is_that_of_its_rest(
 ) -> None:
     run, module, examples, queries = work
     run = dataclasses.replace(run, unfinished={})
-    monkeypatch.setattr(unfinished, "_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "_SECONDS", 0.0)
     attribution = AttributionModule(module, run, Unrolled(), CaseTask("classification"))
     assert attribution.plan(examples, queries, 4, quiet()).num_passes == 6
     assert not run.unfinished

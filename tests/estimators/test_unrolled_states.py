@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.estimators import Unrolled
-from tda_lightning.estimators.unrolled import unfinished
+from tda_lightning.estimators.unrolled import resume
 from tests import oracles
 from tests.attributing import relative
 from tests.cases.training import MLP, queries_of
@@ -138,7 +138,7 @@ def test_pieces_of_every_length(steps: int) -> None:
 @pytest.fixture(autouse=True)
 def _kept_often(monkeypatch: Any) -> None:
     """As if every interval took long."""
-    monkeypatch.setattr(unfinished, "_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "_SECONDS", 0.0)
 
 
 class Interrupted(Dataset):
@@ -215,7 +215,7 @@ def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> No
     assert not problem.run.unfinished
 
 
-@pytest.mark.parametrize("name", ["momentum and decay", "adamw"])
+@pytest.mark.parametrize("name", ["momentum and decay", "adamw", "rmsprop, everything"])
 def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS[name], checkpoints=(2, 5))
     problem = Problem(

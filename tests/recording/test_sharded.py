@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ from tda_lightning.estimators import TracIn
 from tda_lightning.recording.checkpoints import read_checkpoint
 from tda_lightning.recording.several_processes import interleaved
 from tda_lightning.recording.sharded import Shards
-from tda_lightning.recording.trained_parameters import trained_parameters
+from tda_lightning.recording.trained_parameters import TrainedParameters, trained_parameters
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.records.trajectory import Facts, ParameterFact
+from tda_lightning.records.trajectory import ParameterFact
 from tda_lightning.runtime.compiled import plain_name
 from tda_lightning.store import open_trajectory
 from tests.attributing import quiet
@@ -157,9 +158,13 @@ def test_norms_of_the_pieces_make_the_norm_of_the_gradient(wrapped: str, gathere
 
 
 def test_facts_have_the_whole_shapes() -> None:
-    shards = Shards({"w": torch.Size([3, 5])}, {"w": (8, 7)})
-    facts = Facts({"w": ParameterFact((8,), "float32", 0)}, "SGD", None)
-    assert shards.facts(facts).parameters == {"w": ParameterFact((3, 5), "float32", 0)}
+    module = nn.ParameterDict({"w": nn.Parameter(torch.zeros(8))})
+    optimizers = [torch.optim.SGD(module.parameters(), 0.1)]
+    trainer = SimpleNamespace(lightning_module=module, optimizers=optimizers, model=module)
+    trained = TrainedParameters(trainer)
+    assert trained.facts() == {"w": ParameterFact((8,), "float32", 0)}
+    trained.shards = Shards({"w": torch.Size([3, 5])}, {"w": (8, 7)})
+    assert trained.facts() == {"w": ParameterFact((3, 5), "float32", 0)}
 
 
 def test_a_whole_module_has_no_shards() -> None:

@@ -60,7 +60,7 @@ _SUBSETS, _SPOT_CHECK_SUBSETS = 30, 8
 
 @clear_errors
 def evaluate(config: DictConfig) -> None:
-    """Show how well scores predict retraining; retrainings are cached beside the trajectory."""
+    """Show how well scores predict retraining; retrainings are cached next to the trajectory."""
     began = time.monotonic()
     folder = Path(required(config, "trajectory", "tda evaluate trajectory=FOLDER scores=FILE"))
     files = _score_files(config, folder)

@@ -54,7 +54,7 @@ def output_folder(config: DictConfig) -> Path:
 
 
 class SaveConfig(Callback):
-    """Writes the configuration beside the trajectory once the recorder has taken the folder."""
+    """Writes the configuration next to the trajectory once the recorder has taken the folder."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config

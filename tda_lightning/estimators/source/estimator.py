@@ -52,51 +52,51 @@ class Source:
         (I - e^{-\tau_\ell H_\ell}) H_\ell^{-1} g_{\ell n},
         \qquad S_\ell = e^{-\tau_\ell H_\ell}
 
-    SGD's momentum, dampening and weight decay, and the preconditioner of Adam and AdamW, enter
-    through each segment's geometry. No damping is needed.
+    SGD's momentum, dampening and weight decay, and the preconditioner of other optimizers, enter
+    through each segment's metric. No damping is needed.
 
-    Over several trajectories (pre-training, then fine-tuning) every stage keeps its own N, loss,
-    gradients and curvature, and is cut into segments by itself; the queries are the last model's.
+    With several trajectories (pre-training, then fine-tuning) every stage keeps its own N, loss,
+    gradients and curvature, and is cut into segments of its own. Queries belong to the last model.
 
     Attributes:
         num_segments: cut the run into this many segments of equal length.
-        segment_steps: or at these steps; over several trajectories, a list of them for each.
+        segment_steps: or cut at these steps; with several trajectories, one list per trajectory.
         curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``; or
-            ``matrix_free``: the exact Gauss-Newton matrix by products, without forming it
-            (``estimators/matrix_functions.py``), for ``order="average"`` and
+            ``matrix_free``: the exact Gauss-Newton matrix through products, without forming it
+            (``estimators/source/matrix_functions.py``), for ``order="average"`` and
             ``momentum="effective_rate"`` in one stage of training.
-        order: ``average``, the paper's: every example is used evenly within a segment; it answers
-            what training like this does. ``recorded``: the recorded batches in their order; it
-            answers what this run did, and follows exact unrolling closely.
-        momentum: SGD in ``order="average"``: ``effective_rate`` multiplies the rate by
+        order: ``average``, as in the paper: examples count as used evenly within a segment; this
+            answers what training like this run does. ``recorded``: batches in their recorded
+            order; this answers what this run did, and comes close to exact unrolling.
+        momentum: for SGD and ``order="average"``: ``effective_rate`` multiplies the rate by
             (1 - dampening) / (1 - momentum); ``recursion`` follows the momentum buffer step by
-            step, which matters in runs of few steps. The recorded order always does.
-        leading_directions: so many leading eigenvectors of the whole curvature, across layers,
-            are kept exactly in front of a block-wise ``curvature`` (``curvature/leading.py``).
-            0: blocks alone, the paper's form. None: 64, fewer where they would take more than
-            2 GiB; 0 in ``order="average"`` for models of under 1,000 parameters, for which
-            ``exact`` costs little, and where curvature was recorded in training.
-        statistics: ``recorded``: curvature from the statistics that
-            ``TrajectoryRecorder(curvature="online")`` gathered, without a pass over the data.
-            ``corrected``: one pass for EK-FAC's eigenvalues in their basis. ``fitted``: curvature
-            fitted at the checkpoints. ``auto``: recorded where the run has any and ``curvature``
-            is ``ekfac`` or ``kfac``, else fitted. Each segment needs some.
+            step, which matters in short runs. The recorded order always follows it.
+        leading_directions: number of leading eigenvectors of the whole curvature, across layers,
+            kept exactly in front of a block-wise ``curvature`` (``curvature/leading.py``). 0:
+            blocks alone, as in the paper. None: 64, or fewer if they would take more than 2 GiB;
+            but 0 if curvature was recorded during training, and in ``order="average"`` for models
+            of under 1,000 parameters, for which ``exact`` costs little.
+        statistics: ``recorded``: use the statistics that
+            ``TrajectoryRecorder(curvature="online")`` gathered in every segment, without a pass
+            over the data. ``corrected``: the same, with EK-FAC's eigenvalues measured in their
+            basis by one pass. ``fitted``: fit curvature at the checkpoints. ``auto``: recorded if
+            the run has any and ``curvature`` is ``ekfac`` or ``kfac``, else fitted.
         dense_side: the widest side of a layer (its inputs or outputs) whose covariance ``ekfac``
-            and ``kfac`` hold as a dense matrix of that width; of a wider one they hold the
-            leading 256 directions and the diagonal. None: 4096; with Adam, 1024 (the time to
-            turn every example's h * g grows with it).
-        seed: of the sampled labels.
-        blocks: for ``matrix_free``: ``full``, all parameters together, as ``exact`` has them;
-            ``layer``: the layers' own blocks, without the coupling between them. None: full.
-        tolerance: for ``matrix_free``: the error of a segment's two functions of the matrix that
-            is small enough, relative to their length.
-        max_products: for ``matrix_free``: at most so many products for each query and segment,
+            and ``kfac`` hold as a dense matrix. Of a wider side they hold the leading 256
+            directions and the diagonal. None: 4096; with a preconditioner 1024, because rotating
+            every example's h * g takes time in proportion.
+        seed: for sampled labels.
+        blocks: for ``matrix_free``: ``full``, all parameters together, as in ``exact``; or
+            ``layer``: each layer's own block, without the coupling between layers. None: full.
+        tolerance: for ``matrix_free``: the allowed error of a segment's two functions of the
+            matrix, relative to their length.
+        max_products: for ``matrix_free``: the largest number of products per query and segment,
             each a walk over the training set at every checkpoint of the segment. A query holds as
             many vectors in memory.
 
     Raises:
-        ValueError: at once for impossible settings; when planning, for a segment without a
-            checkpoint, or without the statistics that it is to use.
+        ValueError: at once, for impossible settings; when scoring, for a segment without a
+            checkpoint, or without the statistics that it needs.
         UnsupportedTrainingError: the optimizer has no formula.
 
     References:
@@ -105,7 +105,7 @@ class Source:
         | The recorded order is our own: docs/methods.md, "SOURCE on the recorded order".
 
     Example:
-        Two directions of curvature 2 and 1/2, ten steps at rate 0.1: a score is 3 g / 4 times
+        Ten steps at rate 0.1 on least squares with curvature 2 and 1/2: a score is 3 g / 4 times
         (1 - exp(-2)) / 2 or (1 - exp(-1/2)) / (1/2). In the recorded order it is exact here.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores

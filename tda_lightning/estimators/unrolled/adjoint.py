@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tda_lightning.estimators.unrolled.tape import StepState
+from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import WEIGHT_DECAY, ParameterStep, row_settings, rule_of
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import clips_by_value

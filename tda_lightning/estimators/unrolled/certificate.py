@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tda_lightning.records import provenance
 from tda_lightning.records.errors import TrajectoryMismatchError
 
 CAUSES = (
@@ -18,6 +18,9 @@ CAUSES = (
 )
 
 
+Require = Callable[[bool, Exception], None]
+
+
 @dataclass
 class Certificate:
     """Replayed weights against recorded ones, at every checkpoint that was passed.
@@ -25,12 +28,14 @@ class Certificate:
     Attributes:
         tolerance: of the difference, relative to how far the weights moved since the checkpoint
             before; above it there is an error.
+        require: raises an error where a condition is not met (``Session.require``).
         largest: difference of a single weight.
         relative: largest distance of all weights, relative to how far they moved.
         checkpoints: steps of those that were compared.
     """
 
     tolerance: float
+    require: Require
     largest: float = 0.0
     relative: float = 0.0
     checkpoints: set[int] = field(default_factory=set)
@@ -55,16 +60,33 @@ class Certificate:
             missed += float(difference.square().sum())
             moved += float((expected.double() - before[name].double()).square().sum())
         relative = (missed / moved) ** 0.5 if moved else float(missed > 0)
-        # NaN is no agreement.
-        if not relative <= self.tolerance:
-            raise TrajectoryMismatchError(
+        self.require(
+            relative <= self.tolerance,  # NaN is no agreement
+            TrajectoryMismatchError(
                 f"Replayed from the recorded batches, the weights after step {step} are not the "
                 f"recorded ones: they differ by {relative:.2g} of how far they moved since the "
                 f"checkpoint before, expected at most {self.tolerance:.2g}. {CAUSES} Mend that, or "
                 "raise Unrolled's tolerance and read the scores as those of a similar run."
-            )
+            ),
+        )
         self.relative = max(self.relative, relative)
         self.checkpoints.add(step)
+
+    def compare_loss(self, step: int, replayed: float, recorded: float) -> None:
+        """Compare the loss of a step; a recorded NaN tells nothing.
+
+        Raises:
+            TrajectoryMismatchError: they differ by more than the tolerance.
+        """
+        same = abs(replayed - recorded) <= self.tolerance * max(1.0, abs(recorded))
+        self.require(
+            same or recorded != recorded,
+            TrajectoryMismatchError(
+                f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was "
+                f"{recorded:.6g} (a difference of {replayed - recorded:.2g}, with a tolerance of "
+                f"{self.tolerance:.2g}): the replay is not the recorded run. {CAUSES}"
+            ),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What was found so far, to go on from later."""
@@ -83,7 +105,7 @@ class Certificate:
         """Whether every weight was the recorded one, to the bit."""
         return self.largest == 0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> provenance.Certificate:
         """For the provenance of scores."""
         return {
             "bit_equal": self.bit_equal,
@@ -108,22 +130,6 @@ class Certificate:
 
 def _largest(difference: Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
-
-
-def require_same_loss(step: int, replayed: float, recorded: float, tolerance: float) -> None:
-    """Refuse a step whose replayed loss is another one; a recorded NaN tells nothing.
-
-    Raises:
-        TrajectoryMismatchError: it is.
-    """
-    if recorded != recorded:
-        return
-    if not abs(replayed - recorded) <= tolerance * max(1.0, abs(recorded)):
-        raise TrajectoryMismatchError(
-            f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was {recorded:.6g} (a "
-            f"difference of {replayed - recorded:.2g}, with a tolerance of {tolerance:.2g}): the "
-            f"replay is not the recorded run. {CAUSES}"
-        )
 
 
 def require_task_loss(step: int, task: float, trained: float, dtype: torch.dtype) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from tda_lightning.optimizers import require_formula
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
-from tda_lightning.session.passes import Session
-
-if TYPE_CHECKING:
-    from tda_lightning.estimators.unrolled.estimator import Unrolled
+from tda_lightning.session.session import Session
 
 
 def require_exact(
-    replay: Replay, context: Session, options: Unrolled, moving: Collection[str]
+    replay: Replay,
+    session: Session,
+    moving: Collection[str],
+    relabelled: Collection[int],
+    token_weights: bool,
 ) -> None:
     """Check that the run can be replayed and differentiated.
 
     Args:
         moving: layers whose running statistics move.
+        relabelled: training examples that get another label.
+        token_weights: whether the terms of a loss are scored too.
 
     Raises:
         UnsupportedTrainingError: it cannot, and why.
@@ -28,7 +30,7 @@ def require_exact(
         ValueError: the examples to be relabelled, or the task, do not fit.
     """
     replay.check()
-    trajectory, task = context.trajectory, context.task
+    trajectory, task = session.trajectory, session.task
     require_formula(trajectory, "adjoint", "exact unrolling")
     if trajectory.last_step == 0:
         raise UnsupportedTrainingError(
@@ -41,9 +43,9 @@ def require_exact(
             f"({', '.join(list(moving)[:3])}), of which those of the first were recorded. Train "
             "in one process, or keep these layers in eval mode."
         )
-    if options.token_weights and context.num_processes > 1:
+    if token_weights and session.num_processes > 1:
         raise ValueError(
-            f"token_weights are gathered in one process, got {context.num_processes}. Give a "
+            f"token_weights are gathered in one process, got {session.num_processes}. Give a "
             "trainer with devices=1."
         )
     if task.layers is not None:
@@ -57,7 +59,7 @@ def require_exact(
             "The losses of single examples are not known, so none can be weighted: "
             f"{' '.join(task.notes)}"
         )
-    named = dict(context.module.named_parameters())
+    named = dict(session.module.named_parameters())
     for name, fact in trajectory.facts.parameters.items():
         own = str(named[name].dtype).removeprefix("torch.")
         if own != fact.dtype:
@@ -66,9 +68,9 @@ def require_exact(
                 "in another precision, the run goes elsewhere. Convert the module, for example "
                 "module.double()."
             )
-    for index in options.relabel or {}:
-        if not 0 <= index < context.num_train:
+    for index in relabelled:
+        if not 0 <= index < session.num_train:
             raise ValueError(
                 f"relabel names the training example {index}; expected 0 to "
-                f"{context.num_train - 1}."
+                f"{session.num_train - 1}."
             )

@@ -1,4 +1,4 @@
-"""The way forwards: the run replayed, compared with its record, its states kept."""
+"""Forward sweeps: the run replayed, compared with what was recorded, its states kept."""
 
 from __future__ import annotations
 
@@ -10,48 +10,47 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.estimators.unrolled.batch_statistics import statistics_names
-from tda_lightning.estimators.unrolled.certificate import Certificate, require_same_loss
-from tda_lightning.estimators.unrolled.moves import Move
-from tda_lightning.estimators.unrolled.tape import (
+from tda_lightning.estimators.unrolled.certificate import Certificate
+from tda_lightning.estimators.unrolled.step_states import (
     DiskRoom,
     StepState,
     keep_in_memory,
     room_of,
 )
+from tda_lightning.estimators.unrolled.sweeps import Sweep
 from tda_lightning.optimizers import count_of, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.replay.run import Draws, Replay, Standstill, Walk
+from tda_lightning.replay.run import Draws, Replay, ReplaySnapshot, Walk
 
 Layers = Mapping[str, _BatchNorm]
 
 
-class ForwardWalk:
-    """Replays moves of a run.
+class ForwardSweeps:
+    """Replays stretches of a run.
 
     Attributes:
-        states: of the steps of the last ``keep`` move, in order.
+        states: of the steps of the last ``record`` sweep, in order.
     """
 
-    def __init__(
-        self, replay: Replay, layers: Layers, certificate: Certificate, rehearsal: bool
-    ) -> None:
+    def __init__(self, replay: Replay, layers: Layers, certificate: Certificate) -> None:
         self.replay, self.certificate = replay, certificate
-        self._rehearsal = rehearsal
         self.states: list[StepState] = []
         self._counted = [
-            _tracked(n) for n, one in layers.items() if one.num_batches_tracked is not None
+            _tracked(name)
+            for name, layer in layers.items()
+            if layer.num_batches_tracked is not None
         ]
         self._walk = _Walk(replay, self._counted)
         self._moving = statistics_names(layers)
-        self._standstills: dict[int, Standstill] = {}
+        self._snapshots: dict[int, ReplaySnapshot] = {}
         self._disk: DiskRoom | None = None
         self._start: dict[str, Tensor] = {}
         self._steps = frozenset(replay.trajectory.checkpoints)
         self._compared: set[int] = set()
         self._earlier: tuple[int, Mapping[str, Tensor]] = (-1, {})
 
-    def begin(self, move: Move, restart: int, room: int | None) -> None:
-        """Stand at the start of ``move``, in the stretch after checkpoint ``restart``.
+    def begin(self, sweep: Sweep, restart: int, room: int | None) -> None:
+        """Go to the start of ``sweep``, in the stretch after checkpoint ``restart``.
 
         Args:
             room: bytes of a file for the states; None to keep them in memory.
@@ -62,40 +61,42 @@ class ForwardWalk:
             self._disk = DiskRoom(room)
         if self._disk is not None:
             self._disk.clear()
-        if move.start in self._standstills:
-            where = self._standstills[move.start]
-            self._walk.go_back(where)
-            if move.kind == "keep":
-                del self._standstills[move.start]
+        if sweep.start in self._snapshots:
+            self._walk.resume_from(self._snapshots[sweep.start])
+            if sweep.kind == "record":
+                del self._snapshots[sweep.start]
         else:
-            assert move.start == restart or self._rehearsal
+            missing = RuntimeError(f"There is no snapshot before row {sweep.start}.")
+            self.certificate.require(sweep.start == restart, missing)
             self._walk.restart(restart)
         names = dict(self.replay.module.named_buffers())
         self._start = {name: buffer.detach().clone() for name, buffer in names.items()}
 
-    def step(self, row: int, move: Move) -> None:
+    def step(self, row: int, sweep: Sweep) -> None:
         """Take the step after ``row``."""
-        replay, trajectory = self.replay, self.replay.trajectory
-        keeping = move.kind == "keep"
+        replay, recorded_loss = self.replay, self.replay.trajectory.steps.loss
         with replay.as_trained():
-            before = self._before(row) if keeping else None
+            before = self._before() if sweep.kind == "record" else None
             loss, draws = self._walk.step(row)
-            require_same_loss(
-                row + 1, loss, float(trajectory.steps.loss[row]), self.certificate.tolerance
-            )
+            self.certificate.compare_loss(row + 1, loss, float(recorded_loss[row]))
             if before is not None:
                 self.states.append(self._state(row, before, loss, draws))
-        if row + 1 in move.cuts:
-            self._standstills[row + 1] = self._walk.stand()
+        if row + 1 in sweep.cuts:
+            self._snapshots[row + 1] = self._walk.snapshot()
         if row + 1 in self._steps:
             self._compare(row + 1)
-        if row + 1 == move.stop:
+        if row + 1 == sweep.stop:
             self._require_known_buffers()
+
+    def last_state_first(self) -> Iterator[StepState]:
+        """The kept states, each forgotten as it is taken."""
+        while self.states:
+            yield self.states.pop()
 
     def close(self) -> None:
         """Forget everything that was kept."""
         self.states.clear()
-        self._standstills.clear()
+        self._snapshots.clear()
         self.close_file()
 
     def close_file(self) -> None:
@@ -117,7 +118,7 @@ class ForwardWalk:
         self._compared.add(step)
         self._earlier = (step, recorded)
 
-    def _before(self, row: int) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
+    def _before(self) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
         """Parameters, and the names of the optimizer's states."""
         keep = keep_in_memory if self._disk is None else self._disk.keep
         trained = self._walk.trained
@@ -174,30 +175,33 @@ class _Walk(Walk):
 
     def batches(self, row: int) -> Iterator[tuple[Any, Tensor, Draws | None]]:
         self.counts = []
-        for one in super().batches(row):
+        for batch in super().batches(row):
             self.counts.append({name: keep_in_memory(n) for name, n in self._counters.items()})
-            yield one
+            yield batch
 
     def on_gradients(self, row: int) -> None:
-        found = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         # Clipping scales them in place.
-        self.gradients = {n: g.clone() if self._copies else g for n, g in found.items()}
+        self.gradients = {
+            name: p.grad.clone() if self._copies else p.grad
+            for name, p in self.trained.items()
+            if p.grad is not None
+        }
 
 
 def needs_gradients(replay: Replay) -> bool:
-    """Whether the way back reads the steps' gradients."""
+    """Whether reverse sweeps read the steps' gradients."""
     return bool(replay.clip) or rule_of(replay.trajectory).reads_gradient
 
 
 def state_bytes(replay: Replay) -> tuple[int, int]:
-    """Bytes of a step's kept state, and of a standstill."""
+    """Bytes of a step's kept state, and of a snapshot."""
     module, rule = replay.module, rule_of(replay.trajectory)
     trained = [module.get_parameter(name) for name in replay.trajectory.facts.parameters]
     weights = sum(room_of(parameter) for parameter in trained)
     state = weights * (1 + len(rule.reads) + needs_gradients(replay))
     everything = [*module.parameters(), *module.buffers()]
-    standstill = sum(tensor.nbytes for tensor in everything) + weights * len(rule.states)
-    return state, standstill
+    snapshot = sum(tensor.nbytes for tensor in everything) + weights * len(rule.states)
+    return state, snapshot
 
 
 def _tracked(layer: str) -> str:

@@ -1,4 +1,4 @@
-"""The states of the steps of an interval, kept for the way back: in memory or in a file."""
+"""The states of the steps of a stretch, kept for the reverse sweep: in memory or in a file."""
 
 from __future__ import annotations
 

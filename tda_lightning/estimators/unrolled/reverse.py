@@ -1,4 +1,5 @@
-"""The way back: the adjoints of some queries through the kept states, and their scores."""
+"""Reverse sweeps: the adjoints of some queries carried back through the kept states, and their
+scores."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
+from tda_lightning.estimators.unrolled.batch_statistics import measurement_adjoints
 from tda_lightning.estimators.unrolled.certificate import require_task_loss
 from tda_lightning.estimators.unrolled.derivatives import (
     BatchDerivatives,
@@ -17,15 +19,16 @@ from tda_lightning.estimators.unrolled.derivatives import (
     batch_derivatives,
     queries_at_once,
 )
-from tda_lightning.estimators.unrolled.tape import StepState
+from tda_lightning.estimators.unrolled.step_states import StepState
+from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.passes import Session
+from tda_lightning.session.session import Session
 
 
-class BackwardWalk:
-    """Follows some queries back.
+class ReverseSweeps:
+    """Carries the adjoints of some queries back.
 
     Attributes:
         adjoint: of the optimizer's state.
@@ -37,7 +40,7 @@ class BackwardWalk:
     def __init__(
         self,
         replay: Replay,
-        context: Session,
+        session: Session,
         layers: Mapping[str, _BatchNorm],
         adjoint: OptimizerAdjoint,
         statistics: dict[str, Tensor],
@@ -47,7 +50,7 @@ class BackwardWalk:
         relabel: Mapping[int, Any],
         by_position: bool,
     ) -> None:
-        self.replay, self.context, self.layers = replay, context, layers
+        self.replay, self.session, self.layers = replay, session, layers
         self.adjoint, self.statistics = adjoint, statistics
         self.first_query = first_query
         self.by_token: Tensor | None = None
@@ -57,6 +60,66 @@ class BackwardWalk:
         self._chunk = 0  # how many queries go back together; settled by the first batch
         self._finished: dict[int, Tensor] = {}
         self._values = self._zeros()
+
+    @staticmethod
+    def open(
+        replay: Replay,
+        session: Session,
+        layers: Mapping[str, _BatchNorm],
+        segments: Sequence[tuple[int, int]],
+        queries: range,
+        tensors: Mapping[str, Tensor] | None,
+        *,
+        room: int,
+        relabel: Mapping[int, Any],
+        by_position: bool,
+    ) -> ReverseSweeps:
+        """Some queries at the end of training, or where an interrupted attribution left them.
+
+        Args:
+            segments: the rows that scores are split by.
+            tensors: what :meth:`tensors` gave; None for the end of training.
+            room: bytes for the graphs of batches on an accelerator.
+            relabel: other labels of training examples.
+            by_position: score the terms of an example's loss.
+        """
+        trajectory, first = replay.trajectory, queries.start
+        if tensors is None:
+            session.load(trajectory.last_step)
+            adjoint = OptimizerAdjoint(trajectory, _parameter_gradients(session, queries))
+            statistics = _statistics_gradients(session, layers, queries)
+        else:
+            device = session.device
+            grouped = {
+                kind: {
+                    name.removeprefix(f"{kind}."): tensor.to(device)
+                    for name, tensor in tensors.items()
+                    if name.startswith(f"{kind}.")
+                }
+                for kind in ("a", "c", *(f"states.{key}" for key in rule_of(trajectory).states))
+            }
+            states: dict[str, dict[str, Tensor]] = {}
+            for key in rule_of(trajectory).states:
+                for name, tensor in grouped[f"states.{key}"].items():
+                    states.setdefault(name, {})[key] = tensor
+            adjoint, statistics = OptimizerAdjoint(trajectory, grouped["a"], states), grouped["c"]
+        reverse = ReverseSweeps(
+            replay,
+            session,
+            layers,
+            adjoint,
+            statistics,
+            segments,
+            first,
+            room,
+            relabel,
+            by_position,
+        )
+        if tensors is not None:
+            reverse.restore(tensors)
+        # From now on the module's weights are those of a replay, no checkpoint's.
+        session.loaded.trajectory = None
+        return reverse
 
     def step(self, state: StepState) -> None:
         """Go back through one step."""
@@ -79,22 +142,26 @@ class BackwardWalk:
             self._end_segment(self._starts.index(state.row))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The scores so far, to go on from later."""
-        found = {f"scores.{number}": values for number, values in self._finished.items()}
-        found["open"] = self._values  # of a segment of which the last steps are only a part
-        found["together"] = torch.tensor(self._chunk)
-        return found if self.by_token is None else {**found, "by_token": self.by_token}
+        """The adjoints and the scores so far, to resume from."""
+        tensors = {f"a.{name}": tensor for name, tensor in self.adjoint.a.items()}
+        tensors |= {f"c.{name}": tensor for name, tensor in self.statistics.items()}
+        for name, states in self.adjoint.states.items():
+            tensors |= {f"states.{key}.{name}": tensor for key, tensor in states.items()}
+        tensors |= {f"scores.{number}": values for number, values in self._finished.items()}
+        tensors["open"] = self._values  # of a segment of which the last steps are only a part
+        tensors["together"] = torch.tensor(self._chunk)
+        return tensors if self.by_token is None else {**tensors, "by_token": self.by_token}
 
-    def restore(self, found: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`tensors` gave."""
-        for name, tensor in found.items():
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Resume from what :meth:`tensors` gave."""
+        for name, tensor in tensors.items():
             if name.startswith("scores."):
-                self._values = tensor.to(self.context.device)
+                self._values = tensor.to(self.session.device)
                 self._end_segment(int(name.removeprefix("scores.")))
-        self._values = found["open"].to(self.context.device)
-        self._chunk = int(found["together"])
-        if "by_token" in found:
-            self.by_token = found["by_token"].to(self.context.device)
+        self._values = tensors["open"].to(self.session.device)
+        self._chunk = int(tensors["together"])
+        if "by_token" in tensors:
+            self.by_token = tensors["by_token"].to(self.session.device)
 
     def finish(self) -> None:
         """Hand over the scores of a segment that was not walked to its start (last_steps)."""
@@ -102,13 +169,24 @@ class BackwardWalk:
         if number >= 0:
             self._end_segment(number)
 
+    def add_tokens_to(self, by_token: Tensor | None) -> Tensor | None:
+        """The scores of single terms of all queries, [query, train, position], with these; None
+        where none are asked for."""
+        if self.by_token is None:
+            return by_token
+        if by_token is None:
+            shape = (self.session.num_query, *self.by_token.shape[1:])
+            by_token = self.by_token.new_zeros(shape)
+        by_token[self.first_query : self.first_query + self._queries] = self.by_token
+        return by_token
+
     def _zeros(self) -> Tensor:
-        shape = (self._queries, self.context.num_train)
-        return torch.zeros(shape, dtype=self.context.dtype, device=self.context.device)
+        shape = (self._queries, self.session.num_train)
+        return torch.zeros(shape, dtype=self.session.dtype, device=self.session.device)
 
     def _end_segment(self, number: int) -> None:
-        columns = torch.arange(self.context.num_train)
-        self.context.scores.add(number, columns, self._values, self.first_query)
+        columns = torch.arange(self.session.num_train)
+        self.session.scores.add(number, columns, self._values, self.first_query)
         self._finished[number] = self._values
         self._values = self._zeros()
 
@@ -116,7 +194,7 @@ class BackwardWalk:
         module, room = self.replay.module, self._room // 2
         with activations_counted([*module.parameters(), *module.buffers()]) as sizes:
             self._graph(row, examples, draws)
-        self._chunk = queries_at_once(self.context.device, room, sum(sizes))
+        self._chunk = queries_at_once(self.session.device, room, sum(sizes))
 
     def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
         replay, trajectory = self.replay, self.replay.trajectory
@@ -134,7 +212,7 @@ class BackwardWalk:
         trained = {name: replay.module.get_parameter(name) for name in trajectory.facts.parameters}
         return batch_derivatives(
             replay,
-            self.context.task,
+            self.session.task,
             trained,
             self.layers,
             batch,
@@ -147,7 +225,7 @@ class BackwardWalk:
 
     def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
         """What a batch adds to scores and adjoints, for as many queries at once as fit."""
-        columns = examples.to(self.context.device)
+        columns = examples.to(self.session.device)
         start = 0
         while start < self._queries:
             rows = slice(start, min(start + self._chunk, self._queries))
@@ -172,7 +250,7 @@ class BackwardWalk:
     def _add_tokens(self, rows: slice, columns: Tensor, parts: Tensor) -> None:
         length = parts.shape[2]
         if self.by_token is None:
-            shape = (self._queries, self.context.num_train, length)
+            shape = (self._queries, self.session.num_train, length)
             self.by_token = parts.new_zeros(shape)
         if length > self.by_token.shape[2]:  # sequences of another batch may be longer
             longer = length - self.by_token.shape[2]
@@ -182,3 +260,29 @@ class BackwardWalk:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _parameter_gradients(session: Session, queries: range) -> dict[str, Tensor]:
+    """Gradients of the measurements: [query, *shape] by parameter."""
+    parts: dict[str, list[Tensor]] = {}
+    for batch, examples in session.queries(queries.start, queries.stop):
+        gradients = session.measurement_gradients(batch, examples).blocks
+        for block in session.blocks:
+            for name, tensor in block.tensors(gradients[block.name].dense(slice(None))).items():
+                parts.setdefault(name, []).append(tensor.detach())
+    return {name: torch.cat(tensors).to(session.dtype) for name, tensors in parts.items()}
+
+
+def _statistics_gradients(
+    session: Session, layers: Mapping[str, _BatchNorm], queries: range
+) -> dict[str, Tensor]:
+    """Derivatives of the measurements with respect to running statistics: [query, features]."""
+    if not layers:
+        return {}
+
+    def measure(query: int) -> Tensor:
+        ((batch, examples),) = session.queries(queries[query], queries[query] + 1)
+        with torch.enable_grad():
+            return session.measurement(session.module, batch, examples).sum()
+
+    return measurement_adjoints(measure, layers, len(queries))
