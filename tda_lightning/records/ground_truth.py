@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryMismatchError
 
-# single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
-# kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.
-# pbrf: no retraining, but the proximal Bregman response to giving up one example.
+# single_run: the recorded run replayed, with weight 0 for the examples that are left out.
+# algorithm: trained again on a smaller training set, with fresh weights and a fresh order.
+# pbrf: no retraining, but the proximal Bregman response to removing one example.
 Protocol = Literal["single_run", "algorithm", "pbrf"]
 PROTOCOLS: tuple[Protocol, ...] = ("single_run", "algorithm", "pbrf")
 RECORDED_SEED = -1
@@ -202,8 +202,8 @@ class GroundTruth:
         """Only these subsets, in this order; an index may be given twice."""
         names = ("subsets", "seeds", "outcomes", "done", "seconds", "classes")
         given = {name: getattr(self, name) for name in names}
-        kept = {name: tensor[index] for name, tensor in given.items() if tensor is not None}
-        return replace(self, **kept)
+        chosen = {name: tensor[index] for name, tensor in given.items() if tensor is not None}
+        return replace(self, **chosen)
 
     def first(self, subsets: int, seeds: int) -> GroundTruth:
         """Only the first so many subsets and seeds of each."""

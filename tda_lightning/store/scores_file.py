@@ -225,7 +225,7 @@ class ScoreFile(MemorySink):
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
-        OSError: the disk has no room for the matrix, found out before the work begins.
+        OSError: the disk has no room for the matrix; raised before the work begins.
     """
 
     def __init__(

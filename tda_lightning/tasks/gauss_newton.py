@@ -4,23 +4,23 @@ For l_n = sum_t w_nt e_nt, with e_nt the loss of one element of example n and J_
 its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. The functions here give losses, or
 gradients of outputs, whose outer products are G_n: in expectation, or as an exact sum. The weights
 enter as square roots, once for every element: the gradient of the weighted *mean* loss itself would
-give a matrix too small by the number of elements (METHODS, "Units").
+give a matrix too small by the number of elements (docs/methods.md, "Units").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.loss_calls import ObservedLoss, WeightedLoss
 
 
-def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Any) -> Tensor:
+def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Batch) -> Tensor:
     r"""A random loss of each example, [batch], with G_n the second moment of its gradient.
 
     .. math::
@@ -35,7 +35,7 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: A
     return torch.stack([_sampled(loss, size, i) for i, loss in enumerate(losses)]).sum(0)
 
 
-def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) -> Iterator[Tensor]:
+def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Batch) -> Iterator[Tensor]:
     """Losses [batch] whose gradients' outer products sum to the exact Gauss-Newton matrix.
 
     One forward pass, run at once; the losses share its graph, so ask for gradients with
@@ -57,7 +57,7 @@ def sampled_output_gradients(
     """Output gradients of sampled labels, for the loss of a training batch as it is optimised.
 
     Carried back to the parameters and split by example, their second moment, averaged over the
-    batch, is the Gauss-Newton matrix of ``total`` (METHODS, "Units"). Inside
+    batch, is the Gauss-Newton matrix of ``total`` (docs/methods.md, "Units"). Inside
     :func:`~tda_lightning.tasks.seeded_examples` they depend on the seed and the example alone.
 
     Args:
@@ -94,7 +94,7 @@ def sampled_output_gradients(
 
 
 def require_losses(
-    task: AttributionTask, module: nn.Module, batch: Any
+    task: AttributionTask, module: nn.Module, batch: Batch
 ) -> tuple[list[WeightedLoss], int]:
     """The standard losses in the task's ``train_loss`` and the number of examples.
 
