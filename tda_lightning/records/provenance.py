@@ -200,6 +200,23 @@ class StageRecord(TypedDict):
     notes: list[str]
 
 
+class _EditKind(TypedDict):
+    kind: str
+
+
+class EditRecord(_EditKind, total=False):
+    """The edit that a column is about.
+
+    Attributes:
+        kind: its class.
+        index: of the training example that it changes; absent where it changes none.
+        label: the example's other label.
+    """
+
+    index: Count
+    label: Any
+
+
 class MemberRecord(TypedDict, total=False):
     """One run of an ensemble; the keys have the meaning of those of `Provenance`."""
 
@@ -301,7 +318,10 @@ class Provenance(TypedDict, total=False):
         matrix_free: of matrix-free SOURCE.
         leading_directions: eigenvectors that SOURCE keeps exactly; one number per stage.
         candidates: of FastIF.
-        relabel: other labels that the scores are about, by training index (exact unrolling).
+        edits: what each column is about, where it is not the removal of the training example of
+            the same number.
+        relabel: other labels that the scores are about, by training index (files of earlier
+            versions).
         certificate: of a replay (exact unrolling).
         replayed_steps: steps that were replayed (exact unrolling).
         checkpoints: steps of the checkpoints used; a list per segment for SOURCE.
@@ -342,6 +362,7 @@ class Provenance(TypedDict, total=False):
     matrix_free: MatrixFreeRecord
     leading_directions: Count | list[Count]
     candidates: CandidatesRecord
+    edits: list[EditRecord]
     relabel: dict[str, Any]
     certificate: Certificate
     replayed_steps: Pair
