@@ -41,11 +41,8 @@ KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CYCLES = {
     ("estimators", 8),
 }
-KNOWN_HOMES = {
-    ("attribution", "rich"),
-}
+KNOWN_HOMES: set[tuple[str, str]] = set()
 KNOWN_WITHOUT_DOCSTRING = {
-    "report": 1,
     "estimators": 5,
 }
 

@@ -71,6 +71,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     assert names["exact"].values.shape == (4, 20)
     assert names["exact"].provenance["certificate"]["bit_equal"]
     assert names["fast"].candidates.shape == (4, 5)
+    assert names["averaged"].spread.shape == (4, 20)
     assert names["scores"].values.shape == (4, 35)
     assert names["scores"].stage(0).values.shape == (4, 20)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.evaluation.lds import bootstrap
+from tda_lightning.evaluation.linear_datamodeling import bootstrap
 from tda_lightning.store.atomic_write import write_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,7 +22,7 @@ from tda_lightning import AttributionModule, Scores
 from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.curvature import Products
 from tda_lightning.estimators import FastInfluence, InfluenceFunction
-from tda_lightning.evaluation.lds import rank_correlation
+from tda_lightning.evaluation.linear_datamodeling import rank_correlation
 from tda_lightning.session.session import Session
 from tda_lightning.solvers import LiSSA, Problem
 

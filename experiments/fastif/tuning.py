@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from experiments.fastif.kept import crossed, interval
 from experiments.fastif.recorded import NUM_TRAIN, Run
 from tda_lightning import Scores
-from tda_lightning.evaluation.lds import rank_correlation
+from tda_lightning.evaluation.linear_datamodeling import rank_correlation
 
 K = 1000
 # (c)

@@ -19,7 +19,7 @@ from experiments.fidelity.figure import figure
 from experiments.fidelity.kept import PROTOCOLS, RESULTS, Kept, load
 from experiments.fidelity.studies import DAMPED, STUDIES, TITLES
 from tda_lightning.evaluation import Interval, difference
-from tda_lightning.evaluation.lds import bootstrap, rank_correlation
+from tda_lightning.evaluation.linear_datamodeling import bootstrap, rank_correlation
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- by table.py, from here -->", "<!-- to here -->"

@@ -24,7 +24,7 @@ from experiments.mislabelled.mending import COMPARED, LOOKED
 from experiments.mislabelled.proponents import TITLES as WAYS
 from experiments.mislabelled.ranking import TITLES
 from experiments.mislabelled.setting import FLIPPED
-from tda_lightning.evaluation.lds import bootstrap
+from tda_lightning.evaluation.linear_datamodeling import bootstrap
 from tda_lightning.store.atomic_write import write_text
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from tda_lightning.evaluation import (
     measure,
     retrain,
     retrain_each,
-    what_determines,
+    truth_configuration,
 )
 from tda_lightning.records.ground_truth import RECORDED_SEED, Protocol
 from tda_lightning.runtime.progress import SlowProgress
@@ -53,18 +53,18 @@ def ground_truth(
     settings = None
     if protocol == "algorithm":
         settings = {"epochs": EPOCHS, "rates": RATES, "batch_size": BATCH_SIZE}
-    truth = GroundTruth.asked(
+    truth = GroundTruth.unmeasured(
         protocol,
         subsets,
         seeds,
         measure(network(1), TASK, end, data.queries),
         {
-            f"stage {number}": what_determines(run, network(1), TASK, data.queries, settings)
+            f"stage {number}": truth_configuration(run, network(1), TASK, data.queries, settings)
             for number, run in enumerate(runs, start=1)
         },
     )
     if path.exists():
-        truth = truth.taking(read_ground_truth(path))
+        truth = truth.continuing(read_ground_truth(path))
     missing = truth.missing
     if not missing:
         return truth
@@ -77,7 +77,7 @@ def ground_truth(
         began = time.monotonic()
         for (row, column), state in zip(missing, states, strict=True):
             outcome = measure(network(1), TASK, state, data.queries)
-            truth = truth.known(row, column, outcome, time.monotonic() - began)
+            truth = truth.with_outcome(row, column, outcome, time.monotonic() - began)
             write_ground_truth(truth, path)
             progress.advance()
             began = time.monotonic()

@@ -11,8 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from tda_lightning.attribution.dry_run import DryRun, dry_run
@@ -42,6 +40,7 @@ from tda_lightning.runtime.module_state import prepared
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.runtime.tables import print_table
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
@@ -227,10 +226,9 @@ class AttributionModule(LightningModule):
                 batch, indices = first_batch(source, examples, session.module)
                 for name, error in largest_errors(session.engine, loss, batch, indices).items():
                     errors[name] = max(error, errors.get(name, 0.0))
-        table = Table("layer", "largest relative error", title="Engine against plain autograd")
-        for name, error in errors.items():
-            table.add_row(name, f"{error:.1e}")
-        Console().print(table)
+        rows = [(name, f"{error:.1e}") for name, error in errors.items()]
+        title, columns = "Engine against plain autograd", ("layer", "largest relative error")
+        print_table(title, columns, rows)
         return errors
 
     def plan(

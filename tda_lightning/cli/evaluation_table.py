@@ -212,11 +212,13 @@ def evaluation_table(rows: Sequence[JudgedScores], protocol: str = "single_run")
     table.add_column("rank" if responses else "LDS", justify="right")
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
-    table.add_column("slope", justify="right", no_wrap=True)
+    table.add_column("slope", justify="right", min_width=5, no_wrap=True)
     if detected := any(row.detection is not None for row in rows):
         table.add_column("wrong labels")
-    table.add_column("time", justify="right", no_wrap=True)
-    for row in rows:
+    times = ["" if row.seconds is None else readable_time(row.seconds) for row in rows]
+    # A narrow terminal folds the intervals, and cuts no number off.
+    table.add_column("time", justify="right", min_width=max(map(len, ["time", *times])))
+    for row, taken in zip(rows, times, strict=True):
         if row.over_queries is None or row.over_subsets is None:
             cells = ["none", "", "", ""]
         else:
@@ -231,8 +233,7 @@ def evaluation_table(rows: Sequence[JudgedScores], protocol: str = "single_run")
         if detected:
             auc, share = row.detection or (math.nan, math.nan)
             cells.append("" if row.detection is None else f"AUC {auc:.3f}, {share:.0%}")
-        cells.append("" if row.seconds is None else readable_time(row.seconds))
-        table.add_row(row.name, *cells)
+        table.add_row(row.name, *cells, taken)
     return table
 
 

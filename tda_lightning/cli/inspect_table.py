@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -12,14 +11,9 @@ from rich.table import Table
 from torch import Tensor
 
 from tda_lightning.runtime.formatting import readable_bytes
-from tda_lightning.store.inspect import Description, FileEntry, describe
+from tda_lightning.store.inspect import Description, FileEntry
 
 _MOST_ROWS = 24  # for the files of one kind; of more, the first and the last are shown
-
-
-def inspect_table(path: str | Path) -> RenderableType:
-    """The trajectory at ``path`` as tables for a terminal: the run, then its files."""
-    return description_table(describe(path))
 
 
 def description_table(description: Description) -> RenderableType:

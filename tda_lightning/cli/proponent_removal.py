@@ -50,7 +50,7 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
         subsets = torch.cat([wanted, others])
         # The same seeds for every subset: differences are not to be those between seeds.
         seeds = seeds_of(config.protocol, 1, columns, config.seed).expand(len(subsets), -1)
-        requested = GroundTruth.asked(
+        requested = GroundTruth.unmeasured(
             config.protocol,
             subsets,
             seeds,
@@ -60,7 +60,7 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
             classes=isinstance(run.task, ClassificationTask),
         )
         for truth in cached:
-            requested = requested.knowing(truth)
+            requested = requested.with_outcomes_of(truth)
         return requested
 
     truth = cached_retrainings(run, path, request, len(wanted))

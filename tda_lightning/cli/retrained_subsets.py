@@ -16,7 +16,7 @@ from tda_lightning.evaluation import (
     GroundTruth,
     draw_seeds,
     draw_subsets,
-    what_determines,
+    truth_configuration,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.ground_truth import RECORDED_SEED
@@ -37,7 +37,7 @@ def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
         # A file may hold more than is asked for now, and keeps it.
         rows = max(config.num_subsets, *(len(truth.seeds) for truth in cached), 0)
         columns = max(config.seeds, *(truth.seeds.shape[1] for truth in cached), 0)
-        requested = GroundTruth.asked(
+        requested = GroundTruth.unmeasured(
             config.protocol,
             _subsets(config, num_train, rows),
             seeds_of(config.protocol, rows, columns, config.seed),
@@ -46,7 +46,7 @@ def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
             {"command": command_line()},
         )
         for truth in cached:
-            requested = requested.taking(truth)
+            requested = requested.continuing(truth)
         return requested
 
     return cached_retrainings(run, path, request, config.num_subsets)
@@ -54,7 +54,7 @@ def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
 
 def configuration_of(run: RecordedRun) -> dict[str, object]:
     """What decides the outcome of a retraining, besides the subset and the seed."""
-    return what_determines(
+    return truth_configuration(
         run.trajectory, run.module, run.task, run.data.query_dataset, run.training_settings()
     )
 

@@ -21,8 +21,8 @@ from tda_lightning.evaluation import (
     each_response,
     measure,
     predicted_classes,
-    retrain_afresh,
     retrain_each,
+    retrain_from_scratch,
 )
 from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
 from tda_lightning.records.data_module import AttributedData, Reorderable
@@ -116,7 +116,7 @@ class RecordedRun:
             yield from retrain_each(*run, kept.float(), together=self.config.together)
             return
         for row, seed in zip(kept, seeds, strict=True):
-            yield retrain_afresh(self._fresh, row, seed)
+            yield retrain_from_scratch(self._fresh, row, seed)
 
     def _fresh(self, seed: int) -> FreshTraining:
         """Trainer, module and data as ``tda train`` would build them with this seed."""

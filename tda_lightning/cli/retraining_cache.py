@@ -74,7 +74,7 @@ def cached_retrainings(run: RecordedRun, path: Path, request: Request, rows: int
         if run.config.protocol == "single_run" and "landing_error" not in truth.made_by:
             everything = torch.ones(truth.subsets.shape[1])
             end = retrain(run.trajectory, run.module, run.task, run.data.train_dataset, everything)
-            truth = truth.noting(landing_error=landing_error(run.trajectory, end))
+            truth = truth.with_notes(landing_error=landing_error(run.trajectory, end))
         if files:
             write_ground_truth(truth, path)
             for file in files:
@@ -123,7 +123,7 @@ def _complete(
     try:
         with SlowProgress("Retraining", len(missing)) as progress:
             for (row, column), outcome in _outcomes(run, truth, missing):
-                truth = truth.known(row, column, *outcome)
+                truth = truth.with_outcome(row, column, *outcome)
                 write_ground_truth(truth, path)
                 done += 1
                 progress.advance()

@@ -37,15 +37,11 @@ class Term:
 
 
 class Edit(Protocol):
-    """A change of the training set; a new kind is a class that has these.
-
-    Attributes:
-        index: of the training example whose uses in training it changes; None where it changes
-            the use of none.
-    """
+    """A change of the training set; a new kind is a class that has these two."""
 
     @property
-    def index(self) -> int | None: ...
+    def index(self) -> int | None:
+        """The training example whose uses in training it changes; None where it changes none."""
 
     def terms(self) -> tuple[Term, ...]:
         """The gradients before the edit minus those after it."""

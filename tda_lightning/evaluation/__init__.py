@@ -1,6 +1,5 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
-from tda_lightning.evaluation.afresh import FreshTraining, retrain_afresh
 from tda_lightning.evaluation.baselines import (
     BASELINES,
     last_checkpoint,
@@ -8,7 +7,8 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
-from tda_lightning.evaluation.configuration import draw_seeds, what_determines
+from tda_lightning.evaluation.configuration import draw_seeds, truth_configuration
+from tda_lightning.evaluation.from_scratch import FreshTraining, retrain_from_scratch
 from tda_lightning.evaluation.judgements import (
     RemovalAgreement,
     agreement,
@@ -20,7 +20,7 @@ from tda_lightning.evaluation.judgements import (
     predicted_changes,
     slope_and_correlation,
 )
-from tda_lightning.evaluation.lds import (
+from tda_lightning.evaluation.linear_datamodeling import (
     Interval,
     NothingToRankError,
     difference,
@@ -73,11 +73,11 @@ __all__ = [
     "random_scores",
     "removals",
     "retrain",
-    "retrain_afresh",
     "retrain_each",
+    "retrain_from_scratch",
     "self_loss",
     "slope_and_correlation",
     "smoothness",
     "top_removal",
-    "what_determines",
+    "truth_configuration",
 ]

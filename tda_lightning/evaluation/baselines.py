@@ -1,6 +1,6 @@
-"""Scores that cost almost nothing: what an estimator has to beat.
+"""Scores that cost next to nothing, for an estimator to beat.
 
-Their unit is their own, so they are judged by rank alone.
+They are not in the unit of the measurement, so only their ranks are judged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BASELINES = ("random", "self_loss", "last_layer", "gradient_dot")
 
 
 def random_scores(num_queries: int, num_train: int, seed: int = 0) -> Scores:
-    """Normal numbers that know nothing: what chance looks like."""
+    """Normally distributed numbers, to show what chance looks like."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(num_queries, num_train, generator=generator)
     own = torch.randn(num_train, generator=generator)
@@ -41,11 +41,11 @@ def self_loss(
 ) -> Scores:
     """The training examples' own losses under ``state``, the same for every query.
 
-    The usual baseline for finding wrong labels; to queries it says nothing of their own.
+    This is the usual baseline for finding wrong labels.
     """
-    found = losses(module, task, state, dataset, batch_size).float().cpu()
-    values = found.expand(num_queries, -1).clone()
-    return Scores(values, self_influence=found, provenance={"estimator": "self_loss"})
+    own = losses(module, task, state, dataset, batch_size).float().cpu()
+    values = own.expand(num_queries, -1).clone()
+    return Scores(values, self_influence=own, provenance={"estimator": "self_loss"})
 
 
 def last_layer_cosine(
@@ -56,7 +56,7 @@ def last_layer_cosine(
     queries: Any,
     batch_size: int = 256,
 ) -> Scores:
-    """Cosine of the inputs of the last linear layer, those of a sequence averaged.
+    """Cosine similarity of the inputs of the last linear layer, averaged over a sequence.
 
     Raises:
         ValueError: no linear layer is called.
@@ -71,11 +71,10 @@ def last_layer_cosine(
 
 
 def last_checkpoint(trajectory: Trajectory) -> Trajectory:
-    """The run with its last checkpoint alone: TracIn over it is the gradient dot product, times
-    the sum of the rates."""
-    last = trajectory.last_step
-    kept = {step: trajectory.checkpoints[step] for step in (0, last)}
-    return replace(trajectory, checkpoints=kept)
+    """The run with only its first and last checkpoints: TracIn on it gives gradient dot products at
+    the end, times the sum of the rates."""
+    ends = {step: trajectory.checkpoints[step] for step in (0, trajectory.last_step)}
+    return replace(trajectory, checkpoints=ends)
 
 
 def _features(
@@ -85,7 +84,7 @@ def _features(
     chosen = as_task(task)
 
     def read(batch: Any) -> Tensor:
-        found, _ = read_features(module, None, lambda: len(chosen.measurement(module, batch)))
-        return found.cpu()
+        features, _ = read_features(module, None, lambda: len(chosen.measurement(module, batch)))
+        return features.cpu()
 
     return torch.cat(of_each_batch(read, module, state, source))

@@ -1,4 +1,4 @@
-"""Scores against other truths than subsets: flipped labels, other scores, single examples."""
+"""Scores judged by flipped labels, by other scores, and by the removal of examples and groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tda_lightning.evaluation.lds import (
+from tda_lightning.evaluation.linear_datamodeling import (
     Interval,
     NothingToRankError,
     bootstrap,
@@ -22,8 +22,9 @@ from tda_lightning.records.scores import Scores
 def detection_auc(self_influence: Scores | Tensor, wrong: Tensor) -> float:
     """Area under the ROC curve of finding ``wrong`` examples by large self-influence.
 
-    The chance that a wrong example is ranked above a right one, ties counting half (Mann &
-    Whitney 1947). A mislabelled example is learned by itself alone, so its own removal costs most.
+    The probability that a wrong example is ranked above a correct one, with ties counting half
+    (Mann & Whitney 1947). A mislabelled example is learned from itself alone, so its own removal
+    costs most.
 
     Args:
         self_influence: [train], or scores that hold it.
@@ -33,17 +34,16 @@ def detection_auc(self_influence: Scores | Tensor, wrong: Tensor) -> float:
         >>> detection_auc(torch.tensor([0.1, 0.9, 0.3]), torch.tensor([False, True, False]))
         1.0
     """
-    values, count = _suspected(self_influence, wrong)
+    values, count = _checked(self_influence, wrong)
     ranks = torch.from_numpy(rankdata(values.numpy()))
     above = float(ranks[wrong].sum()) - count * (count + 1) / 2
     return above / (count * (len(wrong) - count))
 
 
 def found_within(self_influence: Scores | Tensor, wrong: Tensor, fraction: float) -> float:
-    """Share of the ``wrong`` examples among the first ``fraction`` by self-influence.
+    """Share of the ``wrong`` examples in the first ``fraction`` of the ranking by self-influence.
 
-    What is found by looking through so much of the training set, most suspicious first. Examples
-    level with the last one looked at count in proportion.
+    Examples tied with the last one in that part count in proportion.
 
     Args:
         self_influence: [train], or scores that hold it.
@@ -57,15 +57,15 @@ def found_within(self_influence: Scores | Tensor, wrong: Tensor, fraction: float
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and up to 1, got {fraction}.")
-    values, count = _suspected(self_influence, wrong)
-    looked = max(1, round(fraction * len(values)))
-    last = values.sort(descending=True).values[looked - 1]
-    above, level = values > last, values == last
-    share = (looked - int(above.sum())) / int(level.sum())
-    return (int((wrong & above).sum()) + share * int((wrong & level).sum())) / count
+    values, count = _checked(self_influence, wrong)
+    inspected = max(1, round(fraction * len(values)))
+    last = values.sort(descending=True).values[inspected - 1]
+    above, tied = values > last, values == last
+    share = (inspected - int(above.sum())) / int(tied.sum())
+    return (int((wrong & above).sum()) + share * int((wrong & tied).sum())) / count
 
 
-def _suspected(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, int]:
+def _checked(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, int]:
     """Self-influence in float64, and how many examples are wrong."""
     if isinstance(self_influence, Scores):
         if self_influence.self_influence is None:
@@ -79,10 +79,10 @@ def _suspected(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, 
     count = int(wrong.sum())
     if count in (0, len(wrong)):
         raise ValueError(
-            f"{count} of {len(wrong)} examples are marked wrong; an AUC needs some of both kinds."
+            f"{count} of {len(wrong)} examples are marked wrong; expected some of both kinds."
         )
     if not bool(self_influence.isfinite().all()):
-        raise ValueError("Some self-influence is not finite: it ranks nothing.")
+        raise ValueError("Some self-influence is not finite, so it cannot be ranked.")
     return self_influence.double().cpu(), count
 
 
@@ -95,23 +95,23 @@ def agreement(first: Scores | Tensor, second: Scores | Tensor) -> Interval:
             f"{list(a.shape)} and {list(b.shape)}."
         )
     a, b = a.double().cpu(), b.double().cpu()
-    # Constant scores rank nothing, whichever of the two they are.
-    found = rank_correlation(a, b).where((a != a[:, :1]).any(1), torch.nan)
-    if bool(found.isnan().all()):
+    # Constant scores rank nothing, in either of the two.
+    per_query = rank_correlation(a, b).where((a != a[:, :1]).any(1), torch.nan)
+    if bool(per_query.isnan().all()):
         raise NothingToRankError(
             "The scores of every query are constant in one of the two: there is nothing to rank."
         )
-    return bootstrap(found)
+    return bootstrap(per_query)
 
 
 def as_removal(scores: Scores | Tensor) -> Tensor:
-    r"""Scores for true removal at the same number of steps, from those for weight 0.
+    r"""Scores for true removal at the same number of steps, given those for weight 0.
 
     .. math::
         s' = \frac{N}{N - 1} \Big(s - \frac1N \sum_n s_n\Big)
 
-    With weight 0 a batch keeps its denominator. Removal gives the others its share back, which
-    changes the slope and the sums over groups, and no ranking of single examples.
+    With weight 0 a batch keeps its denominator. With removal the other examples take over the share
+    of the removed one, which changes slopes and sums over groups but not the ranking of examples.
     """
     values = complete(scores)
     train = values.shape[1]
@@ -123,9 +123,9 @@ class RemovalAgreement:
     """Predicted changes of measurements against those of retraining.
 
     Attributes:
-        slope: of the true change on the predicted one, through the origin, over all pairs; 1 when
+        slope: of the true change on the predicted one, through the origin, over all pairs; 1 if
             the unit is right.
-        correlation: Pearson's, over all pairs; NaN where either does not vary.
+        correlation: Pearson's, over all pairs; NaN where either is constant.
         rank: Spearman's over the retrainings, averaged over queries.
     """
 
@@ -139,12 +139,12 @@ def leave_one_out(
 ) -> RemovalAgreement:
     """Compare scores with the change of the measurement when an example is left out.
 
-    The truth and the scores must mean the same thing: weight 0 as in
-    :func:`~tda_lightning.evaluation.retrain`, or removal with scores from :func:`as_removal`.
+    Truth and scores must mean the same: weight 0, as in
+    :func:`~tda_lightning.evaluation.retrain`, or removal, with scores from :func:`as_removal`.
 
     Args:
         scores: [query, train].
-        left_out: the example that each retraining left out, int64 [retraining].
+        left_out: the example left out of each retraining, int64 [retraining].
         outcomes: measurements after each retraining, [retraining, query].
         baseline: measurements with all examples, [query].
     """
@@ -167,12 +167,12 @@ def group_removal(
         scores: [query, train].
         kept: which examples each retraining kept, bool [retraining, train].
         outcomes: measurements after each retraining, [retraining, query].
-        baseline: measurements with all examples, [query]; under the protocol *algorithm* the mean
-            over as many fresh seeds.
-        removed: as :func:`predicted_changes` takes it.
+        baseline: measurements with all examples, [query]; under the protocol *algorithm* their
+            mean over the same number of fresh seeds.
+        removed: see :func:`predicted_changes`.
 
     Raises:
-        NothingToRankError: fewer than 3 retrainings, or no measurement varies over them.
+        NothingToRankError: fewer than 3 retrainings, or every measurement is constant.
     """
     predicted = predicted_changes(scores, kept, removed)
     queries, retrainings = predicted.shape
@@ -193,7 +193,7 @@ def group_removal(
 
 def slope_and_correlation(predicted: Tensor, truth: Tensor) -> tuple[float, float]:
     """Slope of ``truth`` on ``predicted`` through the origin, and Pearson's correlation, both over
-    all entries; NaN where they are not defined.
+    all entries; NaN where undefined.
 
     Example:
         >>> slope_and_correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0]))
@@ -206,21 +206,22 @@ def slope_and_correlation(predicted: Tensor, truth: Tensor) -> tuple[float, floa
 
 
 def predicted_changes(scores: Scores | Tensor, kept: Tensor, removed: bool = False) -> Tensor:
-    r"""What scores predict of each query when only ``kept`` is left, float64 [query, retraining].
+    r"""The predicted change of each measurement if only ``kept`` is left: float64 [query,
+    retraining].
 
-    With weight 0 the sum of what is left out. When a group :math:`G` of :math:`k` examples is
-    removed at the same number of steps, the others take over its share of every batch, and to
+    With weight 0 this is the sum over what is left out. If a group :math:`G` of :math:`k` examples
+    is removed at the same number of steps, the others take over its share of every batch, and to
     first order the change is
 
     .. math::
         \frac{N}{N - k} \Big(\sum_{n \in G} s_n - \frac{k}{N} \sum_n s_n\Big),
 
-    which for one example is :func:`as_removal`.
+    which is :func:`as_removal` for a single example.
 
     Args:
         scores: [query, train].
         kept: bool [retraining, train].
-        removed: for training without the examples, as *algorithm* does, and not at weight 0.
+        removed: the examples are really removed, as under *algorithm*, instead of at weight 0.
     """
     values = complete(scores).double().cpu()
     train = values.shape[1]

@@ -1,8 +1,8 @@
-r"""The proximal Bregman response: the question that damped influence functions do answer.
+r"""The proximal Bregman response: the question that damped influence functions answer.
 
-Leaving an example out of a network's training is not what they approximate (Bae et al. 2022). They
-approximate this: stay near the trained weights :math:`\theta_s`, in outputs (by the loss's Bregman
-divergence) and in weights (by the damping), while the example's loss is given up,
+They do not approximate training a network without an example (Bae et al. 2022), but this: stay near
+the trained weights :math:`\theta_s`, in outputs (by the loss's Bregman divergence) and in weights
+(by the damping), while giving up the example's loss,
 
 .. math::
     \theta^*_n = \arg\min_\theta \frac1N \sum_i D_i\big(o_i(\theta), o_i(\theta_s)\big)
@@ -37,7 +37,7 @@ from tda_lightning.tasks import ClassificationTask, RegressionTask
 
 
 class _Constant(nn.Module):
-    """A network that gives the outputs it was made with, so that a task's loss is one of them."""
+    """A network with fixed outputs, so that a task's loss is a function of them."""
 
     def __init__(self, outputs: Tensor) -> None:
         super().__init__()
@@ -60,22 +60,22 @@ def proximal_bregman_response(
 ) -> Tensor:
     """The response of every query to giving up each of ``examples``, float64 [query, example].
 
-    Minimised over all parameters that require gradients by L-BFGS on the whole training set, in
-    the module's precision: float64 for responses as small as those of single examples.
+    The minimum over all parameters that require gradients, found by L-BFGS on the whole training
+    set in the module's precision. Use float64: responses to single examples are tiny.
 
     Args:
-        module: put back as it was at the end.
-        task: whose loss is one of outputs and labels.
+        module: restored at the end.
+        task: its loss must be a function of outputs and labels.
         state: the trained weights and buffers.
         dataset: the training set.
-        queries: whose measurements are compared.
+        queries: the queries to measure.
         examples: indices of training examples.
-        damping: as of the influence function, weight decay added.
-        iterations: of L-BFGS for each example, at most.
+        damping: of the influence function, plus the weight decay.
+        iterations: most iterations of L-BFGS per example.
         batch_size: training examples at a time.
 
     Raises:
-        NonFiniteError: the minimisation diverged; a larger damping keeps nearer.
+        NonFiniteError: the minimisation diverged; a larger damping stays closer.
     """
     work = (module, task, state, dataset, queries, examples, damping, iterations, batch_size)
     return torch.stack(list(each_response(*work)), dim=1)
@@ -92,14 +92,14 @@ def each_response(
     iterations: int = 200,
     batch_size: int = 256,
 ) -> Iterator[Tensor]:
-    """:func:`proximal_bregman_response` one example after the other, float64 [query]."""
+    """:func:`proximal_bregman_response` one example at a time, float64 [query]."""
     if not isinstance(task, (ClassificationTask, RegressionTask)):
         raise TypeError(
-            "The Bregman divergence needs a loss of outputs and labels: expected a "
-            f"ClassificationTask or a RegressionTask, got {type(task).__name__}."
+            "The Bregman divergence needs a loss that is a function of outputs and labels: "
+            f"expected a ClassificationTask or a RegressionTask, got {type(task).__name__}."
         )
     if not damping > 0:
-        raise ValueError(f"damping must be positive to have one answer, got {damping}.")
+        raise ValueError(f"damping must be positive for a unique response, got {damping}.")
     source = ExampleSource.of(dataset, batch_size, "training")
     before = measure(module, task, state, queries)
     with borrowed(module):
@@ -114,7 +114,7 @@ def each_response(
             moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
             if not all(bool(tensor.isfinite().all()) for tensor in moved.values()):
                 raise NonFiniteError(
-                    f"The response to example {example} diverged. Ask with a larger damping than "
+                    f"The response to example {example} diverged. Use a larger damping than "
                     f"{damping:g}."
                 )
             yield (measure(module, task, moved, queries) - before).double().cpu()
@@ -158,7 +158,7 @@ def _minimise(
         total = 0.0
         for batch, (anchor, slope) in zip(batches, anchors, strict=True):
             outputs = task.forward(module, batch)[0]
-            # The divergence's constant, the losses at the anchor, moves no minimum.
+            # The constant of the divergence, the loss at the anchor, does not move the minimum.
             losses = task.train_loss(_Constant(outputs), batch).sum()
             part = (losses - (slope * (outputs - anchor)).sum()) / num_train
             part.backward()

@@ -1,15 +1,15 @@
-r"""Train the recorded run again with some examples weighted: the truth that scores are judged by.
+r"""Replay the recorded run with weighted examples: the truth that scores are judged by.
 
-Everything comes from the trajectory: initial weights (checkpoint 0), the batches in their recorded
-order, applied rates, the optimizer's settings and clipping. A batch loss is
+Everything comes from the trajectory: initial weights (checkpoint 0), batches in their recorded
+order, applied rates, optimizer settings and clipping. The loss of a batch is
 
 .. math::
     L_B = \frac1{|B|} \sum_{n \in B} w_n\, l_n(\theta)
 
-so an example of weight 0 leaves its batch with the *denominator kept*. That is not removal in the
-sense of a smaller training set, where every other example gains weight; see
-:func:`~tda_lightning.evaluation.as_removal`. With batch statistics (BatchNorm in train mode) an
-example of weight 0 also stays in the statistics.
+so an example of weight 0 leaves its batch while the *denominator stays the same*. This differs from
+a smaller training set, where every other example gains weight; see
+:func:`~tda_lightning.evaluation.as_removal`. With batch statistics (BatchNorm in train mode), an
+example of weight 0 still contributes to the statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.stacked import run_stacked
+from tda_lightning.evaluation.stacked_replay import replay_stacked
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
@@ -31,7 +31,7 @@ from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 ROUNDING = 1e-2  # landing errors up to here are rounding errors, even amplified over a long run
 
@@ -51,20 +51,19 @@ def retrain(
 
     Args:
         trajectory: the recorded run.
-        module: built as it was trained; it is put back as it was.
+        module: built as it was trained; it is restored at the end.
         task: gives each example's training loss; None for the module's own ``training_step``.
         dataset: the recorded training set, or a ``DataLoader`` over it for its collate function.
         weights: [train], 0 for an example left out.
-        training: replay in train mode, as runs are recorded by Lightning; False for eval mode.
+        training: replay in train mode, as Lightning trains; False for eval mode.
 
     Returns:
         Parameters and buffers after the last step, by name.
 
     Raises:
         TrajectoryMismatchError: another number of training examples than recorded.
-        UnsupportedTrainingError: the run cannot be replayed: no batches were recorded, mixed
-            precision, or random numbers drawn in training (dropout) without recorded states of
-            their generators.
+        UnsupportedTrainingError: the run cannot be replayed: no recorded batches, mixed precision,
+            or random numbers in training (dropout) without recorded generator states.
         NonFiniteError: training with these weights diverged.
     """
     (state,) = retrain_each(trajectory, module, task, dataset, weights[None], training)
@@ -83,10 +82,9 @@ def retrain_each(
     """:func:`retrain` for every row of ``weights``, [runs, train].
 
     Args:
-        together: runs to train at once through ``torch.func.vmap``, the same to rounding: 38
-            times faster for an MLP of 1,400 weights (50 at once), 8 times at 18,000, where the
-            arithmetic itself takes over. 1 is the plain loop, as for an optimizer that mixes a
-            parameter's elements.
+        together: runs to train at once through ``torch.func.vmap``, equal up to rounding: 38
+            times faster for an MLP of 1,400 weights (50 at once), 8 times for 18,000. 1 is the
+            plain loop; an optimizer that mixes a parameter's elements always takes it.
 
     Raises:
         As :func:`retrain` does.
@@ -98,7 +96,7 @@ def retrain_each(
     if not rule_of(trajectory).elementwise:
         together = 1
     for part in weights.split(together):
-        for state in [_run(replay, part[0])] if together == 1 else run_stacked(replay, part):
+        for state in [_run(replay, part[0])] if together == 1 else replay_stacked(replay, part):
             require_finite(state)
             yield state
 
@@ -121,7 +119,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
         )
     if bool((weights == 1).all()):
         return
-    # On a copy: a task that prepares itself on one batch would fix what differs by batch.
+    # On a copy: a task prepared on one batch would fix what differs between batches.
     probe = copy.deepcopy(replay.task)
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), unchanged_randomness():
@@ -132,13 +130,17 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
             probe.prepare(replay.module, batch)
     if not probe.separable:
         raise ValueError(
-            "The losses of single examples are not known, so none can be left out: "
+            "The losses of single examples are unknown, so none can be left out: "
             f"{' '.join(probe.notes)}"
         )
 
 
 def require_finite(state: Mapping[str, Tensor]) -> None:
-    """Refuse a training that diverged."""
+    """Refuse a training run that diverged.
+
+    Raises:
+        NonFiniteError: names the first parameter or buffer that is not finite.
+    """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError(
@@ -175,27 +177,27 @@ def losses(
 
 
 def of_each_batch(
-    read: Callable[[Any], Found],
+    read: Callable[[Any], Result],
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
-) -> list[Found]:
-    """What ``read`` finds in each batch of ``source``, in order, the module being in eval mode
+) -> list[Result]:
+    """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
     under ``state``."""
-    found = []
+    results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
             with seeded_examples(0, examples):
-                found.append(read(place(fetch(source, examples), module)))
-    return found
+                results.append(read(place(fetch(source, examples), module)))
+    return results
 
 
 def landing_error(trajectory: Trajectory, state: Mapping[str, Tensor]) -> float:
-    r"""Distance of a replay with all weights 1 from the recorded end, relative to the way there:
-    :math:`|\theta - \theta_T| / |\theta_T - \theta_0|`. 0 is bit for bit."""
+    r"""Distance of a replay with all weights 1 from the recorded end, relative to the distance
+    trained: :math:`|\theta - \theta_T| / |\theta_T - \theta_0|`. 0 means bit for bit."""
     start = trajectory.checkpoints[0].parameters
     end = trajectory.checkpoints[trajectory.last_step].parameters
     missed = sum(float((state[name].cpu() - end[name]).double().square().sum()) for name in end)

@@ -1,38 +1,38 @@
-r"""Is the recorded run smooth enough in its examples' weights for a derivative to predict removals?
+r"""Is a recorded run smooth enough in its data weights for a derivative to predict removals?
 
-Attribution differentiates training. The derivative is exact for a change too small to matter; a
-removal is a change of finite size, and in between the run may jump: a maximum that another entry
-wins, a step near the edge of stability. Nobody sees that from the derivative itself, so the run is
-trained again along random directions. Leaving out a set :math:`S` of examples by a share :math:`s`,
+A derivative of training is exact for infinitesimal changes, but a removal is finite, and in between
+the run may jump: another entry wins a maximum, a step crosses the edge of stability. The derivative
+itself does not show this, so the run is replayed along random directions. With a share :math:`s` of
+a random set :math:`S` of examples left out,
 
 .. math::
     z(s)_n = 1 - s\,[n \in S], \qquad \theta(s) = A(z(s)), \qquad m_q(s) = m_q(\theta(s)),
 
-three shares for each direction and one run for all of them, :math:`\theta(0)`, give three numbers:
+three shares per direction give three numbers:
 
-- *metasmoothness*, as published: with :math:`\Delta_1 = \theta(1/2) - \theta(0)`,
-  :math:`\Delta_2 = \theta(1) - \theta(1/2)` and :math:`d = |\theta(1) - \theta(0)|`,
+- *metasmoothness*: do the weights keep moving in the same direction? With
+  :math:`\Delta_1 = \theta(1/2) - \theta(0)`, :math:`\Delta_2 = \theta(1) - \theta(1/2)` and
+  :math:`d = |\theta(1) - \theta(0)|`,
 
   .. math::
       \hat S = \frac{\sum_i d_i\, \mathrm{sign}(\Delta_{1i})\, \mathrm{sign}(\Delta_{2i})}
-                    {\sum_i d_i} \in [-1, 1],
+                    {\sum_i d_i} \in [-1, 1].
 
-  do the weights move on in the direction in which they set out. The direction is -1 on :math:`S`
-  and the step h = 1/2, so that the three runs end with the removal itself: the question is about
-  this change, not about a larger or smaller one.
-- *halfway*: the rank correlation over the queries of :math:`m_q(1/2)` with :math:`m_q(1)`, each
-  query's mean over the directions taken off. How far the response is linear, on this scale.
-- *near*: the same from :math:`m_q(s)` at the small share, 1/1000. Where it is low though halfway is
-  high, the run has many small kinks (ReLU, max pooling): retraining with hardly changed weights
-  follows the kinks, exact unrolling the slope between them.
+  This is the published definition with direction -1 on :math:`S` and step 1/2, so that the largest
+  change is the removal itself.
+- *halfway*: the rank correlation over queries of :math:`m_q(1/2)` with :math:`m_q(1)`, after
+  subtracting each query's mean over directions. It says how linear the response is at this scale.
+- *near*: the same with a small share, 1/1000. If it is low while halfway is high, the run has many
+  small kinks (ReLU, max pooling): finite differences follow the kinks, exact unrolling the slope
+  between them.
 
-The verdict is the second number's: what is not nearly linear at the size of a removal, no
-derivative predicts. Over the runs of experiments/smoothness it goes with exact unrolling's LDS,
-kinks or not; the third does not.
+The verdict is based on *halfway*: if the response is not nearly linear at the size of a removal, no
+derivative predicts it. In experiments/smoothness it tracks the LDS of exact unrolling, and *near*
+does not.
 
-The means are taken off because what all directions share tells no examples apart, and because of
-where it comes from in a rough run: :math:`m_q(0)` is one draw of its jumps, so differences from it
-agree with one another however little they have to do with the examples.
+Means over directions are subtracted because what all directions share does not tell examples apart,
+and because in a rough run :math:`m_q(0)` is one draw of its jumps: differences from it agree with
+one another whatever the examples.
 
 References:
     | Optimizing ML Training with Metagradient Descent (Engstrom et al., 2025), Definition 2
@@ -51,7 +51,7 @@ import torch
 from scipy.stats import t as students
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.lds import draw_subsets, rank_correlation
+from tda_lightning.evaluation.linear_datamodeling import draw_subsets, rank_correlation
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain_each
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import State
@@ -60,10 +60,10 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask
 
-# Above it, exact unrolling ranked retrainings better than every other estimator did; where it did
-# worse, the number was 0.3: experiments/smoothness/README.md.
+# Above 0.5, exact unrolling ranked retrainings better than every other estimator; where it was
+# worse, the correlation was 0.3 (experiments/smoothness/README.md).
 THRESHOLD = 0.5
-# Replays of one and the same run that differ by more than this share of what removals did hide it.
+# Replays with equal weights that differ by more than this share of a removal's effect hide it.
 _NOISE = 0.3
 
 Verdict = Literal["smooth", "rough", "undecided"]
@@ -73,13 +73,13 @@ Verdict = Literal["smooth", "rough", "undecided"]
 class Estimate:
     """A mean over random directions with its 95% interval.
 
-    The interval is over directions only: another training run would vary too.
+    The interval is over directions only; another training run would vary too.
 
     Attributes:
-        per_direction: float64 [direction]; NaN where removing the examples changed nothing.
-        value: their mean, those that are NaN left out.
-        low: lower end of the 95% interval, not below -1.
-        high: upper end, not above 1.
+        per_direction: float64 [direction]; NaN where the removal changed nothing.
+        value: their mean, NaN left out.
+        low: lower end of the interval, at least -1.
+        high: upper end, at most 1.
     """
 
     per_direction: Tensor
@@ -89,11 +89,11 @@ class Estimate:
 
     @staticmethod
     def of(per_direction: Tensor, pseudovalues: Tensor | None = None) -> Estimate:
-        """The mean with Student's interval.
+        """The mean with Student's t interval.
 
         Args:
             per_direction: [direction].
-            pseudovalues: the jackknife's, where the values depend on one another.
+            pseudovalues: of the jackknife, where the values depend on one another.
 
         Example:
             >>> print(Estimate.of(torch.tensor([0.8, 0.9, 0.7, 0.8])))
@@ -115,21 +115,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Smoothness:
-    """What replays with random weights say of a run.
+    """How smooth a run is in its data weights.
 
     Attributes:
-        metasmoothness: agreement of signs in the weights' movement, from half the removal to all.
-        halfway: rank correlation over queries of half the removal with the removal.
-        near: rank correlation over queries of the small share with the removal.
-        fraction: of the training examples that each direction leaves out.
-        share: the small share, of ``near``.
-        landing_error: of the replay with all weights 1; see
-            :func:`~tda_lightning.evaluation.landing_error`. Not 0, the numbers are about a run
-            close to the recorded one.
-        noise: how far a second replay with all weights 1 ended from the first, relative to how far
-            removals led on average; 0 where the first landed bit for bit.
-        replays: how many were made.
-        seconds: how long it took.
+        metasmoothness: agreement in sign of the weights' changes in both halves of the removal.
+        halfway: rank correlation over queries of half the removal with the full removal.
+        near: rank correlation over queries of the small share with the full removal.
+        fraction: share of the training examples that each direction leaves out.
+        share: the small share of ``near``.
+        landing_error: of the replay with all weights 1, see
+            :func:`~tda_lightning.evaluation.landing_error`; if it is not 0, all this describes a
+            run close to the recorded one.
+        noise: distance between two replays with all weights 1, relative to the mean distance that
+            removals cause; 0 if the first landed bit for bit.
+        replays: number of replays made.
+        seconds: time taken.
     """
 
     metasmoothness: Estimate
@@ -144,8 +144,7 @@ class Smoothness:
 
     @property
     def verdict(self) -> Verdict:
-        """Is the run nearly linear at the size of a removal: "smooth" where it is, "rough" where
-        not."""
+        """Whether the run is nearly linear at the size of a removal ("smooth") or not ("rough")."""
         if not self.noise <= _NOISE:
             return "undecided"
         if self.halfway.low >= THRESHOLD:
@@ -158,36 +157,37 @@ class Smoothness:
         removal = f"leaving out {100 * self.fraction:.3g}% of the training examples"
         if not self.noise <= _NOISE:
             return (
-                "Undecided: replays with the same weights differ too much from one another to see "
-                "what removals do. Make training repeatable (Trainer(deterministic=True), no "
-                "random numbers but torch's, Python's and NumPy's own) and record again."
+                "Undecided: replays with the same weights differ too much from one another to show "
+                "the effect of removals. Make training repeatable (Trainer(deterministic=True), "
+                "random numbers from torch, Python and NumPy only) and record it again."
             )
         if self.verdict == "smooth":
             kinks = ""
             if self.near.high < THRESHOLD:
                 kinks = (
-                    " It has many small kinks (ReLU, max pooling), so that finite differences of "
-                    "retraining with hardly changed weights mislead; the derivative between the "
-                    "kinks does not."
+                    " It has many small kinks (ReLU, max pooling): finite differences with tiny "
+                    "changes of the weights are misleading, the derivative between the kinks is "
+                    "not."
                 )
             return (
-                f"Smooth: half of {removal} predicts the whole. Trust what is closest to the "
-                f"derivative of this run: Unrolled, then Source(order='recorded').{kinks}"
+                f"Smooth: half of {removal} predicts the full removal. Trust what is closest to "
+                f"the derivative of this run: Unrolled, then Source(order='recorded').{kinks}"
             )
         if math.isnan(self.halfway.low):
             return (
-                f"Undecided: {removal} changed too few measurements to compare. Ask for more "
-                "queries or a larger fraction."
+                f"Undecided: {removal} changed too few measurements to compare. Use more queries "
+                "or a larger fraction."
             )
         if self.verdict == "undecided":
             return (
-                f"Undecided: the interval of the agreement halfway holds {THRESHOLD}. Ask for more "
-                "directions, or compare estimators by their linear datamodeling score."
+                f"Undecided: the interval of halfway contains {THRESHOLD}. Use more directions, or "
+                "compare estimators by their linear datamodeling score."
             )
         return (
-            f"Rough: half of {removal} does not predict the whole, and no derivative of this run "
-            "does. Do not trust Unrolled. Source (in either order), influence functions and TracIn "
-            "average over the run's jumps and may still rank examples; check them by retraining."
+            f"Rough: half of {removal} does not predict the full removal, and neither does any "
+            "derivative of this run. Do not trust Unrolled. Source (in either order), influence "
+            "functions and TracIn average over the run's jumps and may still rank examples; check "
+            "them by retraining."
         )
 
 
@@ -206,23 +206,23 @@ def smoothness(
     together: int = 1,
     training: bool = True,
 ) -> Smoothness:
-    """Train the recorded run again with random examples left out by half, wholly and hardly.
+    """Replay the recorded run with random examples partly, half and fully left out.
 
     Args:
         trajectory: the recorded run.
-        module: built as it was trained; it is put back as it was.
+        module: built as it was trained; it is restored at the end.
         task: gives the training losses and the measurement; None for the module's own
             ``training_step``.
         dataset: the recorded training set, or a ``DataLoader`` over it.
-        queries: whose measurements count, likewise.
-        directions: random sets of examples, at least 3; each costs three replays.
-        fraction: of the training examples in such a set: what removals are asked about.
-        share: of the removal that looks at kinks. In float32 a much smaller one measures rounding
-            errors.
+        queries: the queries to measure, likewise.
+        directions: number of random sets of examples, at least 3; each costs three replays.
+        fraction: share of the training examples in such a set, the size of the removal in question.
+        share: part of the removal for ``near``; in float32 a much smaller one would measure
+            rounding errors.
         seed: of the random sets.
         batch_size: of queries.
         together: runs to train at once; see :func:`~tda_lightning.evaluation.retrain_each`.
-        training: replay in train mode, as runs are recorded by Lightning.
+        training: replay in train mode, as Lightning trains.
 
     Raises:
         ValueError: a setting out of range, or fewer than 3 queries.
@@ -307,14 +307,14 @@ def _agreement_of_signs(names: Sequence[str], start: State, half: State, whole: 
 
 
 def _rank_agreement(some: Tensor, whole: Tensor) -> Estimate:
-    """Rank correlation over queries, each query's mean over directions taken off.
+    """Rank correlation over queries after subtracting each query's mean over directions.
 
-    That makes the directions depend on one another, which the jackknife's interval allows for
-    (Quenouille 1956, Tukey 1958): each is left out in turn, means and all.
+    The subtraction makes directions depend on one another; the jackknife's interval accounts for it
+    (Quenouille 1956, Tukey 1958): each direction is left out in turn, before taking means.
 
     Args:
-        some: change of each measurement where some of the removal was done, [direction, query].
-        whole: where all of it was.
+        some: change of each measurement after part of the removal, [direction, query].
+        whole: after all of it.
     """
 
     def agreement(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Subset removal (Bae et al. 2024, section 5): does a query suffer without its proponents?"""
+"""Removal of the strongest proponents (Bae et al. 2024, section 5): does the query suffer?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.lds import Interval, bootstrap, draw_subsets
+from tda_lightning.evaluation.linear_datamodeling import Interval, bootstrap, draw_subsets
 from tda_lightning.evaluation.retraining import measure, of_each_batch, retrain_each
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
@@ -21,14 +21,13 @@ from tda_lightning.tasks import AttributionTask, ClassificationTask
 
 @dataclass(frozen=True)
 class TopRemoval:
-    """What leaving out so many examples did to the queries, in the recorded run.
+    """The effect of leaving out ``k`` examples on the queries.
 
     Attributes:
-        k: how many were left out.
-        rise: of each query's measurement without its own ``k`` top proponents.
-        random_rise: without ``k`` random examples, averaged over the draws.
-        flipped: share of the queries that are then classified otherwise; None where there are no
-            classes.
+        k: number of examples left out.
+        rise: of each query's measurement without its own ``k`` strongest proponents.
+        random_rise: without ``k`` random examples, averaged over draws.
+        flipped: share of the queries whose predicted class changes; None without classes.
         random_flipped: the same for random examples.
     """
 
@@ -52,23 +51,23 @@ def top_removal(
     together: int = 1,
     training: bool = True,
 ) -> list[TopRemoval]:
-    """Replay the recorded run without each query's top proponents, and without random ones.
+    """Replay the recorded run without each query's strongest proponents, or random examples.
 
     Args:
         trajectory: the recorded run.
         module: built as it was trained.
         task: gives losses and measurements; classes are compared for a ``ClassificationTask``.
         dataset: the recorded training set.
-        queries: of the scores, in their order.
-        scores: whose proponents are left out.
-        ks: how many.
-        draws: random sets for each k, which all queries share.
+        queries: those of the scores, in their order.
+        scores: name the proponents.
+        ks: numbers of examples to leave out.
+        draws: random sets for each k, shared by all queries.
         seed: of the random sets.
         together: see :func:`~tda_lightning.evaluation.retrain_each`.
         training: replay in train mode.
 
     Returns:
-        For each k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
+        One result per k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
     """
     if (given := len(ExampleSource.of(queries, 1, "query"))) != scores.num_queries:
         raise ValueError(f"The scores are of {scores.num_queries} queries, got {given}.")
@@ -78,8 +77,8 @@ def top_removal(
     with SlowProgress("Retraining", len(kept)) as progress:
         for state in retrain_each(*work):
             measured.append(measure(module, task, state, queries).double().cpu()[None])
-            found = predicted_classes(module, task, state, queries)
-            classes += [] if found is None else [found[None]]
+            predicted = predicted_classes(module, task, state, queries)
+            classes += [] if predicted is None else [predicted[None]]
             progress.advance()
     return compare_removals(
         torch.stack(measured), torch.stack(classes) if classes else None, ks, draws
@@ -88,13 +87,13 @@ def top_removal(
 
 def removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Tensor:
     """Which examples each retraining keeps, bool [retraining, train]: first all of them; then for
-    each k all but a query's ``k`` top proponents, query by query, and ``draws`` times all but
-    ``k`` random ones."""
+    each k, all but the query's ``k`` strongest proponents for each query, and all but ``k`` random
+    examples ``draws`` times."""
     train, count = scores.num_train, scores.num_queries
     if not ks or min(ks) < 1 or max(ks) >= train:
         raise ValueError(f"Each k must be from 1 to {train - 1}, got {list(ks)}.")
     if draws < 1:
-        raise ValueError(f"Something to compare with needs draws of at least 1, got {draws}.")
+        raise ValueError(f"draws must be at least 1, to compare with, got {draws}.")
     masks = [torch.ones(1, train, dtype=torch.bool)]
     for k in ks:
         own = torch.ones(count, train, dtype=torch.bool)
@@ -107,10 +106,10 @@ def removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Te
 def compare_removals(
     outcomes: Tensor, classes: Tensor | None, ks: Sequence[int], draws: int
 ) -> list[TopRemoval]:
-    """What the retrainings of :func:`removals` say.
+    """Compare the retrainings of :func:`removals`.
 
     Args:
-        outcomes: measurements, [retraining, seed, query]; a rise is one of their means over seeds.
+        outcomes: measurements, [retraining, seed, query]; rises are of means over seeds.
         classes: predicted, int64 [retraining, seed, query]; a flip is a difference from training
             on everything with the same seed.
         ks: as given there.
@@ -139,8 +138,8 @@ def compare_removals(
 def predicted_classes(
     module: nn.Module, task: AttributionTask | None, state: Mapping[str, Tensor], queries: Any
 ) -> Tensor | None:
-    """The class that each query is given, int64 [query]; of a sequence, a digest of the classes of
-    all positions, so that one that changes is a change. None without a ``ClassificationTask``."""
+    """Predicted class of each query, int64 [query]; for a sequence, a digest of the classes at all
+    positions. None without a ``ClassificationTask``."""
     if not isinstance(task, ClassificationTask):
         return None
     source = ExampleSource.of(queries, 256, "query")
@@ -149,7 +148,7 @@ def predicted_classes(
         logits = task.forward(module, batch)[0]
         return logits.argmax(1).reshape(len(logits), -1).cpu()
 
-    found = torch.cat(of_each_batch(read, module, state, source))
-    if found.shape[1] == 1:
-        return found[:, 0]
-    return torch.tensor([integer_digest(row) for row in found], dtype=torch.int64)
+    classes = torch.cat(of_each_batch(read, module, state, source))
+    if classes.shape[1] == 1:
+        return classes[:, 0]
+    return torch.tensor([integer_digest(row) for row in classes], dtype=torch.int64)

@@ -85,7 +85,8 @@ class Capture(TorchFunctionMode):
         before = len(self.watched)
         output = FUSED[func](self.linear, func, *args, **kwargs)
         if torch.is_grad_enabled():
-            seen = {ref.name for use in self.uses[before:] for ref in use.refs}
+            new = [use for use in self.watched[before:] if isinstance(use, Use)]
+            seen = {ref.name for use in new for ref in use.refs}
             self.generic.update(set(self._names((*args, *kwargs.values()))) - seen)
         return output
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +10,13 @@ from torch import Tensor
 from tda_lightning.gradients.engine import GradientEngine
 from tda_lightning.gradients.functional import Loss, doubled, in_double
 from tda_lightning.tasks import batches
+from tda_lightning.tasks.batches import Batch
 
 SUSPICIOUS = 1e-4
 
 
 def largest_errors(
-    engine: GradientEngine, loss: Loss, batch: Any, examples: Tensor
+    engine: GradientEngine, loss: Loss, batch: Batch, examples: Tensor
 ) -> dict[str, float]:
     """Largest relative error of any example's gradient, by block.
 
@@ -33,7 +33,7 @@ def largest_errors(
     return errors
 
 
-def _errors(engine: GradientEngine, loss: Loss, batch: Any, examples: Tensor) -> dict[str, float]:
+def _errors(engine: GradientEngine, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
     factored = engine.gradients(loss, batch, examples).blocks
     plain = [
         engine.plain_gradient(

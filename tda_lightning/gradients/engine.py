@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,9 @@ from tda_lightning.gradients.functional import (
 )
 from tda_lightning.gradients.uses import assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.tasks.batches import Batch
 
-Losses = Callable[[nn.Module, Any, Tensor], Iterable[Tensor]]
+Losses = Callable[[nn.Module, Batch, Tensor], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GradientEngine:
         """Names of the parameters that are differentiated through ``torch.func``."""
         return list(self._generic)
 
-    def gradients(self, loss: Loss, batch: Any, examples: Tensor) -> ExampleGradients:
+    def gradients(self, loss: Loss, batch: Batch, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of ``loss`` for every block.
 
         Args:
@@ -90,7 +90,7 @@ class GradientEngine:
         return next(self.each_gradient(lambda *a: [loss(*a)], batch, examples))
 
     def each_gradient(
-        self, losses: Losses, batch: Any, examples: Tensor
+        self, losses: Losses, batch: Batch, examples: Tensor
     ) -> Iterator[ExampleGradients]:
         """Per-example gradients of several losses that share one forward pass.
 
@@ -122,7 +122,7 @@ class GradientEngine:
             yield ExampleGradients(loss.detach(), assemble(blocks, capture.uses, count, generic))
 
     def _watched(
-        self, losses: Losses, batch: Any, examples: Tensor
+        self, losses: Losses, batch: Batch, examples: Tensor
     ) -> tuple[Capture, Iterator[Tensor]]:
         """Run the losses under a fresh capture, which fills when the first loss is drawn."""
         native = [name for name in self.names if name not in self._generic]
@@ -142,7 +142,7 @@ class GradientEngine:
 
         return capture, run()
 
-    def plain_gradient(self, loss: Loss, batch: Any, examples: Tensor) -> dict[str, Tensor]:
+    def plain_gradient(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, Tensor]:
         """Gradient of the summed losses by plain autograd."""
         frozen = parameters_frozen(self.module, self.names)
         with frozen, plain_recurrence(self.module), torch.enable_grad():
@@ -157,7 +157,7 @@ class GradientEngine:
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
-        self, loss: Loss, batch: Any, examples: Tensor, separable: bool = True
+        self, loss: Loss, batch: Batch, examples: Tensor, separable: bool = True
     ) -> dict[str, float]:
         """Plan the blocks from a batch and check them against plain autograd.
 
@@ -204,7 +204,7 @@ class GradientEngine:
         self._blocks = plan_blocks(self._shapes, capture.uses, generic)
 
     def _errors(
-        self, loss: Loss, batch: Any, examples: Tensor, plain: dict[str, Tensor]
+        self, loss: Loss, batch: Batch, examples: Tensor, plain: dict[str, Tensor]
     ) -> dict[str, _Error]:
         """Errors by parameter, of the batch and of the batch in reverse."""
         gradients = self.gradients(loss, batch, examples).blocks
@@ -229,7 +229,7 @@ class GradientEngine:
         return errors
 
     def _errors_in_double(
-        self, loss: Loss, batch: Any, examples: Tensor
+        self, loss: Loss, batch: Batch, examples: Tensor
     ) -> dict[str, _Error] | None:
         """The same in float64, None where the module or its loss insists on its own precision.
 
@@ -275,7 +275,7 @@ class _Error:
 def _nth(losses: Losses, number: int) -> Loss:
     """The loss at place ``number`` alone."""
 
-    def nth(module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+    def nth(module: nn.Module, batch: Batch, examples: Tensor) -> Tensor:
         for position, loss in enumerate(losses(module, batch, examples)):
             if position == number:
                 return loss
@@ -299,7 +299,7 @@ def _check_losses(losses: Tensor, examples: Tensor) -> None:
         )
 
 
-def _reversed(batch: Any, count: int) -> Any:
+def _reversed(batch: Batch, count: int) -> Batch | None:
     """The batch with its examples in reverse; None where it is not all tensors, example first."""
     leaves, structure = pytree.tree_flatten(batch)
     if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves):

@@ -36,8 +36,9 @@ class ExampleAxes:
         Returns:
             Names of the parameters whose uses have no layout.
         """
+        uses = capture.uses
         open_choices: dict[int, list[Layout]] = {}
-        for position, use in enumerate(capture.uses):
+        for position, use in enumerate(uses):
             layouts = candidates(use.output_shape, batch, use.channel_axes)
             certain = self._certain.get(use.key, set()) if batch > 1 else set()
             remembered = [layout for layout in layouts if layout in certain]
@@ -49,7 +50,7 @@ class ExampleAxes:
             _strike_out(capture, open_choices, losses, batch)
         without: set[str] = set()
         for position, layouts in open_choices.items():
-            use = capture.uses[position]
+            use = uses[position]
             if not layouts:
                 without.update(ref.name for ref in use.refs)
                 continue

@@ -15,9 +15,10 @@ from tda_lightning.gradients.capture import Capture
 from tda_lightning.records.errors import EngineError
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.tasks import batches
+from tda_lightning.tasks.batches import Batch
 
 # (module, batch, indices of its examples) -> losses [batch]
-Loss: TypeAlias = Callable[[nn.Module, Any, Tensor], Tensor]
+Loss: TypeAlias = Callable[[nn.Module, Batch, Tensor], Tensor]
 
 # Examples differentiated at once: enough to be quick, few enough for the memory of one batch.
 _CHUNK = 64
@@ -31,7 +32,7 @@ class Lossy(nn.Module):
         self.module = module
         self.loss = loss
 
-    def forward(self, batch: Any, examples: Tensor) -> Tensor:
+    def forward(self, batch: Batch, examples: Tensor) -> Tensor:
         """``loss(module, batch, examples)``."""
         return self.loss(self.module, batch, examples)
 
@@ -79,7 +80,7 @@ def in_double(module: nn.Module) -> Iterator[None]:
             part._buffers[name] = buffer
 
 
-def doubled(batch: Any) -> Any:
+def doubled(batch: Batch) -> Batch:
     """A batch with its floating-point tensors in float64."""
     return pytree.tree_map_only(
         Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
@@ -87,7 +88,7 @@ def doubled(batch: Any) -> Any:
 
 
 def functional_gradients(
-    module: nn.Module, names: Sequence[str], loss: Loss, batch: Any, examples: Tensor
+    module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
 ) -> dict[str, Tensor]:
     """Gradients of the named parameters, example by example: name -> [batch, *shape].
 
@@ -124,7 +125,7 @@ def functional_gradients(
 
 
 def _by_vmap(
-    lossy: Lossy, values: dict[str, Tensor], batch: Any, examples: Tensor
+    lossy: Lossy, values: dict[str, Tensor], batch: Batch, examples: Tensor
 ) -> dict[str, Tensor]:
     leaves, structure = pytree.tree_flatten(batch)
     sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
@@ -141,7 +142,7 @@ def _by_vmap(
 
 
 def _one_by_one(
-    lossy: Lossy, values: dict[str, Tensor], batch: Any, examples: Tensor
+    lossy: Lossy, values: dict[str, Tensor], batch: Batch, examples: Tensor
 ) -> dict[str, Tensor]:
     """The obvious way: a batch of one and plain autograd for every example."""
     rows = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,8 @@ from torch import Tensor
 _ATTENTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
-class LinearMap(Protocol):
-    """``F.linear`` with some rows of weight and bias; the bias's are the weight's by default."""
-
-    def __call__(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        rows: slice | None = None,
-        bias_rows: slice | None = None,
-    ) -> Tensor:
-        """The product [..., rows]."""
+# Called with (inputs, weight, bias, rows of the weight, rows of the bias): see Capture.linear.
+LinearMap: TypeAlias = Callable[..., Tensor]
 
 
 def attention(linear: LinearMap, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -30,9 +30,13 @@ def register(rule: OptimizerRule) -> OptimizerRule:
     where it is recorded and where it is attributed.
 
     Example:
-        >>> class Lion(torch.optim.Optimizer): ...
-        >>> rule = register(OptimizerRule(optimizer=Lion, settings=("beta1", "beta2")))
-        >>> find_rule(rule.name) is rule
+        >>> class Descent(Optimizer):
+        ...     "theta <- theta - rate * g, by a step of its own."
+        ...     def step(self, closure=None): ...
+        >>> rule = OptimizerRule(
+        ...     optimizer=Descent, adjoint=lambda a, states, step: -step.rate * a, linear=True
+        ... )
+        >>> find_rule(register(rule).name) is rule
         True
     """
     _RULES[rule.name] = rule

@@ -29,8 +29,8 @@ _SQUARE, _MEAN, _BUFFER = "square_avg", "grad_avg", "momentum_buffer"
 
 def _adjoint(a: Tensor, states: dict[str, Tensor], step: ParameterStep) -> Tensor:
     alpha, eps, momentum = (step.settings[name] for name in ("alpha", "eps", "momentum"))
-    variance, mean = _variance(step.states)
-    root = variance.sqrt()
+    centered = bool(step.settings["centered"])
+    root = _variance(step.states, centered).sqrt()
     denominator = root + eps
     moved = root != 0  # the others never had a gradient, and get no derivative
     # Of d, which the parameters are stepped by.
@@ -44,21 +44,20 @@ def _adjoint(a: Tensor, states: dict[str, Tensor], step: ParameterStep) -> Tenso
     u = torch.where(moved, 1 / denominator, 0) * direction
     u += (2 * (1 - alpha) * step.gradient) * states[_SQUARE]
     states[_SQUARE] *= alpha
-    if mean is not None:
-        states[_MEAN].addcmul_(direction, -2 * mean * to_variance)
+    if centered:
+        states[_MEAN].addcmul_(direction, -2 * step.states[_MEAN] * to_variance)
         u += (1 - alpha) * states[_MEAN]
         states[_MEAN] *= alpha
     return u
 
 
-def _variance(states: States) -> tuple[Tensor, Tensor | None]:
-    """What the root is taken of, and the mean gradient when it is centered."""
-    mean = states.get(_MEAN)
-    return states[_SQUARE] if mean is None else states[_SQUARE] - mean**2, mean
+def _variance(states: States, centered: bool) -> Tensor:
+    """What the root is taken of."""
+    return states[_SQUARE] - states[_MEAN] ** 2 if centered else states[_SQUARE]
 
 
 def _metric(states: States, settings: Settings, _: Number) -> Tensor:
-    root = _variance(states)[0].clamp(min=0).sqrt()
+    root = _variance(states, bool(settings["centered"])).clamp(min=0).sqrt()
     return torch.where(states[_SQUARE] > 0, 1 / (root + settings["eps"]), 0)
 
 

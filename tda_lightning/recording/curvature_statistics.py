@@ -170,6 +170,24 @@ class CurvatureStatistics(Observer):
         self._trained = trained
         self.begin_stage()
 
+    def facts(self) -> dict[str, Any]:
+        return {"curvature": self.settings.facts()}
+
+    def resume(self, facts: Facts, state: RecorderState) -> None:
+        self._start = state.checkpoints[-1]
+        # Lightning loads checkpoints to the CPU.
+        device = self.settings.device or self._trainer.strategy.root_device
+        for name, saved in state.parts["curvature"]["sums"].items():
+            sums = {n: saved[n].to(device, self.settings.dtype) for n in BlockStatistics.SUMS}
+            block = BlockStatistics(tuple(saved["parameters"]), tuple(saved["shape"]), **sums)
+            # The first process has the sums of all.
+            self._sums[name] = block if self._trainer.is_global_zero else _zeros(block)
+
+    def begin_stage(self) -> None:
+        self._parameters = self._trained.of_stage()
+        self._blocks, self._checked = [], False
+        self._sums, self._step, self._batch = {}, {}, {}
+
     def plan(self, checkpoints: Collection[int]) -> None:
         """Choose how often to watch, where that was left open."""
         self.settings = self._given.watching(checkpoints)
@@ -179,19 +197,6 @@ class CurvatureStatistics(Observer):
         before = recorded.settings.get("curvature")
         if self._given.every is None and isinstance(before, Mapping):
             self.settings = replace(self.settings, every=before.get("every"))
-
-    def begin_stage(self) -> None:
-        self._parameters = self._trained.of_stage()
-        self._blocks, self._checked = [], False
-        self._sums, self._step, self._batch = {}, {}, {}
-
-    def facts(self) -> dict[str, Any]:
-        return {"curvature": self.settings.facts()}
-
-    def detach(self) -> None:
-        if self._training_step is not None:
-            self._training_step.remove()
-        self._training_step, self._waiting = None, None
 
     def _watched(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._wanted():
@@ -389,15 +394,10 @@ class CurvatureStatistics(Observer):
         }
         return {"parts": {"curvature": {"sums": sums}}}
 
-    def resume(self, facts: Facts, state: RecorderState) -> None:
-        self._start = state.checkpoints[-1]
-        # Lightning loads checkpoints to the CPU.
-        device = self.settings.device or self._trainer.strategy.root_device
-        for name, saved in state.parts["curvature"]["sums"].items():
-            sums = {n: saved[n].to(device, self.settings.dtype) for n in BlockStatistics.SUMS}
-            block = BlockStatistics(tuple(saved["parameters"]), tuple(saved["shape"]), **sums)
-            # The first process has the sums of all.
-            self._sums[name] = block if self._trainer.is_global_zero else _zeros(block)
+    def detach(self) -> None:
+        if self._training_step is not None:
+            self._training_step.remove()
+        self._training_step, self._waiting = None, None
 
 
 def _samples(gradient: Gradient) -> tuple[float, float]:

@@ -18,11 +18,11 @@ class TrajectoryLockedError(TrajectoryError):
 
 
 class TrajectoryFormatError(TrajectoryError, ValueError):
-    """A file is truncated, corrupted, or of a format version that this release does not read."""
+    """A file is damaged, of another kind, or of a format version that cannot be read."""
 
 
 class TrajectoryMismatchError(TrajectoryError, ValueError):
-    """The model or the training data at hand are not the recorded ones."""
+    """The given model or training data are not the recorded ones."""
 
 
 class UnsupportedTrainingError(TrajectoryError, ValueError):
@@ -34,7 +34,7 @@ class ResumeError(UnsupportedTrainingError):
 
 
 class RecordingError(TrajectoryError, OSError):
-    """The trajectory cannot be written on: the disk is full, the folder is gone, ..."""
+    """The trajectory can no longer be written: the disk is full, the folder is gone, ..."""
 
 
 class NonFiniteError(ArithmeticError):

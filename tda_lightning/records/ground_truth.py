@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryMismatchError
 
-# single_run: the recorded run replayed, examples left out at weight 0, the denominators of batches
-# kept. algorithm: trained anew on a smaller training set, with fresh weights and a fresh order.
-# pbrf: no retraining, but the proximal Bregman response to giving up one example.
+# single_run: the recorded run replayed, with weight 0 for the examples that are left out.
+# algorithm: trained again on a smaller training set, with fresh weights and a fresh order.
+# pbrf: no retraining, but the proximal Bregman response to removing one example.
 Protocol = Literal["single_run", "algorithm", "pbrf"]
 PROTOCOLS: tuple[Protocol, ...] = ("single_run", "algorithm", "pbrf")
 RECORDED_SEED = -1
 
+# Rows and columns of [subset, seed].
+_Pairs = tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """Measurements of every query after retraining on subsets, as far as there are any yet.
+    """Measurements of every query after retraining on subsets, as far as they have been made.
 
     Attributes:
         protocol: which question the numbers answer.
@@ -33,9 +36,9 @@ class GroundTruth:
         baseline: measurements of the recorded run's last checkpoint, float64 [query].
         configuration: whatever else determines the outcomes, JSON-able: digests of the run, the
             data and the queries, the task, and for *algorithm* the settings of training.
-        made_by: command and versions of packages; told, not compared.
-        classes: what each retrained model predicts of each query, int64 [subset, seed, query],
-            0 where ``done`` is False; None where nobody asked.
+        made_by: command and versions of packages, for information only.
+        classes: what each retrained model predicts for each query, int64 [subset, seed, query],
+            0 where ``done`` is False; None if not asked for.
     """
 
     protocol: Protocol
@@ -45,8 +48,8 @@ class GroundTruth:
     done: Tensor
     seconds: Tensor
     baseline: Tensor
-    configuration: Mapping[str, Any]
-    made_by: Mapping[str, Any] = field(default_factory=dict)
+    configuration: Mapping[str, object]
+    made_by: Mapping[str, object] = field(default_factory=dict)
     classes: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -71,16 +74,16 @@ class GroundTruth:
             raise ValueError("Measurements after retraining must be finite.")
 
     @staticmethod
-    def asked(
+    def unmeasured(
         protocol: Protocol,
         subsets: Tensor,
         seeds: Tensor,
         baseline: Tensor,
-        configuration: Mapping[str, Any],
-        made_by: Mapping[str, Any] | None = None,
+        configuration: Mapping[str, object],
+        made_by: Mapping[str, object] | None = None,
         classes: bool = False,
     ) -> GroundTruth:
-        """A ground truth of which nothing is known yet, not even, if asked for, ``classes``."""
+        """A ground truth without any outcome yet; ``classes`` says whether to hold classes too."""
         pairs = tuple(seeds.shape)
         shape = (*pairs, len(baseline))
         return GroundTruth(
@@ -103,10 +106,10 @@ class GroundTruth:
 
     @property
     def fraction(self) -> float:
-        """Of the training examples that the first subset keeps."""
+        """Share of the training examples that the first subset keeps."""
         return float(self.subsets[0].double().mean())
 
-    def known(
+    def with_outcome(
         self,
         subset: int,
         seed: int,
@@ -114,18 +117,20 @@ class GroundTruth:
         seconds: float,
         classes: Tensor | None = None,
     ) -> GroundTruth:
-        """With one more retraining."""
+        """This ground truth with the outcome of one more retraining."""
         taken = torch.tensor(seconds, dtype=torch.float64)
         return self._with(([subset], [seed]), outcome, taken, classes)
 
     def _with(
-        self, pairs: Any, outcomes: Tensor, seconds: Tensor, classes: Tensor | None
+        self, pairs: _Pairs, outcomes: Tensor, seconds: Tensor, classes: Tensor | None
     ) -> GroundTruth:
         """With the retrainings ``pairs``, an index of [subset, seed]."""
         known = {"outcomes": outcomes, "done": torch.tensor(True), "seconds": seconds}
         if self.classes is not None:
             if classes is None:
-                raise ValueError("This ground truth keeps classes, and got a retraining without.")
+                raise ValueError(
+                    "This ground truth holds classes, and got a retraining without them."
+                )
             known["classes"] = classes
         changed = {}
         for name, values in known.items():
@@ -133,15 +138,15 @@ class GroundTruth:
             changed[name][pairs] = values.detach().to(changed[name])
         return replace(self, **changed)
 
-    def noting(self, **facts: Any) -> GroundTruth:
-        """With more to tell of how it was made."""
-        return replace(self, made_by={**self.made_by, **facts})
+    def with_notes(self, **notes: object) -> GroundTruth:
+        """This ground truth with more notes on how it was made."""
+        return replace(self, made_by={**self.made_by, **notes})
 
-    def taking(self, other: GroundTruth) -> GroundTruth:
-        """What is asked for here, with what ``other`` knows of it.
+    def continuing(self, other: GroundTruth) -> GroundTruth:
+        """This ground truth with the outcomes of ``other``, which has the first of its subsets and
+        seeds, or all of them.
 
-        Subsets and seeds are drawn one after the other, so more of them go on where fewer ended;
-        ``other`` must not have more.
+        Subsets and seeds are drawn one after another, so asking for more continues earlier work.
 
         Raises:
             TrajectoryMismatchError: ``other`` is the ground truth of another configuration, or of
@@ -162,11 +167,11 @@ class GroundTruth:
                 "The measurements of the recorded run's end are not those of this ground truth: "
                 "expected the same queries and weights. Choose another file."
             )
-        return self._told(other, *other.done.nonzero(as_tuple=True), *other.done.nonzero().T)
+        return self._copying(other, *other.done.nonzero(as_tuple=True), *other.done.nonzero().T)
 
-    def knowing(self, other: GroundTruth) -> GroundTruth:
-        """What is asked for here, with what ``other`` knows of the same subsets and seeds, wherever
-        they stand in it.
+    def with_outcomes_of(self, other: GroundTruth) -> GroundTruth:
+        """This ground truth with the outcomes that ``other`` has of the same subsets and seeds, in
+        whatever order.
 
         Raises:
             TrajectoryMismatchError: ``other`` is the ground truth of another configuration.
@@ -182,12 +187,12 @@ class GroundTruth:
             key = (other.subsets[row].numpy().tobytes(), int(other.seeds[row, column]))
             if key in places:
                 pairs.append([*places[key], row, column])
-        return self._told(other, *torch.tensor(pairs, dtype=torch.int64).reshape(-1, 4).T)
+        return self._copying(other, *torch.tensor(pairs, dtype=torch.int64).reshape(-1, 4).T)
 
-    def _told(
+    def _copying(
         self, other: GroundTruth, row: Tensor, column: Tensor, its_row: Tensor, its_column: Tensor
     ) -> GroundTruth:
-        """With retrainings of ``other``, from its places to ours."""
+        """With outcomes of ``other``, copied from its rows and columns to those here."""
         theirs = (its_row, its_column)
         classes = None if other.classes is None else other.classes[theirs]
         merged = self._with((row, column), other.outcomes[theirs], other.seconds[theirs], classes)
@@ -197,8 +202,8 @@ class GroundTruth:
         """Only these subsets, in this order; an index may be given twice."""
         names = ("subsets", "seeds", "outcomes", "done", "seconds", "classes")
         given = {name: getattr(self, name) for name in names}
-        kept = {name: tensor[index] for name, tensor in given.items() if tensor is not None}
-        return replace(self, **kept)
+        chosen = {name: tensor[index] for name, tensor in given.items() if tensor is not None}
+        return replace(self, **chosen)
 
     def first(self, subsets: int, seeds: int) -> GroundTruth:
         """Only the first so many subsets and seeds of each."""
@@ -218,7 +223,7 @@ class GroundTruth:
         return self.rows(self.done.all(1))
 
     def require_same_question(self, other: GroundTruth) -> None:
-        """Check that ``other`` measures what is asked for here.
+        """Check that ``other`` measures the same as this ground truth.
 
         Raises:
             TrajectoryMismatchError: it names what differs.

@@ -42,7 +42,7 @@ Correlation = Annotated[float, Bounds(-1 - 1e-9, 1 + 1e-9)]
 Interval = Annotated[list[Correlation | None], Bounds(2, 2)]  # [low, high], None where unknown
 Seconds = Annotated[float, Bounds(0, 1e12)]  # longer than any attribution
 
-# The damping as applied: absolute, or as a multiple of a mean eigenvalue.
+# The damping of influence functions: absolute, or as a multiple of a mean eigenvalue.
 Damping = TypedDict(
     "Damping",
     {
@@ -56,61 +56,39 @@ Damping = TypedDict(
 
 
 class Statistics(TypedDict, total=False):
-    """Curvature statistics that were recorded during training.
+    """Curvature statistics that were recorded during training."""
 
-    Attributes:
-        gathered: ``in training``.
-        eigenvalues: how eigenvalues were corrected: by one pass, or from recorded traces.
-        examples: number of examples behind the statistics of each segment.
-    """
-
-    gathered: str
-    eigenvalues: str
-    examples: list[Count]
+    gathered: str  # in training
+    eigenvalues: str  # how they were corrected: in one pass, or from recorded traces
+    examples: list[Count]  # behind the statistics of each segment
 
 
 class Residual(TypedDict):
-    """Relative residuals of the linear systems, over the queries."""
+    """Relative errors over the queries."""
 
     max: float
     median: float
 
 
 class _SolverName(TypedDict):
-    name: str
+    name: str  # class of the solver
 
 
 class SolverRecord(_SolverName, total=False):
-    """How the linear systems of influence functions were solved.
+    """How the linear systems of influence functions were solved."""
 
-    Attributes:
-        name: class of the solver.
-        settings: its fields.
-        damping: one number, or the least and the largest.
-        products: curvature-vector products spent on the solutions.
-        products_by: how products were computed.
-        tolerance: relative residual asked for.
-        relative_residual: the residuals reached; None where they are unknown.
-        reached: whether every query reached the tolerance; None where none was asked for.
-        step: step size (ASTRA).
-        scale: scale of the recursion (LiSSA).
-        rank: dimension of the Krylov basis (Lanczos).
-        ended_by: ``rounding`` where rounding ended the iteration (conjugate gradients).
-        negative_eigenvalues: how many there were (direct solver).
-    """
-
-    settings: dict[str, Any]
-    damping: float | list[float]
-    products: float
-    products_by: str
-    tolerance: float | None
-    relative_residual: Residual | None
-    reached: bool | None
-    step: float
-    scale: float
-    rank: Count
-    ended_by: str
-    negative_eigenvalues: Count
+    settings: dict[str, Any]  # fields of the solver
+    damping: float | list[float]  # one number, or the least and the largest
+    products: float  # curvature-vector products spent on the solutions
+    products_by: str  # how they were computed
+    tolerance: float | None  # relative residual asked for
+    relative_residual: Residual | None  # None where unknown
+    reached: bool | None  # whether all queries reached the tolerance; None without one
+    step: float  # step size (ASTRA)
+    scale: float  # of the recursion (LiSSA)
+    rank: Count  # of the Krylov basis (Lanczos)
+    ended_by: str  # rounding, if that ended the iteration (conjugate gradients)
+    negative_eigenvalues: Count  # how many there were (direct solver)
 
 
 class ProductCounts(TypedDict):
@@ -121,82 +99,49 @@ class ProductCounts(TypedDict):
 
 
 class MatrixFreeRecord(TypedDict, total=False):
-    """Matrix-free SOURCE.
+    """Matrix-free SOURCE."""
 
-    Attributes:
-        blocks: ``full`` or ``layer``.
-        products: all curvature-vector products together.
-        products_per_query_and_segment: largest number and mean.
-        products_by: how products were computed.
-        walks_over_training_set: passes over the training set that they took.
-        tolerance: relative error asked for.
-        relative_error: the estimated errors of the matrix functions.
-        reached: whether all of them are within the tolerance.
-    """
-
-    blocks: str
-    products: Count
+    blocks: str  # full or layer
+    products: Count  # all curvature-vector products together
     products_per_query_and_segment: ProductCounts
-    products_by: str
+    products_by: str  # how they were computed
     walks_over_training_set: Count
-    tolerance: float
-    relative_error: Residual
-    reached: bool
+    tolerance: float  # relative error asked for
+    relative_error: Residual  # of the matrix functions, estimated
+    reached: bool  # whether all are within the tolerance
 
 
 class CandidatesRecord(TypedDict, total=False):
-    """Which training examples FastIF scored.
+    """Which training examples FastIF scored."""
 
-    Attributes:
-        k: candidates per query.
-        examples: distinct candidates of all queries.
-        features: where in the model features were read.
-        metric: by which they were compared.
-    """
-
-    k: Count
-    examples: Count
-    features: str
-    metric: str
+    k: Count  # per query
+    examples: Count  # distinct candidates of all queries
+    features: str  # where in the model they were read
+    metric: str  # by which they were compared
 
 
 class Certificate(TypedDict):
-    """How close the replay came to the recorded checkpoints.
-
-    Attributes:
-        bit_equal: whether it landed on all of them bit for bit.
-        largest_difference: of a single weight.
-        relative_difference: of all weights, relative to how far they moved between checkpoints.
-        checkpoints: how many were compared.
-        tolerance: relative difference allowed.
-    """
+    """How close a replay came to the recorded checkpoints."""
 
     bit_equal: bool
-    largest_difference: float
-    relative_difference: float
-    checkpoints: Count
-    tolerance: float
+    largest_difference: float  # of a single weight
+    relative_difference: float  # of all weights, relative to their movement between checkpoints
+    checkpoints: Count  # compared
+    tolerance: float  # relative difference allowed
 
 
 class StageRecord(TypedDict):
-    """One of several stages of training; the keys have the meaning of those of `Provenance`.
-
-    Attributes:
-        columns: columns of the scores that belong to the stage.
-        segments: segments of the scores that belong to it.
-        steps: optimizer steps, counted from the start of the first stage.
-        frozen_parameters: parameters that the stage uses and does not train.
-    """
+    """One of several stages of training; other keys mean what they mean in :class:`Provenance`."""
 
     trajectory: str
     model: str
     task: dict[str, Any]
     num_train: Count
-    columns: Pair
-    segments: Pair
-    steps: Pair
+    columns: Pair  # of the scores that belong to the stage
+    segments: Pair  # likewise
+    steps: Pair  # counted from the start of the first stage
     trained_parameters: Count
-    frozen_parameters: list[str]
+    frozen_parameters: list[str]  # used by the stage, but trained by an earlier one
     notes: list[str]
 
 
@@ -218,7 +163,7 @@ class EditRecord(_EditKind, total=False):
 
 
 class MemberRecord(TypedDict, total=False):
-    """One run of an ensemble; the keys have the meaning of those of `Provenance`."""
+    """One run of an ensemble; the keys mean what they mean in :class:`Provenance`."""
 
     trajectory: str
     steps: Count
@@ -228,40 +173,26 @@ class MemberRecord(TypedDict, total=False):
     notes: list[str]
 
 
-class _Judgement(TypedDict):
-    num_subsets: Count
+class _JudgedCounts(TypedDict):
+    num_subsets: Count  # retrained on; examples given up, for pbrf
     num_queries: Count
 
 
-class SpotCheck(_Judgement, total=False):
-    """How well the scores predict retraining.
+class SpotCheck(_JudgedCounts, total=False):
+    """How well scores predict retraining."""
 
-    Attributes:
-        num_subsets: subsets of the training set that were retrained on.
-        num_queries: queries that were measured.
-        lds: linear datamodeling score; None where undefined.
-        reason: why it is undefined.
-        over_queries: 95% interval over queries.
-        over_subsets: 95% interval over subsets.
-        slope: of the measured changes on the predicted ones; None for scores without a unit.
-        protocol: ``single_run``, ``algorithm`` or ``pbrf``.
-        alpha: share of the training set in a subset.
-        num_seeds: retrainings per subset.
-        damping: of the proximal Bregman response (``pbrf``).
-    """
-
-    lds: Correlation | None
-    reason: str
-    over_queries: Interval
-    over_subsets: Interval
-    slope: float | None
-    protocol: str
-    alpha: Share
-    num_seeds: Count
-    damping: float
+    lds: Correlation | None  # linear datamodeling score; None where undefined
+    reason: str  # why it is undefined
+    over_queries: Interval  # 95%
+    over_subsets: Interval  # 95%
+    slope: float | None  # of measured changes on predicted ones; None for scores without a unit
+    protocol: str  # single_run, algorithm or pbrf
+    alpha: Share  # of the training set that a subset keeps
+    num_seeds: Count  # per subset
+    damping: float  # of the proximal Bregman response
 
 
-# Rank correlation of the scores with those at a tenth of the damping and at ten times it.
+# Rank correlation of scores with those at a tenth of their damping and at ten times it.
 DampingSensitivity = TypedDict(
     "DampingSensitivity",
     {
@@ -275,120 +206,72 @@ DampingSensitivity = TypedDict(
 
 
 class Trust(TypedDict, total=False):
-    """What ``tda evaluate spot_check=true`` found. A new check replaces an earlier one of its kind.
+    """What ``tda evaluate spot_check=true`` found; a check replaces an earlier one of its kind."""
 
-    Attributes:
-        spot_check: against retraining.
-        pbrf: against the proximal Bregman response, what influence functions approximate.
-        agreement: rank correlation with other scores, by their names.
-        damping: sensitivity to the damping; influence functions only.
-        seed_variance_share: share of the measurements' variance that lies between seeds.
-        command: of the last check.
-        created: when it was made.
-    """
-
-    spot_check: SpotCheck
-    pbrf: SpotCheck
-    agreement: dict[str, Correlation]
-    damping: DampingSensitivity
-    seed_variance_share: Share
-    command: str
-    created: str
+    spot_check: SpotCheck  # against retraining
+    pbrf: SpotCheck  # against the proximal Bregman response
+    agreement: dict[str, Correlation]  # rank correlation with other scores, by their names
+    damping: DampingSensitivity  # of influence functions
+    seed_variance_share: Share  # share of the measurements' variance that lies between seeds
+    command: str  # of the last check
+    created: str  # when it was made
 
 
 class CommandConfig(TypedDict, total=False):
-    """The configuration of ``tda attribute``, as far as anything reads it again."""
+    """The configuration of ``tda attribute``, as far as anything reads it."""
 
     trajectory: str
     data: dict[str, Any]
 
 
 class Provenance(TypedDict, total=False):
-    """How scores were made.
+    """How scores were made."""
 
-    Attributes:
-        estimator: class name.
-        settings: the estimator's fields.
-        question: which question the scores answer, in words.
-        curvature: kind of curvature; None where the estimator uses none.
-        fisher: which Fisher or Gauss-Newton matrix it stands for; one per stage for several.
-        statistics: curvature recorded in training, where it was used; one per stage likewise.
-        damping: of influence functions.
-        solver: of influence functions without an eigenbasis.
-        matrix_free: of matrix-free SOURCE.
-        leading_directions: eigenvectors that SOURCE keeps exactly; one number per stage.
-        candidates: of FastIF.
-        edits: what each column is about, where it is not the removal of the training example of
-            the same number.
-        relabel: other labels that the scores are about, by training index (files of earlier
-            versions).
-        certificate: of a replay (exact unrolling).
-        replayed_steps: steps that were replayed (exact unrolling).
-        checkpoints: steps of the checkpoints used; a list per segment for SOURCE.
-        segments: first and last step of each segment.
-        stages: one record per stage, where there are several.
-        members: one record per run of an ensemble; ``measurements`` are their means.
-        stage: the record of the only stage that is left (:meth:`Scores.stage`).
-        task: its class and settings.
-        trajectory: folder of the run, or ``in memory``; a list for several runs.
-        model: class name.
-        steps: optimizer steps of the run.
-        num_train: training examples.
-        trained_parameters: number of scalars.
-        world_size: processes that scored.
-        precision: of the Trainer that scored.
-        device: likewise.
-        versions: of packages.
-        created: time, ISO 8601.
-        seconds: wall-clock time of the attribution.
-        processor_seconds: processor time of its process, all threads together.
-        notes: what a reader should know.
-        measurements: of each query, by the final model.
-        predictions: for each query, in words.
-        query_indices: positions of the queries in their data set, where these are not 0, 1, ...
-        command: the ``tda`` command that made the scores.
-        config: its configuration.
-        trust: what a spot check found.
-    """
-
-    estimator: str
-    settings: dict[str, Any]
-    question: str
-    curvature: str | None
-    fisher: str | list[str | None] | None
-    statistics: Statistics | list[Statistics | None]
+    # The estimator, and the question that the scores answer
+    estimator: str  # class name
+    settings: dict[str, Any]  # its fields
+    question: str  # in words
+    segments: list[Pair]  # first and last step of each
+    checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
+    edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
+    relabel: dict[str, Any]  # other labels by training index, in files of version 0.1
+    candidates: CandidatesRecord  # FastIF
+    # Its curvature; with several stages, lists have an entry for each
+    curvature: str | None  # None where the estimator uses none
+    fisher: str | list[str | None] | None  # which Fisher or Gauss-Newton matrix it stands for
+    statistics: Statistics | list[Statistics | None]  # recorded in training, if they were used
+    leading_directions: Count | list[Count]  # eigenvectors that SOURCE keeps exactly
     damping: Damping
     solver: SolverRecord
     matrix_free: MatrixFreeRecord
-    leading_directions: Count | list[Count]
-    candidates: CandidatesRecord
-    edits: list[EditRecord]
-    relabel: dict[str, Any]
+    # Its replay (exact unrolling)
     certificate: Certificate
     replayed_steps: Pair
-    checkpoints: list[Count] | list[list[Count]]
-    segments: list[Pair]
-    members: list[MemberRecord]
-    stages: list[StageRecord]
-    stage: StageRecord
-    task: dict[str, Any]
-    trajectory: str | list[str]
-    model: str
-    steps: Count
+    # The run
+    trajectory: str | list[str]  # folder, or "in memory"
+    model: str  # class name
+    task: dict[str, Any]  # class and settings
+    steps: Count  # of the optimizer
     num_train: Count
-    trained_parameters: Count
-    world_size: Count
+    trained_parameters: Count  # scalars
+    members: list[MemberRecord]  # of an ensemble; measurements are their means
+    stages: list[StageRecord]  # if there are several
+    stage: StageRecord  # the one that is left (Scores.stage)
+    # The machine
+    world_size: Count  # processes
     precision: str
     device: str
-    versions: dict[str, str]
-    created: str
-    seconds: Seconds
-    processor_seconds: Seconds
+    versions: dict[str, str]  # of packages
+    created: str  # ISO 8601
+    seconds: Seconds  # of the attribution
+    processor_seconds: Seconds  # of its process, all threads together
+    # The queries, one entry each
+    measurements: list[float]  # of the final model
+    predictions: list[str]  # in words
+    query_indices: list[Count]  # positions in their data set, where these are not 0, 1, ...
+    # For the reader
     notes: list[str]
-    measurements: list[float]
-    predictions: list[str]
-    query_indices: list[Count]
-    command: str
+    command: str  # the tda command that made the scores
     config: CommandConfig
     trust: Trust
 

@@ -273,7 +273,7 @@ def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:
     if torch.equal(columns, torch.arange(first, first + count)):
         target[:, first : first + count] += block
         return
-    unique, inverse = columns.unique(return_inverse=True)
+    unique, inverse = torch.unique(columns, return_inverse=True)
     if len(unique) < count:
         block = block.new_zeros(len(block), len(unique)).index_add_(1, inverse, block)
         columns = unique

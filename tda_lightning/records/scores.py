@@ -1,4 +1,4 @@
-"""The scores of an attribution: a plain record that can be asked, saved and loaded.
+"""The scores of an attribution: a plain record that can be queried, saved and loaded.
 
 One sign and one unit for every estimator: ``values[q, n] > 0`` says that *removing* training
 example n is predicted to *raise* the measurement of query q by that amount. The example is a
@@ -281,7 +281,7 @@ class Scores:
         return Scores(values, by_segment, own, provenance, by_token)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
-        """Write the scores to one HDF5 file (its layout: ``tda_lightning.store.scores_file``).
+        """Write the scores to one HDF5 file (described in ``tda_lightning.store.layout``).
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
@@ -336,7 +336,11 @@ def require_finite(
 
 
 def require_candidates(candidates: Tensor, queries: int, train: int) -> None:
-    """Refuse candidates that are not as many different training examples for every query."""
+    """Check that candidates are the same number of distinct training examples for every query.
+
+    Raises:
+        ValueError: they are not.
+    """
     if candidates.dtype != torch.int64 or candidates.ndim != 2 or len(candidates) != queries:
         raise ValueError(
             f"candidates must be int64 [{queries}, k], got {candidates.dtype} of shape "

@@ -1,7 +1,7 @@
 """The plain record of a training run that every estimator reads.
 
-Nothing here knows files or trainers: ``store`` builds a :class:`Trajectory` from a folder, a test
-builds one from dictionaries.
+Nothing here knows files or trainers: the store builds a :class:`Trajectory` from a folder, and a
+test builds one from dictionaries.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class StageFact:
     """A stretch of the run that trains one set of parameters.
 
     Attributes:
-        start: rows of the steps table before it.
-        parameters: names of those that the optimizer holds and trains from there on.
-        new_optimizer: it begins with a further fit, whose optimizer is a new one: momentum
-            buffers and Adam's moments start anew. Else they go on, those of parameters that were
-            frozen in between as well.
+        start: number of rows of the steps table before it.
+        parameters: names of the parameters that the optimizer holds and trains from there on.
+        new_optimizer: whether it begins with another fit and a new optimizer, whose states start
+            afresh. Otherwise the states carry over, including those of parameters that were
+            frozen in between.
     """
 
     start: int
@@ -50,11 +50,14 @@ class StageFact:
 class Facts:
     """What is fixed over the whole run.
 
-    ``parameters`` lists every parameter that the optimizer holds and trains in any stage, by the
-    module's names. ``num_examples`` and ``fingerprint`` are None for an iterable data set.
-    ``settings`` holds what is only shown: trainer settings, scheduler, seed, module class, package
-    versions. ``stages`` begin where parameters are frozen or unfrozen, and with every further fit;
-    without a list, one stage trains all of them.
+    Attributes:
+        parameters: every parameter that the optimizer holds and trains in any stage, by name.
+        optimizer: its name.
+        num_examples: size of the training set; None for an iterable one.
+        fingerprint: of the training set; None for an iterable one.
+        settings: for display only: trainer settings, scheduler, seed, module class, versions.
+        stages: a stage begins where parameters are frozen or unfrozen, and with each further fit.
+            By default one stage trains all parameters.
     """
 
     parameters: Mapping[str, ParameterFact]
@@ -86,13 +89,12 @@ class Steps:
         examples: int64, the training-example indices of every batch in order. Empty when the
             data set was iterable and had none.
         accumulation: int64 [steps], the number that each batch loss of the step was divided by.
-        clipping: norm of the gradient after clipping over the norm before it, float64 [steps];
-            1 where nothing was clipped, and everywhere if not given.
-        random: states of the random generators (as :mod:`tda_lightning.runtime.random_states` has
-            them) right before a batch was fetched, by its position in ``example_offsets``; only of
-            batches before which they were not what the batch before had left behind. A loader with
-            workers fetches elsewhere: its batches were ready, and it went on to ask for a later
-            one.
+        clipping: norm of the gradient after clipping divided by the norm before it, float64
+            [steps]; 1 where nothing was clipped, and everywhere if not given.
+        random: states of the random generators (:mod:`tda_lightning.runtime.random_states`) right
+            before a batch was fetched, by the batch's position in ``example_offsets``; only for
+            batches before which they differ from what the previous batch had left behind. With
+            workers, a batch was ready by then, and the loader went on to request a later one.
     """
 
     epoch: Tensor
@@ -144,11 +146,15 @@ class Steps:
 class Checkpoint:
     """The state after ``step`` optimizer steps.
 
-    ``optimizer`` maps a parameter's name to its state tensors under torch.optim's own names
-    (``momentum_buffer``; ``step``, ``exp_avg``, ``exp_avg_sq``); None when it was not recorded.
-    ``random`` holds the states of the random generators that the step left behind, as
-    :mod:`tda_lightning.runtime.random_states` has them; in a run of several processes, those of
-    the first.
+    Attributes:
+        step: how many.
+        parameters: the trained parameters, by name.
+        buffers: all other tensors of the module, by name.
+        optimizer: a parameter's state tensors under torch.optim's own names, by parameter; None
+            if not recorded.
+        random: states of the random generators after the step
+            (:mod:`tda_lightning.runtime.random_states`), in a run of several processes those of
+            the first; None if not recorded.
     """
 
     step: int
@@ -207,8 +213,7 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
 class StageStatistics(Mapping[tuple[int, int], Statistics]):
     """Statistics of the intervals between ``start`` and ``stop``, counted from ``start``.
 
-    Without any where no step of the stage was looked at, as in one shorter than
-    ``curvature_every``.
+    Empty if no step of the stage was sampled, as in one shorter than ``curvature_every``.
     """
 
     run: Mapping[tuple[int, int], Statistics]
@@ -227,8 +232,8 @@ class StageStatistics(Mapping[tuple[int, int], Statistics]):
     @cached_property
     def _intervals(self) -> list[tuple[int, int]]:
         inside = [at for at in self.run if self.start <= at[0] and at[1] <= self.stop]
-        looked_at = any(float(b.examples) for at in inside for b in self.run[at].values())
-        return [(a - self.start, b - self.start) for a, b in inside] if looked_at else []
+        sampled = any(float(b.examples) for at in inside for b in self.run[at].values())
+        return [(a - self.start, b - self.start) for a, b in inside] if sampled else []
 
     def __len__(self) -> int:
         return len(self._intervals)
@@ -236,14 +241,20 @@ class StageStatistics(Mapping[tuple[int, int], Statistics]):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A recorded run. ``checkpoints`` loads one at a time; step 0 holds the initial weights.
+    """A recorded run.
 
-    ``curvature`` keeps fitted curvature by a key of everything that determines it; ``unfinished``
-    likewise how far an attribution had come that was interrupted, ``features`` what
-    the model makes of the training examples at a layer.
-    ``statistics`` are those gathered in training, by interval (start, stop): start < step <= stop.
-    ``steps_before``: in a stage of a run, how often its optimizer had stepped each parameter before
-    row 0; momentum buffers and Adam's moments of these go on, those of the others start anew.
+    Attributes:
+        facts: what is fixed over the run.
+        steps: the optimizer steps.
+        checkpoints: by step, loaded one at a time; step 0 holds the initial weights.
+        curvature: cache of fitted curvature, by a digest of everything that determines it.
+        unfinished: likewise, the progress of interrupted attributions.
+        features: likewise, features of the training examples at a layer.
+        path: the folder; None for a run in memory.
+        statistics: curvature gathered during training, by interval (start, stop) of the steps
+            start < step <= stop.
+        steps_before: in a stage of a run, how often its optimizer had stepped each parameter
+            before row 0. The states of these parameters carry over; all others start afresh.
     """
 
     facts: Facts
@@ -373,14 +384,19 @@ class Trajectory:
     def clipping_factors(self, rows: slice) -> Tensor:
         """What clipping multiplied each step's gradient by, float64 [steps, 1].
 
-        The clipped gradient is k g; that k depends on g too is neglected. Clipping by value turns
-        the gradient besides, which no factor describes: the ratio of the lengths stands for it.
+        The clipped gradient is k g; the dependence of k on g is neglected. Clipping by value also
+        changes the gradient's direction, which no factor describes; the ratio of the norms stands
+        in for it.
         """
         return self.steps.clipping[rows, None]
 
 
 def require_one_stage(trajectory: Trajectory) -> None:
-    """Refuse a run that froze or unfroze parameters: its parts are runs of their own."""
+    """Refuse a run with several stages, each of which is a run of its own.
+
+    Raises:
+        UnsupportedTrainingError: there are several.
+    """
     stages = trajectory.facts.stages
     if len(stages) > 1:
         raise UnsupportedTrainingError(

@@ -48,6 +48,7 @@ class QueryView:
 
     @property
     def example(self) -> Example:
+        """The query itself."""
         return self.shown.examples[0]
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints of a data set: is this the data that the run was trained on?"""
+"""Fingerprints of data sets, which tell whether data are those that a run was trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 LENGTH = "length"
 _EXAMPLES = 64
 _UNREADABLE = "unreadable"
-_NAMED = 10  # differing examples that an error lists
+_LISTED = 10  # differing examples that an error lists
 
 
 def fingerprint(dataset: Any) -> dict[str, str] | None:
     """Length of ``dataset`` and hashes of up to 64 evenly spaced examples.
 
-    Each example is read twice; one that differs between the readings (random augmentation), or
-    cannot be read, is left out. Random generators, the data set's own included, are left as they
-    were.
+    Each example is read twice. One that differs between the readings (random augmentation) or
+    cannot be read is left out. Random generators, including the data set's own, keep their states.
 
     Returns:
         ``{"length": "1000", "0": sha256, "15": sha256, ...}``, or None for an iterable data set.
@@ -37,7 +36,7 @@ def fingerprint(dataset: Any) -> dict[str, str] | None:
 
 
 def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> None:
-    """Check that ``dataset`` is the recorded one, as far as its fingerprint tells.
+    """Check that ``dataset`` is the recorded one, as far as its fingerprint can tell.
 
     Raises:
         TrajectoryMismatchError: the length differs, or some examples do.
@@ -52,12 +51,12 @@ def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> No
             f"got {size}. {advice}"
         )
     expected = {index: digest for index, digest in recorded.items() if index != LENGTH}
-    found = _hashes(dataset, [int(index) for index in expected])
+    got = _hashes(dataset, [int(index) for index in expected])
     # Examples that now differ between two readings cannot be compared.
-    differing = [int(i) for i, digest in expected.items() if found.get(i, digest) != digest]
+    differing = [int(i) for i, digest in expected.items() if got.get(i, digest) != digest]
     if differing:
-        named = ", ".join(map(str, differing[:_NAMED]))
-        more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+        named = ", ".join(map(str, differing[:_LISTED]))
+        more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise TrajectoryMismatchError(
             f"The training set is not the recorded one: of {len(expected)} recorded examples "
             f"{len(differing)} differ, at indices {named}{more}. {advice}"
@@ -71,15 +70,15 @@ def num_examples(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _hashes(dataset: Dataset, indices: list[int]) -> dict[str, str]:
+def _hashes(dataset: Dataset[Any], indices: list[int]) -> dict[str, str]:
     with unchanged_randomness(dataset):
         first, second = ({i: _read(dataset, i) for i in indices} for _ in range(2))
     return {str(i): first[i] for i in indices if first[i] == second[i]}
 
 
-def _read(dataset: Dataset, index: int) -> str:
+def _read(dataset: Dataset[Any], index: int) -> str:
     try:
         return digest(dataset[index])
     except Exception:
-        # A sampler may know to avoid this example; it must not end a training that never reads it.
+        # Training may never read this example, and must not fail because of it.
         return _UNREADABLE

@@ -228,7 +228,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return signed.view(_UNSIGNED[width]).reshape(tuple(tensor.shape))
 
 
-def put_json(group: h5py.Group, name: str, value: Any) -> None:
+def put_json(group: h5py.Group, name: str, value: object) -> None:
     """Store ``value`` as JSON text [1].
 
     Raises:

@@ -186,8 +186,8 @@ def _require_recorded(parameters: Mapping[str, Tensor], facts: Facts) -> None:
 
 
 def _require_step(file: h5py.File, step: int) -> None:
-    if (found := get_integer(file.attrs, layout.STEP)) != step:
-        raise ValueError(f"the checkpoint of step {found}, expected step {step}")
+    if (stored := get_integer(file.attrs, layout.STEP)) != step:
+        raise ValueError(f"the checkpoint of step {stored}, expected step {step}")
 
 
 def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:

@@ -81,11 +81,11 @@ def require_statistics(blocks: Any) -> None:
         raise ValueError("a parameter is in two blocks")
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
+def _require_fingerprint(prints: Mapping[str, object], count: int | None) -> None:
     length = _position(prints["length"])
     if count is not None and length != count:
         raise ValueError(f"a fingerprint of {length} examples, and {count} examples")
@@ -94,13 +94,13 @@ def _require_fingerprint(prints: Mapping[str, Any], count: int | None) -> None:
             raise ValueError(f"a fingerprint of example {key[:100]!r} of {length}")
 
 
-def _position(text: Any) -> int:
+def _position(text: object) -> int:
     if not isinstance(text, str) or not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise ValueError(f"{str(text)[:100]!r} is no number of an example")
     return int(text)
 
 
-def _is_count(value: Any, most: int = _MOST) -> bool:
+def _is_count(value: object, most: int = _MOST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 

@@ -45,7 +45,7 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
         _require_free(path, overwrite)
 
 
-def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, Any]) -> None:
+def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, object]) -> None:
     """Give the file at ``path`` another provenance; its numbers and their checksums stay.
 
     Raises:
@@ -155,10 +155,10 @@ def _read(
 
 
 def _require_checksum(
-    path: Path, name: str, checksum: object, file: h5py.File, rows: tuple[slice, ...] = ()
+    path: Path, name: str, checksum: np.ndarray | int, file: h5py.File, rows: tuple[slice, ...] = ()
 ) -> None:
     stored = own_dataset(member(file, "checksums", h5py.Group), name)
-    if not np.array_equal(stored[rows], cast(Any, checksum)):
+    if not np.array_equal(stored[rows], checksum):
         raise TrajectoryFormatError(
             f"{path} is damaged: {name!r} does not match its checksum. {SCORES.advice}"
         )
@@ -190,7 +190,7 @@ def _numpy_dtype(dtype: torch.dtype) -> str:
     return dtypes[dtype]
 
 
-def _provenance_json(provenance: Mapping[str, Any]) -> str:
+def _provenance_json(provenance: Mapping[str, object]) -> str:
     try:
         return to_json(provenance)
     except (TypeError, ValueError) as error:
@@ -225,7 +225,7 @@ class ScoreFile(MemorySink):
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
-        OSError: the disk has no room for the matrix, found out before the work begins.
+        OSError: the disk has no room for the matrix; raised before the work begins.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Curvature statistics gathered in training, one file for each interval between checkpoints."""
+"""Curvature statistics gathered during training, one file per interval between checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tda_lightning.store.hdf5 import (
 from tda_lightning.store.record_checks import require_statistics
 from tda_lightning.store.untrusted import names, own_dataset
 
-_PACKED = "packed "  # before the name of a symmetric matrix of which the lower triangle is kept
+_PACKED = "packed "  # before the name of a symmetric matrix that is stored as its lower triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
             blocks = get_json(file, layout.BLOCKS)
             require_statistics(blocks)
             return {
-                name: _read_block(subgroup(file, layout.encode(name)), **about)
-                for name, about in blocks.items()
+                name: _read_block(subgroup(file, layout.encode(name)), **block)
+                for name, block in blocks.items()
             }
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -55,30 +55,30 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
 
     def _files(self) -> dict[tuple[int, int], Path]:
         files = layout.statistics_files(self.root)
-        found = {
+        finished = {
             interval: path for interval, path in files.items() if interval[1] <= self.last_step
         }
         covered = 0
-        for start, stop in found:
+        for start, stop in finished:
             if not covered <= start < stop:
                 # Sums over both would count their steps twice.
                 raise TrajectoryFormatError(
-                    f"{found[start, stop]} holds the statistics of steps {start + 1} to {stop}, "
+                    f"{finished[start, stop]} holds the statistics of steps {start + 1} to {stop}, "
                     f"expected steps after {covered}, where those before it end. Remove the file "
                     "that no recorder wrote, or record again."
                 )
             covered = stop
-        return found
+        return finished
 
 
 def write_statistics(root: Path, start: int, stop: int, statistics: Statistics) -> None:
-    """Keep the sums of the steps ``start`` < step <= ``stop``."""
+    """Write the sums over the steps ``start`` < step <= ``stop``."""
     with writing(layout.statistics_file(root, start, stop), layout.STATISTICS) as file:
-        about = {
+        blocks = {
             name: {"parameters": block.parameters, "shape": block.shape}
             for name, block in statistics.items()
         }
-        put_json(file, layout.BLOCKS, about)
+        put_json(file, layout.BLOCKS, blocks)
         for key, block in statistics.items():
             group = file.create_group(layout.encode(key))
             put_tensors(
@@ -101,7 +101,7 @@ def _packed(side: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, groups: int, width: int) -> Tensor:
     count = width * (width + 1) // 2
-    # Before there is room made for it.
+    # Checked before memory is allocated for it.
     if tuple(packed.shape) != (groups, count):
         raise ValueError(
             f"the triangle of a matrix has shape {list(packed.shape)}, expected {[groups, count]}"
@@ -116,7 +116,7 @@ def _unpacked(packed: Tensor, groups: int, width: int) -> Tensor:
 def _read_block(
     group: h5py.Group, parameters: Sequence[str], shape: Sequence[int]
 ) -> BlockStatistics:
-    # As written: then a tensor is no larger than its file.
+    # They are written uncompressed, so that a tensor is no larger than its file.
     if packed := [n for n in names(group) if own_dataset(group, n).compression is not None]:
         raise ValueError(f"{packed[0]!r} in {group.name} is compressed")
     tensors = get_tensors(group)
@@ -133,7 +133,7 @@ def _read_block(
 
 
 def _check_side(name: str, side: Tensor, groups: int, width: int) -> None:
-    """A diagonal, or a sketch: some products of the matrix and its diagonal."""
+    """Check a diagonal, or a sketch: some products of the matrix and its diagonal."""
     shape = tuple(side.shape)
     sketch = len(shape) == 3 and 2 <= shape[2] < width
     if shape[:2] != (groups, width) or not (len(shape) == 2 or sketch):
@@ -159,7 +159,7 @@ def _check_values(tensors: Mapping[str, Tensor], groups: int) -> None:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    """What of a count or of a side, in any form, is a sum of squares."""
+    """The part of a count or of a side, in any form, that is a sum of squares."""
     if tensor.dim() < 3:
         return tensor
     square = tensor.shape[1] == tensor.shape[2]

@@ -114,10 +114,7 @@ def _check_offsets(offsets: Tensor, count: int, end: int) -> None:
 
 
 def join_steps(blocks: Sequence[Steps]) -> Steps:
-    """Consecutive pieces as one; parameter groups that a later piece added have rate 0 before."""
-
-    def joined(column: str) -> Tensor:
-        return torch.cat([getattr(block, column) for block in blocks])
+    """Consecutive tables as one; parameter groups that a later one added have rate 0 before."""
 
     def chained(column: str) -> Tensor:
         pieces, end = [torch.zeros(1, dtype=torch.int64)], 0
@@ -132,28 +129,24 @@ def join_steps(blocks: Sequence[Steps]) -> Steps:
         random.update({before + batch: states for batch, states in block.random.items()})
         before += int(block.batch_offsets[-1])
     names = blocks[0].hyperparameters
-    hyperparameters = {n: widened([b.hyperparameters[n] for b in blocks]) for n in names}
+    plain = ("epoch", "loss", "gradient_norm", "examples", "accumulation", "clipping")
     return Steps(
-        epoch=joined("epoch"),
         learning_rate=widened([block.learning_rate for block in blocks], fill=0.0),
-        hyperparameters=hyperparameters,
-        loss=joined("loss"),
-        gradient_norm=joined("gradient_norm"),
+        hyperparameters={n: widened([b.hyperparameters[n] for b in blocks]) for n in names},
         batch_offsets=chained("batch_offsets"),
         example_offsets=chained("example_offsets"),
-        examples=joined("examples"),
-        accumulation=joined("accumulation"),
-        clipping=joined("clipping"),
         random=random,
+        **{column: torch.cat([getattr(b, column) for b in blocks]) for column in plain},
     )
 
 
 def widened(tables: Sequence[Tensor], fill: float | None = None) -> Tensor:
-    """Tables [rows, groups] below each other, all as wide as the widest.
+    """Stack tables [rows, groups], padded to the widest.
 
     Args:
-        fill: what the missing groups get; None for the row's value of the first group, which a
-            formula for all groups can take.
+        tables: from top to bottom.
+        fill: value of the missing groups; None for the row's value of the first group, which is
+            valid in every formula.
     """
     width = max(table.shape[1] for table in tables)
     filled = []

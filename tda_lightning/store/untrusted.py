@@ -119,7 +119,7 @@ def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
     return int(attributes[name])
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON text that :func:`from_json` reads.
 
     Raises:
@@ -140,7 +140,7 @@ def from_json(text: bytes) -> Any:
     return value
 
 
-def _require_shallow(value: Any, depth: int = 0) -> None:
+def _require_shallow(value: object, depth: int = 0) -> None:
     if depth >= _DEPTH:
         raise ValueError(f"JSON is nested more than {_DEPTH} deep")
     if isinstance(value, (dict, list, tuple)):

@@ -1,4 +1,4 @@
-"""Writes a trajectory so that a kill at any instant leaves a readable one."""
+"""Writes a trajectory that stays readable if the process is killed at any instant."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tda_lightning.store.truncate import remove_unfinished, truncate_trajectory
 class TrajectoryWriter:
     """Appends steps and checkpoints to the trajectory in folder ``path``.
 
-    Steps go to disk before the checkpoint that they lead to, so that every finished checkpoint
-    has its history. A finished file is never written into, at most replaced by a whole one. What
-    a method has written when it returns survives a loss of power too. A folder that vanishes in
-    mid-recording is an ``OSError`` and is not made again: it would hold a part of a trajectory.
+    Steps go to disk before the checkpoint that they lead to, so every finished checkpoint has its
+    history. A finished file is never written into, only replaced as a whole. What a method has
+    written when it returns survives a loss of power. A folder that vanishes during recording is an
+    ``OSError`` and is not made again, as it would hold only a part of a trajectory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,19 +42,19 @@ class TrajectoryWriter:
         return self._num_steps
 
     def require_vacant(self) -> None:
-        """Check that nothing of a recording is in the folder.
+        """Check that the folder holds no part of a recording.
 
         Raises:
-            TrajectoryExistsError: something is.
+            TrajectoryExistsError: it does.
         """
         if self.root.exists() and not self.root.is_dir():
             raise TrajectoryExistsError(
                 f"{self.root} is a file, expected a folder for the trajectory. Choose another path."
             )
-        if found := layout.recorded_files(self.root):
+        if files := layout.recorded_files(self.root):
             raise TrajectoryExistsError(
-                f"{self.root} already holds a trajectory ({found[0].relative_to(self.root)} and "
-                f"{len(found) - 1} more files); expected an empty or new folder. Choose another "
+                f"{self.root} already holds a trajectory ({files[0].relative_to(self.root)} and "
+                f"{len(files) - 1} more files); expected an empty or new folder. Choose another "
                 "path, or pass overwrite=True to replace it."
             )
 
@@ -77,9 +77,9 @@ class TrajectoryWriter:
         self._write_facts(facts)
 
     def resume(self, facts: Facts, rows: int, checkpoints: Collection[int]) -> None:
-        """Take up the trajectory in the folder after its first ``rows`` steps.
+        """Continue the trajectory in the folder after its first ``rows`` steps.
 
-        What else is there, steps, checkpoints and fitted curvature, is cut off.
+        Later steps, checkpoints that are not listed, and all cached tensors are removed.
         """
         truncate_trajectory(self.root, facts, rows, checkpoints)
         self._num_steps = rows
@@ -132,7 +132,7 @@ class TrajectoryWriter:
         write_statistics(self.root, start, stop, statistics)
 
     def finish(self) -> None:
-        """Join the files of steps into one: one file opens faster than many."""
+        """Join the files of steps into one, which opens faster."""
         self._require_there()
         blocks = layout.steps_files(self.root)
         if len(blocks) < 2:
@@ -140,7 +140,7 @@ class TrajectoryWriter:
         steps = join_steps([read_steps(path, last - first + 1) for first, last, path in blocks])
         write_steps(self.root, 1, steps)
         for _, _, path in blocks:
-            # A kill before this line leaves files that the joined one covers: readers skip them.
+            # If the process is killed here, readers skip the files that the joined one covers.
             path.unlink()
         sync_folder(self.root / layout.STEPS_FOLDER)
 

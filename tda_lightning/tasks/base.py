@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.tasks import batches
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.loss_calls import WeightedLoss, intercept, standard_outputs
 
 
@@ -45,10 +46,10 @@ class AttributionTask(ABC):
     training_batch_size: int | None = None
 
     @abstractmethod
-    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """Loss of each example as trained, [batch]."""
 
-    def measurement(self, module: nn.Module, batch: Any) -> Tensor:
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         """What is explained for each query, [batch]; smaller when the model does better."""
         return self.train_loss(module, batch)
 
@@ -57,7 +58,7 @@ class AttributionTask(ABC):
         return 1 / size
 
     def batch_loss(
-        self, module: nn.Module, batch: Any, by_position: bool = False
+        self, module: nn.Module, batch: Batch, by_position: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The loss of a training batch as optimised, and what each example contributes to it.
 
@@ -77,7 +78,7 @@ class AttributionTask(ABC):
         losses = self.train_loss(module, batch)
         return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
 
-    def relabelled(self, batch: Any, labels: Mapping[int, Any]) -> Any:
+    def relabelled(self, batch: Batch, labels: Mapping[int, Any]) -> Batch:
         """The batch with other labels at some of its positions.
 
         Raises:
@@ -91,7 +92,7 @@ class AttributionTask(ABC):
         """Whether the measurement is the training loss, so that one pass serves both."""
         return type(self).measurement is AttributionTask.measurement
 
-    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """A loss of labels drawn from the model, or of other noise with their covariance, [batch]:
         the second moment of its gradient is the Gauss-Newton matrix of ``train_loss``."""
         raise NotImplementedError(
@@ -105,7 +106,7 @@ class AttributionTask(ABC):
         """Whether :meth:`sampled_loss` may be called."""
         return type(self).sampled_loss is not AttributionTask.sampled_loss
 
-    def prepare(self, module: nn.Module, batch: Any) -> None:
+    def prepare(self, module: nn.Module, batch: Batch) -> None:
         """Look at one training batch before the work starts; earlier notes are forgotten."""
         self.notes.clear()
 
@@ -115,7 +116,7 @@ class AttributionTask(ABC):
         notes: list[str] = self.__dict__.setdefault("_notes", [])
         return notes
 
-    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+    def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         """What the model predicts for each example, in a few words; None if nothing short."""
         return None
 
@@ -131,12 +132,12 @@ class AttributionTask(ABC):
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=_plain))
         return plain
 
-    def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
+    def standard_losses(self, module: nn.Module, batch: Batch) -> tuple[list[WeightedLoss], int]:
         """The standard losses in ``train_loss`` with their weights, and the number of examples."""
         parts = intercept(lambda: self.train_loss(module, batch))
         return parts.losses, parts.batch
 
-    def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
+    def standard_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
         """What those losses are of, by call: in a forward-mode derivative all that is needed."""
         return standard_outputs(lambda: self.train_loss(module, batch))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks.example_seeds import active_examples
 
+Batch: TypeAlias = Any  # what the loader gives, of any structure
+
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 
 
-def split_target(batch: Any, target: str | None = None) -> tuple[Any, Tensor]:
+def split_target(batch: Batch, target: str | None = None) -> tuple[Any, Tensor]:
     """Inputs and target of a batch.
 
     Args:
@@ -49,7 +51,7 @@ def split_target(batch: Any, target: str | None = None) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
-def with_labels(batch: Any, labels: Mapping[int, Any], target: str | None = None) -> Any:
+def with_labels(batch: Batch, labels: Mapping[int, Any], target: str | None = None) -> Batch:
     """A copy of the batch whose target is changed at some positions.
 
     Args:
@@ -110,7 +112,7 @@ def unwrap(outputs: Any) -> Tensor:
     return outputs
 
 
-def num_examples(batch: Any) -> int:
+def num_examples(batch: Batch) -> int:
     """Number of examples: those of the active seeds, else the first tensor's first dimension."""
     examples = active_examples()
     if examples is not None:
@@ -123,7 +125,7 @@ def num_examples(batch: Any) -> int:
     return tensor.shape[0]
 
 
-def take(batch: Any, index: int, size: int) -> Any:
+def take(batch: Batch, index: int, size: int) -> Batch:
     """A batch of one: example ``index`` of a batch of ``size``, in the same containers."""
     if isinstance(batch, Tensor):
         return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
@@ -136,12 +138,12 @@ def take(batch: Any, index: int, size: int) -> Any:
     return batch
 
 
-def _rebuilt(batch: Any, values: list[Any]) -> Any:
+def _rebuilt(batch: Batch, values: list[Any]) -> Batch:
     """``values`` in a tuple, named tuple or list like ``batch``."""
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def _first_tensor(batch: Any) -> Tensor | None:
+def _first_tensor(batch: Batch) -> Tensor | None:
     if isinstance(batch, Tensor):
         return batch if batch.dim() else None
     if isinstance(batch, Mapping):

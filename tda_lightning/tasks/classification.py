@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.standard_losses import check_labels, describe_classes
 
@@ -58,12 +59,12 @@ class ClassificationTask(AttributionTask):
         if not self.average_weight > 0:
             raise ValueError(f"average_weight must be positive, got {self.average_weight}.")
 
-    def forward(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [batch, classes, ...] and labels [batch, ...], or class probabilities."""
         inputs, target = batches.split_target(batch, self.target)
         return batches.call(module, inputs), target
 
-    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         logits, target = self._checked(module, batch)
         weight = None
         if self.class_weights is not None:
@@ -83,7 +84,7 @@ class ClassificationTask(AttributionTask):
     def measures_loss(self) -> bool:
         return self.measure == "loss" and type(self).measurement is ClassificationTask.measurement
 
-    def measurement(self, module: nn.Module, batch: Any) -> Tensor:
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         if self.measure == "loss":
             return self.train_loss(module, batch)
         logits, target = self._checked(module, batch)
@@ -98,10 +99,10 @@ class ClassificationTask(AttributionTask):
             (others - correct.squeeze(1)) * (target != self.ignore_index), target
         )
 
-    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
-    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+    def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         logits, _ = self.forward(module, batch)
         return describe_classes(logits) if logits.dim() == 2 else None
 
@@ -112,7 +113,7 @@ class ClassificationTask(AttributionTask):
         counted = (target != self.ignore_index).reshape(len(target), -1).sum(1)
         return losses.reshape(len(losses), -1).sum(1) / counted.clamp_min(1)
 
-    def _checked(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def _checked(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, target = self.forward(module, batch)
         if logits.dim() < 2 or logits.shape[1] < 2:
             raise ValueError(

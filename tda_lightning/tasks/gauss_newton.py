@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.loss_calls import ObservedLoss, WeightedLoss
 
 
-def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Any) -> Tensor:
+def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: Batch) -> Tensor:
     r"""A random loss of each example, [batch], with G_n the second moment of its gradient.
 
     .. math::
@@ -35,7 +35,7 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: A
     return torch.stack([_sampled(loss, size, i) for i, loss in enumerate(losses)]).sum(0)
 
 
-def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Any) -> Iterator[Tensor]:
+def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Batch) -> Iterator[Tensor]:
     """Losses [batch] whose gradients' outer products sum to the exact Gauss-Newton matrix.
 
     One forward pass, run at once; the losses share its graph, so ask for gradients with
@@ -94,7 +94,7 @@ def sampled_output_gradients(
 
 
 def require_losses(
-    task: AttributionTask, module: nn.Module, batch: Any
+    task: AttributionTask, module: nn.Module, batch: Batch
 ) -> tuple[list[WeightedLoss], int]:
     """The standard losses in the task's ``train_loss`` and the number of examples.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.standard_losses import check_labels
 
@@ -52,7 +53,7 @@ class LanguageModelingTask(AttributionTask):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}.")
         self._prepared_tokens: float | None = None
 
-    def prepare(self, module: nn.Module, batch: Any) -> None:
+    def prepare(self, module: nn.Module, batch: Batch) -> None:
         super().prepare(module, batch)
         if self.reduction == "batch" and self.tokens_per_example is None:
             _, targets = self.forward(module, batch)
@@ -64,7 +65,7 @@ class LanguageModelingTask(AttributionTask):
                     f"batch's {self._prepared_tokens:.6g} per example."
                 )
 
-    def forward(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [batch, time, vocabulary] and the label of each, [batch, time]."""
         if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and len(batch) == 1):
             tokens = batch if isinstance(batch, Tensor) else batch[0]
@@ -77,7 +78,7 @@ class LanguageModelingTask(AttributionTask):
         logits = batches.call(module, inputs)
         return (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
 
-    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         losses, counted = self._token_losses(module, batch)
         if self.reduction == "sum":
             return losses.sum(1)
@@ -87,7 +88,7 @@ class LanguageModelingTask(AttributionTask):
         return losses.sum(1) / (tokens or counted.sum().clamp_min(1) / len(counted))
 
     def batch_loss(
-        self, module: nn.Module, batch: Any, by_position: bool = False
+        self, module: nn.Module, batch: Batch, by_position: bool = False
     ) -> tuple[Tensor, Tensor]:
         if self.reduction != "batch":
             return super().batch_loss(module, batch, by_position)
@@ -96,10 +97,10 @@ class LanguageModelingTask(AttributionTask):
         parts = losses / counted.sum().clamp_min(1)
         return parts.sum(), parts if by_position else parts.sum(1)
 
-    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
-    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+    def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         losses, counted = self._token_losses(module, batch)
         means = losses.sum(1) / counted.clamp_min(1)
         return [f"perplexity {value:.4g}" for value in means.detach().exp().tolist()]
@@ -107,7 +108,7 @@ class LanguageModelingTask(AttributionTask):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "prepared_tokens": self._prepared_tokens}
 
-    def _token_losses(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def _token_losses(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy [batch, time], 0 where ignored, and the number of tokens [batch]."""
         logits, targets = self.forward(module, batch)
         if logits.dim() == 2 and len(logits) == targets.numel():

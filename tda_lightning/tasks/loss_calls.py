@@ -33,6 +33,7 @@ from tda_lightning.tasks.standard_losses import (
 )
 
 LossFunction: TypeAlias = Callable[..., Tensor]
+Given: TypeAlias = Mapping[str, Any]  # arguments of a call by name
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class _LossMode(TorchFunctionMode, ABC):
         return self.call(func, given, reduction)
 
     @abstractmethod
-    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+    def call(self, func: LossFunction, given: Given, reduction: str) -> Tensor:
         """The value of the call, with ``reduction="none"`` among the ``given`` arguments."""
 
 
@@ -224,7 +225,7 @@ class _Interception(_LossMode):
         self.masses, self.batch, self.zero = masses, batch, zero
         self.calls: list[LossCall] = []
 
-    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+    def call(self, func: LossFunction, given: Given, reduction: str) -> Tensor:
         loss, mass = READERS[func](lambda: self._connect(func(**given)), given)
         number = len(self.calls)
         self.calls.append(LossCall(loss, mass, reduction))
@@ -251,7 +252,7 @@ class ObservedLoss:
     """One call in training: its arguments, and the value that it gave."""
 
     func: LossFunction
-    given: Mapping[str, Any]
+    given: Given
     reduction: str
     value: Tensor
 
@@ -287,7 +288,7 @@ class LossObserver(_LossMode):
         super().__init__()
         self.losses: list[ObservedLoss] = []
 
-    def call(self, func: LossFunction, given: dict[str, Any], reduction: str) -> Tensor:
+    def call(self, func: LossFunction, given: Given, reduction: str) -> Tensor:
         value = func(**{**given, "reduction": reduction})
         if value.requires_grad:
             self.losses.append(ObservedLoss(func, given, reduction, value))
@@ -299,7 +300,7 @@ class LossObserver(_LossMode):
 _Read: TypeAlias = tuple[StandardLoss, Tensor | None]
 
 
-def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     logits, target, weight = given["input"], given["target"], given["weight"]
     smoothing = given.get("label_smoothing", 0.0)
     classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
@@ -320,7 +321,7 @@ def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[str, Any]
     return SoftmaxLoss(evaluate(), flat, curvature.detach()), mass.sum().detach()
 
 
-def _read_mse(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+def _read_mse(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     outputs, target = given["input"], given["target"]
     difference = outputs - target
     if difference.shape not in (outputs.shape, target.shape):
@@ -337,7 +338,7 @@ def _read_mse(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read
     return SquaredLoss(values, difference, curvature.detach().flatten(), outputs), mass
 
 
-def _read_binary_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[str, Any]) -> _Read:
+def _read_binary_cross_entropy(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     logits, target = given["input"], given["target"]
     values = evaluate()
     curvature = torch.ones_like(values)
@@ -351,7 +352,7 @@ def _read_binary_cross_entropy(evaluate: Callable[[], Tensor], given: Mapping[st
 
 # nll_loss is read as cross entropy: log-probabilities are logits of themselves, since
 # log_softmax(log_softmax(z)) = log_softmax(z).
-READERS: dict[LossFunction, Callable[[Callable[[], Tensor], Mapping[str, Any]], _Read]] = {
+READERS: dict[LossFunction, Callable[[Callable[[], Tensor], Given], _Read]] = {
     F.cross_entropy: _read_cross_entropy,
     F.nll_loss: _read_cross_entropy,
     F.mse_loss: _read_mse,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.standard_losses import describe_numbers
 
@@ -43,12 +44,12 @@ class RegressionTask(AttributionTask):
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}.")
 
-    def forward(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs and targets of one shape [batch, ...]."""
         inputs, target = batches.split_target(batch, self.target)
         return batches.call(module, inputs), target
 
-    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         outputs, target = self.forward(module, batch)
         if outputs.shape != target.shape:
             raise ValueError(
@@ -60,9 +61,9 @@ class RegressionTask(AttributionTask):
         losses = F.mse_loss(outputs, target.to(outputs.dtype), reduction="none")
         return self.scale * losses.reshape(len(losses), -1).mean(1)
 
-    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
-    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+    def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         outputs, _ = self.forward(module, batch)
         return describe_numbers(outputs.reshape(len(outputs), -1))

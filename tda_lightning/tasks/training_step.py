@@ -15,6 +15,7 @@ from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import LossParts, WeightedLoss, intercept, standard_outputs
@@ -57,7 +58,7 @@ class TrainingStepTask(AttributionTask):
     def can_sample(self) -> bool:
         return self._can_sample
 
-    def prepare(self, module: nn.Module, batch: Any) -> None:
+    def prepare(self, module: nn.Module, batch: Batch) -> None:
         """Find out from one batch which losses ``training_step`` calls."""
         super().prepare(module, batch)
         self._reset()
@@ -81,7 +82,7 @@ class TrainingStepTask(AttributionTask):
         self._check_weights(parts)
         self._check_alone(module, batch, parts.batch)
 
-    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         parts = self._parts(module, batch)
         if self._training_step and self.separable and not parts.by_example:
             raise ValueError(
@@ -95,7 +96,7 @@ class TrainingStepTask(AttributionTask):
         return losses if torch.is_grad_enabled() else losses.detach()
 
     def batch_loss(
-        self, module: nn.Module, batch: Any, by_position: bool = False
+        self, module: nn.Module, batch: Batch, by_position: bool = False
     ) -> tuple[Tensor, Tensor]:
         # What a mean divides by is this batch's own, not held as for single examples.
         parts = self._parts(module, batch, masses=())
@@ -107,7 +108,7 @@ class TrainingStepTask(AttributionTask):
         losses = parts.by_position() if by_position else parts.per_example()
         return parts.total.reshape(()), losses
 
-    def measurement(self, module: nn.Module, batch: Any) -> Tensor:
+    def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         losses = self.train_loss(module, batch)
         return losses / self._examples_per_mean(1) if self._summed else losses
 
@@ -125,19 +126,19 @@ class TrainingStepTask(AttributionTask):
         assert self.training_batch_size is not None
         return self.training_batch_size
 
-    def sampled_loss(self, module: nn.Module, batch: Any) -> Tensor:
+    def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
-    def standard_losses(self, module: nn.Module, batch: Any) -> tuple[list[WeightedLoss], int]:
+    def standard_losses(self, module: nn.Module, batch: Batch) -> tuple[list[WeightedLoss], int]:
         parts = self._parts(module, batch)
         factor = self._examples_per_mean(parts.batch)
         return [replace(loss, weights=loss.weights * factor) for loss in parts.losses], parts.batch
 
-    def standard_outputs(self, module: nn.Module, batch: Any) -> list[Tensor]:
+    def standard_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
         with silenced(module):
             return standard_outputs(lambda: run_training_step(module, batch))
 
-    def prediction(self, module: nn.Module, batch: Any) -> list[str] | None:
+    def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         parts = self._parts(module, batch)
         if not parts.losses or not self.separable:
             return None
@@ -153,7 +154,7 @@ class TrainingStepTask(AttributionTask):
         }
 
     def _parts(
-        self, module: nn.Module, batch: Any, masses: Sequence[Tensor | None] | None = None
+        self, module: nn.Module, batch: Batch, masses: Sequence[Tensor | None] | None = None
     ) -> LossParts:
         masses = self._masses if masses is None else masses
         with silenced(module):
@@ -193,7 +194,7 @@ class TrainingStepTask(AttributionTask):
                 "and curvature is the empirical Fisher."
             )
 
-    def _check_alone(self, module: nn.Module, batch: Any, size: int) -> None:
+    def _check_alone(self, module: nn.Module, batch: Batch, size: int) -> None:
         """Compare an example's loss in the batch with its loss in a batch of one."""
         if size == 1:
             return
@@ -251,7 +252,7 @@ def _short(values: Tensor) -> str:
     return " and ".join(f"{value:.4g}" for value in values.tolist())
 
 
-def run_training_step(module: nn.Module, batch: Any) -> Tensor:
+def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
     """The loss that ``training_step`` returns for the batch, as a tensor or under ``"loss"``."""
     step = getattr(module, "training_step", None)
     if not callable(step):

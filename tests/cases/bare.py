@@ -45,6 +45,15 @@ BARE = [
         normal(4, 3),
     ),
     Case(
+        "bare/keywords",
+        lambda: Function(
+            lambda m, x: torch.mul(input=torch.add(input=x, other=m.shift), other=m.scale).tanh(),
+            scale=parameter(3),
+            shift=parameter(3),
+        ),
+        normal(4, 3),
+    ),
+    Case(
         "bare/scalar",
         lambda: Function(
             lambda m, x: m.layer(x * m.scale.exp()).tanh(), scale=parameter(), layer=nn.Linear(3, 2)

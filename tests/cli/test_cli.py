@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import h5py
 import pytest
@@ -97,6 +99,24 @@ def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
     assert "recorded checkpoints that it passes bit for bit" in page
     assert "Only the effect of an example on the last 3 of 4 steps" in page
     assert "relabel of example 3 as 7" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], ["torch", "hydra", "lightning"]),
+        (["inspect", "runs/digits"], ["lightning", "tda_lightning.estimators", "scipy"]),
+    ],
+)
+def test_commands_import_only_what_they_need(run, arguments, absent):
+    """Lightning takes seconds to import, and torch more than one."""
+    code = (
+        "import sys; from tda_lightning.cli import main; "
+        f"status = main({arguments!r}); "
+        f"print('loaded', sorted(set({absent!r}) & sys.modules.keys()), status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "loaded [] 0", done.stderr
 
 
 def test_an_impossible_estimator_is_no_reason_to_hide_the_others(run, capsys):

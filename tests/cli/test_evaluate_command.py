@@ -25,7 +25,7 @@ from tda_lightning.evaluation import (
     linear_datamodeling_score,
     predicted_changes,
     proximal_bregman_response,
-    retrain_afresh,
+    retrain_from_scratch,
     top_removal,
 )
 from tda_lightning.evaluation.baselines import random_scores
@@ -235,7 +235,9 @@ def test_trained_anew_on_everything_with_its_own_seed_it_is_the_recorded_run(run
     """So what else differs between a subset's training and the recorded one is the seed."""
     config = make("evaluate", "trajectory=runs/digits", "protocol=algorithm")
     parts = RecordedRun.load(config)
-    state = retrain_afresh(parts._fresh, torch.ones(60, dtype=torch.bool), parts.run_config.seed)
+    state = retrain_from_scratch(
+        parts._fresh, torch.ones(60, dtype=torch.bool), parts.run_config.seed
+    )
     end = parts.trajectory.checkpoints[parts.trajectory.last_step]
     for name, tensor in end.parameters.items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
@@ -482,13 +484,13 @@ def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
 
 def test_the_algorithm_really_removes_proponents(run, monkeypatch):
     trained = []
-    one = retraining.retrain_afresh
+    one = retraining.retrain_from_scratch
 
     def train(make, kept, seed):
         trained.append((int(kept.sum()), seed))
         return one(make, kept, seed)
 
-    monkeypatch.setattr(retraining, "retrain_afresh", train)
+    monkeypatch.setattr(retraining, "retrain_from_scratch", train)
     given = ["evaluate", "runs/digits", "baselines=[]", "protocol=algorithm", "num_subsets=3"]
     assert main([*given, "removal=[5]"]) == 0
     # Everything, 4 queries and 5 random sets, all with the same seed.
@@ -603,11 +605,11 @@ def test_under_the_algorithm_slopes_are_of_differences_between_subsets(run):
     scores = Scores.load(run / "scores" / "tracin.h5")
     subsets = draw_subsets(60, 0.8, 12)
     predicted = predicted_changes(scores, subsets, removed=True)
-    truth = GroundTruth.asked(
+    truth = GroundTruth.unmeasured(
         "algorithm", subsets, draw_seeds(12, 1), torch.zeros(4), {"run": "this"}
     )
     for row in range(12):
-        truth = truth.known(row, 0, 5 + 2 * predicted[:, row], 1.0)
+        truth = truth.with_outcome(row, 0, 5 + 2 * predicted[:, row], 1.0)
     row = judge("tracin", scores, truth)
     assert row.slope == pytest.approx(2)
     assert row.correlation == pytest.approx(1)

@@ -217,7 +217,7 @@ def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> No
     assert not problem.run.unfinished
 
 
-@pytest.mark.parametrize("name", ["momentum and decay", "adamw"])
+@pytest.mark.parametrize("name", ["momentum and decay", "adamw", "rmsprop, everything"])
 def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS[name], checkpoints=(2, 5))
     problem = Problem(

@@ -186,7 +186,7 @@ def test_lds_is_the_mean_of_spearmans_correlation() -> None:
 
 def test_the_interval_covers_the_mean_of_the_queries() -> None:
     """95% intervals from samples of a known distribution hold its mean about that often."""
-    from tda_lightning.evaluation.lds import bootstrap
+    from tda_lightning.evaluation.linear_datamodeling import bootstrap
 
     generator = torch.Generator().manual_seed(0)
     samples = torch.rand(300, 40, generator=generator)

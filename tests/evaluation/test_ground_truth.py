@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, what_determines
+from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, truth_configuration
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryMismatchError
 from tda_lightning.store.ground_truth_file import read_ground_truth, write_ground_truth
 from tests.cases.training import CLASSIFIER, queries_of
@@ -18,7 +18,7 @@ from tests.evaluation.test_evaluation import small
 
 
 def asked(subsets: int = 4, seeds: int = 2, train: int = 12, **configuration) -> GroundTruth:
-    return GroundTruth.asked(
+    return GroundTruth.unmeasured(
         "algorithm",
         draw_subsets(train, 0.5, subsets),
         draw_seeds(subsets, seeds),
@@ -31,7 +31,7 @@ def asked(subsets: int = 4, seeds: int = 2, train: int = 12, **configuration) ->
 def partly_known() -> GroundTruth:
     truth = asked()
     for subset, seed in truth.missing[:3]:
-        truth = truth.known(subset, seed, torch.tensor([0.1, 0.2, 0.3]) * (subset + 1), 1.5)
+        truth = truth.with_outcome(subset, seed, torch.tensor([0.1, 0.2, 0.3]) * (subset + 1), 1.5)
     return truth
 
 
@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch) -> None:
 
 
 def test_more_subsets_and_seeds_go_on_where_fewer_ended() -> None:
-    larger = asked(6, 3).taking(partly_known())
+    larger = asked(6, 3).continuing(partly_known())
     assert larger.done.sum() == 3
     assert torch.equal(larger.outcomes[0, :2], partly_known().outcomes[0])
     assert larger.missing[0] == (0, 2)
@@ -79,20 +79,20 @@ def test_more_subsets_and_seeds_go_on_where_fewer_ended() -> None:
 def test_what_is_known_is_found_by_subset_and_seed_wherever_it_stands() -> None:
     known = partly_known()
     order = torch.tensor([2, 1, 0])
-    turned = GroundTruth.asked(
+    turned = GroundTruth.unmeasured(
         "algorithm", known.subsets[order], known.seeds[order].flip(1), known.baseline,
         known.configuration,
     )  # fmt: skip
-    found = turned.knowing(known)
+    found = turned.with_outcomes_of(known)
     assert found.done.tolist() == known.done[order].flip(1).tolist()
     assert torch.equal(found.outcomes, known.outcomes[order].flip(1))
     assert torch.equal(found.seconds, known.seconds[order].flip(1))
-    other = GroundTruth.asked(
+    other = GroundTruth.unmeasured(
         "algorithm", ~known.subsets, known.seeds, known.baseline, known.configuration
     )
-    assert not other.knowing(known).done.any()
+    assert not other.with_outcomes_of(known).done.any()
     with pytest.raises(TrajectoryMismatchError, match="differs in data"):
-        asked(data="c").knowing(known)
+        asked(data="c").with_outcomes_of(known)
 
 
 def test_parts_of_the_work_are_put_together() -> None:
@@ -100,20 +100,20 @@ def test_parts_of_the_work_are_put_together() -> None:
     whole, parts = asked(), [asked(), asked()]
     for number, (subset, seed) in enumerate(whole.missing):
         outcome = torch.full((3,), float(number))
-        parts[number % 2] = parts[number % 2].known(subset, seed, outcome, 1.0)
-    both = whole.taking(parts[0]).taking(parts[1])
+        parts[number % 2] = parts[number % 2].with_outcome(subset, seed, outcome, 1.0)
+    both = whole.continuing(parts[0]).continuing(parts[1])
     assert both.missing == []
     assert both.outcomes[..., 0].flatten().tolist() == list(range(8))
 
 
 def test_predicted_classes_are_kept_where_asked(tmp_path) -> None:
-    truth = GroundTruth.asked(
+    truth = GroundTruth.unmeasured(
         "single_run", draw_subsets(12, 0.5, 3), torch.full((3, 1), -1), torch.ones(2), {},
         classes=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="keeps classes, and got a retraining without"):
-        truth.known(0, 0, torch.ones(2), 1.0)
-    truth = truth.known(1, 0, torch.ones(2), 1.0, torch.tensor([7, -(1 << 62)]))
+    with pytest.raises(ValueError, match="holds classes, and got a retraining without"):
+        truth.with_outcome(0, 0, torch.ones(2), 1.0)
+    truth = truth.with_outcome(1, 0, torch.ones(2), 1.0, torch.tensor([7, -(1 << 62)]))
     write_ground_truth(truth, tmp_path / "truth.h5")
     found = read_ground_truth(tmp_path / "truth.h5")
     assert torch.equal(found.classes, truth.classes)
@@ -132,52 +132,53 @@ def read_ground_truth_without_classes(tmp_path) -> GroundTruth:
 def test_another_question_is_refused() -> None:
     truth = partly_known()
     with pytest.raises(TrajectoryMismatchError, match="another configuration: it differs in data"):
-        asked(data="c").taking(truth)
+        asked(data="c").continuing(truth)
     with pytest.raises(TrajectoryMismatchError, match="differs in extra, run"):
-        asked(run="x", extra=1).taking(truth)
+        asked(run="x", extra=1).continuing(truth)
     with pytest.raises(TrajectoryMismatchError, match="expected 13 examples, got 12"):
-        asked(train=13).taking(truth)
-    other = GroundTruth.asked(
+        asked(train=13).continuing(truth)
+    other = GroundTruth.unmeasured(
         "algorithm", ~truth.subsets, truth.seeds, truth.baseline, truth.configuration
     )
     with pytest.raises(TrajectoryMismatchError, match="subsets or seeds"):
-        other.taking(truth)
-    other = GroundTruth.asked(
+        other.continuing(truth)
+    other = GroundTruth.unmeasured(
         "algorithm", truth.subsets, truth.seeds, truth.baseline + 1, truth.configuration
     )
     with pytest.raises(TrajectoryMismatchError, match="recorded run's end"):
-        other.taking(truth)
-    other = GroundTruth.asked(
+        other.continuing(truth)
+    other = GroundTruth.unmeasured(
         "single_run", truth.subsets, truth.seeds, truth.baseline, truth.configuration
     )
     with pytest.raises(TrajectoryMismatchError, match="differs in protocol"):
-        other.taking(truth)
+        other.continuing(truth)
     truth.require_scores_of(3, 12)
     with pytest.raises(TrajectoryMismatchError, match="3 queries and subsets of 12"):
         truth.require_scores_of(3, 11)
 
 
 def test_shapes_must_fit() -> None:
+    subsets = draw_subsets(9, 0.5, 3)
     with pytest.raises(ValueError, match="Expected subsets"):
-        GroundTruth.asked("algorithm", draw_subsets(9, 0.5, 3), draw_seeds(4, 1), torch.ones(2), {})
+        GroundTruth.unmeasured("algorithm", subsets, draw_seeds(4, 1), torch.ones(2), {})
     with pytest.raises(ValueError, match="protocol must be one of"):
-        GroundTruth.asked("both", draw_subsets(9, 0.5, 3), draw_seeds(3, 1), torch.ones(2), {})
+        GroundTruth.unmeasured("both", subsets, draw_seeds(3, 1), torch.ones(2), {})
     with pytest.raises(ValueError, match="must be finite"):
-        asked().known(0, 0, torch.tensor([1.0, float("nan"), 0.0]), 1.0)
+        asked().with_outcome(0, 0, torch.tensor([1.0, float("nan"), 0.0]), 1.0)
 
 
-def test_what_determines_an_outcome_is_told_apart() -> None:
+def test_truth_configuration_an_outcome_is_told_apart() -> None:
     run, module, task, _ = small()
     inputs, labels = queries_of(CLASSIFIER)
     queries = TensorDataset(inputs, labels)
-    found = what_determines(run, module, task, queries)
-    assert found == what_determines(run, module, task, TensorDataset(inputs.clone(), labels))
-    fewer = what_determines(run, module, task, TensorDataset(inputs[1:], labels[1:]))
+    found = truth_configuration(run, module, task, queries)
+    assert found == truth_configuration(run, module, task, TensorDataset(inputs.clone(), labels))
+    fewer = truth_configuration(run, module, task, TensorDataset(inputs[1:], labels[1:]))
     assert {name for name in found if found[name] != fewer[name]} == {"queries"}
     other, *_ = small("sgd")
-    assert what_determines(other, module, task, queries)["run"] != found["run"]
-    afresh = what_determines(run, module, task, queries, {"max_epochs": 2})
-    assert afresh["training"] != what_determines(run, module, task, queries, {})["training"]
+    assert truth_configuration(other, module, task, queries)["run"] != found["run"]
+    afresh = truth_configuration(run, module, task, queries, {"max_epochs": 2})
+    assert afresh["training"] != truth_configuration(run, module, task, queries, {})["training"]
 
 
 # Files from elsewhere

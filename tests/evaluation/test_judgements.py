@@ -31,7 +31,7 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
-from tda_lightning.evaluation.lds import NothingToRankError
+from tda_lightning.evaluation.linear_datamodeling import NothingToRankError
 from tda_lightning.tasks import ClassificationTask, LanguageModelingTask, RegressionTask
 from tests import runs as recorded
 from tests.cases.training import CLASSIFIER, queries_of

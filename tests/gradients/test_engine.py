@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError, NonFiniteError
@@ -195,6 +197,30 @@ def test_a_layer_that_later_sees_only_some_examples_is_refused_by_name() -> None
         else:
             truth = oracles.per_example_gradients(engine.module, case.loss, (part, targets))
             require_equal(found, truth)
+
+
+def test_a_frozen_embedding_with_max_norm_is_looked_up_as_the_model_does() -> None:
+    layers = nn.Sequential(nn.Embedding(6, 3, max_norm=0.5), nn.Linear(3, 2)).double()
+    layers[0].requires_grad_(False)
+    engine = GradientEngine(layers, ["1.weight", "1.bias"])
+    engine.discover(with_examples(squared_outputs), (torch.arange(3),), torch.arange(3))
+    unseen = (torch.arange(3, 6),)  # a look-up rescales its rows of the table
+    expected = oracles.per_example_gradients(copy.deepcopy(layers), squared_outputs, unseen)
+    require_equal(dense(engine, squared_outputs, unseen), expected)
+
+
+def test_checkpointed_layers_are_seen() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.head(checkpoint(m.body, m.stem(x), use_reentrant=False))
+
+    body = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    build = lambda: Function(run, stem=nn.Linear(3, 4), body=body, head=nn.Linear(4, 2))  # noqa: E731
+    case = Case("checkpointed", build, normal(3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == []
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
 
 
 def _contrast(module: nn.Module, batch, examples) -> Tensor:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tda_lightning.optimizers import OptimizerRule, ParameterStep, find_rule, optimizer_name
+from tda_lightning.optimizers import (
+    OptimizerRule,
+    ParameterStep,
+    find_rule,
+    optimizer_name,
+    read_rates,
+)
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tests.attributing import relative
 from tests.oracles.unrolling import UPDATES
 
@@ -202,3 +209,10 @@ def test_a_subclass_is_its_parent_unless_it_steps_in_its_own_way(first: Any) -> 
         for d in (True, False)
     ]
     assert optimizer_name(torch.optim.Adam(mixed)) == "Adam(decoupled_weight_decay=True)"
+
+
+def test_a_run_without_rates_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(UnsupportedTrainingError, match="has no learning rate in its parameter"):
+        read_rates(optimizer)

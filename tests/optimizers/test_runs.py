@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import TensorDataset
 
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.evaluation import retrain
+from tda_lightning.evaluation import measure, retrain, retrain_each
 from tda_lightning.optimizers import applied_rates
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tests import oracles
-from tests.attributing import attribute, in_float32, relative
+from tests.attributing import CaseTask, attribute, in_float32, relative
+from tests.cases import Case
+from tests.cases.case import normal
 from tests.cases.training import CLASSIFIER, MLP, everything, queries_of, schedule, train
 from tests.oracles.estimators import spread
 from tests.unrolling import (
@@ -25,6 +29,7 @@ from tests.unrolling import (
     OPTIMIZERS,
     expected_of,
     in_memory,
+    muon,
     per_step,
     record,
     scores_of,
@@ -72,12 +77,47 @@ def test_retraining_is_the_run(keeps: bool, name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NEW)
+def test_retraining_many_at_once_is_retraining_one_by_one(name: str) -> None:
+    run, module, data = in_memory(MLP, OPTIMIZERS[name])
+    weights = torch.linspace(0, 2, 30, dtype=torch.float64).view(3, 10)
+    work = (run, module, CaseTask(MLP.kind), TensorDataset(*data), weights)
+    ends = [list(retrain_each(*work, training=False, together=n)) for n in (1, 3)]
+    for alone, together in zip(*ends, strict=True):
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in MATRICES if n == "muon"])
+def test_the_derivative_of_rounded_steps_predicts_retraining(name: str) -> None:
+    """Muon rounds to bfloat16: small changes drown in it, and 10% of an example's weight do not."""
+    case = Case("matrices", _matrices, normal(3))
+    batches = oracles.cut_batches(10, 5, epochs=8)
+    run, module, data = in_memory(case, muon(lr=0.02), batches=batches)
+    scores = unroll(case, run, module, data).values.flatten()
+    task, train_set = CaseTask(case.kind), TensorDataset(*data)
+    columns = []
+    for example in range(10):
+        weights = torch.ones(2, 10, dtype=torch.float64)
+        weights[:, example] += torch.tensor([0.1, -0.1])
+        ends = retrain_each(run, module, task, train_set, weights, training=False)
+        more, less = (measure(module, task, end, TensorDataset(*queries_of(case))) for end in ends)
+        columns.append((less - more) / 0.2)
+    changes = torch.stack(columns, 1).detach().flatten()
+    assert torch.corrcoef(torch.stack([scores, changes]))[0, 1] > 0.97
+
+
+def _matrices() -> nn.Module:
+    layers = [nn.Linear(3, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, 2, bias=False))
+
+
+@pytest.mark.parametrize("name", NEW)
 def test_single_precision(name: str) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS[name])
     queries = queries_of(MLP)
     expected = oracles.removals(run, module, MLP.loss, data, MLP.loss, queries).sum(0)
-    single, module, (data, _) = in_float32(run, module, data, queries)
-    scores = attribute(MLP, single, module, data, Unrolled(tolerance=1e-2), queries=_)
+    single, module, (data, single_queries) = in_float32(run, module, data, queries)
+    scores = attribute(MLP, single, module, data, Unrolled(tolerance=1e-2), queries=single_queries)
     # Rounded to bfloat16, Muon's steps differ by more than the rounding of float32.
     assert relative(scores.values, expected) < (5e-2 if name in MATRICES else 1e-4)
 

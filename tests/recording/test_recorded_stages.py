@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import nn
 
 from tda_lightning import AttributionModule
-from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.estimators import Source, TracIn
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import StageFact, Trajectory
 from tda_lightning.store import layout, open_trajectory
+from tda_lightning.store.inspect import describe
 from tests.attributing import quiet
 from tests.plain_loop import Small, epochs, require_agreement, train
 from tests.runs import Numbered, fit, loader, trainer
@@ -305,7 +306,7 @@ def test_files_of_version_1_are_refused(tmp_path: Path) -> None:
 def test_estimators_take_a_run_of_several_stages_and_each_of_them(tmp_path: Path) -> None:
     trajectory = record(tmp_path, Small(sgd), Toggles("on_train_epoch_start"))
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(inspect_table(tmp_path))
+    console.print(description_table(describe(tmp_path)))
     assert "3, from steps [0, 6, 12]" in console.export_text()
     data = Numbered()
     whole = AttributionModule(Small(), trajectory, Source(1))

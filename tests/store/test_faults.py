@@ -21,9 +21,11 @@ from lightning.pytorch import Callback
 
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import RecordingError, ResumeError, TrajectoryLockedError
+from tda_lightning.records.scores import Scores
 from tda_lightning.store import lock, open_trajectory
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.lock import FolderLock
+from tda_lightning.store.scores_file import ScoreFile
 from tests.resumable import Resumable, differences, resumable_loader, saves, train
 from tests.runs import trainer
 
@@ -340,3 +342,38 @@ def test_without_flock_a_file_is_the_lock(
     first.release()
     FolderLock(tmp_path).require_free()
     assert not (tmp_path / lock.OWNER_FILE).exists()
+
+
+# Scores.
+
+
+def save(path: Path) -> None:
+    Scores(torch.ones(40, 40)).save(path, overwrite=True)
+
+
+def reserve(path: Path) -> None:
+    ScoreFile(path, 40, 40, overwrite=True)
+
+
+@pytest.mark.parametrize("write", [save, reserve])
+def test_scores_that_do_not_fit_on_the_disk_leave_nothing(write: Any, tmp_path: Path) -> None:
+    """Those that are gathered by blocks say so before any of them is known."""
+    path = tmp_path / "scores.h5"
+    Scores(torch.ones(1, 2)).save(path)
+    undo = small_files(path)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(path)
+    finally:
+        undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.h5"]
+    assert torch.equal(Scores.load(path).values, torch.ones(1, 2))
+
+
+def test_what_any_release_left_half_written_is_removed(tmp_path: Path) -> None:
+    train(tmp_path, recorder=RECORDER)
+    for name in ("00000003.h5.part", "00000003.h5.77.part"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"half")
+    assert len(describe(tmp_path).problems) == 2
+    train(tmp_path, recorder={**RECORDER, "overwrite": True})
+    assert not describe(tmp_path).problems

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.estimators import TracIn
 from tda_lightning.optimizers import recorded_states, rule_of
 from tda_lightning.records.errors import TrajectoryFormatError
@@ -472,7 +472,7 @@ def test_extreme_scores_are_reported(value: float, tmp_path: Path) -> None:
 def shown(path: Path) -> str:
     with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as screen:
         console = Console(width=200, file=screen, record=True)
-        console.print(inspect_table(path))
+        console.print(description_table(describe(path)))
         return console.export_text()
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.store import layout, open_trajectory
 from tda_lightning.store.inspect import describe
@@ -179,7 +179,7 @@ def test_blocks_that_do_not_add_up_are_refused(copy: Path) -> None:
 
 def shown(path: Path) -> str:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(inspect_table(path))
+    console.print(description_table(describe(path)))
     return console.export_text()
 
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tda_lightning.cli.inspect_table import inspect_table
+from tda_lightning.cli.inspect_table import description_table
 from tda_lightning.records.errors import (
     TrajectoryError,
     TrajectoryFormatError,
@@ -523,7 +523,7 @@ def test_digests_tell_contents_apart() -> None:
 
 def show(path: Path) -> str:
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(inspect_table(path))
+    console.print(description_table(describe(path)))
     return console.export_text()
 
 
@@ -557,4 +557,4 @@ def test_inspect_says_what_is_broken(copy: Path) -> None:
     assert "unfinished" in text
     assert len(describe(copy).problems) == 2
     with pytest.raises(TrajectoryNotFoundError):
-        inspect_table(copy / "steps")
+        description_table(describe(copy / "steps"))

@@ -1,4 +1,4 @@
-"""The linear datamodeling score (Park et al. 2023, 2303.14186): do scores predict retraining?"""
+"""The linear datamodeling score (LDS): how well do scores predict retraining?"""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tda_lightning.records.scores import Scores
 
 
 class NothingToRankError(ValueError):
-    """A correlation with what does not vary, which is undefined and not 0."""
+    """A correlation with something constant, which is undefined rather than 0."""
 
 
 @dataclass(frozen=True)
 class Interval:
     """A mean over queries with a bootstrap interval.
 
-    The interval is over queries only: other subsets, or another training run, would vary too.
+    The interval is over queries only; other subsets, or another training run, would vary too.
 
     Attributes:
-        value: mean of ``per_query``, queries that are NaN left out.
+        value: mean of ``per_query``, NaN left out.
         low: lower end of the interval.
         high: upper end.
-        per_query: float64 [query]; NaN where the truth does not vary and so ranks nothing.
+        per_query: float64 [query]; NaN where the truth is constant.
     """
 
     value: float
@@ -72,20 +72,20 @@ def linear_datamodeling_score(
     .. math::
         LDS = \frac1Q \sum_q \rho\Big(\sum_{n \in S_m} s_{qn},\; -m_q(S_m)\Big)_{m = 1 \dots M}
 
-    with :math:`\rho` Spearman's rank correlation over the subsets. A positive score is a
-    proponent's, and its presence lowers the measurement, hence the minus.
+    with :math:`\rho` Spearman's rank correlation over the subsets. The minus is there because the
+    presence of a proponent lowers the measurement.
 
     Args:
         scores: [query, train].
         subsets: which examples each subset keeps, bool [subset, train].
-        outcomes: measurements after retraining, [subset, query]; or [subset, seed, query], of
-            which the mean over seeds is taken.
+        outcomes: measurements after retraining, [subset, query], or [subset, seed, query] to be
+            averaged over seeds.
         confidence: of the bootstrap interval over queries.
         resamples: bootstrap samples.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: shapes do not fit, or examples have no score.
+        ValueError: shapes do not match, or examples have no score.
 
     References:
         | TRAK: Attributing Model Behavior at Scale (Park et al., 2023), Definition 2.3
@@ -109,9 +109,9 @@ def interval_over_subsets(
     resamples: int = 400,
     seed: int = 0,
 ) -> Interval:
-    """:func:`linear_datamodeling_score` with the interval over subsets: these queries, other draws.
+    """:func:`linear_datamodeling_score` with the interval over subsets: same queries, other draws.
 
-    Few subsets make it wide, whatever the number of queries: all queries share their luck. A
+    With few subsets it is wide whatever the number of queries, because they share the subsets. A
     resample in which the measurements of every query are constant is left out.
     """
     predicted, truth = _compared(scores, subsets, outcomes)
@@ -119,9 +119,9 @@ def interval_over_subsets(
     draws = np.random.default_rng(seed).integers(len(subsets), size=(resamples, len(subsets)))
     means = []
     for draw in draws:
-        found = rank_correlation(predicted[:, draw], truth[:, draw])
-        if not bool(found.isnan().all()):
-            means.append(float(found.nanmean()))
+        per_query = rank_correlation(predicted[:, draw], truth[:, draw])
+        if not bool(per_query.isnan().all()):
+            means.append(float(per_query.nanmean()))
     if not means:
         return Interval(whole.value, np.nan, np.nan, whole.per_query)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -129,7 +129,7 @@ def interval_over_subsets(
 
 
 def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the scores of what is kept, and minus the measurements, both [query, subset]."""
+    """Sums of the scores kept, and minus the measurements, both [query, subset]."""
     values = complete(scores)
     if outcomes.dim() == 3:
         outcomes = outcomes.double().mean(1)
@@ -148,16 +148,15 @@ def _compared(scores: Scores | Tensor, subsets: Tensor, outcomes: Tensor) -> tup
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {len(subsets)}.")
     if not bool(outcomes.isfinite().all()):
         raise ValueError(
-            "Some outcomes are not finite: a retraining diverged or is missing. Leave its subset "
-            "out."
+            "Some outcomes are not finite: a retraining diverged or is missing. Leave out its "
+            "subset."
         )
     predicted = (subsets.double() @ values.double().cpu().T).T
     return predicted, -outcomes.double().cpu().T
 
 
 def complete(scores: Scores | Tensor) -> Tensor:
-    """The scores [query, train], of which none may be missing: what is compared with retraining,
-    or with other scores, is about all training examples.
+    """The scores [query, train], none of them missing.
 
     Raises:
         ValueError: some examples have no score (``Scores.candidates``).
@@ -173,9 +172,9 @@ def complete(scores: Scores | Tensor) -> Tensor:
 
 
 def difference(first: Interval, second: Interval, seed: int = 0) -> Interval:
-    """``first`` minus ``second``, query by query: the interval that tells two estimators apart.
+    """``first`` minus ``second``, query by query, with the interval that tells estimators apart.
 
-    Both saw the same queries and subsets, so their own intervals overlap more than they should.
+    Both were judged on the same queries and subsets, so their own intervals overlap too much.
     """
     return bootstrap(first.per_query - second.per_query, seed=seed)
 
@@ -183,13 +182,13 @@ def difference(first: Interval, second: Interval, seed: int = 0) -> Interval:
 def rank_correlation(predicted: Tensor, truth: Tensor) -> Tensor:
     """Spearman's correlation of each row, [row].
 
-    0 where the prediction is constant (it says nothing), NaN where the truth is (it asks nothing).
+    0 where the prediction is constant, NaN where the truth is.
     """
     a, b = (_centred_ranks(part.numpy()) for part in (predicted, truth))
     size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.where((a == 0).all(1), 0.0, (a * b).sum(1) / size)
-    return torch.from_numpy(np.where((b == 0).all(1), np.nan, found))
+        correlation = np.where((a == 0).all(1), 0.0, (a * b).sum(1) / size)
+    return torch.from_numpy(np.where((b == 0).all(1), np.nan, correlation))
 
 
 def bootstrap(

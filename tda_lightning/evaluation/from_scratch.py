@@ -1,9 +1,10 @@
-"""Train anew on part of the training set: the truth about the algorithm, not about one run.
+"""Retraining from scratch on part of the training set: the truth about the algorithm, not one run.
 
-Examples left out are not there at all: the training set is smaller, batches are full of the
-others, and a run of as many epochs has fewer steps. Initial weights, the order of the batches and
-whatever else is drawn come from a fresh seed. How that differs from weight 0 in the recorded run:
-:mod:`tda_lightning.evaluation.retraining` and :func:`~tda_lightning.evaluation.as_removal`.
+Examples that are left out are not there at all: the training set is smaller, batches are filled
+with the others, and the same number of epochs has fewer steps. Initial weights, the order of
+batches and everything else random come from a fresh seed. For the difference from weight 0 in the
+recorded run see :mod:`tda_lightning.evaluation.retraining` and
+:func:`~tda_lightning.evaluation.as_removal`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 
 @dataclass(frozen=True)
 class FreshTraining:
-    """What one training takes, made for one seed and used once.
+    """What one training run needs, made for one seed and used once.
 
     Attributes:
-        trainer: a Lightning ``Trainer``, new: one that has been fitted does not begin again.
-        module: with initial weights of its seed.
+        trainer: a new Lightning ``Trainer``; one that has been fitted does not start over.
+        module: with initial weights drawn from the seed.
         data: a data module whose training loader draws its order from the seed.
     """
 
@@ -37,63 +38,63 @@ class FreshTraining:
     data: Any
 
 
-def retrain_afresh(make: Callable[[int], FreshTraining], kept: Tensor, seed: int) -> State:
-    """Train on the examples ``kept`` alone.
+def retrain_from_scratch(make: Callable[[int], FreshTraining], kept: Tensor, seed: int) -> State:
+    """Train on the examples ``kept`` only.
 
     Args:
-        make: from a seed, everything that a training takes. It may seed the global generators,
-            which are left as they were.
+        make: makes everything that one training run needs from a seed. It may seed the global
+            generators, which are restored afterwards.
         kept: bool [train].
-        seed: given to ``make``.
+        seed: passed to ``make``.
 
     Returns:
         Parameters and buffers after training, on the CPU, by name.
 
     Raises:
-        UnsupportedTrainingError: the training loader is none whose examples can be taken away.
+        UnsupportedTrainingError: examples cannot be left out of this training loader.
         NonFiniteError: training diverged.
     """
     with unchanged_randomness():
         training = make(seed)
         data = training.data
-        given = data.train_dataloader
-        # On the instance: the user's own class stays as it is.
-        data.train_dataloader = lambda: smaller(given(), kept)
+        full_loader = data.train_dataloader
+        # On the instance, so that the user's class is not changed.
+        data.train_dataloader = lambda: smaller_loader(full_loader(), kept)
         training.trainer.fit(training.module, datamodule=data)
     module = training.module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    # A trainer, its module and its data hold each other: of many trainings all would stay.
+    # Trainer, module and data reference each other: without this, every run would stay in memory.
     del training, data, module, tensors
     gc.collect()
     require_finite(state)
     return state
 
 
-def smaller(loader: Any, kept: Tensor) -> DataLoader[Any]:
-    """A loader like ``loader`` of the examples ``kept``, bool [train], alone.
+def smaller_loader(loader: Any, kept: Tensor) -> DataLoader[Any]:
+    """A loader like ``loader`` over the examples ``kept``, bool [train], only.
 
     Raises:
-        UnsupportedTrainingError: ``loader`` is no ``DataLoader`` of a map-style data set with a
-            batch size of its own and the usual samplers.
+        UnsupportedTrainingError: ``loader`` is not a ``DataLoader`` over a map-style data set with
+            a batch size and one of the standard samplers.
         ValueError: its data set has another length than ``kept``.
     """
-    usual = (
+    standard = (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_size is not None
         and type(loader.sampler) in (RandomSampler, SequentialSampler)
     )
-    if not usual:
+    if not standard:
         raise UnsupportedTrainingError(
-            "Training anew without some examples needs a DataLoader over a map-style data set with "
-            f"a batch size and no sampler of its own, got {type(loader).__name__}. Judge by "
+            "Retraining without some examples needs a DataLoader over a map-style data set, with a "
+            f"batch size and without a custom sampler, got {type(loader).__name__}. Judge by "
             "protocol=single_run, which replays the recorded batches."
         )
     if len(loader.dataset) != len(kept):  # type: ignore[arg-type]
         raise ValueError(
-            f"kept must say of each of {len(loader.dataset)} "  # type: ignore[arg-type]
-            f"training examples whether it stays, got {len(kept)}."
+            f"kept must have one entry for each of {len(loader.dataset)} "  # type: ignore[arg-type]
+            f"training examples, got {len(kept)}."
         )
     subset = Subset(loader.dataset, kept.nonzero().flatten().tolist())
     return DataLoader(

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from tda_lightning.evaluation import FreshTraining, retrain_afresh
-from tda_lightning.evaluation.afresh import smaller
+from tda_lightning.evaluation import FreshTraining, retrain_from_scratch
+from tda_lightning.evaluation.from_scratch import smaller_loader
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tests import runs as recorded
 
@@ -37,7 +37,7 @@ def test_examples_left_out_are_never_seen_and_seeds_decide_the_rest() -> None:
     kept = torch.ones(22, dtype=torch.bool)
     kept[[3, 7, 11]] = False
     before = torch.get_rng_state()
-    first, again, other = (retrain_afresh(fresh, kept, seed) for seed in (5, 5, 6))
+    first, again, other = (retrain_from_scratch(fresh, kept, seed) for seed in (5, 5, 6))
     assert torch.equal(torch.get_rng_state(), before)
     seen = {index for batch in made[-1].seen for index in batch}
     assert seen == set(range(22)) - {3, 7, 11}
@@ -50,7 +50,7 @@ def test_examples_left_out_are_never_seen_and_seeds_decide_the_rest() -> None:
 
 def test_a_smaller_loader_is_like_the_whole_one() -> None:
     loader = DataLoader(recorded.Numbered(), batch_size=4, drop_last=True, collate_fn=list)
-    found = smaller(loader, torch.arange(22) < 9)
+    found = smaller_loader(loader, torch.arange(22) < 9)
     assert [[int(example[2]) for example in batch] for batch in found] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
@@ -66,6 +66,6 @@ def test_loaders_that_cannot_be_made_smaller_are_refused() -> None:
         [recorded.loader()],
     ):
         with pytest.raises(UnsupportedTrainingError, match="single_run"):
-            smaller(loader, torch.ones(22, dtype=torch.bool))
+            smaller_loader(loader, torch.ones(22, dtype=torch.bool))
     with pytest.raises(ValueError, match="each of 22 training examples"):
-        smaller(recorded.loader(), torch.ones(21, dtype=torch.bool))
+        smaller_loader(recorded.loader(), torch.ones(21, dtype=torch.bool))

@@ -24,7 +24,7 @@ from tda_lightning.tasks import AttributionTask, seeded_examples
 
 
 class _Losses(nn.Module):
-    """A module whose forward is the losses, so that ``functional_call`` can swap its tensors."""
+    """A module whose forward pass gives losses, for ``functional_call`` to swap its tensors."""
 
     def __init__(self, module: nn.Module, task: AttributionTask) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class _Losses(nn.Module):
         return self.task.train_loss(self.module, batch)
 
 
-def run_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
-    """One run for every row of ``weights``, [runs, train], all in step."""
+def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
+    """One replay for each row of ``weights``, [runs, train], all in lockstep."""
     losses = _Losses(replay.module, replay.task)
     trajectory, runs = replay.trajectory, len(weights)
     stacked = {
