@@ -112,7 +112,7 @@ class AttributionTask(ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the scores should know about how the losses were found."""
+        """What a reader of the scores should know about these losses."""
         notes: list[str] = self.__dict__.setdefault("_notes", [])
         return notes
 

@@ -4,7 +4,7 @@ For l_n = sum_t w_nt e_nt, with e_nt the loss of one element of example n and J_
 its outputs, the matrix is G_n = sum_t w_nt J_nt^T e''_nt J_nt. The functions here give losses, or
 gradients of outputs, whose outer products are G_n: in expectation, or as an exact sum. The weights
 enter as square roots, once for every element: the gradient of the weighted *mean* loss itself would
-give a matrix too small by the number of elements (METHODS, "Units").
+give a matrix too small by the number of elements (docs/methods.md, "Units").
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sampled_output_gradients(
     """Output gradients of sampled labels, for the loss of a training batch as it is optimised.
 
     Carried back to the parameters and split by example, their second moment, averaged over the
-    batch, is the Gauss-Newton matrix of ``total`` (METHODS, "Units"). Inside
+    batch, is the Gauss-Newton matrix of ``total`` (docs/methods.md, "Units"). Inside
     :func:`~tda_lightning.tasks.seeded_examples` they depend on the seed and the example alone.
 
     Args:

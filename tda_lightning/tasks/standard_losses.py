@@ -2,15 +2,15 @@
 
 Each holds the loss of every element (a class decision, a number, a bit) as the user's code asked
 for it, class weights included, and its curvature: the Hessian of the element's loss in the outputs
-is ``curvature`` times a fixed form that depends on the outputs alone. Elements are flattened with
+is ``curvature`` times a form that depends on the outputs alone. Elements are flattened with
 the batch axis leading.
 
 Labels drawn from the model have output gradients whose covariance is that Hessian. We draw the
 gradients instead, as a square root of the Hessian times random signs: all that curvature uses is
-the covariance, and this noise has it too, at a much smaller variance of the estimate. A model that
-is sure draws another label than its own once in a thousand examples, and the estimate hangs on
+the covariance, and this noise has it too, at a much smaller variance of the estimate. A confident
+model draws a label other than its own once in a thousand examples, and the estimate then depends on
 those few; signs weigh every example the same (on digits at 100% training accuracy the error of the
-estimated matrix is 0.3 in place of 2.7). With one output, squared errors have no noise at all.
+estimated matrix is 0.3 instead of 2.7). With one output, squared errors have no noise at all.
 """
 
 from __future__ import annotations

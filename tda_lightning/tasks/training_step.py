@@ -59,7 +59,7 @@ class TrainingStepTask(AttributionTask):
         return self._can_sample
 
     def prepare(self, module: nn.Module, batch: Batch) -> None:
-        """Find out from one batch which losses ``training_step`` calls."""
+        """Learn from one batch which losses ``training_step`` calls."""
         super().prepare(module, batch)
         self._reset()
         kind = type(module)

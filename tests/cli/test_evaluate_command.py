@@ -437,7 +437,7 @@ def test_only_the_provenance_of_scores_is_replaced(tmp_path, monkeypatch):
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "foreign.h5").write_bytes(b"hello")
-    with pytest.raises(TrajectoryFormatError, match="no scores file"):
+    with pytest.raises(TrajectoryFormatError, match="expected a complete scores file"):
         replace_provenance(tmp_path / "foreign.h5", {})
 
 

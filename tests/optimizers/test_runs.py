@@ -29,6 +29,7 @@ from tests.unrolling import (
     OPTIMIZERS,
     expected_of,
     in_memory,
+    mostly,
     muon,
     per_step,
     record,
@@ -48,8 +49,13 @@ TRAINERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", NEW)
-@pytest.mark.parametrize("how", TRAINERS)
+EVERYTHING = [name for name in NEW if "everything" in name]
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    mostly(TRAINERS, NEW, kept=[*EVERYTHING, *(("accumulated", name) for name in NEW)]),
+)
 def test_recorded_runs_are_unrolled_exactly(how: str, name: str, tmp_path: Path) -> None:
     network = NETWORKS["dropout"]
     optimizers = per_step(OPTIMIZERS[name], LambdaLR, lr_lambda=lambda step: 0.9**step)
