@@ -15,6 +15,7 @@ from experiments.descent import descend
 from experiments.mislabelled.ranking import quiet
 from experiments.mislabelled.setting import final, network
 from tda_lightning import AttributionModule, Trajectory
+from tda_lightning.edits import Relabel
 from tda_lightning.estimators import Unrolled
 from tda_lightning.examples.data import FashionMNISTData
 from tda_lightning.tasks import ClassificationTask
@@ -60,12 +61,16 @@ def proposed(run: Trajectory, data: FashionMNISTData, suspicion: Tensor) -> Edit
 
 def predicted(run: Trajectory, data: FashionMNISTData, edits: Edits, activation: str) -> Tensor:
     """Change of the mean test loss under each edit, by one exact unrolling, [edit]."""
-    labels = dict(zip(edits.examples.tolist(), edits.labels.tolist(), strict=True))
+    relabelled = [
+        Relabel(index, label)
+        for index, label in zip(edits.examples.tolist(), edits.labels.tolist(), strict=True)
+    ]
     queries = TensorDataset(*(tensor[None] for tensor in data.query_dataset.tensors))
-    estimator = Unrolled(relabel=labels)
-    module = AttributionModule(network(activation), run, estimator, MeanOverSet())
-    found = module.attribute(data.train_dataset, queries, trainer=quiet(), self_influence=False)
-    return found.values[0, edits.examples]
+    module = AttributionModule(network(activation), run, Unrolled(), MeanOverSet())
+    scores = module.attribute(
+        data.train_dataset, queries, trainer=quiet(), self_influence=False, edits=relabelled
+    )
+    return scores.values[0]
 
 
 def measured(

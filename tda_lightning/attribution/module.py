@@ -24,6 +24,7 @@ from tda_lightning.attribution.provenance import (
 )
 from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
 from tda_lightning.attribution.stages import set_up, training_sets
+from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.ensemble import Ensemble
@@ -128,6 +129,7 @@ class AttributionModule(LightningModule):
         self_influence: bool = True,
         overwrite: bool = False,
         provenance: Mapping[str, Any] | None = None,
+        edits: Sequence[Edit] | None = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -144,10 +146,14 @@ class AttributionModule(LightningModule):
             self_influence: also score every training example for itself.
             overwrite: replace a file at ``scores_path``.
             provenance: what the caller has to say of how the scores were made, added to ours.
+            edits: what to score instead of every removal (``tda_lightning.edits``): column e is
+                the predicted change of the measurement if edit e were made. There is no
+                self-influence then.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
-            ValueError: an empty set, labels out of range, an impossible setting.
+            ValueError: an empty set, labels out of range, an impossible setting; an edit outside
+                the training set, or of an example of another form.
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began, worked = time.monotonic(), time.process_time()
@@ -166,13 +172,16 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with prepared(self._attributed_modules, runner.strategy.root_device):
-            opened = open_members(self.members, examples, queries, self_influence)
+            edit_set = self._edit_set(edits, examples)
+            own_self = self_influence and edits is None
+            opened = open_members(self.members, examples, queries, own_self, edit_set)
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
             segments = None if shared is None else sum(shared)
             members = len(opened) if len(opened) > 1 else None
-            sizes = (session.num_query, opened[0][-1].columns.stop, segments)
+            columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
+            sizes = (session.num_query, columns, segments)
             sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
@@ -187,6 +196,8 @@ class AttributionModule(LightningModule):
                         for stages, part, own in zip(opened, estimated, counts, strict=True)
                     ]
                 )
+                if edit_set is not None:
+                    made["edits"] = edit_set.records()
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -312,6 +323,18 @@ class AttributionModule(LightningModule):
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
         return estimated
+
+    def _edit_set(
+        self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
+    ) -> EditSet | None:
+        if edits is None:
+            return None
+        if len(self.stages) > 1:
+            raise UnsupportedTrainingError(
+                f"edits belong to one training set, and the run has {len(self.stages)} stages. "
+                "Attribute each of them, Trajectory.load(path).stages(), with its own edits."
+            )
+        return EditSet(edits, examples[0])
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:

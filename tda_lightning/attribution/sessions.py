@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tda_lightning.attribution.cache_key import digest_of
 from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
+from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource, place
@@ -26,10 +27,14 @@ def open_members(
     examples: Sequence[ExampleSource],
     queries: ExampleSource,
     self_influence: bool,
+    edits: EditSet | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
-    return [open_stages(setups, examples, queries, self_influence, loaded) for setups in members]
+    opened = [open_stages(setups, examples, queries, self_influence, loaded) for setups in members]
+    for stages in opened:
+        stages[-1].session.edits = edits
+    return opened
 
 
 def open_stages(

@@ -99,7 +99,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(("estimator.", "solver=", "solver."))
+        if override.startswith(("estimator.", "solver=", "solver.", "relabel="))
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

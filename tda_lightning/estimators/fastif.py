@@ -79,6 +79,11 @@ class FastInfluence(InfluenceFunction):
                 f"{self.k}. Without k, all of them are candidates where there are fewer than "
                 f"{DEFAULT_K}."
             )
+        if session.edits is not None:
+            raise ValueError(
+                "FastInfluence scores the removal of each query's nearest training examples: "
+                "expected no edits. Use InfluenceFunction for them."
+            )
         if self.layer is not None:
             require_layer(session.module, self.layer)
         k = min(DEFAULT_K, session.num_train) if self.k is None else self.k

@@ -102,9 +102,9 @@ class InfluenceFunction:
         for first, last in session.query_rounds(session.gradient_bytes(inverse.copies)):
             responses = inverse.responses(first, last, count)
             order = None if candidates is None else _batches(session, candidates[first:last])
-            for batch in session.walk("influence function", step, order):
+            for batch in session.walk_columns("influence function", step, order):
                 values = dot(responses, units(inverse.kind, batch.gradients)) / session.num_train
-                session.scores.add(None, batch.examples, values, first)
+                session.add(None, batch, values, first)
                 if with_self and inverse.knows_own and first == 0:
                     own = inverse.own(batch.measurement_gradients, batch.gradients)
                     session.add_self_influence(batch.examples, own / session.num_train)

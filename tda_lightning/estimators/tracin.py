@@ -65,9 +65,9 @@ class TracIn:
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
-                for batch in session.walk(f"TracIn, step {step}", step):
+                for batch in session.walk_columns(f"TracIn, step {step}", step):
                     values = queries.dot(batch.gradients) / session.num_train
-                    session.scores.add(number, batch.examples, values, first)
+                    session.add(number, batch, values, first)
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
                         session.add_self_influence(batch.examples, own / session.num_train)

@@ -145,6 +145,23 @@ class StageRecord(TypedDict):
     notes: list[str]
 
 
+class _EditKind(TypedDict):
+    kind: str
+
+
+class EditRecord(_EditKind, total=False):
+    """The edit that a column is about.
+
+    Attributes:
+        kind: its class.
+        index: of the training example that it changes; absent where it changes none.
+        label: the example's other label.
+    """
+
+    index: Count
+    label: Any
+
+
 class MemberRecord(TypedDict, total=False):
     """One run of an ensemble; the keys mean what they mean in :class:`Provenance`."""
 
@@ -216,7 +233,8 @@ class Provenance(TypedDict, total=False):
     question: str  # in words
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
-    relabel: dict[str, Any]  # other labels that the scores are about, by training index
+    edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
+    relabel: dict[str, Any]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
     # Its curvature; with several stages, lists have an entry for each
     curvature: str | None  # None where the estimator uses none

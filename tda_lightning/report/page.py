@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.utils.data import DataLoader
 
-from tda_lightning.records.provenance import Provenance, well_formed
-from tda_lightning.records.rendered import Renderer
+from tda_lightning.records.provenance import EditRecord, Provenance, well_formed
+from tda_lightning.records.rendered import Rendered, Renderer
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report.charts import Chart, bar_chart, line_chart, number
@@ -30,7 +30,7 @@ from tda_lightning.report.provenance_rows import (
     segment_bounds,
     segment_names,
 )
-from tda_lightning.report.statements import relabelled, statements
+from tda_lightning.report.statements import edit_in_words, relabelled, statements
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def write_report(
     if k < 1 or num_suspects < 1:
         raise ValueError(f"k and num_suspects must be positive, got {k} and {num_suspects}.")
     render = render or DatasetRenderer(train, query)
+    if edits := provenance.get("edits"):
+        render = _edited(render, edits)
     names = segment_names(scores, provenance)
     rates = None if trajectory is None else _learning_rate_chart(scores, provenance, trajectory)
     template = _environment().get_template("page.html.j2")
@@ -145,7 +147,8 @@ def _require_lengths(
     query: Any,
     predictions: Sequence[str] | None,
 ) -> None:
-    if hasattr(train, "__len__") and len(train) != scores.num_train:
+    edited = "edits" in provenance
+    if hasattr(train, "__len__") and len(train) != scores.num_train and not edited:
         raise ValueError(
             f"The training set has {len(train)} examples, the scores have {scores.num_train} "
             "columns. Give the data set that was scored."
@@ -161,6 +164,23 @@ def _require_lengths(
             f"predictions must hold one text for each of the {scores.num_queries} queries, got "
             f"{len(predictions)}."
         )
+
+
+def _edited(render: Renderer, edits: Sequence[EditRecord]) -> Renderer:
+    """Shows the training example that each column's edit changes."""
+
+    def rendered(split: str, index: int) -> Rendered:
+        if split != "train":
+            return render(split, index)
+        edit = edits[index]
+        if "index" not in edit:
+            return Rendered(caption=edit_in_words(edit))
+        changed = render(split, edit["index"])
+        if not isinstance(changed, Rendered):
+            return changed
+        return replace(changed, caption=f"{edit_in_words(edit)} {changed.caption}".strip())
+
+    return rendered
 
 
 @functools.cache  # compiling the template takes longer than filling it

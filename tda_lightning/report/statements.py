@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tda_lightning.records.provenance import (
     Certificate,
     DampingSensitivity,
+    EditRecord,
     Provenance,
     SolverRecord,
     SpotCheck,
@@ -46,6 +47,7 @@ def statements(scores: Scores, provenance: Provenance) -> list[Statement]:
         _question(provenance.get("question", "")),
         _certificate(provenance.get("certificate"), provenance),
         _truncation(provenance.get("replayed_steps")),
+        _edits(provenance.get("edits", [])),
         _other_labels(relabelled(provenance)),
         _solver(provenance.get("solver")),
         _spot_check(trust.get("spot_check")),
@@ -58,9 +60,29 @@ def statements(scores: Scores, provenance: Provenance) -> list[Statement]:
 
 
 def relabelled(provenance: Provenance) -> dict[str, str]:
-    """The other labels that scores are about, by the index of the training example."""
-    labels = provenance.get("relabel", {})
+    """The other labels that scores are about, by column."""
+    edits = enumerate(provenance.get("edits", []))
+    labels = {str(column): edit["label"] for column, edit in edits if "label" in edit}
+    labels |= provenance.get("relabel", {})
     return {index: shorten(one_line(label), 40) for index, label in labels.items()}
+
+
+def _edits(edits: list[EditRecord]) -> Statement | None:
+    if not edits:
+        return None
+    named = _listed([f"{column}, {edit_in_words(edit)}" for column, edit in enumerate(edits)], "; ")
+    return Statement(
+        "Edits",
+        "The scores are about these edits of the training set, by their numbers, in place of the "
+        f"removal of each example: {named}.",
+    )
+
+
+def edit_in_words(edit: EditRecord) -> str:
+    """An edit in a few words."""
+    where = f" of example {edit['index']}" if "index" in edit else ""
+    label = f" as {shorten(one_line(edit['label']), 40)}" if "label" in edit else ""
+    return f"{shorten(edit['kind'], 40).lower()}{where}{label}"
 
 
 def _candidates(scores: Scores, provenance: Provenance) -> Statement | None:
@@ -234,9 +256,9 @@ def _seeds(share: float | None) -> Statement | None:
     )
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str], comma: str = ", ") -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
+    return f"{comma.join(names[:_LISTED])}{more}"
 
 
 def _span(interval: list[float | None] | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.edits import EditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.score_sinks import ScoreSink
@@ -46,12 +47,16 @@ class Batch:
         data: the batch on the module's device.
         examples: indices in the training set, int64 [batch].
         position: of the batch in the order that was asked for.
+        columns: of the scores that they belong to, int64 [batch].
+        signs: what their gradients count by, [batch]; None: 1.
     """
 
     session: Session
     data: Any
     examples: Tensor
     position: int
+    columns: Tensor
+    signs: Tensor | None = None
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
@@ -89,6 +94,7 @@ class Session:
         loaded: the checkpoint whose weights the module holds.
         pace: shows progress; in a dry run it shortens every walk and measures it.
         prefix: of the titles of walks, where a run has several stages.
+        edits: what the columns are about; None: the removal of each training example.
     """
 
     module: nn.Module
@@ -106,6 +112,7 @@ class Session:
     loaded: LoadedCheckpoint = field(default_factory=LoadedCheckpoint)
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
+    edits: EditSet | None = None
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _self_influence: Tensor | None = None
 
@@ -182,7 +189,58 @@ class Session:
         own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
-            yield Batch(self, data, examples, position)
+            yield Batch(self, data, examples, position, examples)
+
+    def walk_columns(
+        self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[Batch]:
+        """The examples whose gradients are scored: :meth:`walk`, or the examples of the edits that
+        are asked about.
+
+        Args:
+            order: batches of positions as :meth:`uses` gives them.
+        """
+        if self.edits is None:
+            yield from self.walk(title, step, order)
+            return
+        rank, world = rank_and_world()
+        edits, terms = self.edits, self.edits.terms
+        if order is None:
+            size = min(self.batch_size, max(1, len(terms) // world))
+            order = edits.source.batches(size=size)
+        if step is not None:
+            self.load(step)
+        own = list(enumerate(order))[rank::world]
+        title = self.prefix + title
+        for position, places, data in self.pace.walk(title, edits.source, self.module, own):
+            chosen = [terms[place] for place in places.tolist()]
+            labels = {n: term.labels[0] for n, (_, term) in enumerate(chosen) if term.labels}
+            columns = [column for column, _ in chosen]
+            # The index seeds an example's noise; those from elsewhere come after all others.
+            examples = [
+                self.num_train + column if term.index is None else term.index
+                for column, term in chosen
+            ]
+            signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
+            yield Batch(
+                self,
+                self.task.relabelled(data, labels) if labels else data,
+                torch.tensor(examples, device=self.device),
+                position,
+                torch.tensor(columns, device=self.device),
+                signs.to(self.device),
+            )
+
+    def uses(self, index: int) -> list[int]:
+        """What :meth:`walk_columns` reads for a use of training example ``index``: itself, or the
+        terms of the edits that change it."""
+        return [index] if self.edits is None else self.edits.positions_of(index)
+
+    def add(self, segment: int | None, batch: Batch, values: Tensor, first_query: int = 0) -> None:
+        """Add the scores of a batch of :meth:`walk_columns`, [query, batch]."""
+        if batch.signs is not None:
+            values = values * batch.signs
+        self.scores.add(segment, batch.columns, values, first_query)
 
     def loop(
         self, title: str, items: Iterable[T], total: int | None = None, memory: int = 0

@@ -23,6 +23,7 @@ from tda_lightning.tasks import AttributionTask
 from tests.attributing import quiet, relative
 from tests.processes import outcomes, results
 from tests.recording.test_processes import Plain, train
+from tests.recording.test_sharded import OnTheCPU
 from tests.runs import Numbered, adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,6 +198,26 @@ def test_a_taken_scores_file_is_refused_in_every_process(scored: Any) -> None:
 
     for outcome in outcomes(work):
         assert isinstance(outcome.error, FileExistsError), outcome.trace
+
+
+def score_sharded(rank: int, root: Path) -> list[Any]:
+    """Scores under FSDP, as torch has it on the CPU."""
+    parts = []
+    for name in ("source", "source recorded", "tracin", "influence", "unrolled"):
+        trainer = quiet(strategy=OnTheCPU(auto_wrap_policy={torch.nn.Linear}), devices=2)
+        scores = attribute(root / "adamw", ESTIMATORS[name], trainer)
+        parts.append((name, scores.values, scores.self_influence))
+    return parts
+
+
+def test_fsdp_scores_are_those_of_one_process(scored: Any) -> None:
+    root, _ = scored
+    for parts in results(score_sharded, root):
+        for name, values, own in parts:
+            alone = attribute(root / "adamw", ESTIMATORS[name], quiet())
+            assert relative(values, alone.values) < 1e-5
+            if own is not None:
+                assert relative(own, alone.self_influence) < 1e-5
 
 
 SCRIPT = """

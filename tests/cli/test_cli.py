@@ -89,16 +89,16 @@ def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
     given = ["runs/digits", "estimator=unrolled", "estimator.last_steps=3"]
     assert main(["plan", *given]) == 0
     assert "backwards" in capsys.readouterr().out
-    assert main(["attribute", *given, "estimator.relabel={3: 7}"]) == 0
+    assert main(["attribute", *given, "relabel={3: 7}"]) == 0
     file = run / "scores" / "unrolled-last_steps-3-relabel-3-7.h5"
     made = Scores.load(file).provenance
     assert made["certificate"]["bit_equal"]
-    assert made["relabel"] == {"3": 7}
+    assert made["edits"] == [{"kind": "Relabel", "index": 3, "label": 7}]
     assert main(["report", f"scores={file}"]) == 0
     page = file.with_suffix(".html").read_text(encoding="utf-8")
     assert "recorded checkpoints that it passes bit for bit" in page
     assert "Only the effect of an example on the last 3 of 4 steps" in page
-    assert "not of removal: 3 as 7." in page
+    assert "relabel of example 3 as 7" in page
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tda_lightning.edits import Relabel, Removal
 from tda_lightning.estimators import Unrolled
 from tda_lightning.evaluation import measure, retrain
 from tda_lightning.tasks import ClassificationTask, LanguageModelingTask
@@ -101,15 +102,17 @@ def test_other_labels(network: str, name: str, tmp_path: Path) -> None:
 
     end = oracles.retrace(run, module, objective, fetching(data))
     measured = end.measure(chosen.loss, everything(queries))
-    expected = expected_of(run, chosen, module, data, queries).sum(0)
-    changed = list(labels)
-    expected[:, changed] = oracles.slopes(measured, amounts)[:, changed]
-    scores = scores_of(run, module, data, queries, chosen.task, Unrolled(relabel=labels))
-    assert relative(scores.values[:, changed], expected[:, changed]) < EXACT
+    removals = expected_of(run, chosen, module, data, queries).sum(0)
+    expected = torch.cat(
+        [oracles.slopes(measured, amounts)[:, list(labels)], removals[:, [4, 2]]], dim=1
+    )
+    edits = [*(Relabel(index, label) for index, label in labels.items()), Removal(4), Removal(2)]
+    scores = scores_of(run, module, data, queries, chosen.task, edits=edits)
     assert relative(scores.values, expected) < EXACT
     assert relative(scores.by_segment.sum(0), expected) < EXACT
-    assert scores.provenance["relabel"].keys() == {"1", "4", "9"}
-    assert any("another label" in note for note in scores.provenance["notes"])
+    records = scores.provenance["edits"]
+    assert [record["index"] for record in records] == [1, 4, 9, 4, 2]
+    assert records[0]["kind"] == "Relabel" and records[3]["kind"] == "Removal"
 
 
 class Mixed(CaseTask):
@@ -133,7 +136,7 @@ def test_another_label_predicts_retraining_with_it() -> None:
     run, module, data = in_memory(CLASSIFIER, OPTIMIZERS["adamw"])
     queries, example = queries_of(CLASSIFIER), 3
     other = 1 - int(data[1][example])
-    scores = unroll(CLASSIFIER, run, module, data, Unrolled(relabel={example: other}))
+    scores = unroll(CLASSIFIER, run, module, data, edits=[Relabel(example, other)])
     ends = []
     for part in (1e-5, -1e-5):
         task = Mixed("classification")
@@ -141,24 +144,19 @@ def test_another_label_predicts_retraining_with_it() -> None:
         numbered = TensorDataset(*data, torch.arange(10))
         state = retrain(run, module, task, numbered, torch.ones(10).double())
         ends.append(measure(module, CaseTask("classification"), state, TensorDataset(*queries)))
-    assert relative(scores.values[:, example], (ends[0] - ends[1]) / 2e-5) < 1e-6
+    assert relative(scores.values[:, 0], (ends[0] - ends[1]) / 2e-5) < 1e-6
 
 
 def test_labels_that_are_not_there_are_refused() -> None:
     run, module, data = in_memory(CLASSIFIER, OPTIMIZERS["sgd"])
-    with pytest.raises(ValueError, match="10"):
-        unroll(CLASSIFIER, run, module, data, Unrolled(relabel={10: 0}))
-    with pytest.raises(ValueError, match="relabel"):
-        Unrolled(relabel={1: 0}, token_weights=True)
+    with pytest.raises(ValueError, match="Edit 0, Relabel, names training example 10"):
+        unroll(CLASSIFIER, run, module, data, edits=[Relabel(10, 0)])
+    with pytest.raises(ValueError, match="ask for one of them at a time"):
+        unroll(CLASSIFIER, run, module, data, Unrolled(token_weights=True), edits=[Removal(1)])
     for label in (7, [0, 1]):
         with pytest.raises(ValueError, match="label"):
             unroll(
-                CLASSIFIER,
-                run,
-                module,
-                data,
-                Unrolled(relabel={1: label}),
-                task=ClassificationTask(),
+                CLASSIFIER, run, module, data, edits=[Relabel(1, label)], task=ClassificationTask()
             )
 
 

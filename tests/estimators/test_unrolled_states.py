@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning import Scores, Trajectory
+from tda_lightning.edits import Relabel, Removal
 from tda_lightning.estimators import Unrolled
 from tda_lightning.estimators.unrolled import resume
 from tests import oracles
@@ -50,7 +51,8 @@ class Problem:
     def scores(self, data: Any = None, **options: Any) -> Scores:
         given = self.data if data is None else data
         work = (self.run, self.module, given, self.queries, self.network.task)
-        return scores_of(*work, Unrolled(**options))
+        edits = options.pop("edits", None)
+        return scores_of(*work, Unrolled(**options), edits=edits)
 
     def first_query(self) -> Problem:
         """The same for one query."""
@@ -267,9 +269,10 @@ def test_work_of_another_question_is_not_taken_up(problem: Problem) -> None:
     stopped(problem, late, last_steps=7)
     require_same(problem.scores(), expected)
     label = problem.data.tensors[1][0].tolist()
-    stopped(problem, late, relabel={0: label})
+    edits = [Relabel(0, label), *map(Removal, range(1, len(problem.data)))]
+    stopped(problem, late, edits=edits)
     require_same(problem.scores(), expected)
     # An example that is relabelled with its own label does nothing.
-    found = problem.scores(relabel={0: label})
-    assert float(found.values[:, 0].abs().max()) < 1e-12
-    assert relative(found.values[:, 1:], expected.values[:, 1:]) < 1e-12
+    edited = problem.scores(edits=edits)
+    assert float(edited.values[:, 0].abs().max()) < 1e-12
+    assert relative(edited.values[:, 1:], expected.values[:, 1:]) < 1e-12

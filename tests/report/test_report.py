@@ -264,9 +264,20 @@ class TestTrust:
         many = {str(index): 0 for index in range(30)}
         assert "11 as 0 and 18 more." in self.text(scores, tmp_path, relabel=many)[0]
 
+    def test_edits(self, scores, tmp_path):
+        best = int(scores.proponents(0, 1)[0])
+        edits = [{"kind": "Removal", "index": n} for n in range(scores.num_train)]
+        edits[best] = {"kind": "Relabel", "index": 1, "label": 7}
+        edits[0] = {"kind": "Addition"}
+        text, _ = self.text(scores, tmp_path, edits=edits)
+        assert "The scores are about these edits of the training set" in text
+        assert "0, addition; 1, removal of example 1; 2, removal of example 2" in text
+        assert f"#{best} with label 7" in text
+
     @pytest.mark.parametrize("odd", ["x", 3, None, [], {}, [1, 2, 3], ["a", "b"], 10**400, True])
     def test_in_no_agreed_form(self, scores, tmp_path, odd):
         self.text(scores, tmp_path, certificate=odd, replayed_steps=odd, relabel=odd, question=odd)
+        self.text(scores, tmp_path, edits=odd)
         for name in CERTIFICATE:
             found = {**CERTIFICATE, name: odd}
             self.text(scores, tmp_path, certificate=found, checkpoints=odd, replayed_steps=[odd, 5])

@@ -22,6 +22,7 @@ from tda_lightning.cli.command import (
 from tda_lightning.cli.recorded_run import load_parts
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
+from tda_lightning.edits import Relabel
 from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.trajectory import Trajectory
 
@@ -62,13 +63,28 @@ def attribute(config: DictConfig) -> None:
             self_influence=config.self_influence,
             overwrite=config.overwrite,
             provenance=provenance,
+            edits=_relabels(config.relabel),
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.
         resume = " Run the same command again to resume." if trajectory.unfinished else ""
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
-    print(f"Scored {scores.num_train} training examples for {scores.num_queries} queries: {target}")
+    what = "training examples" if config.relabel is None else "other labels"
+    print(f"Scored {scores.num_train} {what} for {scores.num_queries} queries: {target}")
+
+
+def _relabels(labels: DictConfig | None) -> list[Relabel] | None:
+    """The edits that ``relabel={INDEX: LABEL}`` asks for."""
+    if labels is None:
+        return None
+    plain: Any = OmegaConf.to_container(labels)
+    if not isinstance(plain, dict) or not all(isinstance(index, int) for index in plain):
+        raise ValueError(
+            "relabel names training examples by index, as relabel={3: 7} for label 7 of example "
+            f"3; got {plain!r}."
+        )
+    return [Relabel(index, label) for index, label in plain.items()]
 
 
 def _predictions(

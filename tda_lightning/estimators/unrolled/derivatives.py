@@ -39,8 +39,7 @@ class BatchDerivatives:
         parameters: by name, those that the loss depends on.
         gradient: of the loss divided by the accumulation, with its graph, in the same order.
         weights: [batch], or [batch, position]: ones, in the graph.
-        edited: zeros, in the graph, that weigh the losses of other labels; [edits], or empty.
-        positions: position in the batch of each edit.
+        alternatives: zeros, in the graph, that weigh the losses of other examples or labels.
         uses: of layers with running statistics.
     """
 
@@ -48,13 +47,12 @@ class BatchDerivatives:
     parameters: Parameters
     gradient: Sequence[Tensor]
     weights: Tensor
-    edited: Tensor
-    positions: Tensor
+    alternatives: Tensor
     uses: Sequence[Use]
 
     def products(
         self, u: Mapping[str, Tensor], c: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """H u, and <gradient of each example's part, u>, for several u.
 
         Args:
@@ -63,8 +61,8 @@ class BatchDerivatives:
                 changed to those before it.
 
         Returns:
-            H u plus what comes through the statistics, by parameter; [query, batch] or [query,
-            batch, position], where an edited example has the difference of its new and old label.
+            H u plus what comes through the statistics, by parameter; for the examples [query,
+            batch] or [query, batch, position]; for the alternatives [query, alternative].
         """
         names = list(self.parameters)
         outputs = list(self.gradient)
@@ -75,19 +73,16 @@ class BatchDerivatives:
                 directions.append((use.momentum * c[name]).to(statistic))
                 c[name].mul_(1 - use.momentum)
         tracked = [i for i, output in enumerate(outputs) if output.requires_grad]
-        inputs = [*self.parameters.values(), self.weights, self.edited]
+        inputs = [*self.parameters.values(), self.weights, self.alternatives]
         found = _vector_jacobian(
             [outputs[i] for i in tracked], inputs, [directions[i] for i in tracked]
         )
         queries = len(directions[0])
-        *hessian, parts, edits = [
+        *hessian, parts, alternatives = [
             value.new_zeros(queries, *value.shape) if product is None else product
             for value, product in zip(inputs, found, strict=True)
         ]
-        if self.edited.numel():
-            # Where removal takes the old label's part away, relabelling also adds the new one's.
-            parts = parts.index_add(1, self.positions, edits, alpha=-1)
-        return dict(zip(names, hessian, strict=True)), parts
+        return dict(zip(names, hessian, strict=True)), parts, alternatives
 
 
 def batch_derivatives(
@@ -99,7 +94,7 @@ def batch_derivatives(
     examples: Tensor,
     draws: Draws | None,
     accumulation: int,
-    labels: Mapping[int, Any],
+    variants: Sequence[tuple[Any, Sequence[int]]],
     by_position: bool,
 ) -> BatchDerivatives:
     """The graph of a batch's gradient at the weights in place.
@@ -108,7 +103,7 @@ def batch_derivatives(
         parameters: that require gradients, by name.
         layers: with running statistics that move.
         draws: where the random generators were before the forward pass.
-        labels: new labels, by position in the batch.
+        variants: the batch with other examples or labels at some positions, and these.
         by_position: weigh single terms of the examples' losses.
 
     Raises:
@@ -129,11 +124,11 @@ def batch_derivatives(
             weights = torch.ones_like(parts, requires_grad=True)
             # At weights of 1 this adds nothing to the loss or to its Hessian.
             objective = (total + ((weights - 1) * parts).sum()) / accumulation
-            edited = parts.new_zeros(len(labels), requires_grad=True)
-            positions = torch.tensor(list(labels), dtype=torch.int64, device=parts.device)
-            if labels:
-                _, other = run(task.relabelled(batch, labels))
-                objective = objective + (edited * other[positions]).sum() / accumulation
+            others = [run(variant)[1][list(positions)] for variant, positions in variants]
+            count = sum(len(losses) for losses in others)
+            alternatives = parts.new_zeros(count, requires_grad=True)
+            if others:
+                objective = objective + (alternatives * torch.cat(others)).sum() / accumulation
             gradient = torch.autograd.grad(
                 objective, list(parameters.values()), create_graph=True, allow_unused=True
             )
@@ -149,8 +144,7 @@ def batch_derivatives(
         {name: parameters[name] for name in used},
         list(used.values()),
         weights,
-        edited,
-        positions,
+        alternatives,
         uses,
     )
 

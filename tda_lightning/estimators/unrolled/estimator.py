@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tda_lightning.edits import EditSet
 from tda_lightning.estimators.unrolled.batch_statistics import moving_layers
 from tda_lightning.estimators.unrolled.certificate import Certificate
 from tda_lightning.estimators.unrolled.refusals import require_exact
@@ -57,9 +57,6 @@ class Unrolled:
 
     Attributes:
         last_steps: count only the effects of this many last steps, at a lower cost; None: all.
-        relabel: ``{index: label}``: for these training examples, score another label in place of
-            removal. The effect of a group, removed or relabelled together, is the sum of its
-            columns (:meth:`~tda_lightning.Scores.by_group`).
         token_weights: also score each term of an example's loss, such as the tokens of a sequence
             (``scores.by_token``).
         memory_budget: bytes for adjoints and states of steps; None: half of the free memory. The
@@ -94,7 +91,6 @@ class Unrolled:
     """
 
     last_steps: int | None = None
-    relabel: Mapping[int, Any] | None = None
     token_weights: bool = False
     memory_budget: int | None = None
     states: str = "auto"
@@ -111,16 +107,6 @@ class Unrolled:
             raise ValueError(f"states must be one of {', '.join(STATES)}, got {self.states!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
-        for index in self.relabel or ():
-            if not isinstance(index, int):
-                raise ValueError(f"relabel names training examples by index, got {index!r}.")
-        if self.relabel is not None:
-            self.relabel = {index: _plain(label) for index, label in self.relabel.items()}
-        if self.relabel and self.token_weights:
-            raise ValueError(
-                "relabel changes an example's whole label, and token_weights splits its score by "
-                "the old label's terms: ask for one of them at a time."
-            )
 
     def segment_count(self, session: Session) -> int:
         """One segment for each recorded interval between checkpoints."""
@@ -133,7 +119,7 @@ class Unrolled:
         replay = Replay(trajectory, session.module, session.task, session.examples)
         with replay.as_trained():
             layers = moving_layers(session.module)
-        require_exact(replay, session, layers, self.relabel or (), self.token_weights)
+        require_exact(replay, session, layers, self.token_weights)
         checkpoints = sorted(trajectory.checkpoints)
         segments = list(zip(checkpoints, checkpoints[1:], strict=False))
         first_row = 0 if self.last_steps is None else max(0, last_step - self.last_steps)
@@ -162,7 +148,6 @@ class Unrolled:
                         range(own_first, own_last),
                         unfinished.tensors,
                         room=budget // 4,
-                        relabel=self.relabel or {},
                         by_position=self.token_weights,
                     )
                     if unfinished.tensors is not None:
@@ -192,7 +177,6 @@ class Unrolled:
             "replayed_steps": [first_row, last_step],
             "certificate": certificate.record(),
             "notes": [*self._notes(session, first_row), certificate.note()],
-            **({"relabel": {str(n): t for n, t in self.relabel.items()}} if self.relabel else {}),
         }
 
     def _sweep(
@@ -269,7 +253,7 @@ class Unrolled:
         trajectory, facts = session.trajectory, session.trajectory.facts
         if session.num_processes > 1:
             return UnfinishedRound(trajectory.unfinished, None)
-        settings = asdict(self)
+        settings, edits = asdict(self), session.edits
         # Neither how much memory there is nor where states are kept changes a score.
         for name in ("memory_budget", "states"):
             del settings[name]
@@ -281,6 +265,7 @@ class Unrolled:
                 "checkpoints": sorted(trajectory.checkpoints),
                 "states": rule_of(trajectory).states,
                 "steps": [trajectory.steps.examples, trajectory.steps.learning_rate],
+                "edits": None if edits is None else _terms_digest(edits),
                 "queries": [first, last, *map(digest, session.queries(first, last))],
             }
         )
@@ -294,11 +279,6 @@ class Unrolled:
             notes.append(
                 f"Truncated: only what the last {last - first_row} of {last} steps did with "
                 "an example is counted (last_steps)."
-            )
-        if self.relabel:
-            notes.append(
-                f"Of the training examples {', '.join(map(str, self.relabel))} the scores predict "
-                "the effect of another label, not of removal."
             )
         return notes
 
@@ -341,6 +321,11 @@ def _state(reverse: ReverseSweeps, certificate: Certificate) -> dict[str, Tensor
     return {**reverse.tensors(), **certificate.tensors()}
 
 
-def _plain(label: Any) -> Any:
-    """A label as numbers and lists: settings are written down with the scores."""
-    return label.tolist() if hasattr(label, "tolist") else label
+def _terms_digest(edits: EditSet) -> str:
+    """Digest of what the edits put in place of what."""
+    return digest(
+        [
+            [column, term.sign, term.index, term.example, list(term.labels)]
+            for column, term in edits.terms
+        ]
+    )

@@ -14,20 +14,18 @@ def require_exact(
     replay: Replay,
     session: Session,
     moving: Collection[str],
-    relabelled: Collection[int],
     token_weights: bool,
 ) -> None:
     """Check that the run can be replayed and differentiated.
 
     Args:
         moving: layers whose running statistics move.
-        relabelled: training examples that get another label.
         token_weights: whether the terms of a loss are scored too.
 
     Raises:
         UnsupportedTrainingError: it cannot, and why.
         TrajectoryMismatchError: the module computes in another precision than the run.
-        ValueError: the examples to be relabelled, or the task, do not fit.
+        ValueError: token_weights with edits or with several processes.
     """
     replay.check()
     trajectory, task = session.trajectory, session.task
@@ -68,9 +66,18 @@ def require_exact(
                 "in another precision, the run goes elsewhere. Convert the module, for example "
                 "module.double()."
             )
-    for index in relabelled:
-        if not 0 <= index < session.num_train:
-            raise ValueError(
-                f"relabel names the training example {index}; expected 0 to "
-                f"{session.num_train - 1}."
-            )
+    if session.edits is None:
+        return
+    session.edits.require_in_batches("exact unrolling")
+    if token_weights:
+        raise ValueError(
+            "edits change an example's whole loss, and token_weights splits its score by the "
+            "terms of the old one: ask for one of them at a time."
+        )
+    replaced = [edit for edit in session.edits.edits if any(t.index is None for t in edit.terms())]
+    if moving and replaced:
+        raise UnsupportedTrainingError(
+            f"{type(replaced[0]).__name__} puts another input into a batch, whose normalisation "
+            f"({', '.join(list(moving)[:3])}) every other example of the batch feels: what that "
+            "does to them is not followed. Use Source, InfluenceFunction or TracIn for it."
+        )

@@ -4,12 +4,13 @@ scores."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tda_lightning.edits import Term
 from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
 from tda_lightning.estimators.unrolled.batch_statistics import measurement_adjoints
 from tda_lightning.estimators.unrolled.certificate import require_task_loss
@@ -22,9 +23,18 @@ from tda_lightning.estimators.unrolled.derivatives import (
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.run import Draws, Replay
+from tda_lightning.runtime.loading import place
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.session import Session
+
+
+class _Change(NamedTuple):
+    """A term of an edit of the example at a position of a batch."""
+
+    position: int
+    column: int
+    term: Term
 
 
 class ReverseSweeps:
@@ -47,7 +57,6 @@ class ReverseSweeps:
         segments: Sequence[tuple[int, int]],
         first_query: int,
         room: int,
-        relabel: Mapping[int, Any],
         by_position: bool,
     ) -> None:
         self.replay, self.session, self.layers = replay, session, layers
@@ -55,7 +64,7 @@ class ReverseSweeps:
         self.first_query = first_query
         self.by_token: Tensor | None = None
         self._starts = [start for start, _ in segments]
-        self._room, self._relabel, self._by_position = room, relabel, by_position
+        self._room, self._by_position = room, by_position
         self._queries = len(next(iter(adjoint.a.values())))
         self._chunk = 0  # how many queries go back together; settled by the first batch
         self._finished: dict[int, Tensor] = {}
@@ -71,7 +80,6 @@ class ReverseSweeps:
         tensors: Mapping[str, Tensor] | None,
         *,
         room: int,
-        relabel: Mapping[int, Any],
         by_position: bool,
     ) -> ReverseSweeps:
         """Some queries at the end of training, or where an interrupted attribution left them.
@@ -80,7 +88,6 @@ class ReverseSweeps:
             segments: the rows that scores are split by.
             tensors: what :meth:`tensors` gave; None for the end of training.
             room: bytes for the graphs of batches on an accelerator.
-            relabel: other labels of training examples.
             by_position: score the terms of an example's loss.
         """
         trajectory, first = replay.trajectory, queries.start
@@ -112,7 +119,6 @@ class ReverseSweeps:
             segments,
             first,
             room,
-            relabel,
             by_position,
         )
         if tensors is not None:
@@ -181,11 +187,12 @@ class ReverseSweeps:
         return by_token
 
     def _zeros(self) -> Tensor:
-        shape = (self._queries, self.session.num_train)
+        edits = self.session.edits
+        shape = (self._queries, self.session.num_train if edits is None else len(edits))
         return torch.zeros(shape, dtype=self.session.dtype, device=self.session.device)
 
     def _end_segment(self, number: int) -> None:
-        columns = torch.arange(self.session.num_train)
+        columns = torch.arange(self._values.shape[1])
         self.session.scores.add(number, columns, self._values, self.first_query)
         self._finished[number] = self._values
         self._values = self._zeros()
@@ -198,17 +205,11 @@ class ReverseSweeps:
 
     def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
         replay, trajectory = self.replay, self.replay.trajectory
-        with unchanged_randomness():
-            batch = (
-                replay.fetch(examples)
-                if draws is None
-                else replay.fetched(examples, draws.fetch)[0]
-            )
-        positions = {
-            position: self._relabel[index]
-            for position, index in enumerate(examples.tolist())
-            if index in self._relabel
-        }
+        batch = self._fetched(examples, draws, {})
+        variants = [
+            (self._variant(batch, examples, draws, terms), list(terms))
+            for terms in _variants(self._changes(examples)[1])
+        ]
         trained = {name: replay.module.get_parameter(name) for name in trajectory.facts.parameters}
         return batch_derivatives(
             replay,
@@ -219,19 +220,66 @@ class ReverseSweeps:
             examples,
             draws,
             int(trajectory.steps.accumulation[row]),
-            positions,
+            variants,
             self._by_position,
         )
 
+    def _changes(self, examples: Tensor) -> tuple[list[_Change], list[_Change]]:
+        """What the edits of a batch's examples take: their own gradients, and those of other
+        examples or labels in their places."""
+        own: list[_Change] = []
+        other: list[_Change] = []
+        edits = self.session.edits
+        if edits is None:
+            return own, other
+        for position, index in enumerate(examples.tolist()):
+            for number in edits.positions_of(index):
+                column, term = edits.terms[number]
+                itself = term.index == index and not term.labels
+                (own if itself else other).append(_Change(position, column, term))
+        return own, other
+
+    def _fetched(self, examples: Tensor, draws: Draws | None, replaced: Mapping[int, Any]) -> Any:
+        """The batch, with other examples at some positions."""
+        replay = self.replay
+        with unchanged_randomness():
+            if not replaced:
+                if draws is None:
+                    return replay.fetch(examples)
+                return replay.fetched(examples, draws.fetch)[0]
+            if draws is not None:
+                draws.fetch.restore()
+            items = [
+                replaced[position] if position in replaced else replay.source.dataset[index]
+                for position, index in enumerate(examples.tolist())
+            ]
+            return place(replay.source.collate(items), replay.module)
+
+    def _variant(
+        self, batch: Any, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
+    ) -> Any:
+        """The batch with the examples and labels of ``terms`` at their positions."""
+        dataset = self.replay.source.dataset
+        replaced = {
+            position: term.example if term.index is None else dataset[term.index]
+            for position, term in terms.items()
+            if term.index != int(examples[position])
+        }
+        if replaced:
+            batch = self._fetched(examples, draws, replaced)
+        labels = {position: term.labels[0] for position, term in terms.items() if term.labels}
+        return self.session.task.relabelled(batch, labels) if labels else batch
+
     def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
         """What a batch adds to scores and adjoints, for as many queries at once as fit."""
-        columns = examples.to(self.session.device)
         start = 0
         while start < self._queries:
             rows = slice(start, min(start + self._chunk, self._queries))
             statistics = {name: c[rows].clone() for name, c in self.statistics.items()}
             try:
-                hessian, parts = graph.products({n: v[rows] for n, v in u.items()}, statistics)
+                hessian, parts, others = graph.products(
+                    {name: v[rows] for name, v in u.items()}, statistics
+                )
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or self._chunk == 1:
                     raise
@@ -241,11 +289,26 @@ class ReverseSweeps:
                 self.adjoint.a[name][rows] += product
             for name, c in statistics.items():
                 self.statistics[name][rows] = c
-            if self._by_position:
-                self._add_tokens(rows, columns, parts)
-                parts = parts.sum(2)
-            self._values[rows].index_add_(1, columns, parts.to(self._values), alpha=-1)
+            self._add_scores(rows, examples.to(self.session.device), parts, others)
             start = rows.stop
+
+    def _add_scores(self, rows: slice, columns: Tensor, parts: Tensor, others: Tensor) -> None:
+        """Add the batch's share of dm/dw, of its examples and of what edits put in their places."""
+        if self._by_position:
+            self._add_tokens(rows, columns, parts)
+            parts = parts.sum(2)
+        values = self._values[rows]
+        if self.session.edits is None:
+            values.index_add_(1, columns, parts.to(values), alpha=-1)
+            return
+        own, other = self._changes(columns)
+        # In the order of the variants.
+        other = [change for terms in _variants(other) for change in _of_variant(other, terms)]
+        for changes, products in ((own, parts[:, [c.position for c in own]]), (other, others)):
+            if changes:
+                signs = torch.tensor([c.term.sign for c in changes]).to(values)
+                places = torch.tensor([c.column for c in changes], device=values.device)
+                values.index_add_(1, places, signs * products.to(values), alpha=-1)
 
     def _add_tokens(self, rows: slice, columns: Tensor, parts: Tensor) -> None:
         length = parts.shape[2]
@@ -256,6 +319,27 @@ class ReverseSweeps:
             longer = length - self.by_token.shape[2]
             self.by_token = torch.nn.functional.pad(self.by_token, (0, longer))
         self.by_token[rows, :, :length].index_add_(1, columns, parts, alpha=-1)
+
+
+def _variants(changes: Sequence[_Change]) -> list[dict[int, Term]]:
+    """Terms by position, in as few batches as hold one at each position."""
+    variants: list[dict[int, Term]] = []
+    for change in changes:
+        free = (terms for terms in variants if change.position not in terms)
+        terms = next(free, None)
+        if terms is None:
+            terms = {}
+            variants.append(terms)
+        terms[change.position] = change.term
+    return variants
+
+
+def _of_variant(changes: Sequence[_Change], terms: Mapping[int, Term]) -> list[_Change]:
+    """The changes that a variant holds, in its order."""
+    return [
+        next(c for c in changes if c.position == position and c.term is term)
+        for position, term in terms.items()
+    ]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

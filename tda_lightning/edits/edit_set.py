@@ -1,0 +1,140 @@
+"""Some edits of one training set: the columns of an attribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from tda_lightning.edits.edits import Edit, Term
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.provenance import EditRecord
+from tda_lightning.runtime.loading import ExampleSource
+
+
+class EditSet:
+    """The edits that are scored, column by column.
+
+    Args:
+        edits: at least one.
+        source: the training set.
+
+    Attributes:
+        terms: the gradients that make up the columns, as (column, term).
+        source: reads the examples of ``terms``, by their positions.
+
+    Raises:
+        ValueError: no edits, an index outside the training set, or an example of another form than
+            those of the training set; names the edit.
+    """
+
+    def __init__(self, edits: Sequence[Edit], source: ExampleSource) -> None:
+        if not len(edits):
+            raise ValueError("edits is empty: give at least one, or None to score every removal.")
+        self.edits = list(edits)
+        self.terms = [
+            (column, term) for column, edit in enumerate(self.edits) for term in edit.terms()
+        ]
+        self._require_fitting(source)
+        self.source = ExampleSource(
+            _TermExamples(source.dataset, [term for _, term in self.terms]),
+            source.batch_size,
+            source.collate,
+            source.num_workers,
+            source.pin_memory,
+        )
+        self._by_index: dict[int, list[int]] = {}
+        for position, (column, _) in enumerate(self.terms):
+            index = self.edits[column].index
+            if index is not None:
+                self._by_index.setdefault(index, []).append(position)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def positions_of(self, index: int) -> list[int]:
+        """Positions of the terms that go with a use of training example ``index``."""
+        return self._by_index.get(index, [])
+
+    def require_in_batches(self, question: str) -> None:
+        """Refuse edits that no recorded batch knows of.
+
+        Raises:
+            UnsupportedTrainingError: names the edit.
+        """
+        for column, edit in enumerate(self.edits):
+            if edit.index is None:
+                raise UnsupportedTrainingError(
+                    f"Edit {column}, {type(edit).__name__}, changes no example of the recorded "
+                    f"batches, and {question} follows those alone. Use "
+                    "Source(order='average'), InfluenceFunction or TracIn."
+                )
+
+    def records(self) -> list[EditRecord]:
+        """The edits for the provenance."""
+        records: list[EditRecord] = []
+        for edit in self.edits:
+            record: EditRecord = {"kind": type(edit).__name__}
+            if edit.index is not None:
+                record["index"] = edit.index
+            for term in edit.terms():
+                for label in term.labels:
+                    record["label"] = _plain(label)
+            records.append(record)
+        return records
+
+    def _require_fitting(self, source: ExampleSource) -> None:
+        count = len(source)
+        for column, term in self.terms:
+            name = f"Edit {column}, {type(self.edits[column]).__name__},"
+            if term.index is not None and not 0 <= term.index < count:
+                raise ValueError(
+                    f"{name} names training example {term.index}; expected 0 to {count - 1}."
+                )
+            if term.index is None:
+                _require_same_form(source, term.example, name)
+
+
+@dataclass(frozen=True)
+class _TermExamples(Dataset[Any]):
+    dataset: Any
+    terms: Sequence[Term]
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def __getitem__(self, position: int) -> Any:
+        term = self.terms[position]
+        return term.example if term.index is None else self.dataset[term.index]
+
+
+def _require_same_form(source: ExampleSource, example: Any, name: str) -> None:
+    """Refuse an example that cannot stand in a batch with the training set's own."""
+    own = source.dataset[0]
+    try:
+        source.collate([own, example])
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{name} gives an example of another form than those of the training set: expected "
+            f"{_form(own)}, got {_form(example)}, which cannot be put into one batch: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _form(example: Any) -> str:
+    if isinstance(example, torch.Tensor):
+        return f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
+    if isinstance(example, list | tuple):
+        return f"({', '.join(map(_form, example))})"
+    if isinstance(example, dict):
+        return f"{{{', '.join(f'{key}: {_form(value)}' for key, value in example.items())}}}"
+    return type(example).__name__
+
+
+def _plain(label: Any) -> Any:
+    """A label as numbers, lists or text: it is written down with the scores."""
+    plain = label.tolist() if hasattr(label, "tolist") else label
+    return plain if isinstance(plain, int | float | str | bool | list) else repr(plain)
