@@ -29,10 +29,10 @@ def cross(
     crossing = segment.crossing(adjoint, inside)
     del inside
     for step in steps:
-        for batch in session.walk(f"{segment.title}: scores, step {step}", step):
+        for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
             values = dot(responses, segment.units(batch.gradients))
             share = 1 / (session.num_train * len(steps))
-            session.scores.add(number, batch.examples, values * share, first_query)
+            session.add(number, batch, values * share, first_query)
     return crossing
 
 

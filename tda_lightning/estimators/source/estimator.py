@@ -250,6 +250,8 @@ class Source:
         single_steps = recorded_order or (linear and self.momentum == "recursion")
         if single_steps:
             require_one_recursion(session)
+        if recorded_order and session.edits is not None:
+            session.edits.require_in_batches("order='recorded'")
         cross: Cross = averaged.cross
         copies, products = 4 if single_steps else 3, None
         if self.curvature == MATRIX_FREE:

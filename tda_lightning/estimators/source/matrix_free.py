@@ -108,9 +108,9 @@ class MatrixFreeOrder:
             for name, matrix in as_matrices(session.blocks, response).items()
         }
         for step in steps:
-            for batch in session.walk(f"{segment.title}: scores, step {step}", step):
+            for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
                 values = dot(responses, batch.gradients) / meetings
-                session.scores.add(number, batch.examples, values, first_query)
+                session.add(number, batch, values, first_query)
         return Crossing(carried, {})
 
     def _multiply(self, segment: FittedSegment, vectors: Tensor) -> Tensor:

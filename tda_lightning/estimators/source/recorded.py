@@ -32,13 +32,13 @@ def cross(
     With the first queries it also scores each example for itself, if that is asked for.
     """
     segment = segments[number]
-    session, loads = segment.session, segment.loads
+    session, loads = segment.session, segment.scored_loads
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
     with_self = session.self_influence and first_query == 0
     steps = _steps_back(segment)
     row, u = segment.steps.stop, dict[str, Tensor]()
     order = [load.examples for load in loads]
-    for batch in session.walk(f"{segment.title}: recorded steps", order=order):
+    for batch in session.walk_columns(f"{segment.title}: recorded steps", order=order):
         load = loads[batch.position]
         before, after = (segment.gradients(batch, step) for step in load.interval)
         measured = segment.measurement_gradients(batch) if with_self else {}
@@ -59,7 +59,7 @@ def cross(
                         own = _carried(segments, number, name, measured[name], part)
                         taken = combined(coefficients, own)
                         own_values[part] -= (taken * gradient).flatten(1).sum(1)
-        session.scores.add(number, batch.examples, values, first_query)
+        session.add(number, batch, values, first_query)
         if with_self:
             session.add_self_influence(batch.examples, own_values)
     return segment.crossing(adjoint, inside)

@@ -48,12 +48,17 @@ class Load:
 
 
 def recorded_loads(
-    trajectory: Trajectory, segment: Segment, size: int, share: Callable[[int], float]
+    trajectory: Trajectory,
+    segment: Segment,
+    size: int,
+    share: Callable[[int], float],
+    read: Callable[[int], list[int]] = lambda example: [example],
 ) -> list[Load]:
     """The segment's uses of examples, last step first, in loads of up to ``size``.
 
     A load does not cross a checkpoint. ``share`` gives the weight of an example's loss in the loss
-    of a batch of so many (``AttributionTask.share``).
+    of a batch of so many (``AttributionTask.share``), ``read`` what is read for a use of an
+    example.
 
     Raises:
         UnsupportedTrainingError: the run has no example indices (an iterable data set).
@@ -69,7 +74,7 @@ def recorded_loads(
         divisor = int(trajectory.steps.accumulation[row])
         for batch in trajectory.steps.batches(row):
             own = share(len(batch)) / divisor
-            between += [(example, row, own) for example in batch.tolist()]
+            between += [(place, row, own) for index in batch.tolist() for place in read(index)]
     loads = []
     for interval, between in uses.items():
         for first in range(0, len(between), size):

@@ -221,6 +221,15 @@ class FittedSegment:
         size, share = session.batch_size, session.task.share
         return recorded_loads(session.trajectory, self.steps, size, share)
 
+    @cached_property
+    def scored_loads(self) -> list[Load]:
+        """The uses that are scored: the same, or those of the examples that edits change."""
+        session = self.session
+        if session.edits is None:
+            return self.loads
+        size, share = session.batch_size, session.task.share
+        return recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+
     def linear_steps(self) -> Iterator[tuple[int, ParameterStep, float]]:
         """Each row of the steps table with its step and clipping factor, the last one first.
 

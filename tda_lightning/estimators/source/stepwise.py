@@ -48,8 +48,9 @@ def cross(
         recorded = _rebuilt_steps(segment, loads, first, last, f"{title}, moments")
         steps = _steps_back(segment, recorded, first, crossing)
         row, u = last + 1, dict[str, Tensor]()
-        for batch in session.walk(title, order=[load.examples for load in loads]):
-            load = loads[batch.position]
+        scored = [load for load in segment.scored_loads if load.interval == interval]
+        for batch in session.walk_columns(title, order=[load.examples for load in scored]):
+            load = scored[batch.position]
             before, after = (segment.gradients(batch, step) for step in load.interval)
             queries = next(iter(adjoint.values())).shape[1]
             values = torch.zeros(
@@ -63,8 +64,9 @@ def cross(
                         ends = [at[name].dense(part) for at in (before, after)]
                         gradient = load.gradients(ends, part)
                         values[:, part] -= own.flatten(1) @ gradient.flatten(1).T
-            session.scores.add(number, batch.examples, values, first_query)
-        if session.num_processes > 1:  # another one may have had the batches of the first steps
+            session.add(number, batch, values, first_query)
+        # The first steps may have no scored use, or their batches may be another process's.
+        if session.num_processes > 1 or session.edits is not None:
             for _ in steps:
                 pass
     return crossing
