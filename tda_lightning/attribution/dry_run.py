@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.attribution.provenance import about_queries
+from tda_lightning.attribution.provenance import measured_queries
 from tda_lightning.attribution.stand_ins import (
     Decompositions,
     KeptAside,
@@ -212,7 +212,7 @@ def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> Attribution
     session.scores, session.pace = sink, pace
     with pace.decompositions:
         estimator.score(session)
-    about_queries(session)
+    measured_queries(session)
     pace.finish()
     matrices = 1 if segments is None else 1 + segments
     size = matrices * session.num_query * session.num_train * session.dtype.itemsize

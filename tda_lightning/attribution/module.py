@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import (
-    about_queries,
-    about_stages,
-    ensemble_provenance,
-    how_made,
-)
+from tda_lightning.attribution.provenance import ensemble_provenance, run_provenance
 from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
@@ -190,9 +185,7 @@ class AttributionModule(LightningModule):
                     )
                 made = ensemble_provenance(
                     [
-                        how_made(self.estimator, stages[-1].session, part, runner)
-                        | about_queries(stages[-1].session)
-                        | about_stages(stages, own)
+                        run_provenance(self.estimator, stages, own, part, runner)
                         for stages, part, own in zip(opened, estimated, counts, strict=True)
                     ]
                 )
@@ -201,7 +194,7 @@ class AttributionModule(LightningModule):
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
-                scores = sink.finish(cast(Provenance, {**made, **(provenance or {})}))
+                scores = sink.finish({**made, **cast(Provenance, provenance or {})})
             except BaseException:
                 sink.abort()
                 raise
