@@ -345,7 +345,8 @@ class Source:
         ]
         if len(fitted) == 1:
             (fit,) = fitted
-            provenance |= {"leading_directions": fit.leading, **statistics[0]}
+            provenance["leading_directions"] = fit.leading
+            provenance.update(statistics[0])
             provenance["notes"] = fit.notes()
             if fit.products is not None:
                 provenance["matrix_free"] = fit.products.record()
