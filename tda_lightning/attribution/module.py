@@ -31,7 +31,7 @@ from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import PeakMemory
-from tda_lightning.runtime.module_state import prepared
+from tda_lightning.runtime.module_state import in_eval_mode
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
@@ -166,7 +166,7 @@ class AttributionModule(LightningModule):
                 f"{fewest} training examples cannot be shared by {runner.world_size} "
                 "processes: give a trainer with fewer devices."
             )
-        with prepared(self._attributed_modules, runner.strategy.root_device):
+        with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
             own_self = self_influence and edits is None
             opened = open_members(self.members, examples, queries, own_self, edit_set)
@@ -211,7 +211,7 @@ class AttributionModule(LightningModule):
         """
         errors: dict[str, float] = {}
         sets = training_sets(train, self.stages[-1].run + 1)
-        with prepared(self._attributed_modules):
+        with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
             queries = ExampleSource.of(query, examples, "query")
             session = open_session(self.stages[-1], training, queries, self_influence=False)
@@ -254,7 +254,7 @@ class AttributionModule(LightningModule):
             queries = ExampleSource.of(query, batch_size, "query")
             require_same_data(self.trajectory, examples.dataset)
             runner = trainer or quiet_trainer()
-            with prepared(self._attributed_modules, runner.strategy.root_device):
+            with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 (stage,) = open_stages(self.stages, [examples], queries, self_influence)
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace)

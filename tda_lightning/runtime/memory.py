@@ -19,7 +19,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 class PeakMemory:
     """High-water mark of resident memory, and of the accelerator's, from entering on.
 
-    Memory that a stand-in did not take (``stand_ins.py``) is added by :meth:`also`. Where the mark
+    Memory that a stand-in did not take (``dry_run_substitutes.py``) is added by :meth:`also`. Where the mark
     cannot be reset, it is that of the whole process so far; outside Linux it is unknown.
     """
 
