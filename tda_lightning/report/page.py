@@ -7,6 +7,7 @@ page's own policy forbids running or loading anything.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
