@@ -100,7 +100,7 @@ class Decompositions(TorchFunctionMode):
         return self._known[key]
 
 
-class KeptAside(MutableMapping[str, Mapping[str, Tensor]]):
+class MeasuredCache(MutableMapping[str, Mapping[str, Tensor]]):
     """What the trajectory keeps of a kind to read from; what is set is weighed and not kept.
 
     Attributes:
@@ -148,7 +148,7 @@ class KeptAside(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._real)
 
 
-class UnfinishedLeft(MutableMapping[str, Mapping[str, Tensor]]):
+class ReadOnlyCache(MutableMapping[str, Mapping[str, Tensor]]):
     """The trajectory's unfinished work to read from; it stays as it is."""
 
     def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]]) -> None:
@@ -170,7 +170,7 @@ class UnfinishedLeft(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._real)
 
 
-class ScoresForgotten(MemorySink):
+class DiscardedScores(MemorySink):
     """Takes blocks of scores as the real sink does, all in the same few columns.
 
     Attributes:
