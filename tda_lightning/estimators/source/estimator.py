@@ -36,7 +36,7 @@ from tda_lightning.estimators.source.segments import (
     segment_geometry,
 )
 from tda_lightning.estimators.tracin import NO_SELF
-from tda_lightning.optimizers import applied_rates, rule_of
+from tda_lightning.optimizers import applied_rates, require_formula, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
@@ -248,6 +248,8 @@ class Source:
         session, trajectory = stage.session, stage.session.trajectory
         linear, recorded_order = rule_of(trajectory).linear, self.order == "recorded"
         single_steps = recorded_order or (linear and self.momentum == "recursion")
+        if recorded_order and not linear:
+            require_formula(trajectory, "advance", "order='recorded'")
         if single_steps:
             require_one_recursion(session)
         if recorded_order and session.edits is not None:
