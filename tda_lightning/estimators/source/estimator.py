@@ -13,10 +13,10 @@ from tda_lightning.curvature import (
     check_statistics,
     curvature_of,
     leading_directions,
+    statistics_provenance,
     uses_statistics,
 )
 from tda_lightning.curvature.fit import WHOLE
-from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.source import averaged, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
@@ -335,7 +335,7 @@ class Source:
         for fit in fitted:
             spans = [(segment.steps.start, segment.steps.stop) for segment in fit.segments]
             trajectory = fit.stage.session.trajectory
-            own = about_statistics(self.statistics, self.curvature, trajectory, spans)
+            own = statistics_provenance(self.statistics, self.curvature, trajectory, spans)
             by_stage.append({"leading_directions": fit.leading, **own})
         if len(fitted) == 1:
             record |= {**by_stage[0], "notes": fitted[0].notes()}
