@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tda_lightning.attribution.provenance import about_queries
 from tda_lightning.attribution.stand_ins import (
     Decompositions,
-    KeptAside,
     ScoresForgotten,
-    UnfinishedLeft,
+    Untouched,
+    Weighed,
     synchronize,
 )
 from tda_lightning.estimators import Estimator
@@ -67,7 +67,7 @@ class DryRun(Pace):
     def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
         self.decompositions = Decompositions(memory)
-        self.stores: list[KeptAside] = []
+        self.stores: list[Weighed] = []
         self.device = torch.device("cpu")
         self.tallies: dict[str, _Tally] = {}
         self.elsewhere = 0.0
@@ -200,10 +200,10 @@ def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> Attribution
         pace: whose clock has been running since the session was opened.
     """
     real, on_disk = session.trajectory, session.trajectory.path is not None
-    curvature, features = KeptAside(real.curvature, on_disk), KeptAside(real.features, on_disk)
+    curvature, features = Weighed(real.curvature, on_disk), Weighed(real.features, on_disk)
     pace.stores, pace.device = [curvature, features], session.device
     session.trajectory = replace(
-        real, curvature=curvature, features=features, unfinished=UnfinishedLeft(real.unfinished)
+        real, curvature=curvature, features=features, unfinished=Untouched(real.unfinished)
     )
     estimator = _invertible(estimator)
     segments = estimator.segment_count(session)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from tda_lightning.recording.facts import package_versions
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.tasks import AttributionTask, seeded_examples
 
@@ -102,17 +102,6 @@ def fisher_of(curvature: str | None, task: AttributionTask) -> str | None:
     if task.can_sample:
         return "true Fisher (sampled: random signs with the covariance of labels from the model)"
     return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that made the scores."""
-    found = {}
-    for package in ("tda-lightning", "torch", "lightning", "h5py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
 
 
 def ensemble_provenance(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
