@@ -63,6 +63,7 @@ def results(work: Callable[..., Any], *args: Any, **options: Any) -> list:
 def connect(rank: int, count: int = 2) -> None:
     """Join the process group, where no Trainer does it."""
     dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=30))
+    dist.barrier()  # one that ends at once would take the store from one that still joins
 
 
 def _worker(folder: Path, port: int, rank: int, work: Callable[..., Any], args: Any) -> None:

@@ -13,7 +13,7 @@ from tda_lightning.curvature.products import as_rows
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.session.passes import Session
+from tda_lightning.session.session import Session
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask

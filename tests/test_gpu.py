@@ -11,9 +11,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import TensorDataset
 
 from tda_lightning.attribution.module import AttributionModule
-from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn
+from tda_lightning.edits import Relabel, Removal, Replace
+from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.recording import TrajectoryRecorder
+from tda_lightning.solvers import ConjugateGradients
 from tda_lightning.store import open_trajectory
 from tda_lightning.tasks import ClassificationTask, seeded_examples
 from tests.attributing import CaseTask
@@ -35,7 +37,9 @@ ESTIMATORS = {
     "source recorded": Source(num_segments=2, order="recorded"),
     "tracin": TracIn(),
     "influence": InfluenceFunction(),
+    "influence cg": InfluenceFunction(damping=0.1, solver=ConjugateGradients(tolerance=1e-10)),
     "fastif": FastInfluence(k=4),
+    "unrolled": Unrolled(),
 }
 
 
@@ -133,6 +137,27 @@ def test_scores_are_those_of_the_cpu(optimizer, name):
             torch.testing.assert_close(
                 found.self_influence, scores[0].self_influence, rtol=1e-6, atol=1e-9
             )
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "fastif"])
+def test_scores_of_edits_are_those_of_the_cpu(name):
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["adamw"], checkpoints=(3, 6))
+    example = (data[0][5] * 0.7, 1 - data[1][5])
+    edits = [Removal(4), Relabel(3, 1 - int(data[1][3])), Replace(1, example)]
+    scores = []
+    for accelerator in ("cpu", "cuda"):
+        run.curvature.clear()
+        attribution = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        queries = TensorDataset(*queries_of(CLASSIFIER))
+        scores.append(attribution.attribute(TensorDataset(*data), queries, 4, trainer, edits=edits))
+    torch.testing.assert_close(scores[1].values, scores[0].values, rtol=1e-6, atol=1e-9)
 
 
 def test_buffers_and_weights_are_put_back_where_they_were():

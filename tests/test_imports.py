@@ -2,15 +2,11 @@
 
 The order of the folders is read from ``docs/architecture.md``, so that the page stays true. Imports
 are read from the source: those inside functions and under ``TYPE_CHECKING`` count like any other.
-
-The lists named ``KNOWN`` hold today's exceptions. They only shrink: an entry that is no longer
-needed fails its test, and is then deleted here.
 """
 
 import ast
 import inspect
 import re
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -30,20 +26,10 @@ HOMES = {
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
-    "lightning": {"recording", "attribution", "ensembles", "examples", "cli"},
+    "lightning": {"recording", "attribution", "examples", "cli"},
     "omegaconf": {"cli"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},
-}
-
-KNOWN_UPWARD: set[tuple[str, str]] = set()
-# Cycles of modules, by the folders that they run through and the number of modules.
-KNOWN_CYCLES = {
-    ("estimators", 8),
-}
-KNOWN_HOMES: set[tuple[str, str]] = set()
-KNOWN_WITHOUT_DOCSTRING = {
-    "estimators": 5,
 }
 
 
@@ -116,14 +102,13 @@ def test_no_module_stands_loose_at_the_top():
 
 def test_imports_point_downwards():
     rank = {folder: position for position, folder in enumerate(["", *FOLDERS])}
-    upward = {
-        (folder_of(name), folder_of(target)): (name, target)
+    upward = [
+        (name, target)
         for name in MODULES
         for target in IMPORTS[name]
         if target.split(".")[0] == PACKAGE and rank[folder_of(target)] < rank[folder_of(name)]
-    }
-    unexpected = [upward[pair] for pair in upward.keys() - KNOWN_UPWARD]
-    assert not unexpected, f"imports from a row above: {unexpected}"
+    ]
+    assert not upward, "these import from a row above"
 
 
 def test_nothing_imports_the_examples():
@@ -133,22 +118,17 @@ def test_nothing_imports_the_examples():
 
 def test_no_modules_import_each_other():
     graph = {name: IMPORTS[name] & MODULES.keys() for name in MODULES}
-    found = {
-        (", ".join(sorted({folder_of(name) for name in component})), len(component)): component
-        for component in cycles(graph)
-    }
-    unexpected = [sorted(found[key]) for key in found.keys() - KNOWN_CYCLES]
-    assert not unexpected, f"modules that import each other: {unexpected}"
+    assert not cycles(graph)
 
 
 def test_heavy_libraries_are_imported_where_they_belong():
-    outside = {
-        (folder_of(name), library)
+    outside = [
+        (name, library)
         for name in MODULES
         for library in {target.split(".")[0] for target in IMPORTS[name]}
         if folder_of(name) not in HOMES.get(library, {folder_of(name)})
-    }
-    assert not outside - KNOWN_HOMES
+    ]
+    assert not outside
 
 
 def undocumented(name: str) -> list[str]:
@@ -182,19 +162,8 @@ def undocumented(name: str) -> list[str]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_public_names_have_docstrings(folder):
-    names = [name for name in MODULES if folder_of(name) == folder]
-    missing = [
-        what for name in names if not name.endswith("__main__") for what in undocumented(name)
-    ]
-    known = KNOWN_WITHOUT_DOCSTRING.get(folder, 0)
-    assert len(missing) <= known, missing
-
-
-def test_known_exceptions_name_folders():
-    named = Counter(KNOWN_WITHOUT_DOCSTRING.keys()) + Counter(
-        folder for pair in KNOWN_UPWARD for folder in pair
-    )
-    assert named.keys() <= {"", *FOLDERS}
+    names = [name for name in MODULES if folder_of(name) == folder and "__main__" not in name]
+    assert not [missing for name in names for missing in undocumented(name)]
 
 
 def test_cited_sections_exist():

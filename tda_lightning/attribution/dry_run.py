@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.attribution.provenance import about_queries
-from tda_lightning.attribution.stand_ins import (
+from tda_lightning.attribution.dry_run_substitutes import (
     Decompositions,
-    ScoresForgotten,
-    Untouched,
-    Weighed,
+    DiscardedScores,
+    MeasuredCache,
+    ReadOnlyCache,
     synchronize,
 )
+from tda_lightning.attribution.provenance import measured_queries
 from tda_lightning.estimators import Estimator
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.runtime import clock
@@ -57,7 +57,7 @@ class DryRun(Pace):
 
     Walks that are alike (the same title but for numbers) share the time of their batches. Of
     rounds of queries the second stands for all later ones. Large decompositions have stand-ins
-    (``stand_ins.py``).
+    (``dry_run_substitutes.py``).
 
     Attributes:
         tallies: by title, with "#" for numbers.
@@ -67,7 +67,7 @@ class DryRun(Pace):
     def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
         self.decompositions = Decompositions(memory)
-        self.stores: list[Weighed] = []
+        self.stores: list[MeasuredCache] = []
         self.device = torch.device("cpu")
         self.tallies: dict[str, _Tally] = {}
         self.elsewhere = 0.0
@@ -200,19 +200,22 @@ def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> Attribution
         pace: whose clock has been running since the session was opened.
     """
     real, on_disk = session.trajectory, session.trajectory.path is not None
-    curvature, features = Weighed(real.curvature, on_disk), Weighed(real.features, on_disk)
+    curvature, features = (
+        MeasuredCache(real.curvature, on_disk),
+        MeasuredCache(real.features, on_disk),
+    )
     pace.stores, pace.device = [curvature, features], session.device
     session.trajectory = replace(
-        real, curvature=curvature, features=features, unfinished=Untouched(real.unfinished)
+        real, curvature=curvature, features=features, unfinished=ReadOnlyCache(real.unfinished)
     )
     estimator = _invertible(estimator)
     segments = estimator.segment_count(session)
     columns = min(session.num_train, session.batch_size)
-    sink = ScoresForgotten(session.num_query, columns, segments, session.dtype)
+    sink = DiscardedScores(session.num_query, columns, segments, session.dtype)
     session.scores, session.pace = sink, pace
     with pace.decompositions:
         estimator.score(session)
-    about_queries(session)
+    measured_queries(session)
     pace.finish()
     matrices = 1 if segments is None else 1 + segments
     size = matrices * session.num_query * session.num_train * session.dtype.itemsize

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import (
-    about_queries,
-    about_stages,
-    ensemble_provenance,
-    how_made,
-)
+from tda_lightning.attribution.provenance import ensemble_provenance, run_provenance
 from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
@@ -36,7 +31,7 @@ from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import PeakMemory
-from tda_lightning.runtime.module_state import prepared
+from tda_lightning.runtime.module_state import in_eval_mode
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
@@ -171,7 +166,7 @@ class AttributionModule(LightningModule):
                 f"{fewest} training examples cannot be shared by {runner.world_size} "
                 "processes: give a trainer with fewer devices."
             )
-        with prepared(self._attributed_modules, runner.strategy.root_device):
+        with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
             own_self = self_influence and edits is None
             opened = open_members(self.members, examples, queries, own_self, edit_set)
@@ -190,9 +185,7 @@ class AttributionModule(LightningModule):
                     )
                 made = ensemble_provenance(
                     [
-                        how_made(self.estimator, stages[-1].session, part, runner)
-                        | about_queries(stages[-1].session)
-                        | about_stages(stages, own)
+                        run_provenance(self.estimator, stages, own, part, runner)
                         for stages, part, own in zip(opened, estimated, counts, strict=True)
                     ]
                 )
@@ -201,7 +194,7 @@ class AttributionModule(LightningModule):
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
-                scores = sink.finish(cast(Provenance, {**made, **(provenance or {})}))
+                scores = sink.finish({**made, **cast(Provenance, provenance or {})})
             except BaseException:
                 sink.abort()
                 raise
@@ -218,7 +211,7 @@ class AttributionModule(LightningModule):
         """
         errors: dict[str, float] = {}
         sets = training_sets(train, self.stages[-1].run + 1)
-        with prepared(self._attributed_modules):
+        with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
             queries = ExampleSource.of(query, examples, "query")
             session = open_session(self.stages[-1], training, queries, self_influence=False)
@@ -261,7 +254,7 @@ class AttributionModule(LightningModule):
             queries = ExampleSource.of(query, batch_size, "query")
             require_same_data(self.trajectory, examples.dataset)
             runner = trainer or quiet_trainer()
-            with prepared(self._attributed_modules, runner.strategy.root_device):
+            with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 (stage,) = open_stages(self.stages, [examples], queries, self_influence)
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace)

@@ -1,118 +1,92 @@
-"""How scores were made, in words for their provenance."""
+"""How scores were made: the part of their provenance that no estimator writes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
+from tda_lightning.estimators import Estimator
 from tda_lightning.recording.facts import package_versions
+from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.tasks import AttributionTask, seeded_examples
 
 
-def how_made(
-    estimator: Any, context: Session, estimated: Mapping[str, Any], trainer: Any
-) -> dict[str, Any]:
-    """Estimator, task, model, run and machine."""
-    options: dict[str, Any] = (
-        asdict(estimator) if is_dataclass(estimator) and not isinstance(estimator, type) else {}
-    )
-    task, trajectory = context.task, context.trajectory
-    notes = [*task.notes, *estimated.get("notes", [])]
-    if generic := context.engine.generic:
+def run_provenance(
+    estimator: Estimator,
+    stages: Sequence[Stage],
+    counts: Sequence[int] | None,
+    estimated: Provenance,
+    trainer: Trainer,
+) -> Provenance:
+    """The provenance of the scores of one run: estimator, task, model, run, queries and machine.
+
+    Args:
+        stages: of the run, one or several.
+        counts: segments of each stage; None for an estimator without.
+        estimated: what the estimator says; it has the last word.
+    """
+    session = stages[-1].session
+    settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
+    notes = [*session.task.notes, *estimated.get("notes", [])]
+    if generic := session.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
-    curvature = options.get("curvature")
+    curvature = settings.get("curvature")
     return {
         "estimator": type(estimator).__name__,
-        "settings": options,
+        "settings": settings,
         "curvature": curvature,
-        "fisher": fisher_of(curvature, task),
-        "task": task.settings(),
-        "trajectory": trajectory.path or "in memory",
-        "model": type(context.module).__name__,
-        "steps": trajectory.last_step,
-        "num_train": context.num_train,
-        "trained_parameters": sum(block.size for block in context.blocks),
+        "fisher": _fisher(curvature, session.task),
+        "task": session.task.settings(),
+        "trajectory": session.trajectory.path or "in memory",
+        "model": type(session.module).__name__,
+        "steps": session.trajectory.last_step,
+        "num_train": session.num_train,
+        "trained_parameters": session.num_parameters,
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
         "device": str(trainer.strategy.root_device),
         "versions": package_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **estimated,
+        **measured_queries(session),
+        **_several_stages(stages, counts),
         "notes": notes,
     }
 
 
-def about_queries(context: Session) -> dict[str, Any]:
+def measured_queries(session: Session) -> Provenance:
     """Measurements and, where the task has words for them, predictions of the final model."""
-    context.load(context.trajectory.last_step)
+    session.load(session.trajectory.last_step)
     measurements: list[float] = []
     predictions: list[str] | None = []
     with torch.no_grad():
-        for batch, indices in context.queries(0, context.num_query):
-            measurements += context.measurement(context.module, batch, indices).tolist()
+        for batch, indices in session.queries(0, session.num_query):
+            measurements += session.measurement(session.module, batch, indices).tolist()
             with seeded_examples(0, indices):
-                words = context.task.prediction(context.module, batch)
+                words = session.task.prediction(session.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
-    found: dict[str, Any] = {"measurements": measurements}
-    return found if predictions is None else {**found, "predictions": predictions}
+    if predictions is None:
+        return {"measurements": measurements}
+    return {"measurements": measurements, "predictions": predictions}
 
 
-def about_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> dict[str, Any]:
-    """What each of several stages contributed; its columns and segments are [start, stop]."""
-    if len(stages) == 1:
-        return {}
-    assert counts is not None
-    rows: list[dict[str, Any]] = []
-    for number, stage in enumerate(stages):
-        context, first = stage.session, sum(counts[:number])
-        rows.append(
-            {
-                "trajectory": context.trajectory.path or "in memory",
-                "model": type(context.module).__name__,
-                "task": context.task.settings(),
-                "num_train": context.num_train,
-                "columns": [stage.columns.start, stage.columns.stop],
-                "segments": [first, first + counts[number]],
-                "steps": [stage.first_step, stage.first_step + context.trajectory.last_step],
-                "trained_parameters": sum(block.size for block in context.blocks),
-                "frozen_parameters": list(stage.frozen),
-                "notes": list(context.task.notes),
-            }
-        )
-    paths = list(dict.fromkeys(row["trajectory"] for row in rows))
-    return {
-        "stages": rows,
-        "trajectory": paths[0] if stages[-1].run == 0 else [row["trajectory"] for row in rows],
-        "steps": rows[-1]["steps"][1],
-        "num_train": stages[-1].columns.stop,
-    }
-
-
-def fisher_of(curvature: str | None, task: AttributionTask) -> str | None:
-    """Which Fisher or Gauss-Newton matrix a curvature stands for; None where there is none."""
-    if curvature is None or curvature == "identity":
-        return None
-    if curvature == "exact":
-        return "Gauss-Newton matrix, exact"
-    if task.can_sample:
-        return "true Fisher (sampled: random signs with the covariance of labels from the model)"
-    return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
-
-
-def ensemble_provenance(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def ensemble_provenance(members: Sequence[Provenance]) -> Provenance:
     """The provenance of an ensemble's mean, from that of its members; a single one as it is."""
     if len(members) == 1:
         return members[0]
-    merged = {k: v for k, v in members[0].items() if k not in ("certificate", "predictions")}
+    merged = members[0].copy()
+    for key in ("certificate", "predictions"):
+        merged.pop(key, None)  # type: ignore[misc]
     measurements = torch.tensor([member["measurements"] for member in members])
     merged["measurements"] = measurements.mean(0).tolist()
-    merged["trajectory"] = [member["trajectory"] for member in members]
-    if any(len(m.get("segments", [])) != len(merged.get("segments", [])) for m in members):
+    merged["trajectory"] = [str(member["trajectory"]) for member in members]
+    if len({len(member.get("segments", [])) for member in members}) > 1:
         del merged["segments"]  # the mean is not split
     shared = [n for n in members[0]["notes"] if all(n in other["notes"] for other in members)]
     merged["notes"] = shared + [
@@ -121,6 +95,61 @@ def ensemble_provenance(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for note in member["notes"]
         if note not in shared
     ]
-    keys = ("trajectory", "steps", "measurements", "predictions", "certificate", "notes")
-    merged["members"] = [{key: m[key] for key in keys if key in m} for m in members]
+    merged["members"] = [_member(member) for member in members]
     return merged
+
+
+def _member(provenance: Provenance) -> MemberRecord:
+    record: MemberRecord = {
+        "trajectory": str(provenance["trajectory"]),
+        "steps": provenance["steps"],
+        "measurements": provenance["measurements"],
+        "notes": provenance["notes"],
+    }
+    if "predictions" in provenance:
+        record["predictions"] = provenance["predictions"]
+    if "certificate" in provenance:
+        record["certificate"] = provenance["certificate"]
+    return record
+
+
+def _several_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> Provenance:
+    """What each of several stages contributed; nothing for a single one."""
+    if len(stages) == 1:
+        return {}
+    assert counts is not None
+    records: list[StageRecord] = []
+    for number, stage in enumerate(stages):
+        session, first = stage.session, sum(counts[:number])
+        records.append(
+            {
+                "trajectory": session.trajectory.path or "in memory",
+                "model": type(session.module).__name__,
+                "task": session.task.settings(),
+                "num_train": session.num_train,
+                "columns": [stage.columns.start, stage.columns.stop],
+                "segments": [first, first + counts[number]],
+                "steps": [stage.first_step, stage.first_step + session.trajectory.last_step],
+                "trained_parameters": session.num_parameters,
+                "frozen_parameters": list(stage.frozen),
+                "notes": list(session.task.notes),
+            }
+        )
+    runs = [record["trajectory"] for record in records]
+    return {
+        "stages": records,
+        "trajectory": runs[0] if stages[-1].run == 0 else runs,
+        "steps": records[-1]["steps"][1],
+        "num_train": stages[-1].columns.stop,
+    }
+
+
+def _fisher(curvature: str | None, task: AttributionTask) -> str | None:
+    """Which Fisher or Gauss-Newton matrix a curvature stands for; None where there is none."""
+    if curvature is None or curvature == "identity":
+        return None
+    if curvature == "exact":
+        return "Gauss-Newton matrix, exact"
+    if task.can_sample:
+        return "true Fisher (sampled: random signs with the covariance of labels from the model)"
+    return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"

@@ -216,10 +216,12 @@ class _BatchCurvature:
 
         def product(direction: Parameters) -> Parameters:
             gradient = torch.func.grad(lambda p: self._run(p, self._losses).sum())
-            return torch.func.jvp(gradient, (self.values,), (direction,))[1]
+            along: Parameters = torch.func.jvp(gradient, (self.values,), (direction,))[1]
+            return along
 
         with _second_order(self.session.module):
-            return self._each(product, directions, way)
+            products: Parameters = self._each(product, directions, way)
+        return products
 
     def _gauss_newton(self, directions: Parameters, way: int) -> Parameters:
         leaves = {name: v.clone().requires_grad_() for name, v in self.values.items()}
@@ -232,9 +234,10 @@ class _BatchCurvature:
             numbers = [item.number for item in found]
 
             def forwards(direction: Parameters) -> list[Tensor]:
-                return torch.func.jvp(
+                along: list[Tensor] = torch.func.jvp(
                     lambda p: self._outputs(p, numbers), (self.values,), (direction,)
                 )[1]
+                return along
 
             with _second_order(self.session.module):
                 tangents = self._each(forwards, directions, way)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tda_lightning.curvature import uses_statistics
 from tda_lightning.records.provenance import Provenance
@@ -27,19 +26,3 @@ def about_statistics(
         },
         "fisher": trajectory.facts.settings.get("curvature", {}).get("fisher"),
     }
-
-
-def about_stage_statistics(
-    choice: str,
-    kind: str,
-    stages: Sequence[Trajectory],
-    spans: Sequence[Sequence[tuple[int, int]]],
-) -> dict[str, Any]:
-    """The same of several stages, some of which may have had theirs fitted: one entry each, None
-    for those; empty where all were fitted."""
-    found = [
-        about_statistics(choice, kind, stage, own) for stage, own in zip(stages, spans, strict=True)
-    ]
-    if not any(found):
-        return {}
-    return {key: [one.get(key) for one in found] for key in ("statistics", "fisher")}

@@ -1,9 +1,8 @@
-"""Measurement gradients of the queries, dense, in as many rounds as memory asks for, and how the
-training examples meet them."""
+"""Measurement gradients of the queries, dense, and how the training examples meet them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,27 +12,11 @@ from tda_lightning.curvature import Spectrum, units
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
-from tda_lightning.session.passes import Session, memory_budget
-
-
-def query_rounds(context: Session, copies: int) -> Iterator[tuple[int, int]]:
-    """Ranges of queries whose ``copies`` dense gradients fit the memory budget together."""
-    return context.query_rounds(context.gradient_bytes(copies))
-
-
-def rounds_of(
-    queries: int, bytes_each: int, budget: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Ranges of ``queries`` that fit together into ``budget`` bytes, by default
-    :func:`~tda_lightning.session.passes.memory_budget`."""
-    fitting = max(1, (memory_budget() if budget is None else budget) // bytes_each)
-    rounds = -(-queries // fitting)
-    for number in range(rounds):
-        yield number * queries // rounds, (number + 1) * queries // rounds
+from tda_lightning.session.session import Session
 
 
 def query_gradients(
-    context: Session,
+    session: Session,
     kind: str,
     start: int,
     stop: int,
@@ -45,12 +28,12 @@ def query_gradients(
     """
     out: dict[str, Tensor] = {}
     first = 0
-    for batch, examples in context.queries(start, stop):
-        found = context.measurement_gradients(batch, examples)
+    for batch, examples in session.queries(start, stop):
+        found = session.measurement_gradients(batch, examples)
         for name, gradient in units(kind, found.blocks).items():
             if name not in out:
                 shape = (stop - start, *gradient.shape[1:])
-                out[name] = torch.empty(shape, dtype=context.dtype, device=context.device)
+                out[name] = torch.empty(shape, dtype=session.dtype, device=session.device)
             left, right = (None, None)
             if spectra is not None:
                 left, right = spectra[name].left, spectra[name].right

@@ -31,6 +31,7 @@ from tda_lightning.report.provenance_rows import (
     segment_names,
 )
 from tda_lightning.report.statements import edit_in_words, relabelled, statements
+from tda_lightning.store.atomic_write import replacing
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,9 @@ def write_report(
         trust=statements(scores, provenance),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         # UTF-8 cannot encode lone surrogates, which text from data may contain.
         part.write_bytes(html.replace("\0", "").encode("utf-8", "replace"))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -92,6 +92,8 @@ class ExampleSource:
             collate_fn=_Collate(self.collate),
             num_workers=self.num_workers if len(batches) > 1 else 0,
             pin_memory=self.pin_memory,
+            # Its own: reading draws nothing from the generators of the user's program.
+            generator=torch.Generator(),
         )
 
     def batches(

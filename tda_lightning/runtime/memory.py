@@ -19,8 +19,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 class PeakMemory:
     """High-water mark of resident memory, and of the accelerator's, from entering on.
 
-    Memory that a stand-in did not take (``stand_ins.py``) is added by :meth:`also`. Where the mark
-    cannot be reset, it is that of the whole process so far; outside Linux it is unknown.
+    Memory that a dry run's substitute did not take is added by :meth:`also`. Where the mark cannot
+    be reset, it is that of the whole process so far; outside Linux it is unknown.
     """
 
     def __init__(self) -> None:

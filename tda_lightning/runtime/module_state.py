@@ -62,7 +62,9 @@ def borrowed(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def prepared(modules: Sequence[nn.Module], device: torch.device | None = None) -> Iterator[None]:
+def in_eval_mode(
+    modules: Sequence[nn.Module], device: torch.device | None = None
+) -> Iterator[None]:
     """Borrow modules in eval mode, on ``device``; the device is put back too."""
     with ExitStack() as stack:
         for module in modules:

@@ -1,1 +1,6 @@
 """What an estimator works with: the model, the recorded run and walks over the training set."""
+
+from tda_lightning.session.queries import QueryGradients
+from tda_lightning.session.session import Batch, Session, Stage
+
+__all__ = ["Batch", "QueryGradients", "Session", "Stage"]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from tda_lightning.runtime.loading import ExampleSource, place
+from tda_lightning.runtime.loading import ExampleSource, fetch, place
 from tda_lightning.runtime.processes import from_all
 from tda_lightning.runtime.progress import SlowProgress
 
@@ -55,10 +56,15 @@ def loaded_batches(
     source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
 ) -> Iterator[tuple[int, Tensor, Any]]:
     """Batches read from ``source``, each as (position, example indices, batch on the device)."""
+    device = next(module.parameters()).device
+    if source.num_workers == 0:  # a DataLoader would read the same, more slowly
+        for position, chosen in batches:
+            indices = torch.as_tensor(chosen, dtype=torch.int64)
+            yield position, indices.to(device), place(fetch(source, indices), module)
+        return
     loader = source.loader([indices for _, indices in batches])
     for (position, _), (data, indices) in zip(batches, loader, strict=True):
-        data = place(data, module)
-        yield position, indices.to(next(module.parameters()).device), data
+        yield position, indices.to(device), place(data, module)
 
 
 def _require_same_walk(title: str) -> None:

@@ -77,4 +77,5 @@ class Direct:
             problem.cache["factor"] = values, basis
             problem.record["negative_eigenvalues"] = int((values < 0).sum())
         values, basis = problem.cache["factor"]
-        return ((vectors.double() @ basis / values) @ basis.T).to(vectors)
+        solution: Tensor = (vectors.double() @ basis / values) @ basis.T
+        return solution.to(vectors)

@@ -77,7 +77,8 @@ class Lanczos:
         flat = vectors.double() / diagonal
         inside = (basis / diagonal) @ basis.T + (1 / values).diag()
         weights = torch.linalg.solve(inside, basis @ flat.T).T
-        return (flat - weights @ basis / diagonal).to(vectors)
+        solution: Tensor = flat - weights @ basis / diagonal
+        return solution.to(vectors)
 
     def _leading(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Ritz values [rank] and vectors [rank, parameters], in float64."""

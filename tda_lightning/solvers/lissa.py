@@ -99,7 +99,8 @@ class LiSSA:
         reduce = problem.session.reduce
         here = torch.tensor(problem.products.counted - counted, dtype=torch.float64)
         problem.products.counted = counted + float(reduce(here.to(vectors.device)))
-        return reduce(sum(recursions, torch.zeros_like(vectors))) / self.repeats / scale
+        mean: Tensor = reduce(sum(recursions, torch.zeros_like(vectors))) / self.repeats / scale
+        return mean
 
     def _require_bounded(
         self, problem: Problem, vectors: Tensor, recursions: list[Tensor], scale: float

@@ -158,7 +158,8 @@ def check_limits(**limits: float | None) -> None:
 
 def norms(rows: Tensor) -> Tensor:
     """Length of each row, in float64."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return lengths
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
-from tda_lightning.attribution.stand_ins import Decompositions
+from tda_lightning.attribution.dry_run_substitutes import Decompositions
 from tda_lightning.cli.plan_tables import recording_plan_table
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.estimators.unrolled import resume

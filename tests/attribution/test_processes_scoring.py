@@ -53,6 +53,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizers": adamw},
     "online": {"recorder": {"curvature": "online", "curvature_every": 1, "fisher": "empirical"}},
 }
+# Every estimator under SGD; under AdamW one for each place where its second moments enter, and
+# on recorded statistics those that use them, and one that does not. Other pairs are slow tests.
+PAIRS = [
+    *(("sgd", name) for name in ESTIMATORS),
+    *(("adamw", name) for name in ("source", "source recorded", "tracin", "unrolled")),
+    *(("online", name) for name in ("source", "source recorded blocks", "influence", "tracin")),
+    ("online", "influence cg"),
+    ("online", "unrolled"),
+]
+MORE_PAIRS = [(run, name) for run in RUNS for name in ESTIMATORS if (run, name) not in PAIRS]
 # 21 examples: neither batches of 4 nor two processes divide them.
 BATCH = 4
 
@@ -90,27 +100,31 @@ def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Sco
     )
 
 
-def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
-    """Scores, what was fitted anew and warnings; the trajectories stay in ``root``."""
-    found = {}
+def record(rank: int, root: Path) -> None:
     for run, options in RUNS.items():
         train(root / run, {"module": WithoutTask, **options})
-        for name, estimator in ESTIMATORS.items():
-            path = root / f"{run} {name}.h5"
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter("always")
-                scores = attribute(
-                    root / run,
-                    estimator,
-                    quiet(strategy="ddp", devices=2),
-                    scores_path=str(path),
-                )
-            saved = Scores.load(path)  # there for every process at once
-            assert torch.equal(saved.values, scores.values)
-            kept = [str(w.message) for w in heard if "not kept" in str(w.message)]
-            parts = (scores.values, scores.by_segment, scores.self_influence)
-            found[run, name] = (*parts, scores.provenance["world_size"], kept)
+
+
+def score(rank: int, root: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """Scores, what was fitted anew and warnings; the trajectories are in ``root``."""
+    found = {}
+    for run, name in pairs:
+        path = root / f"{run} {name}.h5"
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            trainer = quiet(strategy="ddp", devices=2)
+            scores = attribute(root / run, ESTIMATORS[name], trainer, scores_path=str(path))
+        saved = Scores.load(path)  # there for every process at once
+        assert torch.equal(saved.values, scores.values)
+        kept = [str(w.message) for w in heard if "not kept" in str(w.message)]
+        parts = (scores.values, scores.by_segment, scores.self_influence)
+        found[run, name] = (*parts, scores.provenance["world_size"], kept)
     return found
+
+
+def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
+    record(rank, root)
+    return score(rank, root, PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +133,27 @@ def scored(tmp_path_factory: Any) -> tuple[Path, list[Any]]:
     return root, results(record_and_score, root)
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_scores_are_those_of_one_process(name: str, run: str, scored: Any, tmp_path: Path) -> None:
-    root, found = scored
+@pytest.fixture(scope="module")
+def scored_too(scored: Any) -> tuple[Path, list[Any]]:
+    return scored[0], results(score, scored[0], MORE_PAIRS)
+
+
+@pytest.mark.parametrize(("run", "name"), PAIRS)
+def test_scores_are_those_of_one_process(run: str, name: str, scored: Any, tmp_path: Path) -> None:
+    require_those_of_one_process(run, name, *scored, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "name"), MORE_PAIRS)
+def test_more_scores_are_those_of_one_process(
+    run: str, name: str, scored_too: Any, tmp_path: Path
+) -> None:
+    require_those_of_one_process(run, name, *scored_too, tmp_path)
+
+
+def require_those_of_one_process(
+    run: str, name: str, root: Path, found: list[Any], tmp_path: Path
+) -> None:
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.curvature import LeadingDirections
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
-from tda_lightning.estimators.source.averaged import AveragedRun
+from tda_lightning.estimators.source.estimator import alone
 from tda_lightning.gradients import Joined, scaled
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.session.passes import Plan, Session, run_plan
+from tda_lightning.session.session import Session
 from tests import oracles
 from tests.attributing import attribute, relative
 from tests.cases import Case
@@ -42,8 +43,15 @@ class Probe:
         return None
 
     def score(self, session: Session) -> Provenance:
-        self.run = AveragedRun(self.options, session)
-        return run_plan(Plan(self.run.curvature_passes()), [session])
+        (self.segment,) = self.options.fit(alone(session), 1).segments
+        return {}
+
+    @property
+    def leading(self) -> LeadingDirections:
+        spectrum = self.segment.curvature[WHOLE]
+        return LeadingDirections(
+            spectrum.vectors, spectrum.eigenvalues[0, 0, : len(spectrum.vectors)]
+        )
 
     def order(self, run) -> Tensor:
         """The flat place of each entry of the row that joins all blocks."""
@@ -52,7 +60,7 @@ class Probe:
             [shape.numel() for shape in shapes.values()]
         )
         named = {n: p.view(s) for (n, s), p in zip(shapes.items(), places, strict=True)}
-        return torch.cat([block.matrix(named).flatten() for block in self.run.context.blocks])
+        return torch.cat([block.matrix(named).flatten() for block in self.segment.session.blocks])
 
 
 def probed(name: str, optimizer: str, checkpoints=CHECKPOINTS, **options):
@@ -66,10 +74,10 @@ def probed(name: str, optimizer: str, checkpoints=CHECKPOINTS, **options):
 
 def dense_fisher(probe: Probe, case, run, module, data) -> Tensor:
     """The sampled Fisher of h * g, in the order of the joined blocks."""
-    (segment,) = probe.run.segments
-    gradients = sampled_gradients(case, run, module, data, segment.checkpoints)
+    checkpoints = probe.segment.steps.checkpoints
+    gradients = sampled_gradients(case, run, module, data, checkpoints)
     gradients = gradients[:, probe.order(run)]
-    if (scale := probe.run.geometries[0].scale.get(WHOLE)) is not None:
+    if (scale := probe.segment.geometry.scale.get(WHOLE)) is not None:
         gradients = gradients * scale.flatten()
     return oracles.second_moment(gradients)
 
@@ -80,11 +88,11 @@ def dense_fisher(probe: Probe, case, run, module, data) -> Tensor:
 def test_leading_eigenpairs(name, optimizer) -> None:
     """All of them where the matrix has no more; where it has, those far above what is left out."""
     probe, work = probed(name, optimizer, checkpoints=(), leading_directions=10)
-    fisher, fit = dense_fisher(probe, *work), probe.run.leading[0]
+    fisher, fit = dense_fisher(probe, *work), probe.leading
     product = fit.vectors.T * fit.eigenvalues @ fit.vectors
     assert relative(product, fisher) < 1e-9  # ten examples, so rank ten
     probe, work = probed(name, optimizer, leading_directions=6)
-    fisher, fit = dense_fisher(probe, *work), probe.run.leading[0]
+    fisher, fit = dense_fisher(probe, *work), probe.leading
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(fisher))
     torch.testing.assert_close(fit.vectors @ fit.vectors.T, torch.eye(6).double())
     assert (fit.eigenvalues.diff() <= 0).all()
@@ -115,9 +123,9 @@ def dense_basis(spectrum) -> Tensor:
 
 
 def test_eigenvectors_are_not_those_of_the_blocks() -> None:
-    run = probed("classification", "momentum", leading_directions=3)[0].run
-    widths = [block.size for block in run.context.blocks]
-    shares = torch.stack([p.square().sum(1) for p in run.leading[0].vectors.split(widths, dim=1)])
+    probe = probed("classification", "momentum", leading_directions=3)[0]
+    widths = [block.size for block in probe.segment.session.blocks]
+    shares = torch.stack([p.square().sum(1) for p in probe.leading.vectors.split(widths, dim=1)])
     assert (shares[:, 0] > 0.02).all()
 
 
@@ -133,14 +141,14 @@ def test_eigenvectors_are_not_those_of_the_blocks() -> None:
 )
 def test_deflated_curvature(name, optimizer, kind) -> None:
     probe, (*_, data) = probed(name, optimizer, leading_directions=5, curvature=kind)
-    run = probe.run
-    spectrum, shifted = run.curvature(0)[WHOLE], run.spectra(0)[WHOLE]
+    segment = probe.segment
+    spectrum, shifted = segment.curvature[WHOLE], segment.spectra[WHOLE]
     size = spectrum.vectors.shape[1]
     rows = torch.randn(3, 1, 1, size).double()
     torch.testing.assert_close(spectrum.lift(spectrum.project(rows)), rows)
 
     vectors, basis = spectrum.vectors, dense_basis(spectrum)
-    leading = vectors.T * run.leading[0].eigenvalues @ vectors
+    leading = vectors.T * probe.leading.eigenvalues @ vectors
     own = torch.cat([rest.eigenvalues.flatten() for rest in spectrum.rest])
     left = (own - (basis.T @ leading @ basis).diagonal()).clamp(min=0)
     outside = torch.eye(size).double() - vectors.T @ vectors
@@ -152,7 +160,7 @@ def test_deflated_curvature(name, optimizer, kind) -> None:
         return lifted[:, 0, 0]
 
     torch.testing.assert_close(action(spectrum, rows), rows[:, 0, 0] @ expected)
-    decay = run.geometries[0].decay[WHOLE].flatten()
+    decay = segment.geometry.decay[WHOLE].flatten()
     assert (decay > 0).any()
     along = vectors.T * (vectors.square() @ decay) @ vectors
     rest = basis * (basis.square().T @ decay) @ basis.T
@@ -162,9 +170,9 @@ def test_deflated_curvature(name, optimizer, kind) -> None:
         uniform = expected + decay[0] * torch.eye(size).double()
         torch.testing.assert_close(action(shifted, rows), rows[:, 0, 0] @ uniform)
 
-    found = run.context.train_gradients(data, torch.arange(10)).blocks
+    found = segment.session.train_gradients(data, torch.arange(10)).blocks
     joined = Joined(list(found.values()))
-    scale = run.geometries[0].scale.get(WHOLE)
+    scale = segment.geometry.scale.get(WHOLE)
     for gradient in (joined, scaled(joined, scale)):
         for part in (slice(0, 10), slice(2, 5)):
             torch.testing.assert_close(
@@ -260,14 +268,12 @@ def test_few_directions_come_close_to_the_exact_matrix(optimizer, order) -> None
 
 def planned(size: int, segments: int = 3, **options) -> int:
     trajectory = SimpleNamespace(
-        segments=lambda cuts: [None] * segments,
         statistics={},
         stages=lambda: (trajectory,),
         facts=SimpleNamespace(parameters={}),
     )
-    blocks = [SimpleNamespace(size=size - 5), SimpleNamespace(size=5)]
-    context = SimpleNamespace(blocks=blocks, trajectory=trajectory)
-    return Source(**options).leading(context)
+    session = SimpleNamespace(num_parameters=size, trajectory=trajectory)
+    return Source(**options).leading(session, segments)
 
 
 def test_how_many_directions_are_kept() -> None:

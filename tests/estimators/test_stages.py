@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn
-from tda_lightning.estimators.source.coupling import StageLink
+from tda_lightning.estimators.source.segments import FittedSegment
 from tda_lightning.records.errors import (
     EngineError,
     TrajectoryMismatchError,
@@ -195,13 +195,12 @@ def test_dropping_coupling_or_own_sizes_is_seen(monkeypatch) -> None:
     common = torch.cat([truth[:, :10] * 10 / 16, truth[:, 10:] * 6 / 16], 1)
     assert relative(common, truth) > 0.3
     assert relative(work.scores(estimator).values, truth) < 1e-9
-    plain = StageLink.__init__
+    plain = FittedSegment.__init__
 
-    def without(self, *arguments) -> None:
-        plain(self, *arguments)
-        self.couples = False
+    def without(self, *arguments, **options) -> None:
+        plain(self, *arguments, **{**options, "couples": False})
 
-    monkeypatch.setattr(StageLink, "__init__", without)
+    monkeypatch.setattr(FittedSegment, "__init__", without)
     alone = work.scores(estimator).values
     assert relative(alone[:, :10], truth[:, :10]) > 0.3
     torch.testing.assert_close(alone[:, 10:], truth[:, 10:])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.session.passes import Session
+from tda_lightning.session.session import Session
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train

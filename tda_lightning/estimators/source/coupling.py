@@ -1,190 +1,203 @@
 """Where one stage of training meets the next: whose adjoint goes on, and what frozen parameters do.
 
-A stage moves its trained parameters T and keeps its frozen ones F, but where T ends up depends on
-F: a perturbation of F changes every gradient of the stage by H_TF. Backwards through a segment with
-response R (estimators/spectral.py),
+Every stage has its own N, loss, gradients, optimizer and curvature, and no segment crosses its end.
+Only the queries' adjoint goes from a stage to the one before it (docs/methods.md, "Several
+stages"). Multi-stage influence functions (Chen et al. 2020, 2007.09081) approximate the same at two
+optima.
+
+A stage moves its trained parameters T and leaves its frozen ones F in place, but where T ends up
+depends on F: a perturbation of F changes every gradient of the stage by H_TF. Backwards through a
+segment with response R (``spectral.py``),
 
     q_F <- q_F - H_FT u,    u = R q_T
 
 with H the Gauss-Newton matrix of the stage's mean loss over T and F together, averaged over the
-segment's checkpoints. H_FT u = mean_n g_nF (g_nT . u) takes no matrix, only passes over the data.
+segment's checkpoints. H_FT u = mean_n g_nF (g_nT . u) takes no matrix, only walks over the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import unit_matrices
+from tda_lightning.curvature import as_matrices, unit_matrices
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import query_gradients
-from tda_lightning.estimators.source.segments import Adjoint
+from tda_lightning.estimators.source.segments import Adjoint, FittedSegment, with_components
 from tda_lightning.gradients import ExampleGradients
-from tda_lightning.session.passes import Pass, Session, Stage
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.session.session import Batch, Session, Stage
 
-# Adjoints of single parameters by name, [query, *shape].
-Named = dict[str, Tensor]
+# Adjoints of single parameters by name, [component, query, *shape].
+NamedAdjoint: TypeAlias = "dict[str, Tensor]"
 
 
-class StageLink:
-    """Brings the queries' adjoints to the end of a stage, and hands over those at its start.
+def final_adjoint(stage: Stage, first: int, last: int) -> NamedAdjoint:
+    """Measurement gradients of the queries ``first`` to ``last`` by the final model."""
+    session = stage.wide
+    session.load(session.trajectory.last_step)
+    gradients = query_gradients(session, "blocks", first, last)
+    return {
+        name: tensor[None]
+        for block in session.blocks
+        for name, tensor in block.tensors(gradients[block.name]).items()
+    }
+
+
+def entered(
+    stage: Stage, last_segment: FittedSegment, handed: NamedAdjoint, queries: int
+) -> tuple[Adjoint, NamedAdjoint]:
+    """The adjoint at the end of a stage, of its trained parameters by unit and of its frozen ones
+    by name. A parameter that later stages did not use has none, and gets zeros."""
+    session, count = stage.wide, last_segment.components
+    filled = {
+        name: with_components(handed[name], count)
+        if name in handed
+        else torch.zeros(count, queries, *shape, dtype=session.dtype, device=session.device)
+        for block in session.blocks
+        for name, shape in zip(block.parameters, block.shapes, strict=True)
+    }
+    matrices = {block.name: block.matrix(filled) for block in stage.session.blocks}
+    frozen = {name: filled[name] for name in stage.frozen}
+    return unit_matrices(last_segment.grouping, matrices), frozen
+
+
+def handed_over(
+    stage: Stage, first_segment: FittedSegment, adjoint: Adjoint, frozen: NamedAdjoint
+) -> NamedAdjoint:
+    """What the stage before is asked: the adjoints of the parameters that it handed on.
+
+    A parameter that begins with this stage (a new head) ends here, and so do the optimizer's states
+    that began with it.
+    """
+    if not stage.carried:
+        return {}
+    everything = {**by_name(stage.session, first_segment.grouping, adjoint), **frozen}
+    goes_on = stage.session.trajectory.steps_before
+    return {
+        name: everything[name] if name in goes_on else everything[name][:1]
+        for name in stage.carried
+    }
+
+
+def coupled(
+    stage: Stage,
+    segment: FittedSegment,
+    response: Mapping[str, Tensor],
+    frozen: NamedAdjoint,
+    seed: int,
+) -> NamedAdjoint:
+    """Carry the frozen parameters' adjoint across a segment, by walks over its checkpoints.
 
     Args:
-        stage: the stage.
-        later: the link of the stage after it; None for the last stage, where the queries are.
-        curvature: the kind that the stage's segments use.
+        response: u of the trained parameters, [query, groups, rows, columns] by unit.
+        frozen: at the segment's end.
         seed: of the sampled labels.
     """
-
-    def __init__(self, stage: Stage, later: StageLink | None, curvature: str, seed: int):
-        self.stage, self.later, self.curvature, self.seed = stage, later, curvature, seed
-        self.has_earlier = bool(stage.carried)
-        # ``identity`` is no curvature at all, so nothing couples.
-        self.couples = bool(stage.frozen) and curvature != "identity"
-        self.frozen: Named = {}
-        self._trained: Named = {}
-        # Of momentum buffers or Adam's moments, those of frozen parameters apart: they wait.
-        self._moments: list[Named] = []
-        self._waiting: list[Named] = []
-        self._response: dict[str, Tensor] = {}
-        self._products: Named = {}
-
-    def arrive(self, grouping: str, start: int, stop: int) -> Adjoint:
-        """The adjoints of the stage's trained parameters at its end; those of the frozen ones are
-        kept here."""
-        stage, moments = self.stage, []
-        if self.later is None:
-            stage.wide.load(stage.wide.trajectory.last_step)
-            found = query_gradients(stage.wide, "blocks", start, stop)
-            named = by_name(stage.wide, "blocks", found)
-        else:
-            named = self._filled(self.later.handed_over(), stop - start)
-            moments = [self._filled(m, stop - start) for m in self.later.moments_handed_over()]
-        self.frozen = {name: named[name] for name in stage.frozen}
-        self._waiting = [{name: moment[name] for name in stage.frozen} for moment in moments]
-        return Adjoint(
-            by_unit(stage.session, grouping, named),
-            *(by_unit(stage.session, grouping, moment) for moment in moments),
-        )
-
-    def depart(self, grouping: str, adjoint: Adjoint) -> None:
-        """Keep the adjoints at the start of the stage."""
-        self._trained = by_name(self.stage.session, grouping, adjoint.a)
-        moments = [moment for moment in (adjoint.b, adjoint.e) if moment is not None]
-        self._moments = [by_name(self.stage.session, grouping, moment) for moment in moments]
-
-    def handed_over(self) -> Named:
-        """What the stage before is asked: the adjoints of the parameters that it handed on.
-
-        A parameter that begins with this stage (a new head) ends here.
-        """
-        everything = {**self._trained, **self.frozen}
-        return {name: everything[name] for name in self.stage.carried}
-
-    def moments_handed_over(self) -> list[Named]:
-        """The adjoints of the optimizer's state that goes on from the stage before: buffers of
-        parameters that it had trained before; none where the optimizer is a new one."""
-        goes_on = self.stage.session.trajectory.steps_before
-        waiting = self._waiting or [{} for _ in self._moments]
-        both = [{**own, **late} for own, late in zip(self._moments, waiting, strict=True)]
-        kept = [{n: m for n, m in moment.items() if n in goes_on} for moment in both]
-        return kept if any(kept) else []
-
-    def meet(self, grouping: str, response: Mapping[str, Tensor]) -> None:
-        """Take a segment's response u to the queries, on the trained parameters, by unit."""
-        wide = self.stage.wide
-        named = by_name(self.stage.session, grouping, response)
-        queries = len(next(iter(named.values())))
-        self._response = {}
-        for block in wide.blocks:
-            if any(name in named for name in block.parameters):
-                parts = {
-                    name: named[name] if name in named else _zeros(wide, queries, shape)
-                    for name, shape in zip(block.parameters, block.shapes, strict=True)
-                }
-                self._response[block.name] = block.matrix(parts)
-        self._products = {name: torch.zeros_like(self.frozen[name]) for name in self.frozen}
-
-    def passes(self, checkpoints: Sequence[int], title: str) -> list[Pass]:
-        """The passes over a segment's checkpoints that end with q_F at its start."""
-        if not self.couples:
-            return []
-        return [
-            Pass(
-                f"{title}: coupling to frozen parameters, step {step}",
-                step,
-                self._multiply(step),
-                None,
-                self._finish(len(checkpoints)) if step == checkpoints[-1] else None,
-            )
-            for step in checkpoints
-        ]
-
-    def _multiply(self, step: int) -> Callable[[Any, Tensor, int], None]:
-        def accumulate(batch: Any, examples: Tensor, _: int) -> None:
-            for found in self._gauss_newton(batch, examples, step):
-                inner = torch.stack(
-                    [found.blocks[name].dot(u) for name, u in self._response.items()]
-                ).sum(0)
-                for block in self.stage.wide.blocks:
-                    if not any(name in self._products for name in block.parameters):
+    session = stage.wide
+    u = _by_wide_block(stage, by_name(stage.session, segment.grouping, response))
+    products = {name: torch.zeros_like(adjoint[0]) for name, adjoint in frozen.items()}
+    for step in segment.steps.checkpoints:
+        title = f"{segment.title}: coupling to frozen parameters, step {step}"
+        for batch in session.walk(title, step):
+            for gradients in _gauss_newton(session, batch, segment.kind, seed + step):
+                dots = [gradients.blocks[name].dot(own) for name, own in u.items()]
+                inner = torch.stack(dots).sum(0)
+                for block in session.blocks:
+                    if not products.keys() & set(block.parameters):
                         continue
-                    product = block.tensors(found.blocks[block.name].weighted_sums(inner))
-                    for name in set(product) & set(self._products):
-                        self._products[name] += product[name]
-
-        return accumulate
-
-    def _gauss_newton(self, batch: Any, examples: Tensor, step: int) -> Iterable[ExampleGradients]:
-        wide = self.stage.wide
-        if self.curvature == "exact":
-            return wide.gauss_newton_gradients(batch, examples)
-        return [wide.fisher_gradients(batch, examples, self.seed + step)]
-
-    def _finish(self, count: int) -> Callable[[], None]:
-        def end() -> None:
-            wide = self.stage.wide
-            for name in self.stage.frozen:
-                product = wide.reduce(self._products[name])
-                self.frozen[name] = self.frozen[name] - product / (wide.num_train * count)
-            self._products, self._response = {}, {}
-
-        return end
-
-    def _filled(self, named: Named, queries: int) -> Named:
-        """With zeros for the parameters that later stages did not use."""
-        wide = self.stage.wide
-        return {
-            name: named[name] if name in named else _zeros(wide, queries, shape)
-            for block in wide.blocks
-            for name, shape in zip(block.parameters, block.shapes, strict=True)
-        }
+                    product = block.tensors(gradients.blocks[block.name].weighted_sums(inner))
+                    for name in product.keys() & products.keys():
+                        products[name] += product[name]
+    count = session.num_train * len(segment.steps.checkpoints)
+    carried = {}
+    for name in stage.frozen:  # in the same order in every process
+        adjoint = frozen[name].clone()
+        adjoint[0] -= session.reduce(products[name]) / count
+        carried[name] = adjoint
+    return carried
 
 
-def by_name(context: Session, grouping: str, by_unit: Mapping[str, Tensor]) -> Named:
-    """[query, groups, rows, columns] by unit of curvature as [query, *shape] by parameter."""
-    matrices = dict(by_unit)
+def _by_wide_block(stage: Stage, response: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A response by name as matrices of the blocks of ``stage.wide`` that it has a part in."""
+    some = next(iter(response.values()))
+    matrices = {}
+    for block in stage.wide.blocks:
+        if response.keys() & set(block.parameters):
+            parts = {
+                name: response[name] if name in response else some.new_zeros(len(some), *shape)
+                for name, shape in zip(block.parameters, block.shapes, strict=True)
+            }
+            matrices[block.name] = block.matrix(parts)
+    return matrices
+
+
+def _gauss_newton(
+    session: Session, batch: Batch, curvature: str, seed: int
+) -> Iterable[ExampleGradients]:
+    if curvature == "exact":
+        return session.gauss_newton_gradients(batch.data, batch.examples)
+    return [session.fisher_gradients(batch.data, batch.examples, seed)]
+
+
+def by_name(session: Session, grouping: str, by_unit: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """[..., groups, rows, columns] by unit of curvature as [..., *shape] by parameter."""
+    matrices = by_unit
     if grouping == "exact":
-        whole = by_unit[WHOLE][..., 0, 0, :]
-        parts = whole.split([block.size for block in context.blocks], dim=-1)
-        matrices = {
-            block.name: part.unflatten(-1, block.shape)
-            for block, part in zip(context.blocks, parts, strict=True)
-        }
+        matrices = as_matrices(session.blocks, by_unit[WHOLE][..., 0, 0, :])
     return {
         name: tensor
-        for block in context.blocks
+        for block in session.blocks
         for name, tensor in block.tensors(matrices[block.name]).items()
     }
 
 
-def by_unit(context: Session, grouping: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`by_name`, for the parameters of ``context``."""
-    return unit_matrices(grouping, {b.name: b.matrix(named) for b in context.blocks})
+def stage_cuts(
+    num_segments: int,
+    segment_steps: Sequence[int] | Sequence[Sequence[int]] | None,
+    stages: Sequence[Stage],
+) -> list[int | list[int]]:
+    """Where each of several stages is cut: a number of segments, or explicit steps of it.
+
+    A run that was recorded as one keeps the cuts that it would have as a whole, and gets further
+    ones where its stages begin. Of ``num_segments`` equal lengths, a cut that would leave a
+    segment of a stage without a checkpoint is left out.
+    """
+    given: Any = segment_steps
+    runs = sorted({stage.run for stage in stages})
+    nested = bool(given) and all(isinstance(cuts, Sequence) for cuts in given)
+    if given is not None and len(runs) > 1 and not (nested and len(given) == len(runs)):
+        raise ValueError(
+            f"segment_steps must hold one list of steps for each of the {len(runs)} "
+            f"trajectories, got {list(given)}."
+        )
+    cuts_by_stage: list[int | list[int]] = []
+    for stage in stages:
+        run = [other for other in stages if other.run == stage.run]
+        if len(run) == 1 and given is None:
+            cuts_by_stage.append(num_segments)
+            continue
+        if given is None:
+            total = sum(other.session.trajectory.last_step for other in run)
+            cuts = [part * total // num_segments for part in range(num_segments)]
+        else:
+            cuts = list(given[runs.index(stage.run)] if nested else given)
+        first = stage.first_step - run[0].first_step
+        last = first + stage.session.trajectory.last_step
+        inside = [cut - first for cut in cuts if first < cut < last]
+        if given is None:
+            inside = _with_checkpoints(inside, stage.session.trajectory)
+        cuts_by_stage.append(inside)
+    return cuts_by_stage
 
 
-def _zeros(context: Session, queries: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(queries, *shape, dtype=context.dtype, device=context.device)
+def _with_checkpoints(cuts: Sequence[int], trajectory: Trajectory) -> list[int]:
+    """Those of ``cuts`` between which every segment holds a checkpoint."""
+    chosen = [0]
+    for cut in cuts:
+        if any(chosen[-1] < step <= cut for step in trajectory.checkpoints):
+            chosen.append(cut)
+    return chosen[1:]

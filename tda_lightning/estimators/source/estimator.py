@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tda_lightning.curvature import (
+    DeflatedSpectrum,
     check_dense_side,
     check_kind,
     check_statistics,
+    curvature_of,
+    leading_directions,
     uses_statistics,
 )
+from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.clipping import clipping_notes
-from tda_lightning.estimators.source.averaged import AveragedRun
-from tda_lightning.estimators.source.matrix_free import MatrixFreeRun
-from tda_lightning.estimators.source.recorded import RecordedRun
-from tda_lightning.estimators.source.recorded_adam import RecordedAdamRun
-from tda_lightning.estimators.source.staged import plan_stages, segment_counts
+from tda_lightning.estimators.source import averaged, recorded, stepwise
+from tda_lightning.estimators.source.coupling import (
+    coupled,
+    entered,
+    final_adjoint,
+    handed_over,
+    stage_cuts,
+)
+from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
+from tda_lightning.estimators.source.segments import (
+    Cross,
+    Curvature,
+    FittedSegment,
+    Geometry,
+    require_one_recursion,
+    segment_geometry,
+)
+from tda_lightning.estimators.tracin import NO_SELF
 from tda_lightning.optimizers import applied_rates, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Plan, Session, Stage, run_plan
-from tda_lightning.solvers.problem import check_limits
+from tda_lightning.session.session import Session, Stage
 
 ORDERS = ("average", "recorded")
 MOMENTUM = ("effective_rate", "recursion")
 MATRIX_FREE = "matrix_free"
-BLOCKS = ("layer", "full")
+_BLOCKWISE = ("ekfac", "kfac", "diagonal")
 _LEADING = 64
-_FEWEST = 8  # not worth their passes below
-_LEADING_SCALARS = 1 << 28  # each direction is kept in two bases
+_FEWEST = 8  # not worth their walks below
+_LEADING_SCALARS = 1 << 28  # each direction is held in two bases
 _SMALL = 1000  # a convention, not measured: the paper's form where `exact` is at hand
 _QUESTIONS = {
     "average": "what training like this one does with an example (order of batches averaged out)",
     "recorded": "what this very run did with an example (batches in their recorded order)",
 }
+_NO_SELF_STEPWISE = (
+    "No self-influence: in the recorded order of an optimizer whose steps are not linear in the "
+    "gradients, every example needs an adjoint of its own. Ask for examples as queries, or use "
+    "order='average'."
+)
+_NO_SELF_MATRIX_FREE = (
+    "No self-influence: every training example would need products of its own. Ask for examples as "
+    "queries, or use another curvature."
+)
 
 
 @dataclass
@@ -139,7 +164,8 @@ class Source:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         if self.leading_directions is not None and (
-            self.leading_directions < 0 or (self.leading_directions and not self._blockwise)
+            self.leading_directions < 0
+            or (self.leading_directions and self.curvature not in _BLOCKWISE)
         ):
             raise ValueError(
                 "leading_directions must not be negative, and goes with a block-wise curvature "
@@ -147,100 +173,34 @@ class Source:
             )
         if self.segment_steps is None and self.num_segments < 1:
             raise ValueError(f"num_segments must be at least 1, got {self.num_segments}.")
-        check_limits(tolerance=self.tolerance, max_products=self.max_products)
-        self._check_matrix_free()
-
-    def _check_matrix_free(self) -> None:
-        if self.curvature != MATRIX_FREE:
-            if self.blocks is not None:
-                raise ValueError(
-                    f"blocks goes with curvature='matrix_free', got {self.blocks!r} with "
-                    f"{self.curvature!r}. Leave it out (null)."
-                )
-            return
-        if self.blocks not in (None, *BLOCKS):
+        if self.curvature != MATRIX_FREE and self.blocks is not None:
             raise ValueError(
-                f"blocks must be one of {', '.join(BLOCKS)} or null (None), got {self.blocks!r}."
+                f"blocks goes with curvature='matrix_free', got {self.blocks!r} with "
+                f"{self.curvature!r}. Leave it out (null)."
             )
-        if self.order != "average" or self.momentum != "effective_rate":
+        MatrixFree(self.blocks, self.tolerance, self.max_products)
+        single_steps = self.order != "average" or self.momentum != "effective_rate"
+        if self.curvature == MATRIX_FREE and single_steps:
             raise ValueError(
                 "curvature='matrix_free' has no eigenbasis in which to follow single steps: "
                 "expected order='average' and momentum='effective_rate', got "
                 f"{self.order!r} and {self.momentum!r}. Use curvature='ekfac' or 'exact' for those."
             )
 
-    @property
-    def _blockwise(self) -> bool:
-        return self.curvature in ("ekfac", "kfac", "diagonal")
-
-    def leading(self, context: Session) -> int:
-        """How many leading directions are kept for the model at hand."""
-        size = sum(block.size for block in context.blocks)
-        if self.leading_directions is not None:
-            return min(self.leading_directions, size)
-        if not self._blockwise or (self.order == "average" and size < _SMALL):
-            return 0
-        if uses_statistics(self.statistics, self.curvature, context.trajectory):
-            return 0  # their passes are what recording was to save
-        room = _LEADING_SCALARS // (size * self.segment_count(context))
-        return min(_LEADING, room) if room >= _FEWEST else 0
-
     def cuts(self) -> int | list[int]:
-        """How the run is cut: a number of segments, or explicit steps."""
+        """How a run of one stage is cut: a number of segments, or explicit steps."""
         if self.segment_steps is None:
             return self.num_segments
-        if not all(isinstance(step, int) for step in self.segment_steps):
+        steps = [step for step in self.segment_steps if isinstance(step, int)]
+        if len(steps) < len(self.segment_steps):
             raise ValueError(
                 f"segment_steps must hold the steps of one trajectory, got {self.segment_steps}."
             )
-        return list(self.segment_steps)  # type: ignore[arg-type]
+        return steps
 
-    def segment_count(self, context: Session) -> int:
+    def segment_count(self, session: Session) -> int:
         """How many segments the scores are split by."""
-        return len(context.trajectory.segments(self.cuts()))
-
-    def score(self, session: Session) -> Provenance:
-        """Run :meth:`plan`."""
-        return run_plan(self.plan(session), [session])
-
-    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
-        """Run :meth:`plan_stages`."""
-        return run_plan(self.plan_stages(stages), [stage.session for stage in stages])
-
-    def plan(self, context: Session) -> Plan:
-        """Fit each segment's curvature, then score its checkpoints or steps, last segment first."""
-        rule = rule_of(context.trajectory)
-        run: AveragedRun | MatrixFreeRun | RecordedRun | RecordedAdamRun
-        if self.curvature == MATRIX_FREE:
-            run = MatrixFreeRun(self, context)
-        elif self.order == "average":
-            run = AveragedRun(self, context)
-        elif rule.linear:
-            run = RecordedRun(self, context)
-        else:
-            run = RecordedAdamRun(self, context)
-        provenance: dict[str, Any] = {
-            "segments": [[s.start, s.stop] for s in run.segments],
-            "checkpoints": [list(s.checkpoints) for s in run.segments],
-            "question": _QUESTIONS[self.order],
-            "leading_directions": self.leading(context),
-        }
-        spans = [(segment.start, segment.stop) for segment in run.segments]
-        provenance |= about_statistics(self.statistics, self.curvature, context.trajectory, spans)
-        # The recorded order of Adam takes every group's own rate at every step.
-        follows = isinstance(run, RecordedAdamRun)
-        notes = clipping_notes(context.trajectory)
-        if not follows:
-            notes += self.notes_on_rates(context, run.segments)
-        if follows and context.self_influence:
-            notes.append(
-                "No self-influence: in the recorded order of these optimizer steps every example "
-                "needs an adjoint of its own. Ask for examples as queries, or use order='average'."
-            )
-        plan = Plan(run.passes(), provenance, notes)
-        if isinstance(run, MatrixFreeRun):
-            run.report_to(plan)
-        return plan
+        return len(session.trajectory.segments(self.cuts()))
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
         """How many segments the scores of each stage are split by."""
@@ -249,30 +209,213 @@ class Source:
                 f"curvature='matrix_free' follows one stage of training, got {len(stages)}. Use "
                 "curvature='ekfac' or 'exact', or attribute the last stage's trajectory alone."
             )
-        return segment_counts(self, stages)
-
-    def plan_stages(self, stages: Sequence[Stage]) -> Plan:
-        """:meth:`plan` over several stages of training, last stage first."""
-        plan = plan_stages(self, stages)
-        plan.provenance["question"] = _QUESTIONS[self.order]
-        return plan
-
-    def notes_on_rates(self, context: Session, segments: Sequence[Segment]) -> list[str]:
-        """Name the segments over which a changing ratio of rates is averaged (geometry.py)."""
-        facts = context.trajectory.facts.parameters
-        groups = sorted({facts[name].group for name in context.engine.names})
-        folded = []
-        for number, segment in enumerate(segments, start=1):
-            rates = applied_rates(context.trajectory, segment.rows)[:, groups]
-            times = rates.sum(0)
-            # Rates in a fixed ratio are, step by step, the same part of each group's sum.
-            differences = (rates * times.max() - rates[:, [int(times.argmax())]] * times).abs()
-            if bool((differences > 1e-6 * (rates.max() * times.max())).any()):
-                folded.append(str(number))
-        if not folded:
-            return []
         return [
-            "The learning rates of the parameter groups change their ratio within segment "
-            f"{', '.join(folded)}: the ratio of their sums over the segment is used throughout. "
-            "More segments, or cuts (segment_steps) where a schedule changes, follow it closer."
+            len(stage.session.trajectory.segments(own))
+            for stage, own in zip(stages, self._stage_cuts(stages), strict=True)
         ]
+
+    def score(self, session: Session) -> Provenance:
+        """Follow the queries back through a run."""
+        return self.score_stages([alone(session)])
+
+    def score_stages(self, stages: Sequence[Stage]) -> Provenance:
+        """Follow the queries back through one or several stages of training."""
+        cuts = self._stage_cuts(stages)
+        fitted = [self.fit(stage, own) for stage, own in zip(stages, cuts, strict=True)]
+        session = stages[-1].session
+        query_bytes = max(fit.stage.wide.gradient_bytes(fit.copies) for fit in fitted)
+        for first, last in session.query_rounds(query_bytes):
+            handed = final_adjoint(stages[-1], first, last)
+            for fit in reversed(fitted):
+                adjoint, frozen = entered(fit.stage, fit.segments[-1], handed, last - first)
+                for segment in reversed(fit.segments):
+                    crossing = fit.cross(fit.segments, segment.number, adjoint, first)
+                    if segment.couples:
+                        frozen = coupled(fit.stage, segment, crossing.response, frozen, self.seed)
+                    adjoint = crossing.adjoint
+                handed = handed_over(fit.stage, fit.segments[0], adjoint, frozen)
+        if session.self_influence and fitted[0].cross is averaged.cross:
+            averaged.add_self_influence(fitted[0].segments)
+        return self._provenance(fitted)
+
+    def _stage_cuts(self, stages: Sequence[Stage]) -> list[int | list[int]]:
+        if len(stages) == 1:
+            return [self.cuts()]
+        return stage_cuts(self.num_segments, self.segment_steps, stages)
+
+    def fit(self, stage: Stage, cuts: int | list[int]) -> FittedStage:
+        """Choose how a stage's segments are crossed, and fit their curvature."""
+        session, trajectory = stage.session, stage.session.trajectory
+        linear, recorded_order = rule_of(trajectory).linear, self.order == "recorded"
+        single_steps = recorded_order or (linear and self.momentum == "recursion")
+        if single_steps:
+            require_one_recursion(session)
+        if recorded_order and session.edits is not None:
+            session.edits.require_in_batches("order='recorded'")
+        cross: Cross = averaged.cross
+        copies, products = 4 if single_steps else 3, None
+        if self.curvature == MATRIX_FREE:
+            settings = MatrixFree(self.blocks, self.tolerance, self.max_products)
+            products = MatrixFreeOrder(settings, session)
+            cross, copies = products.cross, products.copies
+        elif recorded_order:
+            cross, copies = recorded.cross if linear else stepwise.cross, 6
+            if not linear:
+                stepwise.require_memory(session)
+        records = trajectory.segments(cuts)
+        leading = self.leading(session, len(records))
+        segments = []
+        for number, steps in enumerate(records):
+            geometry, curvature = self._curvature(session, number, steps, leading)
+            segments.append(
+                FittedSegment(
+                    session=session,
+                    number=number,
+                    steps=steps,
+                    kind=self.curvature,
+                    geometry=geometry,
+                    curvature=curvature,
+                    single_steps=single_steps,
+                    goes_back=number > 0 or bool(stage.carried),
+                    couples=bool(stage.frozen) and self.curvature != "identity",
+                )
+            )
+        return FittedStage(stage, segments, cross, copies, leading, products)
+
+    def _curvature(
+        self, session: Session, number: int, steps: Segment, leading: int
+    ) -> tuple[Geometry, Mapping[str, Curvature]]:
+        """The metric of a segment, and its curvature by unit."""
+        if self.curvature == MATRIX_FREE:
+            return segment_geometry(session, steps, "exact"), {}
+        title, checkpoints = f"segment {number + 1}", steps.checkpoints
+        geometry = segment_geometry(session, steps, self.curvature)
+        spectra = curvature_of(
+            self.statistics,
+            self.curvature,
+            session,
+            (steps.start, steps.stop),
+            checkpoints,
+            geometry.scale,
+            self.seed,
+            title,
+            self.dense_side,
+        )
+        if not leading:
+            return geometry, spectra
+        # With leading directions, the unit of curvature is all parameters together.
+        geometry = segment_geometry(session, steps, "exact")
+        scale = geometry.scale.get(WHOLE)
+        directions = leading_directions(leading, session, checkpoints, scale, self.seed, title)
+        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
+
+    def leading(self, session: Session, num_segments: int) -> int:
+        """How many leading directions are held for the model at hand."""
+        size = session.num_parameters
+        if self.leading_directions is not None:
+            return min(self.leading_directions, size)
+        if self.curvature not in _BLOCKWISE or (self.order == "average" and size < _SMALL):
+            return 0
+        if uses_statistics(self.statistics, self.curvature, session.trajectory):
+            return 0  # their walks are what recording was to save
+        room = _LEADING_SCALARS // (size * num_segments)
+        return min(_LEADING, room) if room >= _FEWEST else 0
+
+    def _provenance(self, fitted: Sequence[FittedStage]) -> Provenance:
+        """How the scores were made: of several stages, by stage where stages may differ."""
+        provenance: Provenance = {"question": _QUESTIONS[self.order]}
+        provenance["segments"] = [
+            [fit.stage.first_step + segment.steps.start, fit.stage.first_step + segment.steps.stop]
+            for fit in fitted
+            for segment in fit.segments
+        ]
+        provenance["checkpoints"] = [
+            [fit.stage.first_step + step for step in segment.steps.checkpoints]
+            for fit in fitted
+            for segment in fit.segments
+        ]
+        statistics: list[Any] = [
+            about_statistics(
+                self.statistics,
+                self.curvature,
+                fit.stage.session.trajectory,
+                [(segment.steps.start, segment.steps.stop) for segment in fit.segments],
+            )
+            for fit in fitted
+        ]
+        if len(fitted) == 1:
+            (fit,) = fitted
+            provenance["leading_directions"] = fit.leading
+            provenance.update(statistics[0])
+            provenance["notes"] = fit.notes()
+            if fit.products is not None:
+                provenance["matrix_free"] = fit.products.record()
+            return provenance
+        provenance["leading_directions"] = [fit.leading for fit in fitted]
+        if any(statistics):
+            provenance["statistics"] = [own.get("statistics") for own in statistics]
+            provenance["fisher"] = [own.get("fisher") for own in statistics]
+        provenance["notes"] = [NO_SELF] + [
+            f"Stage {number}: {note}"
+            for number, fit in enumerate(fitted, start=1)
+            for note in fit.notes()
+        ]
+        return provenance
+
+
+def alone(session: Session) -> Stage:
+    """A run of one stage."""
+    return Stage(session, session, (), (), 0, range(session.num_train), first_step=0)
+
+
+@dataclass(frozen=True)
+class FittedStage:
+    """A stage of training, ready to be crossed.
+
+    Attributes:
+        segments: with their curvature.
+        cross: scores a segment and carries the queries' adjoint to its start.
+        copies: dense gradients that each query takes meanwhile.
+        leading: number of leading directions.
+        products: of matrix-free curvature, with their record.
+    """
+
+    stage: Stage
+    segments: list[FittedSegment]
+    cross: Cross
+    copies: int
+    leading: int
+    products: MatrixFreeOrder | None
+
+    def notes(self) -> list[str]:
+        """What a reader should know of how this run was followed."""
+        session, segments = self.stage.session, [segment.steps for segment in self.segments]
+        notes = clipping_notes(session.trajectory)
+        if self.cross is not stepwise.cross:  # which takes every group's own rate at every step
+            notes += _notes_on_rates(session, segments)
+        if session.self_influence and self.cross is stepwise.cross:
+            notes.append(_NO_SELF_STEPWISE)
+        if session.self_influence and self.products is not None:
+            notes.append(_NO_SELF_MATRIX_FREE)
+        return notes if self.products is None else notes + self.products.notes()
+
+
+def _notes_on_rates(session: Session, segments: Sequence[Segment]) -> list[str]:
+    """Name the segments over which a changing ratio of rates is averaged (``segments.py``)."""
+    facts = session.trajectory.facts.parameters
+    groups = sorted({facts[name].group for name in session.engine.names})
+    averaged_in = []
+    for number, segment in enumerate(segments, start=1):
+        rates = applied_rates(session.trajectory, segment.rows)[:, groups]
+        times = rates.sum(0)
+        # Rates in a fixed ratio are, step by step, the same part of each group's sum.
+        differences = (rates * times.max() - rates[:, [int(times.argmax())]] * times).abs()
+        if bool((differences > 1e-6 * (rates.max() * times.max())).any()):
+            averaged_in.append(str(number))
+    if not averaged_in:
+        return []
+    return [
+        "The learning rates of the parameter groups change their ratio within segment "
+        f"{', '.join(averaged_in)}: the ratio of their sums over the segment is used throughout. "
+        "More segments, or cuts (segment_steps) where a schedule changes, follow it closer."
+    ]

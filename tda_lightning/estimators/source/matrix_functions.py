@@ -26,7 +26,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,6 @@ from tda_lightning.estimators.source.spectral import (
 )
 from tda_lightning.records.errors import NonFiniteError
 
-# One ``next`` for each unit of work that a progress bar counts; the result at the end.
-Work = Generator[None, None, Tensor]
 _INVARIANT = 10  # rounding errors: nothing else is left of a vector
 
 
@@ -64,15 +62,16 @@ class SegmentFunctions:
 
 
 def segment_functions(
-    apply: Callable[[Tensor], Work],
+    apply: Callable[[Tensor], Tensor],
     vectors: Tensor,
     sizes: Sequence[int],
     time: float,
+    steps: Iterable[int],
     *,
     tolerance: float,
     max_products: int,
     carry: bool,
-) -> Generator[None, None, SegmentFunctions]:
+) -> SegmentFunctions:
     """Lanczos's iteration of all ``vectors`` in step, each with its own Krylov space.
 
     M may consist of blocks on the diagonal; each block then has a space of its own, and one product
@@ -84,6 +83,7 @@ def segment_functions(
         vectors: [vector, parameters].
         sizes: parameters of each diagonal block of M, in their order.
         time: the segment's sum of applied rates.
+        steps: numbers of the products, 1 to ``max_products``; the iteration may end earlier.
         tolerance: the relative error that is small enough.
         max_products: the most for each vector; 1 or more.
         carry: whether S(M) v is needed.
@@ -93,9 +93,10 @@ def segment_functions(
     """
     lengths = _inner(vectors, vectors, sizes).sqrt()
     count = len(vectors)
-    found = SegmentFunctions(
+    functions = SegmentFunctions(
         response=torch.zeros_like(vectors),
-        left=torch.zeros_like(vectors) if carry else None,
+        # A vector that the loop leaves behind stays as it is.
+        left=vectors.clone() if carry else None,
         errors=torch.zeros(count, dtype=torch.float64),
         products=torch.zeros(count, dtype=torch.int64),
     )
@@ -106,10 +107,8 @@ def segment_functions(
     largest = torch.zeros_like(lengths[active])  # element of T so far, [active, block]
     rounding = _INVARIANT * torch.finfo(vectors.dtype).eps
     due = 1
-    for step in range(1, max_products + 1):
-        if len(active) == 0:
-            break
-        product = yield from apply(basis[-1])
+    for step in steps if len(active) else ():
+        product = apply(basis[-1])
         if not bool(product.isfinite().all()):
             raise NonFiniteError(
                 "A product of a query with the curvature is not finite: the training loss has NaN "
@@ -130,10 +129,10 @@ def segment_functions(
         values, turn = torch.linalg.eigh(_tridiagonal(diagonal, beside))
         values = values.clamp(min=0)  # negative by rounding alone
         first, last = turn[..., 0, :], turn[..., -1, :]
-        wanted = [(segment_response(time), accumulated_response(time), found.response, 0.0)]
-        if found.left is not None:
+        wanted = [(segment_response(time), accumulated_response(time), functions.response, 0.0)]
+        if functions.left is not None:
             # Where next to nothing is left of a vector, it is known to the vector's rounding.
-            wanted.append((segment_decay(time), segment_response(time), found.left, rounding))
+            wanted.append((segment_decay(time), segment_response(time), functions.left, rounding))
         whole = lengths[active].norm(dim=1)
         parts, errors = [], []
         for function, remainder, _, least in wanted:
@@ -149,15 +148,18 @@ def segment_functions(
         basis.append(_divided(rest, beside[-1], sizes))
         if bool(done.any()):
             for part, (_, _, out, _) in zip(parts, wanted, strict=True):
+                out[active[done]] = 0
                 for number in range(step):
                     weight = _spread(part[done, :, number], sizes, rest)
                     out[active[done]] += weight * basis[number][done]
-            found.errors[active[done].cpu()] = error[done].cpu()
-            found.products[active[done].cpu()] = step
+            functions.errors[active[done].cpu()] = error[done].cpu()
+            functions.products[active[done].cpu()] = step
             active, largest = active[~done], largest[~done]
             basis = [vector[~done] for vector in basis]
             diagonal, beside = [a[~done] for a in diagonal], [b[~done] for b in beside]
-    return found
+            if len(active) == 0:
+                break
+    return functions
 
 
 def _tridiagonal(diagonal: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor:

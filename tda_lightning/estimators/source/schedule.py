@@ -1,23 +1,24 @@
-"""The recorded batches of a segment, cut into loads that a pass can read backwards or forwards."""
+"""The recorded batches of a segment, cut into loads that a walk can read backwards or forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment, Trajectory
 
 
 @dataclass(frozen=True)
 class Load:
-    """Examples of one or several whole or partial steps between two adjacent checkpoints.
+    """Uses of examples in one or several whole or partial steps between two adjacent checkpoints.
 
     Attributes:
-        examples: data-set indices, int64 [load].
+        examples: data-set indices, [load].
         rows: the step (row of the table) that used each, in the order of the walk.
         shares: the weight of each example's loss in its step's loss.
         before: the last checkpoint at or before these steps; ``after`` again when there is none.
@@ -30,18 +31,36 @@ class Load:
     before: int
     after: int
 
+    @property
+    def interval(self) -> tuple[int, int]:
+        """The checkpoints around these steps."""
+        return self.before, self.after
+
     def interpolation(self) -> Tensor:
         """How far each example's step lies from ``before`` (0) to ``after`` (1), [load]."""
         return (self.rows - self.before).double() / max(self.after - self.before, 1)
 
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """Each step with the positions of its examples."""
+        rows, counts = torch.unique_consecutive(self.rows, return_counts=True)
+        start = 0
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            yield row, slice(start, start + count)
+            start += count
+
 
 def recorded_loads(
-    trajectory: Trajectory, segment: Segment, size: int, share: Callable[[int], float]
+    trajectory: Trajectory,
+    segment: Segment,
+    size: int,
+    share: Callable[[int], float],
+    read: Callable[[int], list[int]] = lambda example: [example],
 ) -> list[Load]:
     """The segment's uses of examples, last step first, in loads of up to ``size``.
 
     A load does not cross a checkpoint. ``share`` gives the weight of an example's loss in the loss
-    of a batch of so many (``AttributionTask.share``).
+    of a batch of so many (``AttributionTask.share``), ``read`` what is read for a use of an
+    example.
 
     Raises:
         UnsupportedTrainingError: the run has no example indices (an iterable data set).
@@ -51,42 +70,30 @@ def recorded_loads(
             "order='recorded' follows the recorded batches, and this run has no example indices: "
             "its data set is iterable. Use order='average'."
         )
-    checkpoints = sorted(trajectory.checkpoints)
-    loads: list[Load] = []
-    uses: list[tuple[int, int, float]] = []
-    interval: tuple[int, int] | None = None
-
-    def flush() -> None:
-        for first in range(0, len(uses), size):
-            part = uses[first : first + size]
-            assert interval is not None
-            loads.append(
-                Load(
-                    [example for _, example, _ in part],
-                    torch.tensor([row for row, _, _ in part]),
-                    torch.tensor([share for _, _, share in part], dtype=torch.float64),
-                    *interval,
-                )
-            )
-        uses.clear()
-
+    uses: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
     for row in reversed(range(segment.start, segment.stop)):
-        around = interval_around(checkpoints, row)
-        if around != interval:
-            flush()
-            interval = around
+        between = uses.setdefault(interval_around(trajectory, row), [])
         divisor = int(trajectory.steps.accumulation[row])
         for batch in trajectory.steps.batches(row):
             own = share(len(batch)) / divisor
-            uses += [(row, index, own) for index in batch.tolist()]
-    flush()
+            between += [(place, row, own) for index in batch.tolist() for place in read(index)]
+    loads = []
+    for interval, between in uses.items():
+        for first in range(0, len(between), size):
+            examples, rows, shares = zip(*between[first : first + size], strict=True)
+            weights = torch.tensor(shares, dtype=torch.float64)
+            loads.append(Load(list(examples), torch.tensor(rows), weights, *interval))
     return loads
 
 
-def interval_around(checkpoints: Sequence[int], row: int) -> tuple[int, int]:
+def interval_around(trajectory: Trajectory, row: int) -> tuple[int, int]:
     """The recorded checkpoints around the weights that row ``row`` started from."""
-    before = [step for step in checkpoints if step <= row]
-    after = [step for step in checkpoints if step > row]
-    if not before:
-        return after[0], after[0]
-    return before[-1], after[0]
+    after = min(step for step in trajectory.checkpoints if step > row)
+    return max((step for step in trajectory.checkpoints if step <= row), default=after), after
+
+
+def chunks(rows: slice, scalars_per_example: int) -> Iterator[slice]:
+    """Parts of ``rows`` that are small enough to be held dense."""
+    size = max(1, CHUNK_SCALARS // scalars_per_example)
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))

@@ -1,310 +1,363 @@
-"""What both orders of SOURCE share: each segment's geometry and curvature, and how the adjoint of
-a query goes from one segment to the one before."""
+"""A segment of training: its metric, its curvature, and what it does to the queries' adjoints.
+
+The update is theta -= eta P (g + decay). With h = P^(1/2), everything is symmetric in the
+coordinates theta / h: gradients become h * g, curvature h H h, and SOURCE's formulas hold as for
+plain gradient descent (docs/methods.md, "SOURCE for Adam").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import (
-    DeflatedSpectrum,
-    LeadingDirections,
-    Spectrum,
-    curvature_of,
-    leading_directions,
-)
+from tda_lightning.curvature import DeflatedSpectrum, Spectrum, unit_matrices, units
 from tda_lightning.curvature.fit import WHOLE
-from tda_lightning.estimators.queries import query_gradients
-from tda_lightning.estimators.source.geometry import segment_geometry
 from tda_lightning.estimators.source.schedule import Load, recorded_loads
 from tda_lightning.estimators.source.spectral import (
-    MomentumAdjoint,
-    segment_decay,
-    segment_response,
+    Transfer,
+    averaged_transfer,
+    combined,
+    stepwise_transfer,
 )
 from tda_lightning.gradients import Gradient, scaled
 from tda_lightning.optimizers import (
     WEIGHT_DECAY,
+    OptimizerRule,
     ParameterStep,
     applied_rates,
     first_step_differs,
     row_settings,
     rule_of,
+    segment_metric,
+    weight_decay,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.passes import Pass, Session
+from tda_lightning.session.session import Batch, Session
 
-if TYPE_CHECKING:
-    from tda_lightning.estimators.source.coupling import StageLink
-    from tda_lightning.estimators.source.estimator import Source
-
-Curvature = Spectrum | DeflatedSpectrum
-Pair = tuple[Tensor, Tensor | None]  # factors of the adjoints (a, b); b None without a buffer
+# Derivatives of the queries' measurements at one moment of training, by unit of curvature:
+# [component, query, groups, rows, columns]. The first component is that of the parameters, the
+# others are those of the optimizer's states.
+Adjoint: TypeAlias = "dict[str, Tensor]"
+Curvature: TypeAlias = "Spectrum | DeflatedSpectrum"
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """One unit's segment as factors of the adjoints at its end, by eigenvalue: what the segment
-    takes in (``response``) and the adjoints at its start."""
-
-    response: Pair
-    a: Pair
-    b: tuple[Tensor, Tensor] | None
-
-
-@dataclass
-class Adjoint:
-    """Adjoints of parameters (a) and the optimizer's states (a momentum buffer b, or two moments
-    b and e) of some queries, by unit: [query, groups, rows, columns]."""
-
-    a: dict[str, Tensor]
-    b: dict[str, Tensor] | None = None
-    e: dict[str, Tensor] | None = None
-
-
-def combine(factors: Pair, a: Tensor, b: Tensor | None) -> Tensor:
-    """factors . (a, b)."""
-    out = factors[0] * a
-    return out if b is None or factors[1] is None else out + factors[1] * b
-
-
-@dataclass
-class SegmentedRun:
-    """Segments with their geometry and curvature.
+class Geometry:
+    """How the optimizer of a segment turns a gradient into a step, by unit of curvature.
 
     Attributes:
-        link: to the stages of training before and after these segments; None for a single stage.
+        time: sum of the reference group's applied rates over the segment, eta K.
+        scale: h [groups, rows, columns]; units with h = 1 are missing.
+        decay: what weight decay adds to h H h, on the parameters' diagonal.
+        still: decay rate times time of coordinates that P does not move (h = 0); they keep their
+            query but for decoupled decay.
     """
 
-    options: Source
-    context: Session
-    link: StageLink | None = None
-    segments: tuple[Segment, ...] = field(init=False)
+    time: float
+    scale: dict[str, Tensor]
+    decay: dict[str, Tensor]
+    still: dict[str, Tensor]
 
-    def __post_init__(self) -> None:
-        options, context = self.options, self.context
-        self._require_one_recursion()
-        self.segments = context.trajectory.segments(options.cuts())
-        # With leading directions, the unit of curvature is all parameters together.
-        leading = options.leading(context)
-        self.grouping = "exact" if leading else options.curvature
-        kind = options.curvature
-        self.geometries = [segment_geometry(context, s, self.grouping) for s in self.segments]
-        self.block_geometries = [segment_geometry(context, s, kind) for s in self.segments]
-        self.fits: list[dict[str, Spectrum]] = []
-        self.leading: list[LeadingDirections] = []
-        self._curvature: dict[int, Mapping[str, Curvature]] = {}
-        self._spectra: dict[int, dict[str, Curvature]] = {}
-        self._transfers: dict[int, dict[str, Transfer]] = {}
+    def inverse(self, name: str) -> Tensor:
+        """1 / h, and 0 where h = 0."""
+        scale = self.scale[name]
+        return torch.where(scale > 0, 1 / scale.clamp(min=1e-30), 0.0)
 
-    def curvature_passes(self) -> list[Pass]:
-        """A pass that fits what is not kept from before."""
-        last = self.context.trajectory.last_step
-        return [Pass("curvature", last, lambda *_: None, self._fit, rows=())]
+    def enter(self, name: str, adjoint: Tensor) -> Tensor:
+        """Coordinates of a unit's adjoint: h times that of the parameters, 1 / h times those of
+        states, which add up gradients."""
+        if name not in self.scale:
+            return adjoint
+        states = [self.inverse(name)] * (len(adjoint) - 1)
+        return adjoint * torch.stack([self.scale[name], *states])[:, None]
 
-    def _fit(self) -> None:
-        options, session = self.options, self.context
-        for number, segment in enumerate(self.segments):
-            self.fits.append(
-                curvature_of(
-                    options.statistics,
-                    options.curvature,
-                    session,
-                    (segment.start, segment.stop),
-                    segment.checkpoints,
-                    self.block_geometries[number].scale,
-                    options.seed,
-                    f"segment {number + 1}",
-                    options.dense_side,
-                )
-            )
-        count = options.leading(session)
-        for number, segment in enumerate(self.segments if count else ()):
-            scale = self.geometries[number].scale.get(WHOLE)
-            title = f"segment {number + 1}"
-            self.leading.append(
-                leading_directions(count, session, segment.checkpoints, scale, options.seed, title)
-            )
-
-    def curvature(self, number: int) -> Mapping[str, Curvature]:
-        """Curvature of segment ``number`` on the device, by unit."""
-        if number not in self._curvature:
-            spectra = self.fits[number]
-            self._curvature[number] = (
-                {WHOLE: DeflatedSpectrum.of(self.leading[number], self.context.blocks, spectra)}
-                if self.leading
-                else spectra
-            )
-        return self._curvature[number]
-
-    def spectra(self, number: int) -> dict[str, Curvature]:
-        """Curvature of segment ``number`` plus weight decay, by unit."""
-        if number not in self._spectra:
-            decay = self.geometries[number].decay
-            self._spectra[number] = {
-                name: spectrum.shifted(decay[name])
-                for name, spectrum in self.curvature(number).items()
-            }
-        return self._spectra[number]
-
-    def arrive(self, start: int, stop: int) -> Adjoint:
-        """The adjoints of queries ``start`` to ``stop`` at the end of the last segment."""
-        if self.link is not None:
-            return self.link.arrive(self.grouping, start, stop)
-        self.context.load(self.context.trajectory.last_step)
-        return Adjoint(query_gradients(self.context, self.grouping, start, stop))
-
-    def goes_back(self, number: int) -> bool:
-        """Whether anything was trained before segment ``number``."""
-        return number > 0 or (self.link is not None and self.link.has_earlier)
-
-    def depart(self, number: int, inside: Adjoint, before: Adjoint) -> Adjoint:
-        """:meth:`leave`, which the stage before learns of when it was the first segment."""
-        adjoint = self.leave(number, inside, before, self.transfers(number))
-        if number == 0 and self.link is not None:
-            self.link.depart(self.grouping, adjoint)
+    def leave(self, name: str, carried: Tensor, before: Tensor) -> Tensor:
+        """From coordinates back to the parameters; where h = 0, the adjoint at the end of the
+        segment, ``before``."""
+        if name not in self.scale:
+            return carried
+        scale = self.scale[name]
+        states = [scale] * (len(carried) - 1)
+        adjoint = carried * torch.stack([self.inverse(name), *states])[:, None]
+        unmoved = before[0] * torch.exp(-self.time * self.still[name])
+        adjoint[0] = torch.where(scale > 0, adjoint[0], unmoved)
         return adjoint
 
-    def meet_frozen(self, number: int, inside: Adjoint) -> None:
-        """Tell the frozen parameters how segment ``number`` responds to the queries."""
-        if self.link is None or not self.link.couples:
-            return
-        geometry, spectra = self.geometries[number], self.spectra(number)
-        response = {}
-        for name, transfer in self.transfers(number).items():
-            b = None if inside.b is None else inside.b[name]
-            taken = combine(transfer.response, inside.a[name], b)
-            response[name] = geometry.enter(name, spectra[name].lift(taken))
-        self.link.meet(self.grouping, response)
+    def on_parameters(self, name: str, response: Tensor) -> Tensor:
+        """h times a response [query, groups, rows, columns], which gradients are multiplied by."""
+        return response * self.scale[name] if name in self.scale else response
 
-    def coupling_passes(self, number: int) -> list[Pass]:
-        """The passes that carry the frozen parameters' adjoint across segment ``number``."""
-        if self.link is None:
-            return []
-        return self.link.passes(self.segments[number].checkpoints, f"segment {number + 1}")
 
-    def loads(self, segment: Segment) -> list[Load]:
-        """The recorded uses of examples in ``segment``, last step first."""
-        context = self.context
-        return recorded_loads(context.trajectory, segment, context.batch_size, context.task.share)
+def segment_geometry(session: Session, segment: Segment, kind: str) -> Geometry:
+    """The metric of ``segment`` for curvature of the given kind.
+
+    Raises:
+        UnsupportedTrainingError: the optimizer has no metric, or its states were not recorded.
+    """
+    trajectory = session.trajectory
+    rule = rule_of(trajectory)
+    rates = applied_rates(trajectory, segment.rows)
+    clipping = trajectory.clipping_factors(segment.rows)
+    if not rule.linear:
+        # The metric is that of clipped gradients, so the gradients must be clipped too.
+        rates = rates * clipping
+    times = rates.sum(0)
+    time = float(times.max())
+    ratios = times / time if time > 0 else torch.ones_like(times)
+    raw = trajectory.steps.learning_rate[segment.rows]
+    decays = weight_decay(trajectory, segment.rows)
+    # Decay is not clipped: against gradients that are, it weighs more.
+    total = (raw * clipping).sum(0)
+    decay_of_group = torch.where(total > 0, (raw * decays).sum(0) / total.clamp(min=1e-300), 0.0)
+    step_metric = segment_metric(trajectory, segment)
+    metric, decay, still = {}, {}, {}
+    for name in session.engine.names:
+        fact = trajectory.facts.parameters[name]
+        ratio, rate = float(ratios[fact.group]), float(decay_of_group[fact.group])
+        ones = torch.ones(fact.shape, dtype=torch.float64)
+        metric[name] = ratio * step_metric.get(name, ones)
+        # Decoupled decay acts on the parameters themselves, coupled decay passes through P.
+        decay[name] = ratio * rate * ones if rule.decoupled else rate * metric[name]
+        still[name] = ratio * rate * ones if rule.decoupled else torch.zeros_like(ones)
+
+    def by_unit(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        matrices = {block.name: block.matrix(values) for block in session.blocks}
+        return unit_matrices(kind, matrices)
+
+    def placed(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: m.to(session.device, session.dtype) for name, m in matrices.items()}
+
+    roots = {n: m.sqrt() for n, m in by_unit(metric).items() if not bool((m == 1).all())}
+    return Geometry(time, placed(roots), placed(by_unit(decay)), placed(by_unit(still)))
+
+
+@dataclass
+class Crossing:
+    """A segment behind us: its examples are scored.
+
+    Attributes:
+        adjoint: at its start; empty where nothing was trained before it.
+        response: of the whole segment on the parameters, [query, groups, rows, columns] by unit;
+            empty where nothing couples to it.
+    """
+
+    adjoint: Adjoint
+    response: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FittedSegment:
+    """A segment with its curvature.
+
+    Attributes:
+        session: the stage of training that it belongs to.
+        number: its position in the stage, from 0.
+        steps: which steps, and the checkpoints that represent them.
+        kind: of curvature.
+        geometry: the optimizer's metric.
+        curvature: of h * g, without weight decay, by unit; empty where it is only multiplied with.
+        single_steps: whether steps are followed one by one; otherwise they are averaged.
+        goes_back: whether anything was trained before it.
+        couples: whether frozen parameters need its response.
+    """
+
+    session: Session
+    number: int
+    steps: Segment
+    kind: str
+    geometry: Geometry
+    curvature: Mapping[str, Curvature]
+    single_steps: bool
+    goes_back: bool
+    couples: bool
 
     @property
-    def follows_buffer(self) -> bool:
-        """Whether the adjoint of the momentum buffer is carried along."""
-        linear = rule_of(self.context.trajectory).linear
-        return linear and (self.options.order == "recorded" or self.options.momentum == "recursion")
+    def title(self) -> str:
+        """For progress bars."""
+        return f"segment {self.number + 1}"
 
-    def _require_one_recursion(self) -> None:
-        """Steps that are followed one by one must follow one recursion in all groups."""
-        keys: tuple[str, ...] = ()
-        if self.follows_buffer or self.options.order == "recorded":
-            settings = rule_of(self.context.trajectory).settings
-            keys = tuple(key for key in settings if key != WEIGHT_DECAY)
-        for key in keys:
-            values = self.context.trajectory.steps.hyperparameters[key]
-            differs = (values != values[:, :1]).any(1)
-            if bool(differs.any()):
-                found = values[int(differs.nonzero()[0])].tolist()
-                raise UnsupportedTrainingError(
-                    f"The parameter groups have different {key} {found}: following the "
-                    "optimizer step by step needs one. Use order='average' with "
-                    "momentum='effective_rate'."
-                )
-        if self.follows_buffer:
-            self._require_one_beginning()
+    @property
+    def grouping(self) -> str:
+        """Kind of the units of gradients and adjoints: ``exact`` where all parameters are one."""
+        return "exact" if WHOLE in self.geometry.decay else self.kind
 
-    def _require_one_beginning(self) -> None:
-        """A new buffer's first step is not damped, and a step is damped for all or for none."""
-        trajectory = self.context.trajectory
-        names = self.context.engine.names
-        new = [name for name in names if name not in trajectory.steps_before]
-        if 0 < len(new) < len(names) and first_step_differs(trajectory):
-            raise UnsupportedTrainingError(
-                f"Dampening does not act on a parameter's first step: {new[0]} ({len(new)} "
-                "parameters in all) had its first where a stage of this run began, and "
-                f"{len(names) - len(new)} others had not. Use order='average' with "
-                "momentum='effective_rate'."
+    @property
+    def components(self) -> int:
+        """Of the adjoint at its end."""
+        return 1 + len(self.rule.states) * self.single_steps
+
+    @property
+    def rule(self) -> OptimizerRule:
+        """The optimizer's formulas."""
+        return rule_of(self.session.trajectory)
+
+    @cached_property
+    def spectra(self) -> dict[str, Curvature]:
+        """Curvature plus weight decay, by unit."""
+        decay = self.geometry.decay
+        return {name: own.shifted(decay[name]) for name, own in self.curvature.items()}
+
+    @cached_property
+    def transfers(self) -> dict[str, Transfer]:
+        """What the segment does to adjoints, by unit."""
+        return {name: self._transfer(own.eigenvalues) for name, own in self.spectra.items()}
+
+    def _transfer(self, eigenvalues: Tensor) -> Transfer:
+        if not self.single_steps:
+            return averaged_transfer(eigenvalues, self.geometry.time)
+        steps = ((step, clipping) for _, step, clipping in self.linear_steps())
+        return stepwise_transfer(eigenvalues, self.rule, steps)
+
+    @cached_property
+    def loads(self) -> list[Load]:
+        """The recorded uses of examples, last step first."""
+        session = self.session
+        size, share = session.batch_size, session.task.share
+        return recorded_loads(session.trajectory, self.steps, size, share)
+
+    @cached_property
+    def scored_loads(self) -> list[Load]:
+        """The uses that are scored: the same, or those of the examples that edits change."""
+        session = self.session
+        if session.edits is None:
+            return self.loads
+        size, share = session.batch_size, session.task.share
+        return recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+
+    def linear_steps(self) -> Iterator[tuple[int, ParameterStep, float]]:
+        """Each row of the steps table with its step and clipping factor, the last one first.
+
+        The steps are those of the reference group: the other groups' rates are in the geometry, as
+        ratios over the whole segment. Weight decay is in the eigenvalues.
+        """
+        trajectory = self.session.trajectory
+        group = int(applied_rates(trajectory, self.steps.rows).sum(0).argmax())
+        fresh = not trajectory.steps_before.keys() & set(self.session.engine.names)
+        for row in reversed(range(self.steps.start, self.steps.stop)):
+            step = ParameterStep(
+                rate=float(trajectory.steps.learning_rate[row, group]),
+                settings=row_settings(trajectory, row, group),
+                gradient=torch.empty(0),
+                states={},
+                new_states=frozenset(self.rule.states if fresh and row == 0 else ()),
             )
+            yield row, step, float(trajectory.clipping_factors(slice(row, row + 1)))
 
-    def transfers(self, number: int) -> dict[str, Transfer]:
-        """What segment ``number`` does to the adjoints, by unit."""
-        if number not in self._transfers:
-            self._transfers[number] = {
-                name: self._transfer(number, spectrum.eigenvalues)
-                for name, spectrum in self.spectra(number).items()
-            }
-        return self._transfers[number]
+    def units(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+        """Gradients by block as gradients by unit of curvature."""
+        return units(self.grouping, gradients)
 
-    def _transfer(self, number: int, eigenvalues: Tensor) -> Transfer:
-        time = self.geometries[number].time
-        if not self.follows_buffer:
-            response = segment_response(time)(eigenvalues)
-            return Transfer((response, None), (segment_decay(time)(eigenvalues), None), None)
-        adjoint = MomentumAdjoint(eigenvalues, rule_of(self.context.trajectory))
-        taken = [torch.zeros_like(eigenvalues), torch.zeros_like(eigenvalues)]
-        for row in reversed(range(self.segments[number].start, self.segments[number].stop)):
-            for total, u in zip(taken, adjoint.step(*self.linear_step(number, row)), strict=True):
-                total -= u
-        a, b = adjoint.a, adjoint.b
-        return Transfer((taken[0], taken[1]), (a[0], a[1]), (b[0], b[1]))
+    def gradients(self, batch: Batch, step: int) -> dict[str, Gradient]:
+        """Training gradients of a batch at a checkpoint, by unit."""
+        self.session.load(step)
+        return self.units(self.session.train_gradients(batch.data, batch.examples).blocks)
 
-    def linear_step(self, number: int, row: int) -> tuple[ParameterStep, float]:
-        """One step for the reference group, and what its gradient was clipped by.
+    def measurement_gradients(self, batch: Batch) -> dict[str, Gradient]:
+        """Measurement gradients of a batch of training examples at the end of training, by unit."""
+        session = self.session
+        session.load(session.trajectory.last_step)
+        return self.units(session.measurement_gradients(batch.data, batch.examples).blocks)
 
-        The other groups' rates are in the geometry, as ratios over the whole segment; weight decay
-        is in the eigenvalues.
+    def coordinates(self, name: str, gradient: Gradient, rows: slice) -> Tensor:
+        """h * g of some examples in the segment's eigenbasis."""
+        own = scaled(gradient, self.geometry.scale.get(name))
+        return self.spectra[name].coordinates(own, rows)
+
+    def enter(self, name: str, adjoint: Tensor) -> Tensor:
+        """A unit's adjoint at the segment's end, in the segment's eigenbasis."""
+        return self.spectra[name].project(self.geometry.enter(name, adjoint))
+
+    def leave(self, name: str, inside: Tensor, before: Tensor) -> Tensor:
+        """A unit's adjoint at the segment's start, on the parameters.
+
+        Args:
+            inside: the adjoint at its end, in the eigenbasis.
+            before: the same on the parameters.
         """
-        trajectory = self.context.trajectory
-        group = int(applied_rates(trajectory, self.segments[number].rows).sum(0).argmax())
-        first = row == 0 and not trajectory.steps_before.keys() & set(self.context.engine.names)
-        step = ParameterStep(
-            float(trajectory.steps.learning_rate[row, group]),
-            row_settings(trajectory, row, group),
-            gradient=torch.zeros(0),
-            states={},
-            new_states=frozenset(rule_of(trajectory).states if first else ()),
+        carry = self.transfers[name].carry
+        carried = torch.stack([combined(coefficients, inside) for coefficients in carry])
+        return self.geometry.leave(name, self.spectra[name].lift(carried), before)
+
+    def response(self, name: str, inside: Tensor) -> Tensor:
+        """What a unit's gradients are multiplied by over the whole segment, on the parameters:
+        [query, groups, rows, columns]."""
+        response = self.spectra[name].lift(combined(self.transfers[name].response, inside))
+        return self.geometry.on_parameters(name, response)
+
+    def crossing(self, adjoint: Adjoint, inside: Adjoint) -> Crossing:
+        """What is needed of the segment further back, from the adjoint at its end, on the
+        parameters and in the eigenbasis."""
+        crossing = Crossing({}, {})
+        if self.goes_back:
+            crossing.adjoint = {n: self.leave(n, own, adjoint[n]) for n, own in inside.items()}
+        if self.couples:
+            crossing.response = {n: self.response(n, own) for n, own in inside.items()}
+        return crossing
+
+
+def examples_as_queries(
+    segments: Sequence[FittedSegment], name: str, measured: Gradient, rows: slice
+) -> Iterator[tuple[FittedSegment, Tensor]]:
+    """Follow a unit of some training examples' measurement gradients back through the segments.
+
+    Yields:
+        Every segment, the last one first, and the adjoint at its end in its eigenbasis,
+        [component, example, groups, rows, columns].
+    """
+    last = segments[-1]
+    inside = with_components(last.coordinates(name, measured, rows)[None], last.components)
+    adjoint = inside  # read only where there is a metric
+    if name in last.geometry.scale:
+        adjoint = with_components(measured.dense(rows)[None], last.components)
+    for number in reversed(range(len(segments))):
+        yield segments[number], inside
+        if number > 0:
+            adjoint = segments[number].leave(name, inside, adjoint)
+            inside = segments[number - 1].enter(name, adjoint)
+
+
+def with_components(adjoint: Tensor, count: int) -> Tensor:
+    """A unit's adjoint with ``count`` components: states that nothing depends on have 0."""
+    missing = count - len(adjoint)
+    if missing <= 0:
+        return adjoint[:count]
+    return torch.cat([adjoint, adjoint.new_zeros(missing, *adjoint.shape[1:])])
+
+
+# Scores the examples of a segment, of which it is given the number, for the queries whose adjoint
+# at its end is given; the last argument is the number of the first query.
+Cross: TypeAlias = "Callable[[Sequence[FittedSegment], int, Adjoint, int], Crossing]"
+
+
+def require_one_recursion(session: Session) -> None:
+    """Refuse to follow single steps where they differ between parameters.
+
+    Raises:
+        UnsupportedTrainingError: parameter groups have different settings, or a state begins with
+            the first step for some parameters only, and that makes a difference.
+    """
+    trajectory, names = session.trajectory, session.engine.names
+    rule = rule_of(trajectory)
+    advice = "Use order='average' with momentum='effective_rate'."
+    for key in rule.settings:
+        values = trajectory.steps.hyperparameters[key]
+        differs = (values != values[:, :1]).any(1)
+        if key != WEIGHT_DECAY and bool(differs.any()):
+            raise UnsupportedTrainingError(
+                f"The parameter groups have different {key} "
+                f"{values[int(differs.nonzero()[0])].tolist()}: following the optimizer step by "
+                f"step needs one. {advice}"
+            )
+    new = [name for name in names if name not in trajectory.steps_before]
+    if rule.linear and 0 < len(new) < len(names) and first_step_differs(trajectory):
+        raise UnsupportedTrainingError(
+            f"Dampening does not act on a parameter's first step: {new[0]} ({len(new)} parameters "
+            f"in all) had its first where a stage of this run began, and {len(names) - len(new)} "
+            f"others had not. {advice}"
         )
-        return step, float(trajectory.clipping_factors(slice(row, row + 1)))
-
-    def enter(self, number: int, adjoint: Adjoint) -> Adjoint:
-        """The adjoints in the eigenbasis of segment ``number``."""
-        geometry, spectra = self.geometries[number], self.spectra(number)
-        a = {n: spectra[n].project(geometry.enter(n, x)) for n, x in adjoint.a.items()}
-        if adjoint.b is None:
-            return Adjoint(a)
-        b = {}
-        for name, value in adjoint.b.items():
-            if name in geometry.scale:
-                scale = geometry.scale[name]
-                value = torch.where(scale > 0, value / scale.clamp(min=1e-30), 0.0)
-            b[name] = spectra[name].project(value)
-        return Adjoint(a, b)
-
-    def leave(
-        self, number: int, inside: Adjoint, before: Adjoint, transfers: Mapping[str, Transfer]
-    ) -> Adjoint:
-        """The adjoints at the start of segment ``number``, back on the parameters.
-
-        ``inside`` holds the coordinates at its end, ``before`` the same on the parameters.
-        """
-        geometry, spectra = self.geometries[number], self.spectra(number)
-        a, b = {}, {}
-        for name, transfer in transfers.items():
-            own_b = None if inside.b is None else inside.b[name]
-            carried = spectra[name].lift(combine(transfer.a, inside.a[name], own_b))
-            a[name] = geometry.leave(name, carried, before.a[name])
-            if transfer.b is not None:
-                lifted = spectra[name].lift(combine(transfer.b, inside.a[name], own_b))
-                b[name] = geometry.enter(name, lifted)
-        return Adjoint(a, b or None)
-
-    def coordinates(self, number: int, name: str, gradient: Gradient, rows: slice) -> Tensor:
-        """h * g of some examples in the eigenbasis of segment ``number``."""
-        spectrum = self.spectra(number)[name]
-        own = scaled(gradient, self.geometries[number].scale.get(name))
-        return spectrum.coordinates(own, rows)

@@ -3,7 +3,8 @@ eigenvalue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,39 +83,87 @@ def accumulated_response(time: float) -> SpectralFunction:
     return respond
 
 
-class MomentumAdjoint:
+@dataclass(frozen=True)
+class Transfer:
+    """What a segment does to the queries' adjoints along each eigenvector of curvature.
+
+    An adjoint has one component for the parameters and, where single steps are followed, one for
+    each state of the optimizer.
+
+    Attributes:
+        response: what the segment's gradients are multiplied by, for each component of the adjoint
+            at its end: [component, *eigenvalues].
+        carry: the adjoint at its start from the one at its end: [component at the start, component
+            at the end, *eigenvalues].
+    """
+
+    response: Tensor
+    carry: Tensor
+
+
+def averaged_transfer(eigenvalues: Tensor, time: float) -> Transfer:
+    """Gradient descent for so long, with the order of batches averaged out."""
+    response, decay = segment_response(time)(eigenvalues), segment_decay(time)(eigenvalues)
+    return Transfer(response[None], decay[None, None])
+
+
+class LinearAdjoint:
     """The adjoint of an optimizer whose steps are linear in the gradients, backwards through its
     steps, by eigenvalue.
 
-    The state is the pair (a, b) of docs/methods.md, "Exact unrolling": the adjoints of the
-    parameter and of the optimizer's one state, the momentum buffer. It is linear in the state that
-    enters at the segment's end, so it is kept as coefficients of that: ``a`` and ``b`` are each
-    two tensors, the factors of the entering a and of the entering b.
+    It depends linearly on the adjoint at the segment's end and is stored as its coefficients
+    (docs/methods.md, "SOURCE on the recorded order").
     """
 
     def __init__(self, eigenvalues: Tensor, rule: OptimizerRule) -> None:
-        assert rule.linear and len(rule.states) <= 1
-        self.eigenvalues, self.rule = eigenvalues, rule
-        one, zero = torch.ones_like(eigenvalues), torch.zeros_like(eigenvalues)
-        self.a = torch.stack([one, zero])
-        self._states = {name: torch.stack([zero, one]) for name in rule.states}
+        identity = torch.eye(1 + len(rule.states)).to(eigenvalues)[..., None, None, None]
+        self._parameters, *states = (identity * torch.ones_like(eigenvalues)).unbind()
+        self._states = dict(zip(rule.states, states, strict=True))
+        self._eigenvalues, self._rule = eigenvalues, rule
 
     @property
-    def b(self) -> Tensor:
-        """Coefficients of the buffer's adjoint."""
-        return next(iter(self._states.values()), torch.zeros_like(self.a))
+    def coefficients(self) -> Tensor:
+        """Coefficients so far: [component, component at the end, *eigenvalues]."""
+        ended = torch.zeros_like(self._parameters)  # a state that began in the segment
+        states = [self._states.get(name, ended) for name in self._rule.states]
+        return torch.stack([self._parameters, *states])
 
-    def step(self, step: ParameterStep, clipping: float = 1.0) -> Tensor:
+    def step(self, step: ParameterStep, clipping: float) -> Tensor:
         """Go one step back.
 
         Args:
+            step: without weight decay, which is part of the eigenvalues.
             clipping: what the step's gradient was multiplied by.
 
         Returns:
-            The coefficients of u, with which the step's gradients enter:
-            s[q, n] -= share(n) u . g_n.
+            The coefficients of u, [component at the end, *eigenvalues], with which the step's
+            gradients enter: s[q, n] -= share(n) u . g_n.
         """
-        assert self.rule.adjoint is not None
-        u = clipping * self.rule.adjoint(self.a, self._states, step)
-        self.a = self.a + self.eigenvalues * u
+        assert self._rule.adjoint is not None
+        u = clipping * self._rule.adjoint(self._parameters, self._states, step)
+        self._parameters = self._parameters + self._eigenvalues * u
         return u
+
+
+def stepwise_transfer(
+    eigenvalues: Tensor, rule: OptimizerRule, steps: Iterable[tuple[ParameterStep, float]]
+) -> Transfer:
+    """One step of gradient descent after the other.
+
+    Args:
+        steps: each step with its clipping factor, the last one first.
+    """
+    adjoint = LinearAdjoint(eigenvalues, rule)
+    response = torch.zeros_like(adjoint.coefficients[0])
+    for step, clipping in steps:
+        response -= adjoint.step(step, clipping)
+    return Transfer(response, adjoint.coefficients)
+
+
+def combined(coefficients: Tensor, adjoint: Tensor) -> Tensor:
+    """Sum over the components of an adjoint, each times its coefficients: [component, *eigenvalues]
+    and [component, query, *eigenvalues] -> [query, *eigenvalues]."""
+    total = coefficients[0] * adjoint[0]
+    for coefficient, component in zip(coefficients[1:], adjoint[1:], strict=True):
+        total = total + coefficient * component
+    return total

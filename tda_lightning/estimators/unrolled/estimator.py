@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -227,7 +228,7 @@ class Unrolled:
         if self.states in ("memory", "disk"):
             return _UNLIMITED
         if self.states == "recompute":
-            few = round(steps**0.5 + 1) * sum(sizes)
+            few = round(math.sqrt(steps) + 1) * sum(sizes)
             return max(least_budget(steps, *sizes), min(room, few))
         return room
 

@@ -125,7 +125,13 @@ class ForwardSweeps:
         parameters = {name: keep(parameter) for name, parameter in trained.items()}
         return parameters, {name: {*self._walk.state_of(name)} for name in trained}
 
-    def _state(self, row: int, before: tuple, loss: float, draws: list) -> StepState:
+    def _state(
+        self,
+        row: int,
+        before: tuple[dict[str, Tensor], dict[str, set[str]]],
+        loss: float,
+        draws: Sequence[Draws | None],
+    ) -> StepState:
         keep = keep_in_memory if self._disk is None else self._disk.keep
         parameters, held = before
         walk, rule = self._walk, rule_of(self.replay.trajectory)

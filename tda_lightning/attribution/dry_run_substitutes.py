@@ -100,7 +100,7 @@ class Decompositions(TorchFunctionMode):
         return self._known[key]
 
 
-class Untouched(MutableMapping[str, Mapping[str, Tensor]]):
+class ReadOnlyCache(MutableMapping[str, Mapping[str, Tensor]]):
     """What the trajectory keeps of a kind, to read from; it stays as it is."""
 
     def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]]) -> None:
@@ -122,8 +122,8 @@ class Untouched(MutableMapping[str, Mapping[str, Tensor]]):
         return len(self._real)
 
 
-class Weighed(Untouched):
-    """What is set is weighed, and not kept.
+class MeasuredCache(ReadOnlyCache):
+    """Measures what is set, and does not keep it.
 
     Attributes:
         size: bytes that would be kept.
@@ -155,8 +155,11 @@ class Weighed(Untouched):
             TensorCache(Path(folder))[key] = sample
             return (clock.now() - began) * whole / max(part, 1)
 
+    def __delitem__(self, key: str) -> None:
+        raise KeyError(f"A rehearsal deletes nothing, asked for {key}.")
 
-class ScoresForgotten(MemorySink):
+
+class DiscardedScores(MemorySink):
     """Takes blocks of scores as the real sink does, all in the same few columns.
 
     Attributes:

@@ -1,0 +1,284 @@
+"""SOURCE in the order of the batches, for optimizers whose steps are not linear in the gradients
+(docs/methods.md, "SOURCE on the recorded order").
+
+Adam's step, for example, depends on the gradient through both moments. Holding the second one fixed
+in the derivative is worse than averaging the order out (LDS 0.70 against 0.79), so the adjoint of
+parameters and states is followed, step by step, on the parameters; only curvature is applied
+through a segment's eigenbasis. The states between two checkpoints are rebuilt from the recorded
+ones and the recorded batches' gradients, interpolated between the checkpoints around a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import unit_matrices
+from tda_lightning.estimators.source.schedule import Load, chunks, interval_around
+from tda_lightning.estimators.source.segments import Adjoint, Crossing, FittedSegment
+from tda_lightning.gradients import Gradient
+from tda_lightning.optimizers import (
+    ParameterStep,
+    recorded_states,
+    require_formula,
+    row_settings,
+    weight_decay,
+)
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.trajectory import Segment
+from tda_lightning.session.session import Session, memory_budget
+
+Units = dict[str, Tensor]  # [groups, rows, columns] by unit
+
+
+def cross(
+    segments: Sequence[FittedSegment], number: int, adjoint: Adjoint, first_query: int
+) -> Crossing:
+    """Score the uses of examples in a segment, interval by interval between checkpoints, and carry
+    the adjoint of the queries, in place, to its start."""
+    segment = segments[number]
+    session = segment.session
+    crossing = Crossing(adjoint, {})
+    for interval in dict.fromkeys(load.interval for load in segment.loads):
+        loads = [load for load in segment.loads if load.interval == interval]
+        first, last = int(loads[-1].rows.min()), int(loads[0].rows.max())
+        title = f"{segment.title}: steps {first + 1} to {last + 1}"
+        recorded = _rebuilt_steps(segment, loads, first, last, f"{title}, moments")
+        steps = _steps_back(segment, recorded, first, crossing)
+        row, u = last + 1, dict[str, Tensor]()
+        scored = [load for load in segment.scored_loads if load.interval == interval]
+        for batch in session.walk_columns(title, order=[load.examples for load in scored]):
+            load = scored[batch.position]
+            before, after = (segment.gradients(batch, step) for step in load.interval)
+            queries = next(iter(adjoint.values())).shape[1]
+            values = torch.zeros(
+                queries, len(load.rows), dtype=session.dtype, device=session.device
+            )
+            for used_in, positions in load.runs():
+                while row > used_in:
+                    row, u = next(steps)
+                for name, own in u.items():
+                    for part in chunks(positions, before[name].cost_per_example):
+                        gradient = _interpolated(before[name], after[name], load, part)
+                        values[:, part] -= own.flatten(1) @ gradient.flatten(1).T
+            session.add(number, batch, values, first_query)
+        # The first steps may have no scored use, or their batches may be another process's.
+        if session.num_processes > 1 or session.edits is not None:
+            for _ in steps:
+                pass
+    return crossing
+
+
+def require_memory(session: Session) -> None:
+    """Check that the optimizer's states of the steps between two checkpoints can be held.
+
+    Raises:
+        UnsupportedTrainingError: they cannot.
+    """
+    trajectory = session.trajectory
+    rule = require_formula(trajectory, "advance", "order='recorded'")
+    longest = max(
+        stop - start
+        for start, stop in (interval_around(trajectory, row) for row in range(trajectory.last_step))
+    )
+    needed = longest * session.gradient_bytes(1 + len(rule.states))
+    if needed > memory_budget():
+        raise UnsupportedTrainingError(
+            f"order='recorded' holds the states of {rule.name} in the {longest} steps between two "
+            f"checkpoints, {needed / 2**30:.1f} GiB, and {memory_budget() / 2**30:.1f} GiB may be "
+            "used. Record more checkpoints, or use order='average'."
+        )
+
+
+def _interpolated(before: Gradient, after: Gradient, load: Load, rows: slice) -> Tensor:
+    """Shares of the examples' gradients at their steps, dense."""
+    start, stop = before.dense(rows), after.dense(rows)
+    between, shares = (
+        numbers[rows].to(start)[:, None, None, None]
+        for numbers in (load.interpolation(), load.shares)
+    )
+    return shares * torch.lerp(start, stop, between)
+
+
+@dataclass
+class _RecordedSteps:
+    """What the optimizer saw in every step from row ``start`` on, by unit: [step, groups, rows,
+    columns].
+
+    Attributes:
+        gradients: clipped, with coupled weight decay.
+        states: after each step, by their names.
+    """
+
+    start: int
+    gradients: Units
+    states: dict[str, Units]
+
+
+def _rebuilt_steps(
+    segment: FittedSegment, loads: Sequence[Load], first: int, last: int, title: str
+) -> _RecordedSteps:
+    """The steps from the checkpoint before row ``first`` to row ``last``: their gradients by a walk
+    over the recorded batches, their states by the optimizer's own recursion."""
+    trajectory, rule = segment.session.trajectory, segment.rule
+    start, stop = loads[0].interval
+    if start < first:
+        # The segment begins inside the interval; the states are known at the interval's start only.
+        loads = [*loads, *replace(segment, steps=Segment(start, first, ())).loads]
+    gradients = _mean_gradients(segment, loads, start, last, title)
+    recorded = _recorded_states(segment, start)
+    states = {
+        name: {key: torch.empty_like(own) for key in rule.states} for name, own in gradients.items()
+    }
+    weights, end = (_by_unit(segment, trajectory.checkpoints[s].parameters) for s in (start, stop))
+    settings = _Settings(segment)
+    assert rule.advance is not None
+    for row in range(start, last + 1):
+        coupled, clipping = settings.coupled_decay(row), settings.clipping(row)
+        for name, own in gradients.items():
+            at = torch.lerp(weights[name], end[name], (row - start) / (stop - start))
+            gradient = own[row - start].mul_(clipping).add_(coupled[name] * at)
+            advanced = rule.advance(recorded[name], gradient, row_settings(trajectory, row, 0))
+            recorded[name] = advanced
+            for key, value in advanced.items():
+                states[name][key][row - start] = value
+    return _RecordedSteps(start, gradients, states)
+
+
+def _mean_gradients(
+    segment: FittedSegment, loads: Sequence[Load], start: int, last: int, title: str
+) -> Units:
+    """Gradients of the recorded batches' losses in rows ``start`` to ``last``, by unit."""
+    session = segment.session
+    shapes = {block.name: torch.empty(block.shape, device="meta") for block in session.blocks}
+    totals = {
+        name: torch.zeros(
+            last + 1 - start, *matrix.shape, dtype=session.dtype, device=session.device
+        )
+        for name, matrix in unit_matrices(segment.grouping, shapes).items()
+    }
+    for batch in session.walk(title, order=[load.examples for load in loads]):
+        load = loads[batch.position]
+        before, after = (segment.gradients(batch, step) for step in load.interval)
+        for name, total in totals.items():
+            for row, positions in load.runs():
+                for part in chunks(positions, before[name].cost_per_example):
+                    gradient = _interpolated(before[name], after[name], load, part)
+                    total[row - start] += gradient.sum(0)
+    return {name: session.reduce(total) for name, total in totals.items()}
+
+
+def _recorded_states(segment: FittedSegment, step: int) -> dict[str, Units]:
+    """The optimizer's states at a checkpoint, by their names, by unit; 0 where it had none yet."""
+    trajectory, earlier = segment.session.trajectory, segment.session.trajectory.steps_before
+    states = recorded_states(trajectory, step) if step > 0 or earlier else {}
+    if step == 0:
+        # What a new optimizer begins with is not what the one before left.
+        states = {name: own for name, own in states.items() if name in earlier}
+    by_key = {
+        key: _by_unit(
+            segment,
+            {
+                name: states.get(name, {}).get(key, torch.zeros(fact.shape))
+                for name, fact in trajectory.facts.parameters.items()
+            },
+        )
+        for key in segment.rule.states
+    }
+    return {name: {key: by_key[key][name] for key in by_key} for name in segment.spectra}
+
+
+def _steps_back(
+    segment: FittedSegment, recorded: _RecordedSteps, first: int, crossing: Crossing
+) -> Iterator[tuple[int, Units]]:
+    """Take the adjoint of ``crossing`` back through the steps to row ``first``, and add up its
+    response. Yields each row with u, [query, groups, rows, columns] by unit, which its gradients
+    are multiplied by."""
+    rule, settings = segment.rule, _Settings(segment)
+    assert rule.adjoint is not None and rule.metric is not None
+    for at in reversed(range(first - recorded.start, len(next(iter(recorded.gradients.values()))))):
+        row = recorded.start + at
+        rates, clipping = settings.rates(row), settings.clipping(row)
+        coupled, decoupled = settings.coupled_decay(row), settings.decoupled_decay(row)
+        hyperparameters = row_settings(segment.session.trajectory, row, 0)
+        u = {}
+        for name, adjoint in crossing.adjoint.items():
+            a, *states = adjoint.unbind()
+            step = ParameterStep(
+                rate=rates[name],
+                settings=hyperparameters,
+                gradient=recorded.gradients[name][at],
+                states={key: value[at] for key, value in recorded.states[name].items()},
+                count=settings.counts[name] + row + 1,
+            )
+            own = rule.adjoint(a, dict(zip(rule.states, states, strict=True)), step)
+            # A coordinate that has never moved passes nothing on.
+            moved = rule.metric(step.states, hyperparameters, step.count) > 0
+            own = torch.where(moved, own, 0.0)
+            u[name] = clipping * own
+            a *= 1 - decoupled[name]
+            a += coupled[name] * own + _curved(segment, name, u[name])
+            if segment.couples:
+                taken = crossing.response.setdefault(name, torch.zeros_like(own))
+                taken -= u[name]
+        yield row, u
+
+
+def _curved(segment: FittedSegment, name: str, u: Tensor) -> Tensor:
+    """H u, from the curvature h H h of the preconditioned gradients."""
+    spectrum = segment.curvature[name]
+    scaled = name in segment.geometry.scale
+    inverse = segment.geometry.inverse(name) if scaled else 1.0
+    return spectrum.lift(spectrum.eigenvalues * spectrum.project(u * inverse)) * inverse
+
+
+class _Settings:
+    """The optimizer's settings row by row, spread over the parameters of each unit.
+
+    Attributes:
+        counts: how often each parameter had been stepped before row 0.
+    """
+
+    def __init__(self, segment: FittedSegment) -> None:
+        self._trajectory, self._rule = segment.session.trajectory, segment.rule
+        facts = self._trajectory.facts.parameters
+        before = self._trajectory.steps_before
+        self.counts = _by_unit(
+            segment,
+            {n: torch.full(fact.shape, float(before.get(n, 0))) for n, fact in facts.items()},
+        )
+        self._groups = _by_unit(
+            segment, {n: torch.full(fact.shape, float(fact.group)) for n, fact in facts.items()}
+        )
+
+    def rates(self, row: int) -> Units:
+        return self._spread(self._trajectory.steps.learning_rate[row])
+
+    def clipping(self, row: int) -> float:
+        return float(self._trajectory.clipping_factors(slice(row, row + 1)))
+
+    def coupled_decay(self, row: int) -> Units:
+        """Added to the gradient, times the parameters."""
+        return self._spread(self._decay(row) * (not self._rule.decoupled))
+
+    def decoupled_decay(self, row: int) -> Units:
+        """Share of the parameters that is taken off."""
+        rates = self._trajectory.steps.learning_rate[row]
+        return self._spread(rates * self._decay(row) * self._rule.decoupled)
+
+    def _decay(self, row: int) -> Tensor:
+        return weight_decay(self._trajectory, slice(row, row + 1))[0]
+
+    def _spread(self, values: Tensor) -> Units:
+        return {name: values.to(groups)[groups.long()] for name, groups in self._groups.items()}
+
+
+def _by_unit(segment: FittedSegment, values: Mapping[str, Tensor]) -> Units:
+    """Values of each parameter as matrices by unit."""
+    session = segment.session
+    placed = {name: values[name].to(session.device, session.dtype) for name in session.engine.names}
+    matrices = {block.name: block.matrix(placed) for block in session.blocks}
+    return unit_matrices(segment.grouping, matrices)
