@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
@@ -322,45 +322,32 @@ class Source:
         return min(_LEADING, room) if room >= _FEWEST else 0
 
     def _provenance(self, fitted: Sequence[FittedStage]) -> Provenance:
-        """How the scores were made: of several stages, by stage where stages may differ."""
-        provenance: Provenance = {"question": _QUESTIONS[self.order]}
-        provenance["segments"] = [
-            [fit.stage.first_step + segment.steps.start, fit.stage.first_step + segment.steps.stop]
-            for fit in fitted
-            for segment in fit.segments
-        ]
-        provenance["checkpoints"] = [
-            [fit.stage.first_step + step for step in segment.steps.checkpoints]
-            for fit in fitted
-            for segment in fit.segments
-        ]
-        statistics: list[Any] = [
-            about_statistics(
-                self.statistics,
-                self.curvature,
-                fit.stage.session.trajectory,
-                [(segment.steps.start, segment.steps.stop) for segment in fit.segments],
-            )
-            for fit in fitted
-        ]
+        """How the scores were made; what differs between several stages is a list over them."""
+        offsets = [(fit.stage.first_step, own.steps) for fit in fitted for own in fit.segments]
+        record: dict[str, Any] = {
+            "question": _QUESTIONS[self.order],
+            "segments": [[first + own.start, first + own.stop] for first, own in offsets],
+            "checkpoints": [[first + step for step in own.checkpoints] for first, own in offsets],
+        }
+        by_stage: list[dict[str, Any]] = []
+        for fit in fitted:
+            spans = [(segment.steps.start, segment.steps.stop) for segment in fit.segments]
+            trajectory = fit.stage.session.trajectory
+            own = about_statistics(self.statistics, self.curvature, trajectory, spans)
+            by_stage.append({"leading_directions": fit.leading, **own})
         if len(fitted) == 1:
-            (fit,) = fitted
-            provenance["leading_directions"] = fit.leading
-            provenance.update(statistics[0])
-            provenance["notes"] = fit.notes()
-            if fit.products is not None:
-                provenance["matrix_free"] = fit.products.record()
-            return provenance
-        provenance["leading_directions"] = [fit.leading for fit in fitted]
-        if any(statistics):
-            provenance["statistics"] = [own.get("statistics") for own in statistics]
-            provenance["fisher"] = [own.get("fisher") for own in statistics]
-        provenance["notes"] = [NO_SELF] + [
-            f"Stage {number}: {note}"
-            for number, fit in enumerate(fitted, start=1)
-            for note in fit.notes()
-        ]
-        return provenance
+            record |= {**by_stage[0], "notes": fitted[0].notes()}
+            if (products := fitted[0].products) is not None:
+                record["matrix_free"] = products.record()
+        else:
+            keys = dict.fromkeys(key for stage in by_stage for key in stage)
+            record |= {key: [stage.get(key) for stage in by_stage] for key in keys}
+            record["notes"] = [NO_SELF] + [
+                f"Stage {number}: {note}"
+                for number, fit in enumerate(fitted, start=1)
+                for note in fit.notes()
+            ]
+        return cast(Provenance, record)
 
 
 def alone(session: Session) -> Stage:

@@ -173,7 +173,7 @@ def _tridiagonal(diagonal: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor
 
 def _inner(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     """Inner products of rows block by block, in float64: [row, block]."""
-    parts = (left * right).split(list(sizes), dim=1)
+    parts = torch.split(left * right, list(sizes), dim=1)
     return torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1)
 
 

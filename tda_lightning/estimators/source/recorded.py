@@ -9,12 +9,11 @@ Gradients are interpolated between the two checkpoints around a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from tda_lightning.estimators.source.schedule import Load, chunks
+from tda_lightning.estimators.source.schedule import chunks
 from tda_lightning.estimators.source.segments import (
     Adjoint,
     Crossing,
@@ -45,13 +44,14 @@ def cross(
         measured = segment.measurement_gradients(batch) if with_self else {}
         some = next(iter(inside.values()))
         values = some.new_zeros(some.shape[1], len(load.rows))
-        own_values = torch.zeros_like(values[0])
+        own_values = values.new_zeros(len(load.rows))
         for used_in, positions in load.runs():
             while row > used_in:
                 row, u = next(steps)
             for name, coefficients in u.items():
                 for part in chunks(positions, before[name].cost_per_example):
-                    gradient = _interpolated(segment, name, before, after, load, part)
+                    ends = [segment.coordinates(name, at[name], part) for at in (before, after)]
+                    gradient = load.gradients(ends, part)
                     for coefficient, component in zip(coefficients, inside[name], strict=True):
                         weighted = (coefficient * gradient).flatten(1)
                         values[:, part] -= component.flatten(1) @ weighted.T
@@ -73,24 +73,6 @@ def _steps_back(segment: FittedSegment) -> Iterator[tuple[int, dict[str, Tensor]
     }
     for row, step, clipping in segment.linear_steps():
         yield row, {name: adjoint.step(step, clipping) for name, adjoint in adjoints.items()}
-
-
-def _interpolated(
-    segment: FittedSegment,
-    name: str,
-    before: Mapping[str, Gradient],
-    after: Mapping[str, Gradient],
-    load: Load,
-    rows: slice,
-) -> Tensor:
-    """Shares of the examples' gradients at their steps, in the eigenbasis."""
-    start = segment.coordinates(name, before[name], rows)
-    stop = segment.coordinates(name, after[name], rows)
-    between, shares = (
-        numbers[rows].to(start)[:, None, None, None]
-        for numbers in (load.interpolation(), load.shares)
-    )
-    return shares * torch.lerp(start, stop, between)
 
 
 def _carried(

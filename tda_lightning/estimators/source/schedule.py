@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +21,22 @@ class Load:
         examples: data-set indices, [load].
         rows: the step (row of the table) that used each, in the order of the walk.
         shares: the weight of each example's loss in its step's loss.
-        before: the last checkpoint at or before these steps; ``after`` again when there is none.
-        after: the first checkpoint after them.
+        interval: the last checkpoint at or before these steps (the second again when there is
+            none), and the first after them.
     """
 
     examples: list[int]
     rows: Tensor
     shares: Tensor
-    before: int
-    after: int
+    interval: tuple[int, int]
 
-    @property
-    def interval(self) -> tuple[int, int]:
-        """The checkpoints around these steps."""
-        return self.before, self.after
-
-    def interpolation(self) -> Tensor:
-        """How far each example's step lies from ``before`` (0) to ``after`` (1), [load]."""
-        return (self.rows - self.before).double() / max(self.after - self.before, 1)
+    def gradients(self, ends: Sequence[Tensor], rows: slice) -> Tensor:
+        """Shares of the gradients of the examples in ``rows`` at their own steps, interpolated
+        between those at the two checkpoints: [chunk, groups, rows, columns] each."""
+        (before, after), (start, stop) = ends, self.interval
+        between = (self.rows[rows] - start).double() / max(stop - start, 1)
+        between, shares = (n.to(before)[:, None, None, None] for n in (between, self.shares[rows]))
+        return shares * torch.lerp(before, after, between)
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """Each step with the positions of its examples."""
@@ -82,7 +80,7 @@ def recorded_loads(
         for first in range(0, len(between), size):
             examples, rows, shares = zip(*between[first : first + size], strict=True)
             weights = torch.tensor(shares, dtype=torch.float64)
-            loads.append(Load(list(examples), torch.tensor(rows), weights, *interval))
+            loads.append(Load(list(examples), torch.tensor(rows), weights, interval))
     return loads
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from tda_lightning.curvature import unit_matrices
 from tda_lightning.estimators.source.schedule import Load, chunks, interval_around
 from tda_lightning.estimators.source.segments import Adjoint, Crossing, FittedSegment
-from tda_lightning.gradients import Gradient
 from tda_lightning.optimizers import (
     ParameterStep,
     recorded_states,
@@ -62,7 +61,8 @@ def cross(
                     row, u = next(steps)
                 for name, own in u.items():
                     for part in chunks(positions, before[name].cost_per_example):
-                        gradient = _interpolated(before[name], after[name], load, part)
+                        ends = [at[name].dense(part) for at in (before, after)]
+                        gradient = load.gradients(ends, part)
                         values[:, part] -= own.flatten(1) @ gradient.flatten(1).T
             session.add(number, batch, values, first_query)
         # The first steps may have no scored use, or their batches may be another process's.
@@ -91,16 +91,6 @@ def require_memory(session: Session) -> None:
             f"checkpoints, {needed / 2**30:.1f} GiB, and {memory_budget() / 2**30:.1f} GiB may be "
             "used. Record more checkpoints, or use order='average'."
         )
-
-
-def _interpolated(before: Gradient, after: Gradient, load: Load, rows: slice) -> Tensor:
-    """Shares of the examples' gradients at their steps, dense."""
-    start, stop = before.dense(rows), after.dense(rows)
-    between, shares = (
-        numbers[rows].to(start)[:, None, None, None]
-        for numbers in (load.interpolation(), load.shares)
-    )
-    return shares * torch.lerp(start, stop, between)
 
 
 @dataclass
@@ -137,7 +127,7 @@ def _rebuilt_steps(
     settings = _Settings(segment)
     assert rule.advance is not None
     for row in range(start, last + 1):
-        coupled, clipping = settings.coupled_decay(row), settings.clipping(row)
+        coupled, clipping = settings.decay(row)[0], settings.clipping(row)
         for name, own in gradients.items():
             at = torch.lerp(weights[name], end[name], (row - start) / (stop - start))
             gradient = own[row - start].mul_(clipping).add_(coupled[name] * at)
@@ -166,7 +156,8 @@ def _mean_gradients(
         for name, total in totals.items():
             for row, positions in load.runs():
                 for part in chunks(positions, before[name].cost_per_example):
-                    gradient = _interpolated(before[name], after[name], load, part)
+                    ends = [at[name].dense(part) for at in (before, after)]
+                    gradient = load.gradients(ends, part)
                     total[row - start] += gradient.sum(0)
     return {name: session.reduce(total) for name, total in totals.items()}
 
@@ -202,7 +193,7 @@ def _steps_back(
     for at in reversed(range(first - recorded.start, len(next(iter(recorded.gradients.values()))))):
         row = recorded.start + at
         rates, clipping = settings.rates(row), settings.clipping(row)
-        coupled, decoupled = settings.coupled_decay(row), settings.decoupled_decay(row)
+        coupled, decoupled = settings.decay(row)
         hyperparameters = row_settings(segment.session.trajectory, row, 0)
         u = {}
         for name, adjoint in crossing.adjoint.items():
@@ -244,36 +235,33 @@ class _Settings:
 
     def __init__(self, segment: FittedSegment) -> None:
         self._trajectory, self._rule = segment.session.trajectory, segment.rule
-        facts = self._trajectory.facts.parameters
-        before = self._trajectory.steps_before
-        self.counts = _by_unit(
-            segment,
-            {n: torch.full(fact.shape, float(before.get(n, 0))) for n, fact in facts.items()},
-        )
-        self._groups = _by_unit(
-            segment, {n: torch.full(fact.shape, float(fact.group)) for n, fact in facts.items()}
-        )
+        facts, before = self._trajectory.facts.parameters, self._trajectory.steps_before
+
+        def spread(numbers: Mapping[str, int]) -> Units:
+            filled = {n: torch.full(fact.shape, numbers.get(n, 0)) for n, fact in facts.items()}
+            return _by_unit(segment, filled)
+
+        self.counts = spread(before)
+        self._groups = spread({name: fact.group for name, fact in facts.items()})
 
     def rates(self, row: int) -> Units:
-        return self._spread(self._trajectory.steps.learning_rate[row])
+        """Learning rates."""
+        return self._by_group(self._trajectory.steps.learning_rate[row])
 
     def clipping(self, row: int) -> float:
+        """What the gradient was multiplied by."""
         return float(self._trajectory.clipping_factors(slice(row, row + 1)))
 
-    def coupled_decay(self, row: int) -> Units:
-        """Added to the gradient, times the parameters."""
-        return self._spread(self._decay(row) * (not self._rule.decoupled))
-
-    def decoupled_decay(self, row: int) -> Units:
-        """Share of the parameters that is taken off."""
+    def decay(self, row: int) -> tuple[Units, Units]:
+        """Weight decay that is added to the gradient, times the parameters, and the share of the
+        parameters that it takes off; of which one is 0."""
+        decay = weight_decay(self._trajectory, slice(row, row + 1))[0]
         rates = self._trajectory.steps.learning_rate[row]
-        return self._spread(rates * self._decay(row) * self._rule.decoupled)
+        coupled, decoupled = decay * (not self._rule.decoupled), decay * self._rule.decoupled
+        return self._by_group(coupled), self._by_group(rates * decoupled)
 
-    def _decay(self, row: int) -> Tensor:
-        return weight_decay(self._trajectory, slice(row, row + 1))[0]
-
-    def _spread(self, values: Tensor) -> Units:
-        return {name: values.to(groups)[groups.long()] for name, groups in self._groups.items()}
+    def _by_group(self, values: Tensor) -> Units:
+        return {name: values.to(own)[own.long()] for name, own in self._groups.items()}
 
 
 def _by_unit(segment: FittedSegment, values: Mapping[str, Tensor]) -> Units:
