@@ -23,9 +23,9 @@ from torch import Tensor
 
 from experiments.mislabelled import edits, mending, proponents, ranking, setting, table
 from tda_lightning import Trajectory
-from tda_lightning.attribution.provenance import package_versions
 from tda_lightning.evaluation import detection_auc, found_within
 from tda_lightning.examples.data import FashionMNISTData
+from tda_lightning.recording.facts import package_versions
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.store.atomic_write import write_text
 

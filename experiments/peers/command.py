@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.peers.recorded import Run
 from tda_lightning import Scores
-from tda_lightning.attribution.provenance import package_versions
+from tda_lightning.recording.facts import package_versions
 
 DEFAULT = "default"
 

@@ -29,8 +29,8 @@ from experiments.two_stages.scores import DAMPINGS, DEFAULT_DAMPING, estimators
 from experiments.two_stages.setting import network
 from experiments.two_stages.truth import SUBSETS, ground_truth, replayed
 from tda_lightning import Trajectory
-from tda_lightning.attribution.provenance import package_versions
 from tda_lightning.evaluation import landing_error
+from tda_lightning.recording.facts import package_versions
 
 
 def main() -> None:

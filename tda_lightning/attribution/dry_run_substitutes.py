@@ -100,56 +100,8 @@ class Decompositions(TorchFunctionMode):
         return self._known[key]
 
 
-class MeasuredCache(MutableMapping[str, Mapping[str, Tensor]]):
-    """What the trajectory keeps of a kind to read from; what is set is weighed and not kept.
-
-    Attributes:
-        size: bytes that would be kept.
-        owed: seconds that writing them would take; some of them are written to a temporary file.
-    """
-
-    def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]], on_disk: bool) -> None:
-        self.size, self.owed = 0, 0.0
-        self._real, self._on_disk = real, on_disk
-
-    def __getitem__(self, key: str) -> Mapping[str, Tensor]:
-        return self._real[key]
-
-    def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
-        began = clock.now()
-        sizes = [tensor.numel() * tensor.element_size() for tensor in value.values()]
-        self.size += sum(sizes)
-        seconds = self._writing(key, value) if self._on_disk else 0.0
-        self.owed += seconds - (clock.now() - began)
-
-    def _writing(self, key: str, value: Mapping[str, Tensor]) -> float:
-        # Files of the store are written as the real ones are, elsewhere.
-        from tda_lightning.store.tensor_cache import TensorCache
-
-        sample, left = {}, _SAMPLE_BYTES
-        for name, tensor in value.items():
-            rows = left // max(1, tensor[:1].numel() * tensor.element_size())
-            sample[name] = tensor[: max(1, rows)]
-            left = max(0, left - sample[name].numel() * tensor.element_size())
-        part = sum(tensor.numel() * tensor.element_size() for tensor in sample.values())
-        whole = sum(tensor.numel() * tensor.element_size() for tensor in value.values())
-        with tempfile.TemporaryDirectory() as folder:
-            began = clock.now()
-            TensorCache(Path(folder))[key] = sample
-            return (clock.now() - began) * whole / max(part, 1)
-
-    def __delitem__(self, key: str) -> None:
-        raise KeyError(f"A rehearsal deletes nothing, asked for {key}.")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._real)
-
-    def __len__(self) -> int:
-        return len(self._real)
-
-
 class ReadOnlyCache(MutableMapping[str, Mapping[str, Tensor]]):
-    """The trajectory's unfinished work to read from; it stays as it is."""
+    """What the trajectory keeps of a kind, to read from; it stays as it is."""
 
     def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]]) -> None:
         self._real = real
@@ -158,7 +110,7 @@ class ReadOnlyCache(MutableMapping[str, Mapping[str, Tensor]]):
         return self._real[key]
 
     def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
-        """Forgotten."""
+        """Not kept."""
 
     def __delitem__(self, key: str) -> None:
         """Not deleted."""
@@ -168,6 +120,43 @@ class ReadOnlyCache(MutableMapping[str, Mapping[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._real)
+
+
+class MeasuredCache(ReadOnlyCache):
+    """Measures what is set, and does not keep it.
+
+    Attributes:
+        size: bytes that would be kept.
+        owed: seconds that writing them would take; some of them are written to a temporary file.
+    """
+
+    def __init__(self, real: MutableMapping[str, Mapping[str, Tensor]], on_disk: bool) -> None:
+        super().__init__(real)
+        self.size, self.owed, self._on_disk = 0, 0.0, on_disk
+
+    def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
+        began = clock.now()
+        self.size += sum(tensor.nbytes for tensor in value.values())
+        seconds = self._writing(key, value) if self._on_disk else 0.0
+        self.owed += seconds - (clock.now() - began)
+
+    def _writing(self, key: str, value: Mapping[str, Tensor]) -> float:
+        # Files of the store are written as the real ones are, elsewhere.
+        from tda_lightning.store.tensor_cache import TensorCache
+
+        sample, left = {}, _SAMPLE_BYTES
+        for name, tensor in value.items():
+            sample[name] = tensor[: max(1, left // max(1, tensor[:1].nbytes))]
+            left = max(0, left - sample[name].nbytes)
+        part = sum(tensor.nbytes for tensor in sample.values())
+        whole = sum(tensor.nbytes for tensor in value.values())
+        with tempfile.TemporaryDirectory() as folder:
+            began = clock.now()
+            TensorCache(Path(folder))[key] = sample
+            return (clock.now() - began) * whole / max(part, 1)
+
+    def __delitem__(self, key: str) -> None:
+        raise KeyError(f"A rehearsal deletes nothing, asked for {key}.")
 
 
 class DiscardedScores(MemorySink):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
 from tda_lightning.estimators import Estimator
+from tda_lightning.recording.facts import package_versions
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.tasks import AttributionTask, seeded_examples
@@ -153,14 +153,3 @@ def _fisher(curvature: str | None, task: AttributionTask) -> str | None:
     if task.can_sample:
         return "true Fisher (sampled: random signs with the covariance of labels from the model)"
     return "empirical Fisher (the task has no sampled_loss, so the gradients of the loss itself)"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that made the scores."""
-    versions = {}
-    for package in ("tda-lightning", "torch", "lightning", "h5py"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions

@@ -30,9 +30,7 @@ class Checkpoints(Observer):
         steps: after which one was written. 0 holds the initial weights.
 
     Args:
-        rng: knows the random states that the last step left behind.
-        optimizer_every: every how many checkpoints hold the optimizer's state; the last one does
-            too. 0 for none.
+        optimizer_every: every how many checkpoints hold the optimizer's state; 0 for none.
     """
 
     def __init__(self, rng: RngLog, optimizer_every: int) -> None:
@@ -91,20 +89,14 @@ def read_checkpoint(
     Frozen parameters are among them: without these the model cannot be rebuilt.
     """
     others = {**plain_parameters(module), **plain_buffers(module)}
-    states = None
-    if with_optimizer:
-        states = {
-            name: {
-                key: value
-                for key, value in optimizer.state.get(parameter, {}).items()
-                if isinstance(value, Tensor)
-            }
-            for name, (parameter, _) in trained.items()
-        }
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, (parameter, _) in trained.items():
+        state = optimizer.state.get(parameter, {})
+        states[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return Checkpoint(
         step=step,
         parameters={name: parameter.detach() for name, (parameter, _) in trained.items()},
         buffers={name: tensor for name, tensor in others.items() if name not in trained},
-        optimizer=states,
+        optimizer=states if with_optimizer else None,
         random=random,
     )

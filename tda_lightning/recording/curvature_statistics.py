@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,6 @@ from tda_lightning.tasks.example_seeds import seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_output_gradients
 from tda_lightning.tasks.loss_calls import LossObserver, ObservedLoss
 
-FISHERS = ("true", "empirical")
 # What one step adds to a covariance: rows (examples x positions), and multiplications. It is one
 # step's share of a mean; the pictures of a batch have far more pixels than that needs. Eight times
 # as many changed no LDS of digits by more than 0.006.
@@ -74,8 +74,7 @@ class OnlineCurvature:
         fall between any two of the planned ``checkpoints``."""
         if self.every is not None:
             return self
-        steps = sorted({0, *checkpoints})
-        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        gaps = (after - before for before, after in pairwise(sorted({0, *checkpoints})))
         return replace(self, every=max(1, min([_EVERY, *(gap // 3 for gap in gaps)])))
 
     def facts(self) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def online_curvature(
     """The settings, checked; None for no statistics."""
     for name, value, known in (
         ("curvature", curvature, (None, "online")),
-        ("fisher", fisher, FISHERS),
+        ("fisher", fisher, ("true", "empirical")),
         ("curvature_dtype", dtype, ("float32", "float64")),
     ):
         if value not in known:
@@ -136,13 +135,7 @@ def require_uncompiled(module: nn.Module) -> None:
 
 
 class CurvatureStatistics(Observer):
-    """Sums the statistics of the steps since the last checkpoint.
-
-    Args:
-        settings: what to gather.
-        indices: of the examples of the batch under way.
-        steps: counts the optimizer steps.
-    """
+    """Sums the statistics of the steps since the last checkpoint."""
 
     def __init__(
         self, settings: OnlineCurvature, indices: ExampleIndices, steps: StepTable
@@ -166,7 +159,7 @@ class CurvatureStatistics(Observer):
         self._training_step = ReplacedMethod(trainer.strategy, "training_step", self._watched)
 
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
-        require_whole(trained.shards is None, "curvature='online'")
+        require_whole(trained.shards, "curvature='online'")
         self._trained = trained
         self.begin_stage()
 
@@ -199,7 +192,8 @@ class CurvatureStatistics(Observer):
             self.settings = replace(self.settings, every=before.get("every"))
 
     def _watched(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._wanted():
+        every = self.settings.every
+        if not self._parameters or every is None or self._next_step % every:
             return training_step(*args, **kwargs)
         empirical = self.settings.fisher == "empirical"
         losses = None if empirical and self._checked else LossObserver()
@@ -207,7 +201,19 @@ class CurvatureStatistics(Observer):
         calls = CallObserver(names, listen=empirical)
         with losses or nullcontext(), calls:
             output = training_step(*args, **kwargs)
-        self._observed(output, args[0] if args else kwargs.get("batch"), calls, losses)
+        total = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return output  # the module skips this batch
+        indices = self._indices.batch
+        batch = args[0] if args else kwargs.get("batch")
+        size = num_examples(batch) if indices is None else len(indices)
+        if empirical:
+            if losses is not None:
+                self._check(total, losses.losses, calls, size)
+            self._waiting = (calls, size)
+        elif losses is not None:
+            examples = torch.arange(size) if indices is None else torch.as_tensor(indices)
+            self._sample(total, losses.losses, calls, examples)
         return output
 
     @property
@@ -215,31 +221,16 @@ class CurvatureStatistics(Observer):
         """The optimizer step under way, counted from 1."""
         return self._steps.num_steps + 1
 
-    def _wanted(self) -> bool:
-        every = self.settings.every
-        return bool(self._parameters) and every is not None and self._next_step % every == 0
-
-    def _observed(
-        self, output: Any, batch: Any, calls: CallObserver, losses: LossObserver | None
+    def _sample(
+        self, total: Tensor, losses: list[ObservedLoss], calls: CallObserver, examples: Tensor
     ) -> None:
-        total = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            return  # the module skips this batch
-        indices = self._indices.batch
-        size = num_examples(batch) if indices is None else len(indices)
-        if self.settings.fisher == "empirical":
-            if losses is not None:
-                self._check(total, losses.losses, calls, size)
-            self._waiting = (calls, size)
-            return
-        assert losses is not None
-        examples = torch.arange(size) if indices is None else torch.as_tensor(indices)
+        """Add the statistics of labels that are sampled from the model."""
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
-        if losses.losses:
+        if losses:
             # Labels are drawn anew at every step.
             with seeded_examples(_SEED + self._next_step, examples.to(total.device)):
-                outputs, gradients = sampled_output_gradients(total, losses.losses, size)
+                outputs, gradients = sampled_output_gradients(total, losses, len(examples))
         if not outputs:
             raise UnsupportedTrainingError(
                 "training_step calls none of cross_entropy, nll_loss, mse_loss and "
@@ -249,7 +240,7 @@ class CurvatureStatistics(Observer):
             )
         parameters = list(self._parameters.values()) if not self._checked else []
         own = self._backward(calls, outputs, gradients, parameters)
-        self._add(calls, size, dict(zip(self._parameters, own, strict=False)))
+        self._add(calls, len(examples), dict(zip(self._parameters, own, strict=False)))
 
     def _backward(self, calls: CallObserver, *args: Any) -> list[Tensor | None]:
         try:
@@ -285,8 +276,13 @@ class CurvatureStatistics(Observer):
 
     def end_backward(self) -> None:
         if self._waiting is not None:
-            self._after_waiting(*self._waiting)
-            self._waiting = None
+            (calls, size), self._waiting = self._waiting, None
+            if not self._checked:
+                self._require_seen(calls)
+            # Lightning divides the loss by the accumulation, and a scaler multiplies it.
+            factor = float(self._trainer.accumulate_grad_batches * size)
+            scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+            self._add(calls, size, {}, factor if scaler is None else factor / scaler.get_scale())
         _add_to(self._step, self._batch)
         self._batch = {}
 
@@ -301,16 +297,6 @@ class CurvatureStatistics(Observer):
         # The blocks are known now, though no example of theirs counts.
         _add_to(self._sums, {name: _zeros(block) for name, block in self._step.items()})
         self._step = {}
-
-    def _after_waiting(self, calls: CallObserver, size: int) -> None:
-        if not self._checked:
-            self._require_seen(calls)
-        # Lightning divides the loss by the accumulation, and a scaler multiplies it.
-        factor = float(self._trainer.accumulate_grad_batches * size)
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            factor /= scaler.get_scale()
-        self._add(calls, size, {}, factor)
 
     def _require_seen(self, calls: CallObserver) -> None:
         """Check that each parameter that has got a gradient was seen in some use."""
@@ -357,9 +343,8 @@ class CurvatureStatistics(Observer):
         left, right, count = gradient.covariances(side_forms(gradient, self.settings.dense_side))
         few = first_examples(gradient, _NORMS)
         trace = few.weighted_squares(None, None, None).mean() * gradient.batch
-        examples = left.new_tensor([gradient.batch])
-        samples = left.new_tensor(_samples(gradient))
-        sums = (left, right, count, trace.reshape(1), examples, samples)
+        numbers = (left.new_tensor([gradient.batch]), left.new_tensor(_samples(gradient)))
+        sums = (left, right, count, trace.reshape(1), *numbers)
         device, dtype = self.settings.device, self.settings.dtype
         placed = (value.to(device or value.device, dtype) for value in sums)
         return BlockStatistics(block.parameters, block.shape, *placed)

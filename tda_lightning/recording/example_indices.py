@@ -51,7 +51,7 @@ class ExampleIndices(Observer):
         snapshots: read the random generators each time that a loader has asked for indices.
     """
 
-    def __init__(self, snapshots: bool = False) -> None:
+    def __init__(self, snapshots: bool) -> None:
         self.batch: Indices | None = None
         self.absent: str | None = None
         self.before: Snapshot | None = None
@@ -153,8 +153,8 @@ def as_indices(drawn: Any, num_examples: int) -> Indices | None:
     return np.where(indices < 0, indices + num_examples, indices)
 
 
-class _Delegate:
-    """Behaves like ``wrapped`` in all that a subclass does not define itself."""
+class _RecordedSampler:
+    """Behaves like the sampler ``wrapped``; every iterator remembers what it hands out."""
 
     __slots__ = ("_indices", "_wrapped")
 
@@ -172,12 +172,6 @@ class _Delegate:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._wrapped, name, value)
 
-
-class _RecordedSampler(_Delegate):
-    """A sampler whose every iterator remembers what it hands out."""
-
-    __slots__ = ()
-
     def __iter__(self) -> Iterator[Any]:
         return _RecordedIterator(iter(self._wrapped), self._indices)
 
@@ -188,27 +182,24 @@ class _RecordedSampler(_Delegate):
 def _take_out(recorded: _RecordedSampler, loader: DataLoader, slot: str) -> None:
     """Leave what ``recorded`` wraps in its place, be it in the loader or in another recorder's."""
     holder = vars(loader)[slot]
-    inner = object.__getattribute__(recorded, "_wrapped")
     if holder is recorded:
-        vars(loader)[slot] = inner
-        return
+        vars(loader)[slot] = recorded._wrapped
     while type(holder) is _RecordedSampler:
-        beneath = object.__getattribute__(holder, "_wrapped")
-        if beneath is recorded:
-            object.__setattr__(holder, "_wrapped", inner)
-            return
-        holder = beneath
+        if holder._wrapped is recorded:
+            object.__setattr__(holder, "_wrapped", recorded._wrapped)
+        holder = holder._wrapped
 
 
-class _RecordedIterator(_Delegate):
-    """An iterator over batches of indices and those that were handed out, in order."""
+class _RecordedIterator:
+    """An iterator over batches of indices, and a queue of those that it has handed out."""
 
-    __slots__ = ("ahead", "queue")
+    def __init__(self, wrapped: Iterator[Any], indices: ExampleIndices) -> None:
+        self._wrapped, self._indices = wrapped, indices
+        self.queue: deque[Any] = deque()
+        self.ahead = False
 
-    def __init__(self, wrapped: Any, indices: ExampleIndices) -> None:
-        super().__init__(wrapped, indices)
-        object.__setattr__(self, "queue", deque())
-        object.__setattr__(self, "ahead", False)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_wrapped"), name)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -216,8 +207,7 @@ class _RecordedIterator(_Delegate):
     def __next__(self) -> Any:
         # At the end too: a loader with workers asks once more for each batch that it delivers.
         self._indices.asking(self)
-        if self.queue:
-            object.__setattr__(self, "ahead", True)
+        self.ahead = self.ahead or bool(self.queue)
         try:
             drawn = next(self._wrapped)
         finally:

@@ -17,8 +17,6 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name
 
-_PACKAGES = ("tda-lightning", "torch", "lightning", "numpy", "h5py")
-
 
 def read_facts(
     trainer: Trainer,
@@ -28,36 +26,9 @@ def read_facts(
     settings: Mapping[str, Any],
 ) -> Facts:
     """The facts of the run that is about to start."""
-    return Facts(
-        parameters=trained.facts(),
-        optimizer=optimizer_name(trained.optimizer),
-        num_examples=num_examples,
-        fingerprint=fingerprint,
-        settings={**_settings(trainer, trained), **settings},
-    )
-
-
-def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
-    """What may clip gradients: "none", "norm" or "value" by the trainer's settings, or "own", the
-    module's own ``configure_gradient_clipping``."""
-    own = getattr(module.configure_gradient_clipping, "__func__", None)
-    if own is not LightningModule.configure_gradient_clipping:
-        return "own"
-    if not trainer.gradient_clip_val:
-        return "none"
-    chosen = trainer.gradient_clip_algorithm
-    return "norm" if chosen is None else str(getattr(chosen, "value", chosen))
-
-
-def modules_in_eval_mode(module: nn.Module) -> list[str]:
-    """Names of the parts in eval mode: frozen batch statistics, dropout that is off."""
-    return [plain_name(name) for name, part in module.named_modules() if not part.training]
-
-
-def _settings(trainer: Trainer, trained: TrainedParameters) -> dict[str, Any]:
     module, optimizer, loader = trained.module, trained.optimizer, trainer.train_dataloader
     algorithm = trainer.gradient_clip_algorithm or "norm"
-    return {
+    known = {
         "module": _path(module),
         "data_set": _path(getattr(loader, "dataset", loader)),
         "batch_size": getattr(loader, "batch_size", None),
@@ -83,14 +54,40 @@ def _settings(trainer: Trainer, trained: TrainedParameters) -> dict[str, Any]:
         "device": str(trainer.strategy.root_device),
         "world_size": trainer.world_size,
         "seed": os.environ.get("PL_GLOBAL_SEED"),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **package_versions("numpy")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **settings,
     }
+    return Facts(
+        parameters=trained.facts(),
+        optimizer=optimizer_name(optimizer),
+        num_examples=num_examples,
+        fingerprint=fingerprint,
+        settings=known,
+    )
 
 
-def _versions() -> dict[str, str]:
+def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
+    """What may clip gradients: "none", "norm" or "value" by the trainer's settings, or "own", the
+    module's own ``configure_gradient_clipping``."""
+    own = getattr(module.configure_gradient_clipping, "__func__", None)
+    if own is not LightningModule.configure_gradient_clipping:
+        return "own"
+    if not trainer.gradient_clip_val:
+        return "none"
+    chosen = trainer.gradient_clip_algorithm
+    return "norm" if chosen is None else str(getattr(chosen, "value", chosen))
+
+
+def modules_in_eval_mode(module: nn.Module) -> list[str]:
+    """Names of the parts in eval mode: frozen batch statistics, dropout that is off."""
+    return [plain_name(name) for name, part in module.named_modules() if not part.training]
+
+
+def package_versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that results depend on, and of ``more``."""
     versions = {}
-    for package in _PACKAGES:
+    for package in ("tda-lightning", "torch", "lightning", "h5py", *more):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

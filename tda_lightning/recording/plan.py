@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from tda_lightning.curvature.sides import limits, side_form
 from tda_lightning.gradients.moments import FULL
 from tda_lightning.recording.curvature_statistics import OnlineCurvature
-from tda_lightning.recording.dry_run import DryRun, dry_run
-from tda_lightning.recording.step_count import StepCount
+from tda_lightning.recording.fit_preview import StepCount, dry_run
+from tda_lightning.recording.step_table import ROWS_IN_MEMORY
 from tda_lightning.records.plans import PlanItem, RecordingPlan
 from tda_lightning.store.layout import STEP_COLUMNS
 
@@ -27,7 +27,6 @@ _FILE, _TENSOR, _GROUP = 16_500, 290, 200
 _RANDOM = 15_100  # states of torch's, Python's and NumPy's generator
 _FACTS, _FACT = 12_000, 90  # the facts, and what each parameter adds
 _ROW_OBJECTS = 1_500  # Python objects of a step that is not yet on disk
-_ROWS_IN_MEMORY = 10_000  # more are written at once
 _CHUNK = 1 << 22  # what HDF5 copies at a time
 
 # Likewise of files of 1 to 40 blocks: an empty one, and what every block adds.
@@ -66,21 +65,26 @@ def plan_recording(
         steps: the length of the run.
         checkpoints: steps of those after the initial one, in order; None if not known.
         save_optimizer: every how many checkpoints hold the optimizer's state; 0 for none.
-        curvature: of the statistics gathered in training, ``every`` being chosen if it can be;
-            None for none.
+        curvature: settings of the statistics gathered in training; None for none.
     """
     run = dry_run(module, trainer, steps.total)
     count = None if checkpoints is None else len(checkpoints) + 1
-    moving, fixed = _buffers(module, run)
+    intervals = None if checkpoints is None else list(pairwise([0, *checkpoints]))
+    counting = _counting(module)
+    moving = [tensor for name, tensor in run.others.items() if name in counting]
+    fixed = [tensor for name, tensor in run.others.items() if name not in counting]
     disk = [PlanItem(PARAMETERS, _bytes(run.trained.values()), count, in_checkpoint=True)]
-    tensors, groups = len(run.trained) + len(moving), 0
+    structure = _FILE + _TENSOR * (len(run.trained) + len(moving))
     if save_optimizer:
         # Every k-th, and the last; the initial weights have no state yet.
         with_state = None if checkpoints is None else -(-len(checkpoints) // save_optimizer)
-        disk.append(PlanItem(STATE, run.state_bytes, with_state, in_checkpoint=True))
-        tensors, groups = tensors + run.state_tensors, len(run.trained)
-    structure = _FILE + _TENSOR * tensors + _GROUP * groups
-    row = _row_bytes(run, steps)
+        size = None if run.state is None else _bytes(run.state)
+        disk.append(PlanItem(STATE, size, with_state, in_checkpoint=True))
+        structure += _TENSOR * len(run.state or ()) + _GROUP * len(run.trained)
+    # One row of the steps table, with the example indices of its batches.
+    plain = len([name for name in STEP_COLUMNS if name not in ("learning_rate", "examples")])
+    indices = steps.accumulation * (1 + (steps.batch_size or 0))
+    row = 8 * (plain + run.settings_per_step + indices)
     disk += [
         PlanItem(MOVING, _bytes(moving), count, in_checkpoint=True),
         PlanItem(FIXED, _bytes(fixed), 1),
@@ -90,172 +94,113 @@ def plan_recording(
         PlanItem("facts of the run", _FACTS + _FACT * len(run.trained)),
     ]
     largest = max((_bytes([t]) for t in (*run.trained.values(), *run.others.values())), default=0)
-    rows = _longest_interval(checkpoints, steps.total)
+    # Rows are written with each checkpoint.
+    longest = steps.total
+    if intervals is not None:
+        longest = max((stop - start for start, stop in intervals), default=0)
+    rows = None if longest is None else min(longest, ROWS_IN_MEMORY)
     memory = [
         PlanItem("HDF5's chunk", 2 * min(_CHUNK, largest)),
         PlanItem("rows of steps not yet written", row + _ROW_OBJECTS, rows),
     ]
-    if not run.on_host:
+    if trainer.strategy.root_device.type != "cpu":
         # Tensors are copied from an accelerator and written one by one.
         memory.insert(0, PlanItem("largest tensor, copied to the host", largest))
     notes = [*steps.notes, *run.notes]
     if curvature is not None:
-        size = statistics_size(curvature, module, run.trained)
-        disk.append(PlanItem(STATISTICS, size.file, _watched_intervals(checkpoints, curvature)))
-        memory.append(PlanItem(SUMS, size.sums, 3))
+        blocks, every = list(_blocks(module, run.trained)), curvature.every
+        width, side = curvature.dtype.itemsize, curvature.dense_side
+        packed = width * sum(_numbers(block, side, packed=True) for block in blocks)
+        sums = width * sum(_numbers(block, side, packed=False) for block in blocks)
+        watched = None  # intervals in which a step is watched; the files of others are empty
+        if intervals is not None and every is not None:
+            watched = sum(stop // every > start // every for start, stop in intervals)
+        disk.append(PlanItem(STATISTICS, _STATISTICS + _BLOCK * len(blocks) + packed, watched))
+        memory.append(PlanItem(SUMS, sums, 3))
         notes.append(_NOTE)
     return RecordingPlan(steps.total, count, tuple(disk), tuple(memory), tuple(notes))
 
 
-def _buffers(module: nn.Module, run: DryRun) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that training moves without an optimizer, and the others that are not trained."""
-    counting = {
+def _counting(module: nn.Module) -> set[str]:
+    """Names of the buffers that training changes: running statistics."""
+    ids = {
         id(buffer)
         for part in module.modules()
         if getattr(part, "track_running_stats", False) and part.training
         for buffer in part.buffers(recurse=False)
     }
-    moving = {name for name, buffer in module.named_buffers() if id(buffer) in counting}
-    return (
-        [tensor for name, tensor in run.others.items() if name in moving],
-        [tensor for name, tensor in run.others.items() if name not in moving],
-    )
-
-
-def _row_bytes(run: DryRun, steps: StepCount) -> int:
-    """One row of the steps table with its batches' example indices."""
-    plain = len([name for name in STEP_COLUMNS if name not in ("learning_rate", "examples")])
-    settings = run.num_groups * (1 + run.num_hyperparameters)
-    return 8 * (plain + settings + steps.accumulation * (1 + (steps.batch_size or 0)))
-
-
-def _intervals(checkpoints: Sequence[int]) -> list[tuple[int, int]]:
-    ends = [0, *checkpoints]
-    return list(zip(ends, ends[1:], strict=False))
-
-
-def _watched_intervals(checkpoints: Sequence[int] | None, curvature: OnlineCurvature) -> int | None:
-    """Intervals between checkpoints in which a step is watched; the files of others are empty."""
-    every = curvature.every
-    if checkpoints is None or every is None:
-        return None
-    return sum(stop // every > start // every for start, stop in _intervals(checkpoints))
-
-
-def _longest_interval(checkpoints: Sequence[int] | None, total: int | None) -> int | None:
-    """Most steps that are in memory before they are written."""
-    if checkpoints is None:
-        return None if total is None else min(total, _ROWS_IN_MEMORY)
-    gaps = (stop - start for start, stop in _intervals(checkpoints))
-    return min(max(gaps, default=0), _ROWS_IN_MEMORY)
+    return {name for name, buffer in module.named_buffers() if id(buffer) in ids}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 # The statistics of an interval. Only a batch shows how each parameter is used; before it, each
 # counts as used in the way of the module that holds it.
 
 
-@dataclass(frozen=True)
-class PlannedBlock:
-    """One block of parameters.
-
-    Attributes:
-        groups, rows, columns: its shape.
-        one_hot: its row side is kept as a diagonal.
-        factored: its gradient is a product of inputs and output gradients.
-    """
+class _Block(NamedTuple):
+    """The shape of one block of parameters, and how it is used."""
 
     groups: int
     rows: int
     columns: int
-    one_hot: bool = False
-    factored: bool = True
-
-    def numbers(self, dense_side: int | None, *, packed: bool) -> int:
-        """Numbers of its sums; ``packed``: of a symmetric matrix the triangle."""
-        factored, unfactored, rank = limits(dense_side)
-        limit = factored if self.factored else unfactored
-        total = self.groups + 4  # count; trace, examples and samples
-        for width, diagonal in ((self.rows, self.one_hot), (self.columns, False)):
-            if diagonal:
-                size = width
-            elif side_form(width, limit, rank) != FULL:
-                size = width * (rank + 1)
-            else:
-                size = width * (width + 1) // 2 if packed else width * width
-            total += self.groups * size
-        return total
+    one_hot: bool  # its row side is kept as a diagonal
+    factored: bool  # its gradient is a product of inputs and output gradients
 
 
-class StatisticsSize(NamedTuple):
-    """Bytes of the statistics of one interval, on disk and as sums in memory."""
-
-    file: int
-    sums: int
-
-
-def statistics_size(
-    settings: OnlineCurvature, module: nn.Module, trained: Mapping[str, Tensor]
-) -> StatisticsSize:
-    """The size of what is gathered of the parameters ``trained``."""
-    blocks = list(planned_blocks(module, trained))
-    width = torch.finfo(settings.dtype).bits // 8
-    packed, whole = (
-        width * sum(block.numbers(settings.dense_side, packed=packed) for block in blocks)
-        for packed in (True, False)
-    )
-    return StatisticsSize(_STATISTICS + _BLOCK * len(blocks) + packed, whole)
+def _numbers(block: _Block, dense_side: int | None, *, packed: bool) -> int:
+    """Numbers in the block's sums; ``packed``: only the triangle of a symmetric matrix."""
+    factored, unfactored, rank = limits(dense_side)
+    limit = factored if block.factored else unfactored
+    total = block.groups + 4  # count; trace, examples and samples
+    for width, diagonal in ((block.rows, block.one_hot), (block.columns, False)):
+        size = width * (width + 1) // 2 if packed else width * width
+        if diagonal:
+            size = width
+        elif side_form(width, limit, rank) != FULL:
+            size = width * (rank + 1)
+        total += block.groups * size
+    return total
 
 
-def planned_blocks(module: nn.Module, trained: Mapping[str, Tensor]) -> Iterator[PlannedBlock]:
-    """The blocks of parameters used as the modules that hold them use them."""
-    named = dict(module.named_parameters())
-    waiting = {id(named[name]): tuple(trained[name].shape) for name in trained}
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append((part, name))
-    for places in holders.values():
-        part, name = places[0]
-        parameter = getattr(part, name)
-        if id(parameter) not in waiting or _is_partner(part, name, waiting, holders):
-            continue
-        shape = waiting[id(parameter)]
-        bias = _partner(part, name)
-        joined = bias is not None and id(bias) in waiting and len(holders[id(bias)]) == 1
-        yield _block(part, shape, math.prod(bias.shape) if joined else 0, tied=len(places) > 1)  # type: ignore[union-attr]
+def _blocks(module: nn.Module, trained: Mapping[str, Tensor]) -> Iterator[_Block]:
+    """The blocks of ``trained``, each parameter being used as its module uses it."""
+    waiting = {
+        id(parameter): tuple(trained[name].shape)
+        for name, parameter in module.named_parameters()
+        if name in trained
+    }
+    modules = list(module.modules())
+    holders = Counter(id(p) for part in modules for p in part.parameters(recurse=False))
+
+    def joins(bias: nn.Parameter | None, weight: nn.Parameter | None) -> bool:
+        both = id(bias) in waiting and id(weight) in waiting
+        return both and holders[id(bias)] == 1
+
+    seen = set()
+    for part in modules:
+        own = dict(part.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            # A weight's partner is its bias (weight_ih_l0's bias_ih_l0), and the reverse.
+            is_bias = "bias" in name
+            bias = parameter if is_bias else own.get(name.replace("weight", "bias"))
+            weight = own.get(name.replace("bias", "weight")) if is_bias else parameter
+            joined = bias is not weight and joins(bias, weight)
+            if id(parameter) in waiting and id(parameter) not in seen and not (is_bias and joined):
+                size = bias.numel() if bias is not None and joined else 0
+                tied = holders[id(parameter)] > 1
+                yield _block(part, waiting[id(parameter)], size, tied)
+            seen.add(id(parameter))
 
 
-def _partner(part: nn.Module, name: str) -> nn.Parameter | None:
-    """The bias that belongs to weight ``name``: weight and bias, weight_ih_l0 and bias_ih_l0."""
-    if "weight" not in name:
-        return None
-    return getattr(part, name.replace("weight", "bias"), None)
-
-
-def _is_partner(
-    part: nn.Module,
-    name: str,
-    waiting: Mapping[int, object],
-    holders: Mapping[int, list[tuple[nn.Module, str]]],
-) -> bool:
-    """Whether parameter ``name`` is the bias of a weight that is trained, and of no other."""
-    weight = getattr(part, name.replace("bias", "weight"), None) if "bias" in name else None
-    return (
-        weight is not None and id(weight) in waiting and len(holders[id(getattr(part, name))]) == 1
-    )
-
-
-def _block(part: nn.Module, shape: tuple[int, ...], bias: int, tied: bool) -> PlannedBlock:
+def _block(part: nn.Module, shape: tuple[int, ...], bias: int, tied: bool) -> _Block:
     if len(shape) < 2 or isinstance(part, _NORMS):
-        return PlannedBlock(1, 1, math.prod(shape) + bias, factored=False)
+        return _Block(1, 1, math.prod(shape) + bias, one_hot=False, factored=False)
     groups = part.groups if isinstance(part, _ConvNd) else 1
     rows, columns = shape[0] // groups, math.prod(shape[1:]) + bool(bias)
-    embedding = isinstance(part, (nn.Embedding, nn.EmbeddingBag))
+    one_hot = isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and not tied
     # Used in two ways, it has no factors: unless both are alike, such as a layer held twice.
     layer = isinstance(part, (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.RNNBase))
-    factored = layer or (embedding and not tied)
-    return PlannedBlock(groups, rows, columns, embedding and not tied, factored)
+    return _Block(groups, rows, columns, one_hot, factored=layer or one_hot)

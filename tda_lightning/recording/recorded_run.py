@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +26,14 @@ from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.facts import modules_in_eval_mode, read_facts
 from tda_lightning.recording.observer import Observer
 from tda_lightning.recording.resume import (
+    FORMAT,
     RecorderState,
     continued_facts,
     failure,
-    new_run_id,
     no_history,
     recorded_facts,
     require_same_run,
     require_same_weights,
-    stopped_state,
 )
 from tda_lightning.recording.rng_log import RngLog
 from tda_lightning.recording.several_processes import FirstProcessWriter
@@ -53,25 +53,30 @@ from tda_lightning.store.writer import TrajectoryWriter
 class RecordedRun:
     """What a recorder observes of a training, and writes.
 
+    The arguments are those of :class:`~tda_lightning.TrajectoryRecorder`, ``is_due``, whether a
+    checkpoint is kept after a step, and ``warn``, whether an error of the disk stops recording
+    alone, with a warning.
+
     Attributes:
         facts: of the run; None while nothing is recorded.
         planned: steps of the checkpoints that were planned.
         final: where a further fit continues.
         ended: the state for Lightning's checkpoints once recording has ended.
-        parts: what else records, by name; see :class:`~tda_lightning.TrajectoryRecorder`.
-
-    Args:
-        path: folder of the trajectory.
-        save_optimizer: every how many checkpoints hold the optimizer's state; 0 for none.
-        curvature: of the statistics gathered in training; None for none.
-        warn: when the trajectory cannot be written, warn and stop recording instead of training.
+        parts: what else records, by name.
+        lock: keeps other recorders from writing into the folder.
     """
 
     def __init__(
-        self, path: Path, save_optimizer: int, curvature: OnlineCurvature | None, warn: bool
+        self,
+        path: Path,
+        save_optimizer: int,
+        curvature: OnlineCurvature | None,
+        is_due: Callable[[int], bool],
+        *,
+        warn: bool,
     ) -> None:
-        self.path, self._save_optimizer, self._warn = path, save_optimizer, warn
-        self._settings = curvature
+        self.path, self._save_optimizer, self._settings = path, save_optimizer, curvature
+        self._is_due, self._warn = is_due, warn
         self.facts: Facts | None = None
         self.planned: frozenset[int] = frozenset()
         self.final: RecorderState | None = None
@@ -79,7 +84,7 @@ class RecordedRun:
         self.parts: dict[str, Any] = {}
         self._in_batch = False
         self._resumed_epoch: int | None = None  # of the last step that was on no disk
-        self._lock = FolderLock(path)
+        self.lock = FolderLock(path)
         self._before_forward: ReplacedMethod | None = None
         self._make_observers(Processes())
 
@@ -126,14 +131,10 @@ class RecordedRun:
             self._before_forward.remove()
             self._before_forward = None
 
-    def release(self) -> None:
-        """Let other recorders write into the folder."""
-        self._lock.release()
-
     def require_free(self, overwrite: bool) -> None:
         """Check that no recorder writes into the folder, and that nothing would be overwritten."""
         with self._disk():
-            self.processes.by_first(self._lock.require_free)
+            self.processes.by_first(self.lock.require_free)
             if not overwrite:
                 self._writer.require_vacant()
 
@@ -150,12 +151,9 @@ class RecordedRun:
         """Start a new trajectory, or continue the one that the training belongs to.
 
         Args:
-            trainer: its training starts.
             restored: the state in the Lightning checkpoint that is resumed from, if any.
             planned: steps of checkpoints that are known beforehand.
             spacing: steps that show how far apart the checkpoints are.
-            overwrite: replace a trajectory that is in the folder.
-            with_fingerprint: read some examples.
         """
         state = self.final if restored is None else RecorderState.unpack(restored)
         if trainer.global_step == 0 and restored is None:
@@ -189,11 +187,11 @@ class RecordedRun:
         settings = {
             **self._observed_facts(),
             "planned_checkpoints": sorted(self.planned),
-            "run_id": new_run_id(),
+            "run_id": uuid.uuid4().hex,  # touches no random generator
         }
         facts = read_facts(trainer, self._trained, num_examples(data), marks, settings)
         initial = self._checkpoints.read(0, with_optimizer=bool(self._save_optimizer))
-        first(self._lock.acquire)
+        first(self.lock.acquire)
         self._writer.begin(facts, initial, overwrite=overwrite)
         self.facts = facts
 
@@ -215,7 +213,7 @@ class RecordedRun:
             self._curvature.watch_as(recorded)
         require_same_run(recorded, now, self._observed_facts().get("curvature"))
         first(compare_fingerprints, recorded.fingerprint, data)
-        first(self._lock.acquire)
+        first(self.lock.acquire)
         if again:
             held = self._checkpoints.read(step, with_optimizer=False).parameters
             first(require_same_weights, self.path, recorded, state.checkpoints[-1], held)
@@ -274,7 +272,7 @@ class RecordedRun:
             UnsupportedTrainingError: earlier batches had their indices.
         """
         assert self.facts is not None
-        before, now = self.facts.settings, self._observed_facts()
+        before, now = self.facts.settings, {**self._indices.facts(), **self._rng.facts()}
         if all(before.get(name) == value for name, value in now.items()):
             return
         if before["indices"] == "recorded" and self._indices.absent is not None:
@@ -319,7 +317,7 @@ class RecordedRun:
 
     def _begin_stage(self) -> None:
         """The optimizer trains other parameters from now on."""
-        require_whole(self._trained.shards is None, "freezing and unfreezing in mid-training")
+        require_whole(self._trained.shards, "freezing and unfreezing in mid-training")
         # The state at a stage's start comes first: a stage without it could not be read.
         self.record(last=True)
         if self.facts is not None:
@@ -353,30 +351,28 @@ class RecordedRun:
         if self.facts is not None:
             self._indices.begin_batch()
 
-    def end_batch(self, trainer: Trainer, outputs: Any) -> bool:
-        """The batch is done; whether a step is, too."""
+    def end_batch(self, trainer: Trainer, outputs: Any) -> None:
+        """The batch is done, and with it perhaps a step."""
         if self.facts is None:
-            return False
+            return
         for observer in self._observers:
             observer.end_batch(outputs)
         self._in_batch = False
         if not self.step_is_new(trainer):
-            return False
-        taken = self._steps.took_step()  # Lightning counts one that a gradient scaler skipped
+            return
+        taken = self._steps.stepped  # Lightning counts one that a gradient scaler skipped too
         for observer in self._observers:
             observer.end_step(taken)
-        return taken
+        if taken and self._is_due(self.num_steps):
+            self.record()
+        elif self._steps.full:
+            with self._disk():
+                self._steps.write(self._writer, self.num_steps, last=False)
 
     def step_is_new(self, trainer: Trainer) -> bool:
         """Whether Lightning has counted a step that is not recorded yet."""
         counted = self.num_steps + self._steps.skipped
         return self.facts is not None and trainer.global_step > counted
-
-    def flush(self) -> None:
-        """Write the steps if many are in memory."""
-        if self._steps.full:
-            with self._disk():
-                self._steps.write(self._writer, self.num_steps, last=False)
 
     def record(self, *, last: bool = False) -> None:
         """Keep a checkpoint, and what leads to it; ``last`` of the run or of a stage."""
@@ -412,7 +408,7 @@ class RecordedRun:
 
     def stop(self, reason: str) -> None:
         """Record nothing any more; no training can continue the trajectory from here."""
-        self.facts, self.ended = None, stopped_state(reason)
+        self.facts, self.ended = None, {"format": FORMAT, "stopped": reason}
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -427,7 +423,7 @@ class RecordedRun:
             message = failure(self.path, self.num_steps, self._checkpoints.steps[-1], error)
             self.stop(f"after step {self.num_steps}: {error}")
             self.detach()
-            self.release()
+            self.lock.release()
             if not self._warn:
                 raise RecordingError(message) from error
             rank_zero_warn(f"{message} Training goes on without recording.")

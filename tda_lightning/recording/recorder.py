@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,10 @@ from torch.optim import Optimizer
 from tda_lightning.recording.checkpoints import evenly_spaced
 from tda_lightning.recording.checks import require_one_optimizer, require_supported
 from tda_lightning.recording.curvature_statistics import online_curvature, require_uncompiled
+from tda_lightning.recording.fit_preview import StepCount, count_steps
 from tda_lightning.recording.plan import plan_recording
 from tda_lightning.recording.recorded_run import RecordedRun
 from tda_lightning.recording.resume import state_of_folder
-from tda_lightning.recording.step_count import StepCount, count_steps
 from tda_lightning.recording.trainer_hooks import come_first, precedes_averaging
 from tda_lightning.records.plans import RecordingPlan
 
@@ -40,20 +41,19 @@ class TrajectoryRecorder(Callback):
     generators with each checkpoint and wherever they jump between batches, and the facts of the
     run. A run that stops early or is killed leaves a readable trajectory up to its last checkpoint.
 
-    A run that is interrupted and resumed with ``Trainer.fit(ckpt_path=...)`` continues its
-    trajectory: the recorder's state travels in Lightning's checkpoints, what was recorded after
-    the resumed one is cut off and recorded again, and the outcome is that of the uninterrupted run.
-    A further fit of the same trainer and module continues it too, with a new stage, since its
-    optimizer is a new one. Freezing or unfreezing parameters also begins a stage.
+    A run that is resumed with ``Trainer.fit(ckpt_path=...)`` continues its trajectory: what was
+    recorded after that checkpoint is cut off and recorded again, and the outcome is that of the
+    uninterrupted run. A further fit of the same trainer and module continues it too, with a new
+    stage, since its optimizer is a new one. Freezing or unfreezing parameters also begins a stage.
 
-    A loss that is NaN is recorded as it is, with one warning that names its step. A step that a
-    gradient scaler skipped is no step; the facts say how many there were. With
-    ``Trainer(fast_dev_run=...)`` nothing is recorded.
+    A NaN loss is recorded, with one warning that names its step. A step that a gradient scaler
+    skipped is no step; the facts say how many there were. ``Trainer(fast_dev_run=...)`` records
+    nothing.
 
-    With several processes the first one writes. Every process's batches are recorded, as those of
-    one process that accumulates over all of them; parameters that FSDP spreads over processes are
-    gathered for each checkpoint. If such a training ends by an exception, the trajectory ends at
-    its last checkpoint: a process that may be gone cannot be asked for its batches.
+    With several processes the first one writes. The batches of all are recorded as those of one
+    process that accumulates over them; what FSDP spreads over processes is gathered for each
+    checkpoint. If such a training ends by an exception, the trajectory ends at its last
+    checkpoint: a process that may be gone cannot be asked for its batches.
 
     Args:
         path: folder of the trajectory.
@@ -63,11 +63,9 @@ class TrajectoryRecorder(Callback):
         every_n_epochs: a checkpoint at the end of every n-th epoch.
         save_optimizer: keep the optimizer's state in every checkpoint (True), in none (False) or
             in every k-th and the last (k).
-        overwrite: replace a trajectory that is already in the folder when training starts from
-            step 0; a resumed training continues it.
+        overwrite: replace a trajectory in the folder when training starts from step 0.
         fingerprint: read some training examples before training, so that attribution can tell
-            the recorded data from others. Random generators are put back as they were; only a
-            data set that counts its own readings can notice.
+            the recorded data from others. Random generators are put back as they were.
         curvature: ``"online"`` gathers curvature statistics of every interval between checkpoints
             while the model trains, so that attribution needs no pass for them; None leaves them
             to be fitted at the checkpoints. It needs layers that are neither compiled nor spread
@@ -81,9 +79,9 @@ class TrajectoryRecorder(Callback):
         curvature_dense_side: the widest side of a layer whose covariance is a dense matrix; of a
             wider one (a head over a vocabulary) the leading 256 directions and the diagonal are
             kept. None: 4096.
-        on_error: when the trajectory cannot be written (a full disk, a folder that is read-only or
-            has vanished), "raise" stops training with a RecordingError; "warn" stops recording
-            with one warning, and training goes on. What was recorded before stays readable.
+        on_error: when the trajectory cannot be written (a full disk, say), "raise" stops training
+            with a RecordingError; "warn" stops recording with one warning. What was recorded
+            before stays readable.
 
     Attributes:
         parts: what else records during training and must survive a resume: objects with
@@ -94,10 +92,10 @@ class TrajectoryRecorder(Callback):
         TrajectoryLockedError: before training, when another recorder writes into the folder.
         UnsupportedTrainingError: before training, with manual optimization, several optimizers,
             several training loaders, or a strategy whose processes do not train as one. In
-            training, when its options change what an index or a parameter stands for, or the
-            layers' calls cannot be watched for ``curvature="online"``.
-        ResumeError: before training, when it does not start at step 0 and the trajectory of the
-            steps before is missing or another run's.
+            training, when what an index or a parameter stands for changes, or the layers' calls
+            cannot be watched for ``curvature="online"``.
+        ResumeError: before training, when the trajectory of the steps before is missing or
+            another run's.
         RecordingError: when the trajectory cannot be written, with ``on_error="raise"``.
 
     Example:
@@ -151,7 +149,8 @@ class TrajectoryRecorder(Callback):
         self.curvature = online_curvature(curvature, *statistics, curvature_dense_side)
         self.on_error = on_error
         every = int(save_optimizer)
-        self._run = RecordedRun(self.path, every, self.curvature, warn=on_error == "warn")
+        warn = on_error == "warn"
+        self._run = RecordedRun(self.path, every, self.curvature, self._is_due, warn=warn)
         self.parts = self._run.parts
         self._schedule: frozenset[int] = frozenset()  # what num_checkpoints asks for
         self._idle = False
@@ -327,14 +326,7 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if batch is None:
             self._run.skip_batch()  # Lightning passes over it without on_train_batch_start
-        self._end_batch(trainer, outputs)
-
-    def _end_batch(self, trainer: Trainer, outputs: Any) -> None:
-        if self._run.end_batch(trainer, outputs):
-            if self._is_due(self._run.num_steps):
-                self._run.record()
-            else:
-                self._run.flush()
+        self._run.end_batch(trainer, outputs)
 
     # The end, of an epoch and of the run.
 
@@ -358,7 +350,7 @@ class TrajectoryRecorder(Callback):
             run.stop(f"by an exception, in several processes: {exception}")
         try:
             if run.step_is_new(trainer):
-                self._end_batch(trainer, None)
+                run.end_batch(trainer, None)
             run.keep_state()
             if run.facts is not None and (validating or run.in_between()):
                 run.facts = None
@@ -367,7 +359,7 @@ class TrajectoryRecorder(Callback):
             # The exception that stopped training is the one to be seen.
             rank_zero_warn(f"The end of the trajectory could not be written: {error}")
         run.facts = None
-        run.release()
+        run.lock.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is not None and not self._idle:
@@ -377,13 +369,13 @@ class TrajectoryRecorder(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run.detach()
-        self._run.release()
+        self._run.lock.release()
         self._restored = None
 
     # Resuming: the state that travels in Lightning's checkpoints.
 
-    @property
-    def state_key(self) -> str:
+    @cached_property  # Lightning asks for it at every hook
+    def state_key(self) -> str:  # type: ignore[override]
         return self._generate_state_key(path=str(self.path))
 
     def state_dict(self) -> dict[str, Any]:
@@ -410,5 +402,5 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._run.step_is_new(trainer):
             # Saved between the step and the end of its batch.
-            self._end_batch(trainer, None)
+            self._run.end_batch(trainer, None)
             checkpoint["callbacks"][self.state_key] = self.state_dict()

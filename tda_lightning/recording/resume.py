@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,16 +32,10 @@ from tda_lightning.store.reader import CheckpointFolder, read_facts, require_tra
 from tda_lightning.store.truncate import ADVICE
 
 FORMAT = 2
-# Settings that may differ between two starts of one run.
-_OF_ONE_START = (
-    "run_id",
-    "created",
-    "fits",
-    "changes",
-    "indices",
-    "planned_checkpoints",
-    "optimizer_groups",  # the rates of the moment; those applied are in the steps table
-)
+# Settings that may differ between two starts of one run. Of the groups' settings, rates among
+# them, those applied are in the steps table.
+_OF_ONE_START = {"run_id", "created", "fits", "changes", "indices"}
+_OF_ONE_START |= {"planned_checkpoints", "optimizer_groups"}
 
 
 @dataclass(frozen=True)
@@ -111,22 +104,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def new_run_id() -> str:
-    """What tells one run from another, drawn without touching any random generator."""
-    return uuid.uuid4().hex
-
-
-def stopped_state(reason: str) -> dict[str, Any]:
-    """The state of a recorder that has given up."""
-    return {"format": FORMAT, "stopped": reason}
-
-
 def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] | None:
     """Of the states of all callbacks, that of the run in ``root``.
 
-    The recorder's key names its folder; this finds its state when the folder was moved, or has
-    another name. A single state is ours in any case: what is wrong with the folder is then said
-    when training starts.
+    A recorder's key names its folder; this finds its state when the folder was moved. A single
+    state is ours in any case: what is wrong with the folder is said when training starts.
     """
     recorders = [
         s for s in states.values() if isinstance(s, Mapping) and {"run_id", "rows"} <= s.keys()
@@ -141,22 +123,17 @@ def state_of_folder(states: Mapping[str, Any], root: Path) -> Mapping[str, Any] 
 
 
 def failure(root: Path, step: int, kept: int, error: BaseException) -> str:
-    """What to say when a trajectory cannot be written.
-
-    Args:
-        root: its folder.
-        step: the last one taken.
-        kept: step of the last checkpoint.
-        error: the reason.
-    """
+    """What to say when a trajectory cannot be written after ``step``, the last checkpoint having
+    been written at step ``kept``."""
+    reason = f"{type(error).__name__}: {error}"
     if step == 0:
         return (
-            f"The trajectory in {root} cannot be begun: {type(error).__name__}: {error}. Make "
-            "room, make the folder writable, or choose another one."
+            f"The trajectory in {root} cannot be begun: {reason}. Make room, make the folder "
+            "writable, or choose another one."
         )
     return (
-        f"The trajectory in {root} cannot be written after step {step}: "
-        f"{type(error).__name__}: {error}. What was recorded up to the checkpoint at step {kept} "
+        f"The trajectory in {root} cannot be written after step {step}: {reason}. "
+        f"What was recorded up to the checkpoint at step {kept} "
         "stays as it is on the disk. Make room, or make the folder writable again, and resume "
         "from the last Lightning checkpoint (ckpt_path)."
     )
@@ -168,24 +145,21 @@ def recorded_facts(root: Path, state: RecorderState, global_step: int) -> Facts:
     Raises:
         ResumeError: there is none, or it is not the one that ``state`` belongs to.
     """
+    resumes = f"Training resumes at step {global_step}, and"
     try:
         require_trajectory(root)
     except TrajectoryNotFoundError as error:
-        raise ResumeError(
-            f"Training resumes at step {global_step}, and its trajectory is missing: {error} "
-            f"{ADVICE}"
-        ) from error
+        raise ResumeError(f"{resumes} its trajectory is missing: {error} {ADVICE}") from error
     facts = read_facts(root)
-    if facts.settings.get("run_id") != state.run_id:
+    if (run_id := facts.settings.get("run_id")) != state.run_id:
         raise ResumeError(
-            f"Training resumes at step {global_step}, and the trajectory in {root} is that of "
-            f"another run: expected run {state.run_id}, got {facts.settings.get('run_id')}. "
-            f"{ADVICE}"
+            f"{resumes} the trajectory in {root} is that of another run: expected run "
+            f"{state.run_id}, got {run_id}. {ADVICE}"
         )
     if state.global_step != global_step:
         raise ResumeError(
-            f"Training resumes at step {global_step}, and the recorder's state is that of step "
-            f"{state.global_step}. Pass the Lightning checkpoint as it was saved."
+            f"{resumes} the recorder's state is that of step {state.global_step}. Pass the "
+            "Lightning checkpoint as it was saved."
         )
     return facts
 
@@ -266,8 +240,7 @@ def continued_facts(
     ``changes``; the settings themselves stay those of the start. ``fits`` lists the steps after
     which a further fit began. Where its optimizer is a new one, a stage begins.
     """
-    settings = dict(recorded.settings)
-    present = json.loads(json.dumps(dict(now.settings)))
+    settings, present = dict(recorded.settings), json.loads(json.dumps(dict(now.settings)))
     # What was noted after the step that is resumed has been cut off with the steps.
     earlier = [change for change in settings.pop("changes", []) if change["step"] < step]
     fits = [fit for fit in settings.pop("fits", []) if fit < step] + [step] * new_fit
@@ -277,10 +250,8 @@ def continued_facts(
         for name, value in present.items()
         if name not in _OF_ONE_START and known.get(name) != value
     ]
-    if earlier or changes:
-        settings["changes"] = [*earlier, *changes]
-    if fits:
-        settings["fits"] = fits
+    lists = {"changes": [*earlier, *changes], "fits": fits}
+    settings |= {name: entries for name, entries in lists.items() if entries}
     settings["planned_checkpoints"] = sorted(planned)
     stages = recorded.stages
     if new_optimizer and step:

@@ -27,10 +27,8 @@ from tda_lightning.store.writer import TrajectoryWriter
 
 
 class FirstProcessWriter:
-    """A writer whose methods every process calls; the first one writes, and an error reaches all.
-
-    It stands for the ``TrajectoryWriter`` that it is made from.
-    """
+    """Stands for a ``TrajectoryWriter``: every process calls its methods, the first one writes, and
+    an error reaches all."""
 
     def __init__(self, writer: TrajectoryWriter, processes: Processes) -> None:
         self._writer, self._processes = writer, processes
@@ -40,12 +38,7 @@ class FirstProcessWriter:
 
 
 def gathered(steps: Steps, processes: Processes, *, sharded: bool = False) -> Steps:
-    """In the first process the rows of all, in the others their own.
-
-    Args:
-        steps: rows of this process.
-        processes: those that train together.
-        sharded: gradient norms are those of this process's own pieces of the gradient.
+    """In the first process the rows of all, in the others their own ``steps``.
 
     Raises:
         UnsupportedTrainingError: in every process, when they did not take the same steps.
@@ -63,7 +56,8 @@ def interleaved(parts: Sequence[Steps], *, sharded: bool = False) -> Steps:
 
     The mean over W processes of gradients accumulated over k batches is accumulation over k W
     batches: a step's batches are batch 1 of every process in order of rank, then batch 2, and so
-    on, each divided by ``accumulation`` x W.
+    on, each divided by ``accumulation`` x W. ``sharded``: gradient norms are those of each
+    process's own pieces of the gradient.
 
     Raises:
         UnsupportedTrainingError: the processes did not take the same steps.

@@ -12,7 +12,7 @@ Tensors are gathered one at a time, in the first process's CPU memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import from_all, meeting_device, rank_and_world
 
 
-def require_whole(whole: bool, what: str) -> None:
+def require_whole(shards: Shards | None, what: str) -> None:
     """Check that every process holds the whole parameters, which ``what`` needs.
 
     Raises:
         UnsupportedTrainingError: they are spread over processes.
     """
-    if not whole:
+    if shards is not None:
         raise UnsupportedTrainingError(
             f"The strategy spreads the parameters over processes, and {what} can then not be "
             "recorded. Do without it, or train with strategy='ddp'."
@@ -40,15 +40,10 @@ def require_whole(whole: bool, what: str) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the parameters of a module are spread over processes, by their plain names.
+    """How the parameters of a module are spread over processes, by their plain names."""
 
-    Attributes:
-        shapes: of the whole parameters.
-        sizes: elements of each in every process, by rank.
-    """
-
-    shapes: Mapping[str, torch.Size]
-    sizes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, torch.Size]  # of the whole parameters
+    sizes: Mapping[str, tuple[int, ...]]  # elements in every process, by rank
 
     @staticmethod
     def of(module: nn.Module) -> Shards | None:
@@ -69,8 +64,7 @@ class Shards:
                 "expected the module's own. Use use_orig_params=True, which is Lightning's default."
             )
         shapes = {name: p.shape for name, p in parameters.items()} | _whole_shapes(flat, parameters)
-        own = {name: _piece(p).numel() for name, p in parameters.items()}
-        everywhere = from_all(own)
+        everywhere = from_all({name: _piece(p).numel() for name, p in parameters.items()})
         sizes = {name: tuple(each[name] for each in everywhere) for name in parameters}
         return Shards(shapes, sizes)
 
@@ -92,12 +86,12 @@ class Shards:
 
         Every process must come here.
         """
-        return Checkpoint(
-            step=pieces.step,
+        states = pieces.optimizer
+        return replace(
+            pieces,
             parameters=self._whole_of(pieces.parameters),
             buffers=self._whole_of(pieces.buffers),
-            optimizer=None if pieces.optimizer is None else self._whole_states(pieces.optimizer),
-            random=pieces.random,
+            optimizer=None if states is None else self._whole_states(states),
         )
 
     def _whole_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,27 +111,24 @@ class Shards:
             for name, state in states.items()
         }
         everywhere = from_all(own)
-        self._require_alike(everywhere)
-        whole: dict[str, dict[str, Tensor]] = {name: {} for name in states}
+        whole: dict[str, dict[str, Tensor]] = {}
         for name, state in states.items():
-            entries = {k: v for each in reversed(everywhere) for k, v in each[name].items()}
-            for key, (dtype, scalar, _) in sorted(entries.items()):
+            kinds: dict[str, tuple[torch.dtype, Tensor | None]] = {}
+            for rank, (each, expected) in enumerate(zip(everywhere, self.sizes[name], strict=True)):
+                for key, (dtype, scalar, size) in each[name].items():
+                    kinds.setdefault(key, (dtype, scalar))
+                    if scalar is None and size != expected:
+                        raise UnsupportedTrainingError(
+                            f"The optimizer keeps {key!r} of {name} in {size} elements, expected "
+                            f"one number or as many as the parameter has in process {rank}, "
+                            f"{expected}: it cannot be gathered. Pass save_optimizer=False."
+                        )
+            whole[name] = {}
+            for key, (dtype, scalar) in sorted(kinds.items()):
                 if scalar is None:
                     scalar = self._whole(name, state.get(key, torch.zeros(0)), dtype)
                 whole[name][key] = scalar
         return whole
-
-    def _require_alike(self, everywhere: list[Any]) -> None:
-        for rank, states in enumerate(everywhere):
-            for name, state in states.items():
-                for key, (_, scalar, size) in state.items():
-                    if scalar is None and size != self.sizes[name][rank]:
-                        raise UnsupportedTrainingError(
-                            f"The optimizer keeps {key!r} of {name} in {size} elements, expected "
-                            f"one number or as many as the parameter has in process {rank}, "
-                            f"{self.sizes[name][rank]}: it cannot be gathered. Pass "
-                            "save_optimizer=False."
-                        )
 
     def _whole(self, name: str, tensor: Any, dtype: torch.dtype) -> Tensor:
         """The whole of what is cut like parameter ``name``; an empty tensor but in the first."""

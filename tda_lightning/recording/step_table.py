@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from tda_lightning.store.steps_file import join_steps, widened
 from tda_lightning.store.writer import TrajectoryWriter
 
 _UNFETCHED = 512  # rows whose scalars are still on their device
-_ROWS_IN_MEMORY = 10_000
+ROWS_IN_MEMORY = 10_000
 _JUMPS_IN_MEMORY = 1_000  # of 15 kB each
 _NO_INDICES = np.zeros(0, dtype=np.int64)
 
@@ -64,23 +65,19 @@ class StepTable(Observer):
     would make an accelerator wait at every step.
 
     Attributes:
-        written: rows on disk.
+        num_steps: steps recorded, on disk or not.
+        written: those on disk.
         skipped: steps that Lightning counted and the optimizer did not take.
-
-    Args:
-        indices: of each batch.
-        rng: the random states before each batch.
-        processes: those that train together.
+        stepped: the optimizer has taken the step under way.
     """
 
     def __init__(self, indices: ExampleIndices, rng: RngLog, processes: Processes) -> None:
-        self.written, self.skipped = 0, 0
+        self.num_steps, self.written, self.skipped, self.stepped = 0, 0, 0, False
         self._indices, self._rng, self._processes = indices, rng, processes
         self._trainer: Trainer
         self._trained: TrainedParameters
         self._hooks: list[Any] = []
         self._clips = False
-        self._stepped = False
         self._warned = False
         self._earlier: Steps | None = None  # rows from before a resume that are not on disk
         self._rows: list[_Row] = []
@@ -94,18 +91,10 @@ class StepTable(Observer):
         self._row: _Row | None = None
 
     @property
-    def num_steps(self) -> int:
-        """Steps recorded, on disk or not."""
-        return self.written + self._in_memory
-
-    @property
-    def _in_memory(self) -> int:
-        return len(self._rows) + (0 if self._earlier is None else len(self._earlier))
-
-    @property
     def full(self) -> bool:
         """Whether the rows in memory should be written before the next checkpoint."""
-        return self._in_memory >= _ROWS_IN_MEMORY or self._num_jumps >= _JUMPS_IN_MEMORY
+        in_memory = self.num_steps - self.written
+        return in_memory >= ROWS_IN_MEMORY or self._num_jumps >= _JUMPS_IN_MEMORY
 
     @property
     def in_step(self) -> bool:
@@ -116,11 +105,6 @@ class StepTable(Observer):
     def stepping(self) -> bool:
         """Whether the optimizer may have made a part of a step."""
         return self._row is not None
-
-    def took_step(self) -> bool:
-        """Whether the optimizer has stepped since this was last asked."""
-        stepped, self._stepped = self._stepped, False
-        return stepped
 
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
         self._trainer, self._trained = trainer, trained
@@ -164,10 +148,11 @@ class StepTable(Observer):
         skipped = getattr(optimizer, "found_inf", None)
         # Without any gradient, no torch optimizer moves anything.
         moves = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        self._stepped = moves and not (skipped is not None and bool(skipped))
+        self.stepped = moves and not (skipped is not None and bool(skipped))
 
     def resume(self, facts: Facts, state: RecorderState) -> None:
         self.written, self._earlier = state.rows_on_disk, state.rows
+        self.num_steps = self.written + len(state.rows)
         self.skipped = state.global_step - self.num_steps
 
     def begin_backward(self, loss: Tensor) -> None:
@@ -209,12 +194,13 @@ class StepTable(Observer):
         if taken:
             assert self._row is not None
             self._rows.append(self._row)
+            self.num_steps += 1
             self._num_jumps += sum(batch.random is not None for batch in self._batches)
             if len(self._rows) - self._fetched >= _UNFETCHED:
                 self._fetch_scalars()
         else:
             self.skipped += 1
-        self._row = None
+        self._row, self.stepped = None, False
         self.drop()
 
     def drop(self) -> None:
@@ -273,7 +259,7 @@ def _table_of(rows: Sequence[_Row]) -> Steps:
             name: _by_group([row.hyperparameters[name] for row in rows])
             for name in (rows[0].hyperparameters if rows else ())
         },
-        loss=_column([_mean(row.losses) for row in rows]),
+        loss=_column([sum(row.losses) / (len(row.losses) or math.nan) for row in rows]),
         gradient_norm=_column([row.norm for row in rows]),
         batch_offsets=offsets([len(row.batches) for row in rows]),
         example_offsets=offsets([len(batch.indices) for batch in batches]),
@@ -299,10 +285,6 @@ def _fetch(scalars: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
 def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -314,6 +296,5 @@ def _ratio(after: float, before: float) -> float:
 
 def _by_group(rows: Sequence[Sequence[float]], fill: float | None = None) -> Tensor:
     """Rows of groups; groups may have been added from one row to the next."""
-    if not rows:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    return widened([torch.tensor([row], dtype=torch.float64) for row in rows], fill)
+    parts = [torch.tensor(list(part), dtype=torch.float64) for _, part in groupby(rows, len)]
+    return widened(parts, fill) if parts else torch.zeros(0, 0, dtype=torch.float64)

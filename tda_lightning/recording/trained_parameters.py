@@ -161,16 +161,12 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     if not gradients:
         return torch.zeros(())
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    first = dense[0]
-    if all((g.device, g.dtype) == (first.device, first.dtype) for g in dense) and not _wide(
-        first.dtype
-    ):
+    if len({(g.device, g.dtype) for g in dense}) == 1 and not _wide(dense[0].dtype):
         # One call for all of them: forty small ones cost a small model a hundredth of its step.
         norms = list(torch._foreach_norm([g.detach() for g in dense]))
     else:
         norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in dense]
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:

@@ -18,10 +18,7 @@ from tda_lightning.optimizers import (
     recorded_states,
     rule_of,
 )
-from tda_lightning.records.errors import (
-    TrajectoryMismatchError,
-    UnsupportedTrainingError,
-)
+from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
@@ -189,12 +186,12 @@ class Walk:
     def restart(self, step: int) -> None:
         """Take up the run at the checkpoint of ``step``, whose optimizer state was recorded."""
         trajectory = self.replay.trajectory
-        found = trajectory.checkpoints[step]
-        optimizer = {} if found.optimizer is None else recorded_states(trajectory, step)
+        checkpoint = trajectory.checkpoints[step]
+        optimizer = {} if checkpoint.optimizer is None else recorded_states(trajectory, step)
         random = None
-        if self.replay.knows_randomness and found.random is not None:
-            random = Snapshot.of(found.random)
-        tensors = {**found.buffers, **found.parameters}
+        if self.replay.knows_randomness and checkpoint.random is not None:
+            random = Snapshot.of(checkpoint.random)
+        tensors = {**checkpoint.buffers, **checkpoint.parameters}
         self.resume_from(ReplaySnapshot(tensors, optimizer, random))  # type: ignore[arg-type]
 
     def snapshot(self) -> ReplaySnapshot:
@@ -282,15 +279,12 @@ class Walk:
         """Called when the gradients of a step are complete."""
 
     def _clip(self) -> None:
-        replay = self.replay
-        # In the optimizer's order, as in training: the order decides the norm's last bit.
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not replay.clip:
-            return
-        if replay.clip_by_value:
-            torch.nn.utils.clip_grad_value_(parameters, replay.clip)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, replay.clip)
+        utils = torch.nn.utils
+        clip = utils.clip_grad_value_ if self.replay.clip_by_value else utils.clip_grad_norm_
+        if self.replay.clip:
+            # In the optimizer's order, as in training: the order decides the norm's last bit.
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            clip(parameters, self.replay.clip)
 
 
 def clips_by_value(settings: Mapping[str, Any]) -> bool:

@@ -1,20 +1,24 @@
-"""One optimizer step without memory, to see which optimizer a module asks for and what it keeps.
+"""What a fit will be, before it begins: how many steps, by which optimizer, and what that keeps.
 
-The module's structure is copied with tensors on torch's meta device, which have shapes and no
-memory; the copy configures its optimizer and makes one step. Module, random generators and
-trainer are left as they are.
+For the latter the module's structure is copied with tensors on torch's meta device, which have
+shapes and no memory; the copy configures its optimizer and makes one step. Module, random
+generators and trainer are left as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from tda_lightning.optimizers import read_hyperparameters
 from tda_lightning.recording.checks import require_one_optimizer
@@ -28,27 +32,117 @@ _STEPS = 1000  # for schedules, where the true number is not known; no state dep
 
 
 @dataclass(frozen=True)
+class StepCount:
+    """What is known about the length of a run; None is not known.
+
+    Attributes:
+        total: optimizer steps, if nothing stops the run early.
+        per_epoch: those of one epoch.
+        accumulation: batches in a step.
+        batch_size: examples in a batch.
+        notes: why something is not known.
+    """
+
+    total: int | None
+    per_epoch: int | None
+    accumulation: int
+    batch_size: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are begun, at least one."""
+        return math.ceil(self.total / self.per_epoch) if self.total and self.per_epoch else 1
+
+
+def count_steps(trainer: Trainer, train: Any) -> StepCount:
+    """Steps of a fit.
+
+    Args:
+        trainer: with its limits.
+        train: a loader or a data module; None for the one attached to the trainer, if any.
+
+    Raises:
+        TypeError: ``train`` is neither.
+    """
+    with unchanged_randomness(train):
+        loader = _loader(trainer, train)
+    notes = []
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if loader is not None and size is None:
+        notes.append("The loader does not tell its batch size: example indices are not counted.")
+    batches = None if loader is None else _batches(trainer, loader)
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        notes.append("Accumulation changes between epochs: the number of steps is not known.")
+        batches = None
+    elif loader is None:
+        notes.append(
+            "No training data are given: pass the loader or the data module as train=..., to know "
+            "the number of steps and the size of the steps table."
+        )
+    elif batches is None:
+        notes.append("The loader has no length: the number of steps is not known.")
+    accumulation, limit = trainer.accumulate_grad_batches, trainer.max_steps
+    given = limit if limit >= 0 else None
+    if batches is None:
+        return StepCount(given, None, accumulation, size, tuple(notes))
+    per_epoch, epochs = math.ceil(batches / accumulation), trainer.max_epochs
+    if epochs is None:
+        # Lightning's own default where nothing else limits the run.
+        epochs = 1000 if given is None and trainer.max_time is None else -1  # type: ignore[attr-defined]
+    limits = [given] if epochs < 0 else [given, per_epoch * epochs]
+    total = min((steps for steps in limits if steps is not None), default=None)
+    if total is None:
+        notes.append("The run has no limit but time: the number of steps is not known.")
+    return StepCount(total, per_epoch, accumulation, size, tuple(notes))
+
+
+def _loader(trainer: Trainer, train: Any) -> Any:
+    if train is None:
+        attached = trainer.train_dataloader  # made by a fit that is under way or over
+        train = attached if attached is not None else getattr(trainer, "datamodule", None)
+    if isinstance(train, LightningDataModule):
+        # A copy: the fit that follows must not find what setup leaves behind.
+        train = copy.copy(train)
+        train.setup("fit")
+        train = train.train_dataloader()
+    if train is None or isinstance(train, DataLoader) or hasattr(train, "__iter__"):
+        return train
+    raise TypeError(
+        f"train must be a training loader or a LightningDataModule, got {type(train).__name__}."
+    )
+
+
+def _batches(trainer: Trainer, loader: Any) -> int | None:
+    """Batches of an epoch, limited as the trainer limits them; None when there is no length."""
+    limit = trainer.limit_train_batches
+    try:
+        length: float = len(loader)
+    except (TypeError, NotImplementedError):
+        return limit if isinstance(limit, int) else None
+    if trainer.world_size > 1 and getattr(loader, "batch_sampler", None) is not None:
+        length = math.ceil(length / trainer.world_size)
+    return min(int(length), limit) if isinstance(limit, int) else int(length * limit)
+
+
+@dataclass(frozen=True)
 class DryRun:
     """What training would hold. Tensors are on the meta device.
 
     Attributes:
         trained: parameters that the optimizer trains, by the module's names.
         others: frozen parameters and buffers.
-        state_bytes: the optimizer's state after a step; None when it cannot be told.
-        state_tensors: how many tensors that are.
-        num_groups: parameter groups.
-        num_hyperparameters: recorded settings of each.
-        on_host: training will run on the processor.
+        state: the optimizer's after a step; None when it cannot be told.
+        settings_per_step: rates and settings of all parameter groups.
         notes: what could not be told, and why.
     """
 
     trained: Mapping[str, Tensor]
     others: Mapping[str, Tensor]
-    state_bytes: int | None
-    state_tensors: int
-    num_groups: int
-    num_hyperparameters: int
-    on_host: bool
+    state: Sequence[Tensor] | None
+    settings_per_step: int
     notes: tuple[str, ...] = ()
 
 
@@ -62,15 +156,15 @@ def dry_run(module: LightningModule, trainer: Trainer, steps: int | None) -> Dry
     named = {name: tensors[id(p)] for name, p in module.named_parameters()}
     buffers = {name: tensors[id(b)] for name, b in module.named_buffers()}
     held = {id(tensors[id(p)]) for p in module.parameters() if p.requires_grad}
-    groups, settings = 1, 4
-    states: list[Tensor] | None = None
+    settings, state = 5, None
     notes: tuple[str, ...] = ()
     try:
         with restored(module, "requires_grad"), unchanged_randomness(module):
             optimizer = _optimizer(module, trainer, tensors, steps)
-            groups, settings = len(optimizer.param_groups), len(read_hyperparameters(optimizer))
-            held = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-            states = _state_tensors(optimizer)
+            groups = optimizer.param_groups
+            settings = len(groups) * (1 + len(read_hyperparameters(optimizer)))
+            held = {id(p) for g in groups for p in g["params"] if p.requires_grad}
+            state = _state_tensors(optimizer)
     except UnsupportedTrainingError:
         raise
     except Exception as error:
@@ -79,17 +173,9 @@ def dry_run(module: LightningModule, trainer: Trainer, steps: int | None) -> Dry
             "The optimizer's state is not known: configure_optimizers() or a step of its optimizer "
             f"fails before training ({type(error).__name__}: {error}).",
         )
+    trained = {name: p for name, p in named.items() if id(p) in held}
     frozen = {name: p for name, p in named.items() if id(p) not in held}
-    return DryRun(
-        trained={name: p for name, p in named.items() if id(p) in held},
-        others={**frozen, **buffers},
-        state_bytes=None if states is None else sum(s.numel() * s.element_size() for s in states),
-        state_tensors=len(states or ()),
-        num_groups=groups,
-        num_hyperparameters=settings,
-        on_host=trainer.strategy.root_device.type == "cpu",
-        notes=notes,
-    )
+    return DryRun(trained, {**frozen, **buffers}, state, settings, notes)
 
 
 def _meta_tensors(module: nn.Module, dtype: torch.dtype | None) -> dict[int, Tensor]:
