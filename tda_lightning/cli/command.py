@@ -9,7 +9,6 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -75,7 +74,7 @@ def required(config: DictConfig, key: str, example: str) -> str:
     return str(config[key])
 
 
-def not_null(settings: Mapping[Any, Any]) -> dict[str, Any]:
+def not_null(settings: Mapping[str, object]) -> dict[str, object]:
     """The settings that have a value."""
     return {str(key): value for key, value in settings.items() if value is not None}
 

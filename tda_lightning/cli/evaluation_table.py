@@ -25,6 +25,7 @@ from tda_lightning.evaluation import (
     slope_and_correlation,
 )
 from tda_lightning.evaluation.retraining import ROUNDING
+from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.provenance import well_formed
 from tda_lightning.records.scores import Scores
@@ -71,9 +72,9 @@ class JudgedScores:
     seconds: float | None = None
     processor_seconds: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """All of it, with the score of every query."""
-        row: dict[str, Any] = {"name": self.name, "estimator": self.estimator}
+        row: dict[str, object] = {"name": self.name, "estimator": self.estimator}
         if self.over_queries is None or self.over_subsets is None:
             row.update(lds=None, reason=self.reason)
         else:
@@ -161,7 +162,7 @@ def _slope_and_correlation(scores: Scores, truth: GroundTruth) -> tuple[float, f
     return removal.slope, removal.correlation
 
 
-def wrong_labels(data: Any) -> torch.Tensor | None:
+def wrong_labels(data: AttributedData) -> torch.Tensor | None:
     """The training labels that the data module itself flipped, bool [train]; None if none."""
     flipped = getattr(data, "flipped", None)
     if not isinstance(flipped, torch.Tensor) or not len(flipped):
@@ -285,8 +286,8 @@ def evaluation_notes(rows: Sequence[JudgedScores], truth: GroundTruth, seconds: 
 
 
 def evaluation_json(
-    rows: Sequence[JudgedScores], truth: GroundTruth, seconds: float, header: Mapping[str, Any]
-) -> dict[str, Any]:
+    rows: Sequence[JudgedScores], truth: GroundTruth, seconds: float, header: Mapping[str, object]
+) -> dict[str, object]:
     """Everything in the table, and more: the score of every query, and how far each row is from
     the best one, query by query."""
     defined = [row for row in rows if row.over_queries is not None]
@@ -310,7 +311,7 @@ def evaluation_json(
     }
 
 
-def _from_best(row: JudgedScores, best: JudgedScores | None) -> dict[str, Any]:
+def _from_best(row: JudgedScores, best: JudgedScores | None) -> dict[str, object]:
     """The row's score minus the best one's, with its interval over queries."""
     if best is None or best.over_queries is None or row.over_queries is None:
         return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -107,7 +106,7 @@ def removal_note(protocol: str) -> str:
     )
 
 
-def removal_json(results: Results) -> list[dict[str, Any]]:
+def removal_json(results: Results) -> list[dict[str, object]]:
     """Everything in the table, in full precision."""
     return [
         {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
@@ -13,11 +11,12 @@ from tda_lightning.cli.command import not_null
 from tda_lightning.cli.run_config import build
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.tasks import AttributionTask
 
 
 def load_parts(
     config: DictConfig, run_config: DictConfig
-) -> tuple[AttributedData, LightningModule, Any]:
+) -> tuple[AttributedData, LightningModule, AttributionTask | None]:
     """Data, module and task as recorded, with the changes that a command asks for."""
     data = build(run_config.data, config.trust_config, **not_null(config.data))
     # The weights are in the trajectory, and nothing is going to train.

@@ -27,6 +27,7 @@ from tda_lightning.evaluation import (
 from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
 from tda_lightning.records.data_module import AttributedData, Reorderable
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.tasks import AttributionTask
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
 # Where the data are, their order and the queries are not part of the algorithm.
@@ -54,7 +55,7 @@ class RecordedRun:
     trajectory: Trajectory
     data: AttributedData
     module: LightningModule
-    task: Any
+    task: AttributionTask | None
     run_config: DictConfig  # as it was trained
     config: DictConfig  # of tda evaluate
 
@@ -127,7 +128,7 @@ class RecordedRun:
         module = build(self.run_config.model, trust)
         return FreshTraining(_fresh_trainer(self.run_config.get("trainer"), trust), module, data)
 
-    def _reordered_data(self, seed: int) -> Any:
+    def _reordered_data(self, seed: int) -> AttributedData:
         if isinstance(self.data, Reorderable):
             return self.data.reordered(seed)  # nothing is read again
         recorded, changes = self.run_config.data, not_null(self.config.data)
@@ -135,7 +136,7 @@ class RecordedRun:
             changes["seed"] = seed
         return build(recorded, self.config.trust_config, **changes)
 
-    def training_settings(self) -> dict[str, Any] | None:
+    def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""
         if self.config.protocol == "single_run":
             return None
@@ -146,7 +147,7 @@ class RecordedRun:
         return {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
 
 
-def _fresh_trainer(node: Any, trust: bool) -> Trainer:
+def _fresh_trainer(node: DictConfig | None, trust: bool) -> Trainer:
     """A new Trainer with the recorded settings, which writes and shows nothing."""
     settings: dict[Any, Any] = {}
     if node:

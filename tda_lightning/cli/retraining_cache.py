@@ -82,7 +82,7 @@ def cached_retrainings(run: RecordedRun, path: Path, request: Request, rows: int
         return _complete(run, truth, missing, path).first(rows, columns)
 
 
-def parse_part(text: Any) -> tuple[int, int] | None:
+def parse_part(text: object) -> tuple[int, int] | None:
     """Number and count of ``part=K/N``; None for the whole.
 
     Raises:

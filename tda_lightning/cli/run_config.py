@@ -112,7 +112,7 @@ def build(node: Any, trust: bool, **changes: Any) -> Any:
     return instantiate(node, _convert_="all")
 
 
-def _targets(node: Any) -> Iterator[str]:
+def _targets(node: object) -> Iterator[str]:
     if isinstance(node, dict):
         if "_target_" in node:
             yield str(node["_target_"])

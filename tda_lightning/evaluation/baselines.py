@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ def self_loss(
     module: nn.Module,
     task: AttributionTask | None,
     state: Mapping[str, Tensor],
-    dataset: Any,
+    dataset: object,
     num_queries: int,
     batch_size: int = 256,
 ) -> Scores:
@@ -52,8 +51,8 @@ def last_layer_cosine(
     module: nn.Module,
     task: AttributionTask | None,
     state: Mapping[str, Tensor],
-    dataset: Any,
-    queries: Any,
+    dataset: object,
+    queries: object,
     batch_size: int = 256,
 ) -> Scores:
     """Cosine similarity of the inputs of the last linear layer, averaged over a sequence.
@@ -78,12 +77,15 @@ def last_checkpoint(trajectory: Trajectory) -> Trajectory:
 
 
 def _features(
-    module: nn.Module, task: AttributionTask | None, state: Mapping[str, Tensor], source: Any
+    module: nn.Module,
+    task: AttributionTask | None,
+    state: Mapping[str, Tensor],
+    source: ExampleSource,
 ) -> Tensor:
     """Inputs of the last linear layer called, float32 [example, feature]."""
     chosen = as_task(task)
 
-    def read(batch: Any) -> Tensor:
+    def read(batch: object) -> Tensor:
         features, _ = read_features(module, None, lambda: len(chosen.measurement(module, batch)))
         return features.cpu()
 

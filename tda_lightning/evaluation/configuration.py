@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ def truth_configuration(
     trajectory: Trajectory,
     module: nn.Module,
     task: AttributionTask | None,
-    queries: Any,
-    training: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    queries: object,
+    training: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """Digests of everything that determines the outcome of a retraining, besides subset and seed:
     ``GroundTruth.configuration``.
 
@@ -36,7 +35,7 @@ def truth_configuration(
     facts, steps = trajectory.facts, trajectory.steps
     ends = [trajectory.checkpoints[step].parameters for step in (0, trajectory.last_step)]
     shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters()}
-    configuration: dict[str, Any] = {
+    configuration: dict[str, object] = {
         "run": digest([facts.settings.get("run_id"), steps.examples, steps.learning_rate, *ends]),
         "data": digest([facts.num_examples, facts.fingerprint]),
         "model": digest([type(module).__name__, shapes]),

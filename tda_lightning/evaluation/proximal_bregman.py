@@ -33,7 +33,7 @@ from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, fetch, place
 from tda_lightning.runtime.module_state import borrowed, load_tensors
-from tda_lightning.tasks import ClassificationTask, RegressionTask
+from tda_lightning.tasks import AttributionTask, ClassificationTask, RegressionTask
 
 
 class _Constant(nn.Module):
@@ -43,7 +43,7 @@ class _Constant(nn.Module):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
+    def forward(self, *_: object, **__: object) -> Tensor:
         return self.outputs
 
 
@@ -51,8 +51,8 @@ def proximal_bregman_response(
     module: nn.Module,
     task: ClassificationTask | RegressionTask,
     state: Mapping[str, Tensor],
-    dataset: Any,
-    queries: Any,
+    dataset: object,
+    queries: object,
     examples: Sequence[int],
     damping: float,
     iterations: int = 200,
@@ -83,10 +83,10 @@ def proximal_bregman_response(
 
 def each_response(
     module: nn.Module,
-    task: ClassificationTask | RegressionTask,
+    task: AttributionTask | None,
     state: Mapping[str, Tensor],
-    dataset: Any,
-    queries: Any,
+    dataset: object,
+    queries: object,
     examples: Sequence[int],
     damping: float,
     iterations: int = 200,
@@ -124,7 +124,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _anchor(module: nn.Module, task: Any, batch: Any) -> tuple[Tensor, Tensor]:
+def _anchor(
+    module: nn.Module, task: ClassificationTask | RegressionTask, batch: object
+) -> tuple[Tensor, Tensor]:
     """Outputs of the trained weights, and the derivative of the summed losses in them."""
     with torch.enable_grad():
         outputs = task.forward(module, batch)[0].detach().requires_grad_()
@@ -134,10 +136,10 @@ def _anchor(module: nn.Module, task: Any, batch: Any) -> tuple[Tensor, Tensor]:
 
 def _minimise(
     module: nn.Module,
-    task: Any,
-    batches: Sequence[Any],
+    task: ClassificationTask | RegressionTask,
+    batches: Sequence[object],
     anchors: Sequence[tuple[Tensor, Tensor]],
-    given_up: Any,
+    given_up: object,
     num_train: int,
     damping: float,
     iterations: int,
@@ -195,17 +197,16 @@ def in_double(module: nn.Module, *datasets: Any) -> tuple[Any, ...]:
     return copy.deepcopy(module).double(), *map(_DoubleDataset, datasets)
 
 
-class _DoubleDataset(torch.utils.data.Dataset[Any]):
+class _DoubleDataset(torch.utils.data.Dataset[object]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         return pytree.tree_map(_doubled, self.dataset[index])
 
 
-def _doubled(leaf: Any) -> Any:
-    exact = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.double() if exact else leaf
+def _doubled(leaf: object) -> object:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

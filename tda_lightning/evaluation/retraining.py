@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def retrain(
     trajectory: Trajectory,
     module: nn.Module,
     task: AttributionTask | None,
-    dataset: Any,
+    dataset: object,
     weights: Tensor,
     training: bool = True,
 ) -> State:
@@ -74,7 +74,7 @@ def retrain_each(
     trajectory: Trajectory,
     module: nn.Module,
     task: AttributionTask | None,
-    dataset: Any,
+    dataset: object,
     weights: Tensor,
     training: bool = True,
     together: int = 1,
@@ -152,7 +152,7 @@ def measure(
     module: nn.Module,
     task: AttributionTask | None,
     state: Mapping[str, Tensor],
-    queries: Any,
+    queries: object,
     batch_size: int = 256,
 ) -> Tensor:
     """Measurement of every query under ``state``, in eval mode: [query]."""
@@ -166,7 +166,7 @@ def losses(
     module: nn.Module,
     task: AttributionTask | None,
     state: Mapping[str, Tensor],
-    dataset: Any,
+    dataset: object,
     batch_size: int = 256,
 ) -> Tensor:
     """Loss of every training example under ``state``, in eval mode: [train]."""
@@ -177,7 +177,7 @@ def losses(
 
 
 def of_each_batch(
-    read: Callable[[Any], Result],
+    read: Callable[[object], Result],
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,

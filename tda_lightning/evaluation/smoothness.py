@@ -45,7 +45,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.stats import t as students
@@ -195,8 +195,8 @@ def smoothness(
     trajectory: Trajectory,
     module: nn.Module,
     task: AttributionTask | None,
-    dataset: Any,
-    queries: Any,
+    dataset: object,
+    queries: object,
     *,
     directions: int = 8,
     fraction: float = 0.05,

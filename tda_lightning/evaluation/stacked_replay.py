@@ -6,7 +6,6 @@ Only for optimizers that step element by element: torch.optim itself moves the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class _Losses(nn.Module):
         self.module = module
         self.task = task
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: object) -> Tensor:
         return self.task.train_loss(self.module, batch)
 
 
@@ -46,7 +45,7 @@ def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
     trained = {name: stacked[name].requires_grad_() for name in trajectory.facts.parameters}
     optimizer = make_optimizer(trajectory, trained)
 
-    def batch_loss(state: State, own: Tensor, batch: Any) -> Tensor:
+    def batch_loss(state: State, own: Tensor, batch: object) -> Tensor:
         named = {f"module.{name}": tensor for name, tensor in state.items()}
         found = torch.func.functional_call(losses, named, (batch,))
         return weighted_loss(replay.task, found, own)

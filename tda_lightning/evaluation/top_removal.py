@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,8 @@ def top_removal(
     trajectory: Trajectory,
     module: nn.Module,
     task: AttributionTask | None,
-    dataset: Any,
-    queries: Any,
+    dataset: object,
+    queries: object,
     scores: Scores,
     ks: Sequence[int],
     draws: int = 5,
@@ -136,7 +135,7 @@ def compare_removals(
 
 
 def predicted_classes(
-    module: nn.Module, task: AttributionTask | None, state: Mapping[str, Tensor], queries: Any
+    module: nn.Module, task: AttributionTask | None, state: Mapping[str, Tensor], queries: object
 ) -> Tensor | None:
     """Predicted class of each query, int64 [query]; for a sequence, a digest of the classes at all
     positions. None without a ``ClassificationTask``."""
@@ -144,7 +143,7 @@ def predicted_classes(
         return None
     source = ExampleSource.of(queries, 256, "query")
 
-    def read(batch: Any) -> Tensor:
+    def read(batch: object) -> Tensor:
         logits = task.forward(module, batch)[0]
         return logits.argmax(1).reshape(len(logits), -1).cpu()
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +141,11 @@ class Replay:
                 parameter.requires_grad_(name in self.trajectory.facts.parameters)
             yield
 
-    def fetch(self, examples: Tensor) -> Any:
+    def fetch(self, examples: Tensor) -> object:
         """The batch of these examples, on the device of the module."""
         return place(fetch(self.source, examples), self.module)
 
-    def fetched(self, examples: Tensor, before: Snapshot) -> tuple[Any, Snapshot]:
+    def fetched(self, examples: Tensor, before: Snapshot) -> tuple[object, Snapshot]:
         """:meth:`fetch` with the generators as they were ``before``; how it leaves them."""
         if self._fetched_elsewhere:
             batch = fetch(self.source, examples)
@@ -156,7 +155,7 @@ class Replay:
             batch = fetch(self.source, examples)
         return place(batch, self.module), Snapshot.take()
 
-    def loss_as_trained(self, batch: Any, examples: Tensor) -> Tensor:
+    def loss_as_trained(self, batch: object, examples: Tensor) -> Tensor:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
         task's."""
         if hasattr(self.module, "training_step"):
@@ -225,7 +224,7 @@ class Walk:
         state = self.optimizer.state.get(self.trained[name], {})
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
-    def batches(self, row: int) -> Iterator[tuple[Any, Tensor, Draws | None]]:
+    def batches(self, row: int) -> Iterator[tuple[object, Tensor, Draws | None]]:
         """The batches of a step with their examples, generators being as they were then."""
         steps = self.replay.trajectory.steps
         first = int(steps.batch_offsets[row])
@@ -287,7 +286,7 @@ class Walk:
             clip(parameters, self.replay.clip)
 
 
-def clips_by_value(settings: Mapping[str, Any]) -> bool:
+def clips_by_value(settings: Mapping[str, object]) -> bool:
     """Whether gradients were clipped by value, if at all."""
     # Older runs hold the name of Lightning's own constant.
     algorithm = str(settings.get("gradient_clip_algorithm", "norm"))

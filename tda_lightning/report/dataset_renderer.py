@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,8 @@ class DatasetRenderer:
         decode: turns a list of tokens into text; without it the numbers are shown.
     """
 
-    train: Any = None
-    query: Any = None
+    train: object = None
+    query: object = None
     class_names: Sequence[str] | None = None
     columns: Sequence[str] | None = None
     decode: Callable[[list[int]], str] | None = None
@@ -41,14 +40,14 @@ class DatasetRenderer:
         # An iterable data set has no example number ``index`` to show.
         return self.render(dataset[index]) if hasattr(dataset, "__getitem__") else Rendered()
 
-    def render(self, item: Any) -> Rendered:
+    def render(self, item: object) -> Rendered:
         """What one item of a data set looks like."""
         if isinstance(item, Rendered):
             return item
         example, label = _split(item)
         return self._input(example, self._label(label))
 
-    def _input(self, example: Any, caption: str) -> Rendered:
+    def _input(self, example: object, caption: str) -> Rendered:
         if isinstance(example, str):
             return Rendered(caption, text=example)
         if isinstance(example, Mapping):
@@ -68,7 +67,7 @@ class DatasetRenderer:
             return Rendered(caption, row=dict(zip(names, cells, strict=False)))
         return Rendered(caption, text=f"array of shape {list(array.shape)}")
 
-    def _label(self, label: Any) -> str:
+    def _label(self, label: object) -> str:
         if label is None or isinstance(label, str):
             return label or ""
         array = _as_array(label)
@@ -87,7 +86,7 @@ _INPUT_NAMES = ("image", "pixel_values", "input_ids", "text", "input", "inputs",
 _LABEL_NAMES = ("label", "labels", "target", "targets", "y")
 
 
-def _split(item: Any) -> tuple[Any, Any]:
+def _split(item: object) -> tuple[object, object]:
     """The input and the label of an item, which may lack the latter."""
     if isinstance(item, Mapping):
         label = next((item[name] for name in _LABEL_NAMES if name in item), None)
@@ -100,7 +99,7 @@ def _split(item: Any) -> tuple[Any, Any]:
     return item, None
 
 
-def _as_array(value: Any) -> np.ndarray | None:
+def _as_array(value: object) -> np.ndarray | None:
     """Tensors, arrays, numbers, lists of numbers and PIL images as an array; else None."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()

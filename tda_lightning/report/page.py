@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.utils.data import DataLoader
@@ -57,8 +56,8 @@ def write_report(
     scores: Scores,
     path: str | os.PathLike[str],
     *,
-    train: Any = None,
-    query: Any = None,
+    train: object = None,
+    query: object = None,
     render: Renderer | None = None,
     trajectory: Trajectory | None = None,
     predictions: Sequence[str] | None = None,
@@ -140,8 +139,8 @@ def write_report(
 def _require_lengths(
     scores: Scores,
     provenance: Provenance,
-    train: Any,
-    query: Any,
+    train: object,
+    query: object,
     predictions: Sequence[str] | None,
 ) -> None:
     edited = "edits" in provenance

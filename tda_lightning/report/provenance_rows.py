@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import Scores
@@ -25,7 +24,7 @@ def rows(scores: Scores, provenance: Provenance) -> list[tuple[str, str, bool]]:
         scores: whose raw provenance is shown.
         provenance: the part of it that has the agreed form.
     """
-    raw: Mapping[str, Any] = scores.provenance
+    raw: Mapping[str, object] = scores.provenance
     apart = [name for name in _SHOWN_ELSEWHERE if name in provenance]
     middle = [name for name in raw if name not in (*_FIRST, *_LAST, *apart)]
     table = []
@@ -41,7 +40,7 @@ def rows(scores: Scores, provenance: Provenance) -> list[tuple[str, str, bool]]:
     return table
 
 
-def one_line(value: Any) -> str:
+def one_line(value: object) -> str:
     """A nested value as a person would write it.
 
     Example:

@@ -6,9 +6,8 @@ recorded run says nothing of that: it can be attributed with the compiled and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def run_eagerly(module: nn.Module) -> Iterator[None]:
         for name, child in parent._modules.items()
         if child is not None and uncompiled(child) is not child and name != _WRAPPED
     ]
-    called: list[tuple[nn.Module, Any]] = [
+    called: list[tuple[nn.Module, Callable[..., object] | None]] = [
         (part, part._compiled_call_impl)
         for part in module.modules()
         if getattr(part, "_compiled_call_impl", None) is not None
@@ -70,7 +69,7 @@ def run_eagerly(module: nn.Module) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _force_eager() -> Any:
+def _force_eager() -> AbstractContextManager[object]:
     """For compiled functions and methods; torch before 2.6 cannot switch them off."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if set_stance is None else set_stance("force_eager")

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 of a value's content: tensors, arrays, images, text, numbers, nested.
 
     Example:
@@ -48,7 +47,7 @@ def integer_digest(values: Tensor) -> int:
     return int.from_bytes(short, "little", signed=True)
 
 
-def _feed(sha: hashlib._Hash, value: Any, parents: set[int]) -> None:
+def _feed(sha: hashlib._Hash, value: object, parents: set[int]) -> None:
     """Add ``value`` to the hash. Each part is preceded by its type, so no two values read alike."""
     sha.update(f"<{type(value).__name__}>".encode())
     if isinstance(value, Tensor):
@@ -76,7 +75,7 @@ def _feed(sha: hashlib._Hash, value: Any, parents: set[int]) -> None:
                 _feed(sha, part, parents | {id(value)})
 
 
-def _parts(value: Any) -> list[Any] | None:
+def _parts(value: object) -> Sequence[object] | None:
     """What a composite value consists of; None for an object without content."""
     if isinstance(value, Mapping):
         return [part for pair in value.items() for part in pair]

@@ -12,17 +12,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 
-class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
+class _Indexed(torch.utils.data.Dataset[tuple[int, object]]):
     def __init__(self, dataset: Any):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, Any]:
+    def __getitem__(self, index: int) -> tuple[int, object]:
         return index, self.dataset[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, object]]:
         """Several at once: much faster for data sets that offer it (tables, subsets of them)."""
         if hasattr(self.dataset, "__getitems__"):
             items = self.dataset.__getitems__(list(indices))
@@ -32,10 +32,10 @@ class _Indexed(torch.utils.data.Dataset[tuple[int, Any]]):
 
 
 class _Collate:
-    def __init__(self, collate: Callable[[list[Any]], Any]):
+    def __init__(self, collate: Callable[[list[object]], object]):
         self.collate = collate
 
-    def __call__(self, items: list[tuple[int, Any]]) -> tuple[Any, Tensor]:
+    def __call__(self, items: list[tuple[int, object]]) -> tuple[object, Tensor]:
         indices = torch.tensor([index for index, _ in items], dtype=torch.int64)
         return self.collate([item for _, item in items]), indices
 
@@ -46,12 +46,12 @@ class ExampleSource:
 
     dataset: Any
     batch_size: int
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[object]], object] = default_collate
     num_workers: int = 0
     pin_memory: bool = False
 
     @classmethod
-    def of(cls, data: Any, batch_size: int, what: str) -> ExampleSource:
+    def of(cls, data: object, batch_size: int, what: str) -> ExampleSource:
         """From a data set, or from a loader whose collate function and batch size are kept.
 
         Raises:
@@ -84,7 +84,7 @@ class ExampleSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def loader(self, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+    def loader(self, batches: Sequence[Sequence[int]]) -> DataLoader[tuple[int, object]]:
         """The given batches of indices, each as (batch, indices)."""
         return DataLoader(
             _Indexed(self.dataset),
@@ -116,7 +116,7 @@ def place(batch: Any, module: nn.Module) -> Any:
     return pytree.tree_map(move, batch)
 
 
-def fetch(source: ExampleSource, examples: Tensor) -> Any:
+def fetch(source: ExampleSource, examples: Tensor) -> object:
     """The batch of these examples, read as a ``DataLoader`` reads it."""
     if type(source.dataset) is TensorDataset and source.collate is default_collate:
         return list(source.dataset[examples])  # the same batch, without a call for each example

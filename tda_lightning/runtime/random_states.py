@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ def _require_cuda(name: str, state: Tensor) -> None:
 
 
 @contextmanager
-def unchanged_randomness(owner: Any = None) -> Iterator[None]:
+def unchanged_randomness(owner: object = None) -> Iterator[None]:
     """Leave every random generator as it was: the global ones, and those ``owner`` holds."""
     snapshot = Snapshot.take()
     # Whatever its kind.
@@ -226,7 +226,7 @@ def unchanged_randomness(owner: Any = None) -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _state(generator: Any) -> Any:
+def _state(generator: _Generator) -> object:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -236,7 +236,7 @@ def _state(generator: Any) -> Any:
     return generator.bit_generator.state
 
 
-def _restore(generator: Any, state: Any) -> None:
+def _restore(generator: _Generator, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
@@ -247,11 +247,13 @@ def _restore(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
 
 
-_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+_Generator: TypeAlias = (
+    torch.Generator | random.Random | np.random.RandomState | np.random.Generator
+)
 _FEW = 256  # longer containers hold data, not the parts that an object is made of
 
 
-def _generators_of(owner: Any) -> list[Any]:
+def _generators_of(owner: object) -> list[_Generator]:
     """The random generators reachable from ``owner`` through attributes and short containers."""
     found, seen, waiting = [], set(), [owner]
     while waiting:
@@ -259,7 +261,7 @@ def _generators_of(owner: Any) -> list[Any]:
         if id(part) in seen or isinstance(part, (Tensor, np.ndarray, str, bytes, type)):
             continue
         seen.add(id(part))
-        if isinstance(part, _GENERATORS):
+        if isinstance(part, _Generator):
             found.append(part)
         elif isinstance(part, Mapping):
             waiting.extend(part.values() if len(part) <= _FEW else ())

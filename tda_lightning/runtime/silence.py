@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -34,5 +33,5 @@ def silenced(module: nn.Module) -> Iterator[None]:
             vars(part).update(own)
 
 
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
+def _log_nothing(*args: object, **kwargs: object) -> None:
     return None

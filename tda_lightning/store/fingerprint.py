@@ -63,20 +63,20 @@ def compare_fingerprints(recorded: Mapping[str, str] | None, dataset: Any) -> No
         )
 
 
-def num_examples(dataset: Any) -> int | None:
+def num_examples(dataset: object) -> int | None:
     """Length of a data set that is read by position; None for an iterable one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _hashes(dataset: Dataset[Any], indices: list[int]) -> dict[str, str]:
+def _hashes(dataset: Dataset[object], indices: list[int]) -> dict[str, str]:
     with unchanged_randomness(dataset):
         first, second = ({i: _read(dataset, i) for i in indices} for _ in range(2))
     return {str(i): first[i] for i in indices if first[i] == second[i]}
 
 
-def _read(dataset: Dataset[Any], index: int) -> str:
+def _read(dataset: Dataset[object], index: int) -> str:
     try:
         return digest(dataset[index])
     except Exception:

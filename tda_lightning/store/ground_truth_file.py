@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -75,7 +74,7 @@ def _tensor(file: h5py.File, name: str, dtype: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(get_array(file, name, dtype)))
 
 
-def _object(file: h5py.File, name: str) -> dict[str, Any]:
+def _object(file: h5py.File, name: str) -> dict[str, object]:
     value = get_json(file, name)
     if not isinstance(value, dict):
         raise TypeError(f"its {name} is no JSON object")

@@ -154,7 +154,7 @@ def put_array(
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_layout(h5py.h5d.COMPACT)
         return group.create_dataset(name, data=array, dcpl=plan)
-    packing: dict[str, Any] = {"compression": "gzip", "shuffle": True} if compress else {}
+    packing: dict[str, object] = {"compression": "gzip", "shuffle": True} if compress else {}
     return group.create_dataset(name, data=array, chunks=_chunks(array), fletcher32=True, **packing)
 
 

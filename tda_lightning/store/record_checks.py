@@ -46,7 +46,7 @@ def require_facts(text: Any) -> None:
     _require_stages(text.get("stages", []), set(text["parameters"]))
 
 
-def _require_stages(stages: Any, known: set[str]) -> None:
+def _require_stages(stages: object, known: set[str]) -> None:
     if not isinstance(stages, list):
         raise TypeError("stages are no list")
     previous = -1
@@ -59,7 +59,7 @@ def _require_stages(stages: Any, known: set[str]) -> None:
         previous = start
 
 
-def require_statistics(blocks: Any) -> None:
+def require_statistics(blocks: object) -> None:
     """Check the JSON of a file of statistics: {block: {parameters, shape}}.
 
     Raises:

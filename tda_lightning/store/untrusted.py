@@ -11,12 +11,14 @@ import json
 import math
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
 
 from tda_lightning.records.errors import TrajectoryFormatError
+
+Kind = TypeVar("Kind")
 
 CHUNK_BYTES = 1 << 22
 _INFLATION = 1100  # deflate packs nothing tighter than this
@@ -49,7 +51,7 @@ def require_regular(path: Path) -> None:
         raise TrajectoryFormatError(f"{path} is {what}, expected a file. Check the path.")
 
 
-def member(group: h5py.Group, name: str, kind: type) -> Any:
+def member(group: h5py.Group, name: str, kind: type[Kind]) -> Kind:
     """A dataset or group that lies in the file itself: links may lead out of it."""
     if "/" in name or name in ("", "."):
         raise KeyError(f"{group.name} cannot have a member {name!r}")

@@ -78,7 +78,7 @@ class AttributionTask(ABC):
         losses = self.train_loss(module, batch)
         return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
 
-    def relabelled(self, batch: Batch, labels: Mapping[int, Any]) -> Batch:
+    def relabelled(self, batch: Batch, labels: Mapping[int, object]) -> Batch:
         """The batch with other labels at some of its positions.
 
         Raises:
@@ -120,7 +120,7 @@ class AttributionTask(ABC):
         """What the model predicts for each example, in a few words; None if nothing short."""
         return None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What determines the task, able to become JSON: part of the key of cached curvature."""
         kind = type(self)
         names = [item.name for item in fields(self)] if is_dataclass(self) else list(vars(self))
@@ -129,7 +129,7 @@ class AttributionTask(ABC):
         settings.update(public)
         if not kind.__module__.startswith("tda_lightning."):
             settings["source"] = source_digest(kind)
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=_plain))
+        plain: dict[str, object] = json.loads(json.dumps(settings, default=_plain))
         return plain
 
     def standard_losses(self, module: nn.Module, batch: Batch) -> tuple[list[WeightedLoss], int]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tda_lightning.tasks.example_seeds import active_examples
 
 Batch: TypeAlias = Any  # what the loader gives, of any structure
+Inputs: TypeAlias = Sequence[object] | Mapping[str, object]  # positional, or by name
 
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
 
 
-def split_target(batch: Batch, target: str | None = None) -> tuple[Any, Tensor]:
+def split_target(batch: Batch, target: str | None = None) -> tuple[Inputs, Tensor]:
     """Inputs and target of a batch.
 
     Args:
@@ -34,7 +35,7 @@ def split_target(batch: Batch, target: str | None = None) -> tuple[Any, Tensor]:
                 f"Expected a batch with the target under {wanted}, got the keys {list(batch)}. "
                 "Name the key with target=, or override forward(module, batch) of the task."
             )
-        inputs: Any = {name: value for name, value in batch.items() if name != key}
+        inputs: Inputs = {name: value for name, value in batch.items() if name != key}
         labels = batch[key]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         inputs, labels = list(batch[:-1]), batch[-1]
@@ -51,7 +52,7 @@ def split_target(batch: Batch, target: str | None = None) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
-def with_labels(batch: Batch, labels: Mapping[int, Any], target: str | None = None) -> Batch:
+def with_labels(batch: Batch, labels: Mapping[int, object], target: str | None = None) -> Batch:
     """A copy of the batch whose target is changed at some positions.
 
     Args:
@@ -75,7 +76,7 @@ def with_labels(batch: Batch, labels: Mapping[int, Any], target: str | None = No
     return _rebuilt(batch, [*batch[:-1], changed])
 
 
-def call(module: nn.Module, inputs: Any) -> Tensor:
+def call(module: nn.Module, inputs: Inputs) -> Tensor:
     """Run ``module`` on inputs from :func:`split_target`; the output is unwrapped.
 
     A dictionary of several entries is passed by keyword, a single entry positionally. A single
@@ -94,7 +95,7 @@ def call(module: nn.Module, inputs: Any) -> Tensor:
     return unwrap(module(*inputs))
 
 
-def unwrap(outputs: Any) -> Tensor:
+def unwrap(outputs: object) -> Tensor:
     """The tensor in a model's output: itself, ``.logits``, ``["logits"]``, or the first entry."""
     while not isinstance(outputs, Tensor):
         if hasattr(outputs, "logits"):
@@ -138,7 +139,7 @@ def take(batch: Batch, index: int, size: int) -> Batch:
     return batch
 
 
-def _rebuilt(batch: Batch, values: list[Any]) -> Batch:
+def _rebuilt(batch: Batch, values: list[object]) -> Batch:
     """``values`` in a tuple, named tuple or list like ``batch``."""
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
@@ -162,7 +163,7 @@ def _required_arguments(module: nn.Module) -> int:
     )
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, Mapping):

@@ -105,7 +105,7 @@ class LanguageModelingTask(AttributionTask):
         means = losses.sum(1) / counted.clamp_min(1)
         return [f"perplexity {value:.4g}" for value in means.detach().exp().tolist()]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return {**super().settings(), "prepared_tokens": self._prepared_tokens}
 
     def _token_losses(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -196,9 +196,9 @@ class _LossMode(TorchFunctionMode, ABC):
         self,
         func: LossFunction,
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if func not in READERS:
             return func(*args, **(kwargs or {}))
         bound = inspect.signature(func).bind(*args, **(kwargs or {}))

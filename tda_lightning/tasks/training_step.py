@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +143,7 @@ class TrainingStepTask(AttributionTask):
             return None
         return parts.losses[0].loss.describe(parts.batch)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         masses = [None if mass is None else float(mass) for mass in self._masses]
         return {
             **super().settings(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -47,7 +46,7 @@ def attribute(config: DictConfig) -> None:
         estimator=instantiate(config.estimator, _convert_="all"),
         task=task,
     )
-    provenance: dict[str, Any] = {
+    provenance: dict[str, object] = {
         "command": command_line(),
         "config": OmegaConf.to_container(config, resolve=True),
     }
@@ -78,7 +77,7 @@ def _relabels(labels: DictConfig | None) -> list[Relabel] | None:
     """The edits that ``relabel={INDEX: LABEL}`` asks for."""
     if labels is None:
         return None
-    plain: Any = OmegaConf.to_container(labels)
+    plain: object = OmegaConf.to_container(labels)
     if not isinstance(plain, dict) or not all(isinstance(index, int) for index in plain):
         raise ValueError(
             "relabel names training examples by index, as relabel={3: 7} for label 7 of example "

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -100,7 +100,7 @@ def evaluate(config: DictConfig) -> None:
             compared.setdefault(name, baseline)
 
     seconds = time.monotonic() - began
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "command": command_line(),
         "versions": versions(),
         "trajectory": str(folder),
