@@ -12,6 +12,7 @@ from tda_lightning.curvature.products import (
 from tda_lightning.curvature.recorded import (
     check_statistics,
     curvature_of,
+    statistics_provenance,
     uses_statistics,
 )
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, side_forms
@@ -34,6 +35,7 @@ __all__ = [
     "fit_curvature",
     "leading_directions",
     "side_forms",
+    "statistics_provenance",
     "unit_matrices",
     "units",
     "uses_statistics",

@@ -24,6 +24,7 @@ from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.session import Session
 
@@ -50,6 +51,25 @@ def uses_statistics(choice: str, kind: str, trajectory: Trajectory) -> bool:
         whole = last.facts.parameters.keys() == trajectory.facts.parameters.keys()
         return kind in _KRONECKER and whole and bool(last.statistics)
     return choice != "fitted"
+
+
+def statistics_provenance(
+    choice: str, kind: str, trajectory: Trajectory, spans: Sequence[tuple[int, int]]
+) -> Provenance:
+    """Provenance of curvature that was recorded in training over ``spans`` of steps; empty where
+    it was fitted."""
+    if not uses_statistics(choice, kind, trajectory):
+        return {}
+    merged = [trajectory.merged_statistics(*span).values() for span in spans]
+    examples = [max((int(block.examples) for block in blocks), default=0) for blocks in merged]
+    return {
+        "statistics": {
+            "gathered": "in training",
+            "eigenvalues": "one pass" if choice == "corrected" else "products, by recorded trace",
+            "examples": examples,
+        },
+        "fisher": trajectory.facts.settings.get("curvature", {}).get("fisher"),
+    }
 
 
 def curvature_of(

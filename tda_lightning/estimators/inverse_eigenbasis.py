@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import Spectrum, units
-from tda_lightning.estimators.about import about_statistics
+from tda_lightning.curvature import Spectrum, statistics_provenance, units
 from tda_lightning.estimators.inverse_settings import (
     InverseSettings,
     absolute_damping,
@@ -73,6 +72,6 @@ class EigenbasisInverse:
         spans = [last_interval(trajectory)]
         return {
             "damping": damping_record(settings, trajectory, "the layer's mean eigenvalue"),
-            **about_statistics(settings.statistics, settings.curvature, trajectory, spans),
+            **statistics_provenance(settings.statistics, settings.curvature, trajectory, spans),
             "notes": [],
         }

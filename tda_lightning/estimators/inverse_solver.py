@@ -9,8 +9,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature import Products, as_matrices, unit_matrices
-from tda_lightning.estimators.about import about_statistics
+from tda_lightning.curvature import Products, as_matrices, statistics_provenance, unit_matrices
 from tda_lightning.estimators.inverse_settings import (
     InverseSettings,
     absolute_damping,
@@ -122,7 +121,7 @@ class SolverInverse:
         statistics: Provenance = {}
         if solver.preconditioned:
             spans = [last_interval(trajectory)]
-            statistics = about_statistics(
+            statistics = statistics_provenance(
                 settings.statistics, settings.curvature, trajectory, spans
             )
         return {

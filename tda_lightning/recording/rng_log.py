@@ -68,9 +68,9 @@ class RngLog(Observer):
 
     def begin_batch(self) -> None:
         self.jump, self._in_step = None, False
-        if self._indices.ahead and not self._workers:
+        if self._recorded and self._indices.ahead and not self._workers:
             # The generators before the batch itself was fetched are those of a batch or more ago.
-            self._absent = self._absent or "batches are fetched ahead of their turn"
+            self._absent = "batches are fetched ahead of their turn"
         self._before = self._indices.before
 
     def end_backward(self) -> None:

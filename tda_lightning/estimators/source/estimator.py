@@ -13,10 +13,10 @@ from tda_lightning.curvature import (
     check_statistics,
     curvature_of,
     leading_directions,
+    statistics_provenance,
     uses_statistics,
 )
 from tda_lightning.curvature.fit import WHOLE
-from tda_lightning.estimators.about import about_statistics
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.source import averaged, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
@@ -36,7 +36,7 @@ from tda_lightning.estimators.source.segments import (
     segment_geometry,
 )
 from tda_lightning.estimators.tracin import NO_SELF
-from tda_lightning.optimizers import applied_rates, rule_of
+from tda_lightning.optimizers import applied_rates, require_formula, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
@@ -248,6 +248,8 @@ class Source:
         session, trajectory = stage.session, stage.session.trajectory
         linear, recorded_order = rule_of(trajectory).linear, self.order == "recorded"
         single_steps = recorded_order or (linear and self.momentum == "recursion")
+        if recorded_order and not linear:
+            require_formula(trajectory, "advance", "order='recorded'")
         if single_steps:
             require_one_recursion(session)
         if recorded_order and session.edits is not None:
@@ -333,7 +335,7 @@ class Source:
         for fit in fitted:
             spans = [(segment.steps.start, segment.steps.stop) for segment in fit.segments]
             trajectory = fit.stage.session.trajectory
-            own = about_statistics(self.statistics, self.curvature, trajectory, spans)
+            own = statistics_provenance(self.statistics, self.curvature, trajectory, spans)
             by_stage.append({"leading_directions": fit.leading, **own})
         if len(fitted) == 1:
             record |= {**by_stage[0], "notes": fitted[0].notes()}
