@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/python experiments/demo.py
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

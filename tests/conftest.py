@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -25,3 +26,11 @@ def fsync(file: int) -> None:
 
 
 os.fsync = fsync
+
+
+# Last, they would keep one process busy while the others have nothing left to do.
+LONGEST = ("test_damaged_files_give_our_error_or_valid_data", "test_no_kill_loses_anything")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name not in LONGEST)

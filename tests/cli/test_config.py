@@ -1,11 +1,12 @@
 """Every file in conf/ composes, and what it describes can be made."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -44,8 +45,9 @@ def test_commands_compose(command):
 
 
 @pytest.mark.parametrize(("command", "group", "name"), CHOICES)
-def test_choices_can_be_made(command, group, name):
+def test_choices_can_be_made_and_name_every_argument(command, group, name):
     config = make(command, f"{group}={name}", *([f"data={DATA[name]}"] if name in DATA else []))
+    require_every_argument(group, config[group])
     if name == "mnli_pretrained":  # with a checkpoint: test_pretrained.py
         with pytest.raises(InstantiationException, match=r"data\.tokenizer=FOLDER"):
             instantiate(config[group], _convert_="all")
@@ -53,6 +55,19 @@ def test_choices_can_be_made(command, group, name):
     made = instantiate(config[group], _convert_="all")
     if (group, name) != ("task", "none"):
         assert made is not None
+
+
+def require_every_argument(group, node):
+    """A reader finds the options in the file: all of ours are there, none that do not exist."""
+    target = node and node.get("_target_", "")
+    if not target or not target.startswith("tda_lightning."):
+        return
+    parameters = inspect.signature(get_object(target)).parameters
+    given = {key for key in node if not key.startswith("_")}
+    skipped = {"optimizer", "total_steps", "options"} if group == "scheduler" else {"options"}
+    assert set(parameters) - skipped <= given
+    if "options" not in parameters:
+        assert given <= set(parameters)
 
 
 def test_a_solver_is_the_influence_functions():
@@ -84,22 +99,3 @@ def test_experiments_can_be_made(name, tmp_path):
     assert instantiate(config.recorder).path == tmp_path / "run"
     assert instantiate(config.trainer).max_epochs == config.trainer.max_epochs
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("command", "group", "name"), CHOICES)
-def test_choices_name_every_argument(command, group, name):
-    """A reader finds the options in the file: all of ours are there, none that do not exist."""
-    import inspect
-
-    from hydra.utils import get_object
-
-    node = make(command, f"{group}={name}")[group]
-    target = node and node.get("_target_", "")
-    if not target or not target.startswith("tda_lightning."):
-        return
-    parameters = inspect.signature(get_object(target)).parameters
-    given = {key for key in node if not key.startswith("_")}
-    skipped = {"optimizer", "total_steps", "options"} if group == "scheduler" else {"options"}
-    assert set(parameters) - skipped <= given
-    if "options" not in parameters:
-        assert given <= set(parameters)

@@ -110,8 +110,7 @@ def test_the_table_tells_how_far_each_row_is_from_the_best_query_by_query(run):
     assert gap["over_queries"] == pytest.approx([expected.low, expected.high])
 
 
-@pytest.mark.parametrize("odd", ["soon", None, True, -1.0, float("nan"), 10**400])
-def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
+def test_how_long_scores_took_is_shown_where_they_tell(run, capsys):
     file = run / "scores" / "tracin.h5"
     made = Scores.load(file).provenance
     assert made["seconds"] > 0 and made["processor_seconds"] > 0
@@ -122,10 +121,11 @@ def test_how_long_scores_took_is_shown_where_they_tell(run, odd, capsys):
     (row,) = table(run)["rows"]
     assert row["seconds"] == 75.25
     assert row["processor_seconds"] == made["processor_seconds"]
-    replace_provenance(file, {**made, "seconds": odd})
-    assert main(given) == 0
-    assert "Time: how long" not in capsys.readouterr().out
-    assert table(run)["rows"][0]["seconds"] is None
+    for odd in ("soon", None, True, -1.0, float("nan"), 10**400):
+        replace_provenance(file, {**made, "seconds": odd})
+        assert main(given) == 0
+        assert "Time: how long" not in capsys.readouterr().out, odd
+        assert table(run)["rows"][0]["seconds"] is None, odd
 
 
 def test_scores_of_candidates_alone_are_not_judged(run, capsys):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from tests import oracles
 from tests.attributing import CaseTask, quiet, relative, slope
 from tests.cases.training import MLP, OPTIMIZERS, train
 from tests.oracles.stages import TrainedStage, frozen_names, source_stages, unrolled_stages
+from tests.processes import results
 
 KINDS = {"regression": oracles.mean_squared_error, "classification": oracles.cross_entropy}
 SGD, MOMENTUM = OPTIMIZERS["sgd"], OPTIMIZERS["momentum"]
@@ -542,39 +540,21 @@ SHARDED = {
     "average": Source(2, curvature="exact"),
     "recorded": Source(2, curvature="exact", order="recorded"),
 }
-SCRIPT = """
-import sys, torch
-from tests.attributing import quiet
-from tests.estimators.test_stages import SHARDED, problem
-
-torch.set_num_threads(1)
-work = problem(batches=4)
-found = {}
-for name, estimator in SHARDED.items():
-    for stage in work.stages:
-        stage.trajectory.curvature.clear()
-    trainer = quiet(devices=2, strategy="ddp")
-    found[name] = work.scores(estimator, trainer).by_segment
-torch.save(found, f"{sys.argv[1]}.{trainer.global_rank}")
-"""
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def score_stages(rank: int) -> dict[str, Tensor]:
+    work, found = problem(batches=4), {}
+    for name, estimator in SHARDED.items():
+        for stage in work.stages:
+            stage.trajectory.curvature.clear()
+        found[name] = work.scores(estimator, quiet(devices=2, strategy="ddp")).by_segment
+    return found
+
+
+def test_two_processes() -> None:
     """The frozen parameters' adjoint is a sum over both."""
-    script, out = tmp_path / "script.py", tmp_path / "scores"
-    script.write_text(SCRIPT)
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, str(script), str(out)],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    work = problem(batches=4)
+    work, both = problem(batches=4), results(score_stages)
     for name, estimator in SHARDED.items():
         expected = work.scores(estimator).by_segment
-        for rank in (0, 1):
-            torch.testing.assert_close(torch.load(f"{out}.{rank}")[name], expected)
+        for found in both:
+            torch.testing.assert_close(found[name], expected)

@@ -4,10 +4,8 @@ curvature may depend on."""
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from tda_lightning.session.session import Session
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
+from tests.processes import results
 
 ESTIMATORS = {
     "tracin": TracIn(),
@@ -142,51 +141,34 @@ def test_mean_and_sum_of_the_batch_are_one_training(case, name) -> None:
 
 # In batches of 10 the recorded order leaves a process without any.
 SHARDED = [*((name, 4) for name in ESTIMATORS), ("source", 10), ("source recorded", 10)]
-SCRIPT = """
-import sys, torch
-from torch.utils.data import TensorDataset
-from tda_lightning import AttributionModule
-from tests.attributing import CaseTask, quiet
-from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
-from tests.gradients.test_invariance import ESTIMATORS, SHARDED
 
-torch.set_num_threads(1)
-run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
-found = {}
-for name, size in SHARDED:
-    trainer = quiet(devices=2, strategy="ddp")
-    run.curvature.clear()
-    attribution = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
-    scores = attribution.attribute(
-        TensorDataset(*data), TensorDataset(*queries_of(CLASSIFIER)),
-        batch_size=size, trainer=trainer, scores_path=f"{sys.argv[1]}.{name}.{size}.h5",
-    )
-    found[name, size] = (scores.values, scores.by_segment, scores.self_influence)
-torch.save(found, f"{sys.argv[1]}.{trainer.global_rank}")
-"""
+
+def score_sharded(rank: int, out: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    found = {}
+    for name, size in SHARDED:
+        run.curvature.clear()
+        attribution = AttributionModule(module, run, ESTIMATORS[name], CaseTask("classification"))
+        scores = attribution.attribute(
+            TensorDataset(*data),
+            TensorDataset(*queries_of(CLASSIFIER)),
+            batch_size=size,
+            trainer=quiet(devices=2, strategy="ddp"),
+            scores_path=str(out / f"{name}.{size}.h5"),
+        )
+        found[name, size] = (scores.values, scores.by_segment, scores.self_influence)
+    return found
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """Sharded passes, on every process the scores of one; also a process without any batch."""
-    script, out = tmp_path / "script.py", tmp_path / "scores"
-    script.write_text(SCRIPT)
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, str(script), str(out)],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    both = results(score_sharded, tmp_path)
     run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
     expected = {
         name: attribute(CLASSIFIER, run, module, data, estimator)
         for name, estimator in ESTIMATORS.items()
     }
-    for rank in (0, 1):
-        found = torch.load(f"{out}.{rank}")
+    for found in both:
         for name, size in SHARDED:
             values, by_segment, own = found[name, size]
             torch.testing.assert_close(values, expected[name].values, rtol=1e-8, atol=1e-12)
@@ -194,7 +176,7 @@ def test_two_processes(tmp_path: Path) -> None:
                 torch.testing.assert_close(by_segment, expected[name].by_segment)
             if own is not None:
                 torch.testing.assert_close(own, expected[name].self_influence)
-            saved = Scores.load(f"{out}.{name}.{size}.h5")
+            saved = Scores.load(tmp_path / f"{name}.{size}.h5")
             assert torch.equal(saved.values, values)
             assert saved.provenance["world_size"] == 2
 

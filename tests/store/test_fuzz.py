@@ -242,7 +242,8 @@ def require_restorable(states: Mapping[str, torch.Tensor]) -> None:
         for count in (1, 2000):
             assert bool(torch.randn(count).isfinite().all())
             assert np.isfinite(np.random.randn(count)).all()  # noqa: NPY002
-            assert all(math.isfinite(random.gauss(0, 1)) for _ in range(count))
+            # Two words each: 700 draws renew all 624 words of the state twice.
+            assert all(math.isfinite(random.gauss(0, 1)) for _ in range(min(count, 700)))
 
 
 def require_statistics(block: BlockStatistics) -> None:
