@@ -227,8 +227,9 @@ def redrawn(
 
 def _middles(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
     """Centred ranks of the copies, level ones at their middle, [draw, subset]."""
-    levels, level = np.unique(values, return_inverse=True)
-    counts = draws @ (level[:, None] == np.arange(len(levels)))
+    _, level, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    starts = sizes.cumsum() - sizes
+    counts = np.add.reduceat(draws[:, level.argsort(kind="stable")], starts, axis=1)
     middles = counts.cumsum(1) - (counts - 1) / 2
     return middles[:, level] - (draws.sum(1, keepdims=True) + 1) / 2
 
