@@ -1,4 +1,4 @@
-"""What takes the place of costly or lasting things while an attribution is rehearsed."""
+"""What takes the place of costly or lasting things during a dry run."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class MeasuredCache(ReadOnlyCache):
             return (clock.now() - began) * whole / max(part, 1)
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"A rehearsal deletes nothing, asked for {key}.")
+        raise KeyError(f"A dry run deletes nothing, asked for {key}.")
 
 
 class DiscardedScores(MemorySink):
