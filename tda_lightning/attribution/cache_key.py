@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from tda_lightning.runtime.digests import digest
 from tda_lightning.session.session import Session
 
 
-def digest_of(context: Session, steps: Sequence[int], batch: Any, indices: Tensor) -> str:
+def digest_of(context: Session, steps: Sequence[int], batch: object, indices: Tensor) -> str:
     """Digest of weights, data, task and code, as far as they can be observed.
 
     Code is observed through what it computes: the losses of the first examples at each checkpoint.

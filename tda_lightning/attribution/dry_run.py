@@ -4,10 +4,10 @@ walk, with a clock."""
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,12 @@ class DryRun(Pace):
         self.device = torch.device("cpu")
         self.tallies: dict[str, _Tally] = {}
         self.elsewhere = 0.0
-        self._rates: dict[Any, _Rate] = {}
+        self._rates: dict[str, _Rate] = {}
         self._since = self._now()
 
     def walk(
         self, title: str, source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
-    ) -> Iterator[tuple[int, Tensor, Any]]:
+    ) -> Iterator[tuple[int, Tensor, object]]:
         """The first batches of a new kind of walk; of a known kind, a few examples."""
         self._credit()
         tally = self._tally(title)
@@ -100,7 +100,7 @@ class DryRun(Pace):
 
     def _timed(
         self, source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
-    ) -> Generator[tuple[int, Tensor, Any], None, list[tuple[float, int]]]:
+    ) -> Generator[tuple[int, Tensor, object], None, list[tuple[float, int]]]:
         """Yield the first batches; returns (seconds, examples) of each."""
         timed: list[tuple[float, int]] = []
         began = self._now()
@@ -165,7 +165,7 @@ class DryRun(Pace):
         return self.tallies.setdefault(_without_numbers(title), _Tally())
 
     @contextmanager
-    def _repeated(self, times: Any) -> Iterator[None]:
+    def _repeated(self, times: Callable[[], float]) -> Iterator[None]:
         """What is counted within happens so many times."""
         before = {title: replace(tally) for title, tally in self.tallies.items()}
         elsewhere = self.elsewhere

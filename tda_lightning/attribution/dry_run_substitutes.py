@@ -1,4 +1,4 @@
-"""What takes the place of costly or lasting things while an attribution is rehearsed."""
+"""What takes the place of costly or lasting things during a dry run."""
 
 from __future__ import annotations
 
@@ -39,24 +39,30 @@ class Decompositions(TorchFunctionMode):
         super().__init__()
         self.owed = 0.0
         self._memory = memory
-        self._known: dict[tuple[Any, ...], float] = {}
+        self._known: dict[tuple[object, ...], float] = {}
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func is torch.linalg.eigh and args[0].shape[-1] > _SMALL_SIDE:
             return self._instead(self._eigh, args[0])
         if func is torch.linalg.qr and args[0].numel() > _SMALL_TALL and not kwargs:
             return self._instead(self._qr, args[0])
         return func(*args, **(kwargs or {}))
 
-    def _instead(self, stand_in: Callable[[Tensor], tuple[float, Any]], matrix: Tensor) -> Any:
+    def _instead(
+        self, stand_in: Callable[[Tensor], tuple[float, object]], matrix: Tensor
+    ) -> object:
         began = clock.now()
         seconds, answer = stand_in(matrix)
         self.owed += seconds - (clock.now() - began)
         return answer
 
-    def _eigh(self, matrix: Tensor) -> tuple[float, Any]:
+    def _eigh(self, matrix: Tensor) -> tuple[float, object]:
         width = matrix.shape[-1]
         groups = matrix.numel() // width**2
         side = min(width, _TIMED_SIDE)
@@ -68,7 +74,7 @@ class Decompositions(TorchFunctionMode):
         answer = torch.return_types.linalg_eigh((values, vectors))  # type: ignore[attr-defined]
         return groups * once * (width / side) ** 3, answer
 
-    def _qr(self, matrix: Tensor) -> tuple[float, Any]:
+    def _qr(self, matrix: Tensor) -> tuple[float, object]:
         rows, columns = matrix.shape[-2:]
         groups = matrix.numel() // (rows * columns)
         timed = min(rows, max(columns, _TIMED_TALL // columns))
@@ -82,7 +88,13 @@ class Decompositions(TorchFunctionMode):
         return groups * once * rows / timed, answer
 
     def _seconds(
-        self, function: Any, like: Tensor, rows: int, columns: int, *, symmetric: bool
+        self,
+        function: Callable[[Tensor], object],
+        like: Tensor,
+        rows: int,
+        columns: int,
+        *,
+        symmetric: bool,
     ) -> float:
         """Time of ``function`` on a random matrix [rows, columns] of the type of ``like``."""
         key = (function, rows, columns, like.dtype, like.device)
@@ -156,7 +168,7 @@ class MeasuredCache(ReadOnlyCache):
             return (clock.now() - began) * whole / max(part, 1)
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"A rehearsal deletes nothing, asked for {key}.")
+        raise KeyError(f"A dry run deletes nothing, asked for {key}.")
 
 
 class DiscardedScores(MemorySink):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 
 
-def require_same_data(trajectory: Trajectory, dataset: Any) -> None:
+def require_same_data(trajectory: Trajectory, dataset: Sized) -> None:
     """Refuse a training set of another length or fingerprint."""
     recorded = trajectory.facts
     if recorded.num_examples is not None and len(dataset) != recorded.num_examples:

@@ -93,7 +93,7 @@ class AttributionModule(LightningModule):
                 "give the last one only."
             )
         self.estimator = estimator
-        self._work: Callable[[], Any] | None = None
+        self._work: Callable[[], object] | None = None
         self._result: Any = None
 
     # Not attributes: Lightning's strategies would move, convert or shard a registered submodule,
@@ -116,14 +116,14 @@ class AttributionModule(LightningModule):
 
     def attribute(
         self,
-        train: Any,
-        query: Any,
+        train: object,
+        query: object,
         batch_size: int = 256,
         trainer: Trainer | None = None,
         scores_path: str | None = None,
         self_influence: bool = True,
         overwrite: bool = False,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, object] | None = None,
         edits: Sequence[Edit] | None = None,
     ) -> Scores:
         """Score every training example for every query.
@@ -202,7 +202,7 @@ class AttributionModule(LightningModule):
             Processes.of(runner).by_first(lambda: scores.save(scores_path, overwrite=overwrite))
         return scores
 
-    def check(self, train: Any, query: Any, examples: int = 8) -> dict[str, float]:
+    def check(self, train: object, query: object, examples: int = 8) -> dict[str, float]:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
@@ -226,8 +226,8 @@ class AttributionModule(LightningModule):
 
     def plan(
         self,
-        train: Any,
-        query: Any,
+        train: object,
+        query: object,
         batch_size: int = 256,
         trainer: Trainer | None = None,
         self_influence: bool = True,
@@ -275,7 +275,7 @@ class AttributionModule(LightningModule):
         finally:
             self._work = self._result = None
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: object, batch_idx: int) -> Tensor:
         """All the work of an attribution."""
         assert self._work is not None
         self._result = self._work()

@@ -4,7 +4,6 @@ task prepared, the last checkpoint loaded."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -102,7 +101,7 @@ def open_session(
     return session
 
 
-def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[Any, Tensor]:
+def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
     """The first ``count`` examples as (batch, indices) on the module's device."""
     batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
     return place(batch, module), indices.to(next(module.parameters()).device)
@@ -110,7 +109,7 @@ def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[A
 
 def _query_batches(
     queries: ExampleSource, start: int, stop: int, module: nn.Module
-) -> Iterator[tuple[Any, Tensor]]:
+) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
     for batch, indices in queries.loader(queries.batches(start, stop)):
         yield place(batch, module), indices.to(device)

@@ -66,7 +66,7 @@ def set_up(
             the weights that the one before ended with.
     """
     # A path may be any object with a text: only a list is several.
-    runs: list[Any] = [*trajectory] if isinstance(trajectory, list | tuple) else [trajectory]
+    runs: list[object] = [*trajectory] if isinstance(trajectory, list | tuple) else [trajectory]
     if not runs:
         raise ValueError("trajectory is an empty list: give at least one recorded run.")
     modules: list[Any] = [*module] if isinstance(module, list | tuple) else [module] * len(runs)
@@ -176,7 +176,7 @@ def require_still(trajectory: Trajectory, frozen: Sequence[str], number: int) ->
             )
 
 
-def training_sets(train: Any, runs: int) -> list[Any]:
+def training_sets(train: object, runs: int) -> list[object]:
     """The training set of each recorded run; a single one serves all."""
     if runs == 1:
         return [train]
@@ -193,7 +193,7 @@ def training_sets(train: Any, runs: int) -> list[Any]:
     return list(train)
 
 
-def widened(context: Session, frozen: Sequence[str], batch: Any, examples: Tensor) -> Session:
+def widened(context: Session, frozen: Sequence[str], batch: object, examples: Tensor) -> Session:
     """The same stage with gradients for its frozen parameters as well.
 
     Raises:

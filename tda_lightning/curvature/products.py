@@ -134,7 +134,7 @@ class Products:
         self.counted += len(vectors) * len(examples) / self.session.num_train
         return total / len(examples)
 
-    def of_batch(self, vectors: Tensor, batch: Any, examples: Tensor) -> Tensor:
+    def of_batch(self, vectors: Tensor, batch: object, examples: Tensor) -> Tensor:
         """The product with the sum over the examples of a batch.
 
         Raises:
@@ -202,7 +202,7 @@ class _BatchCurvature:
     """Products with the curvature of the summed losses of one batch, as tensors by name."""
 
     def __init__(
-        self, session: Session, kind: str, values: Parameters, batch: Any, examples: Tensor
+        self, session: Session, kind: str, values: Parameters, batch: object, examples: Tensor
     ) -> None:
         self.session, self.kind, self.values = session, kind, values
         self.batch, self.examples = batch, examples
@@ -295,8 +295,12 @@ class _PaddingHeld(TorchFunctionMode):
     which the forward mode knows nothing."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is F.embedding:
             bound = inspect.signature(func).bind(*args, **kwargs)
@@ -355,7 +359,7 @@ def _backwards(
     """Vector-Jacobian products [vector, *shape] for several cotangents [vector, *output]."""
     inputs = list(leaves.values())
     count = len(cotangents[0]) if cotangents else 0
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    options: dict[str, bool] = {"retain_graph": True, "allow_unused": True}
     if together and count > 1:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*batching rule.*")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -99,19 +98,19 @@ class EditSet:
 
 
 @dataclass(frozen=True)
-class _TermExamples(Dataset[Any]):
-    dataset: Any
+class _TermExamples(Dataset[object]):
+    dataset: Dataset[object]
     terms: Sequence[Term]
 
     def __len__(self) -> int:
         return len(self.terms)
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> object:
         term = self.terms[position]
         return term.example if term.index is None else self.dataset[term.index]
 
 
-def _require_same_form(source: ExampleSource, example: Any, name: str) -> None:
+def _require_same_form(source: ExampleSource, example: object, name: str) -> None:
     """Refuse an example that cannot stand in a batch with the training set's own."""
     own = source.dataset[0]
     try:
@@ -124,7 +123,7 @@ def _require_same_form(source: ExampleSource, example: Any, name: str) -> None:
         ) from error
 
 
-def _form(example: Any) -> str:
+def _form(example: object) -> str:
     if isinstance(example, torch.Tensor):
         return f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
     if isinstance(example, list | tuple):
@@ -134,7 +133,7 @@ def _form(example: Any) -> str:
     return type(example).__name__
 
 
-def _plain(label: Any) -> Any:
+def _plain(label: object) -> object:
     """A label as numbers, lists or text: it is written down with the scores."""
     plain = label.tolist() if hasattr(label, "tolist") else label
     return plain if isinstance(plain, int | float | str | bool | list) else repr(plain)

@@ -15,7 +15,7 @@ Addition minus the gradient of the new example
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Term:
 
     sign: float
     index: int | None = None
-    example: Any = None
-    labels: tuple[Any, ...] = ()
+    example: object = None
+    labels: tuple[object, ...] = ()
 
 
 class Edit(Protocol):
@@ -68,7 +68,7 @@ class Relabel:
     """Training example ``index`` has another ``label``."""
 
     index: int
-    label: Any
+    label: object
 
     def terms(self) -> tuple[Term, ...]:
         """Its gradient minus that under the other label."""
@@ -80,7 +80,7 @@ class Replace:
     """Another ``example`` stands at ``index``, in the form of the data set's items."""
 
     index: int
-    example: Any
+    example: object
 
     def terms(self) -> tuple[Term, ...]:
         """The gradient of the example that stood there minus that of the other."""
@@ -95,7 +95,7 @@ class Addition:
     negative of removing a training example with its gradient.
     """
 
-    example: Any
+    example: object
 
     @property
     def index(self) -> None:

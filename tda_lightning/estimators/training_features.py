@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def _read(
     session: Session,
     layer: str | None,
     loss: Callable[..., Tensor],
-    batch: Any,
+    batch: object,
     examples: Tensor,
     before: Features | None,
 ) -> Features:

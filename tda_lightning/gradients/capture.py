@@ -61,8 +61,12 @@ class Capture(TorchFunctionMode):
         return [output for output in self.watched if isinstance(output, Use)]
 
     def __torch_function__(  # type: ignore[override]
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in FUSED:
             return self.fused(func, args, kwargs)
@@ -80,7 +84,9 @@ class Capture(TorchFunctionMode):
             self.note(use, output)
         return output
 
-    def fused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def fused(
+        self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """The output of a fused layer, its linear maps noted one by one."""
         before = len(self.watched)
         output = FUSED[func](self.linear, func, *args, **kwargs)
@@ -157,7 +163,7 @@ class Capture(TorchFunctionMode):
         for watched in self.watched:
             watched.gradient = None
 
-    def _names(self, values: Iterable[Any]) -> Iterator[str]:
+    def _names(self, values: Iterable[object]) -> Iterator[str]:
         """The trained parameters among ``values``, as often as they occur."""
         for value in values:
             if isinstance(value, Tensor):

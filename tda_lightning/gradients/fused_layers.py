@@ -22,7 +22,12 @@ _ATTENTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 LinearMap: TypeAlias = Callable[..., Tensor]
 
 
-def attention(linear: LinearMap, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def attention(
+    linear: LinearMap,
+    func: Callable[..., tuple[Tensor, Tensor | None]],
+    *args: object,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
     """``F.multi_head_attention_forward`` with its projections taken out.
 
     The projections are applied here and torch's own function is called with identity
@@ -76,14 +81,16 @@ def _gru_step(
     return (1 - update) * new + update * hidden, None
 
 
-def _elman_step(activation: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def step(gates_in: Tensor, gates_hidden: Tensor, hidden: Tensor, cell_state: Any) -> Any:
+def _elman_step(activation: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    def step(
+        gates_in: Tensor, gates_hidden: Tensor, hidden: Tensor, cell_state: None
+    ) -> tuple[Tensor, None]:
         return activation(gates_in + gates_hidden), None
 
     return step
 
 
-_STEPS: dict[str, Callable[..., Any]] = {
+_STEPS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "rnn_tanh": _elman_step(torch.tanh),
@@ -91,7 +98,9 @@ _STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-def recurrent(linear: LinearMap, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def recurrent(
+    linear: LinearMap, func: Callable[..., object], *args: Any, **kwargs: object
+) -> object:
     """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` and ``torch.rnn_relu``, layer by layer.
 
     A packed sequence orders its rows by length and forgets which example each belongs to: it stays
@@ -142,14 +151,14 @@ def recurrent(linear: LinearMap, func: Callable[..., Any], *args: Any, **kwargs:
 
 def cell(
     linear: LinearMap,
-    func: Callable[..., Any],
+    func: Callable[..., object],
     inputs: Tensor,
     state: Any,
     weight_in: Tensor,
     weight_hidden: Tensor,
     bias_in: Tensor | None = None,
     bias_hidden: Tensor | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """``torch.lstm_cell``, ``torch.gru_cell``, ``torch.rnn_tanh_cell``, ``torch.rnn_relu_cell``."""
     name = func.__name__.removesuffix("_cell")
     hidden, cell_state = state if name == "lstm" else (state, None)
@@ -159,7 +168,7 @@ def cell(
     return (hidden, cell_state) if name == "lstm" else hidden
 
 
-FUSED: dict[Any, Callable[..., Any]] = {
+FUSED: dict[object, Callable[..., object]] = {
     F.multi_head_attention_forward: attention,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), recurrent),
     **dict.fromkeys(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ from tda_lightning.records.errors import EngineError
 class _FusedCall:
     """A fused call to be replayed, and its watched outputs by position."""
 
-    func: Callable[..., Any]
-    args: Any
-    kwargs: Any
+    func: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     random: tuple[Tensor, list[Tensor]]  # states before the call: CPU, CUDA devices
     outputs: dict[int, WatchedOutput] = field(default_factory=dict)
 
@@ -58,7 +57,9 @@ class Observer(Capture):
         if self.listen:
             output.register_hook(partial(setattr, watched, "gradient"))
 
-    def fused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def fused(
+        self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         leaves = pytree.tree_leaves((args, kwargs))
         if not torch.is_grad_enabled() or not any(id(leaf) in self.trained for leaf in leaves):
             return func(*args, **kwargs)
@@ -73,7 +74,9 @@ class Observer(Capture):
         self._fused.append(call)
         return output
 
-    def _detached(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _detached(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         """The arguments without history, parameters as they are; a tensor given twice stays one."""
         known: dict[int, Tensor] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def _norm(func: Callable[..., Tensor]) -> Callable[..., Use | None]:
     """
     signature = inspect.signature(func)
 
-    def describe(ref: Refs, *args: Any, **kwargs: Any) -> Use | None:
+    def describe(ref: Refs, *args: object, **kwargs: object) -> Use | None:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -146,7 +146,7 @@ def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use |
     return ScaleAndShift(weight, bias, factor, tuple(parameter.shape), axes)
 
 
-OPERATIONS: dict[Any, Callable[..., Use | None]] = {
+OPERATIONS: dict[object, Callable[..., Use | None]] = {
     F.linear: _linear,
     **dict.fromkeys(
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution

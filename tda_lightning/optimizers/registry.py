@@ -88,7 +88,7 @@ def _inherited_rule(optimizer: type[Optimizer]) -> OptimizerRule | None:
     return None
 
 
-def _own(optimizer: type[Optimizer], method: str) -> Callable[..., Any] | None:
+def _own(optimizer: type[Optimizer], method: str) -> Callable[..., object] | None:
     """A method as it was written: torch.optim puts a hook around ``step`` in each class that is
     instantiated, a subclass that inherits it included."""
     function = getattr(optimizer, method, None)

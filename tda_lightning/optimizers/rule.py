@@ -106,7 +106,7 @@ class OptimizerRule:
     decoupled: bool = False
     remembers: Callable[[Mapping[str, Tensor]], bool] | None = None
     cancelling_steps: int = 0
-    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[object]] = field(default_factory=dict)
     unsupported: tuple[str, ...] = ("maximize", "differentiable")
     name: str = ""
 
@@ -151,7 +151,7 @@ class OptimizerRule:
                 value = int(value)  # a count stays one; a default of 0 may stand for 0.0
             group[key] = value
 
-    def options(self, group: Mapping[str, Any]) -> list[str]:
+    def options(self, group: Mapping[str, object]) -> list[str]:
         """The unsupported options that a parameter group sets."""
         return [option for option in self.unsupported if group.get(option)]
 
@@ -163,7 +163,7 @@ def class_name(optimizer: type[Optimizer]) -> str:
     return f"{optimizer.__module__}.{optimizer.__qualname__}"
 
 
-def _place(group: Mapping[str, Any], column: str) -> tuple[str, int | None]:
+def _place(group: Mapping[str, object], column: str) -> tuple[str, int | None]:
     """Key and position of a column: ``("betas", 1)`` of ``beta2``."""
     if column in group:
         return column, None

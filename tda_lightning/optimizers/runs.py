@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -129,11 +128,11 @@ def first_step_differs(trajectory: Trajectory) -> bool:
 def make_optimizer(trajectory: Trajectory, trained: Mapping[str, Tensor]) -> Optimizer:
     """The recorded optimizer over ``trained``, its groups and first settings as recorded."""
     rule, facts = rule_of(trajectory), trajectory.facts
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {"params": [trained[n] for n, fact in facts.parameters.items() if fact.group == number]}
         for number in range(trajectory.steps.learning_rate.shape[1])
     ]
-    build: Any = rule.optimizer
+    build: Callable[..., Optimizer] = rule.optimizer
     optimizer: Optimizer = build(groups, lr=0.0)
     if len(trajectory.steps):
         apply_settings(trajectory, optimizer, 0)

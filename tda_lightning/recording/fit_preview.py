@@ -33,21 +33,13 @@ _STEPS = 1000  # for schedules, where the true number is not known; no state dep
 
 @dataclass(frozen=True)
 class StepCount:
-    """What is known about the length of a run; None is not known.
+    """What is known about the length of a run; None is not known."""
 
-    Attributes:
-        total: optimizer steps, if nothing stops the run early.
-        per_epoch: those of one epoch.
-        accumulation: batches in a step.
-        batch_size: examples in a batch.
-        notes: why something is not known.
-    """
-
-    total: int | None
+    total: int | None  # optimizer steps, if nothing stops the run early
     per_epoch: int | None
-    accumulation: int
+    accumulation: int  # batches in a step
     batch_size: int | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # why something is not known
 
     @property
     def epochs(self) -> int:
@@ -56,11 +48,7 @@ class StepCount:
 
 
 def count_steps(trainer: Trainer, train: Any) -> StepCount:
-    """Steps of a fit.
-
-    Args:
-        trainer: with its limits.
-        train: a loader or a data module; None for the one attached to the trainer, if any.
+    """Steps of a fit on ``train``: a loader, a data module, or None for the trainer's own, if any.
 
     Raises:
         TypeError: ``train`` is neither.
@@ -129,21 +117,13 @@ def _batches(trainer: Trainer, loader: Any) -> int | None:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What training would hold. Tensors are on the meta device.
+    """What training would hold. Tensors are on the meta device."""
 
-    Attributes:
-        trained: parameters that the optimizer trains, by the module's names.
-        others: frozen parameters and buffers.
-        state: the optimizer's after a step; None when it cannot be told.
-        settings_per_step: rates and settings of all parameter groups.
-        notes: what could not be told, and why.
-    """
-
-    trained: Mapping[str, Tensor]
-    others: Mapping[str, Tensor]
-    state: Sequence[Tensor] | None
-    settings_per_step: int
-    notes: tuple[str, ...] = ()
+    trained: Mapping[str, Tensor]  # parameters that the optimizer trains
+    others: Mapping[str, Tensor]  # frozen parameters and buffers
+    state: Sequence[Tensor] | None  # the optimizer's after a step; None when not known
+    settings_per_step: int  # rates and settings of all parameter groups
+    notes: tuple[str, ...] = ()  # what is not known, and why
 
 
 def dry_run(module: LightningModule, trainer: Trainer, steps: int | None) -> DryRun:

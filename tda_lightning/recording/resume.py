@@ -40,31 +40,18 @@ _OF_ONE_START |= {"planned_checkpoints", "optimizer_groups"}
 
 @dataclass(frozen=True)
 class RecorderState:
-    """Where the trajectory stood when Lightning saved a checkpoint.
-
-    Attributes:
-        run_id: of the run that it belongs to.
-        global_step: the trainer's.
-        rows_on_disk: number of steps on disk.
-        rows: those after them.
-        checkpoints: steps of those written.
-        state_kept: the last of them has the optimizer's state.
-        planned: steps of the checkpoints that were planned for the whole run.
-        accumulated: batches whose gradients were not stepped yet.
-        parts: states of whatever else records (:attr:`TrajectoryRecorder.parts`), by name.
-        left: random states that the last step left behind; None where they are not recorded.
-    """
+    """Where the trajectory stood when Lightning saved a checkpoint."""
 
     run_id: str
-    global_step: int
-    rows_on_disk: int
-    rows: Steps
-    checkpoints: tuple[int, ...]
-    state_kept: bool
-    planned: tuple[int, ...]
-    accumulated: int = 0
-    parts: Mapping[str, Any] = field(default_factory=dict)
-    left: Mapping[str, Tensor] | None = None
+    global_step: int  # the trainer's
+    rows_on_disk: int  # number of steps on disk
+    rows: Steps  # those after them
+    checkpoints: tuple[int, ...]  # steps of those written
+    state_kept: bool  # the last of them has the optimizer's state
+    planned: tuple[int, ...]  # steps of the checkpoints planned for the whole run
+    accumulated: int = 0  # batches whose gradients were not stepped yet
+    parts: Mapping[str, Any] = field(default_factory=dict)  # TrajectoryRecorder.parts, by name
+    left: Mapping[str, Tensor] | None = None  # random states after the last step, where recorded
 
     def pack(self) -> dict[str, Any]:
         """As plain containers, numbers and tensors."""

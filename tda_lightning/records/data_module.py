@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tda_lightning.records.rendered import Rendered
 
@@ -24,10 +25,10 @@ class AttributedData(Protocol):
     def setup(self, stage: str | None = None) -> None:
         """Load both, or fail if files are missing."""
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> DataLoader[object]:
         """Training batches in the order that the seed draws."""
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> DataLoader[object]:
         """Batches of the queries in order."""
 
     def render(self, split: str, index: int) -> Rendered:
@@ -46,5 +47,5 @@ class Describing(Protocol):
 class Reorderable(Protocol):
     """A data module whose seed decides nothing but the order of the training examples."""
 
-    def reordered(self, seed: int) -> Any:
+    def reordered(self, seed: int) -> AttributedData:
         """The same data in the order that another seed draws."""

@@ -77,7 +77,7 @@ class _SolverName(TypedDict):
 class SolverRecord(_SolverName, total=False):
     """How the linear systems of influence functions were solved."""
 
-    settings: dict[str, Any]  # fields of the solver
+    settings: dict[str, object]  # fields of the solver
     damping: float | list[float]  # one number, or the least and the largest
     products: float  # curvature-vector products spent on the solutions
     products_by: str  # how they were computed
@@ -135,7 +135,7 @@ class StageRecord(TypedDict):
 
     trajectory: str
     model: str
-    task: dict[str, Any]
+    task: dict[str, object]
     num_train: Count
     columns: Pair  # of the scores that belong to the stage
     segments: Pair  # likewise
@@ -159,7 +159,7 @@ class EditRecord(_EditKind, total=False):
     """
 
     index: Count
-    label: Any
+    label: object
 
 
 class MemberRecord(TypedDict, total=False):
@@ -221,7 +221,7 @@ class CommandConfig(TypedDict, total=False):
     """The configuration of ``tda attribute``, as far as anything reads it."""
 
     trajectory: str
-    data: dict[str, Any]
+    data: dict[str, object]
 
 
 class Provenance(TypedDict, total=False):
@@ -234,7 +234,7 @@ class Provenance(TypedDict, total=False):
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
-    relabel: dict[str, Any]  # other labels by training index, in files of version 0.1
+    relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
     # Its curvature; with several stages, lists have an entry for each
     curvature: str | None  # None where the estimator uses none
@@ -250,7 +250,7 @@ class Provenance(TypedDict, total=False):
     # The run
     trajectory: str | list[str]  # folder, or "in memory"
     model: str  # class name
-    task: dict[str, Any]  # class and settings
+    task: dict[str, object]  # class and settings
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars
@@ -276,7 +276,7 @@ class Provenance(TypedDict, total=False):
     trust: Trust
 
 
-def well_formed(provenance: Mapping[str, Any]) -> Provenance:
+def well_formed(provenance: Mapping[str, object]) -> Provenance:
     """The part of a provenance that has the form above.
 
     An entry of another form is left out, at any depth; a nested record that lacks a required key is
@@ -289,13 +289,13 @@ def well_formed(provenance: Mapping[str, Any]) -> Provenance:
     return cast(Provenance, _fitting(provenance, Provenance))
 
 
-def require_well_formed(provenance: Mapping[str, Any], names: Iterable[str]) -> None:
+def require_well_formed(provenance: Mapping[str, object], names: Iterable[str]) -> None:
     """Refuse a provenance whose entries ``names`` have another form.
 
     Raises:
         TrajectoryFormatError: names the first of them.
     """
-    fitting: Mapping[str, Any] = well_formed(provenance)
+    fitting: Mapping[str, object] = well_formed(provenance)
     for name in names:
         if name in provenance and fitting.get(name) != provenance[name]:
             raise TrajectoryFormatError(
@@ -311,7 +311,7 @@ _typed_keys = functools.cache(functools.partial(get_type_hints, include_extras=T
 
 def _fitting(value: Any, form: Any) -> Any:
     """``value`` without what does not have the type ``form``; ``_UNFIT`` where nothing is left."""
-    if form is Any:
+    if form is Any or form is object:
         return value
     if is_typeddict(form):
         return _fitting_record(value, form)
@@ -344,6 +344,6 @@ def _fitting_record(value: Any, form: Any) -> Any:
     if not isinstance(value, Mapping):
         return _UNFIT
     typed_keys = _typed_keys(form)
-    fitting = {name: _fitting(entry, typed_keys.get(name, Any)) for name, entry in value.items()}
+    fitting = {name: _fitting(entry, typed_keys.get(name, object)) for name, entry in value.items()}
     fitting = {name: entry for name, entry in fitting.items() if entry is not _UNFIT}
     return fitting if form.__required_keys__ <= fitting.keys() else _UNFIT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +28,7 @@ class Rendered:
     caption: str = ""
     image: Tensor | np.ndarray | None = None
     text: str | None = None
-    row: Mapping[str, Any] | None = None
+    row: Mapping[str, object] | None = None
     pieces: Sequence[tuple[str, int | None]] | None = None
 
 

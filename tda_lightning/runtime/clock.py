@@ -1,4 +1,4 @@
-"""The clock of rehearsals: seconds from any start. A test exchanges it."""
+"""The clock of dry runs: seconds from any start. Tests replace it."""
 
 from __future__ import annotations
 

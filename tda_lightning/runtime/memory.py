@@ -68,7 +68,7 @@ def _status(key: str) -> int | None:
 
 
 def _give_back() -> None:
-    """Hand freed memory back to the system: an earlier rehearsal must not count."""
+    """Hand freed memory back to the system: an earlier dry run must not count."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not

@@ -7,7 +7,7 @@ A dry run goes through a little of it, with a clock, behind the same methods
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Pace:
 
     def walk(
         self, title: str, source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
-    ) -> Iterator[tuple[int, Tensor, Any]]:
+    ) -> Iterator[tuple[int, Tensor, object]]:
         """This process's batches as (position, example indices, batch on the module's device)."""
         _require_same_walk(title)
         with SlowProgress(title, len(batches)) as progress:
@@ -54,7 +54,7 @@ class Pace:
 
 def loaded_batches(
     source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
-) -> Iterator[tuple[int, Tensor, Any]]:
+) -> Iterator[tuple[int, Tensor, object]]:
     """Batches read from ``source``, each as (position, example indices, batch on the device)."""
     device = next(module.parameters()).device
     if source.num_workers == 0:  # a DataLoader would read the same, more slowly

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Batch:
     """
 
     session: Session
-    data: Any
+    data: object
     examples: Tensor
     position: int
     columns: Tensor
@@ -105,7 +105,7 @@ class Session:
     num_train: int
     num_query: int
     examples: ExampleSource
-    queries: Callable[[int, int], Iterable[tuple[Any, Tensor]]]
+    queries: Callable[[int, int], Iterable[tuple[object, Tensor]]]
     cache_key: Callable[[Sequence[int]], str]
     self_influence: bool = True
     batch_size: int = 256
@@ -278,7 +278,7 @@ class Session:
             for batch, indices in self.queries(first, last)
         )
 
-    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Any, Tensor]]:
+    def batches(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[object, Tensor]]:
         """Training examples by their indices, as (batch, indices) on the module's device, the same
         in every process and without a progress bar."""
         for chosen in order:
@@ -317,42 +317,42 @@ class Session:
 
     # Per-example gradients at the weights in place.
 
-    def train_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+    def train_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the training loss."""
         return self.engine.gradients(self.train_loss, batch, examples)
 
-    def measurement_gradients(self, batch: Any, examples: Tensor) -> ExampleGradients:
+    def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
         return self.engine.gradients(self.measurement, batch, examples)
 
-    def fisher_gradients(self, batch: Any, examples: Tensor, seed: int) -> ExampleGradients:
+    def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
         loss under sampled labels, or of the loss itself (empirical Fisher)."""
         if not self.task.can_sample:
             return self.train_gradients(batch, examples)
 
-        def sampled(module: nn.Module, part: Any, indices: Tensor) -> Tensor:
+        def sampled(module: nn.Module, part: object, indices: Tensor) -> Tensor:
             with seeded_examples(seed, indices):
                 return self.task.sampled_loss(module, part)
 
         return self.engine.gradients(sampled, batch, examples)
 
-    def gauss_newton_gradients(self, batch: Any, examples: Tensor) -> Iterable[ExampleGradients]:
+    def gauss_newton_gradients(self, batch: object, examples: Tensor) -> Iterable[ExampleGradients]:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
 
-        def factors(module: nn.Module, part: Any, indices: Tensor) -> Iterable[Tensor]:
+        def factors(module: nn.Module, part: object, indices: Tensor) -> Iterable[Tensor]:
             with seeded_examples(0, indices):
                 return gauss_newton_losses(self.task, module, part)
 
         return self.engine.each_gradient(factors, batch, examples)
 
-    def train_loss(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+    def train_loss(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The training loss of each example, [batch]."""
         # The noise is not used; its context tells the task how many examples there are.
         with seeded_examples(0, examples):
             return self.task.train_loss(module, batch)
 
-    def measurement(self, module: nn.Module, batch: Any, examples: Tensor) -> Tensor:
+    def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch]."""
         with seeded_examples(0, examples):
             return self.task.measurement(module, batch)

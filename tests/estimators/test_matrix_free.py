@@ -282,7 +282,7 @@ def test_several_stages_are_refused_by_name() -> None:
         Source(curvature="matrix_free").stage_segment_counts([None, None])  # type: ignore[list-item]
 
 
-def test_planning_rehearses_the_products() -> None:
+def test_a_dry_run_counts_the_products() -> None:
     run, module, data = recorded("mlp", "adamw")
     estimator = Source(2, curvature="matrix_free", max_products=30)
     attribution = AttributionModule(module, run, estimator, CaseTask("regression"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
@@ -326,12 +326,12 @@ class Source:
     def _provenance(self, fitted: Sequence[FittedStage]) -> Provenance:
         """How the scores were made; what differs between several stages is a list over them."""
         offsets = [(fit.stage.first_step, own.steps) for fit in fitted for own in fit.segments]
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             "question": _QUESTIONS[self.order],
             "segments": [[first + own.start, first + own.stop] for first, own in offsets],
             "checkpoints": [[first + step for step in own.checkpoints] for first, own in offsets],
         }
-        by_stage: list[dict[str, Any]] = []
+        by_stage: list[dict[str, object]] = []
         for fit in fitted:
             spans = [(segment.steps.start, segment.steps.stop) for segment in fit.segments]
             trajectory = fit.stage.session.trajectory

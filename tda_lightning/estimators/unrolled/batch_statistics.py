@@ -12,14 +12,14 @@ the step before. torch differentiates neither the update nor the use; both are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def watched(layers: Mapping[str, _BatchNorm]) -> Iterator[list[Use]]:
     """Note the uses of the layers, in order, while active."""
     uses: list[Use] = []
 
-    def hook(name: str, layer: _BatchNorm) -> Any:
+    def hook(name: str, layer: _BatchNorm) -> RemovableHandle:
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0]
             axes = [axis for axis in range(values.dim()) if axis != 1]
@@ -83,7 +83,7 @@ def _momentum(layer: _BatchNorm) -> float:
 
 
 def measurement_adjoints(
-    measure: Any, layers: Mapping[str, _BatchNorm], queries: int
+    measure: Callable[[int], Tensor], layers: Mapping[str, _BatchNorm], queries: int
 ) -> dict[str, Tensor]:
     r"""Derivatives of each query's measurement with respect to the running statistics.
 
@@ -125,7 +125,7 @@ def _seen(layers: Mapping[str, _BatchNorm]) -> Iterator[list[tuple[str, Tensor, 
     """Name, input and output of every use of the layers, while active."""
     seen: list[tuple[str, Tensor, Tensor]] = []
 
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[..., None]:
         return lambda _, inputs, output: seen.append((name, inputs[0], output))
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]

@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.estimators.unrolled.batch_statistics import Use, watched
 from tda_lightning.gradients.functional import ends_early
@@ -89,12 +89,12 @@ def batch_derivatives(
     replay: Replay,
     task: AttributionTask,
     parameters: Parameters,
-    layers: Mapping[str, Any],
-    batch: Any,
+    layers: Mapping[str, _BatchNorm],
+    batch: object,
     examples: Tensor,
     draws: Draws | None,
     accumulation: int,
-    variants: Sequence[tuple[Any, Sequence[int]]],
+    variants: Sequence[tuple[object, Sequence[int]]],
     by_position: bool,
 ) -> BatchDerivatives:
     """The graph of a batch's gradient at the weights in place.
@@ -110,7 +110,7 @@ def batch_derivatives(
         UnsupportedTrainingError: an operation has no second derivative.
     """
 
-    def run(changed: Any) -> tuple[Tensor, Tensor]:
+    def run(changed: object) -> tuple[Tensor, Tensor]:
         if draws is not None:
             draws.forward.restore()
         with seeded_examples(0, examples):
@@ -186,7 +186,7 @@ def _vector_jacobian(
     """Vector-Jacobian products for several directions: [direction, *shape of the input]."""
     if not outputs:
         return [None] * len(inputs)
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    options: dict[str, bool] = {"retain_graph": True, "allow_unused": True}
     count = len(directions[0])
     try:
         if count == 1:

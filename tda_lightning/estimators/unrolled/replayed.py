@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,7 +178,7 @@ class _Walk(Walk):
         self._counters = {name: replay.module.get_buffer(name) for name in counted}
         self._copies = bool(replay.clip)
 
-    def batches(self, row: int) -> Iterator[tuple[Any, Tensor, Draws | None]]:
+    def batches(self, row: int) -> Iterator[tuple[object, Tensor, Draws | None]]:
         self.counts = []
         for batch in super().batches(row):
             self.counts.append({name: keep_in_memory(n) for name, n in self._counters.items()})

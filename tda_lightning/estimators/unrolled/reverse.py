@@ -4,7 +4,7 @@ scores."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,7 +239,9 @@ class ReverseSweeps:
                 (own if itself else other).append(_Change(position, column, term))
         return own, other
 
-    def _fetched(self, examples: Tensor, draws: Draws | None, replaced: Mapping[int, Any]) -> Any:
+    def _fetched(
+        self, examples: Tensor, draws: Draws | None, replaced: Mapping[int, object]
+    ) -> object:
         """The batch, with other examples at some positions."""
         replay = self.replay
         with unchanged_randomness():
@@ -256,8 +258,8 @@ class ReverseSweeps:
             return place(replay.source.collate(items), replay.module)
 
     def _variant(
-        self, batch: Any, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
-    ) -> Any:
+        self, batch: object, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
+    ) -> object:
         """The batch with the examples and labels of ``terms`` at their positions."""
         dataset = self.replay.source.dataset
         replaced = {
