@@ -26,12 +26,13 @@ format: setup
 
 setup: $(STAMP)
 
-# torch goes first and alone: later packages then keep the pinned build.
+# torch goes first and alone: later packages then keep the pinned build. Python compiles what it
+# imports, which is a small part of what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, %s is %s. Try: make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
 clean:
