@@ -21,14 +21,14 @@ importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_point
 
 
 def fsync(file: int) -> None:
-    """No test cuts the power, and a busy disk takes 10 ms to be ready for that."""
+    """Check the file only: no test cuts the power, and a real fsync takes up to 10 ms."""
     os.fstat(file)  # a closed file is still an error
 
 
 os.fsync = fsync
 
 
-# Last, they would keep one process busy while the others have nothing left to do.
+# They start first: at the end they would keep one process busy while the other is idle.
 LONGEST = ("test_damaged_files_give_our_error_or_valid_data", "test_no_kill_loses_anything")
 
 

@@ -110,8 +110,10 @@ class SolverInverse:
         return (norms(rest) / lengths.where(lengths > 0, 1)).tolist()
 
     def own(self, measured: Mapping[str, Gradient], trained: Mapping[str, Gradient]) -> Tensor:
-        """Refused."""
-        raise NotImplementedError("A solver has no self-influence: knows_own is False.")
+        """Not offered: it would take a solve for each training example."""
+        raise NotImplementedError(
+            "Self-influence would take a solve for each training example. Invert without a solver."
+        )
 
     def provenance(self) -> Provenance:
         """See :class:`~tda_lightning.estimators.inverse.Inverse`."""
