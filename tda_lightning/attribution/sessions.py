@@ -15,7 +15,7 @@ from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
-from tda_lightning.runtime.loading import ExampleSource, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
 from tda_lightning.tasks import seeded_examples, watching_noise
 
@@ -159,13 +159,14 @@ def _with_noise(error: EngineError, noise: frozenset[str]) -> EngineError:
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
     """The first ``count`` examples as (batch, indices) on the module's device."""
-    batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
-    return place(batch, module), indices.to(next(module.parameters()).device)
+    chosen = source.batches(stop=min(count, len(source)), size=count)
+    batch, indices = next(iter(source.indexed(chosen[:1])))
+    return source.placed(batch, module), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
     queries: ExampleSource, start: int, stop: int, module: nn.Module
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
-    for batch, indices in queries.loader(queries.batches(start, stop)):
-        yield place(batch, module), indices.to(device)
+    for batch, indices in queries.indexed(queries.batches(start, stop)):
+        yield queries.placed(batch, module), indices.to(device)

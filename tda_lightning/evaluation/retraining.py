@@ -26,7 +26,7 @@ from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import (
@@ -208,7 +208,7 @@ def of_each_batch(
         for indices in source.batches():
             examples = torch.tensor(indices)
             with seeded_examples(seed, examples):
-                results.append(read(place(fetch(source, examples), module)))
+                results.append(read(source.batch(examples, module)))
     return results
 
 

@@ -21,7 +21,7 @@ from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientE
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.pace import Pace
@@ -299,7 +299,7 @@ class Session:
         in every process and without a progress bar."""
         for chosen in order:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield place(fetch(self.examples, indices), self.module), indices.to(self.device)
+            yield self.examples.batch(indices, self.module), indices.to(self.device)
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
