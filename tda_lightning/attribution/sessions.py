@@ -102,8 +102,33 @@ def open_session(
 
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
-    """The first ``count`` examples as (batch, indices) on the module's device."""
-    batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
+    """``count`` examples spread over the data as (batch, indices) on the module's device: data may
+    be sorted (by length, by class), and the first ones alike."""
+    last, count = len(source) - 1, min(count, len(source))
+    spread = [position * last // max(1, count - 1) for position in range(count)]
+    try:
+        return _loaded(source, spread, module)
+    except (RuntimeError, ValueError, TypeError):
+        # They may differ too much for one batch, where neighbours are alike on purpose.
+        return _loaded(source, range(count), module)
+
+
+def sample_batches(
+    source: ExampleSource, count: int, module: nn.Module
+) -> Iterator[tuple[object, Tensor]]:
+    """Batches of ``count`` examples: spread over the data, and neighbours at its start, in its
+    middle and at its end."""
+    yield first_batch(source, count, module)
+    size = len(source)
+    if size > count:
+        for start in sorted({0, (size - count) // 2, size - count}):
+            yield _loaded(source, range(start, start + count), module)
+
+
+def _loaded(
+    source: ExampleSource, chosen: Sequence[int], module: nn.Module
+) -> tuple[object, Tensor]:
+    batch, indices = next(iter(source.loader([chosen])))
     return place(batch, module), indices.to(next(module.parameters()).device)
 
 
