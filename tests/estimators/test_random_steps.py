@@ -12,6 +12,7 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
+HAND_WRITTEN = ("vae",)  # losses that are no standard ones
 
 
 def scores_of(module, run, estimator, task=None, **options):
@@ -20,26 +21,18 @@ def scores_of(module, run, estimator, task=None, **options):
     return attribution.attribute(noisy.data(), QUERIES, trainer=quiet(), **options)
 
 
-@pytest.mark.parametrize("name", noisy.NOISE)
-def test_unrolling_replays_the_draws_of_the_run(name, tmp_path):
+@pytest.mark.parametrize("name", [name for name in noisy.NOISE if name not in HAND_WRITTEN])
+def test_what_the_run_drew_is_drawn_again(name, tmp_path):
     module, run = noisy.recorded(tmp_path / "run", name)
-    scores = scores_of(module, run, Unrolled())
-    expected = noisy.unrolled(module, run, QUERIES)
-    assert scores.provenance["certificate"]["bit_equal"]
-    assert noisy.relative(scores.values, expected) < 1e-8
 
+    unrolled = scores_of(module, run, Unrolled())
+    assert unrolled.provenance["certificate"]["bit_equal"]
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
 
-@pytest.mark.parametrize("name", noisy.NOISE)
-def test_tracin_draws_what_the_run_drew(name, tmp_path):
-    module, run = noisy.recorded(tmp_path / "run", name)
-    scores = scores_of(module, run, TracIn())
-    expected = noisy.tracin(module, run, QUERIES)
-    assert noisy.relative(scores.values, expected) < 1e-8
-    assert any("the run's own draws" in note for note in scores.provenance["notes"])
+    tracin = scores_of(module, run, TracIn())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+    for scores in (unrolled, tracin):
+        assert any("the run's own draws" in note for note in scores.provenance["notes"])
 
-
-@pytest.mark.parametrize("name", noisy.NOISE)
-def test_retraining_draws_what_the_run_drew(name, tmp_path):
-    module, run = noisy.recorded(tmp_path / "run", name)
-    weights = torch.ones(noisy.TRAIN)
-    assert landing_error(run, retrain(run, module, None, noisy.data(), weights)) < 1e-12
+    state = retrain(run, module, None, noisy.data(), torch.ones(noisy.TRAIN))
+    assert landing_error(run, state) < 1e-12
