@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.stacked_replay import replay_stacked
 from tda_lightning.optimizers import rule_of
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.session.moments import show
 from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
 
 Result = TypeVar("Result")
@@ -125,6 +127,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     with borrowed(replay.module), unchanged_randomness():
         load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
+        replay.see(0, 0)
         batch = replay.fetch(examples)
         with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
@@ -154,11 +157,19 @@ def measure(
     state: Mapping[str, Tensor],
     queries: object,
     batch_size: int = 256,
+    trajectory: Trajectory | None = None,
 ) -> Tensor:
-    """Measurement of every query under ``state``, in eval mode: [query]."""
+    """Measurement of every query under ``state``, in eval mode: [query].
+
+    Args:
+        trajectory: of the run that ends in ``state``, for a ``training_step`` that reads its epoch,
+            step or rates.
+    """
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
     return torch.cat(
-        of_each_batch(lambda b: chosen.measurement(module, b).detach(), module, state, source)
+        of_each_batch(
+            lambda b: chosen.measurement(module, b).detach(), module, state, source, trajectory
+        )
     )
 
 
@@ -168,11 +179,15 @@ def losses(
     state: Mapping[str, Tensor],
     dataset: object,
     batch_size: int = 256,
+    trajectory: Trajectory | None = None,
 ) -> Tensor:
-    """Loss of every training example under ``state``, in eval mode: [train]."""
+    """Loss of every training example under ``state``, in eval mode: [train], as in
+    :func:`measure`."""
     source, chosen = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
     return torch.cat(
-        of_each_batch(lambda b: chosen.train_loss(module, b).detach(), module, state, source)
+        of_each_batch(
+            lambda b: chosen.train_loss(module, b).detach(), module, state, source, trajectory
+        )
     )
 
 
@@ -181,13 +196,17 @@ def of_each_batch(
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
+    trajectory: Trajectory | None = None,
 ) -> list[Result]:
     """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
-    under ``state``."""
+    under ``state``, at the end of ``trajectory``."""
     results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
+        if trajectory is not None:
+            require_data_module(trajectory.facts, source)
+            show(module, trajectory, trajectory.last_step - 1, source=source)
         for indices in source.batches():
             examples = torch.tensor(indices)
             with seeded_examples(0, examples):
