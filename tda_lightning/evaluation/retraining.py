@@ -31,7 +31,13 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.moments import show
-from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    as_task,
+    numbered_draw,
+    seeded_examples,
+)
 
 Result = TypeVar("Result")
 
@@ -161,16 +167,24 @@ def measure(
 ) -> Tensor:
     """Measurement of every query under ``state``, in eval mode: [query].
 
+    Where it draws random numbers, it is the mean over ``task.draws`` draws, which are those that
+    scores are about.
+
     Args:
         trajectory: of the run that ends in ``state``, for a ``training_step`` that reads its epoch,
             step or rates.
     """
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
-    return torch.cat(
-        of_each_batch(
-            lambda b: chosen.measurement(module, b).detach(), module, state, source, trajectory
-        )
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.measurement(module, batch).detach()
+
+    each_draw = []
+    for number in range(chosen.draws):
+        with numbered_draw(number):
+            found = of_each_batch(read, module, state, source, MEASURED_SEED, trajectory)
+            each_draw.append(torch.cat(found))
+    return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
 
 
 def losses(
@@ -184,11 +198,11 @@ def losses(
     """Loss of every training example under ``state``, in eval mode: [train], as in
     :func:`measure`."""
     source, chosen = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
-    return torch.cat(
-        of_each_batch(
-            lambda b: chosen.train_loss(module, b).detach(), module, state, source, trajectory
-        )
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.train_loss(module, batch).detach()
+
+    return torch.cat(of_each_batch(read, module, state, source, trajectory=trajectory))
 
 
 def of_each_batch(
@@ -196,10 +210,11 @@ def of_each_batch(
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
+    seed: int = 0,
     trajectory: Trajectory | None = None,
 ) -> list[Result]:
     """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
-    under ``state``, at the end of ``trajectory``."""
+    under ``state``, at the end of ``trajectory``; ``seed`` is that of the noise drawn in it."""
     results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
@@ -209,7 +224,7 @@ def of_each_batch(
             show(module, trajectory, trajectory.last_step - 1, source=source)
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with seeded_examples(0, examples):
+            with seeded_examples(seed, examples):
                 results.append(read(source.batch(examples, module)))
     return results
 

@@ -168,7 +168,7 @@ class Replay:
         task's."""
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
-        with seeded_examples(0, examples):
+        with seeded_examples(0, examples, own_noise=False):
             losses = self.task.train_loss(self.module, batch)
         return losses.sum() * self.task.share(len(losses))
 
@@ -272,7 +272,7 @@ class Walk:
             if weights is None:
                 loss = replay.loss_as_trained(batch, examples)
             else:
-                with seeded_examples(0, examples):
+                with seeded_examples(0, examples, own_noise=False):
                     each = replay.task.train_loss(replay.module, batch)
                 loss = weighted_loss(replay.task, each, weights[examples])
             (loss / int(steps.accumulation[row])).backward()
