@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.checkpointing import without_reentrant_checkpoints
 from tda_lightning.runtime.compiled import run_eagerly
 from tda_lightning.runtime.silence import silenced
 
@@ -55,9 +56,10 @@ def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Run a module outside of training: nothing is compiled or logged, and its whole state is put
-    back at the end."""
-    with run_eagerly(module), restored(module), silenced(module):
+    """Run a module outside of training: nothing is compiled, checkpointed in the reentrant way or
+    logged, and its whole state is put back at the end."""
+    eager = run_eagerly(module)
+    with eager, without_reentrant_checkpoints(), restored(module), silenced(module):
         yield
 
 
