@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
 from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.session import Batch, Session, Stage
 
 NO_SELF = (
@@ -60,16 +61,19 @@ class TracIn:
                 the parameters.
         """
         require_rates(session.trajectory)
+        draws = RecordedDraws.of(session)
         for number, (start, step) in enumerate(_intervals(session)):
             weights = _weights(session, start, step)
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
-                for batch in session.walk_columns(f"TracIn, step {step}", step):
+                for batch in _uses(session, draws, start, step):
                     values = queries.dot(batch.gradients) / session.num_train
                     session.add(number, batch, values, first)
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
+                        if batch.signs is not None:
+                            own = own * batch.signs
                         session.add_self_influence(batch.examples, own / session.num_train)
         return {
             "checkpoints": [step for _, step in _intervals(session)],
@@ -98,6 +102,21 @@ class TracIn:
                 checkpoints.append(stage.first_step + step)
                 segments.append([stage.first_step + start, stage.first_step + step])
         return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+
+
+def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
+    """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
+    batches since the checkpoint before: an example's gradient is the mean over its uses, each with
+    what it drew."""
+    title, rows = f"TracIn, step {step}", range(start, step)
+    if draws is None:
+        yield from session.walk_columns(title, step)
+        return
+    steps = session.trajectory.steps
+    used = torch.cat([batch for row in rows for batch in steps.batches(row)])
+    shares = 1 / used.bincount(minlength=session.num_train).to(session.device, session.dtype)
+    for batch in draws.walk(title, step, rows):
+        yield replace(batch, signs=shares[batch.examples])
 
 
 def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
 from tda_lightning.tasks import (
@@ -33,6 +34,7 @@ from tda_lightning.tasks import (
     numbered_draw,
     seeded_examples,
 )
+from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
 _TRAINING = 0  # the seed of the noise of training losses
@@ -56,6 +58,7 @@ class Batch:
         position: of the batch in the order that was asked for.
         columns: of the scores that they belong to, int64 [batch].
         signs: what their gradients count by, [batch]; None: 1.
+        noise: what the training loss drew for this batch of the run; None: seeded draws.
     """
 
     session: Session
@@ -64,11 +67,12 @@ class Batch:
     position: int
     columns: Tensor
     signs: Tensor | None = None
+    noise: RecordedNoise | None = None
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
         """Per-example gradients of the training loss, factored, by block."""
-        return self.session.train_gradients(self.data, self.examples).blocks
+        return self.session.train_gradients(self.data, self.examples, self.noise).blocks
 
     @cached_property
     def measurement_gradients(self) -> dict[str, Gradient]:
@@ -106,6 +110,7 @@ class Session:
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        no_recorded_draws: why not, where the estimator asked for them.
         draws: over how many draws of them losses and their gradients are averaged.
     """
 
@@ -128,6 +133,7 @@ class Session:
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
+    no_recorded_draws: str | None = None
     draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _self_influence: Tensor | None = None
@@ -168,8 +174,10 @@ class Session:
     def load(self, step: int) -> None:
         """Put the weights and buffers of the checkpoint at ``step`` into the module.
 
-        They stay in memory: some estimators go back and forth between checkpoints.
+        The module's steps see the epoch and step that led there. The weights stay in memory: some
+        estimators go back and forth between checkpoints.
         """
+        show(self.module, self.trajectory, step - 1, source=self.examples)
         if self.loaded.trajectory is self.trajectory and self.loaded.step == step:
             return
         if step not in self._checkpoints:
@@ -333,9 +341,18 @@ class Session:
 
     # Per-example gradients at the weights in place.
 
-    def train_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the training loss."""
-        return self.engine.gradients(self.train_loss, batch, examples)
+    def train_gradients(
+        self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
+    ) -> ExampleGradients:
+        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        if noise is None:
+            return self.engine.gradients(self.train_loss, batch, examples)
+
+        def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
+                return self.task.train_loss(module, part)
+
+        return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
@@ -400,6 +417,8 @@ class Session:
                     " Some are drawn once for a whole batch: a draw has one value of them for all "
                     "examples, so that their mean takes several."
                 )
+            if self.no_recorded_draws is not None:
+                note += f" The run's own draws cannot be had: {self.no_recorded_draws}."
             if "partners" in self.noise:
                 note += (
                     " An example is mixed with another of its batch: its loss is that of its row "
