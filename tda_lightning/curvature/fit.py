@@ -24,11 +24,19 @@ from torch import Tensor
 
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.gradients import Basis, Block, Gradient, Joined, Reflections, scaled
+from tda_lightning.gradients import (
+    Basis,
+    Block,
+    Gradient,
+    Joined,
+    Reflections,
+    example_scaled,
+    scaled,
+)
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.session import Batch, Session
+from tda_lightning.session.session import Batch, Session, Span
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -71,6 +79,7 @@ def fit_curvature(
     title: str = "curvature",
     dense_side: int | None = None,
     bases: Bases | None = None,
+    used: Span | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature by unit, fitted in walks over the training set and kept next to the trajectory.
 
@@ -86,6 +95,8 @@ def fit_curvature(
             rank-limited. None: the defaults of ``curvature/sides.py``.
         bases: eigenvectors of both sides by unit, where they are known: ``ekfac`` then needs the
             walk for its eigenvalues alone.
+        used: the steps whose use of examples weighs them (docs/methods.md, "Uneven use"); None:
+            evenly.
 
     Raises:
         ValueError: ``exact`` for a model of too many parameters.
@@ -108,10 +119,10 @@ def fit_curvature(
         }
     known_kind = kind if bases is None else f"{kind} in {digest(bases)}"
     scale = dict(scale or {})
-    key = cache_key(session, known_kind, steps, seed, scale, limits(dense_side))
+    key = cache_key(session, known_kind, steps, seed, scale, limits(dense_side), used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return {name: spectrum.to(*place) for name, spectrum in _unpack(cached).items()}
-    walks = _Walks(kind, session, tuple(steps), scale, seed, title)
+    walks = _Walks(kind, session, tuple(steps), scale, seed, title, used)
     if kind == "exact":
         spectra = _fit_exact(walks)
     elif kind == "diagonal":
@@ -137,7 +148,9 @@ def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
         for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
             for name, gradient in walks.scaled(gradients.blocks).items():
                 rows = gradient.dense(slice(None)).flatten(1)
-                sums.add(name, [rows.T @ rows])
+                weights = walks.weights(batch)
+                weighted = rows if weights is None else rows * weights[:, None]
+                sums.add(name, [rows.T @ weighted])
     spectra = {}
     for name, (matrix,) in sums.means().items():
         eigenvalues, vectors = torch.linalg.eigh(matrix)
@@ -166,8 +179,9 @@ def _fit_bases(walks: _Walks, dense_side: int | None) -> Bases:
 def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectrum]:
     """Mean squares of the gradients' coordinates in ``bases``."""
     sums = _Sums(walks)
-    for name, gradient in walks.fisher_gradients(what):
-        sums.add(name, [gradient.sum_of_squares(*bases.get(name, (None, None)))])
+    for name, gradient, weights in walks.fisher_gradients(what):
+        rooted = gradient if weights is None else example_scaled(gradient, weights.sqrt())
+        sums.add(name, [rooted.sum_of_squares(*bases.get(name, (None, None)))])
     return {
         name: Spectrum(*bases.get(name, (None, None)), squares)
         for name, (squares,) in sums.means().items()
@@ -177,8 +191,8 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
 def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor]]:
     """Second moments of both sides, and the positions of an example, by unit."""
     sums = _Sums(walks)
-    for name, gradient in walks.fisher_gradients("covariances"):
-        sums.add(name, gradient.covariances(side_forms(gradient, dense_side)))
+    for name, gradient, weights in walks.fisher_gradients("covariances"):
+        sums.add(name, gradient.covariances(side_forms(gradient, dense_side), weights))
     return sums.means()
 
 
@@ -192,6 +206,7 @@ class _Walks:
     scale: Mapping[str, Tensor]
     seed: int
     title: str
+    used: Span | None
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
@@ -199,12 +214,17 @@ class _Walks:
             for batch in self.session.walk(f"{self.title}: {what}, step {step}", step):
                 yield step, batch
 
-    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient]]:
-        """Scaled Fisher gradients of every batch by unit, as (unit, gradient)."""
+    def weights(self, batch: Batch) -> Tensor | None:
+        """What each example of a batch counts by; None: 1."""
+        return None if self.used is None else batch.weights(self.used)
+
+    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient, Tensor | None]]:
+        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights)."""
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
             gradients = self.session.fisher_gradients(batch.data, batch.examples, self.seed + step)
-            yield from self.scaled(gradients.blocks).items()
+            for name, gradient in self.scaled(gradients.blocks).items():
+                yield name, gradient, self.weights(batch)
 
     def scaled(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -259,9 +279,10 @@ def cache_key(
     seed: int,
     scale: Mapping[str, Tensor],
     sides: Sequence[int] = (),
+    used: Span | None = None,
 ) -> str:
     """A digest of everything that determines fitted tensors; ``sides``: how wide sides are kept."""
-    description = {
+    description: dict[str, object] = {
         "format": _FORMAT,
         "kind": kind,
         "steps": steps,
@@ -272,6 +293,8 @@ def cache_key(
         "sampled": session.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
+    if used is not None and (weights := session.example_weights(used)) is not None:
+        description["weights"] = weights
     return digest(description)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
+from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Batch, Session, Stage
@@ -26,13 +27,15 @@ class TracIn:
     r"""Inner products of training and query gradients at the recorded checkpoints.
 
     .. math::
-        s_{qn} = \frac1N \sum_c w_c\, \nabla m_q(\theta_c)^\top \nabla l_n(\theta_c)
+        s_{qn} = \frac1N \sum_c w_c\, v_{cn}\, \nabla m_q(\theta_c)^\top \nabla l_n(\theta_c)
 
     This sums what each use of an example did to the query's measurement, and leaves out that later
     steps partly forget it. Each checkpoint c stands for the steps since the one before it, and
     :math:`w_c` is the sum of their applied rates (with momentum, times
-    (1 - dampening) / (1 - momentum)), for each parameter group. The paper writes :math:`\eta_c` for
-    :math:`w_c / N`, which gives the same ranking when checkpoints are evenly spaced.
+    (1 - dampening) / (1 - momentum)), for each parameter group. :math:`v_{cn}` is 1 where these
+    steps used all examples evenly (docs/methods.md, "Uneven use"). The paper writes
+    :math:`\eta_c` for :math:`w_c / N`, which gives the same ranking when checkpoints are evenly
+    spaced.
 
     References:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
@@ -67,14 +70,15 @@ class TracIn:
                 queries = session.query_gradients(first, last).scaled(weights)
                 for batch in session.walk_columns(f"TracIn, step {step}", step):
                     values = queries.dot(batch.gradients) / session.num_train
-                    session.add(number, batch, values, first)
+                    session.add(number, batch, values, first, used=(start, step))
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
-                        session.add_self_influence(batch.examples, own / session.num_train)
+                        own = own / session.num_train
+                        session.add_self_influence(batch.examples, own, used=(start, step))
         return {
             "checkpoints": [step for _, step in _intervals(session)],
             "segments": [[start, step] for start, step in _intervals(session)],
-            "notes": clipping_notes(session.trajectory, _neglected(session)),
+            "notes": clipping_notes(session.trajectory, _neglected(session)) + use_notes(session),
         }
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
