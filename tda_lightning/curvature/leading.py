@@ -77,13 +77,14 @@ def leading_directions(
         for step in steps:
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
-                sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
-                gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
-                inner = gradient.dot(vectors[:, None, None])
-                if used is not None and (weights := batch.weights(used)) is not None:
-                    inner = inner * weights
-                products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (session.num_train * len(steps))
+                weights = None if used is None else batch.weights(used)
+                for _ in session.each_draw():
+                    sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                    gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
+                    inner = gradient.dot(vectors[:, None, None])
+                    inner = inner if weights is None else inner * weights
+                    products += gradient.weighted_sums(inner).flatten(1)
+        products = session.reduce(products) / (session.num_train * len(steps) * session.draws)
         if number < _ROUNDS:
             vectors = torch.linalg.qr(products.T.double()).Q.T.to(*place)
     # Rayleigh-Ritz: the best eigenvectors within the subspace.

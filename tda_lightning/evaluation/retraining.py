@@ -26,10 +26,16 @@ from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    as_task,
+    numbered_draw,
+    seeded_examples,
+)
 
 Result = TypeVar("Result")
 
@@ -155,11 +161,21 @@ def measure(
     queries: object,
     batch_size: int = 256,
 ) -> Tensor:
-    """Measurement of every query under ``state``, in eval mode: [query]."""
+    """Measurement of every query under ``state``, in eval mode: [query].
+
+    Where it draws random numbers, it is the mean over ``task.draws`` draws, which are those that
+    scores are about.
+    """
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
-    return torch.cat(
-        of_each_batch(lambda b: chosen.measurement(module, b).detach(), module, state, source)
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.measurement(module, batch).detach()
+
+    each_draw = []
+    for number in range(chosen.draws):
+        with numbered_draw(number):
+            each_draw.append(torch.cat(of_each_batch(read, module, state, source, MEASURED_SEED)))
+    return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
 
 
 def losses(
@@ -181,17 +197,18 @@ def of_each_batch(
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
+    seed: int = 0,
 ) -> list[Result]:
     """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
-    under ``state``."""
+    under ``state``; ``seed`` is that of the noise that is drawn in it."""
     results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with seeded_examples(0, examples):
-                results.append(read(place(fetch(source, examples), module)))
+            with seeded_examples(seed, examples):
+                results.append(read(source.batch(examples, module)))
     return results
 
 

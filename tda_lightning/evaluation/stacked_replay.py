@@ -58,7 +58,7 @@ def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
             for examples in trajectory.steps.batches(row):
                 batch = replay.fetch(examples)
                 own = weights[:, examples].to(replay.device)
-                with seeded_examples(0, examples), no_randomness():
+                with seeded_examples(0, examples, own_noise=False), no_randomness():
                     found = each(stacked, own, batch)
                 (found.sum() / int(trajectory.steps.accumulation[row])).backward()
             _clip(replay, trained)

@@ -29,6 +29,8 @@ class AttributionTask(ABC):
             repeats the mean loss of the batch.
         training_batch_size: examples per batch in training, where that is known; set before
             :meth:`prepare`. A loss that *sums* over its batch needs it.
+        draws: over how many draws of its own noise a loss that draws random numbers (a VAE, a
+            diffusion model, mixup) is averaged.
 
     Example:
         >>> class Logistic(AttributionTask):
@@ -44,6 +46,7 @@ class AttributionTask(ABC):
     layers: Sequence[str] | None = None
     separable: bool = True
     training_batch_size: int | None = None
+    draws: int = 1
 
     @abstractmethod
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
