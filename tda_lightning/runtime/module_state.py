@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tda_lightning.runtime.compiled import run_eagerly
 from tda_lightning.runtime.silence import silenced
+from tda_lightning.runtime.stand_in import stand_in_for_trainer
 
 Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
@@ -55,9 +56,9 @@ def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Run a module outside of training: nothing is compiled or logged, and its whole state is put
-    back at the end."""
-    with run_eagerly(module), restored(module), silenced(module):
+    """Run a module outside of training: nothing is compiled or logged, a stand-in takes the place
+    of the trainer, and its whole state is put back at the end."""
+    with run_eagerly(module), restored(module), silenced(module), stand_in_for_trainer(module):
         yield
 
 

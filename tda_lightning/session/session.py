@@ -25,6 +25,7 @@ from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
 from tda_lightning.tasks import (
@@ -178,8 +179,10 @@ class Session:
     def load(self, step: int) -> None:
         """Put the weights and buffers of the checkpoint at ``step`` into the module.
 
-        They stay in memory: some estimators go back and forth between checkpoints.
+        The module's steps see the epoch and step that led there. The weights stay in memory: some
+        estimators go back and forth between checkpoints.
         """
+        show(self.module, self.trajectory, step - 1, source=self.examples)
         if self.loaded.trajectory is self.trajectory and self.loaded.step == step:
             return
         if step not in self._checkpoints:

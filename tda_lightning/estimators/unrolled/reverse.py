@@ -134,7 +134,8 @@ class ReverseSweeps:
         batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
-            for examples, draws, counts in reversed(batches):
+            for number, (examples, draws, counts) in reversed([*enumerate(batches)]):
+                replay.see(state.row, number)
                 if not self._chunk:
                     self._settle(state.row, examples, draws)
                 load_tensors(replay.module, counts)
