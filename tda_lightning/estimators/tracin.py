@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tda_lightning.estimators.pairs import paired
 from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.session import Batch, Session, Stage
 
 NO_SELF = (
@@ -63,18 +64,23 @@ class TracIn:
                 the parameters.
         """
         require_rates(session.trajectory)
+        draws = RecordedDraws.of(session)
         for number, (start, step) in enumerate(_intervals(session)):
             weights = _weights(session, start, step)
+            # Recorded batches hold each example as often as it was drawn.
+            used = (start, step) if draws is None else None
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
-                for batch in session.walk_columns(f"TracIn, step {step}", step):
+                for batch in _uses(session, draws, start, step):
                     values = queries.dot(batch.gradients) / session.num_train
-                    session.add(number, batch, values, first, used=(start, step))
+                    session.add(number, batch, values, first, used)
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
+                        if batch.signs is not None:
+                            own = own * batch.signs
                         own = own / session.num_train
-                        session.add_self_influence(batch.examples, own, used=(start, step))
+                        session.add_self_influence(batch.examples, own, used)
         return {
             "checkpoints": [step for _, step in _intervals(session)],
             "segments": [[start, step] for start, step in _intervals(session)],
@@ -102,6 +108,21 @@ class TracIn:
                 checkpoints.append(stage.first_step + step)
                 segments.append([stage.first_step + start, stage.first_step + step])
         return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+
+
+def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
+    """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
+    batches since the checkpoint before: an example's gradient is the sum over its uses, each with
+    what it drew, relative to the uses of an average one."""
+    title, rows = f"TracIn, step {step}", range(start, step)
+    if draws is None:
+        yield from session.walk_columns(title, step)
+        return
+    steps = session.trajectory.steps
+    uses = sum(len(batch) for row in rows for batch in steps.batches(row))
+    for batch in draws.walk(title, step, rows):
+        share = torch.full((len(batch.examples),), session.num_train / uses, dtype=session.dtype)
+        yield replace(batch, signs=share.to(session.device))
 
 
 def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:

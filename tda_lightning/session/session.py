@@ -35,6 +35,7 @@ from tda_lightning.tasks import (
     numbered_draw,
     seeded_examples,
 )
+from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
@@ -61,6 +62,7 @@ class Batch:
         used_as: the training examples whose use in training they have, int64 [batch]; -1 for an
             average one.
         signs: what their gradients count by, [batch]; None: 1.
+        noise: what the training loss drew for this batch of the run; None: seeded draws.
     """
 
     session: Session
@@ -70,6 +72,7 @@ class Batch:
     columns: Tensor
     used_as: Tensor
     signs: Tensor | None = None
+    noise: RecordedNoise | None = None
 
     def weights(self, used: Span) -> Tensor | None:
         """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
@@ -78,7 +81,7 @@ class Batch:
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
         """Per-example gradients of the training loss, factored, by block."""
-        return self.session.train_gradients(self.data, self.examples).blocks
+        return self.session.train_gradients(self.data, self.examples, self.noise).blocks
 
     @cached_property
     def measurement_gradients(self) -> dict[str, Gradient]:
@@ -116,6 +119,7 @@ class Session:
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        no_recorded_draws: why not, where the estimator asked for them.
         draws: over how many draws of them losses and their gradients are averaged.
     """
 
@@ -138,6 +142,7 @@ class Session:
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
+    no_recorded_draws: str | None = None
     draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
@@ -382,9 +387,18 @@ class Session:
 
     # Per-example gradients at the weights in place.
 
-    def train_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the training loss."""
-        return self.engine.gradients(self.train_loss, batch, examples)
+    def train_gradients(
+        self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
+    ) -> ExampleGradients:
+        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        if noise is None:
+            return self.engine.gradients(self.train_loss, batch, examples)
+
+        def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
+                return self.task.train_loss(module, part)
+
+        return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
@@ -449,6 +463,8 @@ class Session:
                     " Some are drawn once for a whole batch: a draw has one value of them for all "
                     "examples, so that their mean takes several."
                 )
+            if self.no_recorded_draws is not None:
+                note += f" The run's own draws cannot be had: {self.no_recorded_draws}."
             if "partners" in self.noise:
                 note += (
                     " An example is mixed with another of its batch: its loss is that of its row "

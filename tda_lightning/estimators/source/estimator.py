@@ -41,6 +41,7 @@ from tda_lightning.optimizers import applied_rates, require_formula, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
+from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.session import Session, Stage
 
 ORDERS = ("average", "recorded")
@@ -266,6 +267,9 @@ class Source:
             if not linear:
                 stepwise.require_memory(session)
         records = trajectory.segments(cuts)
+        draws = RecordedDraws.of(session) if recorded_order else None
+        if draws is not None:
+            draws.prepare("recorded draws", range(records[0].start, records[-1].stop))
         leading = self.leading(session, len(records))
         segments = []
         for number, steps in enumerate(records):
@@ -281,6 +285,7 @@ class Source:
                     single_steps=single_steps,
                     goes_back=number > 0 or bool(stage.carried),
                     couples=bool(stage.frozen) and self.curvature != "identity",
+                    draws=draws,
                 )
             )
         return FittedStage(stage, segments, cross, copies, leading, products)
