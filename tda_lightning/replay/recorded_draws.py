@@ -146,4 +146,4 @@ class RecordedDraws:
             with restored(session.module, "buffers"), replay.as_trained():
                 left = noise.note(lambda: replay.loss_as_trained(data, examples))
         indices = examples.to(session.device)
-        return Batch(session, data, indices, 0, indices, noise=noise), left
+        return Batch(session, data, indices, 0, indices, indices, noise=noise), left

@@ -348,8 +348,8 @@ class ExampleSource:
                 raise ValueError(
                     f"What a batch holds at {where} depends on all its examples: in a batch of "
                     "one, collate_fn (or a transfer hook) gives something else, so an example's "
-                    "loss is not its own. Do in training_step what needs the whole batch, or let each "
-                    "example be treated alone."
+                    "loss is not its own. Do in training_step what needs the whole batch, or let "
+                    "each example be treated alone."
                 )
             layout = _Layout(rule, order_kept=where is None)
         self._layouts[signature(batch)] = layout
