@@ -149,4 +149,4 @@ class RecordedDraws:
                 left = noise.note(lambda: replay.loss_as_trained(data, examples))
         session.load(session.loaded_step)  # whose moment the step sees from here on
         indices = examples.to(session.device)
-        return Batch(session, data, indices, 0, indices, noise=noise), left
+        return Batch(session, data, indices, 0, indices, indices, noise=noise), left

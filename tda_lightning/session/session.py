@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -37,6 +38,7 @@ from tda_lightning.tasks import (
 from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
+Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
 
 
@@ -57,6 +59,8 @@ class Batch:
         examples: indices in the training set, int64 [batch].
         position: of the batch in the order that was asked for.
         columns: of the scores that they belong to, int64 [batch].
+        used_as: the training examples whose use in training they have, int64 [batch]; -1 for an
+            average one.
         signs: what their gradients count by, [batch]; None: 1.
         noise: what the training loss drew for this batch of the run; None: seeded draws.
     """
@@ -66,8 +70,13 @@ class Batch:
     examples: Tensor
     position: int
     columns: Tensor
+    used_as: Tensor
     signs: Tensor | None = None
     noise: RecordedNoise | None = None
+
+    def weights(self, used: Span) -> Tensor | None:
+        """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
+        return self.session.weights(self.used_as, used)
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
@@ -136,6 +145,7 @@ class Session:
     no_recorded_draws: str | None = None
     draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
 
     @property
@@ -213,7 +223,7 @@ class Session:
         own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
-            yield Batch(self, data, examples, position, examples)
+            yield Batch(self, data, examples, position, examples, examples)
 
     def walk_columns(
         self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
@@ -245,6 +255,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
+            used_as = [edits.edits[column].index for column in columns]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
@@ -252,6 +263,7 @@ class Session:
                 torch.tensor(examples, device=self.device),
                 position,
                 torch.tensor(columns, device=self.device),
+                torch.tensor([-1 if n is None else n for n in used_as], device=self.device),
                 signs.to(self.device),
             )
 
@@ -260,8 +272,38 @@ class Session:
         terms of the edits that change it."""
         return [index] if self.edits is None else self.edits.positions_of(index)
 
-    def add(self, segment: int | None, batch: Batch, values: Tensor, first_query: int = 0) -> None:
-        """Add the scores of a batch of :meth:`walk_columns`, [query, batch]."""
+    def example_weights(self, used: Span) -> Tensor | None:
+        """How much each training example was used in the steps of ``used``, relative to even use,
+        float64 [train]; None: all evenly, or unknown
+        (:func:`~tda_lightning.records.example_use.example_weights`)."""
+        if used not in self._weights:
+            run, share = self.trajectory, self.task.share
+            self._weights[used] = example_weights(run, *used, self.num_train, share)
+        return self._weights[used]
+
+    def weights(self, examples: Tensor, used: Span) -> Tensor | None:
+        """:meth:`example_weights` of some training examples; -1 stands for an average one."""
+        weights = self.example_weights(used)
+        if weights is None:
+            return None
+        with_average = torch.cat([weights, torch.ones_like(weights[:1])])  # their mean is 1
+        return with_average[examples.cpu()].to(self.device, self.dtype)
+
+    def add(
+        self,
+        segment: int | None,
+        batch: Batch,
+        values: Tensor,
+        first_query: int = 0,
+        used: Span | None = None,
+    ) -> None:
+        """Add the scores of a batch of :meth:`walk_columns`, [query, batch].
+
+        Args:
+            used: each example counts by how much these steps used it; None: as ``values`` has it.
+        """
+        if used is not None and (weights := batch.weights(used)) is not None:
+            values = values * weights
         if batch.signs is not None:
             values = values * batch.signs
         self.scores.add(segment, batch.columns, values, first_query)
@@ -317,8 +359,12 @@ class Session:
         torch.distributed.all_reduce(total)
         return total
 
-    def add_self_influence(self, examples: Tensor, values: Tensor) -> None:
-        """Add to the self-influence of ``examples`` [batch]."""
+    def add_self_influence(
+        self, examples: Tensor, values: Tensor, used: Span | None = None
+    ) -> None:
+        """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
+        if used is not None and (weights := self.weights(examples, used)) is not None:
+            values = values * weights
         if self._self_influence is None:
             self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
         self._self_influence.index_add_(0, examples, values.to(self._self_influence))

@@ -36,6 +36,7 @@ from tda_lightning.estimators.source.segments import (
     segment_geometry,
 )
 from tda_lightning.estimators.tracin import NO_SELF
+from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_formula, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
@@ -296,24 +297,28 @@ class Source:
         if self.curvature == MATRIX_FREE:
             return segment_geometry(session, steps, "exact"), {}
         title, checkpoints = f"segment {number + 1}", steps.checkpoints
+        used = (steps.start, steps.stop)
         geometry = segment_geometry(session, steps, self.curvature)
         spectra = curvature_of(
             self.statistics,
             self.curvature,
             session,
-            (steps.start, steps.stop),
+            used,
             checkpoints,
             geometry.scale,
             self.seed,
             title,
             self.dense_side,
+            used,
         )
         if not leading:
             return geometry, spectra
         # With leading directions, the unit of curvature is all parameters together.
         geometry = segment_geometry(session, steps, "exact")
         scale = geometry.scale.get(WHOLE)
-        directions = leading_directions(leading, session, checkpoints, scale, self.seed, title)
+        directions = leading_directions(
+            leading, session, checkpoints, scale, self.seed, title, used
+        )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
 
     def leading(self, session: Session, num_segments: int) -> int:
@@ -387,6 +392,8 @@ class FittedStage:
         notes = clipping_notes(session.trajectory)
         if self.cross is not stepwise.cross:  # which takes every group's own rate at every step
             notes += _notes_on_rates(session, segments)
+        if self.cross not in (recorded.cross, stepwise.cross):  # which follow the batches
+            notes += use_notes(session)
         if session.self_influence and self.cross is stepwise.cross:
             notes.append(_NO_SELF_STEPWISE)
         if session.self_influence and self.products is not None:

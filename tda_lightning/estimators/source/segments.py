@@ -39,7 +39,7 @@ from tda_lightning.optimizers import (
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
 from tda_lightning.replay.recorded_draws import RecordedDraws
-from tda_lightning.session.session import Batch, Session
+from tda_lightning.session.session import Batch, Session, Span
 
 # Derivatives of the queries' measurements at one moment of training, by unit of curvature:
 # [component, query, groups, rows, columns]. The first component is that of the parameters, the
@@ -184,6 +184,11 @@ class FittedSegment:
     def title(self) -> str:
         """For progress bars."""
         return f"segment {self.number + 1}"
+
+    @property
+    def used(self) -> Span:
+        """Its steps, whose use of examples weighs them."""
+        return self.steps.start, self.steps.stop
 
     @property
     def grouping(self) -> str:
