@@ -21,7 +21,7 @@ from tda_lightning import Trajectory
 from tda_lightning.tasks import TrainingStepTask
 from tests.runs import fit
 
-RATE, MOMENTUM, BATCH, TRAIN, FEATURES, CLASSES = 0.2, 0.5, 4, 12, 4, 3
+RATE, MOMENTUM, BATCH, TRAIN, FEATURES, CLASSES = 0.2, 0.5, 4, 10, 4, 3
 Step = Callable[[Any, Tensor, Tensor], Tensor]
 
 
@@ -345,7 +345,7 @@ def unrolled(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tenso
 
 def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
     """Every use at the checkpoint after it, with what it drew, by plain autograd, one example
-    after the other; rates are constant and each example is used evenly."""
+    after the other; rates are constant."""
     x, y = data().tensors
     scores = torch.zeros(len(queries), TRAIN, dtype=torch.float64)
     before = 0
@@ -359,7 +359,7 @@ def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
 
             with drawing(module.states[row]):
                 own = gradients(module, run, step, rows)
-            uses = RATE / (1 - MOMENTUM) / BATCH
+            uses = RATE / (1 - MOMENTUM) / len(chosen)
             scores.index_add_(1, chosen, uses * measured @ own.T)
         before = step
     return scores

@@ -79,6 +79,16 @@ class RecordedDraws:
                 number += 1
         self._compare(rows.stop)
 
+    def shares(self, rows: range) -> list[tuple[int, float]]:
+        """The size of each batch of some rows, and the weight of its examples' losses in their
+        step's loss."""
+        steps, share = self.trajectory.steps, self.session.task.share
+        return [
+            (len(batch), share(len(batch)) / int(steps.accumulation[row]))
+            for row in rows
+            for batch in steps.batches(row)
+        ]
+
     def prepare(self, title: str, rows: range) -> None:
         """Find out the states before the batches of some rows, for :meth:`walk_places`."""
         for row in self.session.loop(title, self._rows_to(rows)):
