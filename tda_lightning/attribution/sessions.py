@@ -17,6 +17,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
 from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
@@ -118,7 +119,9 @@ def open_session(
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     with seeded_examples(0, indices):
         task.prepare(module, batch)
-    task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
+    trainer = stand_in_of(module)
+    unknown = [] if trainer is None else trainer.unknown
+    task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
     try:
         engine.discover(session.train_loss, batch, indices, task.separable)
     except EngineError as error:
