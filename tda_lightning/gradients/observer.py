@@ -90,7 +90,12 @@ class Observer(Capture):
             lead = output.shape[: max(0, output.dim() - len(shape))]
             if name in _VIEWS and output.shape[len(lead) :] == shape and lead.numel() == 1:
                 self._outputs[id(output)] = (weakref.ref(output), use)
-            elif output.shape != shape and len(given) == 2 and use not in self._broadcast:
+            elif (
+                name in _SUMS
+                and output.shape != shape
+                and len(given) == 2
+                and use not in self._broadcast
+            ):
                 self._broadcast[use] = WatchedOutput()
                 self.watch(self._broadcast[use], output)
 

@@ -152,6 +152,7 @@ class CurvatureStatistics(Observer):
         self._blocks: list[Block] = []
         self._checked = False  # every use of the parameters has been seen
         self._layouts: Layouts = {}  # where the examples are, observed once
+        self._weighed: tuple[list[Tensor | None], Tensor] | None = None
         self._left_out: set[str] = set()  # blocks without gradients of single examples
         self._waiting: tuple[CallObserver, int] | None = None  # for training's own backward pass
         self._batch: dict[str, BlockStatistics] = {}  # of a batch before its backward pass
@@ -183,7 +184,7 @@ class CurvatureStatistics(Observer):
     def begin_stage(self) -> None:
         self._parameters = self._trained.of_stage()
         self._blocks, self._checked = [], False
-        self._layouts, self._left_out = {}, set()
+        self._layouts, self._left_out, self._weighed = {}, set(), None
         for name, parameter in self._parameters.items():
             if kept_entries(name, parameter) is not None:
                 raise UnsupportedTrainingError(
@@ -252,7 +253,7 @@ class CurvatureStatistics(Observer):
             )
         parameters = list(self._parameters.values()) if not self._checked else []
         if not self._checked:
-            self._locate(calls, outputs, gradients, len(examples))
+            self._weigh(calls, outputs, gradients, len(examples))
         own = self._backward(calls, outputs, gradients, parameters)
         self._add(calls, len(examples), dict(zip(self._parameters, own, strict=False)))
 
@@ -284,27 +285,21 @@ class CurvatureStatistics(Observer):
         if not reached:
             return
         outputs, gradients = zip(*reached, strict=True)
-        self._locate(calls, outputs, gradients, size)
+        self._weigh(calls, outputs, gradients, size)
         own = self._backward(calls, outputs, gradients, list(self._parameters.values()))
         self._gradients(calls, size, dict(zip(self._parameters, own, strict=True)))
         calls.forget()
 
-    def _locate(
+    def _weigh(
         self, calls: CallObserver, outputs: Any, gradients: Sequence[Tensor], size: int
     ) -> None:
-        """Find out once where the examples are in every layer's output, by output gradients that
-        are weighted by example."""
+        """Before the first gradients: those of weighted examples, which show afterwards where the
+        examples are in every layer's output."""
         weights = irregular_weights(size, gradients[0])
         weighted = example_weighted(gradients, weights)
-        if weighted is None:
-            return
-        self._backward(calls, outputs, weighted)
-        others = [use.gradient for use in calls.reached()]
-        self._backward(calls, outputs, gradients)
-        uses = calls.reached()
-        if len(uses) == len(others):
-            self._layouts = observed_layouts(uses, others, weights)
-        calls.forget()
+        if weighted is not None:
+            self._backward(calls, outputs, weighted)
+            self._weighed = ([use.gradient for use in calls.reached()], weights)
 
     def end_backward(self) -> None:
         if self._waiting is not None:
@@ -347,6 +342,10 @@ class CurvatureStatistics(Observer):
         for use in uses:
             if factor != 1 and use.gradient is not None:
                 use.gradient = use.gradient * factor
+        if self._weighed is not None:
+            (others, weights), self._weighed = self._weighed, None
+            if len(others) == len(uses):
+                self._layouts = observed_layouts(uses, others, weights)
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
             self._blocks = plan_blocks(shapes, uses)
