@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
+from tda_lightning.cli.recorded_run import load_parts
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.evaluation import Estimate, Smoothness
 
@@ -58,6 +59,16 @@ def test_scores_say_how_they_were_made(run):
     assert made["config"]["estimator"]["num_segments"] == 3
     assert {"torch", "lightning", "tda-lightning"} <= set(made["versions"])
     assert len(made["predictions"]) == 3
+
+
+def test_draws_reach_the_task_of_every_command(run, capsys):
+    config = OmegaConf.create({"data": {}, "trust_config": False, "draws": 3})
+    assert load_parts(config, load_config(run))[2].draws == 3
+    assert main(["attribute", "trajectory=runs/digits", "estimator=tracin", "draws=0"]) == 1
+    assert "draws must be at least 1" in capsys.readouterr().err
+    for command in ("attribute", "plan", "evaluate"):
+        assert main([command, "--cfg", "job"]) == 0
+        assert "draws: null" in capsys.readouterr().out
 
 
 def test_a_report_and_an_inspection(run, capsys):
