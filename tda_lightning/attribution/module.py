@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -230,7 +231,9 @@ class AttributionModule(LightningModule):
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
             session = open_session(self.stages[-1], training, queries, self_influence=False)
-            for source, loss in ((training, session.train_loss), (queries, session.measurement)):
+            asked = replace(queries, example=session.examples.example).checked(session.module)
+            sides = (session.examples, session.train_loss), (asked, session.measurement)
+            for source, loss in sides:
                 alone = "partners" not in session.noise
                 for batch, indices in sample_batches(source, examples, session.module):
                     found = largest_errors(session.engine, loss, batch, indices, alone)

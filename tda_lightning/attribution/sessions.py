@@ -4,6 +4,7 @@ task prepared, the last checkpoint loaded."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import seeded_examples, watching_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -38,6 +39,8 @@ def open_members(
         open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
     ]
     for stages in opened:
+        if edits is not None:
+            edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
     return opened
 
@@ -86,7 +89,10 @@ def open_session(
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
+    if type(task).example is not AttributionTask.example:
+        examples, queries = (replace(one, example=task.example) for one in (examples, queries))
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
+    examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
     session = Session(
         module=module,
@@ -112,6 +118,7 @@ def open_session(
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     with seeded_examples(0, indices):
         task.prepare(module, batch)
+    task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
     try:
         engine.discover(session.train_loss, batch, indices, task.separable)
     except EngineError as error:
@@ -188,7 +195,7 @@ def _loaded(
     source: ExampleSource, chosen: Sequence[int], module: nn.Module
 ) -> tuple[object, Tensor]:
     batch, indices = next(iter(source.indexed([chosen])))
-    return source.placed(batch, module), indices.to(next(module.parameters()).device)
+    return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
@@ -196,4 +203,4 @@ def _query_batches(
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
     for batch, indices in queries.indexed(queries.batches(start, stop)):
-        yield queries.placed(batch, module), indices.to(device)
+        yield queries.placed(batch, module, indices), indices.to(device)

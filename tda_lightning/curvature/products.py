@@ -107,6 +107,12 @@ class Products:
         self, kind: str, session: Session, *, by_block: bool = False, used: Span | None = None
     ) -> None:
         check_product(kind)
+        if session.engine.masked:
+            raise UnsupportedTrainingError(
+                f"Hooks hold some entries of {', '.join(session.engine.masked)} fixed, of which "
+                "products with the curvature know nothing. Use a curvature that is made of "
+                "gradients (EK-FAC, K-FAC, diagonal), or freeze whole parameters."
+            )
         self.kind, self.session, self.by_block, self.used = kind, session, by_block, used
         self.counted = 0.0
         self._way = 0
