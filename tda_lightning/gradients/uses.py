@@ -112,9 +112,9 @@ class Use(WatchedOutput, ABC):
         output was broadcast to. None for a kind that cannot."""
         return None
 
-    def same(self, gradient: Tensor, **tensors: Tensor | None) -> Use:
+    def same(self, gradient: Tensor, **given: object) -> Use:
         """This use with other tensors of the same rows."""
-        other = replace(self, **tensors)  # type: ignore[arg-type]
+        other = replace(self, **given)  # type: ignore[arg-type]
         other.gradient, other.output_shape, other.layout = gradient, gradient.shape, self.layout
         other.edge = self.edge
         return other
@@ -300,7 +300,7 @@ class ScaleAndShift(Use):
         if not axes:
             gradient, factor = (None if v is None else v.flatten() for v in (gradient, factor))
         assert gradient is not None
-        return replace(self, axes=axes).same(gradient, factor=factor)
+        return self.same(gradient, factor=factor, axes=axes)
 
     def add_to(self, parts: BlockParts, batch: int) -> None:
         assert self.gradient is not None
