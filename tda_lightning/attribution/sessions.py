@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import seeded_examples, watching_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -39,6 +40,8 @@ def open_members(
         open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
     ]
     for stages in opened:
+        if edits is not None:
+            edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
     return opened
 
@@ -87,7 +90,10 @@ def open_session(
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
+    if type(task).example is not AttributionTask.example:
+        examples, queries = (replace(one, example=task.example) for one in (examples, queries))
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
+    examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
     session = Session(
         module=module,
@@ -114,6 +120,7 @@ def open_session(
     with _noise_explained(session, batch, indices):
         with seeded_examples(0, indices):
             task.prepare(module, batch)
+        task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.separable)
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
@@ -216,7 +223,7 @@ def _loaded(
     source: ExampleSource, chosen: Sequence[int], module: nn.Module
 ) -> tuple[object, Tensor]:
     batch, indices = next(iter(source.indexed([chosen])))
-    return source.placed(batch, module), indices.to(next(module.parameters()).device)
+    return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
@@ -224,4 +231,4 @@ def _query_batches(
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
     for batch, indices in queries.indexed(queries.batches(start, stop)):
-        yield queries.placed(batch, module), indices.to(device)
+        yield queries.placed(batch, module, indices), indices.to(device)

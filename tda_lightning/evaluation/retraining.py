@@ -223,6 +223,7 @@ def of_each_batch(
         if trajectory is not None:
             require_data_module(trajectory.facts, source)
             show(module, trajectory, trajectory.last_step - 1, source=source)
+        source = source.checked(module)
         for indices in source.batches():
             examples = torch.tensor(indices)
             batch = source.batch(examples, module)

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.fused_layers import normalized_weight
 from tda_lightning.records.errors import EngineError
 from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.origins import inherit
+from tda_lightning.runtime.structures import mapped
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
 
@@ -84,9 +85,9 @@ def in_double(module: nn.Module) -> Iterator[None]:
 
 def doubled(batch: Batch) -> Batch:
     """A batch with its floating-point tensors in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
-    )
+    changed = mapped(lambda part: part.double() if part.is_floating_point() else part, batch)
+    inherit(batch, changed, doubled)
+    return changed
 
 
 def functional_gradients(
@@ -112,8 +113,10 @@ def functional_gradients(
     if not names:
         return {}
     try:
-        losses, gradients = _by_vmap(module, names, loss, batch, examples)
-        if not _alike(losses, together):
+        one = len(examples) == 1
+        way = _one_by_one if one else _by_vmap
+        losses, gradients = way(module, names, loss, batch, examples)
+        if not one and not _alike(losses, together):
             # vmap cuts a batch in its own way.
             losses, gradients = _one_by_one(module, names, loss, batch, examples)
     except Exception as error:  # any failure of vmap has the same remedy
@@ -159,18 +162,16 @@ def _alike(alone: Tensor, together: Tensor | None) -> bool:
 def _by_vmap(
     module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    leaves, structure = pytree.tree_flatten(batch)
-    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
+    leaves, sliced, single = batches.apart(batch, len(examples))
     lossy = Lossy(module, loss)
     values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
 
     def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
-        single = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
-        arguments = (pytree.tree_unflatten(single, structure), example[None])
+        arguments = (single(parts), example[None])
         with Capture({}):
             return torch.func.functional_call(lossy, parameters, arguments).sum()
 
-    axes = (None, [0 if cut else None for cut in sliced], 0)
+    axes = (None, sliced, 0)
     mapped = torch.func.vmap(torch.func.grad_and_value(example_loss), axes, chunk_size=_CHUNK)
     with parameters_frozen(module), torch.enable_grad():
         gradients, losses = mapped(values, leaves, examples)

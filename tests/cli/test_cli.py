@@ -1,7 +1,9 @@
 """The command line, from training to the report, on a tiny run of the digits."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -371,3 +373,29 @@ def test_a_trusted_configuration_may_build_anything():
     with pytest.raises(ValueError, match="which is not part of this library's"):
         build(node, trust=False)
     assert build(node, trust=True) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "attribute"])
+def test_sigterm_ends_a_command(command, run, monkeypatch, capsys):
+    """With status 143, and without a file of scores."""
+
+    def terminated(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    scores = {path.name for path in (run / "scores").iterdir()}
+    if command == "train":
+        monkeypatch.setattr(
+            "tda_lightning.examples.models.modules.Classifier.on_train_batch_start",
+            terminated,
+            raising=False,
+        )
+        status = main(["train", *TINY, "output=runs/other"])
+        said = "tda train: ended by SIGTERM"
+        assert Trajectory.load("runs/other").num_steps == 1
+    else:
+        monkeypatch.setattr("tda_lightning.estimators.TracIn.score", terminated)
+        status = main(["attribute", "trajectory=runs/digits", "estimator=tracin"])
+        said = "Interrupted"
+    assert status == 128 + signal.SIGTERM
+    assert said in capsys.readouterr().err
+    assert {path.name for path in (run / "scores").iterdir()} == scores
