@@ -43,6 +43,7 @@ from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
+from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
@@ -303,7 +304,9 @@ class AttributionModule(LightningModule):
     def predict_step(self, batch: object, batch_idx: int) -> Tensor:
         """All the work of an attribution."""
         assert self._work is not None
-        self._result = self._work()
+        launcher = self.trainer.strategy.launcher
+        with ended_by_sigterm(lambda number: launcher.kill(number) if launcher else None):
+            self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
     def _score_members(

@@ -38,6 +38,9 @@ class TracIn:
     :math:`\eta_c` for :math:`w_c / N`, which gives the same ranking when checkpoints are evenly
     spaced.
 
+    Of a loss that draws random numbers the gradients are those of the run's own draws: the sum over
+    an example's uses takes the place of one gradient for all (docs/methods.md, "Random steps").
+
     References:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
           section 3

@@ -123,8 +123,8 @@ class Replay:
         precision = str(facts.settings.get("precision", "32-true"))
         if precision not in ("32-true", "64-true", "32", "64"):
             raise UnsupportedTrainingError(
-                f"The run was trained with precision={precision}; the replay is written for true "
-                "precision (32-true, 64-true), and would land elsewhere."
+                f"The run was trained with precision={precision}; the replay is written for "
+                "32-true and 64-true, and would land elsewhere."
             )
         if facts.num_examples not in (None, len(self.source)):
             raise TrajectoryMismatchError(

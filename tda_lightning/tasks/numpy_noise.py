@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from tda_lightning.runtime.seeded_generators import drawn_from_numpy
 
 # The place of ``size`` among the arguments.
 _SIZES = {
@@ -56,22 +59,24 @@ class Numbers(Protocol):
         """0 to high - 1."""
 
 
+_numbers: ContextVar[Callable[[], Numbers]] = ContextVar("numpy_numbers")
+
+
 @contextmanager
 def numpy_drawing_from(numbers: Callable[[], Numbers]) -> Iterator[None]:
-    """Let the functions of ``numpy.random`` draw from ``numbers()`` while active."""
-    replaced: dict[str, Callable[..., Any]] = {
-        **{name: _sized(name, place, numbers) for name, place in _SIZES.items()},
-        "rand": lambda *size: _drawn("random", (), size or None, numbers()),
-        "randn": lambda *size: _drawn("standard_normal", (), size or None, numbers()),
-        "permutation": lambda x: _permuted(x, numbers()),
-        "shuffle": lambda x: _shuffle(x, numbers()),
-    }
-    before = {name: getattr(np.random, name) for name in replaced}
-    _set(replaced)
+    """Let the functions of ``numpy.random`` draw from ``numbers()`` while active, once something
+    was seen to use them."""
+    if not drawn_from_numpy():
+        yield
+        return
+    token = _numbers.set(numbers)
+    before = {name: getattr(np.random, name) for name in _REPLACED}
+    _set(_REPLACED)
     try:
         yield
     finally:
         _set(before)
+        _numbers.reset(token)
 
 
 def _set(functions: dict[str, Callable[..., Any]]) -> None:
@@ -79,13 +84,13 @@ def _set(functions: dict[str, Callable[..., Any]]) -> None:
         setattr(np.random, name, function)
 
 
-def _sized(name: str, place: int, numbers: Callable[[], Numbers]) -> Callable[..., Any]:
+def _sized(name: str, place: int) -> Callable[..., Any]:
     def draw(*args: Any, **kwargs: Any) -> Any:
         size = kwargs.pop("size", None)
         if len(args) > place:
             size = args[place]
             args = (*args[:place], *args[place + 1 :])
-        return _drawn(name, args, size, numbers(), place, **kwargs)
+        return _drawn(name, args, size, _numbers.get()(), place, **kwargs)
 
     return draw
 
@@ -174,3 +179,12 @@ def _permuted(x: Any, numbers: Numbers) -> Any:
 def _shuffle(x: Any, numbers: Numbers) -> None:
     order = numbers.permutation(len(x), torch.device("cpu")).tolist()
     x[:] = x[order] if isinstance(x, np.ndarray) else [x[place] for place in order]
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    **{name: _sized(name, place) for name, place in _SIZES.items()},
+    "rand": lambda *size: _drawn("random", (), size or None, _numbers.get()()),
+    "randn": lambda *size: _drawn("standard_normal", (), size or None, _numbers.get()()),
+    "permutation": lambda x: _permuted(x, _numbers.get()()),
+    "shuffle": lambda x: _shuffle(x, _numbers.get()()),
+}

@@ -71,12 +71,14 @@ def restart_noise() -> None:
 @contextmanager
 def step_noise(seed: int, draw: int, examples: Tensor) -> Iterator[None]:
     """Draw the noise of a step from (seed, draw, example) while active."""
-    generators = SeededGenerators()
+    watched = _watching.get() is not None
+    generators = SeededGenerators(watched)
     noise = StepNoise(seed, draw, examples, generators)
     try:
         with restarted_by(noise.restart), numpy_drawing_from(noise.numbers), noise:
             yield
-        note(*generators.drawn_from())
+        if watched:
+            note(*generators.drawn_from())
     finally:
         generators.restore()
 

@@ -13,7 +13,12 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-BY_EXAMPLE = [name for name in noisy.BY_EXAMPLE if name != "vae"]
+FAST = ("diffusion", "vae", "negatives")
+BY_EXAMPLE = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in noisy.BY_EXAMPLE
+    if name != "vae"
+]
 
 
 def scores_of(module, run, estimator, task=None, queries=QUERIES, **options):
