@@ -18,6 +18,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
 from tda_lightning.tasks import AttributionTask, noise_of, seeded_examples
@@ -117,10 +118,12 @@ def open_session(
     if not task.measures_loss:
         some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
+    trainer = stand_in_of(module)
+    unknown = [] if trainer is None else trainer.unknown
     with _noise_explained(session, batch, indices):
         with seeded_examples(0, indices):
             task.prepare(module, batch)
-        task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
+        task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.separable)
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -191,7 +193,8 @@ def _one_by_one(
             value = loss(module, single, examples[position : position + 1]).sum()
             losses.append(value.detach())
             if value.requires_grad:
-                rows.append(torch.autograd.grad(value, parameters, materialize_grads=True))
+                own = torch.autograd.grad(value, parameters, materialize_grads=True)
+                rows.append([g.to_dense() if g.is_sparse else g for g in own])
             else:
                 rows.append([torch.zeros_like(parameter) for parameter in parameters])
     gradients = {
@@ -210,9 +213,13 @@ class TwiceDifferentiable(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        kwargs = kwargs or {}
         if func is torch._weight_norm:
-            return normalized_weight(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return normalized_weight(*args, **kwargs)
+        if func in (F.embedding, F.embedding_bag):
+            kwargs = {**inspect.signature(func).bind(*args, **kwargs).arguments, "sparse": False}
+            return func(**kwargs)
+        return func(*args, **kwargs)
 
 
 def ends_early(gradients: Sequence[Tensor | None]) -> bool:
