@@ -190,8 +190,8 @@ def training_sets(train: object, runs: int) -> list[object]:
         for one in train
     ):
         raise ValueError(
-            "train must be one data set, loader or data module, or a list of one for each of the "
-            f"{runs} trajectories, got {len(train)}."
+            f"train must be one data set, or a list of one for each of the {runs} trajectories, "
+            f"got {len(train)}."
         )
     return list(train)
 

@@ -132,6 +132,7 @@ def fitted(module: Net, data: Any, path: Path) -> Trajectory:
     return Trajectory.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden")
 def test_a_run_with_hooks_needs_its_data_module(tmp_path: Path) -> None:
     module, data = Hooked(), After()
     run = fitted(module, data, tmp_path / "run")
