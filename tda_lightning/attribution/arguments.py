@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from tda_lightning import estimators
@@ -39,7 +38,6 @@ def require_constructible(
 
 def require_attributable(
     batch_size: object = 1,
-    trainer: object = None,
     scores_path: object = None,
     self_influence: object = True,
     overwrite: object = False,
@@ -61,8 +59,6 @@ def require_attributable(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if draws is not None and draws < 1:  # type: ignore[operator]
         raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
-    if trainer is not None:
-        _require(trainer, Trainer, "trainer", "a lightning.pytorch.Trainer, or None")
     if scores_path is not None:
         _require(scores_path, (str, PathLike), "scores_path", "the path of a file, or None")
     if provenance is not None:

@@ -170,7 +170,6 @@ class AttributionModule(LightningModule):
         began, worked = time.monotonic(), time.process_time()
         require_attributable(
             batch_size,
-            trainer,
             scores_path,
             self_influence,
             overwrite,
@@ -211,8 +210,14 @@ class AttributionModule(LightningModule):
                     )
                 made = ensemble_provenance(
                     [
-                        run_provenance(self.estimator, stages, own, part, runner)
-                        for stages, part, own in zip(opened, estimated, counts, strict=True)
+                        run_provenance(self.estimator, stages, own, part, runner, values)
+                        for stages, part, own, values in zip(
+                            opened,
+                            estimated,
+                            counts,
+                            _parts(sink),
+                            strict=True,
+                        )
                     ]
                 )
                 if edit_set is not None:
@@ -282,7 +287,7 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
-        require_attributable(batch_size, trainer, self_influence=self_influence, draws=draws)
+        require_attributable(batch_size, self_influence=self_influence, draws=draws)
         if trainer is not None:
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
@@ -381,6 +386,13 @@ class AttributionModule(LightningModule):
             return self.estimator.stage_segment_counts(stages)
         count = self.estimator.segment_count(stages[0].session)
         return None if count is None else [count]
+
+
+def _parts(sink: MemorySink) -> list[Sequence[Tensor]]:
+    """For each member, tensors [query, train] whose sum is its scores."""
+    if sink.members is not None:
+        return [[own] for own in sink.members]
+    return [[sink.values] if sink.by_segment is None else list(sink.by_segment)]
 
 
 class _OneBatch:

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from tda_lightning.attribution.plausibility import (
+    beyond_range,
+    earlier_measurements,
+    measured_range,
+)
 from tda_lightning.estimators import Estimator
 from tda_lightning.recording.facts import package_versions
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
@@ -23,6 +29,7 @@ def run_provenance(
     counts: Sequence[int] | None,
     estimated: Provenance,
     trainer: Trainer,
+    scores: Sequence[Tensor],
 ) -> Provenance:
     """The provenance of the scores of one run: estimator, task, model, run, queries and machine.
 
@@ -30,14 +37,18 @@ def run_provenance(
         stages: of the run, one or several.
         counts: segments of each stage; None for an estimator without.
         estimated: what the estimator says; it has the last word.
+        scores: parts of them, [query, train] each, whose sum they are.
     """
     session = stages[-1].session
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
+    measured = measured_queries(session)
+    beyond = beyond_range(scores, {**estimated, **measured})
     notes = [
         *session.task.notes,
         *session.engine.notes,
         *session.noise_notes(),
         *estimated.get("notes", []),
+        *beyond.get("notes", []),
     ]
     if generic := session.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
@@ -59,7 +70,8 @@ def run_provenance(
         "versions": package_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **estimated,
-        **measured_queries(session),
+        **measured,
+        **beyond,
         **_several_stages(stages, counts),
         **({"draws": session.draws} if session.noise or session.measured_noise else {}),
         "notes": notes,
@@ -67,7 +79,9 @@ def run_provenance(
 
 
 def measured_queries(session: Session) -> Provenance:
-    """Measurements and, where the task has words for them, predictions of the final model."""
+    """Measurements of the final model, their range over the run and, where the task has words for
+    them, predictions."""
+    earlier = earlier_measurements(session)
     session.load(session.trajectory.last_step)
     measurements: list[float] = []
     predictions: list[str] | None = []
@@ -77,9 +91,10 @@ def measured_queries(session: Session) -> Provenance:
             with seeded_examples(MEASURED_SEED, indices):
                 words = session.task.prediction(session.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
-    if predictions is None:
-        return {"measurements": measurements}
-    return {"measurements": measurements, "predictions": predictions}
+    found: Provenance = {"measurements": measurements, **measured_range(earlier + measurements)}
+    if predictions is not None:
+        found["predictions"] = predictions
+    return found
 
 
 def ensemble_provenance(members: Sequence[Provenance]) -> Provenance:
@@ -101,6 +116,9 @@ def ensemble_provenance(members: Sequence[Provenance]) -> Provenance:
         for note in member["notes"]
         if note not in shared
     ]
+    for member in members:  # a member's own note says how many of its scores these are
+        if "beyond_range" in member:
+            merged["beyond_range"] = member["beyond_range"]
     merged["members"] = [_member(member) for member in members]
     return merged
 

@@ -59,6 +59,7 @@ class JudgedScores:
             the first tenth of the training set; None where no labels are known to be wrong.
         seconds: time that making the scores took; None if unknown.
         processor_seconds: processor time of it, all threads together.
+        beyond: how many scores cannot be right in size (``records.provenance.BeyondRange``).
     """
 
     name: str
@@ -71,6 +72,7 @@ class JudgedScores:
     detection: tuple[float, float] | None = None
     seconds: float | None = None
     processor_seconds: float | None = None
+    beyond: int = 0
 
     def as_json(self) -> dict[str, object]:
         """All of it, with the score of every query."""
@@ -126,6 +128,7 @@ def judge(
         "estimator": provenance.get("estimator", "unknown"),
         "seconds": provenance.get("seconds") if seconds is None else seconds,
         "processor_seconds": provenance.get("processor_seconds"),
+        "beyond": provenance.get("beyond_range", {"count": 0})["count"],
     }
     if wrong is not None and scores.self_influence is not None:
         row["detection"] = detection_auc(scores, wrong), found_within(scores, wrong, INSPECTED)
@@ -209,7 +212,7 @@ def evaluation_table(rows: Sequence[JudgedScores], protocol: str = "single_run")
     responses = protocol == "pbrf"
     title = "Rank correlation with the proximal Bregman response"
     table = Table(title=title if responses else "Linear datamodeling score")
-    add_names_column(table, [row.name for row in rows])
+    add_names_column(table, [f"{row.name} (!)" if row.beyond else row.name for row in rows])
     table.add_column("rank" if responses else "LDS", justify="right")
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
@@ -234,7 +237,7 @@ def evaluation_table(rows: Sequence[JudgedScores], protocol: str = "single_run")
         if detected:
             auc, share = row.detection or (math.nan, math.nan)
             cells.append("" if row.detection is None else f"AUC {auc:.3f}, {share:.0%}")
-        table.add_row(row.name, *cells, taken)
+        table.add_row(f"{row.name} (!)" if row.beyond else row.name, *cells, taken)
     return table
 
 
@@ -255,6 +258,12 @@ def evaluation_notes(rows: Sequence[JudgedScores], truth: GroundTruth, seconds: 
         f"{readable_time(seconds)} now.",
     ]
     lines += [f"No number for {row.name}, {row.reason}" for row in rows if row.reason is not None]
+    lines += [
+        f"(!) {row.beyond} scores of {row.name} cannot be right in size: they are far beyond "
+        "the range that the measurement had over the run."
+        for row in rows
+        if row.beyond
+    ]
     if any(row.slope is not None for row in rows):
         what = "differences between subsets" if truth.protocol == "algorithm" else "changes"
         lines.append(f"Slope: measured {what} on predicted ones; 1 means that the unit is right.")

@@ -22,6 +22,10 @@ _NO_SELF = (
     "No self-influence: every training example would need a solve of its own. Ask for examples as "
     "queries, or use solver=None."
 )
+SIZES = (
+    "ranks only: the optimum without an example is not where this run would have ended, and the "
+    "damping sets the size"
+)
 
 
 @dataclass
@@ -121,7 +125,7 @@ class InfluenceFunction:
         )
         if with_self and not inverse.knows_own:
             notes.append(_NO_SELF)
-        return {**made, "checkpoints": [step], "notes": notes}
+        return {"sizes": SIZES, **made, "checkpoints": [step], "notes": notes}
 
 
 def _batches(session: Session, candidates: Tensor) -> list[list[int]]:

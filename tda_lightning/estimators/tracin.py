@@ -21,6 +21,10 @@ NO_SELF = (
     "its own on the final model. Attribute that stage's trajectory alone, or ask for examples as "
     "queries."
 )
+SIZES = (
+    "ranks only: nothing is forgotten and the optimizer's metric is left out, so sizes are off by "
+    "orders of magnitude"
+)
 
 
 @dataclass
@@ -85,6 +89,7 @@ class TracIn:
                         own = own / session.num_train
                         session.add_self_influence(batch.examples, own, used)
         return {
+            "sizes": SIZES,
             "checkpoints": [step for _, step in _intervals(session)],
             "segments": [[start, step] for start, step in _intervals(session)],
             "notes": clipping_notes(session.trajectory, _neglected(session)) + use_notes(session),
@@ -110,7 +115,8 @@ class TracIn:
             for start, step in _intervals(stage.session):
                 checkpoints.append(stage.first_step + step)
                 segments.append([stage.first_step + start, stage.first_step + step])
-        return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+        record: Provenance = {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+        return {"sizes": SIZES, **record}
 
 
 def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:

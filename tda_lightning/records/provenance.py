@@ -131,6 +131,13 @@ class Certificate(TypedDict):
     tolerance: float  # relative difference allowed
 
 
+class BeyondRange(TypedDict):
+    """Scores far beyond the range of the measurement over the run."""
+
+    largest: float  # size of a score
+    count: Count  # how many there are
+
+
 class StageRecord(TypedDict):
     """One of several stages of training; other keys mean what they mean in :class:`Provenance`."""
 
@@ -232,6 +239,7 @@ class Provenance(TypedDict, total=False):
     estimator: str  # class name
     settings: dict[str, Any]  # its fields
     question: str  # in words
+    sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
@@ -270,6 +278,8 @@ class Provenance(TypedDict, total=False):
     # The queries, one entry each
     measurements: list[float]  # of the final model
     predictions: list[str]  # in words
+    measured_range: Annotated[list[float], Bounds(2, 2)]  # over all queries and checkpoints used
+    beyond_range: BeyondRange  # where scores cannot be right in size
     query_indices: list[Count]  # positions in their data set, where these are not 0, 1, ...
     # For the reader
     notes: list[str]

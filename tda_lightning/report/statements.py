@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tda_lightning.records.provenance import (
@@ -45,6 +46,8 @@ def statements(scores: Scores, provenance: Provenance) -> list[Statement]:
     parts = (
         _candidates(scores, provenance),
         _question(provenance.get("question", "")),
+        _beyond_range(provenance),
+        _sizes(provenance.get("sizes", "")),
         _certificate(provenance.get("certificate"), provenance),
         _truncation(provenance.get("replayed_steps")),
         _edits(provenance.get("edits", [])),
@@ -105,6 +108,27 @@ def _question(question: str) -> Statement | None:
     if not question:
         return None
     return Statement("Question", f"{question[:1].upper()}{shorten(question[1:], 400)}.")
+
+
+def _sizes(sizes: str) -> Statement | None:
+    if not sizes:
+        return None
+    return Statement("Sizes of scores", f"{sizes[:1].upper()}{shorten(sizes[1:], 400)}.")
+
+
+def _beyond_range(provenance: Provenance) -> Statement | None:
+    beyond = provenance.get("beyond_range")
+    if beyond is None:
+        return None
+    least, most = provenance.get("measured_range", [math.nan, math.nan])
+    return Statement(
+        "Impossible sizes",
+        f"{beyond['count']:,} scores, up to {number(beyond['largest'])} in size, are far "
+        f"beyond the range of the measurement over the run ({number(least)} to {number(most)}). "
+        "One example does not do more than the whole training: these numbers cannot be right in "
+        "size, and their ranking may be wrong too.",
+        "fair",
+    )
 
 
 def _certificate(certificate: Certificate | None, provenance: Provenance) -> Statement | None:
@@ -198,6 +222,8 @@ def _spot_check(check: SpotCheck | None) -> Statement | None:
     ]
     if intervals:
         text += f" 95% interval: {', '.join(intervals)}."
+    if (slope := check.get("slope")) is not None:
+        text += f" On average, a measured change is {number(slope)} times the predicted one."
     low = over_subsets[0] if over_subsets else None
     if low is None or low > 0:
         return Statement("Spot check", text)

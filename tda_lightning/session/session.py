@@ -202,6 +202,15 @@ class Session:
                 own[name].copy_(value)
         self.loaded.trajectory, self.loaded.step = self.trajectory, step
 
+    @property
+    def loaded_checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that have been loaded so far and are in memory."""
+        return list(self._checkpoints)
+
+    def forget(self, step: int) -> None:
+        """Let go of a checkpoint that :meth:`load` keeps in memory."""
+        self._checkpoints.pop(step, None)
+
     def walk(
         self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
     ) -> Iterator[Batch]:

@@ -57,6 +57,7 @@ _QUESTIONS = {
     "average": "what training like this one does with an example (order of batches averaged out)",
     "recorded": "what this very run did with an example (batches in their recorded order)",
 }
+_SIZES = "predicted, as well as the curvature of the segments describes the training"
 _NO_SELF_STEPWISE = (
     "No self-influence: in the recorded order of an optimizer whose steps are not linear in the "
     "gradients, every example needs an adjoint of its own. Ask for examples as queries, or use "
@@ -340,6 +341,7 @@ class Source:
         offsets = [(fit.stage.first_step, own.steps) for fit in fitted for own in fit.segments]
         record: dict[str, object] = {
             "question": _QUESTIONS[self.order],
+            "sizes": _SIZES,
             "segments": [[first + own.start, first + own.stop] for first, own in offsets],
             "checkpoints": [[first + step for step in own.checkpoints] for first, own in offsets],
         }

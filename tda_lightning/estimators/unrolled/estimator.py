@@ -35,6 +35,10 @@ _NO_SELF = (
     "No self-influence: every training example would need an adjoint of its own. Ask for examples "
     "as queries."
 )
+# Median growth of the adjoint: 0.8 to 3.3 in smooth runs of an MLP on digits (SGD and AdamW at
+# usual rates), 19 to 9,000 at too large a rate, with scores beyond what the measurement can do.
+_ROUGH = 10.0
+_SIZES = "predicted: the exact derivative of this run, where it is smooth (tda check)"
 _QUESTION = (
     "what this very run did with an example (exact derivative; each batch keeps its denominator)"
 )
@@ -136,6 +140,7 @@ class Unrolled:
         forward = ForwardSweeps(replay, layers, certificate)
         rounds: list[UnfinishedRound] = []
         by_token: Tensor | None = None
+        growths: list[Tensor] = []
         query_bytes = _adjoint_bytes(session)
         with closing(forward):
             for first, last in session.query_rounds(query_bytes, budget // 2):
@@ -168,6 +173,7 @@ class Unrolled:
                         unfinished.keep(start, state, last=start == first_row)
                 if reverse is not None:
                     reverse.finish()
+                    growths.append(reverse.growth())
                     by_token = reverse.add_tokens_to(by_token)
         if self.token_weights:
             assert by_token is not None
@@ -176,11 +182,16 @@ class Unrolled:
             unfinished.discard()
         return {
             "question": _QUESTION,
+            "sizes": _SIZES,
             "checkpoints": checkpoints,
             "segments": [[start, stop] for start, stop in segments],
             "replayed_steps": [first_row, last_step],
             "certificate": certificate.record(),
-            "notes": [*self._notes(session, first_row), certificate.note()],
+            "notes": [
+                *self._notes(session, first_row),
+                *_roughness(growths),
+                certificate.note(),
+            ],
         }
 
     def _sweep(
@@ -309,6 +320,18 @@ def _adjoint_bytes(session: Session) -> int:
     shapes = [fact.shape for fact in trajectory.facts.parameters.values()]
     copies = 1 + 2 * len(rule_of(trajectory).states)
     return copies * sum(torch.Size(shape).numel() for shape in shapes) * session.dtype.itemsize
+
+
+def _roughness(growths: Sequence[Tensor]) -> list[str]:
+    """That small changes grow through the run, where they do: its derivative then says little of a
+    removal."""
+    growth = float(torch.cat([*growths, torch.zeros(0, dtype=torch.float64)]).nanmedian())
+    if not growth > _ROUGH:
+        return []
+    return [
+        f"This run is rough: small changes of the weights grow {growth:.3g} times through it (the "
+        "median over queries), so its derivative may say little about a removal. Ask `tda check`."
+    ]
 
 
 def _share(start: int, stop: int) -> tuple[int, int]:

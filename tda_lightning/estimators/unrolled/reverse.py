@@ -69,6 +69,7 @@ class ReverseSweeps:
         self._chunk = 0  # how many queries go back together; settled by the first batch
         self._finished: dict[int, Tensor] = {}
         self._values = self._zeros()
+        self._lengths = self._adjoint_lengths()  # at the end of training
 
     @staticmethod
     def open(
@@ -157,6 +158,7 @@ class ReverseSweeps:
         tensors |= {f"scores.{number}": values for number, values in self._finished.items()}
         tensors["open"] = self._values  # of a segment of which the last steps are only a part
         tensors["together"] = torch.tensor(self._chunk)
+        tensors["lengths"] = self._lengths
         return tensors if self.by_token is None else {**tensors, "by_token": self.by_token}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -167,8 +169,18 @@ class ReverseSweeps:
                 self._end_segment(int(name.removeprefix("scores.")))
         self._values = tensors["open"].to(self.session.device)
         self._chunk = int(tensors["together"])
+        self._lengths = tensors.get("lengths", self._lengths)
         if "by_token" in tensors:
             self.by_token = tensors["by_token"].to(self.session.device)
+
+    def growth(self) -> Tensor:
+        """How many times longer the parameters' adjoint of each query has become on its way back:
+        [query]."""
+        return self._adjoint_lengths() / self._lengths.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def _adjoint_lengths(self) -> Tensor:
+        squares = [a.double().flatten(1).square().sum(1).cpu() for a in self.adjoint.a.values()]
+        return torch.stack(squares).sum(0).sqrt()
 
     def finish(self) -> None:
         """Hand over the scores of a segment that was not walked to its start (last_steps)."""
