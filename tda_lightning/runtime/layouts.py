@@ -101,12 +101,15 @@ def _rule_of_array(batch: Any, alone: Sequence[Any]) -> Rule:
     if not shape and _counts(batch, alone):
         return Rule("count")
     longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    for axis, size in enumerate(shape):
-        own = size == len(alone) and all(other[axis] == 1 for other in shapes)
-        # Other axes are padded to the longest example at most.
-        if own and all(
-            n == m for e, (n, m) in enumerate(zip(shape, longest, strict=True)) if e != axis
-        ):
+    own = [
+        axis
+        for axis, size in enumerate(shape)
+        if size == len(alone) and all(other[axis] == 1 for other in shapes)
+    ]
+    for axis in own:
+        others = [(n, m) for e, (n, m) in enumerate(zip(shape, longest, strict=True)) if e != axis]
+        # Padded to the longest example; or cut short, which will show in the values.
+        if all(n == m for n, m in others) or any(n < m for n, m in others):
             return Rule("axis", axis)
     return Rule("shared" if list(shape) == longest else "unknown")
 
