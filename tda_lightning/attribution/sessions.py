@@ -97,6 +97,7 @@ def open_session(
     task.training_batch_size = setup.trajectory.batch_size
     with seeded_examples(0, indices):
         task.prepare(module, batch)
+    task.average(module, lambda: session.batches(examples.batches()))
     engine.discover(session.train_loss, batch, indices, task.separable)
     return session
 

@@ -227,7 +227,7 @@ class _BatchCurvature:
         leaves = {name: v.clone().requires_grad_() for name, v in self.values.items()}
         with _second_order(self.session.module):
             found, _ = self._run(leaves, lambda m, b, _: require_losses(self.session.task, m, b))
-        outputs = [item.loss.outputs for item in found]
+        outputs = [item.outputs for item in found]
         if way == len(WAYS) - 1:
             tangents = _transposed_twice(outputs, leaves, directions)
         else:
@@ -245,7 +245,7 @@ class _BatchCurvature:
         return _backwards(outputs, leaves, curved, together=way == 0)
 
     def _outputs(self, parameters: Parameters, numbers: Sequence[int]) -> list[Tensor]:
-        outputs = self._run(parameters, lambda m, b, _: self.session.task.standard_outputs(m, b))
+        outputs = self._run(parameters, lambda m, b, _: self.session.task.curved_outputs(m, b))
         return [outputs[number] for number in numbers]
 
     def _double_backward(self, directions: Parameters) -> Parameters:

@@ -24,14 +24,13 @@ from tda_lightning.gradients.example_axes import ExampleAxes
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
-    doubled,
     functional_gradients,
-    in_double,
     parameters_frozen,
     plain_recurrence,
 )
 from tda_lightning.gradients.uses import assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
 
 Losses = Callable[[nn.Module, Batch, Tensor], Iterable[Tensor]]

@@ -57,36 +57,6 @@ def plain_recurrence(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def in_double(module: nn.Module) -> Iterator[None]:
-    """Weights and buffers in float64; at the end the very tensors of before."""
-    parameters = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
-    buffers = [
-        (part, name, buffer)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None and buffer.is_floating_point()
-    ]
-    try:
-        for parameter, value in parameters:
-            parameter.data = value.double()
-        for part, name, buffer in buffers:
-            part._buffers[name] = buffer.double()
-        yield
-    finally:
-        for parameter, value in parameters:
-            parameter.data = value
-        for part, name, buffer in buffers:
-            part._buffers[name] = buffer
-
-
-def doubled(batch: Batch) -> Batch:
-    """A batch with its floating-point tensors in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
-    )
-
-
 def functional_gradients(
     module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
 ) -> dict[str, Tensor]:

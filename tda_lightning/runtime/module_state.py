@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tda_lightning.runtime.compiled import run_eagerly
 from tda_lightning.runtime.silence import silenced
@@ -82,3 +83,33 @@ def load_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
+
+
+@contextmanager
+def in_double(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers in float64; at the end the very tensors of before."""
+    parameters = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    try:
+        for parameter, value in parameters:
+            parameter.data = value.double()
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer.double()
+        yield
+    finally:
+        for parameter, value in parameters:
+            parameter.data = value
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
+
+
+def doubled(batch: Any) -> Any:
+    """A batch with its floating-point tensors in float64."""
+    return pytree.tree_map_only(
+        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
+    )
