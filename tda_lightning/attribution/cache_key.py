@@ -25,5 +25,7 @@ def digest_of(context: Session, steps: Sequence[int], batch: object, indices: Te
         rounded = [f"{loss:.3e}" for loss in losses.tolist()]
         states.append([digest(sorted(context.module.state_dict().items())), rounded])
     context.load(trajectory.last_step)
+    if context.noise:
+        states.append([*sorted(context.noise), f"{context.draws} draws"])
     facts = trajectory.facts
     return digest([states, facts.num_examples, facts.fingerprint, context.task.settings()])

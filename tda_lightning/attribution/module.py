@@ -125,6 +125,7 @@ class AttributionModule(LightningModule):
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
         edits: Sequence[Edit] | None = None,
+        draws: int | None = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -144,6 +145,9 @@ class AttributionModule(LightningModule):
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
                 the predicted change of the measurement if edit e were made. There is no
                 self-influence then.
+            draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
+                mixup): scores are of its mean over so many seeded draws for each example. None:
+                the task's own number, 1 where nothing was set.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -152,6 +156,7 @@ class AttributionModule(LightningModule):
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began, worked = time.monotonic(), time.process_time()
+        _require_draws(draws)
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -169,7 +174,7 @@ class AttributionModule(LightningModule):
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
             own_self = self_influence and edits is None
-            opened = open_members(self.members, examples, queries, own_self, edit_set)
+            opened = open_members(self.members, examples, queries, own_self, edit_set, draws)
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
@@ -217,7 +222,9 @@ class AttributionModule(LightningModule):
             session = open_session(self.stages[-1], training, queries, self_influence=False)
             for source, loss in ((training, session.train_loss), (queries, session.measurement)):
                 batch, indices = first_batch(source, examples, session.module)
-                for name, error in largest_errors(session.engine, loss, batch, indices).items():
+                alone = "partners" not in session.noise
+                found = largest_errors(session.engine, loss, batch, indices, alone)
+                for name, error in found.items():
                     errors[name] = max(error, errors.get(name, 0.0))
         rows = [(name, f"{error:.1e}") for name, error in errors.items()]
         title, columns = "Engine against plain autograd", ("layer", "largest relative error")
@@ -231,6 +238,7 @@ class AttributionModule(LightningModule):
         batch_size: int = 256,
         trainer: Trainer | None = None,
         self_influence: bool = True,
+        draws: int | None = None,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
         Of an ensemble the first member stands for all.
@@ -248,6 +256,7 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
+        _require_draws(draws)
         with PeakMemory() as memory, unchanged_randomness():
             pace = DryRun(memory)
             examples = ExampleSource.of(train, batch_size, "training")
@@ -255,7 +264,9 @@ class AttributionModule(LightningModule):
             require_same_data(self.trajectory, examples.dataset)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
-                (stage,) = open_stages(self.stages, [examples], queries, self_influence)
+                (stage,) = open_stages(
+                    self.stages, [examples], queries, self_influence, draws=draws
+                )
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace)
                 plan = self._launch(runner, work)
@@ -340,6 +351,11 @@ class AttributionModule(LightningModule):
             return self.estimator.stage_segment_counts(stages)
         count = self.estimator.segment_count(stages[0].session)
         return None if count is None else [count]
+
+
+def _require_draws(draws: int | None) -> None:
+    if draws is not None and draws < 1:
+        raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
 
 
 class _OneBatch:

@@ -3,8 +3,9 @@ task prepared, the last checkpoint loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.attribution.cache_key import digest_of
@@ -12,10 +13,11 @@ from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
-from tda_lightning.runtime.loading import ExampleSource, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import seeded_examples
+from tda_lightning.tasks import seeded_examples, watching_noise
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -27,10 +29,13 @@ def open_members(
     queries: ExampleSource,
     self_influence: bool,
     edits: EditSet | None = None,
+    draws: int | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
-    opened = [open_stages(setups, examples, queries, self_influence, loaded) for setups in members]
+    opened = [
+        open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
+    ]
     for stages in opened:
         stages[-1].session.edits = edits
     return opened
@@ -42,12 +47,14 @@ def open_stages(
     queries: ExampleSource,
     self_influence: bool,
     loaded: dict[nn.Module, LoadedCheckpoint] | None = None,
+    draws: int | None = None,
 ) -> list[Stage]:
     """The stages as an estimator sees them.
 
     Args:
         examples: the training set of each recorded run.
         loaded: what each module holds, shared by all who load checkpoints into it.
+        draws: over how many draws of their noise losses are averaged; None: ``task.draws``.
     """
     self_influence = self_influence and len(setups) == 1
     loaded = {} if loaded is None else loaded
@@ -55,7 +62,7 @@ def open_stages(
     for number, setup in enumerate(setups, start=1):
         source = examples[setup.run]
         holder = loaded.setdefault(setup.module, LoadedCheckpoint())
-        session = wide = open_session(setup, source, queries, self_influence, holder)
+        session = wide = open_session(setup, source, queries, self_influence, holder, draws)
         session.prefix = f"stage {number}, " if len(setups) > 1 else ""
         if setup.frozen:
             wide = widened(session, setup.frozen, *first_batch(source, _FIRST, setup.module))
@@ -73,6 +80,7 @@ def open_session(
     queries: ExampleSource,
     self_influence: bool,
     loaded: LoadedCheckpoint | None = None,
+    draws: int | None = None,
 ) -> Session:
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
@@ -95,22 +103,71 @@ def open_session(
     )
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
+    session.noise = _noise_of(session.train_loss, module, examples, batch, indices)
+    session.measured_noise = session.noise
+    if not task.measures_loss:
+        some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
+        session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     with seeded_examples(0, indices):
         task.prepare(module, batch)
     task.average(module, lambda: session.batches(examples.batches()))
-    engine.discover(session.train_loss, batch, indices, task.separable)
+    try:
+        engine.discover(session.train_loss, batch, indices, task.one_by_one)
+    except EngineError as error:
+        raise _with_noise(error, session.noise) from error
+    if session.noise or session.measured_noise:
+        session.draws = task.draws if draws is None else draws
     return session
+
+
+def _noise_of(
+    loss: Callable[[nn.Module, object, Tensor], Tensor],
+    module: nn.Module,
+    source: ExampleSource,
+    batch: object,
+    indices: Tensor,
+) -> frozenset[str]:
+    """What kinds of random numbers a loss draws. On batches of two sizes: which axis of a draw
+    holds the examples is told by its length (``tasks/step_noise.py``)."""
+    with watching_noise() as seen, torch.no_grad():
+        try:
+            loss(module, batch, indices)
+            if seen and len(indices) > 1:
+                fewer, some = first_batch(source, len(indices) - 1, module)
+                loss(module, fewer, some)
+        except Exception:
+            pass
+    return frozenset(seen)
+
+
+def _with_noise(error: EngineError, noise: frozenset[str]) -> EngineError:
+    """The error, with what noise of the step has to do with it."""
+    unseen = sorted(noise & {"torch", "NumPy", "Python"})
+    if unseen:
+        names = ["a compiled or fused function of torch" if n == "torch" else n for n in unseen]
+        return EngineError(
+            f"{error} This step draws random numbers from {' and '.join(names)}: they belong to a "
+            "place in the batch and not to an example, unless the whole batch shares them. Draw "
+            "what is each example's own with torch (torch.randn_like, torch.randperm)."
+        )
+    if "partners" in noise:
+        return EngineError(
+            f"{error} This step mixes each example with another of its batch (a random "
+            "permutation), so parameters that need single examples cannot be followed."
+        )
+    return error
 
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
     """The first ``count`` examples as (batch, indices) on the module's device."""
-    batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
-    return place(batch, module), indices.to(next(module.parameters()).device)
+    chosen = source.batches(stop=min(count, len(source)), size=count)
+    batch, indices = next(iter(source.indexed(chosen[:1])))
+    return source.placed(batch, module), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
     queries: ExampleSource, start: int, stop: int, module: nn.Module
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
-    for batch, indices in queries.loader(queries.batches(start, stop)):
-        yield place(batch, module), indices.to(device)
+    for batch, indices in queries.indexed(queries.batches(start, stop)):
+        yield queries.placed(batch, module), indices.to(device)

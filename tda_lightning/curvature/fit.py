@@ -134,10 +134,11 @@ def fit_curvature(
 def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
     sums = _Sums(walks)
     for _, batch in walks.over("Gauss-Newton"):
-        for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
-            for name, gradient in walks.scaled(gradients.blocks).items():
-                rows = gradient.dense(slice(None)).flatten(1)
-                sums.add(name, [rows.T @ rows])
+        for _ in walks.session.each_draw():
+            for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
+                for name, gradient in walks.scaled(gradients.blocks).items():
+                    rows = gradient.dense(slice(None)).flatten(1)
+                    sums.add(name, [rows.T @ rows])
     spectra = {}
     for name, (matrix,) in sums.means().items():
         eigenvalues, vectors = torch.linalg.eigh(matrix)
@@ -203,8 +204,10 @@ class _Walks:
         """Scaled Fisher gradients of every batch by unit, as (unit, gradient)."""
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
-            gradients = self.session.fisher_gradients(batch.data, batch.examples, self.seed + step)
-            yield from self.scaled(gradients.blocks).items()
+            seed, session = self.seed + step, self.session
+            for _ in session.each_draw():
+                gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
+                yield from self.scaled(gradients).items()
 
     def scaled(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -215,7 +218,8 @@ class _Walks:
 
 
 class _Sums:
-    """Sums of matrices by unit, in float64: sums of many small squares lose digits in float32."""
+    """Sums of matrices by unit over examples, checkpoints and draws, in float64: sums of many small
+    squares lose digits in float32."""
 
     def __init__(self, walks: _Walks) -> None:
         self._walks = walks
@@ -232,7 +236,7 @@ class _Sums:
     def means(self) -> dict[str, list[Tensor]]:
         """Sums over processes, divided by the number of examples and checkpoints."""
         session, steps = self._walks.session, self._walks.steps
-        count = session.num_train * len(steps)
+        count = session.num_train * len(steps) * session.draws
         means = {
             name: [session.reduce(value) / count for value in values]
             for name, values in self._sums.items()

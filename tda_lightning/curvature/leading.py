@@ -75,11 +75,12 @@ def leading_directions(
         for step in steps:
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
-                sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
-                gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
-                inner = gradient.dot(vectors[:, None, None])
-                products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (session.num_train * len(steps))
+                for _ in session.each_draw():
+                    sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                    gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
+                    inner = gradient.dot(vectors[:, None, None])
+                    products += gradient.weighted_sums(inner).flatten(1)
+        products = session.reduce(products) / (session.num_train * len(steps) * session.draws)
         if number < _ROUNDS:
             vectors = torch.linalg.qr(products.T.double()).Q.T.to(*place)
     # Rayleigh-Ritz: the best eigenvectors within the subspace.

@@ -152,7 +152,8 @@ class Products:
             calls.append(_BatchCurvature(session, self.kind, values, batch, examples))
         if not self._checked:
             self._check(calls)
-        return self._rows(calls, vectors)
+        products = [self._rows(calls, vectors) for _ in session.each_draw()]
+        return torch.stack(products).mean(0) if len(products) > 1 else products[0]
 
     def _check(self, calls: Sequence[_BatchCurvature]) -> None:
         """Leave the forward mode where it does not fit the backward pass: the matrix would not be

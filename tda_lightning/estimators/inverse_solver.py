@@ -65,14 +65,15 @@ class SolverInverse:
         sizes = torch.tensor([block.size for block in session.blocks], device=session.device)
         traces = torch.zeros(len(sizes), dtype=torch.float64, device=session.device)
         for batch in session.walk("mean eigenvalue", step):
-            gradients = batch.gradients
-            if not by_layer:
-                seed = self.settings.seed + step
-                gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-            for number, block in enumerate(session.blocks):
-                squares = gradients[block.name].weighted_squares(None, None, None)
-                traces[number] += squares.double().sum()
-        means = session.reduce(traces) / session.num_train
+            for _ in session.each_draw():
+                gradients = batch.gradients
+                if not by_layer:
+                    seed = self.settings.seed + step
+                    gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
+                for number, block in enumerate(session.blocks):
+                    squares = gradients[block.name].weighted_squares(None, None, None)
+                    traces[number] += squares.double().sum()
+        means = session.reduce(traces) / (session.num_train * session.draws)
         means = means / sizes if by_layer else (means.sum() / sizes.sum()).expand(len(sizes))
         means = relative_damping(self.settings) * means
         return means.repeat_interleave(sizes).to(session.dtype)

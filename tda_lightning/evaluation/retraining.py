@@ -26,10 +26,16 @@ from tda_lightning.optimizers import rule_of
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    as_task,
+    numbered_draw,
+    seeded_examples,
+)
 
 Result = TypeVar("Result")
 
@@ -93,7 +99,8 @@ def retrain_each(
     replay = Replay(trajectory, module, as_task(task), source, training)
     replay.check()
     _check_weights(replay, weights)
-    if not rule_of(trajectory).elementwise:
+    replay.task = _prepared(replay)
+    if not rule_of(trajectory).elementwise or replay.task.one_by_one:
         together = 1
     for part in weights.split(together):
         for state in [_run(replay, part[0])] if together == 1 else replay_stacked(replay, part):
@@ -103,11 +110,12 @@ def retrain_each(
 
 def _run(replay: Replay, weights: Tensor) -> State:
     """One run by torch.optim."""
+    own = None if bool((weights == 1).all()) else weights
     with borrowed(replay.module), replay.as_trained():
         walk = Walk(replay)
         walk.restart(0)
         for row in range(replay.trajectory.last_step):
-            walk.step(row, weights)
+            walk.step(row, own)
         return dict(walk.snapshot().tensors)
 
 
@@ -117,22 +125,21 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
             f"weights must have the shape [runs, {len(replay.source)}], at least one run and one "
             f"number for each training example, got {list(weights.shape)}."
         )
-    if bool((weights == 1).all()):
-        return
-    # On a copy: a task prepared on one batch would fix what differs between batches.
-    probe = copy.deepcopy(replay.task)
+
+
+def _prepared(replay: Replay) -> AttributionTask:
+    """A copy of the task, prepared on the first batch: it must know what each example contributes
+    to a batch's loss."""
+    task = copy.deepcopy(replay.task)
+    task.training_batch_size = replay.trajectory.batch_size
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), unchanged_randomness():
         load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
         batch = replay.fetch(examples)
         with seeded_examples(0, examples):
-            probe.prepare(replay.module, batch)
-    if not probe.separable:
-        raise ValueError(
-            "The losses of single examples are unknown, so none can be left out: "
-            f"{' '.join(probe.notes)}"
-        )
+            task.prepare(replay.module, batch)
+    return task
 
 
 def require_finite(state: Mapping[str, Tensor]) -> None:
@@ -155,11 +162,21 @@ def measure(
     queries: object,
     batch_size: int = 256,
 ) -> Tensor:
-    """Measurement of every query under ``state``, in eval mode: [query]."""
+    """Measurement of every query under ``state``, in eval mode: [query].
+
+    Where it draws random numbers, it is the mean over ``task.draws`` draws, which are those that
+    scores are about.
+    """
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
-    return torch.cat(
-        of_each_batch(lambda b: chosen.measurement(module, b).detach(), module, state, source)
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.measurement(module, batch).detach()
+
+    each_draw = []
+    for number in range(chosen.draws):
+        with numbered_draw(number):
+            each_draw.append(torch.cat(of_each_batch(read, module, state, source, MEASURED_SEED)))
+    return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
 
 
 def losses(
@@ -181,17 +198,18 @@ def of_each_batch(
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
+    seed: int = 0,
 ) -> list[Result]:
     """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
-    under ``state``."""
+    under ``state``; ``seed`` is that of the noise that is drawn in it."""
     results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with seeded_examples(0, examples):
-                results.append(read(place(fetch(source, examples), module)))
+            with seeded_examples(seed, examples):
+                results.append(read(source.batch(examples, module)))
     return results
 
 

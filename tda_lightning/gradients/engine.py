@@ -156,7 +156,7 @@ class GradientEngine:
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
-        self, loss: Loss, batch: Batch, examples: Tensor, separable: bool = True
+        self, loss: Loss, batch: Batch, examples: Tensor, one_by_one: bool = False
     ) -> dict[str, float]:
         """Plan the blocks from a batch and check them against plain autograd.
 
@@ -164,8 +164,8 @@ class GradientEngine:
             loss: maps (module, batch, examples) to the losses [batch].
             batch: training examples.
             examples: their indices in the data set, int64 [batch].
-            separable: False when ``loss`` repeats the mean loss because single losses are not
-                known; the batch axes are then taken from the shapes alone.
+            one_by_one: differentiate every example alone; the losses of a batch have no graph that
+                could be split by example.
 
         Returns:
             Relative error of the sum over the examples, by parameter.
@@ -173,12 +173,12 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
-        self._axes.separable = separable
         self._generic = []
         plain = self.plain_gradient(loss, batch, examples)
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
-        mixed = self._axes.locate(capture, next(values), len(examples))
-        self._plan(capture, capture.generic | mixed)
+        losses = next(values)
+        apart = set(self.names) if one_by_one else self._axes.locate(capture, losses, len(examples))
+        self._plan(capture, capture.generic | apart)
         errors = self._errors(loss, batch, examples, plain)
         if self._wrong(errors):
             errors = self._errors_in_double(loss, batch, examples) or errors

@@ -14,15 +14,9 @@ from tda_lightning.gradients.layout import Layout, candidates, consistent
 
 
 class ExampleAxes:
-    """Sets the layout of every use of a batch, and remembers the layouts that are certain.
-
-    Attributes:
-        separable: False where the losses of single examples are not known; layouts then come from
-            shapes alone.
-    """
+    """Sets the layout of every use of a batch, and remembers the layouts that are certain."""
 
     def __init__(self) -> None:
-        self.separable = True
         self._certain: dict[tuple[object, ...], set[Layout]] = {}
 
     def locate(self, capture: Capture, losses: Tensor, batch: int) -> set[str]:
@@ -46,7 +40,7 @@ class ExampleAxes:
                 use.layout = remembered[0]
             else:
                 open_choices[position] = layouts
-        if batch > 1 and self.separable and open_choices:
+        if batch > 1 and open_choices:
             _strike_out(capture, open_choices, losses, batch)
         without: set[str] = set()
         for position, layouts in open_choices.items():
@@ -56,7 +50,7 @@ class ExampleAxes:
                 continue
             # Where several are left, all give the same gradients for this batch.
             use.layout = layouts[0]
-            if batch > 1 and (len(layouts) == 1 or not self.separable):
+            if batch > 1 and len(layouts) == 1:
                 self._certain.setdefault(use.key, set()).add(layouts[0])
         return without
 

@@ -229,7 +229,8 @@ class CurvatureStatistics(Observer):
         gradients: list[Tensor] = []
         if losses:
             # Labels are drawn anew at every step.
-            with seeded_examples(_SEED + self._next_step, examples.to(total.device)):
+            seed, placed = _SEED + self._next_step, examples.to(total.device)
+            with seeded_examples(seed, placed, own_noise=False):
                 outputs, gradients = sampled_output_gradients(total, losses, len(examples))
         if not outputs:
             raise UnsupportedTrainingError(

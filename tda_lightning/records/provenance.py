@@ -251,6 +251,7 @@ class Provenance(TypedDict, total=False):
     trajectory: str | list[str]  # folder, or "in memory"
     model: str  # class name
     task: dict[str, object]  # class and settings
+    draws: Count  # of the noise in a loss, over which it is averaged
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars

@@ -20,7 +20,7 @@ from tda_lightning.optimizers import (
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
@@ -143,24 +143,24 @@ class Replay:
 
     def fetch(self, examples: Tensor) -> object:
         """The batch of these examples, on the device of the module."""
-        return place(fetch(self.source, examples), self.module)
+        return self.source.batch(examples, self.module)
 
     def fetched(self, examples: Tensor, before: Snapshot) -> tuple[object, Snapshot]:
         """:meth:`fetch` with the generators as they were ``before``; how it leaves them."""
         if self._fetched_elsewhere:
-            batch = fetch(self.source, examples)
+            batch = self.source.read(examples.tolist())
             before.restore()
         else:
             before.restore()
-            batch = fetch(self.source, examples)
-        return place(batch, self.module), Snapshot.take()
+            batch = self.source.read(examples.tolist())
+        return self.source.placed(batch, self.module), Snapshot.take()
 
     def loss_as_trained(self, batch: object, examples: Tensor) -> Tensor:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
         task's."""
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
-        with seeded_examples(0, examples):
+        with seeded_examples(0, examples, own_noise=False):
             losses = self.task.train_loss(self.module, batch)
         return losses.sum() * self.task.share(len(losses))
 
@@ -263,9 +263,8 @@ class Walk:
             if weights is None:
                 loss = replay.loss_as_trained(batch, examples)
             else:
-                with seeded_examples(0, examples):
-                    each = replay.task.train_loss(replay.module, batch)
-                loss = weighted_loss(replay.task, each, weights[examples])
+                with seeded_examples(0, examples, own_noise=False):
+                    loss = weighted_loss(replay.task, replay.module, batch, weights[examples])
             (loss / int(steps.accumulation[row])).backward()
             losses.append(float(loss.detach()))
             draws.append(drawn)
@@ -293,9 +292,13 @@ def clips_by_value(settings: Mapping[str, object]) -> bool:
     return algorithm in ("value", "GradClipAlgorithmType.VALUE")
 
 
-def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:
-    """A batch's loss as trained with weights on its examples; what it divides by is kept."""
-    return (weights.to(losses) * losses).sum() * task.share(len(losses))
+def weighted_loss(
+    task: AttributionTask, module: nn.Module, batch: object, weights: Tensor
+) -> Tensor:
+    """A batch's loss as trained with weights on its examples. What it divides by is kept, and so is
+    what belongs to no example."""
+    total, parts = task.batch_loss(module, batch)
+    return total + ((weights.to(parts) - 1) * parts).sum()
 
 
 def initial(trajectory: Trajectory) -> State:

@@ -21,14 +21,21 @@ from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientE
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
-from tda_lightning.tasks import AttributionTask, gauss_newton_losses, seeded_examples
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    gauss_newton_losses,
+    numbered_draw,
+    seeded_examples,
+)
 
 T = TypeVar("T")
+_TRAINING = 0  # the seed of the noise of training losses
 
 
 @dataclass
@@ -65,8 +72,9 @@ class Batch:
 
     @cached_property
     def measurement_gradients(self) -> dict[str, Gradient]:
-        """The same of the measurement; the very objects of ``gradients`` where it is the loss."""
-        if self.session.task.measures_loss:
+        """The same of the measurement; the very objects of ``gradients`` where it is the loss, of
+        which no noise is drawn."""
+        if self.session.task.measures_loss and not self.session.measured_noise:
             return self.gradients
         return self.session.measurement_gradients(self.data, self.examples).blocks
 
@@ -95,6 +103,10 @@ class Session:
         pace: shows progress; in a dry run it shortens every walk and measures it.
         prefix: of the titles of walks, where a run has several stages.
         edits: what the columns are about; None: the removal of each training example.
+        noise: what kinds of random numbers the training loss draws (``watching_noise``).
+        measured_noise: the same of the measurement.
+        recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        draws: over how many draws of them losses and their gradients are averaged.
     """
 
     module: nn.Module
@@ -113,6 +125,10 @@ class Session:
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
     edits: EditSet | None = None
+    noise: frozenset[str] = frozenset()
+    measured_noise: frozenset[str] = frozenset()
+    recorded_draws: bool = False
+    draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _self_influence: Tensor | None = None
 
@@ -283,7 +299,7 @@ class Session:
         in every process and without a progress bar."""
         for chosen in order:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield place(fetch(self.examples, indices), self.module), indices.to(self.device)
+            yield self.examples.batch(indices, self.module), indices.to(self.device)
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
@@ -327,35 +343,79 @@ class Session:
 
     def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
-        loss under sampled labels, or of the loss itself (empirical Fisher)."""
-        if not self.task.can_sample:
-            return self.train_gradients(batch, examples)
+        loss under sampled labels, or of the loss itself (empirical Fisher). For one draw of the
+        loss's noise (:meth:`each_draw`), over which second moments are averaged."""
+
+        def own(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices):
+                return self.task.train_loss(module, part)
 
         def sampled(module: nn.Module, part: object, indices: Tensor) -> Tensor:
             with seeded_examples(seed, indices):
                 return self.task.sampled_loss(module, part)
 
-        return self.engine.gradients(sampled, batch, examples)
+        loss = sampled if self.task.can_sample else own
+        return self.engine.gradients(loss, batch, examples)
 
     def gauss_newton_gradients(self, batch: object, examples: Tensor) -> Iterable[ExampleGradients]:
-        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
+        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix, for one
+        draw of the loss's noise."""
 
         def factors(module: nn.Module, part: object, indices: Tensor) -> Iterable[Tensor]:
-            with seeded_examples(0, indices):
+            with seeded_examples(_TRAINING, indices):
                 return gauss_newton_losses(self.task, module, part)
 
         return self.engine.each_gradient(factors, batch, examples)
 
     def train_loss(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The training loss of each example, [batch]."""
-        # The noise is not used; its context tells the task how many examples there are.
-        with seeded_examples(0, examples):
-            return self.task.train_loss(module, batch)
+        """The training loss of each example, [batch]; the mean over ``draws`` of its noise."""
+        return self._mean(lambda: self.task.train_loss(module, batch), _TRAINING, examples)
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The measurement of each example, [batch]."""
-        with seeded_examples(0, examples):
-            return self.task.measurement(module, batch)
+        """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
+        return self._mean(lambda: self.task.measurement(module, batch), MEASURED_SEED, examples)
+
+    def each_draw(self) -> Iterator[int]:
+        """Numbers of the draws; what is drawn in the meantime is that draw's."""
+        for number in range(self.draws):
+            with numbered_draw(number):
+                yield number
+
+    def noise_notes(self) -> list[str]:
+        """What a reader of the scores should know of the noise that losses draw."""
+        notes = []
+        mean = f"over {self.draws} seeded draw{'s' * (self.draws > 1)} for each"
+        if self.noise and self.recorded_draws:
+            notes.append(
+                "The training loss draws random numbers: its gradients are those of the run's own "
+                "draws, from the recorded random states."
+            )
+        elif self.noise:
+            note = (
+                f"The training loss draws random numbers: it is the mean {mean} example "
+                "(draws=; more lessen the noise)."
+            )
+            if self.noise - {"example", "partners"}:
+                note += (
+                    " Some are drawn once for a whole batch: a draw has one value of them for all "
+                    "examples, so that their mean takes several."
+                )
+            if "partners" in self.noise:
+                note += (
+                    " An example is mixed with another of its batch: its loss is that of its row "
+                    "in a batch of the attribution."
+                )
+            notes.append(note)
+        if self.measured_noise:
+            notes.append(f"The measurement draws random numbers: it is the mean {mean} query.")
+        return notes
+
+    def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
+        losses = []
+        for _ in self.each_draw():
+            with seeded_examples(seed, examples):
+                losses.append(loss())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,12 @@ class AttributionTask(ABC):
 
     Attributes:
         layers: names of modules (or their prefixes) whose parameters count; None for all.
-        separable: False when the losses of single examples are not known and ``train_loss``
-            repeats the mean loss of the batch.
         training_batch_size: examples per batch in training, where that is known; set before
             :meth:`prepare`. A loss that *sums* over its batch needs it.
         one_by_one: True when the losses of a batch are those of its examples run alone: gradients
             are then taken one example at a time.
+        draws: over how many draws of its own noise a loss that draws random numbers (a VAE, a
+            diffusion model, mixup) is averaged.
 
     Example:
         >>> class Logistic(AttributionTask):
@@ -57,11 +57,11 @@ class AttributionTask(ABC):
     """
 
     layers: Sequence[str] | None = None
-    separable: bool = True
     training_batch_size: int | None = None
     one_by_one: bool = False
     _in_closed_form: bool | None = None  # whether the losses are standard ones; None: not known
     _form: Form | None = None
+    draws: int = 1
 
     @abstractmethod
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -131,7 +131,7 @@ class AttributionTask(ABC):
         self.notes.clear()
         self._in_closed_form = self._form = None
 
-    def average(
+    def average(  # noqa: B027 (most tasks need none)
         self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
     ) -> None:
         """Take averages over the training set that losses need; by default none are.

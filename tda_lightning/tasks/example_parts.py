@@ -407,14 +407,17 @@ def factor_of(node: Node) -> int | None:
     return None
 
 
-def learn_layout(whole: Node, alone: Sequence[Node]) -> Layout:
+def learn_layout(whole: Node, alone: Sequence[Node], same_values: bool = True) -> Layout:
     """What stands where in a step, from a batch's loss and those of its examples alone.
+
+    Args:
+        same_values: whether an example's terms are the same alone and in its batch.
 
     Raises:
         UnreadableLossError: the step does other things for one example than for several, or the
             terms of an example in the batch are not those that it has alone.
     """
-    learner = _Learner(len(alone))
+    learner = _Learner(len(alone), same_values)
     learner.learn(whole, alone)
     return learner.layout
 
@@ -442,8 +445,8 @@ def learn_masses(alone: Sequence[Node]) -> Layout:
 
 
 class _Learner:
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, same_values: bool) -> None:
+        self.batch, self.same_values = batch, same_values
         self.layout = Layout()
         self._seen: set[int] = set()
 
@@ -482,7 +485,7 @@ class _Learner:
         own, *alone = (_number(item, number) for item in (node, *others))
         constant = all(_alike(own, value) for value in alone)
         additive = not constant and all(v.shape == own.shape for v in alone)
-        additive = additive and _alike(own, torch.stack(alone).sum(0))
+        additive = additive and torch.allclose(own, torch.stack(alone).sum(0), rtol=1e-5, atol=0)
         self._set(self.layout.masses, key, additive)
 
     def _axis(self, terms: Terms, alone: Sequence[Terms]) -> Axis | None:
@@ -502,7 +505,7 @@ class _Learner:
                     found = Axis(axis, together)
                     rows = found.rows(terms.values.detach(), self.batch)
                     own = torch.stack([other.values.detach() for other in alone])
-                    if _alike(rows, own):
+                    if not self.same_values or _alike(rows, own):
                         return found
                 raise UnreadableLossError("an example's terms differ alone and in its batch")
         raise UnreadableLossError("the numbers of terms are not those of so many examples")

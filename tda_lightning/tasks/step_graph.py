@@ -28,6 +28,7 @@ from tda_lightning.tasks.loss_calls import (
     inside_transform,
     reduction_of,
 )
+from tda_lightning.tasks.noise_rules import RULES
 
 _SMALL = 4096  # elements: the largest tensor of which a copy is kept when it is changed in place
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
@@ -190,7 +191,7 @@ class StepGraph(TorchFunctionMode):
             node_kwargs,
             output,
             number,
-            any(node.of_data for node in inputs),
+            func in RULES or any(node.of_data for node in inputs),  # noise is data
             self._order,
             inputs,
         )

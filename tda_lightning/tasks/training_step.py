@@ -35,6 +35,7 @@ from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
+from tda_lightning.tasks.step_noise import restart_noise, watching_noise
 
 _VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
 
@@ -121,9 +122,7 @@ class TrainingStepTask(AttributionTask):
             )
             return total.value.reshape(()), by_position_of(losses, count)
         if self.one_by_one and count > 1:
-            with silenced(module):
-                whole = run_training_step(module, batch)
-            return whole.reshape(()), self._contributions_one_by_one(module, batch)
+            return self._batch_loss_one_by_one(module, batch)
         total = self._run(module, batch)[1]
         return total.value.reshape(()), _sum(self._reader(count, "own").read(total), count)
 
@@ -150,7 +149,8 @@ class TrainingStepTask(AttributionTask):
 
     def _run(self, module: nn.Module, batch: Batch) -> tuple[StepGraph, Node]:
         """The graph of a step, and its loss."""
-        with silenced(module):
+        # With gradients in any case: the step itself may take some.
+        with silenced(module), torch.enable_grad():
             return run_graph(module, lambda: run_training_step(module, batch))
 
     def _reader(self, count: int, divide: Divide) -> Reader:
@@ -163,7 +163,7 @@ class TrainingStepTask(AttributionTask):
         try:
             parts = reader.read(self._run(module, batch)[1])
         except UnreadableLossError as error:
-            self._needs_alone = True
+            self._needs_alone = bool(self._training_step)
             raise UnseenBatchError(
                 f"training_step takes the loss of this batch of {count} examples apart otherwise "
                 f"than that of the first one ({error}). Give a task whose train_loss holds for "
@@ -204,24 +204,34 @@ class TrainingStepTask(AttributionTask):
             with seeded_examples(0, index):
                 yield batches.take(batch, number, count)
 
-    def _contributions_one_by_one(self, module: nn.Module, batch: Batch) -> Tensor:
-        """c_n of a batch: a mass of the batch is the sum of those of its examples."""
-        totals: dict[Site, Tensor] = {}
-        steps = []
-        for one in self._alone(batch):
-            _, total = self._run(module, one)
-            steps.append(total)
+    def _batch_loss_one_by_one(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A mass of the batch is the sum of those of its examples."""
+        with silenced(module):
+            whole = run_training_step(module, batch).reshape(())
+        masses: dict[Site, Tensor | float] = {}
+        steps = [self._run(module, one)[1] for one in self._alone(batch)]
+        for total in steps:
             reader = self._reader(1, "own")
-            reader.read(total)
+            own = _sum(reader.read(total), 1)
             for site, mass in reader.masses.items():
-                totals[site] = totals.get(site, 0) + mass.total.detach()
-        shared = {site: Average(float(total), 1.0) for site, total in totals.items()}
-        return torch.cat(
+                masses[site] = masses.get(site, 0.0) + mass.total.detach()
+        penalty = steps[-1].value.detach() - own.detach()
+        averages = {site: Average(float(mass), 1.0) for site, mass in masses.items()}
+        parts = torch.cat(
             [
-                _sum(Reader(1, self._layout, "held", shared, alone=True).read(total), 1)
+                _sum(Reader(1, self._layout, "held", averages, alone=True).read(total), 1)
                 for total in steps
             ]
         )
+        rest = whole.detach() - parts.detach().sum()
+        eps = torch.finfo(whole.dtype).eps
+        if not bool((rest - penalty).abs() <= eps**0.4 * whole.detach().abs()):
+            raise ValueError(
+                "training_step gives other losses for examples alone than in their batch in train "
+                "mode (dropout, batch statistics), and its loss cannot be taken apart in a batch. "
+                "Give a task whose train_loss gives the losses of a batch."
+            )
+        return whole, parts
 
     # The Gauss-Newton matrix.
 
@@ -286,15 +296,23 @@ class TrainingStepTask(AttributionTask):
         super().prepare(module, batch)
         self._reset()
         kind = type(module)
-        with torch.enable_grad():
+        with torch.enable_grad(), watching_noise() as noise:
             _, whole = self._run(module, batch)
             alone = self._run_alone(module, batch)
+        # An example that is mixed with others of its batch (mixup) is mixed with itself alone: its
+        # loss is that of its row.
+        mixed = "partners" in noise
         reason = ""
         try:
             if self._needs_alone:
                 raise UnreadableLossError("some batches are made otherwise than others")
-            self._layout = learn_layout(whole, alone)
+            self._layout = learn_layout(whole, alone, same_values=not mixed)
         except UnreadableLossError as error:
+            if mixed:
+                raise ValueError(
+                    "training_step mixes each example with another of its batch, and its loss "
+                    f"cannot be taken apart in a batch ({error}). Give a task."
+                ) from error
             self.one_by_one = True
             self._layout = learn_masses(alone)
             reason = str(error)
@@ -326,7 +344,8 @@ class TrainingStepTask(AttributionTask):
                 "alone, which is slow. A task whose train_loss gives the losses of a batch would "
                 "be faster."
             )
-        compare_with_plain_steps(self, run_training_step, module, batch, self._alone)
+        if not mixed:
+            compare_with_plain_steps(self, run_training_step, module, batch, self._alone)
         self._find_curvature(module, batch)
 
     def average(
@@ -449,6 +468,7 @@ def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
         if parameter.kind != parameter.KEYWORD_ONLY and parameter.kind != parameter.VAR_KEYWORD
     ]
     takes_index = len(arguments) > 1 or arguments[0].kind == arguments[0].VAR_POSITIONAL
+    restart_noise()
     loss = step(batch, 0) if takes_index else step(batch)
     if isinstance(loss, Mapping):
         loss = loss.get("loss")

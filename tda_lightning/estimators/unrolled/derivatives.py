@@ -24,7 +24,7 @@ from tda_lightning.gradients.functional import ends_early
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, seeded_examples
+from tda_lightning.tasks import AttributionTask, restarted_by, seeded_examples
 
 Parameters = Mapping[str, Tensor]
 _CACHE = 1 << 20  # bytes
@@ -111,9 +111,11 @@ def batch_derivatives(
     """
 
     def run(changed: object) -> tuple[Tensor, Tensor]:
+        again = None
         if draws is not None:
-            draws.forward.restore()
-        with seeded_examples(0, examples):
+            again = draws.forward.restore
+            again()
+        with seeded_examples(0, examples, own_noise=False), restarted_by(again):
             return task.batch_loss(replay.module, changed, by_position)
 
     try:

@@ -23,7 +23,6 @@ from tda_lightning.estimators.unrolled.derivatives import (
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.run import Draws, Replay
-from tda_lightning.runtime.loading import place
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.session import Session
@@ -255,7 +254,7 @@ class ReverseSweeps:
                 replaced[position] if position in replaced else replay.source.dataset[index]
                 for position, index in enumerate(examples.tolist())
             ]
-            return place(replay.source.collate(items), replay.module)
+            return replay.source.placed(replay.source.join(items), replay.module)
 
     def _variant(
         self, batch: object, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
