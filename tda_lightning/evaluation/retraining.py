@@ -99,7 +99,8 @@ def retrain_each(
     replay = Replay(trajectory, module, as_task(task), source, training)
     replay.check()
     _check_weights(replay, weights)
-    replay.task = _prepared(replay)
+    if not bool((weights == 1).all()):
+        replay.task = _prepared(replay)
     if not rule_of(trajectory).elementwise or replay.task.one_by_one:
         together = 1
     for part in weights.split(together):

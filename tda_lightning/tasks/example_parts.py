@@ -24,7 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from tda_lightning.tasks.step_graph import Node, call_again
 
 Key: TypeAlias = tuple[object, ...]
 Site: TypeAlias = tuple[Key, int]  # of a mass: its key, and which of them it is in the step
+T = TypeVar("T")
 Divide: TypeAlias = Literal["own", "held", "each"]
 
 _SUMS = {"sum", "mean"}
@@ -315,9 +316,9 @@ class Reader:
         divisor = mass.total
         average = self.averages.get(site)
         if self.divide != "own" and not part.divided and average is not None:
-            divisor = torch.as_tensor(average.per_example)
+            divisor = torch.tensor(average.per_example, dtype=torch.float64)
             if self.divide == "each" and mass.counts is not None:
-                divisor = mass.counts.to(part.values).clamp(min=1) * average.per_term
+                divisor = mass.counts.double().clamp(min=1) * average.per_term
         elif self.divide != "own" and not part.divided:
             raise UnreadableLossError(f"a {key[0]} was not met before")
         divisor = divisor.to(part.values)
@@ -387,8 +388,7 @@ def summed_terms(node: Node) -> Terms | None:
         return Terms(key, base, base.value.where(counted, 0), counted, None, False)
     if not values.is_floating_point():
         values = values.to(torch.get_default_dtype())
-    key = (node.name, source.name, values.dim(), dims)
-    return Terms(key, source, values, None, dims, keepdim)
+    return Terms((node.name, source.name, values.dim(), dims), source, values, None, dims, keepdim)
 
 
 def factor_of(node: Node) -> int | None:
@@ -510,7 +510,7 @@ class _Learner:
                 raise UnreadableLossError("an example's terms differ alone and in its batch")
         raise UnreadableLossError("the numbers of terms are not those of so many examples")
 
-    def _set(self, known: dict[Key, object], key: Key, value: object) -> None:  # type: ignore[type-arg]
+    def _set(self, known: dict[Key, T], key: Key, value: T) -> None:
         if known.setdefault(key, value) != value:
             raise UnreadableLossError("two places of the step look the same and differ")
 

@@ -84,8 +84,11 @@ def _difference(
                 rest.append(step(module, one) - task.batch_loss(module, one)[1].sum())
                 mine.append(losses[number])
                 alone.append(task.train_loss(module, one).sum())
+        whole = _gradient(total, parameters)
+        if not (bool(total.isfinite()) and bool(whole.isfinite().all())):
+            return None  # whoever uses it says which example's loss it is
         scale = max(float(total.detach().abs()), float(losses.detach().abs().max()))
-        gradients = [_gradient(total, parameters), *(_gradient(x, parameters) for x in alone)]
+        gradients = [whole, *(_gradient(x, parameters) for x in alone)]
         size = max(float(gradient.norm()) for gradient in gradients)
         for name, left, right in (
             *(

@@ -227,8 +227,9 @@ class TrainingStepTask(AttributionTask):
         eps = torch.finfo(whole.dtype).eps
         if not bool((rest - penalty).abs() <= eps**0.4 * whole.detach().abs()):
             raise ValueError(
-                "training_step gives other losses for examples alone than in their batch in train "
-                "mode (dropout, batch statistics), and its loss cannot be taken apart in a batch. "
+                "The losses that training_step gives for examples alone do not make up the loss of "
+                "their batch: its examples depend on one another (a contrastive loss; dropout or "
+                "batch statistics in train mode), and the loss cannot be taken apart in a batch. "
                 "Give a task whose train_loss gives the losses of a batch."
             )
         return whole, parts
