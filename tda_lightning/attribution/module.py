@@ -17,7 +17,12 @@ from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, run_provenance
-from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
+from tda_lightning.attribution.sessions import (
+    open_members,
+    open_session,
+    open_stages,
+    sample_batches,
+)
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import Estimator, StagedEstimator
@@ -232,8 +237,9 @@ class AttributionModule(LightningModule):
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
-        Prints and returns the largest relative error of each layer over the first ``examples``
-        training examples (training loss) and queries (measurement).
+        Prints and returns the largest relative error of each layer over batches of ``examples``
+        training examples (training loss) and queries (measurement): some spread over the data,
+        and neighbours at its start, in its middle and at its end.
         """
         errors: dict[str, float] = {}
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -242,11 +248,11 @@ class AttributionModule(LightningModule):
             queries = ExampleSource.of(query, examples, "query")
             session = open_session(self.stages[-1], training, queries, self_influence=False)
             for source, loss in ((training, session.train_loss), (queries, session.measurement)):
-                batch, indices = first_batch(source, examples, session.module)
                 alone = "partners" not in session.noise
-                found = largest_errors(session.engine, loss, batch, indices, alone)
-                for name, error in found.items():
-                    errors[name] = max(error, errors.get(name, 0.0))
+                for batch, indices in sample_batches(source, examples, session.module):
+                    found = largest_errors(session.engine, loss, batch, indices, alone)
+                    for name, error in found.items():
+                        errors[name] = max(error, errors.get(name, 0.0))
         rows = [(name, f"{error:.1e}") for name, error in errors.items()]
         title, columns = "Engine against plain autograd", ("layer", "largest relative error")
         print_table(title, columns, rows)

@@ -33,7 +33,12 @@ def run_provenance(
     """
     session = stages[-1].session
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
-    notes = [*session.task.notes, *session.noise_notes(), *estimated.get("notes", [])]
+    notes = [
+        *session.task.notes,
+        *session.engine.notes,
+        *session.noise_notes(),
+        *estimated.get("notes", []),
+    ]
     if generic := session.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
     curvature = settings.get("curvature")
@@ -133,7 +138,7 @@ def _several_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> Pr
                 "steps": [stage.first_step, stage.first_step + session.trajectory.last_step],
                 "trained_parameters": session.num_parameters,
                 "frozen_parameters": list(stage.frozen),
-                "notes": list(session.task.notes),
+                "notes": [*session.task.notes, *session.engine.notes],
             }
         )
     runs = [record["trajectory"] for record in records]

@@ -159,9 +159,34 @@ def _with_noise(error: EngineError, noise: frozenset[str]) -> EngineError:
 
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
-    """The first ``count`` examples as (batch, indices) on the module's device."""
-    chosen = source.batches(stop=min(count, len(source)), size=count)
-    batch, indices = next(iter(source.indexed(chosen[:1])))
+    """``count`` examples spread over the data as (batch, indices) on the module's device: data may
+    be sorted (by length, by class), and the first ones alike."""
+    first = source.batches(stop=min(count, len(source)), size=count)[0]
+    last, count = len(source) - 1, len(first)
+    spread = [position * last // max(1, count - 1) for position in range(count)]
+    try:
+        return _loaded(source, spread, module)
+    except (RuntimeError, ValueError, TypeError):
+        # They may differ too much for one batch, where neighbours are alike on purpose.
+        return _loaded(source, first, module)
+
+
+def sample_batches(
+    source: ExampleSource, count: int, module: nn.Module
+) -> Iterator[tuple[object, Tensor]]:
+    """Batches of ``count`` examples: spread over the data, and neighbours at its start, in its
+    middle and at its end."""
+    yield first_batch(source, count, module)
+    size = len(source)
+    if size > count == len(source.batches(stop=count, size=count)[0]):
+        for start in sorted({0, (size - count) // 2, size - count}):
+            yield _loaded(source, range(start, start + count), module)
+
+
+def _loaded(
+    source: ExampleSource, chosen: Sequence[int], module: nn.Module
+) -> tuple[object, Tensor]:
+    batch, indices = next(iter(source.indexed([chosen])))
     return source.placed(batch, module), indices.to(next(module.parameters()).device)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tda_lightning.curvature.products import PRODUCTS, WAYS, Products
+from tda_lightning.curvature.products import PRODUCTS, WAYS, Products, as_rows
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.tasks import AttributionTask, TrainingStepTask
 from tests.cases import CASES
@@ -284,10 +284,7 @@ def test_a_loss_that_is_no_standard_one_has_a_gauss_newton_matrix() -> None:
     parameters = [module.get_parameter(name) for name in context.engine.names]
     rows = [torch.autograd.grad(rate, parameters, retain_graph=True) for rate in rates]
     jacobian = torch.stack(
-        [
-            as_rows(context.blocks, dict(zip(context.engine.names, row, strict=True)))
-            for row in rows
-        ]
+        [as_rows(context.blocks, dict(zip(context.engine.names, row, strict=True))) for row in rows]
     )
     wanted = vectors @ jacobian.T @ (rates.detach().exp()[:, None] * jacobian) / 6
     found = Products("gauss_newton", context).over_training_set(vectors)
