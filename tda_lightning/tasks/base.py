@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.runtime.digests import source_digest
@@ -92,7 +93,7 @@ class AttributionTask(ABC):
         if by_position:
             run, read = self.loss_graph(module, batch)
             count = batches.num_examples(batch)
-            terms = by_position_of(weighted_losses(module, run, read), count)
+            terms = by_position_of(weighted_losses(module, run, read)[0], count)
             share = self.share(count)
             return terms.sum() * share, terms * share
         losses = self.train_loss(module, batch)
@@ -182,15 +183,15 @@ class AttributionTask(ABC):
         """
         run, read = self.loss_graph(module, batch)
         count = batches.num_examples(batch)
-        if self._in_closed_form is not False:
-            standard = weighted_losses(module, run, read)
+        if self._in_closed_form is False:
+            total = run_graph(module, run)[1]
+        else:
+            standard, total, losses = weighted_losses(module, run, read)
             if self._in_closed_form is None and not inside_transform():
-                losses = read(run_graph(module, run)[1])
                 self._in_closed_form = all_in_closed_form(standard, losses)
             if self._in_closed_form is not False:
                 return [replace(loss, weights=loss.weights.detach()) for loss in standard], count
-        _, total = run_graph(module, run)
-        marked = [tensor.detach() for tensor in self.outputs(module, batch) or ()]
+        marked = self._marked(module, batch)
         curvature = curvature_of_outputs(total, read, count, self._form, marked)
         self._form = curvature.form
         self._note_indefinite(curvature.indefinite)
@@ -202,9 +203,11 @@ class AttributionTask(ABC):
         if self._in_closed_form is not False:
             return standard_outputs(module, run)
         _, total = run_graph(module, run)
-        marked = [tensor.detach() for tensor in self.outputs(module, batch) or ()]
-        count = batches.num_examples(batch)
-        return [output_rows(total, count, marked)]
+        return [output_rows(total, batches.num_examples(batch), self._marked(module, batch))]
+
+    def _marked(self, module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+        with torch.no_grad():  # unseen by those who watch the run with gradients
+            return self.outputs(module, batch) or ()
 
     def _note_indefinite(self, indefinite: bool) -> None:
         if indefinite and INDEFINITE not in self.notes:

@@ -32,22 +32,24 @@ def run_graph(
 
 def weighted_losses(
     module: nn.Module, run: Callable[[], Tensor], losses: Losses
-) -> list[WeightedLoss]:
+) -> tuple[list[WeightedLoss], Node, Tensor]:
     """The standard losses in ``run()`` and the weights of their elements in the sum of ``losses``,
-    with the graph of the weights."""
+    with the graph of the weights; the node of the result, and the losses [batch]."""
     graph, total = run_graph(module, run)
-    summed = losses(total).sum()
+    each = losses(total)
+    summed = each.sum()
     if graph.calls and summed.requires_grad:
         weights = _derivatives(summed, graph)
     elif graph.calls and inside_transform():
         weights = _derivatives_in_transform(module, run, losses, summed)
     else:
-        return []
-    return [
+        return [], total, each
+    standard = [
         WeightedLoss(call.loss, weight, number)
         for number, (call, weight) in enumerate(zip(graph.calls, weights, strict=True))
         if weight is not None
     ]
+    return standard, total, each
 
 
 def all_in_closed_form(standard: Sequence[WeightedLoss], losses: Tensor) -> bool:

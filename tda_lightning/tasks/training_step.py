@@ -117,7 +117,7 @@ class TrainingStepTask(AttributionTask):
         if by_position:
             _, total = self._run(module, batch)
             run, _ = self.loss_graph(module, batch)
-            losses = weighted_losses(
+            losses, _, _ = weighted_losses(
                 module, run, lambda node: _sum(self._reader(count, "own").read(node), count)
             )
             return total.value.reshape(()), by_position_of(losses, count)
