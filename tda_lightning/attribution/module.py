@@ -27,6 +27,7 @@ from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
@@ -155,11 +156,12 @@ class AttributionModule(LightningModule):
         """Score every training example for every query.
 
         Args:
-            train: the recorded training set, a ``Dataset`` or a ``DataLoader`` over it. Column n
-                of the scores is its index n, whatever the loader's order. For several
-                trajectories a list of one each, whose columns follow one another
-                (:meth:`Scores.stage`), or one for all.
-            query: what to explain, likewise.
+            train: the recorded training set: a ``Dataset``, a ``DataLoader`` over it, whose way of
+                making batches is kept, or the ``LightningDataModule`` of the run, whose transfer
+                hooks then serve the queries too. Column n of the scores is its index n, whatever
+                the loader's order. For several trajectories a list of one each, whose columns
+                follow one another (:meth:`Scores.stage`), or one for all.
+            query: what to explain, a ``Dataset`` or a ``DataLoader``.
             batch_size: examples per batch where a data set was given.
             trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
                 by default one device.
@@ -186,10 +188,10 @@ class AttributionModule(LightningModule):
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
         examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
-        queries = ExampleSource.of(query, batch_size, "query")
+        queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
         for member in self.members:
             for stage in member:
-                require_same_data(stage.trajectory, examples[stage.run].dataset)
+                require_same_data(stage.trajectory, examples[stage.run])
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -245,7 +247,8 @@ class AttributionModule(LightningModule):
         sets = training_sets(train, self.stages[-1].run + 1)
         with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
-            queries = ExampleSource.of(query, examples, "query")
+            require_data_module(self.trajectory.facts, training)
+            queries = ExampleSource.of(query, examples, "query", training.data_module)
             session = open_session(self.stages[-1], training, queries, self_influence=False)
             for source, loss in ((training, session.train_loss), (queries, session.measurement)):
                 alone = "partners" not in session.noise
@@ -285,11 +288,13 @@ class AttributionModule(LightningModule):
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
         _require_draws(draws)
+        if trainer is not None:
+            require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
             pace = DryRun(memory)
             examples = ExampleSource.of(train, batch_size, "training")
-            queries = ExampleSource.of(query, batch_size, "query")
-            require_same_data(self.trajectory, examples.dataset)
+            queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
+            require_same_data(self.trajectory, examples)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 (stage,) = open_stages(

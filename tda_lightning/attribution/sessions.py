@@ -16,6 +16,7 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
 from tda_lightning.tasks import seeded_examples, watching_noise
 
@@ -85,6 +86,7 @@ def open_session(
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
+    show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
     batch, indices = first_batch(examples, _FIRST, module)
     session = Session(
         module=module,

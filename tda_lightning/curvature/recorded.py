@@ -26,7 +26,7 @@ from tda_lightning.gradients import Block
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")
 _KRONECKER = ("ekfac", "kfac")
@@ -82,6 +82,7 @@ def curvature_of(
     seed: int = 0,
     title: str = "curvature",
     dense_side: int | None = None,
+    used: Span | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature of the steps in ``interval`` by unit: recorded where it can be, else fitted at the
     checkpoints ``steps`` (see :func:`fit_curvature` for the other arguments).
@@ -90,7 +91,7 @@ def curvature_of(
         ValueError: statistics are asked for, and there are none that fit the model.
     """
     if not uses_statistics(choice, kind, session.trajectory):
-        return fit_curvature(kind, session, steps, scale, seed, title, dense_side)
+        return fit_curvature(kind, session, steps, scale, seed, title, dense_side, used=used)
     statistics = session.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, session.blocks, interval)
     spectra = {
@@ -99,7 +100,7 @@ def curvature_of(
     }
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
-        return fit_curvature("ekfac", session, steps, scale, seed, title, dense_side, bases)
+        return fit_curvature("ekfac", session, steps, scale, seed, title, dense_side, bases, used)
     return {name: s.to(session.device, session.dtype) for name, s in spectra.items()}
 
 

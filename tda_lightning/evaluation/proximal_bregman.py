@@ -194,7 +194,13 @@ def total_damping(trajectory: Trajectory, damping: float) -> float:
 
 def in_double(module: nn.Module, *datasets: Any) -> tuple[Any, ...]:
     """A copy of the module, and the data sets, in double precision."""
-    return copy.deepcopy(module).double(), *map(_DoubleDataset, datasets)
+    return copy.deepcopy(module).double(), *map(_in_double, datasets)
+
+
+def _in_double(data: Any) -> Any:
+    if isinstance(data, ExampleSource):
+        return data.with_dataset(_DoubleDataset(data.dataset))
+    return _DoubleDataset(data)
 
 
 class _DoubleDataset(torch.utils.data.Dataset[object]):

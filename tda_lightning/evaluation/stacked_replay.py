@@ -54,7 +54,8 @@ def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
         for row in range(trajectory.last_step):
             apply_settings(trajectory, optimizer, row)
             optimizer.zero_grad()
-            for examples in trajectory.steps.batches(row):
+            for number, examples in enumerate(trajectory.steps.batches(row)):
+                replay.see(row, number)
                 batch = replay.fetch(examples)
                 own = weights[:, examples].to(replay.device)
                 with seeded_examples(0, examples, own_noise=False), no_randomness():

@@ -10,6 +10,7 @@ time on weight gradients that would be thrown away.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from tda_lightning.gradients.fused_layers import FUSED
 from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
 from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
+from tda_lightning.records.errors import EngineError
 
 # Reading these of a parameter does not make a result depend on its values.
 _METADATA = frozenset(
@@ -83,6 +85,8 @@ class Capture(TorchFunctionMode):
         names = Counter(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             return func(*args, **kwargs)
+        if func is F.embedding_bag:
+            _require_no_norm(args, kwargs, self.trained)
         use = None
         if (describe := OPERATIONS.get(func)) is not None:
             with torch.no_grad():
@@ -183,3 +187,15 @@ class Capture(TorchFunctionMode):
                     yield self.trained[id(value)]
             elif isinstance(value, (list, tuple)):
                 yield from self._names(value)
+
+
+def _require_no_norm(
+    args: Sequence[object], kwargs: Mapping[str, object], trained: Mapping[int, str]
+) -> None:
+    given = inspect.signature(F.embedding_bag).bind(*args, **kwargs).arguments
+    name = trained.get(id(given["weight"]))
+    if name is not None and given.get("max_norm") is not None:
+        raise EngineError(
+            f"Parameter {name}: an embedding with max_norm has no per-example gradient (it "
+            "rewrites the table in the forward pass). Train without it, or freeze the embedding."
+        )

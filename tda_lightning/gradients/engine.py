@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture
+from tda_lightning.gradients.composite import scaled
 from tda_lightning.gradients.example_axes import ExampleAxes, irregular_weights
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
@@ -29,6 +30,7 @@ from tda_lightning.gradients.functional import (
     plain_recurrence,
 )
 from tda_lightning.gradients.moving import opaque
+from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.refusals import why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
@@ -68,11 +70,19 @@ class GradientEngine:
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
-        self.names = tuple(parameters)
+        self.names = tuple(n for n in parameters if module.get_parameter(n).numel())
+        for name in self.names:
+            if module.get_parameter(name).is_complex():
+                raise EngineError(
+                    f"Parameter {name} is complex, and gradients are kept as real numbers. Hold "
+                    "its real and imaginary parts in a real parameter and use "
+                    "torch.view_as_complex, or restrict attribution to other layers (task.layers)."
+                )
         self._shapes = {name: tuple(module.get_parameter(name).shape) for name in self.names}
         self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
+        self._kept: dict[str, Tensor] = {}
         self.notes: list[str] = []
 
     @property
@@ -123,7 +133,22 @@ class GradientEngine:
             )
             for use in uses:
                 use.widen()
-            yield ExampleGradients(loss.detach(), assemble(blocks, uses, count, generic))
+            gradients = assemble(blocks, uses, count, generic)
+            yield ExampleGradients(loss.detach(), self._hooked(gradients))
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the parameters of which hooks leave some entries as they are."""
+        return list(self._kept)
+
+    def _hooked(self, gradients: dict[str, Gradient]) -> dict[str, Gradient]:
+        """The gradients that hooks on the parameters leave."""
+        for block in self.blocks if self._kept else ():
+            if any(name in self._kept for name in block.parameters):
+                ones = {n: torch.ones_like(self.module.get_parameter(n)) for n in block.parameters}
+                kept = block.matrix({n: self._kept.get(n, one) for n, one in ones.items()})
+                gradients[block.name] = scaled(gradients[block.name], kept)
+        return gradients
 
     def _say_slow(self, names: Sequence[str]) -> None:
         text = (
@@ -195,12 +220,18 @@ class GradientEngine:
         """
         self._generic = []
         self.notes.clear()
+        kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
+        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
-        odd: Collection[str] = self.names
+        odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
             odd, _ = _apart(capture.uses, capture.generic | shared)
+        seen = {ref.name for use in capture.uses for ref in use.refs}
+        if unseen := set(self.names) - seen - set(odd):
+            plain = self.plain_gradient(loss, batch, examples)
+            odd += [name for name in unseen if bool(plain[name].any())]
         self._plan(capture, odd)
         errors = self._errors(loss, batch, examples)
         if wrong := self._wrong(errors):

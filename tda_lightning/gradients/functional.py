@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.capture import Capture
+from tda_lightning.gradients.fused_layers import normalized_weight
 from tda_lightning.records.errors import EngineError
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.tasks import batches
@@ -165,6 +167,21 @@ def _one_by_one(
         name: torch.stack(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)
     }
     return torch.stack(losses), gradients
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Replaces what torch differentiates once but not twice."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if func is torch._weight_norm:
+            return normalized_weight(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def ends_early(gradients: Sequence[Tensor | None]) -> bool:

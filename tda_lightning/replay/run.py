@@ -17,12 +17,14 @@ from tda_lightning.optimizers import (
     recorded_states,
     rule_of,
 )
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
+from tda_lightning.session.moments import show
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
 State = dict[str, Tensor]
@@ -101,9 +103,11 @@ class Replay:
         Raises:
             UnsupportedTrainingError: no recorded batches, several stages, another optimizer, the
                 module's own clipping, or mixed precision.
-            TrajectoryMismatchError: another number of training examples than recorded.
+            TrajectoryMismatchError: another number of training examples than recorded, or a data
+                module is missing.
         """
         facts, steps = self.trajectory.facts, self.trajectory.steps
+        require_data_module(facts, self.source)
         rule_of(self.trajectory)
         if not len(steps.examples):
             raise UnsupportedTrainingError(
@@ -140,6 +144,10 @@ class Replay:
             for name, parameter in self.module.named_parameters():
                 parameter.requires_grad_(name in self.trajectory.facts.parameters)
             yield
+
+    def see(self, row: int, batch: int) -> None:
+        """Let the module's steps see what they saw at this batch of step ``row + 1``."""
+        show(self.module, self.trajectory, row, batch, self.source)
 
     def fetch(self, examples: Tensor) -> object:
         """The batch of these examples, on the device of the module."""
@@ -229,6 +237,7 @@ class Walk:
         steps = self.replay.trajectory.steps
         first = int(steps.batch_offsets[row])
         for position, examples in enumerate(steps.batches(row), start=first):
+            self.replay.see(row, position - first)
             if self.random is None:
                 with no_randomness():
                     batch = self.replay.fetch(examples)

@@ -6,7 +6,8 @@ import copy
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
-from tda_lightning.runtime.structures import moved, same
+from tda_lightning.runtime.stand_in import stand_in_of
+from tda_lightning.runtime.structures import mapped, moved, same
 
 Keys = Callable[[list[int]], object]
 
@@ -110,6 +112,8 @@ class ExampleSource:
             TypeError: it cannot be read by index, or there are several loaders, or a loader whose
                 batches are made in a way that cannot be followed.
         """
+        if isinstance(data, ExampleSource):
+            return data
         if is_data_module(data):
             data, data_module = _training_loader(data, what), data
         _refuse_several(data, what)
@@ -207,15 +211,33 @@ class ExampleSource:
         module: the data module's where it overrides one, as in Lightning."""
         device = next(module.parameters()).device
         before, transfer, after = (self._hook(module, name) for name in TRANSFER_HOOKS)
+        stand_in = stand_in_of(module)
+        if stand_in is not None and (dtype := stand_in.input_dtype) is not None:
+            batch = mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
         if before is None or transfer is None or after is None:
             return moved(batch, device)
-        return after(transfer(before(batch, 0), device, 0), 0)
+        with _attached(self.data_module, stand_in):
+            return after(transfer(before(batch, 0), device, 0), 0)
 
     def _hook(self, module: nn.Module, name: str) -> Callable[..., Any] | None:
         if self.data_module is not None and overrides(self.data_module, name):
             return getattr(self.data_module, name)  # type: ignore[no-any-return]
         own = getattr(module, name, None)
         return own if own is not None else getattr(self.data_module, name, None)
+
+
+@contextmanager
+def _attached(data_module: Any, trainer: object) -> Iterator[None]:
+    """The data module's hooks see ``trainer``."""
+    if data_module is None or trainer is None:
+        yield
+        return
+    held = data_module.trainer
+    data_module.trainer = trainer
+    try:
+        yield
+    finally:
+        data_module.trainer = held
 
 
 def _items(dataset: Any, indices: Sequence[int]) -> list[object]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tda_lightning.runtime.checkpointing import without_reentrant_checkpoints
 from tda_lightning.runtime.compiled import run_eagerly
 from tda_lightning.runtime.silence import silenced
+from tda_lightning.runtime.stand_in import stand_in_for_trainer
 
 Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
@@ -56,9 +58,11 @@ def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Run a module outside of training: nothing is compiled or logged, and its whole state is put
-    back at the end."""
-    with run_eagerly(module), restored(module), silenced(module):
+    """Run a module outside of training: nothing is compiled, checkpointed in the reentrant way or
+    logged, a stand-in takes the place of the trainer, and its whole state is put back at the
+    end."""
+    plain = (run_eagerly(module), without_reentrant_checkpoints())
+    with plain[0], plain[1], restored(module), silenced(module), stand_in_for_trainer(module):
         yield
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
 from tda_lightning.tasks import (
@@ -33,8 +35,10 @@ from tda_lightning.tasks import (
     numbered_draw,
     seeded_examples,
 )
+from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
+Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
 
 
@@ -55,7 +59,10 @@ class Batch:
         examples: indices in the training set, int64 [batch].
         position: of the batch in the order that was asked for.
         columns: of the scores that they belong to, int64 [batch].
+        used_as: the training examples whose use in training they have, int64 [batch]; -1 for an
+            average one.
         signs: what their gradients count by, [batch]; None: 1.
+        noise: what the training loss drew for this batch of the run; None: seeded draws.
     """
 
     session: Session
@@ -63,12 +70,18 @@ class Batch:
     examples: Tensor
     position: int
     columns: Tensor
+    used_as: Tensor
     signs: Tensor | None = None
+    noise: RecordedNoise | None = None
+
+    def weights(self, used: Span) -> Tensor | None:
+        """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
+        return self.session.weights(self.used_as, used)
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
         """Per-example gradients of the training loss, factored, by block."""
-        return self.session.train_gradients(self.data, self.examples).blocks
+        return self.session.train_gradients(self.data, self.examples, self.noise).blocks
 
     @cached_property
     def measurement_gradients(self) -> dict[str, Gradient]:
@@ -106,6 +119,7 @@ class Session:
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        no_recorded_draws: why not, where the estimator asked for them.
         draws: over how many draws of them losses and their gradients are averaged.
     """
 
@@ -128,8 +142,10 @@ class Session:
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
+    no_recorded_draws: str | None = None
     draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
 
     @property
@@ -168,8 +184,10 @@ class Session:
     def load(self, step: int) -> None:
         """Put the weights and buffers of the checkpoint at ``step`` into the module.
 
-        They stay in memory: some estimators go back and forth between checkpoints.
+        The module's steps see the epoch and step that led there. The weights stay in memory: some
+        estimators go back and forth between checkpoints.
         """
+        show(self.module, self.trajectory, step - 1, source=self.examples)
         if self.loaded.trajectory is self.trajectory and self.loaded.step == step:
             return
         if step not in self._checkpoints:
@@ -205,7 +223,7 @@ class Session:
         own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
-            yield Batch(self, data, examples, position, examples)
+            yield Batch(self, data, examples, position, examples, examples)
 
     def walk_columns(
         self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
@@ -237,6 +255,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
+            used_as = [edits.edits[column].index for column in columns]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
@@ -244,6 +263,7 @@ class Session:
                 torch.tensor(examples, device=self.device),
                 position,
                 torch.tensor(columns, device=self.device),
+                torch.tensor([-1 if n is None else n for n in used_as], device=self.device),
                 signs.to(self.device),
             )
 
@@ -252,8 +272,38 @@ class Session:
         terms of the edits that change it."""
         return [index] if self.edits is None else self.edits.positions_of(index)
 
-    def add(self, segment: int | None, batch: Batch, values: Tensor, first_query: int = 0) -> None:
-        """Add the scores of a batch of :meth:`walk_columns`, [query, batch]."""
+    def example_weights(self, used: Span) -> Tensor | None:
+        """How much each training example was used in the steps of ``used``, relative to even use,
+        float64 [train]; None: all evenly, or unknown
+        (:func:`~tda_lightning.records.example_use.example_weights`)."""
+        if used not in self._weights:
+            run, share = self.trajectory, self.task.share
+            self._weights[used] = example_weights(run, *used, self.num_train, share)
+        return self._weights[used]
+
+    def weights(self, examples: Tensor, used: Span) -> Tensor | None:
+        """:meth:`example_weights` of some training examples; -1 stands for an average one."""
+        weights = self.example_weights(used)
+        if weights is None:
+            return None
+        with_average = torch.cat([weights, torch.ones_like(weights[:1])])  # their mean is 1
+        return with_average[examples.cpu()].to(self.device, self.dtype)
+
+    def add(
+        self,
+        segment: int | None,
+        batch: Batch,
+        values: Tensor,
+        first_query: int = 0,
+        used: Span | None = None,
+    ) -> None:
+        """Add the scores of a batch of :meth:`walk_columns`, [query, batch].
+
+        Args:
+            used: each example counts by how much these steps used it; None: as ``values`` has it.
+        """
+        if used is not None and (weights := batch.weights(used)) is not None:
+            values = values * weights
         if batch.signs is not None:
             values = values * batch.signs
         self.scores.add(segment, batch.columns, values, first_query)
@@ -309,8 +359,12 @@ class Session:
         torch.distributed.all_reduce(total)
         return total
 
-    def add_self_influence(self, examples: Tensor, values: Tensor) -> None:
-        """Add to the self-influence of ``examples`` [batch]."""
+    def add_self_influence(
+        self, examples: Tensor, values: Tensor, used: Span | None = None
+    ) -> None:
+        """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
+        if used is not None and (weights := self.weights(examples, used)) is not None:
+            values = values * weights
         if self._self_influence is None:
             self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
         self._self_influence.index_add_(0, examples, values.to(self._self_influence))
@@ -333,9 +387,18 @@ class Session:
 
     # Per-example gradients at the weights in place.
 
-    def train_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the training loss."""
-        return self.engine.gradients(self.train_loss, batch, examples)
+    def train_gradients(
+        self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
+    ) -> ExampleGradients:
+        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        if noise is None:
+            return self.engine.gradients(self.train_loss, batch, examples)
+
+        def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
+                return self.task.train_loss(module, part)
+
+        return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
@@ -400,6 +463,8 @@ class Session:
                     " Some are drawn once for a whole batch: a draw has one value of them for all "
                     "examples, so that their mean takes several."
                 )
+            if self.no_recorded_draws is not None:
+                note += f" The run's own draws cannot be had: {self.no_recorded_draws}."
             if "partners" in self.noise:
                 note += (
                     " An example is mixed with another of its batch: its loss is that of its row "

@@ -74,7 +74,8 @@ def standard_outputs(module: nn.Module, run: Callable[[], Tensor]) -> list[Tenso
 
 def _derivatives(summed: Tensor, graph: StepGraph) -> Sequence[Tensor | None]:
     values = [call.loss.values for call in graph.calls]
-    return torch.autograd.grad(summed, values, create_graph=True, allow_unused=True)
+    with torch._C.DisableTorchFunction():  # nothing of the user's that a mode should see
+        return torch.autograd.grad(summed, values, create_graph=True, allow_unused=True)
 
 
 def _derivatives_in_transform(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +57,7 @@ class WeightedLoss:
     loss: StandardLoss
     weights: Tensor
     number: int
+    example: int | None = None
 
     def by_position(self, batch: int) -> Tensor:
         """Weight x loss of each example's elements, [batch, positions]."""
@@ -65,6 +66,13 @@ class WeightedLoss:
     def scale(self, batch: int) -> Tensor:
         """sqrt(weight x curvature) of each element, [batch, positions]."""
         return (self.weights.flatten() * self.loss.curvature).sqrt().view(batch, -1)
+
+    def times(self, factors: Tensor) -> WeightedLoss:
+        """The loss with each example's elements times its factor, [batch]."""
+        if self.example is not None:
+            factors = factors[self.example : self.example + 1]
+        weights = self.weights.reshape(len(factors), -1) * factors.to(self.weights)[:, None]
+        return replace(self, weights=weights.reshape(self.weights.shape))
 
     @property
     def outputs(self) -> Tensor:

@@ -15,7 +15,7 @@ the strict sense; :math:`|H_n|` takes its place, as in the saddle-free Newton me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -42,6 +42,7 @@ class OutputLoss:
     Attributes:
         outputs: of each example in a row, with their graph, [batch, outputs].
         number: place among the losses of the task.
+        example: the only one that it is of, where examples are run one by one.
         roots: S_n with S_n S_n^T = |H_n|: [batch, outputs] for a diagonal, else [batch, outputs,
             outputs].
     """
@@ -49,6 +50,14 @@ class OutputLoss:
     outputs: Tensor
     roots: Tensor
     number: int = 0
+    example: int | None = None
+
+    def times(self, factors: Tensor) -> OutputLoss:
+        """The loss of each example times its factor, [batch], which is not negative."""
+        if self.example is not None:
+            factors = factors[self.example : self.example + 1]
+        shape = (-1,) + (1,) * (self.roots.dim() - 1)
+        return replace(self, roots=self.roots * factors.to(self.roots).sqrt().view(shape))
 
     def sampled(self, batch: int, stream: int) -> Tensor:
         """A random linear loss whose gradient in the outputs has |H_n| as its second moment."""
@@ -185,7 +194,8 @@ def curvature_of_outputs(
 
     def product(direction: Tensor) -> Tensor:
         # Of a symmetric matrix, backward over backward: not every loss has a forward mode.
-        return torch.func.vjp(gradient, point)[1](direction)[0].detach()  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunction():  # nothing of the user's that a mode should see
+            return torch.func.vjp(gradient, point)[1](direction)[0].detach()  # type: ignore[no-any-return]
 
     width = point.shape[1]
     if form is None:

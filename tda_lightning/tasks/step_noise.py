@@ -21,8 +21,6 @@ then, noise for each place in the batch belongs to the place, which the engine's
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,15 +32,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.runtime.seeded_generators import SeededGenerators
+from tda_lightning.tasks.draw_sites import Site, Sites
 from tda_lightning.tasks.hashes import words
 from tda_lightning.tasks.noise_rules import RULES, Pass
-
-Site = tuple[str, int, int]  # file, line, and how often it was reached before in this run
 
 _STREAM = 1 << 40  # beyond those of sampled labels
 _SHARED = -1  # the index that stands for the whole batch
 _ROWS = -1  # the layout of a first axis that holds several rows of each example
-_BETWEEN = ("torch.", "tda_lightning.tasks.", "tda_lightning.gradients.")  # code and its draws
 _axes: dict[Site, tuple[int, ...]] = {}  # that held the examples in every batch so far
 _restart: ContextVar[Callable[[], None] | None] = ContextVar("restart_noise", default=None)
 _watching: ContextVar[set[str] | None] = ContextVar("watching_noise", default=None)
@@ -109,13 +105,13 @@ class StepNoise(TorchFunctionMode):
         self.seed, self.draw, self.examples = seed, draw, examples
         self.generators = generators
         self._number = 0  # of calls so far
-        self._hits: Counter[tuple[str, int]] = Counter()
+        self._sites = Sites()
         self.restart()
 
     def restart(self) -> None:
         """Count calls from 0."""
         self._number = 0
-        self._hits.clear()
+        self._sites.restart()
         self.generators.seed(words_as_seed(self.seed, self.draw))
 
     def __torch_function__(  # type: ignore[override]
@@ -130,21 +126,9 @@ class StepNoise(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         try:
-            return rule(_Numbers(self, self._site), *args, **kwargs)
+            return rule(_Numbers(self, self._sites.following), *args, **kwargs)
         except Pass:
             return func(*args, **kwargs)
-
-    def _site(self) -> Site:
-        """The line of code that draws: the innermost one that is neither torch's nor ours."""
-        frame = sys._getframe(2)
-        while frame.f_back is not None:
-            name = frame.f_globals.get("__name__", "") + "."
-            if not name.startswith(_BETWEEN):
-                break
-            frame = frame.f_back
-        line = (frame.f_code.co_filename, frame.f_lineno)
-        self._hits[line] += 1
-        return (*line, self._hits[line])
 
 
 class _Numbers:

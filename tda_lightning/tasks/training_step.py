@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tda_lightning.records.errors import UnseenBatchError
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.silence import silenced
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import INDEFINITE, AttributionTask
 from tda_lightning.tasks.batches import Batch
@@ -257,9 +258,9 @@ class TrainingStepTask(AttributionTask):
         if not self.one_by_one or count == 1:
             return super().curved_losses(module, batch)
         losses: list[CurvedLoss] = []
-        for one in self._alone(batch):
+        for example, one in enumerate(self._alone(batch)):
             for loss in super().curved_losses(module, one)[0]:
-                losses.append(replace(loss, number=len(losses)))
+                losses.append(replace(loss, number=len(losses), example=example))
         return losses, count
 
     def curved_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
@@ -470,7 +471,12 @@ def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
     ]
     takes_index = len(arguments) > 1 or arguments[0].kind == arguments[0].VAR_POSITIONAL
     restart_noise()
-    loss = step(batch, 0) if takes_index else step(batch)
+    # The number of the batch in its epoch, where it is known; and that of the only loader.
+    trainer = stand_in_of(module)
+    number = 0 if trainer is None or trainer.moment is None else trainer.moment.batch
+    asked = [argument for argument in arguments if argument.default is argument.empty]
+    further = (number, 0) if len(asked) > 2 else (number,)
+    loss = step(batch, *further) if takes_index else step(batch)
     if isinstance(loss, Mapping):
         loss = loss.get("loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
