@@ -15,6 +15,7 @@ example of weight 0 still contributes to the statistics.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tda_lightning.evaluation.stacked_replay import replay_stacked
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.data_module import require_data_module
-from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.errors import NonFiniteError, UnseenBatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource
@@ -106,9 +107,24 @@ def retrain_each(
     if not rule_of(trajectory).elementwise or replay.task.one_by_one:
         together = 1
     for part in weights.split(together):
-        for state in [_run(replay, part[0])] if together == 1 else replay_stacked(replay, part):
+        for state in _again_where_unseen(replay, functools.partial(_run_all, replay, part)):
             require_finite(state)
             yield state
+
+
+def _run_all(replay: Replay, weights: Tensor) -> list[State]:
+    if len(weights) == 1 or replay.task.one_by_one:
+        return [_run(replay, own) for own in weights]
+    return list(replay_stacked(replay, weights))
+
+
+def _again_where_unseen(replay: Replay, run: Callable[[], list[State]]) -> list[State]:
+    """Once more where a batch is made otherwise than the one that the task was prepared on."""
+    try:
+        return run()
+    except UnseenBatchError:
+        replay.task = _prepared(replay)
+        return run()
 
 
 def _run(replay: Replay, weights: Tensor) -> State:

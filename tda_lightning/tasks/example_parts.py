@@ -76,11 +76,14 @@ class Layout:
         axes: where tensors hold examples, by where they are summed; None: they hold none.
         masses: whether a divisor is a mass, by place.
         factors: which operand of a product is its factor, by place; None: both are parts.
+        wholes_are_means: of examples that are run alone, whether a value that is no sum is averaged
+            over the batch rather than summed.
     """
 
     axes: dict[Key, Axis | None] = field(default_factory=dict)
     masses: dict[Key, bool] = field(default_factory=dict)
     factors: dict[Key, int | None] = field(default_factory=dict)
+    wholes_are_means: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Reader:
 
     Attributes:
         masses: met on the way.
+        moved: whether terms are of rows that data put where they are.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class Reader:
         self.batch, self.layout, self.divide, self.alone = batch, layout, divide, alone
         self.averages = averages or {}
         self.masses: dict[Site, Mass] = {}
+        self.moved = False
         self._met: Counter[Key] = Counter()
         self._read: dict[int, list[Part]] = {}
 
@@ -185,7 +190,11 @@ class Reader:
         if not node.value.is_floating_point():
             return []
         if self.alone:
-            return [Part(node.value[None], False)]
+            part = Part(node.value[None], False)
+            if self.layout is None or not self.layout.wholes_are_means:
+                return [part]
+            one = node.value.new_ones(1)
+            return [self._divide(part, (node.name,), Mass(one.sum(), one, one))]
         if node.value.requires_grad:
             raise UnreadableLossError(f"{node.name or 'a tensor from elsewhere'} is not a sum")
         return []
@@ -280,6 +289,7 @@ class Reader:
 
     def _sum(self, node: Node, terms: Terms) -> Part:
         """The terms of each example, summed as the node sums all."""
+        self.moved |= terms.node.moved
         part = Part(terms.sum(self.rows(terms, terms.values)), False)
         if node.name != "mean":
             return part

@@ -47,6 +47,8 @@ class Node:
         order: position among the calls.
         inputs: the nodes among the arguments, in their order.
         of_module: the module with parameters that returned it last.
+        moved: whether rows were picked or reordered on the way, by what is in the data: which
+            example a row is of can then not be told by shapes.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Node:
     order: int
     inputs: list[Node] = field(default_factory=list)
     of_module: nn.Module | None = None
+    moved: bool = False
 
     def with_inputs(self, inputs: Sequence[Node], value: Tensor) -> Node:
         """The same call of other inputs, which gave ``value``."""
@@ -194,6 +197,7 @@ class StepGraph(TorchFunctionMode):
             func in RULES or any(node.of_data for node in inputs),  # noise is data
             self._order,
             inputs,
+            moved=any(node.moved for node in inputs) or _moves(name, node_args, node_kwargs),
         )
 
     def _with_nodes(self, value: Any, inputs: list[Node]) -> Any:
@@ -257,6 +261,24 @@ class StepGraph(TorchFunctionMode):
             self._nodes[id(leaf)].value = leaf
             return leaf
         return values
+
+
+_PICKING = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "topk",
+            "_pack_padded_sequence"}  # fmt: skip
+_ALONG = {"index_select", "gather", "take_along_dim", "index_add", "scatter", "scatter_add",
+          "repeat_interleave"}  # fmt: skip
+
+
+def _moves(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call picks or reorders rows by what is in the data."""
+    if name in _PICKING:
+        return True
+    if name in _ALONG:
+        return kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0
+    if name not in ("__getitem__", "__setitem__"):
+        return False
+    first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+    return isinstance(first, Node) and first.of_data
 
 
 def call_again(node: Node, values: Mapping[int, Tensor]) -> Tensor:

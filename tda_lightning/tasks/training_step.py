@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from tda_lightning.records.errors import UnseenBatchError
 from tda_lightning.runtime.digests import source_digest
+from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.tasks import batches
@@ -94,6 +97,8 @@ class TrainingStepTask(AttributionTask):
         self._layout: Layout | None = None
         self._averages: dict[Site, Average] = {}
         self._varying = False
+        self._mixed = False
+        self._known_batches: set[tuple[int, ...]] = set()
         self._training_step: list[str | None] = []
 
     @property
@@ -125,7 +130,10 @@ class TrainingStepTask(AttributionTask):
         if self.one_by_one and count > 1:
             return self._batch_loss_one_by_one(module, batch)
         total = self._run(module, batch)[1]
-        return total.value.reshape(()), _sum(self._reader(count, "own").read(total), count)
+        reader = self._reader(count, "own")
+        parts = _sum(self._read(reader, total, count), count)
+        self._require_known_rows(module, batch, reader)
+        return total.value.reshape(()), parts
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         if self.measures_loss:
@@ -161,18 +169,49 @@ class TrainingStepTask(AttributionTask):
         """The parts of a batch's loss, and its number of examples."""
         count = batches.num_examples(batch)
         reader = self._reader(count, divide)
-        try:
-            parts = reader.read(self._run(module, batch)[1])
-        except UnreadableLossError as error:
-            self._needs_alone = bool(self._training_step)
-            raise UnseenBatchError(
-                f"training_step takes the loss of this batch of {count} examples apart otherwise "
-                f"than that of the first one ({error}). Give a task whose train_loss holds for "
-                "every batch."
-            ) from error
+        parts = self._read(reader, self._run(module, batch)[1], count)
+        self._require_known_rows(module, batch, reader)
         if divide == "held" and not self._varying:
             self._require_constant_masses(reader.masses, count)
         return parts, count
+
+    def _read(self, reader: Reader, total: Node, count: int) -> list[Part]:
+        try:
+            return reader.read(total)
+        except UnreadableLossError as error:
+            self._needs_alone = bool(self._training_step)
+            raise UnseenBatchError(
+                f"The loss of this batch of {count} examples is made otherwise than that of the "
+                f"first one ({error}). Give a task whose train_loss holds for every batch."
+            ) from error
+
+    def _require_known_rows(self, module: nn.Module, batch: Batch, reader: Reader) -> None:
+        """Where data decide which row is of which example (a mask, a sort), compare the losses of
+        the batch with those of its examples alone, in eval mode and once for a batch."""
+        if not (reader.moved and self._training_step) or inside_transform():
+            return
+        examples = active_examples()
+        name = None if examples is None else tuple(examples.tolist())
+        if reader.batch == 1 or self._mixed or name in self._known_batches:
+            return
+        with restored(module, "modes"), unchanged_randomness():
+            module.eval()
+            together = self._held_alike(module, batch, reader.batch)
+            alone = torch.cat([self._held_alike(module, one, 1) for one in self._alone(batch)])
+        eps = torch.finfo(together.dtype).eps
+        if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
+            self._needs_alone = True
+            raise UnseenBatchError(
+                "The rows of a batch are not those of its examples in their order (a mask or a "
+                "sort of the data), and were so in the first batch."
+            )
+        if name is not None:
+            self._known_batches.add(name)
+
+    def _held_alike(self, module: nn.Module, batch: Batch, count: int) -> Tensor:
+        total = self._run(module, batch)[1]
+        parts = self._read(self._reader(count, "held"), total, count)
+        return self._as_trained(parts, count).detach()
 
     def _require_constant_masses(self, masses: Mapping[Site, Mass], count: int) -> None:
         if inside_transform():
@@ -303,7 +342,7 @@ class TrainingStepTask(AttributionTask):
             alone = self._run_alone(module, batch)
         # An example that is mixed with others of its batch (mixup) is mixed with itself alone: its
         # loss is that of its row.
-        mixed = "partners" in noise
+        self._mixed = mixed = "partners" in noise
         reason = ""
         try:
             if self._needs_alone:
@@ -327,6 +366,9 @@ class TrainingStepTask(AttributionTask):
                 "depends on the others. Give a task with a divisor that is no sum over the batch, "
                 "or detach it."
             )
+        if self.one_by_one:
+            self._find_whole_losses(module, batch)
+        masses = self._masses_alone(alone)
         self._averages = {site: _average(own) for site, own in masses.items()}
         parts = self._reader(1, "held").read(alone[0])
         if any(not part.divided for part in parts):
@@ -394,6 +436,16 @@ class TrainingStepTask(AttributionTask):
                 "The second derivative of the training loss in the outputs of the network has "
                 "negative eigenvalues: curvature is the empirical Fisher, as asked for."
             )
+
+    def _find_whole_losses(self, module: nn.Module, batch: Batch) -> None:
+        """Whether losses of which nothing is known but their values are averaged over the batch,
+        or summed."""
+        assert self._layout is not None
+        for self._layout.wholes_are_means in (True, False):
+            with suppress(ValueError):
+                self._batch_loss_one_by_one(module, batch)
+                return
+        self._batch_loss_one_by_one(module, batch)
 
     def _run_alone(self, module: nn.Module, batch: Batch) -> list[Node]:
         """The losses of the examples alone."""
