@@ -21,7 +21,7 @@ from tda_lightning import Trajectory
 from tda_lightning.tasks import TrainingStepTask
 from tests.runs import fit
 
-RATE, MOMENTUM, BATCH, TRAIN, FEATURES, CLASSES = 0.2, 0.5, 4, 12, 4, 3
+RATE, MOMENTUM, BATCH, TRAIN, FEATURES, CLASSES = 0.2, 0.5, 4, 10, 4, 3
 Step = Callable[[Any, Tensor, Tensor], Tensor]
 
 
@@ -203,6 +203,7 @@ NOISE: dict[str, Noise] = {
     "python": _of_outputs(_python_scaled),
     "in place": _of_outputs(_in_place),
     "pasted": _of_outputs(_pasted),
+    "plain": _of_outputs(lambda m, x, y: m.f(x)),
     "dropout besides": _of_outputs(
         _input_noise, parts={"f": lambda: _mlp(FEATURES, CLASSES, nn.Dropout(0.4))}
     ),
@@ -222,9 +223,9 @@ BY_EXAMPLE = [  # those whose noise is each example's own
 class NoisyNet(LightningModule):
     """Trains on a noisy step, and remembers the generators' states at the start of each."""
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self, noise: Noise, optimizer: str = "sgd") -> None:
         super().__init__()
-        self.noise = noise
+        self.noise, self.optimizer = noise, optimizer
         for name, build in noise.parts.items():
             setattr(self, name, build())
         self.states: list[Any] = []
@@ -237,6 +238,8 @@ class NoisyNet(LightningModule):
         return self.noise.step(self, *batch)
 
     def configure_optimizers(self) -> Any:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(self.parameters(), 0.01)
         return torch.optim.SGD(self.parameters(), RATE, MOMENTUM)
 
 
@@ -291,14 +294,21 @@ def data(size: int = TRAIN, seed: int = 0) -> TensorDataset:
 
 
 def recorded(
-    path: Path, name: str, checkpoints: int = 2, epochs: int = 2, shuffle: bool = True
+    path: Path,
+    name: str,
+    checkpoints: int = 2,
+    epochs: int = 2,
+    optimizer: str = "sgd",
+    dataset: Any = None,
+    order: Any = None,
 ) -> tuple[NoisyNet, Trajectory]:
-    """A run of the step called ``name``, and its record."""
+    """A run of the step called ``name``, and its record; ``order``: in place of a random one."""
     torch.manual_seed(1)
-    module = NoisyNet(NOISE[name])
+    module = NoisyNet(NOISE[name], optimizer)
+    dataset = data() if dataset is None else dataset
     fit(
         path,
-        lambda: DataLoader(data(), BATCH, shuffle=shuffle),
+        lambda: DataLoader(dataset, BATCH, shuffle=order is None, sampler=order),
         module=module,
         recorder={"num_checkpoints": checkpoints},
         max_epochs=epochs,
@@ -335,7 +345,7 @@ def unrolled(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tenso
 
 def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
     """Every use at the checkpoint after it, with what it drew, by plain autograd, one example
-    after the other; rates are constant and each example is used evenly."""
+    after the other; rates are constant."""
     x, y = data().tensors
     scores = torch.zeros(len(queries), TRAIN, dtype=torch.float64)
     before = 0
@@ -349,7 +359,7 @@ def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
 
             with drawing(module.states[row]):
                 own = gradients(module, run, step, rows)
-            uses = RATE / (1 - MOMENTUM) / BATCH
+            uses = RATE / (1 - MOMENTUM) / len(chosen)
             scores.index_add_(1, chosen, uses * measured @ own.T)
         before = step
     return scores

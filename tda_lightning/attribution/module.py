@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -42,6 +43,7 @@ from tda_lightning.runtime.processes import Processes, rank_and_world
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
+from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
@@ -250,7 +252,9 @@ class AttributionModule(LightningModule):
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
             session = open_session(self.stages[-1], training, queries, self_influence=False)
-            for source, loss in ((training, session.train_loss), (queries, session.measurement)):
+            asked = replace(queries, example=session.examples.example).checked(session.module)
+            sides = (session.examples, session.train_loss), (asked, session.measurement)
+            for source, loss in sides:
                 alone = "partners" not in session.noise
                 for batch, indices in sample_batches(source, examples, session.module):
                     found = largest_errors(session.engine, loss, batch, indices, alone)
@@ -322,7 +326,9 @@ class AttributionModule(LightningModule):
     def predict_step(self, batch: object, batch_idx: int) -> Tensor:
         """All the work of an attribution."""
         assert self._work is not None
-        self._result = self._work()
+        launcher = self.trainer.strategy.launcher
+        with ended_by_sigterm(lambda number: launcher.kill(number) if launcher else None):
+            self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
     def _score_members(

@@ -4,6 +4,8 @@ task prepared, the last checkpoint loaded."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,10 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import seeded_examples, watching_noise
+from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -38,6 +41,8 @@ def open_members(
         open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
     ]
     for stages in opened:
+        if edits is not None:
+            edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
     return opened
 
@@ -86,7 +91,10 @@ def open_session(
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
+    if type(task).example is not AttributionTask.example:
+        examples, queries = (replace(one, example=task.example) for one in (examples, queries))
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
+    examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
     session = Session(
         module=module,
@@ -110,13 +118,14 @@ def open_session(
     if not task.measures_loss:
         some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
-    with seeded_examples(0, indices):
-        task.prepare(module, batch)
-    task.average(module, lambda: session.batches(examples.batches()))
-    try:
+    trainer = stand_in_of(module)
+    unknown = [] if trainer is None else trainer.unknown
+    with _noise_explained(session, batch, indices):
+        with seeded_examples(0, indices):
+            task.prepare(module, batch)
+        task.average(module, lambda: session.batches(examples.batches()))
+        task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.one_by_one)
-    except EngineError as error:
-        raise _with_noise(error, session.noise) from error
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
     return session
@@ -134,6 +143,9 @@ def _noise_of(
     with watching_noise() as seen, torch.no_grad():
         try:
             loss(module, batch, indices)
+            if "NumPy" in seen:  # from here on it draws for the example
+                seen.clear()
+                loss(module, batch, indices)
             if seen and len(indices) > 1:
                 fewer, some = first_batch(source, len(indices) - 1, module)
                 loss(module, fewer, some)
@@ -142,22 +154,48 @@ def _noise_of(
     return frozenset(seen)
 
 
-def _with_noise(error: EngineError, noise: frozenset[str]) -> EngineError:
-    """The error, with what noise of the step has to do with it."""
-    unseen = sorted(noise & {"torch", "NumPy", "Python"})
+@contextmanager
+def _noise_explained(session: Session, batch: object, indices: Tensor) -> Iterator[None]:
+    """Add to an error what random numbers of the loss have to do with it."""
+    try:
+        yield
+    except (EngineError, ValueError) as error:
+        text = _about_noise(session, batch, indices)
+        if text is None or type(error) not in (EngineError, ValueError):
+            raise
+        raise type(error)(f"{error} {text}") from error
+
+
+def _about_noise(session: Session, batch: object, indices: Tensor) -> str | None:
+    unseen = sorted(session.noise & {"torch", "NumPy", "Python"})
     if unseen:
-        names = ["a compiled or fused function of torch" if n == "torch" else n for n in unseen]
-        return EngineError(
-            f"{error} This step draws random numbers from {' and '.join(names)}: they belong to a "
-            "place in the batch and not to an example, unless the whole batch shares them. Draw "
-            "what is each example's own with torch (torch.randn_like, torch.randperm)."
+        names = {
+            "torch": "a compiled or fused function of torch",
+            "NumPy": "NumPy by functions imported by themselves",
+            "Python": "Python's random",
+        }
+        return (
+            f"The loss draws random numbers from {' and '.join(names[n] for n in unseen)}: what "
+            "each example draws there belongs to a place in the batch and not to the example. Draw "
+            "it with torch (torch.randn_like, torch.randperm) or as numpy.random.randn(...)."
         )
-    if "partners" in noise:
-        return EngineError(
-            f"{error} This step mixes each example with another of its batch (a random "
-            "permutation), so parameters that need single examples cannot be followed."
+    try:
+        with torch.no_grad():
+            first, again = (session.train_loss(session.module, batch, indices) for _ in range(2))
+    except Exception:  # it is no matter of noise
+        return None
+    if not torch.allclose(first, again, rtol=1e-3, equal_nan=True):
+        return (
+            "The loss of the same batch differs from one evaluation to the next: it draws from a "
+            "random generator of its own (numpy.random.default_rng, random.Random), or changes "
+            "what it reads. Draw from torch's or NumPy's global generator."
         )
-    return error
+    if "partners" in session.noise:
+        return (
+            "The loss mixes each example with another of its batch (a random permutation), so "
+            "parameters that need single examples cannot be followed."
+        )
+    return None
 
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
@@ -189,7 +227,7 @@ def _loaded(
     source: ExampleSource, chosen: Sequence[int], module: nn.Module
 ) -> tuple[object, Tensor]:
     batch, indices = next(iter(source.indexed([chosen])))
-    return source.placed(batch, module), indices.to(next(module.parameters()).device)
+    return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
@@ -197,4 +235,4 @@ def _query_batches(
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
     for batch, indices in queries.indexed(queries.batches(start, stop)):
-        yield queries.placed(batch, module), indices.to(device)
+        yield queries.placed(batch, module, indices), indices.to(device)

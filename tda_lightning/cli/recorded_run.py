@@ -15,7 +15,7 @@ from tda_lightning.cli.run_config import build
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, is_data_module
-from tda_lightning.tasks import AttributionTask
+from tda_lightning.tasks import AttributionTask, as_task
 
 
 def load_parts(
@@ -27,8 +27,15 @@ def load_parts(
     changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
     module = build(run_config.model, config.trust_config, **changes)
     if "task" in config:
-        return data, module, instantiate(config.task, _convert_="all")
-    return data, module, build(run_config.get("task"), config.trust_config)
+        task = instantiate(config.task, _convert_="all")
+    else:
+        task = build(run_config.get("task"), config.trust_config)
+    if (draws := config.get("draws")) is not None:
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1 or null, got {draws}.")
+        task = as_task(task)
+        task.draws = draws
+    return data, module, task
 
 
 def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:

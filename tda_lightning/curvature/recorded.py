@@ -25,6 +25,7 @@ from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.records.provenance import Statistics as StatisticsRecord
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.session import Session, Span
 
@@ -60,14 +61,19 @@ def statistics_provenance(
     it was fitted."""
     if not uses_statistics(choice, kind, trajectory):
         return {}
-    merged = [trajectory.merged_statistics(*span).values() for span in spans]
-    examples = [max((int(block.examples) for block in blocks), default=0) for blocks in merged]
+    merged = [trajectory.merged_statistics(*span) for span in spans]
+    examples = [
+        max((int(block.examples) for block in blocks.values()), default=0) for blocks in merged
+    ]
+    record: StatisticsRecord = {
+        "gathered": "in training",
+        "eigenvalues": "one pass" if choice == "corrected" else "products, by recorded trace",
+        "examples": examples,
+    }
+    if left_out := sorted({name for blocks in merged for name in _left_out(blocks)}):
+        record["fitted"] = left_out
     return {
-        "statistics": {
-            "gathered": "in training",
-            "eigenvalues": "one pass" if choice == "corrected" else "products, by recorded trace",
-            "examples": examples,
-        },
+        "statistics": record,
         "fisher": trajectory.facts.settings.get("curvature", {}).get("fisher"),
     }
 
@@ -94,14 +100,24 @@ def curvature_of(
         return fit_curvature(kind, session, steps, scale, seed, title, dense_side, used=used)
     statistics = session.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, session.blocks, interval)
+    missing = _left_out(statistics)
     spectra = {
         block.name: _spectrum(statistics[block.name], (scale or {}).get(block.name))
         for block in session.blocks
+        if block.name not in missing
     }
+    if any(block.name in missing for block in session.blocks):
+        fitted = fit_curvature(kind, session, steps, scale, seed, title, dense_side, used=used)
+        spectra = {b.name: spectra.get(b.name, fitted[b.name]) for b in session.blocks}
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
         return fit_curvature("ekfac", session, steps, scale, seed, title, dense_side, bases, used)
     return {name: s.to(session.device, session.dtype) for name, s in spectra.items()}
+
+
+def _left_out(statistics: Statistics) -> list[str]:
+    """Blocks of which training gathered nothing, while it did of others."""
+    return [name for name, block in statistics.items() if not float(block.examples)]
 
 
 def _require_fitting(

@@ -38,6 +38,9 @@ class TracIn:
     :math:`\eta_c` for :math:`w_c / N`, which gives the same ranking when checkpoints are evenly
     spaced.
 
+    Of a loss that draws random numbers the gradients are those of the run's own draws: the sum over
+    an example's uses takes the place of one gradient for all (docs/methods.md, "Random steps").
+
     References:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
           section 3
@@ -113,16 +116,15 @@ class TracIn:
 def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
     """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
     batches since the checkpoint before: an example's gradient is the sum over its uses, each with
-    what it drew, relative to the uses of an average one."""
+    what it drew and with its share in its step, relative to the shares of an average one."""
     title, rows = f"TracIn, step {step}", range(start, step)
     if draws is None:
         yield from session.walk_columns(title, step)
         return
-    steps = session.trajectory.steps
-    uses = sum(len(batch) for row in rows for batch in steps.batches(row))
+    shares = [share * size for size, share in draws.shares(rows)]
     for batch in draws.walk(title, step, rows):
-        share = torch.full((len(batch.examples),), session.num_train / uses, dtype=session.dtype)
-        yield replace(batch, signs=share.to(session.device))
+        own = shares[batch.position] / len(batch.examples) * session.num_train / sum(shares)
+        yield replace(batch, signs=torch.full_like(batch.examples, own, dtype=session.dtype))
 
 
 def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:

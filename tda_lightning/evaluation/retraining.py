@@ -38,6 +38,7 @@ from tda_lightning.tasks import (
     as_task,
     numbered_draw,
     seeded_examples,
+    watching_noise,
 )
 
 Result = TypeVar("Result")
@@ -240,10 +241,15 @@ def of_each_batch(
         if trajectory is not None:
             require_data_module(trajectory.facts, source)
             show(module, trajectory, trajectory.last_step - 1, source=source)
+        source = source.checked(module)
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with seeded_examples(seed, examples):
-                results.append(read(source.batch(examples, module)))
+            batch = source.batch(examples, module)
+            with watching_noise() as seen, seeded_examples(seed, examples):
+                results.append(read(batch))
+            if not seen.isdisjoint({"NumPy", "Python"}):  # seeded from the first use on
+                with seeded_examples(seed, examples):
+                    results[-1] = read(batch)
     return results
 
 

@@ -197,7 +197,8 @@ class GradientEngine:
                     "the module that was trained."
                 )
             parameters = [self.module.get_parameter(name) for name in self.names]
-            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+            found = torch.autograd.grad(total, parameters, materialize_grads=True)
+        gradients = [g.to_dense() if g.is_sparse else g for g in found]
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
@@ -220,6 +221,12 @@ class GradientEngine:
         """
         self._generic = []
         self.notes.clear()
+        dtype = next(self.module.parameters()).dtype
+        if torch.finfo(dtype).bits < 32:
+            self.notes.append(
+                f"The module is in {str(dtype).removeprefix('torch.')}, and gradients carry its "
+                "rounding. Give the module in float32 for scores without it."
+            )
         kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)

@@ -146,7 +146,7 @@ class _Observation:
         ordered, order = self.weights.sort()
         place = torch.searchsorted((ordered[1:] + ordered[:-1]) / 2, ratio.contiguous())
         rest = (self.weighted - ordered[place][:, None] * self.plain).norm(dim=1)
-        known = (rest <= self.close) & (rest <= 0.1 / len(ordered) * self.size) & (self.size > 0)
+        known = (rest <= self.close) & (rest <= 0.2 / len(ordered) * self.size) & (self.size > 0)
         if bool((~known & (self.size > self.little)).any()):
             return None
         return torch.where(known, order[place], -1)

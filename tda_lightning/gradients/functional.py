@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.fused_layers import normalized_weight
@@ -82,8 +83,10 @@ def functional_gradients(
     if not names:
         return {}
     try:
-        losses, gradients = _by_vmap(module, names, loss, batch, examples)
-        if not _alike(losses, together):
+        one = len(examples) == 1
+        way = _one_by_one if one else _by_vmap
+        losses, gradients = way(module, names, loss, batch, examples)
+        if not one and not _alike(losses, together):
             # vmap cuts a batch in its own way.
             losses, gradients = _one_by_one(module, names, loss, batch, examples)
     except Exception as error:  # any failure of vmap has the same remedy
@@ -129,18 +132,16 @@ def _alike(alone: Tensor, together: Tensor | None) -> bool:
 def _by_vmap(
     module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    leaves, structure = pytree.tree_flatten(batch)
-    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
+    leaves, sliced, single = batches.apart(batch, len(examples))
     lossy = Lossy(module, loss)
     values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
 
     def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
-        single = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
-        arguments = (pytree.tree_unflatten(single, structure), example[None])
+        arguments = (single(parts), example[None])
         with Capture({}):
             return torch.func.functional_call(lossy, parameters, arguments).sum()
 
-    axes = (None, [0 if cut else None for cut in sliced], 0)
+    axes = (None, sliced, 0)
     mapped = torch.func.vmap(torch.func.grad_and_value(example_loss), axes, chunk_size=_CHUNK)
     with parameters_frozen(module), torch.enable_grad():
         gradients, losses = mapped(values, leaves, examples)
@@ -160,7 +161,8 @@ def _one_by_one(
             value = loss(module, single, examples[position : position + 1]).sum()
             losses.append(value.detach())
             if value.requires_grad:
-                rows.append(torch.autograd.grad(value, parameters, materialize_grads=True))
+                own = torch.autograd.grad(value, parameters, materialize_grads=True)
+                rows.append([g.to_dense() if g.is_sparse else g for g in own])
             else:
                 rows.append([torch.zeros_like(parameter) for parameter in parameters])
     gradients = {
@@ -179,9 +181,13 @@ class TwiceDifferentiable(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        kwargs = kwargs or {}
         if func is torch._weight_norm:
-            return normalized_weight(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return normalized_weight(*args, **kwargs)
+        if func in (F.embedding, F.embedding_bag):
+            kwargs = {**inspect.signature(func).bind(*args, **kwargs).arguments, "sparse": False}
+            return func(**kwargs)
+        return func(*args, **kwargs)
 
 
 def ends_early(gradients: Sequence[Tensor | None]) -> bool:

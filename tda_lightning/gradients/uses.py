@@ -107,10 +107,16 @@ class Use(WatchedOutput, ABC):
         """The same use with one axis of rows in front."""
         return self
 
-    def same(self, gradient: Tensor, **tensors: Tensor | None) -> Use:
+    def expanded(self, gradient: Tensor) -> Use | None:
+        """This use as if it had been called for every example: ``gradient`` is that of what its
+        output was broadcast to. None for a kind that cannot."""
+        return None
+
+    def same(self, gradient: Tensor, **given: object) -> Use:
         """This use with other tensors of the same rows."""
-        other = replace(self, **tensors)  # type: ignore[arg-type]
+        other = replace(self, **given)  # type: ignore[arg-type]
         other.gradient, other.output_shape, other.layout = gradient, gradient.shape, self.layout
+        other.edge = self.edge
         return other
 
     def widen(self) -> None:
@@ -158,6 +164,10 @@ class Linear(MatrixProduct):
         rows, columns = self.gradient.shape[-1], self.inputs.shape[-1]
         inputs = self.inputs.reshape(-1, columns)
         return self.same(self.gradient.reshape(-1, rows), inputs=inputs)
+
+    def expanded(self, gradient: Tensor) -> Use:
+        inputs = self.inputs.expand(*gradient.shape[:-1], self.inputs.shape[-1])
+        return self.same(gradient, inputs=inputs)
 
     def outputs(self, batch: int) -> Tensor:
         gradient = self.batch_first(self.gradient, batch)
@@ -248,6 +258,9 @@ class Embedding(Use):
         width = self.gradient.shape[-1]
         return self.same(self.gradient.reshape(-1, width), index=self.index.flatten())
 
+    def expanded(self, gradient: Tensor) -> Use:
+        return self.same(gradient, index=self.index.expand(gradient.shape[:-1]))
+
     def add_to(self, parts: BlockParts, batch: int) -> None:
         assert self.weight is not None
         index = self.batch_first(self.index, batch).reshape(batch, -1)
@@ -287,7 +300,7 @@ class ScaleAndShift(Use):
         if not axes:
             gradient, factor = (None if v is None else v.flatten() for v in (gradient, factor))
         assert gradient is not None
-        return replace(self, axes=axes).same(gradient, factor=factor)
+        return self.same(gradient, factor=factor, axes=axes)
 
     def add_to(self, parts: BlockParts, batch: int) -> None:
         assert self.gradient is not None

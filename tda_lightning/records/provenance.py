@@ -61,6 +61,7 @@ class Statistics(TypedDict, total=False):
     gathered: str  # in training
     eigenvalues: str  # how they were corrected: in one pass, or from recorded traces
     examples: list[Count]  # behind the statistics of each segment
+    fitted: list[str]  # blocks of which training gathered none
 
 
 class Residual(TypedDict):

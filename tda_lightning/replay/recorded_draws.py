@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+import torch
 
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
@@ -58,7 +58,7 @@ class RecordedDraws:
                 "outside of their batches"
             )
         try:
-            self._noted(self.trajectory.steps.batches(0)[0], Snapshot.take())[0].gradients  # noqa: B018
+            self._noted(0, Snapshot.take())[0].gradients  # noqa: B018 - whether they can be had
         except UnsupportedTrainingError as error:
             return str(error)
         return None
@@ -79,6 +79,16 @@ class RecordedDraws:
                 number += 1
         self._compare(rows.stop)
 
+    def shares(self, rows: range) -> list[tuple[int, float]]:
+        """The size of each batch of some rows, and the weight of its examples' losses in their
+        step's loss."""
+        steps, share = self.trajectory.steps, self.session.task.share
+        return [
+            (len(batch), share(len(batch)) / int(steps.accumulation[row]))
+            for row in rows
+            for batch in steps.batches(row)
+        ]
+
     def prepare(self, title: str, rows: range) -> None:
         """Find out the states before the batches of some rows, for :meth:`walk_places`."""
         for row in self.session.loop(title, self._rows_to(rows)):
@@ -90,13 +100,11 @@ class RecordedDraws:
         """The batches at some places of the table of batches, in any order; of several processes,
         each has its share."""
         rank, world = rank_and_world()
-        steps = self.trajectory.steps
         for number, place in self.session.loop(title, list(enumerate(places))[rank::world]):
-            first, last = steps.example_offsets[place : place + 2].tolist()
             before = self._before.get(place)
             unknown = RuntimeError(f"The states before batch {place} were not prepared.")
             self.session.require(before is not None, unknown)  # a dry run has some only
-            batch, _ = self._noted(steps.examples[first:last], before or Snapshot.take())
+            batch, _ = self._noted(place, before or Snapshot.take())
             yield replace(batch, position=number)
 
     def _rows_to(self, rows: range) -> range:
@@ -107,8 +115,8 @@ class RecordedDraws:
     def _batches(self, row: int) -> Iterator[tuple[int, Batch]]:
         """The batches of a row with their places; the states that they leave are kept."""
         steps = self.trajectory.steps
-        first = int(steps.batch_offsets[row])
-        for place, examples in enumerate(steps.batches(row), start=first):
+        first, stop = steps.batch_offsets[row : row + 2].tolist()
+        for place in range(first, stop):
             if (recorded := steps.random.get(place)) is not None:
                 self._before[place] = Snapshot.of(recorded)
             elif place == first:
@@ -117,7 +125,7 @@ class RecordedDraws:
                 raise UnsupportedTrainingError(
                     f"The random states before step {row + 1} of the run are not known."
                 )
-            batch, left = self._noted(examples, self._before[place])
+            batch, left = self._noted(place, self._before[place])
             self._before[place + 1] = left.like(self._before[place])
             yield place, batch
 
@@ -137,13 +145,18 @@ class RecordedDraws:
             )
         self._before[place] = known
 
-    def _noted(self, examples: Tensor, before: Snapshot) -> tuple[Batch, Snapshot]:
+    def _noted(self, place: int, before: Snapshot) -> tuple[Batch, Snapshot]:
         """The batch with its draws, from the states before it was fetched; those that it leaves."""
-        session, replay = self.session, self.replay
+        session, replay, steps = self.session, self.replay, self.trajectory.steps
+        row = int(torch.searchsorted(steps.batch_offsets, place, right=True)) - 1
+        first, last = steps.example_offsets[place : place + 2].tolist()
+        examples = steps.examples[first:last]
+        replay.see(row, place - int(steps.batch_offsets[row]))
         with unchanged_randomness():
             data, forward = replay.fetched(examples, before)
             noise = RecordedNoise(forward)
             with restored(session.module, "buffers"), replay.as_trained():
                 left = noise.note(lambda: replay.loss_as_trained(data, examples))
+        session.load(session.loaded_step)  # whose moment the step sees from here on
         indices = examples.to(session.device)
         return Batch(session, data, indices, 0, indices, indices, noise=noise), left

@@ -22,7 +22,7 @@ from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTra
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.module_state import load_tensors, restored
+from tda_lightning.runtime.module_state import borrowed, load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.session.moments import show
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
@@ -123,14 +123,17 @@ class Replay:
         precision = str(facts.settings.get("precision", "32-true"))
         if precision not in ("32-true", "64-true", "32", "64"):
             raise UnsupportedTrainingError(
-                f"The run was trained with precision={precision}; the replay is written for true "
-                "precision (32-true, 64-true), and would land elsewhere."
+                f"The run was trained with precision={precision}; the replay is written for "
+                "32-true and 64-true, and would land elsewhere."
             )
         if facts.num_examples not in (None, len(self.source)):
             raise TrajectoryMismatchError(
                 f"The training set is not the recorded one: expected {facts.num_examples} "
                 f"examples, got {len(self.source)}."
             )
+        with borrowed(self.module):
+            self.see(0, 0)
+            self.source.checked(self.module).require_order()
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
@@ -161,7 +164,7 @@ class Replay:
         else:
             before.restore()
             batch = self.source.read(examples.tolist())
-        return self.source.placed(batch, self.module), Snapshot.take()
+        return self.source.placed(batch, self.module, examples), Snapshot.take()
 
     def loss_as_trained(self, batch: object, examples: Tensor) -> Tensor:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the

@@ -16,15 +16,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
+from tda_lightning.runtime.layouts import (
+    Rule,
+    cut,
+    first_axis,
+    learned,
+    misfit,
+    order_of,
+    signature,
+)
+from tda_lightning.runtime.origins import Origin, remember
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.runtime.stand_in import stand_in_of
-from tda_lightning.runtime.structures import mapped, moved, same
+from tda_lightning.runtime.structures import mapped, moved, parts, same, with_parts
 
 Keys = Callable[[list[int]], object]
 
 # Hooks through which a batch goes to the device, in Lightning's order.
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _WORKER_OPTIONS = ("worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
+
+_PROBED = 12  # examples that a layout is told by
+_REORDERED = (
+    "The loader's collate_fn puts the examples of a batch into another order (sorted by length, "
+    "for instance), so they are read one at a time, which is slow. Let it keep the order: "
+    "pack_padded_sequence(enforce_sorted=False) needs no sorting."
+)
+_REORDERED_BATCH = (
+    "The loader's collate_fn puts the examples of a batch into another order than they are asked "
+    "for (sorted by length, for instance), so in a recorded batch they cannot be told apart. Let "
+    "it keep the order, which changes nothing in training: "
+    "pack_padded_sequence(enforce_sorted=False) needs no sorting."
+)
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[int, object]]):
@@ -85,6 +108,9 @@ class ExampleSource:
         worker_options: further options of a loader with workers.
         data_module: the ``LightningDataModule`` whose transfer hooks batches go through.
         loader: the loader that was given, if any.
+        example: the task's own way to a batch of one, if it has any.
+        alone: read one example at a time, as :meth:`checked` found that batches cannot be cut.
+        notes: what a reader of the scores should know about that.
     """
 
     dataset: Any
@@ -96,6 +122,10 @@ class ExampleSource:
     worker_options: Mapping[str, Any] = field(default_factory=dict)
     data_module: Any = None
     loader: Any = None
+    example: Callable[[Any, int], Any] | None = None
+    alone: bool = False
+    notes: tuple[str, ...] = ()
+    _layouts: dict[object, _Layout] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -143,6 +173,8 @@ class ExampleSource:
     def indexed(self, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
         """The given batches of indices, each as (batch, indices), as the data set and
         ``collate`` make them."""
+        if any(len(batch) > 1 for batch in batches):
+            self.require_order()
         workers = self.num_workers if len(batches) > 1 else 0
         common: dict[str, Any] = {
             "num_workers": workers,
@@ -171,12 +203,18 @@ class ExampleSource:
     ) -> list[range]:
         """Consecutive batches of the examples from ``start`` to ``stop``."""
         end, size = len(self) if stop is None else stop, size or self.batch_size
-        if self.keys is one_key:
+        if self.keys is one_key or self.alone:
             size = 1
         return [range(first, min(first + size, end)) for first in range(start, end, size)]
 
     def read(self, indices: Sequence[int]) -> object:
-        """The batch of these examples, as a ``DataLoader`` reads it."""
+        """The batch of these examples, as a ``DataLoader`` reads it.
+
+        Raises:
+            ValueError: the loader puts them into another order.
+        """
+        if len(indices) > 1:
+            self.require_order()
         if self.keys is not None:
             return self.collate(self.dataset[self.keys(list(indices))])
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
@@ -199,16 +237,23 @@ class ExampleSource:
 
     def with_dataset(self, dataset: object) -> ExampleSource:
         """Another data set, made into batches in the same way."""
-        return replace(self, dataset=dataset)
+        return replace(self, dataset=dataset, _layouts={})
 
     def batch(self, indices: Tensor | Sequence[int], module: nn.Module) -> object:
         """The batch of these examples on the device of the module."""
         chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        return self.placed(self.read(chosen), module)
+        return self.placed(self.read(chosen), module, chosen)
 
-    def placed(self, batch: Any, module: nn.Module) -> Any:
-        """The batch on the module's device, by the transfer hooks of the data module and the
-        module: the data module's where it overrides one, as in Lightning."""
+    def placed(self, batch: Any, module: nn.Module, indices: Tensor | Sequence[int]) -> Any:
+        """The batch of these examples on the module's device, by the transfer hooks of the data
+        module and the module: the data module's where it overrides one, as in Lightning."""
+        there = self._transferred(batch, module)
+        if len(indices) > 1 and (self.example is not None or not self._stacks(module)):
+            chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+            remember(there, Origin(_Reader(self, weakref.ref(module)), tuple(chosen)))
+        return there
+
+    def _transferred(self, batch: Any, module: nn.Module) -> Any:
         device = next(module.parameters()).device
         before, transfer, after = (self._hook(module, name) for name in TRANSFER_HOOKS)
         stand_in = stand_in_of(module)
@@ -219,11 +264,154 @@ class ExampleSource:
         with _attached(self.data_module, stand_in):
             return after(transfer(before(batch, 0), device, 0), 0)
 
+    def _stacks(self, module: nn.Module) -> bool:
+        """Whether batches hold their examples along first axes for certain."""
+        changed = (self.data_module, module) if self.data_module is not None else (module,)
+        return (
+            self.keys is None
+            and self.collate is default_collate
+            and not any(
+                hasattr(one, name) and overrides(one, name)
+                for one in changed
+                for name in TRANSFER_HOOKS
+            )
+        )
+
+    def checked(self, module: nn.Module) -> ExampleSource:
+        """Compare a batch of examples spread over the data with the batches of one of each.
+
+        Returns:
+            This source, or where the loader puts examples into another order one that reads them
+            one at a time.
+
+        Raises:
+            ValueError: what a batch holds of an example depends on the other examples.
+        """
+        if self.alone or self._stacks(module) or len(self) < 2 or self.keys is one_key:
+            return self
+        count = min(len(self), _PROBED)
+        spread = [position * (len(self) - 1) // (count - 1) for position in range(count)]
+        layout = self._compared(spread, module) or self._compared(list(range(count)), module)
+        if layout is None or layout.order_kept:
+            return self
+        return replace(self, alone=True, batch_size=1, notes=(*self.notes, _REORDERED))
+
+    def rule_of(self, batch: object, indices: Sequence[int], module: nn.Module) -> Rule:
+        """How a batch of these examples is cut.
+
+        Raises:
+            ValueError: as :meth:`checked`, or the loader puts examples into another order.
+        """
+        kind = signature(batch)
+        if kind not in self._layouts:
+            few = min(len(indices), _PROBED)
+            own = [indices[n * (len(indices) - 1) // (few - 1)] for n in range(few)]
+            layout = self._compared(own, module)
+            if layout is None:
+                layout = _Layout(first_axis(batch, len(indices)))
+            self._layouts[kind] = layout
+        if not self._layouts[kind].order_kept:
+            raise ValueError(_REORDERED_BATCH)
+        return self._layouts[kind].rule
+
+    def single(self, index: int, module: nn.Module) -> object:
+        """The batch of one, read by itself; nothing that draws is moved on."""
+        with unchanged_randomness(self.dataset):
+            return self._transferred(self.read([index]), module)
+
+    def _compared(self, indices: list[int], module: nn.Module) -> _Layout | None:
+        """The layout of a batch of these examples; None where it cannot be read, nor they alone."""
+        with unchanged_randomness(self.dataset):
+            try:
+                if self.keys is None:
+                    items = _items(self.dataset, indices)
+                    read = [self.collate(_copies(items)) for _ in range(2)]
+                    each = [self.collate(_copies([item])) for item in items]
+                else:
+                    read = [self.read(indices) for _ in range(2)]
+                    each = [self.read([index]) for index in indices]
+                batch, again = (self._transferred(one, module) for one in read)
+                alone = [self._transferred(one, module) for one in each]
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+                return None
+        rule = learned(batch, alone)
+        if rule.whole:
+            try:
+                cut(rule, batch, 0, len(alone))
+            except (TypeError, ValueError, AttributeError):
+                rule = Rule("unknown")  # it cannot be put together again
+        layout = _Layout(rule)
+        if same(batch, again):  # nothing is drawn, so values can be compared
+            places = (misfit(rule, batch, n, one) for n, one in enumerate(alone))
+            where = next((place for place in places if place is not None), None)
+            if where is not None and order_of(rule, batch, alone) is None:
+                raise ValueError(
+                    f"What a batch holds at {where} depends on all its examples: in a batch of "
+                    "one, collate_fn (or a transfer hook) gives something else, so an example's "
+                    "loss is not its own. Do in training_step what needs the whole batch, or let "
+                    "each example be treated alone."
+                )
+            layout = _Layout(rule, order_kept=where is None)
+        self._layouts[signature(batch)] = layout
+        return layout
+
+    def require_order(self) -> None:
+        """Refuse a loader that puts the examples of a batch into another order than asked for.
+
+        Raises:
+            ValueError: it was :meth:`checked`, and does.
+        """
+        if self.alone:
+            raise ValueError(_REORDERED_BATCH)
+
     def _hook(self, module: nn.Module, name: str) -> Callable[..., Any] | None:
         if self.data_module is not None and overrides(self.data_module, name):
             return getattr(self.data_module, name)  # type: ignore[no-any-return]
         own = getattr(module, name, None)
         return own if own is not None else getattr(self.data_module, name, None)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How batches of one structure are cut, and whether examples stand in the order asked for."""
+
+    rule: Rule
+    order_kept: bool = True
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads single examples of a source for a module, as long as that lives."""
+
+    source: ExampleSource
+    module: weakref.ref[nn.Module]
+
+    @property
+    def example(self) -> Callable[[Any, int], Any] | None:
+        return self.source.example
+
+    def rule_of(self, batch: object, indices: Sequence[int]) -> Rule:
+        return self.source.rule_of(batch, indices, self._alive())
+
+    def single(self, index: int) -> object:
+        return self.source.single(index, self._alive())
+
+    def _alive(self) -> nn.Module:
+        module = self.module()
+        assert module is not None
+        return module
+
+
+def _copies(items: list[object]) -> list[object]:
+    """Examples that a collate function may take apart: their containers are others."""
+    copied = []
+    for item in items:
+        inside = parts(item)
+        try:
+            copied.append(item if inside is None else with_parts(item, inside))
+        except TypeError:
+            copied.append(item)
+    return copied
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tda_lightning.runtime.checkpointing import without_reentrant_checkpoints
 from tda_lightning.runtime.compiled import run_eagerly
+from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import stand_in_for_trainer
+from tda_lightning.runtime.structures import mapped
 
 Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
@@ -32,28 +33,65 @@ def restored(module: nn.Module, *parts: Part) -> Iterator[None]:
     modes = {part: part.training for part in module.modules() if "modes" in chosen}
     required = {p: p.requires_grad for p in module.parameters() if "requires_grad" in chosen}
     gradients = {p: p.grad for p in module.parameters() if "gradients" in chosen}
-    values = {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
+    values: dict[str, Tensor | None] = dict.fromkeys(_empty_buffers(module, chosen))
+    values |= {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
     for parameter in gradients:
         parameter.grad = None
-    try:
+    persistence = {
+        part: set(part._non_persistent_buffers_set)
+        for part in module.modules()
+        if "buffers" in chosen
+    }
+    with ExitStack() as stack:  # each part is put back, whatever becomes of another
+        stack.callback(_set, "training", modes)
+        stack.callback(_set, "grad", gradients)
+        stack.callback(_set, "requires_grad", required)
+        stack.callback(_set, "_non_persistent_buffers_set", persistence)
+        stack.callback(_put_back, module, chosen, values)
         yield
-    finally:
-        # By name: moving a module replaces its buffers. Through .data: a backward pass that is
-        # still to come may have saved them.
-        for name, tensor in _values(module, chosen).items():
-            tensor.data.copy_(values[name])
-        for parameter, requires_grad in required.items():
-            parameter.requires_grad_(requires_grad)
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for part, mode in modes.items():
-            part.training = mode
+
+
+def _set(attribute: str, values: Mapping[Any, object]) -> None:
+    for owner, value in values.items():
+        setattr(owner, attribute, value)
+
+
+def _put_back(
+    module: nn.Module, chosen: Sequence[Part], values: Mapping[str, Tensor | None]
+) -> None:
+    """Give tensors their earlier values. A buffer may have been replaced by one of another shape,
+    and one that was not there is taken away."""
+    # By name: moving a module replaces its buffers. Through .data: a backward pass that is still to
+    # come may have saved them.
+    found = _values(module, chosen)
+    for name in values.keys() | found.keys():
+        path, _, own = name.rpartition(".")
+        now, before = found.get(name), values.get(name)
+        if now is not None and before is not None and now.shape == before.shape:
+            now.data.copy_(before)
+        elif isinstance(now, nn.Parameter) and before is not None:
+            now.data = before
+        elif not isinstance(now, nn.Parameter):
+            owner = module.get_submodule(path)
+            if name in values:
+                owner._buffers[own] = before
+            else:
+                delattr(owner, own)
 
 
 def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters()) if "parameters" in chosen else {}
     buffers = dict(module.named_buffers()) if "buffers" in chosen else {}
     return {**parameters, **buffers}
+
+
+def _empty_buffers(module: nn.Module, chosen: Sequence[Part]) -> Iterator[str]:
+    """Names of the buffers that are None, which ``named_buffers`` leaves out."""
+    if "buffers" in chosen:
+        for path, part in module.named_modules():
+            for name, buffer in part._buffers.items():
+                if buffer is None:
+                    yield f"{path}.{name}" if path else name
 
 
 @contextmanager
@@ -114,6 +152,6 @@ def in_double(module: nn.Module) -> Iterator[None]:
 
 def doubled(batch: Any) -> Any:
     """A batch with its floating-point tensors in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
-    )
+    changed = mapped(lambda part: part.double() if part.is_floating_point() else part, batch)
+    inherit(batch, changed, doubled)
+    return changed

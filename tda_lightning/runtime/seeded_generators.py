@@ -1,87 +1,98 @@
 """The process's random generators, seeded for a while and then as they were.
 
-For draws that nobody sees: code that calls NumPy, Python's ``random`` or a compiled function draws
-the same numbers each time. To seed NumPy takes longer than a small model's forward pass, so it is
-seeded from the first time on that something was drawn from it here.
+For draws that nobody sees: code that calls Python's ``random`` or a compiled function draws the
+same numbers each time. To seed NumPy takes longer than a small model's forward pass, and to read
+Python's state not much less, so both are left alone until something was seen to draw from them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import random
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _drawn_from: set[str] = set()  # of "NumPy", "Python", since the process began
+
+
+def drawn_from_numpy() -> bool:
+    """Whether something was seen to draw from NumPy."""
+    return "NumPy" in _drawn_from
 
 
 class SeededGenerators:
     """torch's CPU generator, and those of NumPy and Python if something drew from them before.
 
     :meth:`seed` may be called again to begin anew; :meth:`restore` ends it.
+
+    Args:
+        watched: whether :meth:`drawn_from` will be asked.
     """
 
-    def __init__(self) -> None:
-        self._before = (torch.get_rng_state(), random.getstate())
-        self._numpy = np.random.get_state(legacy=False) if "NumPy" in _drawn_from else None  # noqa: NPY002
-        self._begun = self._now()
+    def __init__(self, watched: bool) -> None:
+        self._seeds = {"torch", *_drawn_from}
+        if np.random.mtrand.get_bit_generator().__class__ is not np.random.MT19937:
+            self._seeds.discard("NumPy")  # it was replaced by one of another kind
+        self._watched = {"torch", "Python", "NumPy"} if watched else self._seeds
+        self._before = {name: _READ[name]() for name in self._watched}
+        self._begun: dict[str, Any] = {}
 
     def seed(self, seed: int) -> None:
         """Put the generators into states that belong to ``seed``."""
-        torch.set_rng_state(_torch_state(seed))
-        if "Python" in _drawn_from:
-            random.setstate(_python_state(seed))
-        if self._numpy is not None:
-            np.random.set_state(_numpy_state(seed))  # noqa: NPY002
-        self._begun = self._now()
+        for name in self._seeds:
+            _WRITE[name](_state(name, seed))
+        self._begun = {
+            name: _state(name, seed) if name in self._seeds else before
+            for name, before in self._before.items()
+        }
 
     def drawn_from(self) -> set[str]:
         """Which of torch, Python and NumPy something was drawn from since they were seeded."""
         found = {
-            name
-            for (name, before), after in zip(self._begun.items(), self._now().values(), strict=True)
-            if not (torch.equal(before, after) if name == "torch" else before == after)
+            name for name in self._watched if not _same(name, _READ[name](), self._begun[name])
         }
         _drawn_from.update(found - {"torch"})
         return found
 
     def restore(self) -> None:
         """Put the generators back as they were."""
-        torch.set_rng_state(self._before[0])
-        random.setstate(self._before[1])
-        if self._numpy is not None:
-            np.random.set_state(self._numpy)  # noqa: NPY002
-
-    def _now(self) -> dict[str, Any]:
-        return {
-            "torch": torch.get_rng_state(),
-            "Python": random.getstate(),
-            "NumPy": _numpy_words(),
-        }
+        for name, state in self._before.items():
+            _WRITE[name](state)
 
 
-def _numpy_words() -> bytes | None:
-    """The memory of NumPy's global generator; None of one that is no Mersenne twister."""
-    generator = np.random.mtrand.get_bit_generator()
-    if not isinstance(generator, np.random.MT19937):
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + 4)
+def _read_numpy() -> dict[str, Any]:
+    return np.random.get_state(legacy=False)  # type: ignore[return-value]  # noqa: NPY002
 
 
-@lru_cache(16)
-def _torch_state(seed: int) -> Tensor:
-    return torch.Generator().manual_seed(seed & (1 << 63) - 1).get_state()
+_READ: dict[str, Any] = {
+    "torch": torch.get_rng_state, "Python": random.getstate, "NumPy": _read_numpy,
+}  # fmt: skip
+_WRITE: dict[str, Any] = {
+    "torch": torch.set_rng_state, "Python": random.setstate, "NumPy": np.random.set_state,
+}  # fmt: skip
 
 
-@lru_cache(16)
-def _python_state(seed: int) -> tuple[Any, ...]:
-    return random.Random(seed).getstate()
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name == "torch":
+        return torch.equal(one, other)
+    if name == "Python":
+        return bool(one == other)
+    if one["bit_generator"] != other["bit_generator"] or one["has_gauss"] != other["has_gauss"]:
+        return False
+    # Of a Mersenne twister; another's state is a few numbers.
+    words, others = one["state"], other["state"]
+    return words.keys() == others.keys() and all(
+        np.array_equal(value, others[key]) for key, value in words.items()
+    )
 
 
-@lru_cache(16)
-def _numpy_state(seed: int) -> dict[str, Any]:
+@lru_cache(32)
+def _state(name: str, seed: int) -> Any:
+    """The state that belongs to a seed."""
+    if name == "torch":
+        return torch.Generator().manual_seed(seed & (1 << 63) - 1).get_state()
+    if name == "Python":
+        return random.Random(seed).getstate()
     return np.random.RandomState(seed & (1 << 32) - 1).get_state(legacy=False)

@@ -64,7 +64,7 @@ def loaded_batches(
         return
     loader = source.indexed([indices for _, indices in batches])
     for (position, _), (data, indices) in zip(batches, loader, strict=True):
-        yield position, indices.to(device), source.placed(data, module)
+        yield position, indices.to(device), source.placed(data, module, indices)
 
 
 def _require_same_walk(title: str) -> None:

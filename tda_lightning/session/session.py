@@ -8,7 +8,7 @@ only measures, is known to the session alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -24,6 +24,7 @@ from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
@@ -259,7 +260,7 @@ class Session:
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
-                self.task.relabelled(data, labels) if labels else data,
+                relabelled(self.task, data, labels) if labels else data,
                 torch.tensor(examples, device=self.device),
                 position,
                 torch.tensor(columns, device=self.device),
@@ -507,6 +508,13 @@ class Stage:
     run: int
     columns: range
     first_step: int
+
+
+def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object]) -> object:
+    """The batch with other labels at some positions; its layout stays known."""
+    changed = task.relabelled(batch, labels)
+    inherit(batch, changed)
+    return changed
 
 
 def memory_budget() -> int:

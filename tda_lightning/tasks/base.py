@@ -108,6 +108,15 @@ class AttributionTask(ABC):
         """
         return batches.with_labels(batch, labels, getattr(self, "target", None))
 
+    def example(self, batch: Batch, index: int) -> Batch:
+        """The example at ``index`` of a batch, as a batch of one.
+
+        By default a slice, where slices are what the loader's own ``collate_fn`` makes of single
+        examples (padding, packing and tensors that belong to no example included), and otherwise
+        the example read again. Override it for batches that neither can be done with.
+        """
+        return batches.cut_or_read(batch, index)
+
     @property
     def measures_loss(self) -> bool:
         """Whether the measurement is the training loss, so that one pass serves both."""

@@ -14,9 +14,10 @@ Which axis holds the examples is told by the length of the batch. A length that 
 found out as soon as the same line of code was run on a batch of another size; what is known of a
 line serves batches of one, where every axis of length 1 would do.
 
-What is drawn from NumPy, from Python's ``random`` or where no function mode can see it comes from
-generators that are seeded alike in every run of the step: one number for the whole batch is right
-then, noise for each place in the batch belongs to the place, which the engine's checks refuse.
+NumPy's functions do the same (``numpy_noise.py``). What is drawn from Python's ``random``, or where
+nobody can see it, comes from generators that are seeded alike in every run of the step: one number
+for the whole batch is right then; noise for each place in the batch belongs to the place, which the
+comparison with single examples refuses.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tda_lightning.runtime.seeded_generators import SeededGenerators
 from tda_lightning.tasks.draw_sites import Site, Sites
 from tda_lightning.tasks.hashes import words
 from tda_lightning.tasks.noise_rules import RULES, Pass
+from tda_lightning.tasks.numpy_noise import numpy_drawing_from
 
 _STREAM = 1 << 40  # beyond those of sampled labels
 _SHARED = -1  # the index that stands for the whole batch
@@ -69,12 +71,14 @@ def restart_noise() -> None:
 @contextmanager
 def step_noise(seed: int, draw: int, examples: Tensor) -> Iterator[None]:
     """Draw the noise of a step from (seed, draw, example) while active."""
-    generators = SeededGenerators()
+    watched = _watching.get() is not None
+    generators = SeededGenerators(watched)
     noise = StepNoise(seed, draw, examples, generators)
     try:
-        with restarted_by(noise.restart), noise:
+        with restarted_by(noise.restart), numpy_drawing_from(noise.numbers), noise:
             yield
-        note(*generators.drawn_from())
+        if watched:
+            note(*generators.drawn_from())
     finally:
         generators.restore()
 
@@ -114,6 +118,10 @@ class StepNoise(TorchFunctionMode):
         self._sites.restart()
         self.generators.seed(words_as_seed(self.seed, self.draw))
 
+    def numbers(self) -> _Numbers:
+        """The numbers of a call."""
+        return _Numbers(self, self._sites.following)
+
     def __torch_function__(  # type: ignore[override]
         self,
         func: Callable[..., Any],
@@ -126,7 +134,7 @@ class StepNoise(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         try:
-            return rule(_Numbers(self, self._sites.following), *args, **kwargs)
+            return rule(self.numbers(), *args, **kwargs)
         except Pass:
             return func(*args, **kwargs)
 
@@ -165,6 +173,15 @@ class _Numbers:
             # order[r]: the rank of the partner of the example of rank r.
             positions = self._positions(device)
             return positions[order[positions.argsort()]]
+
+    def seeds(self, shape: Sequence[int]) -> tuple[int | None, list[int]]:
+        """See ``numpy_noise.Numbers``."""
+        with torch._C.DisableTorchFunction():
+            axis = self._axis(shape)
+            if axis is None or axis == _ROWS:
+                return None, self._words((1,), None, 32, torch.device("cpu")).tolist()
+            count = len(self._noise.examples)
+            return axis, self._words((count,), 0, 32, torch.device("cpu")).tolist()
 
     def _positions(self, device: torch.device) -> Tensor:
         """Where the example of each rank is in the batch."""

@@ -224,6 +224,53 @@ def grouped(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
     return F.cross_entropy(m.g(m.n(m.f(x)[:, :, None]).flatten(1)), y)
 
 
+def one_by_one(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    """A recurrent layer that sees one sequence at a time, without an axis for the batch."""
+    last = torch.stack([m.f(sequence)[0][-1] for sequence in m.e(i)])
+    return F.cross_entropy(m.g(last), y)
+
+
+def attended(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    """Attention with time first, and positions that are asked once for all examples."""
+    hidden = (m.e(i) + m.p(torch.arange(3))).transpose(0, 1)
+    return F.cross_entropy(m.g(m.f(hidden, hidden, hidden)[0][0]), y)
+
+
+def relative_bias(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    """A table of distances added to the scores of every example and head."""
+    distance = torch.arange(3)[:, None] - torch.arange(3) + 2
+    words = m.e(i)
+    bias = m.p(distance).squeeze(-1)
+    mixed = F.scaled_dot_product_attention(words, words, words, attn_mask=bias)
+    return F.cross_entropy(m.g(mixed.sum(1)), y)
+
+
+def looked_up(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    return F.cross_entropy(m.g(m.e(i).sum(1)), y)
+
+
+class Clamped(nn.Linear):
+    """Its weight is brought back into a box at every call."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.2, 0.2)
+        return super().forward(inputs)
+
+
+class Flagged(nn.Module):
+    """Checkpoints itself where a flag is set, and only in training, as Hugging Face models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gradient_checkpointing = deep(), True
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.body.__call__, inputs, use_reentrant=True)
+        return self.body(inputs)
+
+
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(context, x):
@@ -309,6 +356,12 @@ RIGHT: dict[str, Callable[[], Module]] = {
     "time first": lambda: Module(time_first, f=lambda: nn.LSTM(4, 4), **EMBEDDED),
     "packed": lambda: Module(packed, f=lambda: nn.GRU(4, 4), **EMBEDDED),
     "group norm": lambda: Module(grouped, f=square, n=lambda: nn.GroupNorm(2, 4), g=linear),
+    "flagged": lambda: Module(lambda m, x, y, i: of_input(m, m.h(x), y, i), f=Flagged, h=square),
+    "one by one": lambda: Module(one_by_one, f=lambda: nn.LSTM(4, 4), **EMBEDDED),
+    "attention": lambda: Module(
+        attended, f=lambda: nn.MultiheadAttention(4, 2), p=lambda: nn.Embedding(3, 4), **EMBEDDED
+    ),
+    "relative bias": lambda: Module(relative_bias, p=lambda: nn.Embedding(5, 1), **EMBEDDED),
     "custom function": lambda: Module(custom, f=square, g=linear),
 }
 NOT_UNROLLED = ("trace", "keyword product")  # TracIn alone: there is nothing of their own in it
@@ -377,6 +430,25 @@ def test_refusals_name_the_true_cause(build, words: str, tmp_path: Path) -> None
     with pytest.raises(EngineError, match=words) as raised:
         attributed(module, run, TracIn())
     assert "contrastive" not in str(raised.value)
+
+
+def test_a_sparse_table_is_scored_and_unrolled(tmp_path: Path) -> None:
+    """Its gradients are sparse, of which neither norms nor second derivatives are known."""
+    build = lambda: Module(looked_up, e=lambda: nn.Embedding(5, 4, sparse=True), g=linear)  # noqa: E731
+    module = built(build)
+    run = recorded(module, tmp_path)
+    found = attributed(module, run, TracIn())
+    module.e.sparse = False
+    require_close(found, tracin(module, run), 1e-12)
+    module.e.sparse = True
+    require_close(attributed(module, run, Unrolled()), differences(build), 1e-7)
+
+
+def test_a_step_that_rewrites_a_parameter_is_not_unrolled(tmp_path: Path) -> None:
+    module = built(lambda: Module(of_input, f=lambda: Clamped(4, 3)))
+    run = recorded(module, tmp_path)
+    with pytest.raises(UnsupportedTrainingError, match="rewrites parameter f.weight"):
+        attributed(module, run, Unrolled())
 
 
 def test_a_spectral_norm_is_scored_and_not_unrolled(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def batch_derivatives(
         with noise, restarted_by(again), TwiceDifferentiable():
             return task.batch_loss(replay.module, changed, by_position)
 
+    versions = {name: parameter._version for name, parameter in parameters.items()}
     try:
         # The fused attention kernels have no second derivative; their definition has.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), unchanged_randomness():
@@ -137,6 +138,13 @@ def batch_derivatives(
             )
     except RuntimeError as error:
         raise _without_derivative(error) from error
+    for name, parameter in parameters.items():
+        if parameter._version != versions[name]:
+            raise UnsupportedTrainingError(
+                f"The training step rewrites parameter {name} in its forward pass (a projection, a "
+                "constraint), which exact unrolling does not differentiate. Constrain the weights "
+                "by a parametrization, or use Source(order='recorded')."
+            )
     if ends_early(gradient):
         raise _without_derivative(
             RuntimeError("the backward pass of a Function is marked as once_differentiable.")

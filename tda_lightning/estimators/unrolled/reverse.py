@@ -26,7 +26,7 @@ from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, relabelled
 
 
 class _Change(NamedTuple):
@@ -262,7 +262,7 @@ class ReverseSweeps:
                 replaced[position] if position in replaced else replay.source.dataset[index]
                 for position, index in enumerate(examples.tolist())
             ]
-            return replay.source.placed(replay.source.join(items), replay.module)
+            return replay.source.placed(replay.source.join(items), replay.module, ())
 
     def _variant(
         self, batch: object, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
@@ -277,7 +277,7 @@ class ReverseSweeps:
         if replaced:
             batch = self._fetched(examples, draws, replaced)
         labels = {position: term.labels[0] for position, term in terms.items() if term.labels}
-        return self.session.task.relabelled(batch, labels) if labels else batch
+        return relabelled(self.session.task, batch, labels) if labels else batch
 
     def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
         """What a batch adds to scores and adjoints, for as many queries at once as fit."""
