@@ -265,6 +265,7 @@ class Reader:
     # Sums over examples.
 
     def holds_examples(self, terms: Terms) -> bool:
+        """Whether the sum goes over examples."""
         return self.alone or self._axis(terms) is not None
 
     def _axis(self, terms: Terms) -> Axis | None:
@@ -277,6 +278,7 @@ class Reader:
         return Axis(0, True) if leads else None
 
     def rows(self, terms: Terms, values: Tensor) -> Tensor:
+        """Values like the terms, by example: [batch, *shape]."""
         if self.alone:
             return values[None]
         axis = self._axis(terms)
@@ -493,6 +495,11 @@ class _Learner:
         if number is None:
             return
         own, *alone = (_number(item, number) for item in (node, *others))
+        if self.batch == 1:  # what comes from the data, or is the number of examples
+            divisor = node.args[number]
+            counts = isinstance(divisor, Node) or bool((own == 1).all())
+            self._set(self.layout.masses, key, counts)
+            return
         constant = all(_alike(own, value) for value in alone)
         additive = not constant and all(v.shape == own.shape for v in alone)
         additive = additive and torch.allclose(own, torch.stack(alone).sum(0), rtol=1e-5, atol=0)

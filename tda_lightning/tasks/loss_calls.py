@@ -122,6 +122,7 @@ def reduction_of(given: dict[str, Any]) -> str:
 
 
 def inside_transform() -> bool:
+    """Whether a transform of ``torch.func`` is running, where values cannot be read."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
