@@ -21,7 +21,7 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
+from tda_lightning.tasks import AttributionTask, noise_of, seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -138,20 +138,13 @@ def _noise_of(
     batch: object,
     indices: Tensor,
 ) -> frozenset[str]:
-    """What kinds of random numbers a loss draws. On batches of two sizes: which axis of a draw
-    holds the examples is told by its length (``tasks/step_noise.py``)."""
-    with watching_noise() as seen, torch.no_grad():
-        try:
-            loss(module, batch, indices)
-            if "NumPy" in seen:  # from here on it draws for the example
-                seen.clear()
-                loss(module, batch, indices)
-            if seen and len(indices) > 1:
-                fewer, some = first_batch(source, len(indices) - 1, module)
-                loss(module, fewer, some)
-        except Exception:
-            pass
-    return frozenset(seen)
+    """What kinds of random numbers a loss draws."""
+    return noise_of(
+        lambda part, examples: loss(module, part, examples),
+        batch,
+        indices,
+        lambda: first_batch(source, len(indices) - 1, module),
+    )
 
 
 @contextmanager

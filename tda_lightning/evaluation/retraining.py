@@ -30,12 +30,13 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
-from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.session.moments import show
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
     as_task,
+    noise_of,
     numbered_draw,
     seeded_examples,
     watching_noise,
@@ -94,7 +95,8 @@ def retrain_each(
     Args:
         together: runs to train at once through ``torch.func.vmap``, equal up to rounding: 38
             times faster for an MLP of 1,400 weights (50 at once), 8 times for 18,000. 1 is the
-            plain loop; an optimizer that mixes a parameter's elements always takes it.
+            plain loop; an optimizer that mixes a parameter's elements always takes it, and so
+            does training that draws random numbers, as they were recorded.
 
     Raises:
         As :func:`retrain` does.
@@ -105,7 +107,8 @@ def retrain_each(
     _check_weights(replay, weights)
     if not bool((weights == 1).all()):
         replay.task = _prepared(replay)
-    if not rule_of(trajectory).elementwise or replay.task.one_by_one:
+    vectorised = rule_of(trajectory).elementwise and not replay.task.one_by_one
+    if together > 1 and (not vectorised or _draws(replay)):
         together = 1
     for part in weights.split(together):
         for state in _again_where_unseen(replay, functools.partial(_run_all, replay, part)):
@@ -139,6 +142,21 @@ def _run(replay: Replay, weights: Tensor) -> State:
         return dict(walk.snapshot().tensors)
 
 
+def _draws(replay: Replay) -> bool:
+    """Whether the first step of a run, whose random states were recorded, draws from them, in its
+    batches or in its loss."""
+    if not replay.knows_randomness:
+        return False
+    with borrowed(replay.module), replay.as_trained():
+        walk = Walk(replay)
+        walk.restart(0)
+        for batch, examples, draws in walk.batches(0):
+            replay.loss_as_trained(batch, examples)
+            if draws is not None and not draws.fetch == draws.forward == Snapshot.take():
+                return True
+    return False
+
+
 def _check_weights(replay: Replay, weights: Tensor) -> None:
     if weights.dim() != 2 or len(weights) == 0 or weights.shape[1] != len(replay.source):
         raise ValueError(
@@ -158,6 +176,12 @@ def _prepared(replay: Replay) -> AttributionTask:
         replay.module.eval()
         replay.see(0, 0)
         batch = replay.fetch(examples)
+
+        def loss(part: object, chosen: Tensor) -> Tensor:
+            with seeded_examples(0, chosen):
+                return task.train_loss(replay.module, part)
+
+        noise_of(loss, batch, examples, lambda: (replay.fetch(examples[:-1]), examples[:-1]))
         with seeded_examples(0, examples):
             task.prepare(replay.module, batch)
     return task

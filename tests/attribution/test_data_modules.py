@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.attribution.stages import training_sets
+from tda_lightning.cli.recorded_run import sources
 from tda_lightning.estimators import TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, measure, retrain
 from tda_lightning.records.errors import TrajectoryMismatchError
@@ -130,6 +132,7 @@ def fitted(module: Net, data: Any, path: Path) -> Trajectory:
     return Trajectory.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden")
 def test_a_run_with_hooks_needs_its_data_module(tmp_path: Path) -> None:
     module, data = Hooked(), After()
     run = fitted(module, data, tmp_path / "run")
@@ -172,12 +175,47 @@ def test_a_run_with_hooks_needs_its_data_module(tmp_path: Path) -> None:
         attribution.attribute(data, data)
 
 
+class Collating(After):
+    """As the command line wants it, with a way of its own to make batches."""
+
+    train_dataset = query_dataset = DATA
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(DATA, 2, shuffle=True, collate_fn=tenfold)
+
+    val_dataloader = train_dataloader
+
+    def render(self, split: str, index: int) -> Any:
+        raise NotImplementedError
+
+
+def tenfold(items: list[Any]) -> Any:
+    return [10 * torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])]
+
+
+def test_the_command_line_makes_batches_as_the_loaders_do() -> None:
+    module = Net()
+    train, query = sources(Collating(), 4)
+    assert (train.batch_size, train.num_workers) == (4, 0)
+    for source in (train, query):
+        x, y = source.batch([5, 3], module)
+        torch.testing.assert_close(x, (10 * X[[5, 3]] - 5) / 3)
+        assert torch.equal(y, Y[[5, 3]])
+
+
 def test_a_data_module_without_hooks_may_be_left_out(tmp_path: Path) -> None:
     module = Net()
     run = fitted(module, Data(), tmp_path / "run")
     own = AttributionModule(module, run, TracIn()).attribute(DATA, DATA, trainer=quiet())
     again = AttributionModule(module, run, TracIn()).attribute(Data(), DATA, trainer=quiet())
     assert torch.equal(own.values, again.values)
+
+
+def test_each_stage_may_have_its_data_module() -> None:
+    given = [Data(), DataLoader(DATA, 4), ExampleSource.of(DATA, 4, "training")]
+    assert training_sets(given, 3) == given
+    with pytest.raises(ValueError, match="a list of one for each of the 2 trajectories"):
+        training_sets(given, 2)
 
 
 def test_a_data_module_of_several_loaders_is_refused() -> None:
