@@ -21,15 +21,9 @@ from tda_lightning.gradients.uses import Use
 
 
 class ExampleAxes:
-    """Sets the layout of every use of a batch, and remembers those that shapes decide.
-
-    Attributes:
-        separable: False where the losses of single examples are not known; layouts then come from
-            shapes alone.
-    """
+    """Sets the layout of every use of a batch, and remembers those that shapes decide."""
 
     def __init__(self) -> None:
-        self.separable = True
         self._certain: dict[tuple[object, ...], set[Layout]] = {}
         self._shapes: dict[tuple[object, ...], Layout] = {}
 
@@ -51,7 +45,7 @@ class ExampleAxes:
                 unknown.append(use)
         weights = irregular_weights(batch, losses)
         weighted: list[Tensor | None] = [None] * len(unknown)
-        observing = self.separable and batch > 1 and len(unknown) > 0
+        observing = batch > 1 and len(unknown) > 0
         if observing:
             with torch.enable_grad():
                 capture.backward([(losses * weights).sum()])
@@ -74,7 +68,7 @@ class ExampleAxes:
         return shared
 
     def _remembered(self, use: Use, batch: int, moves: bool) -> Layout | None:
-        if moves or batch == 1 or not self.separable:
+        if moves or batch == 1:
             return None
         exact = self._shapes.get((use.key, use.output_shape, batch))
         if exact is not None:
