@@ -22,6 +22,7 @@ from tda_lightning.runtime.layouts import (
     cut,
     first_axis,
     learned,
+    merged,
     misfit,
     order_of,
     signature,
@@ -366,14 +367,19 @@ class ExampleSource:
         if same(batch, again):  # nothing is drawn, so values can be compared
             places = (misfit(rule, batch, n, one) for n, one in enumerate(alone))
             where = next((place for place in places if place is not None), None)
-            if where is not None and order_of(rule, batch, alone) is None:
+            reordered = where is not None and order_of(rule, batch, alone) is not None
+            if where is not None and not reordered and rule.whole:
                 raise ValueError(
                     f"What a batch holds at {where} depends on all its examples: in a batch of "
                     "one, collate_fn (or a transfer hook) gives something else, so an example's "
                     "loss is not its own. Do in training_step what needs the whole batch, or let "
                     "each example be treated alone."
                 )
-            layout = _Layout(rule, order_kept=where is None)
+            layout = _Layout(rule, not reordered)
+        earlier = self._layouts.get(signature(batch))
+        if earlier is not None:
+            rule = merged(rule, earlier.rule)
+            layout = _Layout(rule, layout.order_kept and earlier.order_kept)
         self._layouts[signature(batch)] = layout
         return layout
 

@@ -189,6 +189,22 @@ def whole_batches_only(n: list[int]) -> Tensor:
     return rows(n)
 
 
+def test_what_fits_by_chance_does_not_count() -> None:
+    """Joined sequences, of which some batches look like rows or like a table of everybody's."""
+
+    def joined(n: list[int]) -> dict[str, Tensor]:
+        owner = torch.cat([torch.full((1 + k % 2,), place) for place, k in enumerate(n)])
+        return {"x": torch.cat([torch.full((k % 3,), k) for k in n]), "owner": owner}
+
+    module = nn.Linear(2, 2)
+    source = ExampleSource.of(DataLoader(Items(), 2, collate_fn=joined), 2, "training")
+    assert source.checked(module).notes == ()
+    for indices in ([0, 2], [1, 3], [4, 6], [0, 1, 4]):
+        batch = source.batch(indices, module)
+        for position, index in enumerate(indices):
+            assert same(take(batch, position, len(indices)), joined([index]))
+
+
 def test_a_loader_that_makes_no_single_examples_is_noted() -> None:
     loader = DataLoader(Items(), 4, collate_fn=whole_batches_only)
     source = ExampleSource.of(loader, 4, "training").checked(nn.Linear(2, 2))
