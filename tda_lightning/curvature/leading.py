@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.fit import WHOLE, cache_key, units
+from tda_lightning.curvature.fit import WHOLE, Scales, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
 from tda_lightning.session.session import Session
@@ -47,7 +47,7 @@ def leading_directions(
     count: int,
     session: Session,
     steps: Sequence[int],
-    scale: Tensor | None,
+    scales: Scales,
     seed: int,
     title: str,
 ) -> LeadingDirections:
@@ -57,13 +57,13 @@ def leading_directions(
         count: how many, at most the number of parameters.
         session: the model and the training set.
         steps: checkpoints to average over.
-        scale: h of all parameters, [1, 1, parameters]; None: 1.
+        scales: h of all parameters, [1, 1, parameters], by checkpoint and unit; a missing one
+            is 1.
         seed: of the sampled labels, the same as the block-wise fit's.
         title: of what is fitted, for progress bars.
     """
     count = min(count, session.num_parameters)
     place = (session.device, session.dtype)
-    scales = {} if scale is None else {WHOLE: scale}
     key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return LeadingDirections(cached["vectors"].to(*place), cached["eigenvalues"].to(*place))
@@ -76,6 +76,7 @@ def leading_directions(
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
                 sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                scale = scales.get(step, {}).get(WHOLE)
                 gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
                 inner = gradient.dot(vectors[:, None, None])
                 products += gradient.weighted_sums(inner).flatten(1)

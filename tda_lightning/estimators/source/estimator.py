@@ -16,7 +16,7 @@ from tda_lightning.curvature import (
     statistics_provenance,
     uses_statistics,
 )
-from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.curvature.fit import WHOLE, Scales
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.source import averaged, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
@@ -26,14 +26,18 @@ from tda_lightning.estimators.source.coupling import (
     handed_over,
     stage_cuts,
 )
+from tda_lightning.estimators.source.felt import felt_note
 from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
 from tda_lightning.estimators.source.segments import (
     Cross,
     Curvature,
     FittedSegment,
     Geometry,
+    Metric,
+    checkpoint_metrics,
     require_one_recursion,
     segment_geometry,
+    unit_scales,
 )
 from tda_lightning.estimators.tracin import NO_SELF
 from tda_lightning.optimizers import applied_rates, require_formula, rule_of
@@ -267,8 +271,10 @@ class Source:
         records = trajectory.segments(cuts)
         leading = self.leading(session, len(records))
         segments = []
+        require_formula(trajectory, "metric", "SOURCE")
+        metrics = checkpoint_metrics(session)
         for number, steps in enumerate(records):
-            geometry, curvature = self._curvature(session, number, steps, leading)
+            geometry, curvature = self._curvature(session, number, steps, leading, metrics)
             segments.append(
                 FittedSegment(
                     session=session,
@@ -276,6 +282,7 @@ class Source:
                     steps=steps,
                     kind=self.curvature,
                     geometry=geometry,
+                    metrics=metrics,
                     curvature=curvature,
                     single_steps=single_steps,
                     goes_back=number > 0 or bool(stage.carried),
@@ -285,20 +292,36 @@ class Source:
         return FittedStage(stage, segments, cross, copies, leading, products)
 
     def _curvature(
-        self, session: Session, number: int, steps: Segment, leading: int
+        self,
+        session: Session,
+        number: int,
+        steps: Segment,
+        leading: int,
+        metrics: Mapping[int, Metric],
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The metric of a segment, and its curvature by unit."""
         if self.curvature == MATRIX_FREE:
-            return segment_geometry(session, steps, "exact"), {}
+            return segment_geometry(session, steps, "exact", metrics), {}
         title, checkpoints = f"segment {number + 1}", steps.checkpoints
-        geometry = segment_geometry(session, steps, self.curvature)
+        geometry = segment_geometry(session, steps, self.curvature, metrics)
+
+        def scales(kind: str, geometry: Geometry) -> Scales:
+            if self.order == "average" or not metrics:
+                return dict.fromkeys(checkpoints, geometry.scale)
+            # Each checkpoint's curvature in its own metric (stepwise.py).
+            return {
+                step: unit_scales(session, metrics[step].values, kind)
+                for step in checkpoints
+                if step in metrics
+            }
+
         spectra = curvature_of(
             self.statistics,
             self.curvature,
             session,
             (steps.start, steps.stop),
             checkpoints,
-            geometry.scale,
+            scales(self.curvature, geometry),
             self.seed,
             title,
             self.dense_side,
@@ -306,9 +329,10 @@ class Source:
         if not leading:
             return geometry, spectra
         # With leading directions, the unit of curvature is all parameters together.
-        geometry = segment_geometry(session, steps, "exact")
-        scale = geometry.scale.get(WHOLE)
-        directions = leading_directions(leading, session, checkpoints, scale, self.seed, title)
+        geometry = segment_geometry(session, steps, "exact", metrics)
+        directions = leading_directions(
+            leading, session, checkpoints, scales("exact", geometry), self.seed, title
+        )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
 
     def leading(self, session: Session, num_segments: int) -> int:
@@ -382,6 +406,9 @@ class FittedStage:
         notes = clipping_notes(session.trajectory)
         if self.cross is not stepwise.cross:  # which takes every group's own rate at every step
             notes += _notes_on_rates(session, segments)
+        else:
+            notes += stepwise.notes_on_bounds(self.segments)
+        notes += felt_note(metric.felt for metric in self.segments[0].metrics.values())
         if session.self_influence and self.cross is stepwise.cross:
             notes.append(_NO_SELF_STEPWISE)
         if session.self_influence and self.products is not None:
