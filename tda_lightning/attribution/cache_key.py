@@ -10,6 +10,9 @@ from torch import Tensor
 from tda_lightning.runtime.digests import digest
 from tda_lightning.session.session import Session
 
+# Of how the examples' gradients are made: raised when they become others than before.
+_GRADIENTS = 2
+
 
 def digest_of(context: Session, steps: Sequence[int], batch: object, indices: Tensor) -> str:
     """Digest of weights, data, task and code, as far as they can be observed.
@@ -25,5 +28,8 @@ def digest_of(context: Session, steps: Sequence[int], batch: object, indices: Te
         rounded = [f"{loss:.3e}" for loss in losses.tolist()]
         states.append([digest(sorted(context.module.state_dict().items())), rounded])
     context.load(trajectory.last_step)
+    if context.noise:
+        states.append([*sorted(context.noise), f"{context.draws} draws"])
     facts = trajectory.facts
-    return digest([states, facts.num_examples, facts.fingerprint, context.task.settings()])
+    settings = context.task.settings()
+    return digest([_GRADIENTS, states, facts.num_examples, facts.fingerprint, settings])

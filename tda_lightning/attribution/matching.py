@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-
 from torch import nn
 
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import plain_parameters
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 
 
-def require_same_data(trajectory: Trajectory, dataset: Sized) -> None:
-    """Refuse a training set of another length or fingerprint."""
-    recorded = trajectory.facts
+def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
+    """Refuse a training set of another length or fingerprint, or without the data module whose
+    hooks its batches went through."""
+    recorded, dataset = trajectory.facts, source.dataset
+    require_data_module(recorded, source)
     if recorded.num_examples is not None and len(dataset) != recorded.num_examples:
         raise TrajectoryMismatchError(
             f"The training set is not the recorded one: expected {recorded.num_examples} "

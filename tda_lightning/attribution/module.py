@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,11 +18,17 @@ from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, run_provenance
-from tda_lightning.attribution.sessions import first_batch, open_members, open_session, open_stages
+from tda_lightning.attribution.sessions import (
+    open_members,
+    open_session,
+    open_stages,
+    sample_batches,
+)
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
@@ -36,6 +43,7 @@ from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
+from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
@@ -125,15 +133,17 @@ class AttributionModule(LightningModule):
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
         edits: Sequence[Edit] | None = None,
+        draws: int | None = None,
     ) -> Scores:
         """Score every training example for every query.
 
         Args:
-            train: the recorded training set, a ``Dataset`` or a ``DataLoader`` over it. Column n
-                of the scores is its index n, whatever the loader's order. For several
-                trajectories a list of one each, whose columns follow one another
-                (:meth:`Scores.stage`), or one for all.
-            query: what to explain, likewise.
+            train: the recorded training set: a ``Dataset``, a ``DataLoader`` over it, whose way of
+                making batches is kept, or the ``LightningDataModule`` of the run, whose transfer
+                hooks then serve the queries too. Column n of the scores is its index n, whatever
+                the loader's order. For several trajectories a list of one each, whose columns
+                follow one another (:meth:`Scores.stage`), or one for all.
+            query: what to explain, a ``Dataset`` or a ``DataLoader``.
             batch_size: examples per batch where a data set was given.
             trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
                 by default one device.
@@ -144,6 +154,9 @@ class AttributionModule(LightningModule):
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
                 the predicted change of the measurement if edit e were made. There is no
                 self-influence then.
+            draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
+                mixup): scores are of its mean over so many seeded draws for each example. None:
+                the task's own number, 1 where nothing was set.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -152,14 +165,15 @@ class AttributionModule(LightningModule):
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began, worked = time.monotonic(), time.process_time()
+        _require_draws(draws)
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
         examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
-        queries = ExampleSource.of(query, batch_size, "query")
+        queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
         for member in self.members:
             for stage in member:
-                require_same_data(stage.trajectory, examples[stage.run].dataset)
+                require_same_data(stage.trajectory, examples[stage.run])
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -169,7 +183,7 @@ class AttributionModule(LightningModule):
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
             own_self = self_influence and edits is None
-            opened = open_members(self.members, examples, queries, own_self, edit_set)
+            opened = open_members(self.members, examples, queries, own_self, edit_set, draws)
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
@@ -206,19 +220,25 @@ class AttributionModule(LightningModule):
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
-        Prints and returns the largest relative error of each layer over the first ``examples``
-        training examples (training loss) and queries (measurement).
+        Prints and returns the largest relative error of each layer over batches of ``examples``
+        training examples (training loss) and queries (measurement): some spread over the data,
+        and neighbours at its start, in its middle and at its end.
         """
         errors: dict[str, float] = {}
         sets = training_sets(train, self.stages[-1].run + 1)
         with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
-            queries = ExampleSource.of(query, examples, "query")
+            require_data_module(self.trajectory.facts, training)
+            queries = ExampleSource.of(query, examples, "query", training.data_module)
             session = open_session(self.stages[-1], training, queries, self_influence=False)
-            for source, loss in ((training, session.train_loss), (queries, session.measurement)):
-                batch, indices = first_batch(source, examples, session.module)
-                for name, error in largest_errors(session.engine, loss, batch, indices).items():
-                    errors[name] = max(error, errors.get(name, 0.0))
+            asked = replace(queries, example=session.examples.example).checked(session.module)
+            sides = (session.examples, session.train_loss), (asked, session.measurement)
+            for source, loss in sides:
+                alone = "partners" not in session.noise
+                for batch, indices in sample_batches(source, examples, session.module):
+                    found = largest_errors(session.engine, loss, batch, indices, alone)
+                    for name, error in found.items():
+                        errors[name] = max(error, errors.get(name, 0.0))
         rows = [(name, f"{error:.1e}") for name, error in errors.items()]
         title, columns = "Engine against plain autograd", ("layer", "largest relative error")
         print_table(title, columns, rows)
@@ -231,6 +251,7 @@ class AttributionModule(LightningModule):
         batch_size: int = 256,
         trainer: Trainer | None = None,
         self_influence: bool = True,
+        draws: int | None = None,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
         Of an ensemble the first member stands for all.
@@ -248,14 +269,19 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
+        _require_draws(draws)
+        if trainer is not None:
+            require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
             pace = DryRun(memory)
             examples = ExampleSource.of(train, batch_size, "training")
-            queries = ExampleSource.of(query, batch_size, "query")
-            require_same_data(self.trajectory, examples.dataset)
+            queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
+            require_same_data(self.trajectory, examples)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
-                (stage,) = open_stages(self.stages, [examples], queries, self_influence)
+                (stage,) = open_stages(
+                    self.stages, [examples], queries, self_influence, draws=draws
+                )
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace)
                 plan = self._launch(runner, work)
@@ -278,7 +304,9 @@ class AttributionModule(LightningModule):
     def predict_step(self, batch: object, batch_idx: int) -> Tensor:
         """All the work of an attribution."""
         assert self._work is not None
-        self._result = self._work()
+        launcher = self.trainer.strategy.launcher
+        with ended_by_sigterm(lambda number: launcher.kill(number) if launcher else None):
+            self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
     def _score_members(
@@ -340,6 +368,11 @@ class AttributionModule(LightningModule):
             return self.estimator.stage_segment_counts(stages)
         count = self.estimator.segment_count(stages[0].session)
         return None if count is None else [count]
+
+
+def _require_draws(draws: int | None) -> None:
+    if draws is not None and draws < 1:
+        raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
 
 
 class _OneBatch:

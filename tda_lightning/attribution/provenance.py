@@ -14,7 +14,7 @@ from tda_lightning.estimators import Estimator
 from tda_lightning.recording.facts import package_versions
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
 from tda_lightning.session.session import Session, Stage
-from tda_lightning.tasks import AttributionTask, seeded_examples
+from tda_lightning.tasks import MEASURED_SEED, AttributionTask, seeded_examples
 
 
 def run_provenance(
@@ -33,7 +33,12 @@ def run_provenance(
     """
     session = stages[-1].session
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
-    notes = [*session.task.notes, *estimated.get("notes", [])]
+    notes = [
+        *session.task.notes,
+        *session.engine.notes,
+        *session.noise_notes(),
+        *estimated.get("notes", []),
+    ]
     if generic := session.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
     curvature = settings.get("curvature")
@@ -56,6 +61,7 @@ def run_provenance(
         **estimated,
         **measured_queries(session),
         **_several_stages(stages, counts),
+        **({"draws": session.draws} if session.noise or session.measured_noise else {}),
         "notes": notes,
     }
 
@@ -68,7 +74,7 @@ def measured_queries(session: Session) -> Provenance:
     with torch.no_grad():
         for batch, indices in session.queries(0, session.num_query):
             measurements += session.measurement(session.module, batch, indices).tolist()
-            with seeded_examples(0, indices):
+            with seeded_examples(MEASURED_SEED, indices):
                 words = session.task.prediction(session.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
     if predictions is None:
@@ -132,7 +138,7 @@ def _several_stages(stages: Sequence[Stage], counts: Sequence[int] | None) -> Pr
                 "steps": [stage.first_step, stage.first_step + session.trajectory.last_step],
                 "trained_parameters": session.num_parameters,
                 "frozen_parameters": list(stage.frozen),
-                "notes": list(session.task.notes),
+                "notes": [*session.task.notes, *session.engine.notes],
             }
         )
     runs = [record["trajectory"] for record in records]

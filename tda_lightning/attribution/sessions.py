@@ -3,8 +3,11 @@ task prepared, the last checkpoint loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.attribution.cache_key import digest_of
@@ -12,10 +15,12 @@ from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
-from tda_lightning.runtime.loading import ExampleSource, place
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import seeded_examples
+from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -27,11 +32,16 @@ def open_members(
     queries: ExampleSource,
     self_influence: bool,
     edits: EditSet | None = None,
+    draws: int | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
-    opened = [open_stages(setups, examples, queries, self_influence, loaded) for setups in members]
+    opened = [
+        open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
+    ]
     for stages in opened:
+        if edits is not None:
+            edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
     return opened
 
@@ -42,12 +52,14 @@ def open_stages(
     queries: ExampleSource,
     self_influence: bool,
     loaded: dict[nn.Module, LoadedCheckpoint] | None = None,
+    draws: int | None = None,
 ) -> list[Stage]:
     """The stages as an estimator sees them.
 
     Args:
         examples: the training set of each recorded run.
         loaded: what each module holds, shared by all who load checkpoints into it.
+        draws: over how many draws of their noise losses are averaged; None: ``task.draws``.
     """
     self_influence = self_influence and len(setups) == 1
     loaded = {} if loaded is None else loaded
@@ -55,7 +67,7 @@ def open_stages(
     for number, setup in enumerate(setups, start=1):
         source = examples[setup.run]
         holder = loaded.setdefault(setup.module, LoadedCheckpoint())
-        session = wide = open_session(setup, source, queries, self_influence, holder)
+        session = wide = open_session(setup, source, queries, self_influence, holder, draws)
         session.prefix = f"stage {number}, " if len(setups) > 1 else ""
         if setup.frozen:
             wide = widened(session, setup.frozen, *first_batch(source, _FIRST, setup.module))
@@ -73,10 +85,15 @@ def open_session(
     queries: ExampleSource,
     self_influence: bool,
     loaded: LoadedCheckpoint | None = None,
+    draws: int | None = None,
 ) -> Session:
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
+    if type(task).example is not AttributionTask.example:
+        examples, queries = (replace(one, example=task.example) for one in (examples, queries))
+    show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
+    examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
     session = Session(
         module=module,
@@ -95,21 +112,123 @@ def open_session(
     )
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
-    with seeded_examples(0, indices):
-        task.prepare(module, batch)
-    engine.discover(session.train_loss, batch, indices, task.separable)
+    session.noise = _noise_of(session.train_loss, module, examples, batch, indices)
+    session.measured_noise = session.noise
+    if not task.measures_loss:
+        some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
+        session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
+    with _noise_explained(session, batch, indices):
+        with seeded_examples(0, indices):
+            task.prepare(module, batch)
+        task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
+        engine.discover(session.train_loss, batch, indices, task.separable)
+    if session.noise or session.measured_noise:
+        session.draws = task.draws if draws is None else draws
     return session
 
 
+def _noise_of(
+    loss: Callable[[nn.Module, object, Tensor], Tensor],
+    module: nn.Module,
+    source: ExampleSource,
+    batch: object,
+    indices: Tensor,
+) -> frozenset[str]:
+    """What kinds of random numbers a loss draws. On batches of two sizes: which axis of a draw
+    holds the examples is told by its length (``tasks/step_noise.py``)."""
+    with watching_noise() as seen, torch.no_grad():
+        try:
+            loss(module, batch, indices)
+            if "NumPy" in seen:  # from here on it draws for the example
+                seen.clear()
+                loss(module, batch, indices)
+            if seen and len(indices) > 1:
+                fewer, some = first_batch(source, len(indices) - 1, module)
+                loss(module, fewer, some)
+        except Exception:
+            pass
+    return frozenset(seen)
+
+
+@contextmanager
+def _noise_explained(session: Session, batch: object, indices: Tensor) -> Iterator[None]:
+    """Add to an error what random numbers of the loss have to do with it."""
+    try:
+        yield
+    except (EngineError, ValueError) as error:
+        text = _about_noise(session, batch, indices)
+        if text is None or type(error) not in (EngineError, ValueError):
+            raise
+        raise type(error)(f"{error} {text}") from error
+
+
+def _about_noise(session: Session, batch: object, indices: Tensor) -> str | None:
+    unseen = sorted(session.noise & {"torch", "NumPy", "Python"})
+    if unseen:
+        names = {
+            "torch": "a compiled or fused function of torch",
+            "NumPy": "NumPy by functions imported by themselves",
+            "Python": "Python's random",
+        }
+        return (
+            f"The loss draws random numbers from {' and '.join(names[n] for n in unseen)}: what "
+            "each example draws there belongs to a place in the batch and not to the example. Draw "
+            "it with torch (torch.randn_like, torch.randperm) or as numpy.random.randn(...)."
+        )
+    try:
+        with torch.no_grad():
+            first, again = (session.train_loss(session.module, batch, indices) for _ in range(2))
+    except Exception:  # it is no matter of noise
+        return None
+    if not torch.allclose(first, again, rtol=1e-3, equal_nan=True):
+        return (
+            "The loss of the same batch differs from one evaluation to the next: it draws from a "
+            "random generator of its own (numpy.random.default_rng, random.Random), or changes "
+            "what it reads. Draw from torch's or NumPy's global generator."
+        )
+    if "partners" in session.noise:
+        return (
+            "The loss mixes each example with another of its batch (a random permutation), so "
+            "parameters that need single examples cannot be followed."
+        )
+    return None
+
+
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:
-    """The first ``count`` examples as (batch, indices) on the module's device."""
-    batch, indices = next(iter(source.loader([range(min(count, len(source)))])))
-    return place(batch, module), indices.to(next(module.parameters()).device)
+    """``count`` examples spread over the data as (batch, indices) on the module's device: data may
+    be sorted (by length, by class), and the first ones alike."""
+    first = source.batches(stop=min(count, len(source)), size=count)[0]
+    last, count = len(source) - 1, len(first)
+    spread = [position * last // max(1, count - 1) for position in range(count)]
+    try:
+        return _loaded(source, spread, module)
+    except (RuntimeError, ValueError, TypeError):
+        # They may differ too much for one batch, where neighbours are alike on purpose.
+        return _loaded(source, first, module)
+
+
+def sample_batches(
+    source: ExampleSource, count: int, module: nn.Module
+) -> Iterator[tuple[object, Tensor]]:
+    """Batches of ``count`` examples: spread over the data, and neighbours at its start, in its
+    middle and at its end."""
+    yield first_batch(source, count, module)
+    size = len(source)
+    if size > count == len(source.batches(stop=count, size=count)[0]):
+        for start in sorted({0, (size - count) // 2, size - count}):
+            yield _loaded(source, range(start, start + count), module)
+
+
+def _loaded(
+    source: ExampleSource, chosen: Sequence[int], module: nn.Module
+) -> tuple[object, Tensor]:
+    batch, indices = next(iter(source.indexed([chosen])))
+    return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
 
 
 def _query_batches(
     queries: ExampleSource, start: int, stop: int, module: nn.Module
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
-    for batch, indices in queries.loader(queries.batches(start, stop)):
-        yield place(batch, module), indices.to(device)
+    for batch, indices in queries.indexed(queries.batches(start, stop)):
+        yield queries.placed(batch, module, indices), indices.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -106,6 +107,9 @@ def _run(command: str, arguments: list[str], settings: str | None = None) -> int
     try:
         application()
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, which has no status
+            print(f"tda {command}: ended by SIGTERM", file=sys.stderr)
+            return 128 + signal.SIGTERM
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ValueError as error:
         # Hydra reports invalid flags this way, before any command has begun.

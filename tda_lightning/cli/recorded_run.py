@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
@@ -11,7 +14,8 @@ from tda_lightning.cli.command import not_null
 from tda_lightning.cli.run_config import build
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.tasks import AttributionTask
+from tda_lightning.runtime.loading import ExampleSource, is_data_module
+from tda_lightning.tasks import AttributionTask, as_task
 
 
 def load_parts(
@@ -23,8 +27,15 @@ def load_parts(
     changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
     module = build(run_config.model, config.trust_config, **changes)
     if "task" in config:
-        return data, module, instantiate(config.task, _convert_="all")
-    return data, module, build(run_config.get("task"), config.trust_config)
+        task = instantiate(config.task, _convert_="all")
+    else:
+        task = build(run_config.get("task"), config.trust_config)
+    if (draws := config.get("draws")) is not None:
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1 or null, got {draws}.")
+        task = as_task(task)
+        task.draws = draws
+    return data, module, task
 
 
 def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
@@ -33,3 +44,19 @@ def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
         return torch.device(asked)
     on_cuda = str(trajectory.facts.settings.get("device", "cpu")).startswith("cuda")
     return torch.device("cuda" if on_cuda and torch.cuda.is_available() else "cpu")
+
+
+def sources(data: AttributedData, batch_size: int) -> tuple[ExampleSource, ExampleSource]:
+    """Training set and queries, made into batches as the data module's loaders make them, with its
+    transfer hooks."""
+    hooks = data if is_data_module(data) else None
+
+    def source(dataset: Any, loader: object, what: str) -> ExampleSource:
+        own = ExampleSource.of(loader, batch_size, what, hooks)
+        size = own.batch_size if own.keys is not None else batch_size
+        return replace(own, dataset=dataset, batch_size=size, num_workers=0, pin_memory=False)
+
+    return (
+        source(data.train_dataset, data.train_dataloader(), "training"),
+        source(data.query_dataset, data.val_dataloader(), "query"),
+    )

@@ -55,7 +55,7 @@ def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
 def configuration_of(run: RecordedRun) -> dict[str, object]:
     """What decides the outcome of a retraining, besides the subset and the seed."""
     return truth_configuration(
-        run.trajectory, run.module, run.task, run.data.query_dataset, run.training_settings()
+        run.trajectory, run.module, run.task, run.queries, run.training_settings()
     )
 
 

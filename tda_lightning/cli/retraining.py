@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import not_null
-from tda_lightning.cli.recorded_run import load_parts, replay_device
+from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.cli.trainers import SILENT
 from tda_lightning.evaluation import (
@@ -27,6 +28,7 @@ from tda_lightning.evaluation import (
 from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
 from tda_lightning.records.data_module import AttributedData, Reorderable
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.tasks import AttributionTask
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
@@ -68,6 +70,20 @@ class RecordedRun:
         module.to(replay_device(config.device, trajectory))
         return RecordedRun(trajectory, data, module, task, run_config, config)
 
+    @cached_property
+    def _sources(self) -> tuple[ExampleSource, ExampleSource]:
+        return sources(self.data, self.config.batch_size)
+
+    @property
+    def train(self) -> ExampleSource:
+        """The training set."""
+        return self._sources[0]
+
+    @property
+    def queries(self) -> ExampleSource:
+        """The queries."""
+        return self._sources[1]
+
     @property
     def end(self) -> dict[str, Tensor]:
         """Weights and buffers at the last checkpoint."""
@@ -76,10 +92,12 @@ class RecordedRun:
 
     def recorded_measurements(self) -> Tensor:
         """Measurements at the last checkpoint, [query]."""
-        module, queries = self.module, self.data.query_dataset
+        module, queries = self.module, self.queries
         if self.config.protocol == "pbrf":  # responses to single examples are tiny
             module, queries = in_double(module, queries)
-        return measure(module, self.task, self.end, queries, self.config.batch_size)
+        return measure(
+            module, self.task, self.end, queries, self.config.batch_size, self.trajectory
+        )
 
     def outcomes(
         self, kept: Tensor, seeds: Sequence[int], classes: bool = False
@@ -88,9 +106,11 @@ class RecordedRun:
         if self.config.protocol == "pbrf":
             yield from self._responses(kept)
             return
-        began, queries = time.monotonic(), self.data.query_dataset
+        began, queries = time.monotonic(), self.queries
         for state in self._states(kept, seeds):
-            measurements = measure(self.module, self.task, state, queries, self.config.batch_size)
+            measurements = measure(
+                self.module, self.task, state, queries, self.config.batch_size, self.trajectory
+            )
             predicted = None
             if classes:
                 predicted = predicted_classes(self.module, self.task, state, queries)
@@ -101,7 +121,7 @@ class RecordedRun:
         """The proximal Bregman response to the single example that each row leaves out."""
         began = time.monotonic()
         before = self.recorded_measurements()
-        sets = (self.data.train_dataset, self.data.query_dataset)
+        sets = (self.train, self.queries)
         module, train, queries = in_double(self.module, *sets)
         given_up = (~kept).nonzero()[:, 1].tolist()
         damping = total_damping(self.trajectory, self.config.damping)
@@ -113,7 +133,7 @@ class RecordedRun:
 
     def _states(self, kept: Tensor, seeds: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         if self.config.protocol == "single_run":
-            run = (self.trajectory, self.module, self.task, self.data.train_dataset)
+            run = (self.trajectory, self.module, self.task, self.train)
             yield from retrain_each(*run, kept.float(), together=self.config.together)
             return
         for row, seed in zip(kept, seeds, strict=True):

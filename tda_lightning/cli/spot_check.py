@@ -108,8 +108,8 @@ def damping_sensitivity(scores: Scores, run: RecordedRun) -> DampingSensitivity 
             estimator = InfluenceFunction(**{**settings, name: value * factor})
             attribution = AttributionModule(run.module, run.trajectory, estimator, run.task)
             other = attribution.attribute(
-                run.data.train_dataset,
-                run.data.query_dataset,
+                run.train,
+                run.queries,
                 run.config.batch_size,
                 trainer=silent_trainer(),
                 self_influence=False,

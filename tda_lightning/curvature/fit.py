@@ -24,11 +24,19 @@ from torch import Tensor
 
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
-from tda_lightning.gradients import Basis, Block, Gradient, Joined, Reflections, scaled
+from tda_lightning.gradients import (
+    Basis,
+    Block,
+    Gradient,
+    Joined,
+    Reflections,
+    example_scaled,
+    scaled,
+)
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.session import Batch, Session
+from tda_lightning.session.session import Batch, Session, Span
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -72,6 +80,7 @@ def fit_curvature(
     title: str = "curvature",
     dense_side: int | None = None,
     bases: Bases | None = None,
+    used: Span | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature by unit, fitted in walks over the training set and kept next to the trajectory.
 
@@ -88,6 +97,8 @@ def fit_curvature(
             rank-limited. None: the defaults of ``curvature/sides.py``.
         bases: eigenvectors of both sides by unit, where they are known: ``ekfac`` then needs the
             walk for its eigenvalues alone.
+        used: the steps whose use of examples weighs them (docs/methods.md, "Uneven use"); None:
+            evenly.
 
     Raises:
         ValueError: ``exact`` for a model of too many parameters.
@@ -110,10 +121,10 @@ def fit_curvature(
         }
     known_kind = kind if bases is None else f"{kind} in {digest(bases)}"
     scales = scales or {}
-    key = cache_key(session, known_kind, steps, seed, scales, limits(dense_side))
+    key = cache_key(session, known_kind, steps, seed, scales, limits(dense_side), used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return {name: spectrum.to(*place) for name, spectrum in _unpack(cached).items()}
-    walks = _Walks(kind, session, tuple(steps), scales, seed, title)
+    walks = _Walks(kind, session, tuple(steps), scales, seed, title, used)
     if kind == "exact":
         spectra = _fit_exact(walks)
     elif kind == "diagonal":
@@ -136,10 +147,13 @@ def fit_curvature(
 def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
     sums = _Sums(walks)
     for step, batch in walks.over("Gauss-Newton"):
-        for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
-            for name, gradient in walks.scaled(gradients.blocks, step).items():
-                rows = gradient.dense(slice(None)).flatten(1)
-                sums.add(name, [rows.T @ rows])
+        weights = walks.weights(batch)
+        for _ in walks.session.each_draw():
+            for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
+                for name, gradient in walks.scaled(gradients.blocks, step).items():
+                    rows = gradient.dense(slice(None)).flatten(1)
+                    weighted = rows if weights is None else rows * weights[:, None]
+                    sums.add(name, [rows.T @ weighted])
     spectra = {}
     for name, (matrix,) in sums.means().items():
         eigenvalues, vectors = torch.linalg.eigh(matrix)
@@ -168,8 +182,9 @@ def _fit_bases(walks: _Walks, dense_side: int | None) -> Bases:
 def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectrum]:
     """Mean squares of the gradients' coordinates in ``bases``."""
     sums = _Sums(walks)
-    for name, gradient in walks.fisher_gradients(what):
-        sums.add(name, [gradient.sum_of_squares(*bases.get(name, (None, None)))])
+    for name, gradient, weights in walks.fisher_gradients(what):
+        rooted = gradient if weights is None else example_scaled(gradient, weights.sqrt())
+        sums.add(name, [rooted.sum_of_squares(*bases.get(name, (None, None)))])
     return {
         name: Spectrum(*bases.get(name, (None, None)), squares)
         for name, (squares,) in sums.means().items()
@@ -179,8 +194,8 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
 def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor]]:
     """Second moments of both sides, and the positions of an example, by unit."""
     sums = _Sums(walks)
-    for name, gradient in walks.fisher_gradients("covariances"):
-        sums.add(name, gradient.covariances(side_forms(gradient, dense_side)))
+    for name, gradient, weights in walks.fisher_gradients("covariances"):
+        sums.add(name, gradient.covariances(side_forms(gradient, dense_side), weights))
     return sums.means()
 
 
@@ -194,6 +209,7 @@ class _Walks:
     scales: Scales
     seed: int
     title: str
+    used: Span | None
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
@@ -201,12 +217,19 @@ class _Walks:
             for batch in self.session.walk(f"{self.title}: {what}, step {step}", step):
                 yield step, batch
 
-    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient]]:
-        """Scaled Fisher gradients of every batch by unit, as (unit, gradient)."""
+    def weights(self, batch: Batch) -> Tensor | None:
+        """What each example of a batch counts by; None: 1."""
+        return None if self.used is None else batch.weights(self.used)
+
+    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient, Tensor | None]]:
+        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights)."""
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
-            gradients = self.session.fisher_gradients(batch.data, batch.examples, self.seed + step)
-            yield from self.scaled(gradients.blocks, step).items()
+            seed, session, weights = self.seed + step, self.session, self.weights(batch)
+            for _ in session.each_draw():
+                gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
+                for name, gradient in self.scaled(gradients, step).items():
+                    yield name, gradient, weights
 
     def scaled(self, gradients: Mapping[str, Gradient], step: int) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -218,7 +241,8 @@ class _Walks:
 
 
 class _Sums:
-    """Sums of matrices by unit, in float64: sums of many small squares lose digits in float32."""
+    """Sums of matrices by unit over examples, checkpoints and draws, in float64: sums of many small
+    squares lose digits in float32."""
 
     def __init__(self, walks: _Walks) -> None:
         self._walks = walks
@@ -235,7 +259,7 @@ class _Sums:
     def means(self) -> dict[str, list[Tensor]]:
         """Sums over processes, divided by the number of examples and checkpoints."""
         session, steps = self._walks.session, self._walks.steps
-        count = session.num_train * len(steps)
+        count = session.num_train * len(steps) * session.draws
         means = {
             name: [session.reduce(value) / count for value in values]
             for name, values in self._sums.items()
@@ -262,9 +286,10 @@ def cache_key(
     seed: int,
     scales: Scales,
     sides: Sequence[int] = (),
+    used: Span | None = None,
 ) -> str:
     """A digest of everything that determines fitted tensors; ``sides``: how wide sides are kept."""
-    description = {
+    description: dict[str, object] = {
         "format": _FORMAT,
         "kind": kind,
         "steps": steps,
@@ -278,6 +303,8 @@ def cache_key(
         "sampled": session.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
+    if used is not None and (weights := session.example_weights(used)) is not None:
+        description["weights"] = weights
     return digest(description)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tda_lightning.curvature.fit import WHOLE, Scales, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 
 # Two rounds of power iteration and one that takes the eigenvalues: Gauss-Newton spectra fall fast.
 _ROUNDS = 3
@@ -50,6 +50,7 @@ def leading_directions(
     scales: Scales,
     seed: int,
     title: str,
+    used: Span | None = None,
 ) -> LeadingDirections:
     """Find the leading directions by subspace iteration, or take those that were kept.
 
@@ -61,10 +62,11 @@ def leading_directions(
             is 1.
         seed: of the sampled labels, the same as the block-wise fit's.
         title: of what is fitted, for progress bars.
+        used: the steps whose use of examples weighs them; None: evenly.
     """
     count = min(count, session.num_parameters)
     place = (session.device, session.dtype)
-    key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales)
+    key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales, used=used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return LeadingDirections(cached["vectors"].to(*place), cached["eigenvalues"].to(*place))
     generator = torch.Generator().manual_seed(seed)
@@ -75,12 +77,15 @@ def leading_directions(
         for step in steps:
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
-                sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                weights = None if used is None else batch.weights(used)
                 scale = scales.get(step, {}).get(WHOLE)
-                gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
-                inner = gradient.dot(vectors[:, None, None])
-                products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (session.num_train * len(steps))
+                for _ in session.each_draw():
+                    sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                    gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
+                    inner = gradient.dot(vectors[:, None, None])
+                    inner = inner if weights is None else inner * weights
+                    products += gradient.weighted_sums(inner).flatten(1)
+        products = session.reduce(products) / (session.num_train * len(steps) * session.draws)
         if number < _ROUNDS:
             vectors = torch.linalg.qr(products.T.double()).Q.T.to(*place)
     # Rayleigh-Ritz: the best eigenvectors within the subspace.

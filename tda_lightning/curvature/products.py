@@ -22,6 +22,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ from tda_lightning.gradients.functional import (
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 from tda_lightning.tasks import seeded_examples
 from tda_lightning.tasks.gauss_newton import require_losses
+from tda_lightning.tasks.loss_calls import WeightedLoss
 
 PRODUCTS = ("gauss_newton", "hessian")
 WAYS = (
@@ -93,15 +95,25 @@ class Products:
         by_block: keep the blocks on the matrix's diagonal only (the layers), and multiply each
             part of a vector with its own. Every block takes a derivative of its own, of what
             follows it in the model.
+        used: the steps whose use of examples weighs them in the means (docs/methods.md, "Uneven
+            use"); None: evenly. It may be changed between products.
 
     Attributes:
         way: which of ``WAYS`` the model takes, from its first product on.
         counted: products so far, in units of one vector and the whole training set.
     """
 
-    def __init__(self, kind: str, session: Session, *, by_block: bool = False) -> None:
+    def __init__(
+        self, kind: str, session: Session, *, by_block: bool = False, used: Span | None = None
+    ) -> None:
         check_product(kind)
-        self.kind, self.session, self.by_block = kind, session, by_block
+        if session.engine.masked:
+            raise UnsupportedTrainingError(
+                f"Hooks hold some entries of {', '.join(session.engine.masked)} fixed, of which "
+                "products with the curvature know nothing. Use a curvature that is made of "
+                "gradients (EK-FAC, K-FAC, diagonal), or freeze whole parameters."
+            )
+        self.kind, self.session, self.by_block, self.used = kind, session, by_block, used
         self.counted = 0.0
         self._way = 0
         self._checked = False
@@ -135,13 +147,14 @@ class Products:
         return total / len(examples)
 
     def of_batch(self, vectors: Tensor, batch: object, examples: Tensor) -> Tensor:
-        """The product with the sum over the examples of a batch.
+        """The product with the weighted sum over the examples of a batch.
 
         Raises:
             ValueError: the Gauss-Newton matrix of the task is unknown.
             UnsupportedTrainingError: an operation has no second derivative.
         """
         session = self.session
+        weights = None if self.used is None else session.weights(examples, self.used)
         groups: list[Sequence[str]] = [session.engine.names]
         if self.by_block:
             groups = [block.parameters for block in session.blocks]
@@ -149,10 +162,11 @@ class Products:
         calls = []
         for group in groups:
             values = {name: named[name].detach() for name in group}
-            calls.append(_BatchCurvature(session, self.kind, values, batch, examples))
+            calls.append(_BatchCurvature(session, self.kind, values, batch, examples, weights))
         if not self._checked:
             self._check(calls)
-        return self._rows(calls, vectors)
+        products = [self._rows(calls, vectors) for _ in session.each_draw()]
+        return torch.stack(products).mean(0) if len(products) > 1 else products[0]
 
     def _check(self, calls: Sequence[_BatchCurvature]) -> None:
         """Leave the forward mode where it does not fit the backward pass: the matrix would not be
@@ -202,10 +216,16 @@ class _BatchCurvature:
     """Products with the curvature of the summed losses of one batch, as tensors by name."""
 
     def __init__(
-        self, session: Session, kind: str, values: Parameters, batch: object, examples: Tensor
+        self,
+        session: Session,
+        kind: str,
+        values: Parameters,
+        batch: object,
+        examples: Tensor,
+        weights: Tensor | None,
     ) -> None:
         self.session, self.kind, self.values = session, kind, values
-        self.batch, self.examples = batch, examples
+        self.batch, self.examples, self.weights = batch, examples, weights
 
     def products(self, directions: Parameters, way: int) -> Parameters:
         """[vector, *shape] by parameter."""
@@ -227,6 +247,8 @@ class _BatchCurvature:
         leaves = {name: v.clone().requires_grad_() for name, v in self.values.items()}
         with _second_order(self.session.module):
             found, _ = self._run(leaves, lambda m, b, _: require_losses(self.session.task, m, b))
+        if self.weights is not None:
+            found = [_times(item, self.weights) for item in found]
         outputs = [item.loss.outputs for item in found]
         if way == len(WAYS) - 1:
             tangents = _transposed_twice(outputs, leaves, directions)
@@ -279,7 +301,8 @@ class _BatchCurvature:
 
     @property
     def _losses(self) -> Callable[..., Tensor]:
-        return lambda m, b, _: self.session.task.train_loss(m, b)
+        weights = 1.0 if self.weights is None else self.weights
+        return lambda m, b, _: self.session.task.train_loss(m, b) * weights
 
     def _run(self, parameters: Parameters, function: Callable[..., Any]) -> Any:
         """``function(module, batch, examples)`` with other parameters in the module."""
@@ -288,6 +311,12 @@ class _BatchCurvature:
         # Capture takes fused layers apart.
         with seeded_examples(0, self.examples), _PaddingHeld(), Capture({}):
             return torch.func.functional_call(lossy, named, (self.batch, self.examples))
+
+
+def _times(item: WeightedLoss, factors: Tensor) -> WeightedLoss:
+    """The loss with the elements of each example times its factor, [batch]."""
+    weights = item.weights.reshape(len(factors), -1) * factors[:, None]
+    return replace(item, weights=weights.reshape(item.weights.shape))
 
 
 class _PaddingHeld(TorchFunctionMode):

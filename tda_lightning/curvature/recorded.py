@@ -25,8 +25,9 @@ from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.records.provenance import Statistics as StatisticsRecord
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 
 STATISTICS = ("auto", "recorded", "corrected", "fitted")
 _KRONECKER = ("ekfac", "kfac")
@@ -60,14 +61,19 @@ def statistics_provenance(
     it was fitted."""
     if not uses_statistics(choice, kind, trajectory):
         return {}
-    merged = [trajectory.merged_statistics(*span).values() for span in spans]
-    examples = [max((int(block.examples) for block in blocks), default=0) for blocks in merged]
+    merged = [trajectory.merged_statistics(*span) for span in spans]
+    examples = [
+        max((int(block.examples) for block in blocks.values()), default=0) for blocks in merged
+    ]
+    record: StatisticsRecord = {
+        "gathered": "in training",
+        "eigenvalues": "one pass" if choice == "corrected" else "products, by recorded trace",
+        "examples": examples,
+    }
+    if left_out := sorted({name for blocks in merged for name in _left_out(blocks)}):
+        record["fitted"] = left_out
     return {
-        "statistics": {
-            "gathered": "in training",
-            "eigenvalues": "one pass" if choice == "corrected" else "products, by recorded trace",
-            "examples": examples,
-        },
+        "statistics": record,
         "fisher": trajectory.facts.settings.get("curvature", {}).get("fisher"),
     }
 
@@ -82,6 +88,7 @@ def curvature_of(
     seed: int = 0,
     title: str = "curvature",
     dense_side: int | None = None,
+    used: Span | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature of the steps in ``interval`` by unit: recorded where it can be, else fitted at the
     checkpoints ``steps`` (see :func:`fit_curvature` for the other arguments).
@@ -90,18 +97,23 @@ def curvature_of(
         ValueError: statistics are asked for, and there are none that fit the model.
     """
     if not uses_statistics(choice, kind, session.trajectory):
-        return fit_curvature(kind, session, steps, scales, seed, title, dense_side)
+        return fit_curvature(kind, session, steps, scales, seed, title, dense_side, used=used)
     statistics = session.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, session.blocks, interval)
+    missing = _left_out(statistics)
     # Statistics are of all steps together, and so must their metric be.
     scale = _common_scale(scales or {}, steps)
     spectra = {
         block.name: _spectrum(statistics[block.name], scale.get(block.name))
         for block in session.blocks
+        if block.name not in missing
     }
+    if any(block.name in missing for block in session.blocks):
+        fitted = fit_curvature(kind, session, steps, scales, seed, title, dense_side, used=used)
+        spectra = {b.name: spectra.get(b.name, fitted[b.name]) for b in session.blocks}
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
-        return fit_curvature("ekfac", session, steps, scales, seed, title, dense_side, bases)
+        return fit_curvature("ekfac", session, steps, scales, seed, title, dense_side, bases, used)
     return {name: s.to(session.device, session.dtype) for name, s in spectra.items()}
 
 
@@ -116,6 +128,11 @@ def _common_scale(scales: Scales, steps: Sequence[int]) -> dict[str, Tensor]:
         alike = bool((each == each[0]).all())
         common[name] = each[0] if alike else torch.where(mean > 0, mean**-0.5, 0)
     return common
+
+
+def _left_out(statistics: Statistics) -> list[str]:
+    """Blocks of which training gathered nothing, while it did of others."""
+    return [name for name, block in statistics.items() if not float(block.examples)]
 
 
 def _require_fitting(

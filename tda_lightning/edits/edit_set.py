@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from tda_lightning.edits.edits import Edit, Term
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import EditRecord
-from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.loading import ExampleSource, Keys, one_key
 
 
 class EditSet:
@@ -38,12 +39,8 @@ class EditSet:
             (column, term) for column, edit in enumerate(self.edits) for term in edit.terms()
         ]
         self._require_fitting(source)
-        self.source = ExampleSource(
-            _TermExamples(source.dataset, [term for _, term in self.terms]),
-            source.batch_size,
-            source.collate,
-            source.num_workers,
-            source.pin_memory,
+        self.source = source.with_dataset(
+            _TermExamples(source.dataset, [term for _, term in self.terms], source.keys)
         )
         self._by_index: dict[int, list[int]] = {}
         for position, (column, _) in enumerate(self.terms):
@@ -101,11 +98,16 @@ class EditSet:
 class _TermExamples(Dataset[object]):
     dataset: Dataset[object]
     terms: Sequence[Term]
+    keys: Keys | None
 
     def __len__(self) -> int:
         return len(self.terms)
 
-    def __getitem__(self, position: int) -> object:
+    def __getitem__(self, position: Any) -> object:
+        if self.keys is not None and self.keys is not one_key:  # the data set makes the batches
+            asked = [self.terms[int(one)].index for one in position]
+            keys: Any = self.keys([index for index in asked if index is not None])
+            return self.dataset[keys]
         term = self.terms[position]
         return term.example if term.index is None else self.dataset[term.index]
 
@@ -114,7 +116,7 @@ def _require_same_form(source: ExampleSource, example: object, name: str) -> Non
     """Refuse an example that cannot stand in a batch with the training set's own."""
     own = source.dataset[0]
     try:
-        source.collate([own, example])
+        source.join([own, example])
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{name} gives an example of another form than those of the training set: expected "

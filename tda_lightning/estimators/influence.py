@@ -12,6 +12,7 @@ from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.inverse import fit_inverse
 from tda_lightning.estimators.inverse_settings import check_inverse
 from tda_lightning.estimators.queries import dot
+from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Session
 from tda_lightning.solvers import Solver
@@ -27,10 +28,11 @@ class InfluenceFunction:
     r"""How the optimum of the training loss would move without an example.
 
     .. math::
-        s_{qn} = \frac1N \nabla m_q(\theta_T)^\top
+        s_{qn} = \frac{v_n}N \nabla m_q(\theta_T)^\top
         (H + (\lambda + \delta) I)^{-1} \nabla l_n(\theta_T)
 
-    with :math:`\lambda` the recorded weight decay.
+    with :math:`\lambda` the recorded weight decay. :math:`v_n` is 1 where the run used all examples
+    evenly (docs/methods.md, "Uneven use").
 
     Attributes:
         curvature: ``exact``, ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
@@ -104,13 +106,15 @@ class InfluenceFunction:
             order = None if candidates is None else _batches(session, candidates[first:last])
             for batch in session.walk_columns("influence function", step, order):
                 values = dot(responses, units(inverse.kind, batch.gradients)) / session.num_train
-                session.add(None, batch, values, first)
+                session.add(None, batch, values, first, used=(0, step))
                 if with_self and inverse.knows_own and first == 0:
                     own = inverse.own(batch.measurement_gradients, batch.gradients)
-                    session.add_self_influence(batch.examples, own / session.num_train)
+                    own = own / session.num_train
+                    session.add_self_influence(batch.examples, own, used=(0, step))
         made = inverse.provenance()
         notes = (
             clipping_notes(session.trajectory, "the formula looks at the final weights alone")
+            + use_notes(session)
             + made["notes"]
         )
         if with_self and not inverse.knows_own:

@@ -120,6 +120,7 @@ def final_curvature(settings: InverseSettings, session: Session) -> dict[str, Sp
         [session.trajectory.last_step],
         seed=settings.seed,
         dense_side=settings.dense_side,
+        used=(0, session.trajectory.last_step),
     )
 
 

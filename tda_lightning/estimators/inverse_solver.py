@@ -23,7 +23,7 @@ from tda_lightning.estimators.queries import Response, query_gradients
 from tda_lightning.gradients import Gradient
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 from tda_lightning.solvers import Problem, Solver, norms
 
 
@@ -45,34 +45,39 @@ class SolverInverse:
         spectra = final_curvature(settings, session) if solver.preconditioned else {}
         (decay,) = decay_by_unit(session, "exact").values()
         absolute = absolute_damping(settings, session.trajectory)
-        damping = self._relative_damping() if absolute is None else absolute
+        used = (0, session.trajectory.last_step)
+        damping = self._relative_damping(used) if absolute is None else absolute
         self.problem = Problem(
             session=session,
-            products=Products(solver.curvature, session),
+            products=Products(solver.curvature, session, used=used),
             decay=decay.flatten(),
             damping=torch.zeros_like(decay.flatten()) + damping,
             spectra=spectra,
             seed=settings.seed,
+            used=used,
         )
         self.residuals: list[float] = []
         self.products = 0.0  # for solutions, without those that check them
         self._notes: list[str] = []
 
-    def _relative_damping(self) -> Tensor:
+    def _relative_damping(self, used: Span) -> Tensor:
         """A multiple of the mean eigenvalue, [parameters]."""
         session, by_layer = self.session, self.solver.by_layer
         step = session.trajectory.last_step
         sizes = torch.tensor([block.size for block in session.blocks], device=session.device)
         traces = torch.zeros(len(sizes), dtype=torch.float64, device=session.device)
         for batch in session.walk("mean eigenvalue", step):
-            gradients = batch.gradients
-            if not by_layer:
-                seed = self.settings.seed + step
-                gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-            for number, block in enumerate(session.blocks):
-                squares = gradients[block.name].weighted_squares(None, None, None)
-                traces[number] += squares.double().sum()
-        means = session.reduce(traces) / session.num_train
+            weights = batch.weights(used)
+            for _ in session.each_draw():
+                gradients = batch.gradients
+                if not by_layer:
+                    seed = self.settings.seed + step
+                    gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
+                for number, block in enumerate(session.blocks):
+                    squares = gradients[block.name].weighted_squares(None, None, None)
+                    squares = squares if weights is None else squares * weights
+                    traces[number] += squares.double().sum()
+        means = session.reduce(traces) / (session.num_train * session.draws)
         means = means / sizes if by_layer else (means.sum() / sizes.sum()).expand(len(sizes))
         means = relative_damping(self.settings) * means
         return means.repeat_interleave(sizes).to(session.dtype)

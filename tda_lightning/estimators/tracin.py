@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.pairs import paired
+from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.session import Batch, Session, Stage
 
 NO_SELF = (
@@ -26,13 +28,18 @@ class TracIn:
     r"""Inner products of training and query gradients at the recorded checkpoints.
 
     .. math::
-        s_{qn} = \frac1N \sum_c w_c\, \nabla m_q(\theta_c)^\top \nabla l_n(\theta_c)
+        s_{qn} = \frac1N \sum_c w_c\, v_{cn}\, \nabla m_q(\theta_c)^\top \nabla l_n(\theta_c)
 
     This sums what each use of an example did to the query's measurement, and leaves out that later
     steps partly forget it. Each checkpoint c stands for the steps since the one before it, and
     :math:`w_c` is the sum of their applied rates (with momentum, times
-    (1 - dampening) / (1 - momentum)), for each parameter group. The paper writes :math:`\eta_c` for
-    :math:`w_c / N`, which gives the same ranking when checkpoints are evenly spaced.
+    (1 - dampening) / (1 - momentum)), for each parameter group. :math:`v_{cn}` is 1 where these
+    steps used all examples evenly (docs/methods.md, "Uneven use"). The paper writes
+    :math:`\eta_c` for :math:`w_c / N`, which gives the same ranking when checkpoints are evenly
+    spaced.
+
+    Of a loss that draws random numbers the gradients are those of the run's own draws: the sum over
+    an example's uses takes the place of one gradient for all (docs/methods.md, "Random steps").
 
     References:
         | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
@@ -60,21 +67,27 @@ class TracIn:
                 the parameters.
         """
         require_rates(session.trajectory)
+        draws = RecordedDraws.of(session)
         for number, (start, step) in enumerate(_intervals(session)):
             weights = _weights(session, start, step)
+            # Recorded batches hold each example as often as it was drawn.
+            used = (start, step) if draws is None else None
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
-                for batch in session.walk_columns(f"TracIn, step {step}", step):
+                for batch in _uses(session, draws, start, step):
                     values = queries.dot(batch.gradients) / session.num_train
-                    session.add(number, batch, values, first)
+                    session.add(number, batch, values, first, used)
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
-                        session.add_self_influence(batch.examples, own / session.num_train)
+                        if batch.signs is not None:
+                            own = own * batch.signs
+                        own = own / session.num_train
+                        session.add_self_influence(batch.examples, own, used)
         return {
             "checkpoints": [step for _, step in _intervals(session)],
             "segments": [[start, step] for start, step in _intervals(session)],
-            "notes": clipping_notes(session.trajectory, _neglected(session)),
+            "notes": clipping_notes(session.trajectory, _neglected(session)) + use_notes(session),
         }
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
@@ -98,6 +111,20 @@ class TracIn:
                 checkpoints.append(stage.first_step + step)
                 segments.append([stage.first_step + start, stage.first_step + step])
         return {"checkpoints": checkpoints, "segments": segments, "notes": notes}
+
+
+def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
+    """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
+    batches since the checkpoint before: an example's gradient is the sum over its uses, each with
+    what it drew and with its share in its step, relative to the shares of an average one."""
+    title, rows = f"TracIn, step {step}", range(start, step)
+    if draws is None:
+        yield from session.walk_columns(title, step)
+        return
+    shares = [share * size for size, share in draws.shares(rows)]
+    for batch in draws.walk(title, step, rows):
+        own = shares[batch.position] / len(batch.examples) * session.num_train / sum(shares)
+        yield replace(batch, signs=torch.full_like(batch.examples, own, dtype=session.dtype))
 
 
 def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:

@@ -60,11 +60,9 @@ def last_layer_cosine(
     Raises:
         ValueError: no linear layer is called.
     """
-    sides = (queries, "query"), (dataset, "training")
-    query, train = (
-        _features(module, task, state, ExampleSource.of(data, batch_size, what))
-        for data, what in sides
-    )
+    training = ExampleSource.of(dataset, batch_size, "training")
+    asked = ExampleSource.of(queries, batch_size, "query", training.data_module)
+    query, train = (_features(module, task, state, source) for source in (asked, training))
     values = F.normalize(query, dim=1) @ F.normalize(train, dim=1).T
     return Scores(values, provenance={"estimator": "last_layer"})
 

@@ -31,7 +31,7 @@ from tda_lightning.evaluation.retraining import measure
 from tda_lightning.optimizers import weight_decay
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.tasks import AttributionTask, ClassificationTask, RegressionTask
 
@@ -105,11 +105,11 @@ def each_response(
     with borrowed(module):
         load_tensors(module, state)
         module.eval()
-        batches = [place(fetch(source, torch.tensor(rows)), module) for rows in source.batches()]
+        batches = [source.batch(rows, module) for rows in source.batches()]
         anchors = [_anchor(module, task, batch) for batch in batches]
         for example in examples:
             load_tensors(module, state)
-            given_up = place(fetch(source, torch.tensor([example])), module)
+            given_up = source.batch([example], module)
             _minimise(module, task, batches, anchors, given_up, len(source), damping, iterations)
             moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
             if not all(bool(tensor.isfinite().all()) for tensor in moved.values()):
@@ -194,7 +194,13 @@ def total_damping(trajectory: Trajectory, damping: float) -> float:
 
 def in_double(module: nn.Module, *datasets: Any) -> tuple[Any, ...]:
     """A copy of the module, and the data sets, in double precision."""
-    return copy.deepcopy(module).double(), *map(_DoubleDataset, datasets)
+    return copy.deepcopy(module).double(), *map(_in_double, datasets)
+
+
+def _in_double(data: Any) -> Any:
+    if isinstance(data, ExampleSource):
+        return data.with_dataset(_DoubleDataset(data.dataset))
+    return _DoubleDataset(data)
 
 
 class _DoubleDataset(torch.utils.data.Dataset[object]):

@@ -23,13 +23,22 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.stacked_replay import replay_stacked
 from tda_lightning.optimizers import rule_of
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, as_task, seeded_examples
+from tda_lightning.session.moments import show
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    as_task,
+    numbered_draw,
+    seeded_examples,
+    watching_noise,
+)
 
 Result = TypeVar("Result")
 
@@ -125,6 +134,7 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
     with borrowed(replay.module), unchanged_randomness():
         load_tensors(replay.module, initial(replay.trajectory))
         replay.module.eval()
+        replay.see(0, 0)
         batch = replay.fetch(examples)
         with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
@@ -154,12 +164,28 @@ def measure(
     state: Mapping[str, Tensor],
     queries: object,
     batch_size: int = 256,
+    trajectory: Trajectory | None = None,
 ) -> Tensor:
-    """Measurement of every query under ``state``, in eval mode: [query]."""
+    """Measurement of every query under ``state``, in eval mode: [query].
+
+    Where it draws random numbers, it is the mean over ``task.draws`` draws, which are those that
+    scores are about.
+
+    Args:
+        trajectory: of the run that ends in ``state``, for a ``training_step`` that reads its epoch,
+            step or rates.
+    """
     source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
-    return torch.cat(
-        of_each_batch(lambda b: chosen.measurement(module, b).detach(), module, state, source)
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.measurement(module, batch).detach()
+
+    each_draw = []
+    for number in range(chosen.draws):
+        with numbered_draw(number):
+            found = of_each_batch(read, module, state, source, MEASURED_SEED, trajectory)
+            each_draw.append(torch.cat(found))
+    return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
 
 
 def losses(
@@ -168,12 +194,16 @@ def losses(
     state: Mapping[str, Tensor],
     dataset: object,
     batch_size: int = 256,
+    trajectory: Trajectory | None = None,
 ) -> Tensor:
-    """Loss of every training example under ``state``, in eval mode: [train]."""
+    """Loss of every training example under ``state``, in eval mode: [train], as in
+    :func:`measure`."""
     source, chosen = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
-    return torch.cat(
-        of_each_batch(lambda b: chosen.train_loss(module, b).detach(), module, state, source)
-    )
+
+    def read(batch: object) -> Tensor:
+        return chosen.train_loss(module, batch).detach()
+
+    return torch.cat(of_each_batch(read, module, state, source, trajectory=trajectory))
 
 
 def of_each_batch(
@@ -181,17 +211,27 @@ def of_each_batch(
     module: nn.Module,
     state: Mapping[str, Tensor],
     source: ExampleSource,
+    seed: int = 0,
+    trajectory: Trajectory | None = None,
 ) -> list[Result]:
     """The results of ``read`` for each batch of ``source``, in order, with the module in eval mode
-    under ``state``."""
+    under ``state``, at the end of ``trajectory``; ``seed`` is that of the noise drawn in it."""
     results = []
     with borrowed(module), torch.no_grad():
         load_tensors(module, state)
         module.eval()
+        if trajectory is not None:
+            require_data_module(trajectory.facts, source)
+            show(module, trajectory, trajectory.last_step - 1, source=source)
+        source = source.checked(module)
         for indices in source.batches():
             examples = torch.tensor(indices)
-            with seeded_examples(0, examples):
-                results.append(read(place(fetch(source, examples), module)))
+            batch = source.batch(examples, module)
+            with watching_noise() as seen, seeded_examples(seed, examples):
+                results.append(read(batch))
+            if not seen.isdisjoint({"NumPy", "Python"}):  # seeded from the first use on
+                with seeded_examples(seed, examples):
+                    results[-1] = read(batch)
     return results
 
 

@@ -230,11 +230,13 @@ def smoothness(
             :func:`~tda_lightning.evaluation.retrain` does.
     """
     began = time.monotonic()
-    num_train = len(ExampleSource.of(dataset, 1, "training"))
+    train = ExampleSource.of(dataset, 1, "training")
+    num_train = len(train)
     left_out = _random_sets(num_train, fraction, directions, seed)
     if not 0 < share < 0.5:
         raise ValueError(f"share must be above 0 and below 0.5, got {share}.")
-    if (count := len(ExampleSource.of(queries, batch_size, "query"))) < 3:
+    asked = ExampleSource.of(queries, batch_size, "query", train.data_module)
+    if (count := len(asked)) < 3:
         raise ValueError(f"A rank correlation needs at least 3 queries, got {count}.")
     shares = torch.tensor([share, 0.5, 1.0])
     everything = torch.ones(1, left_out.shape[1])
@@ -243,12 +245,12 @@ def smoothness(
     names = list(trajectory.facts.parameters)
 
     def measured(state: State) -> Tensor:
-        return measure(module, task, state, queries, batch_size).double().cpu()
+        return measure(module, task, state, asked, trajectory=trajectory).double().cpu()
 
     with unchanged_randomness(), SlowProgress("Replaying", len(weights)) as progress:
 
         def replayed(weights: Tensor) -> Iterator[State]:
-            work = (trajectory, module, task, dataset, weights, training, together)
+            work = (trajectory, module, task, train, weights, training, together)
             for state in retrain_each(*work):
                 progress.advance()
                 yield state

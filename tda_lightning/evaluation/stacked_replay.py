@@ -55,10 +55,11 @@ def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
         for row in range(trajectory.last_step):
             apply_settings(trajectory, optimizer, row)
             optimizer.zero_grad()
-            for examples in trajectory.steps.batches(row):
+            for number, examples in enumerate(trajectory.steps.batches(row)):
+                replay.see(row, number)
                 batch = replay.fetch(examples)
                 own = weights[:, examples].to(replay.device)
-                with seeded_examples(0, examples), no_randomness():
+                with seeded_examples(0, examples, own_noise=False), no_randomness():
                     found = each(stacked, own, batch)
                 (found.sum() / int(trajectory.steps.accumulation[row])).backward()
             _clip(replay, trained)

@@ -68,15 +68,18 @@ def top_removal(
     Returns:
         One result per k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
     """
-    if (given := len(ExampleSource.of(queries, 1, "query"))) != scores.num_queries:
+    train = ExampleSource.of(dataset, 1, "training")
+    asked = ExampleSource.of(queries, 256, "query", train.data_module)
+    if (given := len(asked)) != scores.num_queries:
         raise ValueError(f"The scores are of {scores.num_queries} queries, got {given}.")
     kept = removals(scores, ks, draws, seed)
-    work = (trajectory, module, task, dataset, kept.float(), training, together)
+    work = (trajectory, module, task, train, kept.float(), training, together)
     measured, classes = [], []
     with SlowProgress("Retraining", len(kept)) as progress:
         for state in retrain_each(*work):
-            measured.append(measure(module, task, state, queries).double().cpu()[None])
-            predicted = predicted_classes(module, task, state, queries)
+            values = measure(module, task, state, asked, trajectory=trajectory)
+            measured.append(values.double().cpu()[None])
+            predicted = predicted_classes(module, task, state, asked)
             classes += [] if predicted is None else [predicted[None]]
             progress.advance()
     return compare_removals(

@@ -2,7 +2,7 @@
 
 from tda_lightning.gradients.basis import Basis, Reflections, matmul_sides
 from tda_lightning.gradients.blocks import Block
-from tda_lightning.gradients.composite import Joined, scaled
+from tda_lightning.gradients.composite import Joined, example_scaled, scaled
 from tda_lightning.gradients.engine import ExampleGradients, GradientEngine
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
 from tda_lightning.gradients.moments import SideForm
@@ -18,6 +18,7 @@ __all__ = [
     "Outer",
     "Reflections",
     "SideForm",
+    "example_scaled",
     "matmul_sides",
     "scaled",
 ]

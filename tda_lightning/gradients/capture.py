@@ -10,6 +10,7 @@ time on weight gradients that would be thrown away.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.gradients.fused_layers import FUSED
+from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
 from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
+from tda_lightning.records.errors import EngineError
 
 # Reading these of a parameter does not make a result depend on its values.
 _METADATA = frozenset(
@@ -43,15 +46,19 @@ class Capture(TorchFunctionMode):
 
     Args:
         trained: names of the trained parameters by ``id``. They must require gradients.
+        batch: number of examples, where it matters whether some call may move them.
 
     Attributes:
         watched: the uses, in the order of the calls.
         generic: names of parameters that were used in some way without a native form.
+        moves: whether a call was seen that may put examples at other places than their own.
     """
 
-    def __init__(self, trained: Mapping[int, str]):
+    def __init__(self, trained: Mapping[int, str], batch: int = 1):
         super().__init__()
         self.trained = trained
+        self.batch = batch
+        self.moves = False
         self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
 
@@ -68,11 +75,18 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if not self.moves and self.batch > 1:
+            self.moves = may_move(func, args, kwargs, self.batch)
         if func in FUSED:
             return self.fused(func, args, kwargs)
+        if func is torch.autograd.grad and kwargs.get("create_graph"):
+            # The backward pass that follows uses the parameters of the forward pass once more.
+            self.generic.update(ref.name for use in self.uses for ref in use.refs)
         names = Counter(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             return func(*args, **kwargs)
+        if func is F.embedding_bag:
+            _require_no_norm(args, kwargs, self.trained)
         use = None
         if (describe := OPERATIONS.get(func)) is not None:
             with torch.no_grad():
@@ -124,7 +138,9 @@ class Capture(TorchFunctionMode):
 
     def note(self, use: Use, output: Tensor) -> None:
         """Watch the output of a use; under ``no_grad()`` a parameter is a constant."""
-        if use.refs and output.requires_grad:
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):  # torch.func in the loss
+            self.generic.update(ref.name for ref in use.refs)
+        elif use.refs and output.requires_grad:
             use.output_shape = output.shape
             self.watch(use, output)
 
@@ -171,3 +187,15 @@ class Capture(TorchFunctionMode):
                     yield self.trained[id(value)]
             elif isinstance(value, (list, tuple)):
                 yield from self._names(value)
+
+
+def _require_no_norm(
+    args: Sequence[object], kwargs: Mapping[str, object], trained: Mapping[int, str]
+) -> None:
+    given = inspect.signature(F.embedding_bag).bind(*args, **kwargs).arguments
+    name = trained.get(id(given["weight"]))
+    if name is not None and given.get("max_norm") is not None:
+        raise EngineError(
+            f"Parameter {name}: an embedding with max_norm has no per-example gradient (it "
+            "rewrites the table in the forward pass). Train without it, or freeze the embedding."
+        )

@@ -33,11 +33,13 @@ class Rows(Gradient):
         out[self.example[inside] - start, 0, self.index[inside]] = self.values[inside]
         return out
 
-    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(
+        self, sides: tuple[SideForm, SideForm], weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         values = self.values
-        counts = values.new_zeros(self.shape[2]).index_add_(
-            0, self.index, values.new_ones(len(self.index))
-        )
+        own = values.new_ones(len(self.index)) if weights is None else weights[self.example]
+        counts = values.new_zeros(self.shape[2]).index_add_(0, self.index, own)
+        values = values if weights is None else values * own.sqrt()[:, None]
         return counts[None], sides[1].moment(values[:, None, None]), counts.sum()[None]
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
@@ -141,6 +143,35 @@ def scaled(gradient: Gradient, scale: Tensor | None) -> Gradient:
     if isinstance(gradient, Outer) and bool((scale == scale.flatten()[0]).all()):
         return Outer(gradient.inputs, gradient.outputs * scale.flatten()[0], gradient.shape[3])
     return Scaled(gradient, scale)
+
+
+class ExampleScaled(Gradient):
+    """Gradients of examples, each multiplied by its factor."""
+
+    def __init__(self, gradient: Gradient, factors: Tensor):
+        self.gradient, self.factors = gradient, factors
+        self.shape = gradient.shape
+
+    @property
+    def cost_per_example(self) -> int:
+        return self.gradient.cost_per_example
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.gradient.dense(rows) * self.factors[rows, None, None, None]
+
+
+def example_scaled(gradient: Gradient, factors: Tensor) -> Gradient:
+    """``gradient`` with each example's times its factor [batch], staying factored where the form
+    allows it."""
+    if isinstance(gradient, Rows):
+        out = Rows.__new__(Rows)
+        out.example, out.index, out.shape = gradient.example, gradient.index, gradient.shape
+        out.values = gradient.values * factors[gradient.example, None]
+        return out
+    if isinstance(gradient, Outer):
+        outputs = gradient.outputs * factors[:, None, None, None]
+        return Outer(gradient.inputs, outputs, gradient.shape[3])
+    return ExampleScaled(gradient, factors)
 
 
 def first_examples(gradient: Gradient, count: int) -> Gradient:

@@ -3,24 +3,25 @@
 :meth:`GradientEngine.each_gradient` is the whole way from a batch's losses to its gradients:
 
 1. ``capture.py`` watches the forward pass and notes every use of a trained parameter.
-2. ``example_axes.py`` finds out which axis of each layer's output holds the examples.
-3. A backward pass brings the gradient of each layer's output.
-4. ``uses.py`` makes the per-example gradients from inputs and output gradients, in the forms of
+2. A backward pass brings the gradient of each layer's output, and ``example_axes.py`` finds out
+   which rows of it belong to which example.
+3. ``uses.py`` makes the per-example gradients from inputs and output gradients, in the forms of
    ``forms.py``. Parameters without a native form go through ``functional.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture
-from tda_lightning.gradients.example_axes import ExampleAxes
+from tda_lightning.gradients.composite import scaled
+from tda_lightning.gradients.example_axes import ExampleAxes, irregular_weights
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
@@ -30,7 +31,10 @@ from tda_lightning.gradients.functional import (
     parameters_frozen,
     plain_recurrence,
 )
-from tda_lightning.gradients.uses import assemble, plan_blocks
+from tda_lightning.gradients.moving import opaque
+from tda_lightning.gradients.parameter_hooks import kept_entries
+from tda_lightning.gradients.refusals import why_apart
+from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.tasks.batches import Batch
 
@@ -48,24 +52,39 @@ class ExampleGradients:
 class GradientEngine:
     """Per-example gradients of a loss with respect to the trained parameters.
 
-    The first batch decides how each parameter is differentiated, and checks it: which axis of
-    every layer's output holds the examples is observed, the sum over the examples must equal plain
-    autograd's gradient for every parameter, and the batch in reverse must give the same gradients
-    in reverse. A parameter that fails is differentiated through ``torch.func`` instead; if that
-    does not agree either, an error names it.
+    The first batch decides how each parameter is differentiated, and checks it: which rows of
+    every layer's output belong to which example is observed, and the gradients of the examples,
+    summed with irregular weights, must be plain autograd's gradient of the weighted losses, for
+    every parameter. A parameter that fails is differentiated example by example instead
+    (``functional.py``); if that does not agree either, an error names it.
+
+    A later batch in which a parameter is used otherwise, or whose examples cannot be told apart in
+    a layer, is differentiated example by example as well, for the parameters concerned.
 
     Args:
         module: in eval mode; its weights may be exchanged between calls.
         parameters: names of the trained parameters, as ``module.named_parameters()`` has them.
+
+    Attributes:
+        notes: what a reader of the scores should know about these gradients.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
-        self.names = tuple(parameters)
+        self.names = tuple(n for n in parameters if module.get_parameter(n).numel())
+        for name in self.names:
+            if module.get_parameter(name).is_complex():
+                raise EngineError(
+                    f"Parameter {name} is complex, and gradients are kept as real numbers. Hold "
+                    "its real and imaginary parts in a real parameter and use "
+                    "torch.view_as_complex, or restrict attribution to other layers (task.layers)."
+                )
         self._shapes = {name: tuple(module.get_parameter(name).shape) for name in self.names}
         self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
+        self._kept: dict[str, Tensor] = {}
+        self.notes: list[str] = []
 
     @property
     def blocks(self) -> list[Block]:
@@ -95,43 +114,66 @@ class GradientEngine:
         """Per-example gradients of several losses that share one forward pass.
 
         Raises:
-            EngineError: a parameter is used as the first batch did not show.
+            EngineError: the loss of an example alone is not its loss in the batch.
             NonFiniteError: a loss is not finite.
         """
         blocks, count = self.blocks, len(examples)
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
-            if capture.generic:
-                raise EngineError(
-                    f"Parameter {min(capture.generic)} is used in this batch in a way that the "
-                    "first batch did not show. Give a first batch that uses every layer as the "
-                    "others do, or leave the layer out (task.layers)."
-                )
-            if number == 0 and (mixed := self._axes.locate(capture, loss, count)):
-                raise EngineError(
-                    f"Parameter {min(mixed)}: its layer's output in this batch of {count} "
-                    "examples is not laid out by example as in the first batch, so single "
-                    "examples cannot be told apart. Leave the layer out (task.layers), or let it "
-                    "see every example of a batch."
-                )
+            shared = self._axes.locate(capture, loss)
+            odd, uses = _apart(capture.uses, capture.generic | shared)
+            if odd:
+                self._say_slow(odd)
             generic = functional_gradients(
-                self.module, self._generic, _nth(losses, number), batch, examples
+                self.module,
+                [*self._generic, *odd],
+                _nth(losses, number),
+                batch,
+                examples,
+                loss if self._axes.separable else None,
             )
-            with torch.enable_grad():
-                capture.backward([loss.sum()])
-            yield ExampleGradients(loss.detach(), assemble(blocks, capture.uses, count, generic))
+            for use in uses:
+                use.widen()
+            gradients = assemble(blocks, uses, count, generic)
+            yield ExampleGradients(loss.detach(), self._hooked(gradients))
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the parameters of which hooks leave some entries as they are."""
+        return list(self._kept)
+
+    def _hooked(self, gradients: dict[str, Gradient]) -> dict[str, Gradient]:
+        """The gradients that hooks on the parameters leave."""
+        for block in self.blocks if self._kept else ():
+            if any(name in self._kept for name in block.parameters):
+                ones = {n: torch.ones_like(self.module.get_parameter(n)) for n in block.parameters}
+                kept = block.matrix({n: self._kept.get(n, one) for n, one in ones.items()})
+                gradients[block.name] = scaled(gradients[block.name], kept)
+        return gradients
+
+    def _say_slow(self, names: Sequence[str]) -> None:
+        text = (
+            f"In some batches the examples share what goes through the layers of "
+            f"{', '.join(names)}, or these parameters are used as in no earlier batch: their "
+            "gradients are then computed example by example, which is exact and slow."
+        )
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, stacklevel=4)
 
     def _watched(
         self, losses: Losses, batch: Batch, examples: Tensor
     ) -> tuple[Capture, Iterator[Tensor]]:
         """Run the losses under a fresh capture, which fills when the first loss is drawn."""
         native = [name for name in self.names if name not in self._generic]
-        capture = Capture({id(self.module.get_parameter(name)): name for name in native})
+        trained = {id(self.module.get_parameter(name)): name for name in native}
+        capture = Capture(trained, len(examples))
+        capture.moves = opaque(batch, len(examples)) or _hides_calls(self.module)
 
         def run() -> Iterator[Tensor]:
             produced = None
             while True:
-                with torch.enable_grad(), parameters_frozen(self.module, native), capture:
+                with torch.enable_grad(), parameters_frozen(self.module, self.names), capture:
                     if produced is None:
                         produced = iter(losses(self.module, batch, examples))
                     loss = next(produced, None)
@@ -142,18 +184,22 @@ class GradientEngine:
 
         return capture, run()
 
-    def plain_gradient(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, Tensor]:
-        """Gradient of the summed losses by plain autograd."""
+    def plain_gradient(
+        self, loss: Loss, batch: Batch, examples: Tensor, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Gradient of the summed losses, times ``weights`` [batch], by plain autograd."""
         frozen = parameters_frozen(self.module, self.names)
         with frozen, plain_recurrence(self.module), torch.enable_grad():
-            total = loss(self.module, batch, examples).sum()
+            losses = loss(self.module, batch, examples)
+            total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
             if not total.requires_grad:
                 raise EngineError(
                     "The loss depends on no trained parameter. Check that the task's loss calls "
                     "the module that was trained."
                 )
             parameters = [self.module.get_parameter(name) for name in self.names]
-            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+            found = torch.autograd.grad(total, parameters, materialize_grads=True)
+        gradients = [g.to_dense() if g.is_sparse else g for g in found]
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
@@ -169,107 +215,117 @@ class GradientEngine:
                 known; the batch axes are then taken from the shapes alone.
 
         Returns:
-            Relative error of the sum over the examples, by parameter.
+            Relative error of the weighted sum over the examples, by parameter.
 
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
         self._axes.separable = separable
         self._generic = []
-        plain = self.plain_gradient(loss, batch, examples)
-        capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
-        mixed = self._axes.locate(capture, next(values), len(examples))
-        self._plan(capture, capture.generic | mixed)
-        errors = self._errors(loss, batch, examples, plain)
-        if self._wrong(errors):
-            errors = self._errors_in_double(loss, batch, examples) or errors
-        if wrong := self._wrong(errors):
-            self._plan(capture, {*self._generic, *wrong})
-            errors = self._errors(loss, batch, examples, plain)
-        for name in self._wrong(errors):
-            what = "sum to the gradient of the batch"
-            if errors[name].sum <= self._tolerance():
-                what = "stay the same when the batch is reversed"
-            raise EngineError(
-                f"Parameter {name}: the per-example gradients do not {what} (relative "
-                f"difference {errors[name].largest:.1e}). Examples of a batch influence one "
-                "another (batch statistics, a contrastive loss), so there is no gradient of a "
-                "single example. Restrict attribution to other layers (task.layers) or write a "
-                "task whose losses are separate."
+        self.notes.clear()
+        dtype = next(self.module.parameters()).dtype
+        if torch.finfo(dtype).bits < 32:
+            self.notes.append(
+                f"The module is in {str(dtype).removeprefix('torch.')}, and gradients carry its "
+                "rounding. Give the module in float32 for scores without it."
             )
-        return {name: error.sum for name, error in errors.items()}
+        kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
+        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
+        capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
+        shared = self._axes.locate(capture, next(values))
+        odd, _ = _apart(capture.uses, capture.generic | shared)
+        seen = {ref.name for use in capture.uses for ref in use.refs}
+        if unseen := set(self.names) - seen - set(odd):
+            plain = self.plain_gradient(loss, batch, examples)
+            odd += [name for name in unseen if bool(plain[name].any())]
+        self._plan(capture, odd)
+        errors = self._errors(loss, batch, examples)
+        if wrong := self._wrong(errors):
+            self._plan(capture, [*self._generic, *wrong])
+            errors = self._errors(loss, batch, examples)
+        if wrong := self._wrong(errors):
+            name = wrong[0]
+            raise EngineError(
+                f"Parameter {name}: the gradients of single examples do not make up the gradient "
+                f"of their batch (relative difference {errors[name]:.1e}). "
+                + why_apart(
+                    self.module,
+                    loss,
+                    batch,
+                    examples,
+                    lambda weights: self.plain_gradient(loss, batch, examples, weights),
+                )
+            )
+        return errors
 
-    def _plan(self, capture: Capture, generic: set[str]) -> None:
+    def _plan(self, capture: Capture, generic: Collection[str]) -> None:
         self._generic = [name for name in self.names if name in generic]
         self._blocks = plan_blocks(self._shapes, capture.uses, generic)
 
-    def _errors(
-        self, loss: Loss, batch: Batch, examples: Tensor, plain: dict[str, Tensor]
-    ) -> dict[str, _Error]:
-        """Errors by parameter, of the batch and of the batch in reverse."""
-        gradients = self.gradients(loss, batch, examples).blocks
-        turned = _reversed(batch, len(examples))
-        again = None if turned is None else self.gradients(loss, turned, examples.flip(0)).blocks
+    def _errors(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
+        """Error of the weighted sum of the examples' gradients, by parameter; in float64 where
+        float32 does not suffice."""
+        errors = self._errors_as_is(loss, batch, examples)
+        if self._wrong(errors):
+            errors = self._errors_in_double(loss, batch, examples) or errors
+        return errors
+
+    def _errors_as_is(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
+        gradients = self.gradients(loss, batch, examples)
+        # Others than those that the layouts were observed with.
+        weights = irregular_weights(len(examples), gradients.losses, seed=1)
+        if not self._axes.separable:
+            weights = torch.ones_like(weights)
+        plain = self.plain_gradient(loss, batch, examples, weights)
         errors = {}
         for block in self.blocks:
-            gradient = gradients[block.name]
-            total = block.tensors(gradient.mean() * gradient.batch)
+            gradient = gradients.blocks[block.name]
             squares = gradient.weighted_squares(None, None, None)
-            largest = squares.max()
-            order = 0.0
-            if again is not None and largest > 0:
-                others = again[block.name].weighted_squares(None, None, None).flip(0)
-                order = float((squares - others).abs().max() / largest)
+            factors = weights.to(squares)
+            total = block.tensors(gradient.weighted_sums(factors[None])[0])
             # Sums of gradients that cancel are compared with the size of what cancels.
-            spread = (squares.sum() * gradient.batch).sqrt()
+            spread = ((squares * factors.square()).sum() * gradient.batch).sqrt()
             for name in block.parameters:
                 difference = (total[name] - plain[name]).norm()
                 scale = torch.maximum(plain[name].norm(), spread)
-                errors[name] = _Error(float(difference / scale) if scale > 0 else 0.0, order)
+                errors[name] = float(difference / scale) if scale > 0 else 0.0
         return errors
 
     def _errors_in_double(
         self, loss: Loss, batch: Batch, examples: Tensor
-    ) -> dict[str, _Error] | None:
+    ) -> dict[str, float] | None:
         """The same in float64, None where the module or its loss insists on its own precision.
 
         Near a kink (a ReLU, a maximum) the rounding of float32 decides which way a gradient goes,
-        and another order of the batch may round otherwise. That is no error of ours.
+        and one example alone may round otherwise. That is no error of ours.
         """
         if next(self.module.parameters()).dtype == torch.float64:
             return None
-        precise = doubled(batch)
         try:
             with in_double(self.module):
-                plain = self.plain_gradient(loss, precise, examples)
-                return self._errors(loss, precise, examples, plain)
+                return self._errors_as_is(loss, doubled(batch), examples)
         except (RuntimeError, TypeError, ValueError):
             return None
 
-    def _wrong(self, errors: dict[str, _Error]) -> list[str]:
-        return [name for name, error in errors.items() if error.largest > self._tolerance()]
-
-    def _tolerance(self) -> float:
-        """Far above rounding, far below what a lost or doubled term makes."""
-        dtype = next(self.module.parameters()).dtype
-        return float(torch.finfo(dtype).eps ** 0.5)
+    def _wrong(self, errors: dict[str, float]) -> list[str]:
+        # Far above rounding, far below what a lost or doubled term makes.
+        tolerance = torch.finfo(next(self.module.parameters()).dtype).eps ** 0.5
+        return [name for name, error in errors.items() if not error <= tolerance]
 
 
-@dataclass(frozen=True)
-class _Error:
-    """Of one parameter.
+def _apart(uses: Sequence[Use], names: Collection[str]) -> tuple[list[str], list[Use]]:
+    """The parameters to differentiate example by example, ``names`` and those that share uses
+    with them, and the uses of the others."""
+    odd, left = set(names), list(uses)
+    while touched := [use for use in left if any(ref.name in odd for ref in use.refs)]:
+        odd.update(ref.name for use in touched for ref in use.refs)
+        left = [use for use in left if use not in touched]
+    return sorted(odd), left
 
-    Attributes:
-        sum: |sum of per-example gradients - batch gradient|, relative to the examples' norms.
-        order: largest relative change of a norm when the batch is reversed.
-    """
 
-    sum: float
-    order: float
-
-    @property
-    def largest(self) -> float:
-        return max(self.sum, self.order)
+def _hides_calls(module: nn.Module) -> bool:
+    """Whether some of the module runs outside of Python, where its calls are not seen."""
+    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
 
 
 def _nth(losses: Losses, number: int) -> Loss:
@@ -297,11 +353,3 @@ def _check_losses(losses: Tensor, examples: Tensor) -> None:
             f"The loss of example {int(examples[position])} is {float(losses[position].detach())}. "
             "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )
-
-
-def _reversed(batch: Batch, count: int) -> Batch | None:
-    """The batch with its examples in reverse; None where it is not all tensors, example first."""
-    leaves, structure = pytree.tree_flatten(batch)
-    if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves):
-        return None
-    return pytree.tree_unflatten([leaf.flip(0) for leaf in leaves], structure)

@@ -1,7 +1,13 @@
 """Find out where the examples of a batch are in every layer's output.
 
-Guessing from shapes goes wrong as soon as two sizes agree, so the layout is observed: the gradient
-of one example's loss is non-zero only where that example is.
+Guessing from shapes goes wrong as soon as two sizes agree, or the model sorts its examples, so the
+layout is observed. Row k of a layer's output belongs to example n if its gradient is that of n's
+loss alone: with the losses weighted by r_n it is then r_n times the gradient of their sum. One
+more backward pass, with irregular weights, tells the example of every row, and the rows that
+several examples share.
+
+What was observed is remembered by the shape of the output, and serves other batches as long as
+nothing in the forward pass may move examples (``moving.py``); otherwise every batch is observed.
 """
 
 from __future__ import annotations
@@ -10,11 +16,12 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients.capture import Capture
-from tda_lightning.gradients.layout import Layout, candidates, consistent
+from tda_lightning.gradients.layout import Layout, RowOwners, candidates, owners
+from tda_lightning.gradients.uses import Use
 
 
 class ExampleAxes:
-    """Sets the layout of every use of a batch, and remembers the layouts that are certain.
+    """Sets the layout of every use of a batch, and remembers those that shapes decide.
 
     Attributes:
         separable: False where the losses of single examples are not known; layouts then come from
@@ -24,70 +31,145 @@ class ExampleAxes:
     def __init__(self) -> None:
         self.separable = True
         self._certain: dict[tuple[object, ...], set[Layout]] = {}
+        self._shapes: dict[tuple[object, ...], Layout] = {}
 
-    def locate(self, capture: Capture, losses: Tensor, batch: int) -> set[str]:
-        """Set the layout of every use.
+    def locate(self, capture: Capture, losses: Tensor) -> set[str]:
+        """Set the layout of every use, and bring the gradients of the losses' sum to them.
 
         Args:
             capture: of the forward pass that gave the losses.
             losses: [batch], with their graph.
-            batch: number of examples.
 
         Returns:
-            Names of the parameters whose uses have no layout.
+            Names of the parameters whose uses have rows that several examples share.
         """
-        uses = capture.uses
-        open_choices: dict[int, list[Layout]] = {}
-        for position, use in enumerate(uses):
-            layouts = candidates(use.output_shape, batch, use.channel_axes)
-            certain = self._certain.get(use.key, set()) if batch > 1 else set()
-            remembered = [layout for layout in layouts if layout in certain]
-            if len(remembered) == 1:
-                use.layout = remembered[0]
-            else:
-                open_choices[position] = layouts
-        if batch > 1 and self.separable and open_choices:
-            _strike_out(capture, open_choices, losses, batch)
-        without: set[str] = set()
-        for position, layouts in open_choices.items():
-            use = uses[position]
-            if not layouts:
-                without.update(ref.name for ref in use.refs)
-                continue
-            # Where several are left, all give the same gradients for this batch.
-            use.layout = layouts[0]
-            if batch > 1 and (len(layouts) == 1 or not self.separable):
-                self._certain.setdefault(use.key, set()).add(layouts[0])
-        return without
-
-
-def _strike_out(
-    capture: Capture, choices: dict[int, list[Layout]], losses: Tensor, batch: int
-) -> None:
-    """Remove the layouts that single examples' gradients contradict.
-
-    Two examples with a gradient decide, unless they leave a choice.
-    """
-    uses = capture.uses
-    with torch.enable_grad():
-        capture.backward([losses.sum()])
-    probes = {position: 0 for position in choices if _is_nonzero(uses[position].gradient)}
-    for example in (batch - 1, *range(batch - 1)):
-        undecided = [p for p, count in probes.items() if count < 2 or len(choices[p]) > 1]
-        if not undecided:
-            return
+        batch = len(losses)
+        unknown = []
+        for use in capture.uses:
+            use.layout = self._remembered(use, batch, capture.moves)
+            if use.layout is None:
+                unknown.append(use)
+        weights = irregular_weights(batch, losses)
+        weighted: list[Tensor | None] = [None] * len(unknown)
+        observing = self.separable and batch > 1 and len(unknown) > 0
+        if observing:
+            with torch.enable_grad():
+                capture.backward([(losses * weights).sum()])
+            weighted = [use.gradient for use in unknown]
         with torch.enable_grad():
-            capture.backward([losses[example]])
-        for position in undecided:
-            gradient = uses[position].gradient
-            if gradient is not None and _is_nonzero(gradient):
-                probes[position] += 1
-                choices[position] = [
-                    layout
-                    for layout in choices[position]
-                    if consistent(layout, gradient, example, batch)
-                ]
+            capture.backward([losses.sum()])
+        shared: set[str] = set()
+        for use, other in zip(unknown, weighted, strict=True):
+            layouts = candidates(use.output_shape, batch, use.channel_axes)
+            if observing and not (use.gradient is None and other is None):
+                use.layout = self._observed(use, other, weights, layouts, capture.moves)
+            elif layouts:
+                use.layout = layouts[0]
+            elif batch == 1 or use.gradient is None:
+                use.layout = RowOwners(weights.new_zeros(_num_rows(use), dtype=torch.int64))
+            if use.layout is None:
+                shared.update(ref.name for ref in use.refs)
+        return shared
+
+    def _remembered(self, use: Use, batch: int, moves: bool) -> Layout | None:
+        if moves or batch == 1 or not self.separable:
+            return None
+        exact = self._shapes.get((use.key, use.output_shape, batch))
+        if exact is not None:
+            return exact
+        layouts = candidates(use.output_shape, batch, use.channel_axes)
+        certain = self._certain.get(use.key, ())
+        return layouts[0] if len(layouts) == 1 and layouts[0] in certain else None
+
+    def _observed(
+        self,
+        use: Use,
+        weighted: Tensor | None,
+        weights: Tensor,
+        layouts: list[Layout],
+        moves: bool,
+    ) -> Layout | RowOwners | None:
+        """The layout that the gradients show; None where examples share rows."""
+        zeros = weights.new_zeros(()).expand(use.output_shape)
+        plain = use.rows(zeros if use.gradient is None else use.gradient)
+        observation = _Observation(
+            plain, use.rows(zeros if weighted is None else weighted), weights
+        )
+        consistent = [
+            layout
+            for layout in layouts
+            if observation.fits(
+                owners(layout, use.output_shape, len(weights), use.channel_axes).to(weights.device)
+            )
+        ]
+        if not consistent:
+            owner = observation.owner()
+            return None if owner is None else RowOwners(owner)
+        chosen = consistent[0]  # where several are left, all give the same gradients here
+        if len(consistent) == 1 and not moves and observation.speaks:
+            self._shapes[(use.key, use.output_shape, len(weights))] = chosen
+            if len(layouts) == 1 or not self._certain.get(use.key):
+                self._certain.setdefault(use.key, set()).add(chosen)
+        return chosen
 
 
-def _is_nonzero(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.any())
+class _Observation:
+    """Gradients of one layer's rows, of the sum and of the weighted sum of the losses.
+
+    Args:
+        plain, weighted: [rows, width].
+        weights: [batch].
+    """
+
+    def __init__(self, plain: Tensor, weighted: Tensor, weights: Tensor):
+        eps = max(torch.finfo(t.dtype).eps for t in (plain, weighted, weights))
+        if eps > torch.finfo(torch.float32).eps:
+            plain, weighted = plain.float(), weighted.float()
+        largest = torch.cat([plain.flatten(), weighted.flatten()]).abs().amax() if len(plain) else 0
+        self.speaks = bool(largest)
+        self.plain, self.weighted = plain / largest, weighted / largest
+        self.weights = weights.to(plain)
+        # What is left is rounding: of the row itself, and of what cancelled in it.
+        self.size = torch.maximum(self.plain.norm(dim=1), self.weighted.norm(dim=1))
+        self.close = eps**0.5 * self.size
+        self.little = max(8 * eps, 1e-3 * eps**0.5)
+
+    def fits(self, owner: Tensor) -> bool:
+        """Whether every row is that of its ``owner``."""
+        if not self.speaks:
+            return True
+        rest = (self.weighted - self.weights[owner][:, None] * self.plain).norm(dim=1)
+        return bool((rest <= self.close + self.little).all())
+
+    def owner(self) -> Tensor | None:
+        """The example of each row, -1 for a row without a gradient; None where rows are shared."""
+        if not self.speaks:
+            return torch.full((len(self.plain),), -1, device=self.weights.device)
+        squares = self.plain.square().sum(1)
+        ratio = (self.plain * self.weighted).sum(1) / squares.clamp(
+            min=torch.finfo(squares.dtype).tiny
+        )
+        ordered, order = self.weights.sort()
+        place = torch.searchsorted((ordered[1:] + ordered[:-1]) / 2, ratio.contiguous())
+        rest = (self.weighted - ordered[place][:, None] * self.plain).norm(dim=1)
+        known = (rest <= self.close) & (rest <= 0.2 / len(ordered) * self.size) & (self.size > 0)
+        if bool((~known & (self.size > self.little)).any()):
+            return None
+        return torch.where(known, order[place], -1)
+
+
+def irregular_weights(batch: int, like: Tensor, seed: int = 0) -> Tensor:
+    """Weights of the examples, far from one another, from zero and from each other's means:
+    [batch], of both signs, between 1 and 2 in size."""
+    generator = torch.Generator().manual_seed((batch << 1) + seed)
+    jitter = torch.rand(batch, generator=generator, dtype=torch.float64) / 2 + 0.25
+    sizes = 1 + (torch.arange(batch, dtype=torch.float64) + jitter) / batch
+    signs = 1 - 2.0 * torch.randint(2, (batch,), generator=generator)
+    order = torch.randperm(batch, generator=generator)
+    return (sizes * signs)[order].to(like.detach())
+
+
+def _num_rows(use: Use) -> int:
+    axes = {axis % max(1, len(use.output_shape)) for axis in use.channel_axes}
+    sizes = [size for axis, size in enumerate(use.output_shape) if axis not in axes]
+    return torch.Size(sizes).numel()

@@ -63,18 +63,22 @@ class Gradient(ABC):
         cost = turning_cost(left, rows) + turning_cost(right, columns)
         return groups * rows * columns * cost
 
-    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(
+        self, sides: tuple[SideForm, SideForm], weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments of the two sides, summed over examples: (rows, columns, count).
 
         Each in the form that ``sides`` asks for; that of a one-hot side is always its diagonal
         [groups, width]. For a factored gradient these are the sums over positions of
         b b^T and a a^T (K-FAC expand, Eschenhagen et al. 2023) and their number; for a dense one
         sum D D^T, sum D^T D and their trace. Either way rows x columns / count is the Kronecker
-        approximation of the summed Fisher.
+        approximation of the summed Fisher. ``weights`` [batch]: what each example counts by in
+        the sums; None: 1.
         """
+        parts = ((rows, self.dense(rows)) for rows in self.chunks())
         left, right = _totals(
             (sides[0].moment(dense.transpose(2, 3)), sides[1].moment(dense))
-            for dense in map(self.dense, self.chunks())
+            for dense in (rooted(part, weights, rows) for rows, part in parts)
         )
         return left, right, sides[1].trace(right)
 
@@ -115,6 +119,13 @@ class Gradient(ABC):
 def _totals(terms: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
     """The sum of each entry over the terms."""
     return list(reduce(lambda sums, term: tuple(map(torch.add, sums, term)), terms))
+
+
+def rooted(samples: Tensor, weights: Tensor | None, rows: slice) -> Tensor:
+    """Samples [chunk, ...] of the examples in ``rows``, times the roots of their weights."""
+    if weights is None:
+        return samples
+    return samples * weights[rows].sqrt().view(-1, *[1] * (samples.dim() - 1))
 
 
 def _turned(samples: Tensor, basis: Basis) -> Tensor:
@@ -195,13 +206,19 @@ class Outer(Gradient):
             parts.append(products.squeeze(3).sum(0).T)
         return torch.cat(parts, dim=1)
 
-    def covariances(self, sides: tuple[SideForm, SideForm]) -> tuple[Tensor, Tensor, Tensor]:
+    def covariances(
+        self, sides: tuple[SideForm, SideForm], weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _, groups, height, width = self.shape
         left, right = _totals(
-            (sides[0].moment(self.outputs[rows]), sides[1].moment(self.inputs(rows)))
+            (
+                sides[0].moment(rooted(self.outputs[rows], weights, rows)),
+                sides[1].moment(rooted(self.inputs(rows), weights, rows)),
+            )
             for rows in self.chunks(groups * self.positions * (height + width))
         )
-        return left, right, left.new_full((groups,), self.batch * self.positions)
+        examples = self.batch if weights is None else float(weights.sum())
+        return left, right, left.new_full((groups,), examples * self.positions)
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:

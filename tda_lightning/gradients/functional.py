@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.overrides import TorchFunctionMode
 
 from tda_lightning.gradients.capture import Capture
+from tda_lightning.gradients.fused_layers import normalized_weight
 from tda_lightning.records.errors import EngineError
 from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.origins import inherit
+from tda_lightning.runtime.structures import mapped
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
 
@@ -82,80 +87,139 @@ def in_double(module: nn.Module) -> Iterator[None]:
 
 def doubled(batch: Batch) -> Batch:
     """A batch with its floating-point tensors in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda part: part.double() if part.is_floating_point() else part, batch
-    )
+    changed = mapped(lambda part: part.double() if part.is_floating_point() else part, batch)
+    inherit(batch, changed, doubled)
+    return changed
 
 
 def functional_gradients(
-    module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
+    module: nn.Module,
+    names: Sequence[str],
+    loss: Loss,
+    batch: Batch,
+    examples: Tensor,
+    together: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of the named parameters, example by example: name -> [batch, *shape].
 
     Through ``vmap``; a model that ``vmap`` cannot take (packed sequences, Python branches on
     values) is differentiated one example at a time, with a warning that it is slow.
 
+    Args:
+        together: the losses of the examples in their batch, [batch], which those of batches of one
+            must equal.
+
     Raises:
-        EngineError: the loss of a batch of one example cannot be computed.
+        EngineError: the loss of a batch of one example cannot be computed, or is another one.
     """
     if not names:
         return {}
-    lossy = Lossy(module, loss)
-    values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
-    with parameters_frozen(module), torch.enable_grad():
+    try:
+        one = len(examples) == 1
+        way = _one_by_one if one else _by_vmap
+        losses, gradients = way(module, names, loss, batch, examples)
+        if not one and not _alike(losses, together):
+            # vmap cuts a batch in its own way.
+            losses, gradients = _one_by_one(module, names, loss, batch, examples)
+    except Exception as error:  # any failure of vmap has the same remedy
+        warnings.warn(
+            f"Per-example gradients of {', '.join(names)} are computed one example at a "
+            f"time, which is slow: torch.func.vmap cannot take this model ({error}).",
+            stacklevel=2,
+        )
         try:
-            gradients = _by_vmap(lossy, values, batch, examples)
-        except Exception as error:  # any failure of vmap has the same remedy
-            warnings.warn(
-                f"Per-example gradients of {', '.join(names)} are computed one example at a "
-                f"time, which is slow: torch.func.vmap cannot take this model ({error}).",
-                stacklevel=2,
-            )
-            try:
-                with plain_recurrence(module):
-                    gradients = _one_by_one(lossy, values, batch, examples)
-            except Exception as alone:
-                raise EngineError(
-                    f"Parameter {names[0]}: the loss of a batch of one example cannot be computed "
-                    f"({alone}). Examples of a batch influence one another (batch statistics, a "
-                    "contrastive loss), or the model needs several. Restrict attribution to other "
-                    "layers (task.layers) or write a task whose losses are separate."
-                ) from alone
-    return {name: gradients[f"module.{name}"].detach() for name in names}
+            losses, gradients = _one_by_one(module, names, loss, batch, examples)
+        except Exception as alone:
+            raise EngineError(
+                f"Parameter {names[0]}: the loss of a batch of one example cannot be computed "
+                f"({alone}). Either examples of a batch influence one another (batch statistics, a "
+                "contrastive loss) and need company, or the batch cannot be cut into examples. "
+                "Restrict attribution to other layers (task.layers) or write a task whose losses "
+                "are separate."
+            ) from alone
+    if not _alike(losses, together):
+        assert together is not None
+        worst = int((losses - together.detach()).abs().argmax())
+        raise EngineError(
+            f"Parameter {names[0]}: the loss of example {int(examples[worst])} is "
+            f"{float(together[worst].detach()):.6g} in its batch and {float(losses[worst]):.6g} "
+            "alone. Either examples of a batch influence one another (batch statistics, a "
+            "contrastive loss), or the loss draws random numbers, or the batch cannot be cut into "
+            "examples. Restrict attribution to other layers (task.layers) or write a task whose "
+            "losses are separate."
+        )
+    return {name: gradient.detach() for name, gradient in gradients.items()}
+
+
+def _alike(alone: Tensor, together: Tensor | None) -> bool:
+    """Whether the losses of single examples are those in the batch, but for rounding."""
+    if together is None:
+        return True
+    together = together.detach()
+    allowed = 10 * torch.finfo(together.dtype).eps ** 0.5
+    largest = torch.maximum(together.abs().mean(), together.abs())
+    return bool(((alone - together).abs() <= allowed * largest).all())
 
 
 def _by_vmap(
-    lossy: Lossy, values: dict[str, Tensor], batch: Batch, examples: Tensor
-) -> dict[str, Tensor]:
-    leaves, structure = pytree.tree_flatten(batch)
-    sliced = [isinstance(leaf, Tensor) and leaf.shape[:1] == examples.shape for leaf in leaves]
+    module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves, sliced, single = batches.apart(batch, len(examples))
+    lossy = Lossy(module, loss)
+    values = {f"module.{name}": module.get_parameter(name).detach() for name in names}
 
     def example_loss(parameters: dict[str, Tensor], parts: list[Any], example: Tensor) -> Tensor:
-        single = [part[None] if cut else part for part, cut in zip(parts, sliced, strict=True)]
-        arguments = (pytree.tree_unflatten(single, structure), example[None])
+        arguments = (single(parts), example[None])
         with Capture({}):
             return torch.func.functional_call(lossy, parameters, arguments).sum()
 
-    axes = (None, [0 if cut else None for cut in sliced], 0)
-    mapped = torch.func.vmap(torch.func.grad(example_loss), axes, chunk_size=_CHUNK)
-    return mapped(values, leaves, examples)  # type: ignore[no-any-return]
+    axes = (None, sliced, 0)
+    mapped = torch.func.vmap(torch.func.grad_and_value(example_loss), axes, chunk_size=_CHUNK)
+    with parameters_frozen(module), torch.enable_grad():
+        gradients, losses = mapped(values, leaves, examples)
+    return losses.detach(), {name: gradients[f"module.{name}"] for name in names}
 
 
 def _one_by_one(
-    lossy: Lossy, values: dict[str, Tensor], batch: Batch, examples: Tensor
-) -> dict[str, Tensor]:
+    module: nn.Module, names: Sequence[str], loss: Loss, batch: Batch, examples: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The obvious way: a batch of one and plain autograd for every example."""
-    rows = []
-    for position in range(len(examples)):
-        parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
-        single = batches.take(batch, position, len(examples))
-        arguments = (single, examples[position : position + 1])
-        loss = torch.func.functional_call(lossy, parameters, arguments).sum()
-        rows.append(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
-    return {
-        name: torch.stack(parts)
-        for name, parts in zip(values, zip(*rows, strict=True), strict=True)
+    rows: list[Sequence[Tensor]] = []
+    losses = []
+    parameters = [module.get_parameter(name) for name in names]
+    with parameters_frozen(module, names), plain_recurrence(module), torch.enable_grad():
+        for position in range(len(examples)):
+            single = batches.take(batch, position, len(examples))
+            value = loss(module, single, examples[position : position + 1]).sum()
+            losses.append(value.detach())
+            if value.requires_grad:
+                own = torch.autograd.grad(value, parameters, materialize_grads=True)
+                rows.append([g.to_dense() if g.is_sparse else g for g in own])
+            else:
+                rows.append([torch.zeros_like(parameter) for parameter in parameters])
+    gradients = {
+        name: torch.stack(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)
     }
+    return torch.stack(losses), gradients
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Replaces what torch differentiates once but not twice."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            return normalized_weight(*args, **kwargs)
+        if func in (F.embedding, F.embedding_bag):
+            kwargs = {**inspect.signature(func).bind(*args, **kwargs).arguments, "sparse": False}
+            return func(**kwargs)
+        return func(*args, **kwargs)
 
 
 def ends_early(gradients: Sequence[Tensor | None]) -> bool:

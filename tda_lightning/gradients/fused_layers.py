@@ -168,8 +168,23 @@ def cell(
     return (hidden, cell_state) if name == "lstm" else hidden
 
 
+def weight_norm(
+    linear: LinearMap, func: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0
+) -> Tensor:
+    """``torch._weight_norm`` as g v / |v|: torch's own second derivative of it leaves out how the
+    norm depends on v."""
+    return normalized_weight(v, g, dim)
+
+
+def normalized_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v|, the norm over all axes but ``dim`` (-1: over all)."""
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
+    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
 FUSED: dict[object, Callable[..., object]] = {
     F.multi_head_attention_forward: attention,
+    torch._weight_norm: weight_norm,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), recurrent),
     **dict.fromkeys(
         (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), cell

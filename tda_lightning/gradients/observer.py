@@ -4,13 +4,20 @@ Fused layers (attention, recurrent cells) must not be taken apart here: another 
 rounds otherwise. They are called as they are, and replayed alone afterwards, on the inputs they
 were given and from the random state they began with; the gradient of their outputs is carried
 through the replay.
+
+A layer that is asked once for all examples (an embedding of positions, looked up with ``arange``)
+has one output for the batch. Where it is added to what each example has, the gradient of the sum
+is that of its output for each example.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +26,13 @@ from torch.utils import _pytree as pytree
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.forms import Gradient
-from tda_lightning.gradients.layout import candidates
+from tda_lightning.gradients.layout import Layout, candidates, owners
 from tda_lightning.gradients.uses import Use, WatchedOutput, assemble
-from tda_lightning.records.errors import EngineError
+
+# Calls that broadcast one operand to the other, and calls that leave a tensor as it is but for
+# leading axes of length 1.
+_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
+_VIEWS = frozenset(("unsqueeze", "view", "reshape", "__getitem__", "contiguous"))
 
 
 @dataclass
@@ -51,6 +62,46 @@ class Observer(Capture):
         self.listen = listen
         self.eps = 0.0
         self._fused: list[_FusedCall] = []
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # by id
+        self._broadcast: dict[Use, WatchedOutput] = {}  # the sums that outputs are broadcast to
+
+    def __torch_function__(  # type: ignore[override]
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(output, Tensor) and output.requires_grad:
+            self._follow(func.__name__, (*args, *(kwargs or {}).values()), output)
+        return output
+
+    def _follow(self, name: str, given: Sequence[object], output: Tensor) -> None:
+        """Watch the sum that the output of a use is broadcast to."""
+        if name not in _SUMS and name not in _VIEWS:
+            return
+        for value in given:
+            entry = self._outputs.get(id(value))
+            if entry is None or entry[0]() is not value:
+                continue
+            use = entry[1]
+            shape = use.output_shape
+            lead = output.shape[: max(0, output.dim() - len(shape))]
+            if name in _VIEWS and output.shape[len(lead) :] == shape and lead.numel() == 1:
+                self._outputs[id(output)] = (weakref.ref(output), use)
+            elif (
+                name in _SUMS
+                and output.shape != shape
+                and len(given) == 2
+                and use not in self._broadcast
+            ):
+                self._broadcast[use] = WatchedOutput()
+                self.watch(self._broadcast[use], output)
+
+    def note(self, use: Use, output: Tensor) -> None:
+        super().note(use, output)
+        self._outputs[id(output)] = (weakref.ref(output), use)
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         super().watch(watched, output)
@@ -90,7 +141,7 @@ class Observer(Capture):
     def reached(self) -> list[Use]:
         """Every use that a gradient has reached, those inside fused layers too, in float32 or
         wider."""
-        uses = [use for use in self.uses if use.gradient is not None]
+        uses = [self._for_each_example(use) for use in self.uses if use.gradient is not None]
         for call in self._fused:
             uses += _replayed(call, self.trained)
         for use in uses:
@@ -98,6 +149,18 @@ class Observer(Capture):
             self.eps = max(self.eps, torch.finfo(use.gradient.dtype).eps)
             use.widen()
         return uses
+
+    def _for_each_example(self, use: Use) -> Use:
+        """The use with the gradients of the examples that its output was broadcast to; itself
+        where it was not, or not only there."""
+        whole = self._broadcast.get(use)
+        if whole is None or whole.gradient is None or use.gradient is None:
+            return use
+        summed = whole.gradient.sum_to_size(use.gradient.shape)
+        allowed = torch.finfo(summed.dtype).eps ** 0.5
+        if (summed - use.gradient).norm() > allowed * use.gradient.norm():
+            return use
+        return use.expanded(whole.gradient) or use
 
 
 def _replayed(call: _FusedCall, trained: Mapping[int, str]) -> list[Use]:
@@ -118,22 +181,87 @@ def _replayed(call: _FusedCall, trained: Mapping[int, str]) -> list[Use]:
     return [use for use in capture.uses if use.gradient is not None]
 
 
-def training_gradients(
-    blocks: Sequence[Block], uses: Sequence[Use], batch: int
-) -> dict[str, Gradient]:
-    """Per-example gradients of every block from uses in a training batch.
+Layouts = dict[tuple[object, ...], Layout | None]
 
-    Training's own batch cannot be taken apart to observe which axis holds the examples (batch
-    norm couples them), so the first axis of the batch's size that is no channel axis is taken.
-    """
+
+def numbered_keys(uses: Sequence[Use]) -> list[tuple[object, ...]]:
+    """A key for each use of a step that is the same in other steps."""
+    counts: Counter[tuple[object, ...]] = Counter()
+    keys = []
     for use in uses:
-        layouts = candidates(use.output_shape, batch, use.channel_axes)
-        if not layouts:
-            raise EngineError(
-                f"Parameter {use.refs[0].name}: its layer's output {tuple(use.output_shape)} has "
-                f"no axis for the {batch} examples of the batch, so no curvature statistics of "
-                "single examples can be taken. Record with curvature=None and fit curvature "
-                "afterwards."
+        keys.append((*use.key, counts[use.key]))
+        counts[use.key] += 1
+    return keys
+
+
+def observed_layouts(
+    uses: Sequence[Use], weighted: Sequence[Tensor | None], weights: Tensor
+) -> Layouts:
+    """Where the examples are in the outputs of a training batch; None where they share rows.
+
+    Gradients of weighted losses are those of the losses times the weight of the row's example, if
+    the row is one example's; nearly so where batch norm couples the examples. Of the layouts that
+    the shape allows, the nearest is taken, if any is near.
+
+    Args:
+        uses: with the gradients of the losses.
+        weighted: of the losses times ``weights`` [batch].
+    """
+    found: Layouts = {}
+    batch = len(weights)
+    for key, use, other in zip(numbered_keys(uses), uses, weighted, strict=True):
+        layouts = _first_first(candidates(use.output_shape, batch, use.channel_axes))
+        if use.gradient is None or other is None or not bool(use.gradient.any()) or batch == 1:
+            if layouts:
+                found[key] = layouts[0]
+            continue
+        plain, scaled = use.rows(use.gradient.double()), use.rows(other.double())
+        off = []
+        for layout in layouts:
+            owner = owners(layout, use.output_shape, batch, use.channel_axes).to(weights.device)
+            expected = plain * weights.double()[owner][:, None]
+            off.append(float((scaled - expected).norm() / expected.norm()))
+        # Rows that are shared are off by their own size and more, whatever they are taken for.
+        near = [layout for layout, error in zip(layouts, off, strict=True) if error < 0.9]
+        least = min(off, default=0.0)
+        found[key] = (
+            next(
+                (
+                    layout
+                    for layout, e in zip(layouts, off, strict=True)
+                    if e <= 1.01 * least + 1e-6
+                ),
+                None,
             )
-        use.layout = min(layouts, key=lambda layout: (layout.order != "whole", layout.axis))
-    return assemble(blocks, uses, batch, {})
+            if near
+            else None
+        )
+    return found
+
+
+def training_gradients(
+    blocks: Sequence[Block], uses: Sequence[Use], batch: int, known: Mapping[Any, Layout | None]
+) -> dict[str, Gradient]:
+    """Per-example gradients of blocks from uses in a training batch, by name; without those of
+    which some output has no rows of single examples.
+
+    Args:
+        known: where the examples are, as it was observed. For any other use, the first axis of the
+            batch's size that is no channel axis is taken.
+    """
+    left_out: set[str] = set()
+    for key, use in zip(numbered_keys(uses), uses, strict=True):
+        layouts = _first_first(candidates(use.output_shape, batch, use.channel_axes))
+        use.layout = layouts[0] if layouts else None
+        if key in known:
+            use.layout = known[key] if known[key] in layouts else None
+        if use.layout is None:
+            left_out.update(ref.name for ref in use.refs)
+    kept = [block for block in blocks if left_out.isdisjoint(block.parameters)]
+    names = {name for block in kept for name in block.parameters}
+    inside = [use for use in uses if all(ref.name in names for ref in use.refs)]
+    return assemble(kept, inside, batch, {}) if inside else {}
+
+
+def _first_first(layouts: list[Layout]) -> list[Layout]:
+    return sorted(layouts, key=lambda layout: (layout.order != "whole", layout.axis))

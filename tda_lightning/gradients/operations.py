@@ -132,6 +132,8 @@ def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use |
     """A bare parameter and an activation, broadcast against each other."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None
+    if input.is_complex() or other.is_complex():
+        return None  # the gradient of a real parameter is a real part
     trained, others = ref(input), ref(other)
     if trained is not None and others is not None:
         return None

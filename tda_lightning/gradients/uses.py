@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from tda_lightning.gradients.blocks import Block, BlockParts, block_name
 from tda_lightning.gradients.composite import Rows
 from tda_lightning.gradients.forms import Gradient
-from tda_lightning.gradients.layout import Layout
+from tda_lightning.gradients.layout import Layout, RowOwners
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Use(WatchedOutput, ABC):
     weight: Ref | None
     bias: Ref | None
     output_shape: torch.Size = field(init=False)
-    layout: Layout | None = field(init=False, default=None)
+    layout: Layout | RowOwners | None = field(init=False, default=None)
     row: ClassVar[bool] = False
 
     @property
@@ -89,6 +89,35 @@ class Use(WatchedOutput, ABC):
         """``values``, laid out as the output is, with the example axis in front."""
         assert values is not None and self.layout is not None
         return self.layout.batch_first(values, batch)
+
+    def used(self, batch: int) -> Tensor | None:
+        """Where :meth:`batch_first` holds rows, [batch, rows]; None for everywhere."""
+        if not isinstance(self.layout, RowOwners):
+            return None
+        used = self.layout.used(batch)
+        return None if bool(used.all()) else used
+
+    def rows(self, values: Tensor) -> Tensor:
+        """``values``, laid out as the output is, by row: [rows, channels]."""
+        axes = [axis % values.dim() for axis in self.channel_axes]
+        moved = values.movedim(axes, list(range(values.dim() - len(axes), values.dim())))
+        return moved.reshape(-1, moved.shape[values.dim() - len(axes) :].numel())
+
+    def by_row(self) -> Use:
+        """The same use with one axis of rows in front."""
+        return self
+
+    def expanded(self, gradient: Tensor) -> Use | None:
+        """This use as if it had been called for every example: ``gradient`` is that of what its
+        output was broadcast to. None for a kind that cannot."""
+        return None
+
+    def same(self, gradient: Tensor, **given: object) -> Use:
+        """This use with other tensors of the same rows."""
+        other = replace(self, **given)  # type: ignore[arg-type]
+        other.gradient, other.output_shape, other.layout = gradient, gradient.shape, self.layout
+        other.edge = self.edge
+        return other
 
     def widen(self) -> None:
         """Hold half precision as float32: sums of squares leave its range."""
@@ -130,6 +159,16 @@ class Linear(MatrixProduct):
 
     inputs: Tensor
 
+    def by_row(self) -> Use:
+        assert self.gradient is not None
+        rows, columns = self.gradient.shape[-1], self.inputs.shape[-1]
+        inputs = self.inputs.reshape(-1, columns)
+        return self.same(self.gradient.reshape(-1, rows), inputs=inputs)
+
+    def expanded(self, gradient: Tensor) -> Use:
+        inputs = self.inputs.expand(*gradient.shape[:-1], self.inputs.shape[-1])
+        return self.same(gradient, inputs=inputs)
+
     def outputs(self, batch: int) -> Tensor:
         gradient = self.batch_first(self.gradient, batch)
         return gradient.reshape(batch, 1, -1, gradient.shape[-1])
@@ -138,6 +177,10 @@ class Linear(MatrixProduct):
         inputs = self.batch_first(self.inputs, batch).reshape(batch, 1, -1, self.inputs.shape[-1])
         if constant is None:
             return inputs.__getitem__
+        used = self.used(batch)
+        if used is not None:
+            column = constant * used.to(inputs.dtype)[:, None, :, None]
+            return lambda rows: torch.cat([inputs[rows], column[rows]], dim=-1)
         return lambda rows: F.pad(inputs[rows], (0, 1), value=constant)
 
 
@@ -165,10 +208,13 @@ class Convolution(MatrixProduct):
     def columns(self, batch: int, constant: float | None) -> Callable[[slice], Tensor]:
         images = self.batch_first(self.images, batch)
         images = images.reshape(batch, -1, *images.shape[-len(self.kernel) - 1 :])
+        used = self.used(batch)
 
         def patches(rows: slice) -> Tensor:
             chunk = images[rows]
             unfolded = self.unfold(chunk.flatten(0, 1), constant)
+            if used is not None:  # the constant too is there only where an image is
+                unfolded = unfolded * used[rows].flatten().to(unfolded)[:, None, None, None]
             return unfolded.unflatten(0, chunk.shape[:2]).transpose(1, 2).flatten(2, 3)
 
         return patches
@@ -207,6 +253,14 @@ class Embedding(Use):
     index: Tensor
     padding: int | None
 
+    def by_row(self) -> Use:
+        assert self.gradient is not None
+        width = self.gradient.shape[-1]
+        return self.same(self.gradient.reshape(-1, width), index=self.index.flatten())
+
+    def expanded(self, gradient: Tensor) -> Use:
+        return self.same(gradient, index=self.index.expand(gradient.shape[:-1]))
+
     def add_to(self, parts: BlockParts, batch: int) -> None:
         assert self.weight is not None
         index = self.batch_first(self.index, batch).reshape(batch, -1)
@@ -215,9 +269,10 @@ class Embedding(Use):
         if block.bias_column:
             values = F.pad(values, (0, 1))
         example = torch.arange(batch, device=index.device)[:, None].expand_as(index)
-        used = torch.ones_like(index, dtype=torch.bool)
+        used = self.used(batch)
+        used = torch.ones_like(index, dtype=torch.bool) if used is None else used.view_as(index)
         if self.padding is not None:
-            used = index != self.padding
+            used = used & (index != self.padding)
         rows = Rows(example[used], index[used], values[used], batch, block.shape[1])
         parts.add_rows(self.weight.name, rows)
 
@@ -233,6 +288,19 @@ class ScaleAndShift(Use):
     @property
     def channel_axes(self) -> tuple[int, ...]:
         return self.axes
+
+    def by_row(self) -> Use:
+        assert self.gradient is not None
+        axes = tuple(range(1, 1 + len(self.axes)))
+        width = [self.gradient.shape[axis] for axis in self.axes]
+        gradient, factor = (
+            None if value is None else self.rows(value).unflatten(1, width or [1])
+            for value in (self.gradient, self.factor)
+        )
+        if not axes:
+            gradient, factor = (None if v is None else v.flatten() for v in (gradient, factor))
+        assert gradient is not None
+        return self.same(gradient, factor=factor, axes=axes)
 
     def add_to(self, parts: BlockParts, batch: int) -> None:
         assert self.gradient is not None
@@ -252,6 +320,42 @@ class Norm(ScaleAndShift):
     """The scale and shift of a normalisation; ``factor`` is the normalised input."""
 
     row = True
+
+
+def joined(uses: Iterable[Use]) -> list[Use]:
+    """Uses whose rows are known one by one are put together where they are alike: a layer called
+    for one example after the other is one use."""
+    alike: dict[tuple[object, ...], list[Use]] = {}
+    out: list[Use] = []
+    for use in uses:
+        if isinstance(use.layout, RowOwners) and use.gradient is not None:
+            row = use.by_row()
+            row.layout = use.layout
+            alike.setdefault(_kind(row), []).append(row)
+        else:
+            out.append(use)
+    return out + [group[0] if len(group) == 1 else _join(group) for group in alike.values()]
+
+
+def _kind(use: Use) -> tuple[object, ...]:
+    assert use.gradient is not None
+    values = [getattr(use, item.name) for item in fields(use) if item.init]
+    plain = [(*v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for v in values]
+    return (type(use), *plain, use.gradient.shape[1:], use.gradient.dtype)
+
+
+def _join(uses: Sequence[Use]) -> Use:
+    first = uses[0]
+    tensors = {
+        item.name: torch.cat([getattr(use, item.name) for use in uses])
+        for item in fields(first)
+        if item.init and isinstance(getattr(first, item.name), Tensor)
+    }
+    gradients = [use.gradient for use in uses if use.gradient is not None]
+    out = first.same(torch.cat(gradients), **tensors)
+    owners = [use.layout.owner for use in uses if isinstance(use.layout, RowOwners)]
+    out.layout = RowOwners(torch.cat(owners))
+    return out
 
 
 def plan_blocks(
@@ -317,7 +421,7 @@ def assemble(
         EngineError: nothing has a gradient.
     """
     parts = BlockParts(blocks)
-    for use in uses:
+    for use in joined(uses):
         if use.gradient is not None:
             use.add_to(parts, batch)
     for name, values in generic.items():

@@ -11,7 +11,7 @@ point through which it goes. It is replaced while a fit lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import Rows, first_examples
+from tda_lightning.gradients.example_axes import irregular_weights
 from tda_lightning.gradients.forms import Gradient, Outer
+from tda_lightning.gradients.observer import Layouts, observed_layouts, training_gradients
 from tda_lightning.gradients.observer import Observer as CallObserver
-from tda_lightning.gradients.observer import training_gradients
+from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.uses import plan_blocks
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.observer import Observer
@@ -45,7 +47,7 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.example_seeds import seeded_examples
-from tda_lightning.tasks.gauss_newton import sampled_output_gradients
+from tda_lightning.tasks.gauss_newton import example_weighted, sampled_output_gradients
 from tda_lightning.tasks.loss_calls import LossObserver, ObservedLoss
 
 # What one step adds to a covariance: rows (examples x positions), and multiplications. It is one
@@ -149,6 +151,9 @@ class CurvatureStatistics(Observer):
         self._parameters: dict[str, nn.Parameter] = {}
         self._blocks: list[Block] = []
         self._checked = False  # every use of the parameters has been seen
+        self._layouts: Layouts = {}  # where the examples are, observed once
+        self._weighed: tuple[list[Tensor | None], Tensor] | None = None
+        self._left_out: set[str] = set()  # blocks without gradients of single examples
         self._waiting: tuple[CallObserver, int] | None = None  # for training's own backward pass
         self._batch: dict[str, BlockStatistics] = {}  # of a batch before its backward pass
         self._step: dict[str, BlockStatistics] = {}  # of the step under way
@@ -179,6 +184,13 @@ class CurvatureStatistics(Observer):
     def begin_stage(self) -> None:
         self._parameters = self._trained.of_stage()
         self._blocks, self._checked = [], False
+        self._layouts, self._left_out, self._weighed = {}, set(), None
+        for name, parameter in self._parameters.items():
+            if kept_entries(name, parameter) is not None:
+                raise UnsupportedTrainingError(
+                    f"A hook holds some entries of {name} fixed, of which curvature='online' "
+                    "knows nothing. Record with curvature=None and fit curvature afterwards."
+                )
         self._sums, self._step, self._batch = {}, {}, {}
 
     def plan(self, checkpoints: Collection[int]) -> None:
@@ -229,7 +241,8 @@ class CurvatureStatistics(Observer):
         gradients: list[Tensor] = []
         if losses:
             # Labels are drawn anew at every step.
-            with seeded_examples(_SEED + self._next_step, examples.to(total.device)):
+            seed, placed = _SEED + self._next_step, examples.to(total.device)
+            with seeded_examples(seed, placed, own_noise=False):
                 outputs, gradients = sampled_output_gradients(total, losses, len(examples))
         if not outputs:
             raise UnsupportedTrainingError(
@@ -239,6 +252,8 @@ class CurvatureStatistics(Observer):
                 "curvature=None and fit curvature afterwards."
             )
         parameters = list(self._parameters.values()) if not self._checked else []
+        if not self._checked:
+            self._weigh(calls, outputs, gradients, len(examples))
         own = self._backward(calls, outputs, gradients, parameters)
         self._add(calls, len(examples), dict(zip(self._parameters, own, strict=False)))
 
@@ -270,9 +285,21 @@ class CurvatureStatistics(Observer):
         if not reached:
             return
         outputs, gradients = zip(*reached, strict=True)
+        self._weigh(calls, outputs, gradients, size)
         own = self._backward(calls, outputs, gradients, list(self._parameters.values()))
         self._gradients(calls, size, dict(zip(self._parameters, own, strict=True)))
         calls.forget()
+
+    def _weigh(
+        self, calls: CallObserver, outputs: Any, gradients: Sequence[Tensor], size: int
+    ) -> None:
+        """Before the first gradients: those of weighted examples, which show afterwards where the
+        examples are in every layer's output."""
+        weights = irregular_weights(size, gradients[0])
+        weighted = example_weighted(gradients, weights)
+        if weighted is not None:
+            self._backward(calls, outputs, weighted)
+            self._weighed = ([use.gradient for use in calls.reached()], weights)
 
     def end_backward(self) -> None:
         if self._waiting is not None:
@@ -315,19 +342,41 @@ class CurvatureStatistics(Observer):
         for use in uses:
             if factor != 1 and use.gradient is not None:
                 use.gradient = use.gradient * factor
+        if self._weighed is not None:
+            (others, weights), self._weighed = self._weighed, None
+            if len(others) == len(uses):
+                self._layouts = observed_layouts(uses, others, weights)
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
             self._blocks = plan_blocks(shapes, uses)
-        gradients = training_gradients(self._blocks, uses, size)
+        gradients = training_gradients(self._blocks, uses, size, self._layouts)
         if own:
             _require_complete(self._blocks, gradients, own, calls.eps**0.5)
+        if not self._checked:
+            self._say_left_out({b.name for b in self._blocks} - set(gradients))
         return gradients
+
+    def _say_left_out(self, names: set[str]) -> None:
+        if names - self._left_out:
+            rank_zero_warn(
+                f"No curvature statistics of {', '.join(sorted(names))} are gathered: the examples "
+                "of a batch share their layers' outputs. Attribution fits the curvature of these "
+                "afterwards."
+            )
+        self._left_out |= names
 
     def _add(
         self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0
     ) -> None:
         gradients = self._gradients(calls, size, own, factor)
-        batch = {b.name: self._statistics(b, gradients[b.name]) for b in self._blocks}
+        like = next(iter(self._parameters.values()))
+        batch = {
+            b.name: self._statistics(b, gradients[b.name])
+            if b.name in gradients and b.name not in self._left_out
+            else self._nothing(b, like)
+            for b in self._blocks
+            if b.name in gradients or b.name in self._left_out
+        }
         # Half precision overflows now and then; training skips such a step, and so do we.
         finite = all(bool(torch.isfinite(block.trace).all()) for block in batch.values())
         if not finite:
@@ -348,6 +397,14 @@ class CurvatureStatistics(Observer):
         device, dtype = self.settings.device, self.settings.dtype
         placed = (value.to(device or value.device, dtype) for value in sums)
         return BlockStatistics(block.parameters, block.shape, *placed)
+
+    def _nothing(self, block: Block, like: Tensor) -> BlockStatistics:
+        """Statistics of no example."""
+        groups, rows, columns = block.shape
+        sizes = ((groups, rows), (groups, columns), (groups,), (1,), (1,), (2,))
+        device, dtype = self.settings.device or like.device, self.settings.dtype
+        zeros = (torch.zeros(size, device=device, dtype=dtype) for size in sizes)
+        return BlockStatistics(block.parameters, block.shape, *zeros)
 
     def write(self, writer: TrajectoryWriter, step: int, last: bool) -> None:
         if step > self._start:
@@ -429,6 +486,8 @@ def _require_complete(
         UnsupportedTrainingError: some use of a parameter has not been seen.
     """
     for block in blocks:
+        if block.name not in gradients:
+            continue  # left out
         gradient = gradients[block.name]
         total = block.tensors(gradient.mean() * gradient.batch)
         # A few examples tell how large what cancels in the sum is.

@@ -16,6 +16,7 @@ from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name
+from tda_lightning.runtime.loading import TRANSFER_HOOKS, overrides
 
 
 def read_facts(
@@ -28,11 +29,20 @@ def read_facts(
     """The facts of the run that is about to start."""
     module, optimizer, loader = trained.module, trained.optimizer, trainer.train_dataloader
     algorithm = trainer.gradient_clip_algorithm or "norm"
+    data_module = getattr(trainer, "datamodule", None)
     known = {
         "module": _path(module),
         "data_set": _path(getattr(loader, "dataset", loader)),
         "batch_size": getattr(loader, "batch_size", None),
         "loader_workers": getattr(loader, "num_workers", None),
+        "data_module": None if data_module is None else _path(data_module),
+        "transfer_hooks": {
+            "module": _transfer_hooks(module),
+            "data_module": _transfer_hooks(data_module),
+        },
+        "num_training_batches": _finite(trainer.num_training_batches),
+        "log_every_n_steps": trainer.log_every_n_steps,  # type: ignore[attr-defined]
+        "loggers": [_path(logger) for logger in trainer.loggers],
         "optimizer_class": _path(optimizer),
         "optimizer_groups": [
             {"lr": rate, **{name: values[group] for name, values in hyper.items()}}
@@ -70,8 +80,7 @@ def read_facts(
 def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
     """What may clip gradients: "none", "norm" or "value" by the trainer's settings, or "own", the
     module's own ``configure_gradient_clipping``."""
-    own = getattr(module.configure_gradient_clipping, "__func__", None)
-    if own is not LightningModule.configure_gradient_clipping:
+    if overrides(module, "configure_gradient_clipping"):
         return "own"
     if not trainer.gradient_clip_val:
         return "none"
@@ -93,6 +102,14 @@ def package_versions(*more: str) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed as a package"
     return versions
+
+
+def _transfer_hooks(thing: object) -> list[str]:
+    return [] if thing is None else [name for name in TRANSFER_HOOKS if overrides(thing, name)]
+
+
+def _finite(number: float) -> int | None:
+    return int(number) if number != float("inf") else None
 
 
 def _path(thing: object) -> str:

@@ -1,4 +1,5 @@
-"""What ``tda`` needs of a data module; ``tda_lightning.examples.data`` has some."""
+"""What ``tda`` needs of a data module, ``tda_lightning.examples.data`` has some; and whether a
+recorded run needs its own."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.rendered import Rendered
+from tda_lightning.records.trajectory import Facts
+from tda_lightning.runtime.loading import ExampleSource
 
 
 class AttributedData(Protocol):
@@ -49,3 +53,21 @@ class Reorderable(Protocol):
 
     def reordered(self, seed: int) -> AttributedData:
         """The same data in the order that another seed draws."""
+
+
+def require_data_module(facts: Facts, source: ExampleSource) -> None:
+    """Refuse to read a run's batches without the hooks that they went through.
+
+    Raises:
+        TrajectoryMismatchError: the run's data module changed batches in its transfer hooks, and no
+            data module was passed.
+    """
+    hooks = facts.settings.get("transfer_hooks") or {}
+    overridden = hooks.get("data_module") or []
+    if overridden and source.data_module is None:
+        raise TrajectoryMismatchError(
+            f"The run's batches went through {' and '.join(overridden)} of its data module, "
+            f"{facts.settings.get('data_module')}, and a data set alone does not have them. Pass "
+            "the data module: attribute(train=datamodule, query=...), and to functions of "
+            "tda_lightning.evaluation in the place of the data set."
+        )

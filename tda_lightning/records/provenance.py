@@ -61,6 +61,7 @@ class Statistics(TypedDict, total=False):
     gathered: str  # in training
     eigenvalues: str  # how they were corrected: in one pass, or from recorded traces
     examples: list[Count]  # behind the statistics of each segment
+    fitted: list[str]  # blocks of which training gathered none
 
 
 class Residual(TypedDict):
@@ -251,6 +252,7 @@ class Provenance(TypedDict, total=False):
     trajectory: str | list[str]  # folder, or "in memory"
     model: str  # class name
     task: dict[str, object]  # class and settings
+    draws: Count  # of the noise in a loss, over which it is averaged
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars

@@ -17,12 +17,14 @@ from tda_lightning.optimizers import (
     recorded_states,
     rule_of,
 )
+from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
 from tda_lightning.runtime.compiled import uncompiled
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
-from tda_lightning.runtime.module_state import load_tensors, restored
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.module_state import borrowed, load_tensors, restored
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
+from tda_lightning.session.moments import show
 from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examples
 
 State = dict[str, Tensor]
@@ -101,9 +103,11 @@ class Replay:
         Raises:
             UnsupportedTrainingError: no recorded batches, several stages, another optimizer, the
                 module's own clipping, or mixed precision.
-            TrajectoryMismatchError: another number of training examples than recorded.
+            TrajectoryMismatchError: another number of training examples than recorded, or a data
+                module is missing.
         """
         facts, steps = self.trajectory.facts, self.trajectory.steps
+        require_data_module(facts, self.source)
         rule_of(self.trajectory)
         if not len(steps.examples):
             raise UnsupportedTrainingError(
@@ -119,14 +123,17 @@ class Replay:
         precision = str(facts.settings.get("precision", "32-true"))
         if precision not in ("32-true", "64-true", "32", "64"):
             raise UnsupportedTrainingError(
-                f"The run was trained with precision={precision}; the replay is written for true "
-                "precision (32-true, 64-true), and would land elsewhere."
+                f"The run was trained with precision={precision}; the replay is written for "
+                "32-true and 64-true, and would land elsewhere."
             )
         if facts.num_examples not in (None, len(self.source)):
             raise TrajectoryMismatchError(
                 f"The training set is not the recorded one: expected {facts.num_examples} "
                 f"examples, got {len(self.source)}."
             )
+        with borrowed(self.module):
+            self.see(0, 0)
+            self.source.checked(self.module).require_order()
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
@@ -141,26 +148,30 @@ class Replay:
                 parameter.requires_grad_(name in self.trajectory.facts.parameters)
             yield
 
+    def see(self, row: int, batch: int) -> None:
+        """Let the module's steps see what they saw at this batch of step ``row + 1``."""
+        show(self.module, self.trajectory, row, batch, self.source)
+
     def fetch(self, examples: Tensor) -> object:
         """The batch of these examples, on the device of the module."""
-        return place(fetch(self.source, examples), self.module)
+        return self.source.batch(examples, self.module)
 
     def fetched(self, examples: Tensor, before: Snapshot) -> tuple[object, Snapshot]:
         """:meth:`fetch` with the generators as they were ``before``; how it leaves them."""
         if self._fetched_elsewhere:
-            batch = fetch(self.source, examples)
+            batch = self.source.read(examples.tolist())
             before.restore()
         else:
             before.restore()
-            batch = fetch(self.source, examples)
-        return place(batch, self.module), Snapshot.take()
+            batch = self.source.read(examples.tolist())
+        return self.source.placed(batch, self.module, examples), Snapshot.take()
 
     def loss_as_trained(self, batch: object, examples: Tensor) -> Tensor:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
         task's."""
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
-        with seeded_examples(0, examples):
+        with seeded_examples(0, examples, own_noise=False):
             losses = self.task.train_loss(self.module, batch)
         return losses.sum() * self.task.share(len(losses))
 
@@ -229,6 +240,7 @@ class Walk:
         steps = self.replay.trajectory.steps
         first = int(steps.batch_offsets[row])
         for position, examples in enumerate(steps.batches(row), start=first):
+            self.replay.see(row, position - first)
             if self.random is None:
                 with no_randomness():
                     batch = self.replay.fetch(examples)
@@ -263,7 +275,7 @@ class Walk:
             if weights is None:
                 loss = replay.loss_as_trained(batch, examples)
             else:
-                with seeded_examples(0, examples):
+                with seeded_examples(0, examples, own_noise=False):
                     each = replay.task.train_loss(replay.module, batch)
                 loss = weighted_loss(replay.task, each, weights[examples])
             (loss / int(steps.accumulation[row])).backward()

@@ -33,6 +33,8 @@ def plain_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper; itself where there is none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     inner = module._modules.get(_WRAPPED)
     return module if inner is None else inner
 

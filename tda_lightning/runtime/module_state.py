@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.checkpointing import without_reentrant_checkpoints
 from tda_lightning.runtime.compiled import run_eagerly
 from tda_lightning.runtime.silence import silenced
+from tda_lightning.runtime.stand_in import stand_in_for_trainer
 
 Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
@@ -29,22 +31,50 @@ def restored(module: nn.Module, *parts: Part) -> Iterator[None]:
     modes = {part: part.training for part in module.modules() if "modes" in chosen}
     required = {p: p.requires_grad for p in module.parameters() if "requires_grad" in chosen}
     gradients = {p: p.grad for p in module.parameters() if "gradients" in chosen}
-    values = {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
+    values: dict[str, Tensor | None] = dict.fromkeys(_empty_buffers(module, chosen))
+    values |= {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
     for parameter in gradients:
         parameter.grad = None
-    try:
+    persistence = {
+        part: set(part._non_persistent_buffers_set)
+        for part in module.modules()
+        if "buffers" in chosen
+    }
+    with ExitStack() as stack:  # each part is put back, whatever becomes of another
+        stack.callback(_set, "training", modes)
+        stack.callback(_set, "grad", gradients)
+        stack.callback(_set, "requires_grad", required)
+        stack.callback(_set, "_non_persistent_buffers_set", persistence)
+        stack.callback(_put_back, module, chosen, values)
         yield
-    finally:
-        # By name: moving a module replaces its buffers. Through .data: a backward pass that is
-        # still to come may have saved them.
-        for name, tensor in _values(module, chosen).items():
-            tensor.data.copy_(values[name])
-        for parameter, requires_grad in required.items():
-            parameter.requires_grad_(requires_grad)
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for part, mode in modes.items():
-            part.training = mode
+
+
+def _set(attribute: str, values: Mapping[Any, object]) -> None:
+    for owner, value in values.items():
+        setattr(owner, attribute, value)
+
+
+def _put_back(
+    module: nn.Module, chosen: Sequence[Part], values: Mapping[str, Tensor | None]
+) -> None:
+    """Give tensors their earlier values. A buffer may have been replaced by one of another shape,
+    and one that was not there is taken away."""
+    # By name: moving a module replaces its buffers. Through .data: a backward pass that is still to
+    # come may have saved them.
+    found = _values(module, chosen)
+    for name in values.keys() | found.keys():
+        path, _, own = name.rpartition(".")
+        now, before = found.get(name), values.get(name)
+        if now is not None and before is not None and now.shape == before.shape:
+            now.data.copy_(before)
+        elif isinstance(now, nn.Parameter) and before is not None:
+            now.data = before
+        elif not isinstance(now, nn.Parameter):
+            owner = module.get_submodule(path)
+            if name in values:
+                owner._buffers[own] = before
+            else:
+                delattr(owner, own)
 
 
 def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
@@ -53,11 +83,22 @@ def _values(module: nn.Module, chosen: Sequence[Part]) -> dict[str, Tensor]:
     return {**parameters, **buffers}
 
 
+def _empty_buffers(module: nn.Module, chosen: Sequence[Part]) -> Iterator[str]:
+    """Names of the buffers that are None, which ``named_buffers`` leaves out."""
+    if "buffers" in chosen:
+        for path, part in module.named_modules():
+            for name, buffer in part._buffers.items():
+                if buffer is None:
+                    yield f"{path}.{name}" if path else name
+
+
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
-    """Run a module outside of training: nothing is compiled or logged, and its whole state is put
-    back at the end."""
-    with run_eagerly(module), restored(module), silenced(module):
+    """Run a module outside of training: nothing is compiled, checkpointed in the reentrant way or
+    logged, a stand-in takes the place of the trainer, and its whole state is put back at the
+    end."""
+    plain = (run_eagerly(module), without_reentrant_checkpoints())
+    with plain[0], plain[1], restored(module), silenced(module), stand_in_for_trainer(module):
         yield
 
 

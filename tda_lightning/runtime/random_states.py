@@ -59,6 +59,12 @@ class Snapshot:
         devices = tuple((name, state.numpy().tobytes()) for name, state in states)
         return Snapshot(devices, random.getstate(), _numpy_twister())
 
+    def like(self, other: Snapshot) -> Snapshot:
+        """The same; what equals the parts of ``other`` is held once."""
+        python = other.python if self.python == other.python else self.python
+        numpy = other.numpy if self.numpy == other.numpy else self.numpy
+        return Snapshot(self.devices, python, numpy)
+
     def states(self) -> States:
         """The states as tensors."""
         states = {n: torch.frombuffer(bytearray(s), dtype=torch.uint8) for n, s in self.devices}

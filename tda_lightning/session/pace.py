@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import from_all
 from tda_lightning.runtime.progress import SlowProgress
 
@@ -60,11 +60,11 @@ def loaded_batches(
     if source.num_workers == 0:  # a DataLoader would read the same, more slowly
         for position, chosen in batches:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield position, indices.to(device), place(fetch(source, indices), module)
+            yield position, indices.to(device), source.batch(indices, module)
         return
-    loader = source.loader([indices for _, indices in batches])
+    loader = source.indexed([indices for _, indices in batches])
     for (position, _), (data, indices) in zip(batches, loader, strict=True):
-        yield position, indices.to(device), place(data, module)
+        yield position, indices.to(device), source.placed(data, module, indices)
 
 
 def _require_same_walk(title: str) -> None:

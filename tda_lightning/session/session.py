@@ -8,7 +8,7 @@ only measures, is known to the session alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -19,16 +19,28 @@ from torch import Tensor, nn
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
-from tda_lightning.runtime.loading import ExampleSource, fetch, place
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
-from tda_lightning.tasks import AttributionTask, gauss_newton_losses, seeded_examples
+from tda_lightning.tasks import (
+    MEASURED_SEED,
+    AttributionTask,
+    gauss_newton_losses,
+    numbered_draw,
+    seeded_examples,
+)
+from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
+Span = tuple[int, int]  # the steps start < t <= stop
+_TRAINING = 0  # the seed of the noise of training losses
 
 
 @dataclass
@@ -48,7 +60,10 @@ class Batch:
         examples: indices in the training set, int64 [batch].
         position: of the batch in the order that was asked for.
         columns: of the scores that they belong to, int64 [batch].
+        used_as: the training examples whose use in training they have, int64 [batch]; -1 for an
+            average one.
         signs: what their gradients count by, [batch]; None: 1.
+        noise: what the training loss drew for this batch of the run; None: seeded draws.
     """
 
     session: Session
@@ -56,17 +71,24 @@ class Batch:
     examples: Tensor
     position: int
     columns: Tensor
+    used_as: Tensor
     signs: Tensor | None = None
+    noise: RecordedNoise | None = None
+
+    def weights(self, used: Span) -> Tensor | None:
+        """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
+        return self.session.weights(self.used_as, used)
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
         """Per-example gradients of the training loss, factored, by block."""
-        return self.session.train_gradients(self.data, self.examples).blocks
+        return self.session.train_gradients(self.data, self.examples, self.noise).blocks
 
     @cached_property
     def measurement_gradients(self) -> dict[str, Gradient]:
-        """The same of the measurement; the very objects of ``gradients`` where it is the loss."""
-        if self.session.task.measures_loss:
+        """The same of the measurement; the very objects of ``gradients`` where it is the loss, of
+        which no noise is drawn."""
+        if self.session.task.measures_loss and not self.session.measured_noise:
             return self.gradients
         return self.session.measurement_gradients(self.data, self.examples).blocks
 
@@ -95,6 +117,11 @@ class Session:
         pace: shows progress; in a dry run it shortens every walk and measures it.
         prefix: of the titles of walks, where a run has several stages.
         edits: what the columns are about; None: the removal of each training example.
+        noise: what kinds of random numbers the training loss draws (``watching_noise``).
+        measured_noise: the same of the measurement.
+        recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        no_recorded_draws: why not, where the estimator asked for them.
+        draws: over how many draws of them losses and their gradients are averaged.
     """
 
     module: nn.Module
@@ -113,7 +140,13 @@ class Session:
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
     edits: EditSet | None = None
+    noise: frozenset[str] = frozenset()
+    measured_noise: frozenset[str] = frozenset()
+    recorded_draws: bool = False
+    no_recorded_draws: str | None = None
+    draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
 
     @property
@@ -152,8 +185,10 @@ class Session:
     def load(self, step: int) -> None:
         """Put the weights and buffers of the checkpoint at ``step`` into the module.
 
-        They stay in memory: some estimators go back and forth between checkpoints.
+        The module's steps see the epoch and step that led there. The weights stay in memory: some
+        estimators go back and forth between checkpoints.
         """
+        show(self.module, self.trajectory, step - 1, source=self.examples)
         if self.loaded.trajectory is self.trajectory and self.loaded.step == step:
             return
         if step not in self._checkpoints:
@@ -189,7 +224,7 @@ class Session:
         own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
-            yield Batch(self, data, examples, position, examples)
+            yield Batch(self, data, examples, position, examples, examples)
 
     def walk_columns(
         self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
@@ -221,13 +256,15 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
+            used_as = [edits.edits[column].index for column in columns]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
-                self.task.relabelled(data, labels) if labels else data,
+                relabelled(self.task, data, labels) if labels else data,
                 torch.tensor(examples, device=self.device),
                 position,
                 torch.tensor(columns, device=self.device),
+                torch.tensor([-1 if n is None else n for n in used_as], device=self.device),
                 signs.to(self.device),
             )
 
@@ -236,8 +273,38 @@ class Session:
         terms of the edits that change it."""
         return [index] if self.edits is None else self.edits.positions_of(index)
 
-    def add(self, segment: int | None, batch: Batch, values: Tensor, first_query: int = 0) -> None:
-        """Add the scores of a batch of :meth:`walk_columns`, [query, batch]."""
+    def example_weights(self, used: Span) -> Tensor | None:
+        """How much each training example was used in the steps of ``used``, relative to even use,
+        float64 [train]; None: all evenly, or unknown
+        (:func:`~tda_lightning.records.example_use.example_weights`)."""
+        if used not in self._weights:
+            run, share = self.trajectory, self.task.share
+            self._weights[used] = example_weights(run, *used, self.num_train, share)
+        return self._weights[used]
+
+    def weights(self, examples: Tensor, used: Span) -> Tensor | None:
+        """:meth:`example_weights` of some training examples; -1 stands for an average one."""
+        weights = self.example_weights(used)
+        if weights is None:
+            return None
+        with_average = torch.cat([weights, torch.ones_like(weights[:1])])  # their mean is 1
+        return with_average[examples.cpu()].to(self.device, self.dtype)
+
+    def add(
+        self,
+        segment: int | None,
+        batch: Batch,
+        values: Tensor,
+        first_query: int = 0,
+        used: Span | None = None,
+    ) -> None:
+        """Add the scores of a batch of :meth:`walk_columns`, [query, batch].
+
+        Args:
+            used: each example counts by how much these steps used it; None: as ``values`` has it.
+        """
+        if used is not None and (weights := batch.weights(used)) is not None:
+            values = values * weights
         if batch.signs is not None:
             values = values * batch.signs
         self.scores.add(segment, batch.columns, values, first_query)
@@ -283,7 +350,7 @@ class Session:
         in every process and without a progress bar."""
         for chosen in order:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield place(fetch(self.examples, indices), self.module), indices.to(self.device)
+            yield self.examples.batch(indices, self.module), indices.to(self.device)
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
@@ -293,8 +360,12 @@ class Session:
         torch.distributed.all_reduce(total)
         return total
 
-    def add_self_influence(self, examples: Tensor, values: Tensor) -> None:
-        """Add to the self-influence of ``examples`` [batch]."""
+    def add_self_influence(
+        self, examples: Tensor, values: Tensor, used: Span | None = None
+    ) -> None:
+        """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
+        if used is not None and (weights := self.weights(examples, used)) is not None:
+            values = values * weights
         if self._self_influence is None:
             self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
         self._self_influence.index_add_(0, examples, values.to(self._self_influence))
@@ -317,9 +388,18 @@ class Session:
 
     # Per-example gradients at the weights in place.
 
-    def train_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the training loss."""
-        return self.engine.gradients(self.train_loss, batch, examples)
+    def train_gradients(
+        self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
+    ) -> ExampleGradients:
+        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        if noise is None:
+            return self.engine.gradients(self.train_loss, batch, examples)
+
+        def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
+                return self.task.train_loss(module, part)
+
+        return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement."""
@@ -327,35 +407,81 @@ class Session:
 
     def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
-        loss under sampled labels, or of the loss itself (empirical Fisher)."""
-        if not self.task.can_sample:
-            return self.train_gradients(batch, examples)
+        loss under sampled labels, or of the loss itself (empirical Fisher). For one draw of the
+        loss's noise (:meth:`each_draw`), over which second moments are averaged."""
+
+        def own(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices):
+                return self.task.train_loss(module, part)
 
         def sampled(module: nn.Module, part: object, indices: Tensor) -> Tensor:
             with seeded_examples(seed, indices):
                 return self.task.sampled_loss(module, part)
 
-        return self.engine.gradients(sampled, batch, examples)
+        loss = sampled if self.task.can_sample else own
+        return self.engine.gradients(loss, batch, examples)
 
     def gauss_newton_gradients(self, batch: object, examples: Tensor) -> Iterable[ExampleGradients]:
-        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix."""
+        """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix, for one
+        draw of the loss's noise."""
 
         def factors(module: nn.Module, part: object, indices: Tensor) -> Iterable[Tensor]:
-            with seeded_examples(0, indices):
+            with seeded_examples(_TRAINING, indices):
                 return gauss_newton_losses(self.task, module, part)
 
         return self.engine.each_gradient(factors, batch, examples)
 
     def train_loss(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The training loss of each example, [batch]."""
-        # The noise is not used; its context tells the task how many examples there are.
-        with seeded_examples(0, examples):
-            return self.task.train_loss(module, batch)
+        """The training loss of each example, [batch]; the mean over ``draws`` of its noise."""
+        return self._mean(lambda: self.task.train_loss(module, batch), _TRAINING, examples)
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The measurement of each example, [batch]."""
-        with seeded_examples(0, examples):
-            return self.task.measurement(module, batch)
+        """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
+        return self._mean(lambda: self.task.measurement(module, batch), MEASURED_SEED, examples)
+
+    def each_draw(self) -> Iterator[int]:
+        """Numbers of the draws; what is drawn in the meantime is that draw's."""
+        for number in range(self.draws):
+            with numbered_draw(number):
+                yield number
+
+    def noise_notes(self) -> list[str]:
+        """What a reader of the scores should know of the noise that losses draw."""
+        notes = []
+        mean = f"over {self.draws} seeded draw{'s' * (self.draws > 1)} for each"
+        if self.noise and self.recorded_draws:
+            notes.append(
+                "The training loss draws random numbers: its gradients are those of the run's own "
+                "draws, from the recorded random states."
+            )
+        elif self.noise:
+            note = (
+                f"The training loss draws random numbers: it is the mean {mean} example "
+                "(draws=; more lessen the noise)."
+            )
+            if self.noise - {"example", "partners"}:
+                note += (
+                    " Some are drawn once for a whole batch: a draw has one value of them for all "
+                    "examples, so that their mean takes several."
+                )
+            if self.no_recorded_draws is not None:
+                note += f" The run's own draws cannot be had: {self.no_recorded_draws}."
+            if "partners" in self.noise:
+                note += (
+                    " An example is mixed with another of its batch: its loss is that of its row "
+                    "in a batch of the attribution."
+                )
+            notes.append(note)
+        if self.measured_noise:
+            notes.append(f"The measurement draws random numbers: it is the mean {mean} query.")
+        return notes
+
+    def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
+        losses = []
+        for _ in self.each_draw():
+            with seeded_examples(seed, examples):
+                losses.append(loss())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 @dataclass(frozen=True)
@@ -382,6 +508,13 @@ class Stage:
     run: int
     columns: range
     first_step: int
+
+
+def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object]) -> object:
+    """The batch with other labels at some positions; its layout stays known."""
+    changed = task.relabelled(batch, labels)
+    inherit(batch, changed)
+    return changed
 
 
 def memory_budget() -> int:

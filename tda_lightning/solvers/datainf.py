@@ -24,8 +24,9 @@ class DataInf:
 
     which for D = mu is the paper's formula. The paper's mu is 0.1 times the mean of |g_i|^2 / d in
     a layer of d parameters: the default relative damping, with the mean eigenvalue of the empirical
-    Fisher matrix. There is no tolerance. The residual says how far exchanging mean and inverse, and
-    using the empirical Fisher matrix, lead away from (C + D) h = v with the Gauss-Newton matrix C.
+    Fisher matrix. Where examples were used unevenly, the mean is over their uses. There is no
+    tolerance. The residual says how far exchanging mean and inverse, and using the empirical Fisher
+    matrix, lead away from (C + D) h = v with the Gauss-Newton matrix C.
 
     References:
         | DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models
@@ -59,10 +60,12 @@ class DataInf:
         inside = as_matrices(blocks, vectors * problem.diagonal.rsqrt())
         removed = {name: torch.zeros_like(part) for name, part in inside.items()}
         for batch in session.walk("DataInf"):
+            counts = None if problem.used is None else batch.weights(problem.used)
             for name, part in inside.items():
                 gradient = scaled(batch.gradients[name], roots[name])
                 squares = gradient.weighted_squares(None, None, None)
                 weights = gradient.dot(part) / (1 + squares)
+                weights = weights if counts is None else weights * counts
                 removed[name] += gradient.weighted_sums(weights)
         parts = []
         for name, part in inside.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import Products, Spectrum, as_matrices
 from tda_lightning.records.provenance import SolverRecord
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, Span
 
 _PROBES, _STARTS, _POWER_STEPS = 8, 4, 20
 # Power iteration comes from below, and the next batches may have more curvature than the probes.
@@ -64,6 +64,7 @@ class Problem:
         damping: [parameters].
         spectra: of a block-wise curvature close to C, by block, for :meth:`precondition`.
         seed: of random batches and starts.
+        used: the steps whose use of examples weighs them in C; None: evenly.
         record: what a solver has to say of its settings and results, for the provenance.
         cache: what a solver needs again for the next queries.
     """
@@ -74,6 +75,7 @@ class Problem:
     damping: Tensor
     spectra: dict[str, Spectrum]
     seed: int = 0
+    used: Span | None = None
     record: SolverRecord = field(default_factory=lambda: SolverRecord(name=""))
     cache: dict[str, Any] = field(default_factory=dict)
 

@@ -144,7 +144,10 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             )
 
     def _files(self) -> dict[int, Path]:
-        return layout.checkpoint_files(self.root)
+        files = layout.checkpoint_files(self.root)
+        if not files:
+            require_trajectory(self.root)  # it may have been moved or deleted meanwhile
+        return files
 
     def __getitem__(self, step: int) -> Checkpoint:
         files = self._files()

@@ -42,6 +42,7 @@ class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
             )
         path = layout.cache_file(self.root, self.kind, key)
         try:
+            self.root.stat()  # one that has vanished is not made again
             make_folder(path.parent)
             with writing(path, self.kind) as file:
                 put_tensors(file.create_group(layout.VALUES), value)

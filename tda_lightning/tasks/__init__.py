@@ -3,10 +3,11 @@
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.classification import ClassificationTask
-from tda_lightning.tasks.example_seeds import seeded_examples
+from tda_lightning.tasks.example_seeds import MEASURED_SEED, numbered_draw, seeded_examples
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.regression import RegressionTask
+from tda_lightning.tasks.step_noise import restarted_by, watching_noise
 from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
 
 
@@ -23,6 +24,7 @@ def as_task(task: AttributionTask | None) -> AttributionTask:
 
 
 __all__ = [
+    "MEASURED_SEED",
     "AttributionTask",
     "ClassificationTask",
     "LanguageModelingTask",
@@ -30,8 +32,11 @@ __all__ = [
     "TrainingStepTask",
     "as_task",
     "gauss_newton_losses",
+    "numbered_draw",
+    "restarted_by",
     "run_training_step",
     "sampled_gauss_newton_loss",
     "seeded_examples",
     "silenced",
+    "watching_noise",
 ]

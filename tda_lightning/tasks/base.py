@@ -29,6 +29,8 @@ class AttributionTask(ABC):
             repeats the mean loss of the batch.
         training_batch_size: examples per batch in training, where that is known; set before
             :meth:`prepare`. A loss that *sums* over its batch needs it.
+        draws: over how many draws of its own noise a loss that draws random numbers (a VAE, a
+            diffusion model, mixup) is averaged.
 
     Example:
         >>> class Logistic(AttributionTask):
@@ -44,6 +46,7 @@ class AttributionTask(ABC):
     layers: Sequence[str] | None = None
     separable: bool = True
     training_batch_size: int | None = None
+    draws: int = 1
 
     @abstractmethod
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -86,6 +89,15 @@ class AttributionTask(ABC):
                 label has another shape than those of the batch.
         """
         return batches.with_labels(batch, labels, getattr(self, "target", None))
+
+    def example(self, batch: Batch, index: int) -> Batch:
+        """The example at ``index`` of a batch, as a batch of one.
+
+        By default a slice, where slices are what the loader's own ``collate_fn`` makes of single
+        examples (padding, packing and tensors that belong to no example included), and otherwise
+        the example read again. Override it for batches that neither can be done with.
+        """
+        return batches.cut_or_read(batch, index)
 
     @property
     def measures_loss(self) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.layouts import cut, first_axis, stacked, unstacked
+from tda_lightning.runtime.origins import origin_of, rule_of
+from tda_lightning.runtime.structures import parts, tensors, with_parts
 from tda_lightning.tasks.example_seeds import active_examples
 
 Batch: TypeAlias = Any  # what the loader gives, of any structure
@@ -21,12 +25,14 @@ def split_target(batch: Batch, target: str | None = None) -> tuple[Inputs, Tenso
     """Inputs and target of a batch.
 
     Args:
-        batch: a tuple or list with the target last, or a dictionary.
+        batch: a tuple or list with the target last, or a dictionary; a dataclass counts as one.
         target: the dictionary's key of the target; by default the first of ``TARGET_KEYS``.
 
     Returns:
         The inputs: a list of positional ones, or a dictionary; and the target.
     """
+    if is_dataclass(batch):
+        batch = parts(batch)
     if isinstance(batch, Mapping):
         key = target or next((name for name in TARGET_KEYS if name in batch), None)
         if key is None or key not in batch:
@@ -70,9 +76,9 @@ def with_labels(batch: Batch, labels: Mapping[int, object], target: str | None =
                 f"the batch, {list(present.shape[1:])}."
             )
         changed[position] = given
-    if isinstance(batch, Mapping):
-        (key,) = [name for name, value in batch.items() if value is present]
-        return {**batch, key: changed}
+    if isinstance(batch, Mapping) or is_dataclass(batch):
+        (key,) = [name for name, value in (parts(batch) or {}).items() if value is present]
+        return with_parts(batch, {**(parts(batch) or {}), key: changed})
     return _rebuilt(batch, [*batch[:-1], changed])
 
 
@@ -114,11 +120,15 @@ def unwrap(outputs: object) -> Tensor:
 
 
 def num_examples(batch: Batch) -> int:
-    """Number of examples: those of the active seeds, else the first tensor's first dimension."""
+    """Number of examples: those of the active seeds, those that the batch was read with, or else
+    the length of its first tensor's first axis."""
     examples = active_examples()
     if examples is not None:
         return len(examples)
-    tensor = _first_tensor(batch)
+    origin = origin_of(batch)
+    if origin is not None:
+        return len(origin.indices)
+    tensor = next((tensor for tensor in tensors(batch) if tensor.dim()), None)
     if tensor is None:
         raise ValueError(
             f"Expected a batch that holds a tensor [batch, ...], got {_describe(batch)}."
@@ -127,31 +137,50 @@ def num_examples(batch: Batch) -> int:
 
 
 def take(batch: Batch, index: int, size: int) -> Batch:
-    """A batch of one: example ``index`` of a batch of ``size``, in the same containers."""
-    if isinstance(batch, Tensor):
-        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {name: take(value, index, size) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        if len(batch) == size and all(isinstance(value, (str, int, float)) for value in batch):
-            return batch[index : index + 1]
-        return _rebuilt(batch, [take(value, index, size) for value in batch])
-    return batch
+    """A batch of one: example ``index`` of a batch of ``size``.
+
+    By the task's own ``example``, where it overrides it; by slices, where they are what the data
+    set's loader makes of that example alone; and otherwise by reading the example again. A batch
+    whose data set is not known is cut along first axes.
+
+    Raises:
+        CannotCut: it cannot be cut in any of these ways.
+    """
+    if size == 1:
+        return batch
+    origin = origin_of(batch)
+    if origin is not None:
+        return origin.single(batch, index)
+    return cut(first_axis(batch, size), batch, index, size)
+
+
+def cut_or_read(batch: Batch, index: int) -> Batch:
+    """:func:`take` without the task's own way."""
+    size, origin = num_examples(batch), origin_of(batch)
+    if size == 1 or origin is None:
+        return take(batch, index, size)
+    return origin.cut(batch, index)
+
+
+def apart(batch: Batch, size: int) -> tuple[list[Any], list[int | None], Callable[..., Batch]]:
+    """A batch as slices for ``torch.func.vmap``.
+
+    Returns:
+        Its leaves; the axis of the examples in each, None where they share it; and what makes a
+        batch of one of the leaves without that axis.
+
+    Raises:
+        CannotCut: its examples are no slices of tensors.
+    """
+    rule = rule_of(batch, size)
+    leaves = stacked(rule, batch, size)
+    parts, axes = [part for part, _ in leaves], [axis for _, axis in leaves]
+    return parts, axes, lambda own: unstacked(rule, batch, iter(own))
 
 
 def _rebuilt(batch: Batch, values: list[object]) -> Batch:
     """``values`` in a tuple, named tuple or list like ``batch``."""
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-
-
-def _first_tensor(batch: Batch) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.dim() else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return next((t for t in map(_first_tensor, batch) if t is not None), None)
-    return None
 
 
 def _required_arguments(module: nn.Module) -> int:

@@ -1,8 +1,9 @@
-"""Randomness for sampled labels that belongs to the example, not to the batch it came in.
+"""Randomness that belongs to the example, not to the batch it came in.
 
-Noise is drawn with a number that is a hash of (seed, index of the example in its data set, loss
+What is drawn is a hash (``hashes.py``) of (seed, index of the example in its data set, loss or call
 within the task, position within the example). Batch size, order, device and sharding therefore
-change nothing: two passes over the same data fit the same curvature.
+change nothing: two passes over the same data fit the same curvature. This holds for the labels
+that curvature samples, and for what the user's own loss draws (``step_noise.py``).
 """
 
 from __future__ import annotations
@@ -10,31 +11,57 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_BITS = 31  # of each hash; they fit an int32, which halves the memory of unpacking them
+from tda_lightning.tasks.hashes import BITS, words
+from tda_lightning.tasks.step_noise import restarted_by, step_noise
 
-_ACTIVE: ContextVar[tuple[int, Tensor] | None] = ContextVar("seeded_examples", default=None)
+
+class _Active(NamedTuple):
+    seed: int
+    draw: int
+    examples: Tensor
+
+
+MEASURED_SEED = -1  # of the noise of measurements: a query's is not that of a training example
+
+_ACTIVE: ContextVar[_Active | None] = ContextVar("seeded_examples", default=None)
+_DRAW: ContextVar[int] = ContextVar("draw", default=0)
 
 
 @contextmanager
-def seeded_examples(seed: int, examples: Tensor) -> Iterator[None]:
+def numbered_draw(number: int) -> Iterator[None]:
+    """Other noise for every ``number`` in :func:`seeded_examples` while the context is active."""
+    token = _DRAW.set(number)
+    try:
+        yield
+    finally:
+        _DRAW.reset(token)
+
+
+@contextmanager
+def seeded_examples(seed: int, examples: Tensor, own_noise: bool = True) -> Iterator[None]:
     """Draw the noise of this batch from (seed, example) alone while the context is active.
 
     Args:
         seed: any integer.
         examples: index in the data set of each example of the batch, int64 [batch].
+        own_noise: also what the user's loss draws itself. False where it is to draw from the
+            process's generators, as in training.
     """
     if examples.dim() != 1 or examples.is_floating_point():
         raise ValueError(
             "seeded_examples expects the data-set indices of the batch as an integer tensor "
             f"[batch], got {examples.dtype} of shape {list(examples.shape)}."
         )
-    token = _ACTIVE.set((seed, examples.long()))
+    examples, draw = examples.long(), _DRAW.get()
+    token = _ACTIVE.set(_Active(seed, draw, examples))
     try:
-        yield
+        with step_noise(seed, draw, examples) if own_noise else restarted_by(None):
+            yield
     finally:
         _ACTIVE.reset(token)
 
@@ -42,7 +69,7 @@ def seeded_examples(seed: int, examples: Tensor) -> Iterator[None]:
 def active_examples() -> Tensor | None:
     """Indices given to the active :func:`seeded_examples`, [batch]; None outside of one."""
     active = _ACTIVE.get()
-    return None if active is None else active[1]
+    return None if active is None else active.examples
 
 
 def random_integers(batch: int, positions: int, stream: int, device: torch.device) -> Tensor:
@@ -55,17 +82,14 @@ def random_integers(batch: int, positions: int, stream: int, device: torch.devic
     """
     active = _ACTIVE.get()
     if active is None:
-        return torch.randint(1 << _BITS, (batch, positions), device=device)
-    seed, examples = active
+        return torch.randint(1 << BITS, (batch, positions), device=device)
+    examples = active.examples
     if len(examples) != batch:
         raise ValueError(
             f"seeded_examples was given {len(examples)} indices for a batch of {batch} examples: "
             "give one index for each example."
         )
-    examples = examples.to(device)
-    key = _mix(_mix(examples * _ODD + _signed(_GAMMA * seed)) + _signed(_GAMMA * (stream + 1)))
-    counter = torch.arange(1, positions + 1, device=device) * _signed(_GAMMA)
-    return _shift_right(_mix(key[:, None] + counter), 64 - _BITS)
+    return words(active.seed, active.draw, examples.to(device), stream, positions, BITS)
 
 
 def random_signs(
@@ -75,32 +99,8 @@ def random_signs(
 
     Variance 1, with the smallest fourth moment that variance 1 allows.
     """
-    words = -(-count // _BITS)
+    words = -(-count // BITS)
     integers = random_integers(batch, positions * words, stream, device).to(torch.int32)
-    places = torch.arange(_BITS, dtype=torch.int32, device=device)
+    places = torch.arange(BITS, dtype=torch.int32, device=device)
     bits = (integers.view(batch, positions, words, 1) >> places) & 1
     return 1 - 2 * bits.flatten(2)[..., :count]
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same low 64 bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-# splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-# int64 products wrap around like unsigned ones, so torch needs no unsigned type for it.
-_GAMMA = 0x9E3779B97F4A7C15
-_ODD = _signed(0xD1342543DE82EF95)
-_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64 shifts copy the sign bit, which the mask removes."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shift_right(value, 30)) * _FACTORS[0]
-    value = (value ^ _shift_right(value, 27)) * _FACTORS[1]
-    return value ^ _shift_right(value, 31)

@@ -135,3 +135,13 @@ def _require_usable(weighted: WeightedLoss, batch: int, where: str, remedy: str)
             f"{where} subtracts a {kind} loss (it has a negative weight), for which there is no "
             f"Gauss-Newton matrix. {remedy}"
         )
+
+
+def example_weighted(gradients: Sequence[Tensor], weights: Tensor) -> list[Tensor] | None:
+    """Output gradients, examples first, times the weights of the examples [batch]; None where the
+    first axis does not hold them."""
+    batch = len(weights)
+    if any(g.dim() == 0 or g.shape[0] % batch for g in gradients):
+        return None
+    rows = [weights.to(g).repeat_interleave(g.shape[0] // batch) for g in gradients]
+    return [g * r.view(-1, *[1] * (g.dim() - 1)) for g, r in zip(gradients, rows, strict=True)]

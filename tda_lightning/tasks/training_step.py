@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.silence import silenced
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.batches import Batch
-from tda_lightning.tasks.example_seeds import seeded_examples
+from tda_lightning.tasks.example_seeds import active_examples, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import LossParts, WeightedLoss, intercept, standard_outputs
+from tda_lightning.tasks.step_noise import restart_noise, watching_noise
 
 
 class TrainingStepTask(AttributionTask):
@@ -199,19 +201,18 @@ class TrainingStepTask(AttributionTask):
             return
         devices = {item.device for item in module.parameters() if item.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices):
-            losses = self.train_loss(module, batch)
+            with watching_noise() as noise:
+                losses = self.train_loss(module, batch)
             again = self.train_loss(module, batch)
             if not torch.allclose(losses, again):
                 self.notes.append("training_step draws random numbers: its losses differ by call.")
                 return
+            if "partners" in noise:
+                return  # the loss of an example that is mixed with another is its row's
             try:
-                with seeded_examples(0, torch.zeros(1, dtype=torch.int64)):
-                    alone = torch.cat(
-                        [
-                            self.train_loss(module, batches.take(batch, index, size))
-                            for index in (0, size - 1)
-                        ]
-                    )
+                alone = torch.cat(
+                    [self._loss_alone(module, batch, index, size) for index in (0, size - 1)]
+                )
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
                 return  # the step needs more than one example: nothing to compare with
         together = losses[[0, -1]]
@@ -228,6 +229,14 @@ class TrainingStepTask(AttributionTask):
                 "batch statistics) or flattens them with another axis leading. Scores then mean "
                 "little; give a task whose train_loss is each example's own."
             )
+
+    def _loss_alone(self, module: nn.Module, batch: Batch, index: int, size: int) -> Tensor:
+        """The loss of the example at ``index``, in a batch of its own."""
+        examples = active_examples()
+        if examples is None:
+            examples = torch.arange(size)
+        with seeded_examples(0, examples[index : index + 1]):
+            return self.train_loss(module, batches.take(batch, index, size))
 
     def _sum_over_batch(self) -> None:
         if self.training_batch_size is None:
@@ -265,7 +274,13 @@ def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
         if parameter.kind != parameter.KEYWORD_ONLY and parameter.kind != parameter.VAR_KEYWORD
     ]
     takes_index = len(arguments) > 1 or arguments[0].kind == arguments[0].VAR_POSITIONAL
-    loss = step(batch, 0) if takes_index else step(batch)
+    restart_noise()
+    # The number of the batch in its epoch, where it is known; and that of the only loader.
+    trainer = stand_in_of(module)
+    number = 0 if trainer is None or trainer.moment is None else trainer.moment.batch
+    asked = [argument for argument in arguments if argument.default is argument.empty]
+    further = (number, 0) if len(asked) > 2 else (number,)
+    loss = step(batch, *further) if takes_index else step(batch)
     if isinstance(loss, Mapping):
         loss = loss.get("loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -1,7 +1,9 @@
 """The command line, from training to the report, on a tiny run of the digits."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
+from tda_lightning.cli.recorded_run import load_parts
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.evaluation import Estimate, Smoothness
 
@@ -58,6 +61,16 @@ def test_scores_say_how_they_were_made(run):
     assert made["config"]["estimator"]["num_segments"] == 3
     assert {"torch", "lightning", "tda-lightning"} <= set(made["versions"])
     assert len(made["predictions"]) == 3
+
+
+def test_draws_reach_the_task_of_every_command(run, capsys):
+    config = OmegaConf.create({"data": {}, "trust_config": False, "draws": 3})
+    assert load_parts(config, load_config(run))[2].draws == 3
+    assert main(["attribute", "trajectory=runs/digits", "estimator=tracin", "draws=0"]) == 1
+    assert "draws must be at least 1" in capsys.readouterr().err
+    for command in ("attribute", "plan", "evaluate"):
+        assert main([command, "--cfg", "job"]) == 0
+        assert "draws: null" in capsys.readouterr().out
 
 
 def test_a_report_and_an_inspection(run, capsys):
@@ -360,3 +373,29 @@ def test_a_trusted_configuration_may_build_anything():
     with pytest.raises(ValueError, match="which is not part of this library's"):
         build(node, trust=False)
     assert build(node, trust=True) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "attribute"])
+def test_sigterm_ends_a_command(command, run, monkeypatch, capsys):
+    """With status 143, and without a file of scores."""
+
+    def terminated(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    scores = {path.name for path in (run / "scores").iterdir()}
+    if command == "train":
+        monkeypatch.setattr(
+            "tda_lightning.examples.models.modules.Classifier.on_train_batch_start",
+            terminated,
+            raising=False,
+        )
+        status = main(["train", *TINY, "output=runs/other"])
+        said = "tda train: ended by SIGTERM"
+        assert Trajectory.load("runs/other").num_steps == 1
+    else:
+        monkeypatch.setattr("tda_lightning.estimators.TracIn.score", terminated)
+        status = main(["attribute", "trajectory=runs/digits", "estimator=tracin"])
+        said = "Interrupted"
+    assert status == 128 + signal.SIGTERM
+    assert said in capsys.readouterr().err
+    assert {path.name for path in (run / "scores").iterdir()} == scores

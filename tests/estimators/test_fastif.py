@@ -126,9 +126,9 @@ class TestScores:
         seen: list[int] = []
         taken = Session.train_gradients
 
-        def watched(self: Session, batch: Any, examples: Tensor) -> Any:
+        def watched(self: Session, batch: Any, examples: Tensor, *noise: Any) -> Any:
             seen.extend(examples.tolist())
-            return taken(self, batch, examples)
+            return taken(self, batch, examples, *noise)
 
         full = attribute(CLASSIFIER, *work, InfluenceFunction("identity")).values
         monkeypatch.setattr(Session, "train_gradients", watched)

@@ -6,6 +6,7 @@ Vectors over all parameters are flattened in the order of ``Trajectory.facts.par
 """
 
 from tests.oracles.curvature import gauss_newton, loss_hessian, second_moment
+from tests.oracles.draws import drawn_weights
 from tests.oracles.ekfac import (
     KroneckerBlock,
     embed_blocks,
@@ -52,6 +53,7 @@ __all__ = [
     "checkpoint_gradients",
     "cross_entropy",
     "cut_batches",
+    "drawn_weights",
     "embed_blocks",
     "flatten",
     "gauss_newton",

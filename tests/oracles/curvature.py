@@ -11,18 +11,23 @@ from tests.oracles.gradients import Batch, Criterion, Loss, num_examples, take, 
 
 
 def gauss_newton(
-    module: nn.Module, criterion: Criterion, data: Batch, names: Sequence[str] | None = None
+    module: nn.Module,
+    criterion: Criterion,
+    data: Batch,
+    names: Sequence[str] | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     r"""Gauss-Newton matrix of the mean loss, from full Jacobians.
 
     .. math::
-        \frac1N \sum_n J_n^T \, \nabla_o^2 \ell(o_n, y_n) \, J_n
+        \frac1N \sum_n v_n J_n^T \, \nabla_o^2 \ell(o_n, y_n) \, J_n
 
     Args:
         criterion: the loss [batch] of outputs and targets, with the mean or sum over positions
             exactly as trained.
         data: all examples, (input, target).
         names: order of the parameters; the trained ones if None.
+        weights: v [batch]; 1 if None.
     """
     names = trained(module) if names is None else names
     lookup = dict(module.named_parameters())
@@ -44,7 +49,8 @@ def gauss_newton(
             return criterion(flat.reshape(shape), target).sum()
 
         inner = torch.autograd.functional.hessian(loss_of_outputs, outputs.detach().reshape(-1))
-        total = total + jacobian.T @ inner @ jacobian
+        own = 1.0 if weights is None else float(weights[number])
+        total = total + own * jacobian.T @ inner @ jacobian
     return total / num_examples(data)
 
 

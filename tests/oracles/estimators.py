@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.trajectory import Checkpoint, Segment, Trajectory
+from tests.oracles.draws import drawn_weights
 
 # Weights of the checkpoints that stand for the gradients at row t, by checkpoint step.
 Weights = Callable[[int], Mapping[int, float]]
@@ -80,7 +81,7 @@ def tracin(
     r"""TracIn by checkpoint, [checkpoint, query, train]; their sum is the score.
 
     .. math::
-        \frac1N \sum_c w_c \nabla m_q(\theta_c) \cdot \nabla \ell_n(\theta_c),
+        \frac1N \sum_c w_c v_{cn} \nabla m_q(\theta_c) \cdot \nabla \ell_n(\theta_c),
         \quad w_c = \sum_{c' < t \le c} \eta_t \frac{1 - \tau}{1 - \mu}
 
     Args:
@@ -91,7 +92,8 @@ def tracin(
     steps, scores = sorted(train), []
     for before, step in zip([0, *steps], steps, strict=False):
         weight = rates[before:step].sum(0)
-        scores.append(torch.einsum("qp,p,np->qn", query[step], weight, train[step]))
+        drawn = drawn_weights(trajectory, before, step, len(train[step]))
+        scores.append(torch.einsum("qp,p,np,n->qn", query[step], weight, train[step], drawn))
     return torch.stack(scores) / len(train[steps[0]])
 
 
@@ -155,7 +157,8 @@ def source_average(
         both = torch.linalg.matrix_exp(augmented)
         gradients = torch.stack([train[step] for step in segment.checkpoints]).mean(0)
         response = both[:size, size:] @ ((moved * scale)[:, None] * gradients.T)
-        scores.append(carried @ response)
+        drawn = drawn_weights(trajectory, segment.start, segment.stop, len(gradients))
+        scores.append(carried @ response * drawn)
         carried = carried @ both[:size, :size]
     return torch.stack(scores[::-1]) / len(train[segments[0].checkpoints[0]])
 

@@ -19,6 +19,7 @@ from tda_lightning.records.trajectory import (
     Trajectory,
 )
 from tests.oracles.curvature import gauss_newton
+from tests.oracles.draws import drawn_weights
 from tests.oracles.gradients import Batch, Criterion, Loss, num_examples, take, with_state
 
 # Optimizer steps, each a list of accumulated batches of example indices.
@@ -216,13 +217,17 @@ def mean_curvature(
     criterion: Criterion,
     data: Batch,
 ) -> list[Tensor]:
-    """Each segment's Gauss-Newton matrix, averaged over its checkpoints."""
+    """Each segment's Gauss-Newton matrix of examples as drawn, averaged over its checkpoints."""
     names = list(trajectory.facts.parameters)
     return [
         torch.stack(
             [
                 gauss_newton(
-                    with_state(module, trajectory.checkpoints[step]), criterion, data, names
+                    with_state(module, trajectory.checkpoints[step]),
+                    criterion,
+                    data,
+                    names,
+                    drawn_weights(trajectory, segment.start, segment.stop, num_examples(data)),
                 )
                 for step in segment.checkpoints
             ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tda_lightning.records.trajectory import Segment, Trajectory
 from tests.oracles.curvature import gauss_newton
+from tests.oracles.draws import drawn_weights
 from tests.oracles.estimators import effective_rates, preconditioner, spread
 from tests.oracles.gradients import (
     Batch,
@@ -189,9 +190,12 @@ def _source_stage(
     scores = []
     for segment in reversed(segments):
         states = [run.checkpoints[step] for step in segment.checkpoints]
+        drawn = drawn_weights(run, segment.start, segment.stop, num_examples(stage.data))
         matrix = torch.stack(
             [
-                gauss_newton(_at(stage, step), stage.criterion, stage.data, [*names, *frozen])
+                gauss_newton(
+                    _at(stage, step), stage.criterion, stage.data, [*names, *frozen], drawn
+                )
                 for step in segment.checkpoints
             ]
         ).mean(0)
@@ -215,7 +219,7 @@ def _source_stage(
             ]
         ).mean(0)
         taken = trained @ response
-        scores.append(taken @ gradients.T / len(gradients))
+        scores.append(taken @ gradients.T * drawn / len(gradients))
         if others is not None and coupled:
             others = others - taken @ matrix[:size, size:]
         trained = trained @ both[:size, :size]

@@ -65,6 +65,42 @@ def test_one_part_is_put_back_and_no_other(part: Any) -> None:
     assert {name for name in before if after[name] == before[name]} == {part}
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_buffers_of_another_shape_are_put_back_too(error: bool) -> None:
+    """A cache that grows, one that was empty, one that is new, one that is gone."""
+    module = network()
+    module.register_buffer("grows", torch.arange(2.0))
+    module[0].register_buffer("empty", None)
+    module.register_buffer("goes", torch.ones(1), persistent=False)
+    before, keys = state(module), set(module.state_dict())
+    with suppress(KeyError), borrowed(module):
+        disturb(module)
+        module.grows = torch.arange(5.0)
+        module[0].empty = torch.ones(3)
+        module[3].register_buffer("new", torch.ones(2), persistent=False)
+        del module.goes
+        if error:
+            raise KeyError
+    assert state(module) == before
+    assert set(module.state_dict()) == keys
+    assert module[0].empty is None
+    assert not hasattr(module[3], "new")
+
+
+def test_modes_are_put_back_even_where_a_tensor_cannot_be() -> None:
+    module = network()
+    before = state(module)
+
+    def lose_a_part() -> None:
+        with borrowed(module):
+            module.eval()
+            del module[1]  # its statistics have no place to go back to
+
+    with pytest.raises(AttributeError):
+        lose_a_part()
+    assert module.training and module[2].training == before["modes"]["3"]
+
+
 def test_buffers_that_a_backward_pass_still_needs_can_be_put_back() -> None:
     module = nn.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, requires_grad=True)

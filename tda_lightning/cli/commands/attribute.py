@@ -18,7 +18,7 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
-from tda_lightning.cli.recorded_run import load_parts
+from tda_lightning.cli.recorded_run import load_parts, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.edits import Relabel
@@ -52,10 +52,11 @@ def attribute(config: DictConfig) -> None:
     }
     if predictions := _predictions(module, data, trajectory):
         provenance["predictions"] = predictions
+    train, query = sources(data, config.batch_size)
     try:
         scores = attribution.attribute(
-            train=data.train_dataset,
-            query=data.query_dataset,
+            train=train,
+            query=query,
             batch_size=config.batch_size,
             trainer=configured_trainer(config.trainer),
             scores_path=str(target),

@@ -11,7 +11,7 @@ from rich.table import Table
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, required
-from tda_lightning.cli.recorded_run import load_parts, replay_device
+from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.estimators import Source
 from tda_lightning.evaluation import Smoothness, smoothness
@@ -27,7 +27,7 @@ def check(config: DictConfig) -> None:
     trajectory = Trajectory.load(str(folder))
     data, module, task = load_parts(config, load_config(folder))
     module.to(replay_device(config.device, trajectory))
-    train, query = data.train_dataset, data.query_dataset
+    train, query = sources(data, config.batch_size)
     AttributionModule(module, trajectory, Source(), task).check(train, query, config.examples)
     try:
         require_same_data(trajectory, train)

@@ -67,7 +67,7 @@ def evaluate(config: DictConfig) -> None:
     scores = {file.stem: Scores.load(file) for file in files}
     _complete_settings(config, scores)
     run = RecordedRun.load(config)
-    require_same_data(run.trajectory, run.data.train_dataset)
+    require_same_data(run.trajectory, run.train)
     _require_shapes(run, scores)
 
     path = folder / GROUND_TRUTH_FOLDER / f"{truth_name(config)}.h5"
@@ -194,7 +194,7 @@ def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:
 
 def _baseline(name: str, run: RecordedRun) -> Scores:
     """Scores that cost next to nothing."""
-    train, query, size = run.data.train_dataset, run.data.query_dataset, run.config.batch_size
+    train, query, size = run.train, run.queries, run.config.batch_size
     if name == "random":
         return random_scores(len(query), len(train), run.config.seed)
     if name == "self_loss":

@@ -21,7 +21,7 @@ from tda_lightning.cli.plan_tables import (
     comparison_table,
     recording_plan_table,
 )
-from tda_lightning.cli.recorded_run import load_parts
+from tda_lightning.cli.recorded_run import load_parts, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.records.errors import UnsupportedTrainingError
@@ -41,6 +41,7 @@ def plan(config: DictConfig) -> None:
     if single:
         require_usable_solver(config)
     nodes = {estimator_name(): config.estimator} if single else config.estimators
+    train, query = sources(data, config.batch_size)
     plans: dict[str, AttributionPlan | str] = {}
     for name, node in nodes.items():
         attribution = AttributionModule(
@@ -48,8 +49,8 @@ def plan(config: DictConfig) -> None:
         )
         try:
             plans[str(name)] = attribution.plan(
-                train=data.train_dataset,
-                query=data.query_dataset,
+                train=train,
+                query=query,
                 batch_size=config.batch_size,
                 trainer=trainer,
                 self_influence=config.self_influence,

@@ -32,7 +32,7 @@ def cross(
         for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
             values = dot(responses, segment.units(batch.gradients))
             share = 1 / (session.num_train * len(steps))
-            session.add(number, batch, values * share, first_query)
+            session.add(number, batch, values * share, first_query, used=segment.used)
     return crossing
 
 
@@ -69,5 +69,7 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
                     for step in segment.steps.checkpoints:
                         own = segment.coordinates(name, trained[step][name], rows)
                         products = (response * own).flatten(1).sum(1)
+                        if (weights := batch.weights(segment.used)) is not None:
+                            products = products * weights[rows]
                         values += products / len(segment.steps.checkpoints)
                 session.add_self_influence(examples, values / session.num_train)

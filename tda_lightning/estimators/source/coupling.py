@@ -17,7 +17,7 @@ segment's checkpoints. H_FT u = mean_n g_nF (g_nT . u) takes no matrix, only wal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,13 +106,15 @@ def coupled(
             for gradients in _gauss_newton(session, batch, segment.kind, seed + step):
                 dots = [gradients.blocks[name].dot(own) for name, own in u.items()]
                 inner = torch.stack(dots).sum(0)
+                if (weights := batch.weights(segment.used)) is not None:
+                    inner = inner * weights
                 for block in session.blocks:
                     if not products.keys() & set(block.parameters):
                         continue
                     product = block.tensors(gradients.blocks[block.name].weighted_sums(inner))
                     for name in product.keys() & products.keys():
                         products[name] += product[name]
-    count = session.num_train * len(segment.steps.checkpoints)
+    count = session.num_train * len(segment.steps.checkpoints) * session.draws
     carried = {}
     for name in stage.frozen:  # in the same order in every process
         adjoint = frozen[name].clone()
@@ -137,10 +139,12 @@ def _by_wide_block(stage: Stage, response: Mapping[str, Tensor]) -> dict[str, Te
 
 def _gauss_newton(
     session: Session, batch: Batch, curvature: str, seed: int
-) -> Iterable[ExampleGradients]:
-    if curvature == "exact":
-        return session.gauss_newton_gradients(batch.data, batch.examples)
-    return [session.fisher_gradients(batch.data, batch.examples, seed)]
+) -> Iterator[ExampleGradients]:
+    for _ in session.each_draw():
+        if curvature == "exact":
+            yield from session.gauss_newton_gradients(batch.data, batch.examples)
+        else:
+            yield session.fisher_gradients(batch.data, batch.examples, seed)
 
 
 def by_name(session: Session, grouping: str, by_unit: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,10 +40,12 @@ from tda_lightning.estimators.source.segments import (
     unit_scales,
 )
 from tda_lightning.estimators.tracin import NO_SELF
+from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_formula, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
+from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.session import Session, Stage
 
 ORDERS = ("average", "recorded")
@@ -269,6 +271,9 @@ class Source:
             if not linear:
                 stepwise.require_memory(session)
         records = trajectory.segments(cuts)
+        draws = RecordedDraws.of(session) if recorded_order else None
+        if draws is not None:
+            draws.prepare("recorded draws", range(records[0].start, records[-1].stop))
         leading = self.leading(session, len(records))
         segments = []
         require_formula(trajectory, "metric", "SOURCE")
@@ -287,6 +292,7 @@ class Source:
                     single_steps=single_steps,
                     goes_back=number > 0 or bool(stage.carried),
                     couples=bool(stage.frozen) and self.curvature != "identity",
+                    draws=draws,
                 )
             )
         return FittedStage(stage, segments, cross, copies, leading, products)
@@ -303,6 +309,7 @@ class Source:
         if self.curvature == MATRIX_FREE:
             return segment_geometry(session, steps, "exact", metrics), {}
         title, checkpoints = f"segment {number + 1}", steps.checkpoints
+        used = (steps.start, steps.stop)
         geometry = segment_geometry(session, steps, self.curvature, metrics)
 
         def scales(kind: str, geometry: Geometry) -> Scales:
@@ -319,19 +326,20 @@ class Source:
             self.statistics,
             self.curvature,
             session,
-            (steps.start, steps.stop),
+            used,
             checkpoints,
             scales(self.curvature, geometry),
             self.seed,
             title,
             self.dense_side,
+            used,
         )
         if not leading:
             return geometry, spectra
         # With leading directions, the unit of curvature is all parameters together.
         geometry = segment_geometry(session, steps, "exact", metrics)
         directions = leading_directions(
-            leading, session, checkpoints, scales("exact", geometry), self.seed, title
+            leading, session, checkpoints, scales("exact", geometry), self.seed, title, used
         )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
 
@@ -409,6 +417,8 @@ class FittedStage:
         else:
             notes += stepwise.notes_on_bounds(self.segments)
         notes += felt_note(metric.felt for metric in self.segments[0].metrics.values())
+        if self.cross not in (recorded.cross, stepwise.cross):  # which follow the batches
+            notes += use_notes(session)
         if session.self_influence and self.cross is stepwise.cross:
             notes.append(_NO_SELF_STEPWISE)
         if session.self_influence and self.products is not None:

@@ -110,7 +110,7 @@ class MatrixFreeOrder:
         for step in steps:
             for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
                 values = dot(responses, batch.gradients) / meetings
-                session.add(number, batch, values, first_query)
+                session.add(number, batch, values, first_query, used=segment.used)
         return Crossing(carried, {})
 
     def _multiply(self, segment: FittedSegment, vectors: Tensor) -> Tensor:
@@ -119,6 +119,7 @@ class MatrixFreeOrder:
         decay = geometry.decay[WHOLE].flatten()
         scale = geometry.scale.get(WHOLE, torch.ones_like(decay)).flatten()
         total = torch.zeros_like(vectors)
+        self.products.used = segment.used
         for step in checkpoints:
             segment.session.load(step)
             total += self.products.over_training_set(scale * vectors)

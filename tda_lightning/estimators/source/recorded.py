@@ -37,8 +37,7 @@ def cross(
     with_self = session.self_influence and first_query == 0
     steps = _steps_back(segment)
     row, u = segment.steps.stop, dict[str, Tensor]()
-    order = [load.examples for load in loads]
-    for batch in session.walk_columns(f"{segment.title}: recorded steps", order=order):
+    for batch in segment.walk(f"{segment.title}: recorded steps", loads):
         load = loads[batch.position]
         before, after = (segment.gradients(batch, step) for step in load.interval)
         measured = segment.measurement_gradients(batch) if with_self else {}

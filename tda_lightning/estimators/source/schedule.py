@@ -23,12 +23,14 @@ class Load:
         shares: the weight of each example's loss in its step's loss.
         interval: the last checkpoint at or before these steps (the second again when there is
             none), and the first after them.
+        place: of the load in the table of batches, where it is one recorded batch.
     """
 
     examples: list[int]
     rows: Tensor
     shares: Tensor
     interval: tuple[int, int]
+    place: int | None = None
 
     def gradients(self, ends: Sequence[Tensor], rows: slice) -> Tensor:
         """Shares of the gradients of the examples in ``rows`` at their own steps, interpolated
@@ -81,6 +83,21 @@ def recorded_loads(
             examples, rows, shares = zip(*between[first : first + size], strict=True)
             weights = torch.tensor(shares, dtype=torch.float64)
             loads.append(Load(list(examples), torch.tensor(rows), weights, interval))
+    return loads
+
+
+def recorded_batches(
+    trajectory: Trajectory, segment: Segment, share: Callable[[int], float]
+) -> list[Load]:
+    """The segment's recorded batches, last step first, each as a load of its own: for losses that
+    draw what they drew in training. See :func:`recorded_loads`."""
+    steps, loads = trajectory.steps, []
+    for row in reversed(range(segment.start, segment.stop)):
+        interval, divisor = interval_around(trajectory, row), int(steps.accumulation[row])
+        for place, batch in enumerate(steps.batches(row), start=int(steps.batch_offsets[row])):
+            rows = torch.full((len(batch),), row)
+            shares = torch.full((len(batch),), share(len(batch)) / divisor, dtype=torch.float64)
+            loads.append(Load(batch.tolist(), rows, shares, interval, place))
     return loads
 
 

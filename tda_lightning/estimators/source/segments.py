@@ -18,7 +18,7 @@ from torch import Tensor
 from tda_lightning.curvature import DeflatedSpectrum, Spectrum, unit_matrices, units
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.source.felt import felt
-from tda_lightning.estimators.source.schedule import Load, recorded_loads
+from tda_lightning.estimators.source.schedule import Load, recorded_batches, recorded_loads
 from tda_lightning.estimators.source.spectral import (
     Transfer,
     averaged_transfer,
@@ -39,7 +39,8 @@ from tda_lightning.optimizers import (
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
-from tda_lightning.session.session import Batch, Session
+from tda_lightning.replay.recorded_draws import RecordedDraws
+from tda_lightning.session.session import Batch, Session, Span
 
 # Derivatives of the queries' measurements at one moment of training, by unit of curvature:
 # [component, query, groups, rows, columns]. The first component is that of the parameters, the
@@ -213,6 +214,7 @@ class FittedSegment:
         goes_back: whether anything was trained before it.
         couples: whether frozen parameters need its response.
         bounded: rows of single steps in which curvature was brought down to the edge of stability.
+        draws: of a loss that draws random numbers, where the recorded order is followed.
     """
 
     session: Session
@@ -226,11 +228,17 @@ class FittedSegment:
     goes_back: bool
     couples: bool
     bounded: set[int] = field(default_factory=set)
+    draws: RecordedDraws | None = None
 
     @property
     def title(self) -> str:
         """For progress bars."""
         return f"segment {self.number + 1}"
+
+    @property
+    def used(self) -> Span:
+        """Its steps, whose use of examples weighs them."""
+        return self.steps.start, self.steps.stop
 
     @property
     def grouping(self) -> str:
@@ -269,6 +277,8 @@ class FittedSegment:
         """The recorded uses of examples, last step first."""
         session = self.session
         size, share = session.batch_size, session.task.share
+        if self.draws is not None:
+            return recorded_batches(session.trajectory, self.steps, share)
         return recorded_loads(session.trajectory, self.steps, size, share)
 
     @cached_property
@@ -279,6 +289,15 @@ class FittedSegment:
             return self.loads
         size, share = session.batch_size, session.task.share
         return recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+
+    def walk(self, title: str, loads: Sequence[Load], scored: bool = True) -> Iterator[Batch]:
+        """The examples of some loads; ``scored``: they are ``scored_loads``."""
+        if self.draws is not None:
+            places = [load.place for load in loads if load.place is not None]
+            yield from self.draws.walk_places(title, places)
+            return
+        walk = self.session.walk_columns if scored else self.session.walk
+        yield from walk(title, order=[load.examples for load in loads])
 
     def linear_steps(self) -> Iterator[tuple[int, ParameterStep, float]]:
         """Each row of the steps table with its step and clipping factor, the last one first.
@@ -306,7 +325,8 @@ class FittedSegment:
     def gradients(self, batch: Batch, step: int) -> dict[str, Gradient]:
         """Training gradients of a batch at a checkpoint, by unit."""
         self.session.load(step)
-        return self.units(self.session.train_gradients(batch.data, batch.examples).blocks)
+        found = self.session.train_gradients(batch.data, batch.examples, batch.noise)
+        return self.units(found.blocks)
 
     def measurement_gradients(self, batch: Batch) -> dict[str, Gradient]:
         """Measurement gradients of a batch of training examples at the end of training, by unit."""

@@ -50,7 +50,7 @@ def cross(
         steps = _steps_back(segment, recorded, range(first, last + 1), crossing)
         row, u = last + 1, dict[str, Tensor]()
         scored = [load for load in segment.scored_loads if load.interval == interval]
-        for batch in session.walk_columns(title, order=[load.examples for load in scored]):
+        for batch in segment.walk(title, scored):
             load = scored[batch.position]
             before, after = (segment.gradients(batch, step) for step in load.interval)
             queries = next(iter(adjoint.values())).shape[1]
@@ -183,7 +183,7 @@ def _mean_gradients(
         )
         for name, matrix in unit_matrices(segment.grouping, shapes).items()
     }
-    for batch in session.walk(title, order=[load.examples for load in loads]):
+    for batch in segment.walk(title, loads, scored=False):
         load = loads[batch.position]
         before, after = (segment.gradients(batch, step) for step in load.interval)
         for name, total in totals.items():

@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.estimators.unrolled.batch_statistics import Use, watched
-from tda_lightning.gradients.functional import ends_early
+from tda_lightning.gradients.functional import TwiceDifferentiable, ends_early
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.tasks import AttributionTask, seeded_examples
+from tda_lightning.tasks import AttributionTask, restarted_by, seeded_examples
 
 Parameters = Mapping[str, Tensor]
 _CACHE = 1 << 20  # bytes
@@ -111,11 +111,15 @@ def batch_derivatives(
     """
 
     def run(changed: object) -> tuple[Tensor, Tensor]:
+        again = None
         if draws is not None:
-            draws.forward.restore()
-        with seeded_examples(0, examples):
+            again = draws.forward.restore
+            again()
+        noise = seeded_examples(0, examples, own_noise=False)
+        with noise, restarted_by(again), TwiceDifferentiable():
             return task.batch_loss(replay.module, changed, by_position)
 
+    versions = {name: parameter._version for name, parameter in parameters.items()}
     try:
         # The fused attention kernels have no second derivative; their definition has.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), unchanged_randomness():
@@ -134,11 +138,20 @@ def batch_derivatives(
             )
     except RuntimeError as error:
         raise _without_derivative(error) from error
+    for name, parameter in parameters.items():
+        if parameter._version != versions[name]:
+            raise UnsupportedTrainingError(
+                f"The training step rewrites parameter {name} in its forward pass (a projection, a "
+                "constraint), which exact unrolling does not differentiate. Constrain the weights "
+                "by a parametrization, or use Source(order='recorded')."
+            )
     if ends_early(gradient):
         raise _without_derivative(
             RuntimeError("the backward pass of a Function is marked as once_differentiable.")
         )
-    used = {name: g for name, g in zip(parameters, gradient, strict=True) if g is not None}
+    used = {
+        name: g for name, g in zip(parameters, gradient, strict=True) if g is not None and g.numel()
+    }
     return BatchDerivatives(
         float(total.detach()),
         {name: parameters[name] for name in used},
@@ -187,22 +200,37 @@ def _vector_jacobian(
     if not outputs:
         return [None] * len(inputs)
     options: dict[str, bool] = {"retain_graph": True, "allow_unused": True}
-    count = len(directions[0])
-    try:
-        if count == 1:
-            single = [direction[0] for direction in directions]
-            found = torch.autograd.grad(outputs, inputs, single, **options)
-            return [None if product is None else product[None] for product in found]
-        with warnings.catch_warnings():
-            # Operations without a batching rule are looped over: slower, and the same.
-            warnings.filterwarnings("ignore", message=".*batching rule.*")
-            return list(
-                torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, **options)
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise _without_derivative(error) from error
+    if len(directions[0]) > 1:
+        try:
+            with warnings.catch_warnings():
+                # Operations without a batching rule are looped over: slower, and the same.
+                warnings.filterwarnings("ignore", message=".*batching rule.*")
+                return list(
+                    torch.autograd.grad(
+                        outputs, inputs, directions, is_grads_batched=True, **options
+                    )
+                )
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # Some rules of torch for several directions are wrong (GroupNorm's): one by one.
+    found = []
+    for single in zip(*directions, strict=True):
+        try:
+            found.append(torch.autograd.grad(outputs, inputs, single, **options))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise _without_derivative(error) from error
+    return [
+        None if products[0] is None else torch.stack(products)
+        for products in zip(*found, strict=True)
+    ]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a graph did not fit into memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _without_derivative(error: RuntimeError) -> Exception:

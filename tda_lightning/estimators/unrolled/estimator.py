@@ -121,6 +121,7 @@ class Unrolled:
         with replay.as_trained():
             layers = moving_layers(session.module)
         require_exact(replay, session, layers, self.token_weights)
+        session.recorded_draws = True
         checkpoints = sorted(trajectory.checkpoints)
         segments = list(zip(checkpoints, checkpoints[1:], strict=False))
         first_row = 0 if self.last_steps is None else max(0, last_step - self.last_steps)

@@ -18,15 +18,15 @@ from tda_lightning.estimators.unrolled.derivatives import (
     BatchDerivatives,
     activations_counted,
     batch_derivatives,
+    is_out_of_memory,
     queries_at_once,
 )
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.run import Draws, Replay
-from tda_lightning.runtime.loading import place
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Session, relabelled
 
 
 class _Change(NamedTuple):
@@ -135,7 +135,8 @@ class ReverseSweeps:
         batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
-            for examples, draws, counts in reversed(batches):
+            for number, (examples, draws, counts) in reversed([*enumerate(batches)]):
+                replay.see(state.row, number)
                 if not self._chunk:
                     self._settle(state.row, examples, draws)
                 load_tensors(replay.module, counts)
@@ -199,8 +200,14 @@ class ReverseSweeps:
 
     def _settle(self, row: int, examples: Tensor, draws: Draws | None) -> None:
         module, room = self.replay.module, self._room // 2
-        with activations_counted([*module.parameters(), *module.buffers()]) as sizes:
-            self._graph(row, examples, draws)
+        try:
+            with activations_counted([*module.parameters(), *module.buffers()]) as sizes:
+                self._graph(row, examples, draws)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            self._chunk = 1  # torch.func in the loss keeps its activations to itself
+            return
         self._chunk = queries_at_once(self.session.device, room, sum(sizes))
 
     def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
@@ -255,7 +262,7 @@ class ReverseSweeps:
                 replaced[position] if position in replaced else replay.source.dataset[index]
                 for position, index in enumerate(examples.tolist())
             ]
-            return place(replay.source.collate(items), replay.module)
+            return replay.source.placed(replay.source.join(items), replay.module, ())
 
     def _variant(
         self, batch: object, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
@@ -270,7 +277,7 @@ class ReverseSweeps:
         if replaced:
             batch = self._fetched(examples, draws, replaced)
         labels = {position: term.labels[0] for position, term in terms.items() if term.labels}
-        return self.session.task.relabelled(batch, labels) if labels else batch
+        return relabelled(self.session.task, batch, labels) if labels else batch
 
     def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
         """What a batch adds to scores and adjoints, for as many queries at once as fit."""
@@ -283,7 +290,7 @@ class ReverseSweeps:
                     {name: v[rows] for name, v in u.items()}, statistics
                 )
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or self._chunk == 1:
+                if not is_out_of_memory(error) or self._chunk == 1:
                     raise
                 self._chunk = (self._chunk + 1) // 2
                 continue
@@ -342,10 +349,6 @@ def _of_variant(changes: Sequence[_Change], terms: Mapping[int, Term]) -> list[_
         next(c for c in changes if c.position == position and c.term is term)
         for position, term in terms.items()
     ]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _parameter_gradients(session: Session, queries: range) -> dict[str, Tensor]:

@@ -1,0 +1,73 @@
+"""Training steps that draw random numbers, against plain loops that draw what the run drew."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tda_lightning import AttributionModule
+from tda_lightning.estimators import TracIn, Unrolled
+from tda_lightning.evaluation import landing_error, retrain
+from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
+from tests import noisy
+from tests.attributing import quiet
+
+QUERIES = noisy.data(3, seed=5)
+HAND_WRITTEN = ("vae",)  # losses that are no standard ones
+FAST = ("noisy inputs", "mixup, weight from numpy", "diffusion", "vae", "pasted", "dropout besides")
+NAMES = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in noisy.NOISE
+    if name not in (*HAND_WRITTEN, "plain")
+]
+
+
+def scores_of(module, run, estimator, task=None, **options):
+    task = task or noisy.CleanMeasurement()
+    attribution = AttributionModule(module, run, estimator, task)
+    return attribution.attribute(noisy.data(), QUERIES, trainer=quiet(), **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_run_drew_is_drawn_again(name, tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", name)
+
+    unrolled = scores_of(module, run, Unrolled())
+    assert unrolled.provenance["certificate"]["bit_equal"]
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
+
+    tracin = scores_of(module, run, TracIn())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+    for scores in (unrolled, tracin):
+        assert any("the run's own draws" in note for note in scores.provenance["notes"])
+
+    state = retrain(run, module, None, noisy.data(), torch.ones(noisy.TRAIN))
+    assert landing_error(run, state) < 1e-12
+
+
+def own_generator(module, x, y):
+    return F.cross_entropy(module.f(x + torch.from_numpy(GENERATOR.standard_normal(x.shape))), y)
+
+
+def compared(module, x, y):
+    """The examples depend on one another, with or without noise."""
+    hidden = module.f(x + torch.randn_like(x))
+    return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
+
+
+GENERATOR = np.random.default_rng(0)
+REFUSED = {
+    "a generator of its own": (own_generator, "generator of its own"),
+    "a contrastive loss": (compared, "depend on one another|influence one another|alone"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_told_apart_is_refused_for_the_true_reason(name, tmp_path, monkeypatch):
+    step, reason = REFUSED[name]
+    monkeypatch.setitem(noisy.NOISE, name, noisy.Noise(step, step))
+    module, run = noisy.recorded(tmp_path / "run", name, checkpoints=1, epochs=1)
+    with pytest.raises((EngineError, ValueError, UnsupportedTrainingError), match=reason):
+        scores_of(module, run, TracIn(), None)
