@@ -18,9 +18,10 @@ from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import AttributionTask, seeded_examples, watching_noise
+from tda_lightning.tasks import AttributionTask, noise_of, seeded_examples
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -117,10 +118,12 @@ def open_session(
     if not task.measures_loss:
         some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
+    trainer = stand_in_of(module)
+    unknown = [] if trainer is None else trainer.unknown
     with _noise_explained(session, batch, indices):
         with seeded_examples(0, indices):
             task.prepare(module, batch)
-        task.notes.extend(dict.fromkeys([*examples.notes, *queries.notes]))
+        task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.separable)
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
@@ -134,20 +137,13 @@ def _noise_of(
     batch: object,
     indices: Tensor,
 ) -> frozenset[str]:
-    """What kinds of random numbers a loss draws. On batches of two sizes: which axis of a draw
-    holds the examples is told by its length (``tasks/step_noise.py``)."""
-    with watching_noise() as seen, torch.no_grad():
-        try:
-            loss(module, batch, indices)
-            if "NumPy" in seen:  # from here on it draws for the example
-                seen.clear()
-                loss(module, batch, indices)
-            if seen and len(indices) > 1:
-                fewer, some = first_batch(source, len(indices) - 1, module)
-                loss(module, fewer, some)
-        except Exception:
-            pass
-    return frozenset(seen)
+    """What kinds of random numbers a loss draws."""
+    return noise_of(
+        lambda part, examples: loss(module, part, examples),
+        batch,
+        indices,
+        lambda: first_batch(source, len(indices) - 1, module),
+    )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
-from tda_lightning.tasks import AttributionTask, ClassificationTask, RegressionTask
+from tda_lightning.tasks import AttributionTask, ClassificationTask, RegressionTask, seeded_examples
 
 
 class _Constant(nn.Module):
@@ -105,11 +105,11 @@ def each_response(
     with borrowed(module):
         load_tensors(module, state)
         module.eval()
-        batches = [source.batch(rows, module) for rows in source.batches()]
-        anchors = [_anchor(module, task, batch) for batch in batches]
+        batches = [(source.batch(rows, module), torch.tensor(rows)) for rows in source.batches()]
+        anchors = [_anchor(module, task, *batch) for batch in batches]
         for example in examples:
             load_tensors(module, state)
-            given_up = source.batch([example], module)
+            given_up = source.batch([example], module), torch.tensor([example])
             _minimise(module, task, batches, anchors, given_up, len(source), damping, iterations)
             moved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
             if not all(bool(tensor.isfinite().all()) for tensor in moved.values()):
@@ -125,10 +125,13 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _anchor(
-    module: nn.Module, task: ClassificationTask | RegressionTask, batch: object
+    module: nn.Module,
+    task: ClassificationTask | RegressionTask,
+    batch: object,
+    examples: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the trained weights, and the derivative of the summed losses in them."""
-    with torch.enable_grad():
+    with torch.enable_grad(), seeded_examples(0, examples):
         outputs = task.forward(module, batch)[0].detach().requires_grad_()
         (slope,) = torch.autograd.grad(task.train_loss(_Constant(outputs), batch).sum(), outputs)
     return outputs.detach(), slope
@@ -137,9 +140,9 @@ def _anchor(
 def _minimise(
     module: nn.Module,
     task: ClassificationTask | RegressionTask,
-    batches: Sequence[object],
+    batches: Sequence[tuple[object, Tensor]],
     anchors: Sequence[tuple[Tensor, Tensor]],
-    given_up: object,
+    given_up: tuple[object, Tensor],
     num_train: int,
     damping: float,
     iterations: int,
@@ -158,16 +161,18 @@ def _minimise(
     def objective() -> Tensor:
         optimizer.zero_grad()
         total = 0.0
-        for batch, (anchor, slope) in zip(batches, anchors, strict=True):
-            outputs = task.forward(module, batch)[0]
-            # The constant of the divergence, the loss at the anchor, does not move the minimum.
-            losses = task.train_loss(_Constant(outputs), batch).sum()
+        for (batch, examples), (anchor, slope) in zip(batches, anchors, strict=True):
+            with seeded_examples(0, examples):
+                outputs = task.forward(module, batch)[0]
+                # The constant of the divergence, the loss at the anchor, does not move the minimum.
+                losses = task.train_loss(_Constant(outputs), batch).sum()
             part = (losses - (slope * (outputs - anchor)).sum()) / num_train
             part.backward()
             total += float(part.detach())
         pairs = zip(parameters, start, strict=True)
         near = sum((parameter - at).square().sum() for parameter, at in pairs)
-        part = damping / 2 * near - task.train_loss(module, given_up).sum() / num_train
+        with seeded_examples(0, given_up[1]):
+            part = damping / 2 * near - task.train_loss(module, given_up[0]).sum() / num_train
         part.backward()
         return part.detach() + total
 

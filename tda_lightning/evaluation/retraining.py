@@ -29,12 +29,13 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
-from tda_lightning.runtime.random_states import unchanged_randomness
+from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.session.moments import show
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
     as_task,
+    noise_of,
     numbered_draw,
     seeded_examples,
     watching_noise,
@@ -93,7 +94,8 @@ def retrain_each(
     Args:
         together: runs to train at once through ``torch.func.vmap``, equal up to rounding: 38
             times faster for an MLP of 1,400 weights (50 at once), 8 times for 18,000. 1 is the
-            plain loop; an optimizer that mixes a parameter's elements always takes it.
+            plain loop; an optimizer that mixes a parameter's elements always takes it, and so
+            does training that draws random numbers, as they were recorded.
 
     Raises:
         As :func:`retrain` does.
@@ -102,7 +104,7 @@ def retrain_each(
     replay = Replay(trajectory, module, as_task(task), source, training)
     replay.check()
     _check_weights(replay, weights)
-    if not rule_of(trajectory).elementwise:
+    if together > 1 and (not rule_of(trajectory).elementwise or _draws(replay)):
         together = 1
     for part in weights.split(together):
         for state in [_run(replay, part[0])] if together == 1 else replay_stacked(replay, part):
@@ -118,6 +120,21 @@ def _run(replay: Replay, weights: Tensor) -> State:
         for row in range(replay.trajectory.last_step):
             walk.step(row, weights)
         return dict(walk.snapshot().tensors)
+
+
+def _draws(replay: Replay) -> bool:
+    """Whether the first step of a run, whose random states were recorded, draws from them, in its
+    batches or in its loss."""
+    if not replay.knows_randomness:
+        return False
+    with borrowed(replay.module), replay.as_trained():
+        walk = Walk(replay)
+        walk.restart(0)
+        for batch, examples, draws in walk.batches(0):
+            replay.loss_as_trained(batch, examples)
+            if draws is not None and not draws.fetch == draws.forward == Snapshot.take():
+                return True
+    return False
 
 
 def _check_weights(replay: Replay, weights: Tensor) -> None:
@@ -136,6 +153,12 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
         replay.module.eval()
         replay.see(0, 0)
         batch = replay.fetch(examples)
+
+        def loss(part: object, chosen: Tensor) -> Tensor:
+            with seeded_examples(0, chosen):
+                return probe.train_loss(replay.module, part)
+
+        noise_of(loss, batch, examples, lambda: (replay.fetch(examples[:-1]), examples[:-1]))
         with seeded_examples(0, examples):
             probe.prepare(replay.module, batch)
     if not probe.separable:

@@ -61,6 +61,6 @@ def opaque(batch: object, count: int) -> bool:
     for leaf in pytree.tree_leaves(batch):
         if not isinstance(leaf, Tensor):
             return True
-        if leaf.dim() and leaf.shape[0] != count:
+        if leaf.is_nested or (leaf.dim() and leaf.shape[0] != count):
             return True
     return False

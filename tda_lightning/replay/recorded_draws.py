@@ -17,6 +17,7 @@ from tda_lightning.replay.run import Replay
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
+from tda_lightning.session.moments import show
 from tda_lightning.session.session import Batch, Session
 from tda_lightning.tasks.recorded_noise import RecordedNoise
 
@@ -157,6 +158,7 @@ class RecordedDraws:
             noise = RecordedNoise(forward)
             with restored(session.module, "buffers"), replay.as_trained():
                 left = noise.note(lambda: replay.loss_as_trained(data, examples))
-        session.load(session.loaded_step)  # whose moment the step sees from here on
+        if session.loaded.step is not None:  # whose moment the step sees from here on
+            show(session.module, self.trajectory, session.loaded.step - 1, source=session.examples)
         indices = examples.to(session.device)
         return Batch(session, data, indices, 0, indices, indices, noise=noise), left

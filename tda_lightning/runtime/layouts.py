@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
@@ -90,6 +91,8 @@ def learned(batch: Any, alone: Sequence[Any]) -> Rule:
 
 
 def _rule_of_array(batch: Any, alone: Sequence[Any]) -> Rule:
+    if isinstance(batch, Tensor) and batch.is_nested:
+        return Rule("unknown")
     shape, shapes = tuple(batch.shape), [tuple(one.shape) for one in alone]
     if any(len(other) != len(shape) for other in shapes):
         return Rule("unknown")
@@ -119,6 +122,8 @@ def _counts(number: Any, alone: Sequence[Any]) -> bool:
 
 def first_axis(batch: Any, count: int) -> Rule:
     """The rule of a batch whose tensors all hold the examples along their first axis."""
+    if isinstance(batch, Tensor) and batch.is_nested:
+        return Rule("unknown")
     if isinstance(batch, (Tensor, np.ndarray)):
         return Rule("axis") if batch.ndim and len(batch) == count else Rule("shared")
     inside = parts(batch)
@@ -140,6 +145,9 @@ def cut(rule: Rule, batch: Any, position: int, count: int) -> Any:
         return batch
     if rule.kind == "axis":
         _require(batch.ndim > rule.axis and batch.shape[rule.axis] == count)
+        if isinstance(batch, Tensor) and batch.layout != torch.strided:
+            place = torch.tensor([position], device=batch.device)
+            return batch.index_select(rule.axis, place)
         if isinstance(batch, Tensor):
             return batch.narrow(rule.axis, position, 1)
         return batch[(slice(None),) * rule.axis + (slice(position, position + 1),)]
@@ -174,7 +182,7 @@ def stacked(rule: Rule, batch: Any, count: int) -> list[tuple[Any, int | None]]:
     """
     if rule.kind == "shared":
         return [(batch, None)]
-    if rule.kind == "axis" and isinstance(batch, Tensor):
+    if rule.kind == "axis" and isinstance(batch, Tensor) and batch.layout == torch.strided:
         _require(batch.ndim > rule.axis and batch.shape[rule.axis] == count)
         return [(batch, rule.axis)]
     inside = parts(batch)
@@ -231,6 +239,8 @@ def _misfit(
 def _same_but_for_padding(padded: Any, alone: Any) -> bool:
     """Whether ``padded`` begins or ends with ``alone`` along each axis."""
     places = [_ends(size, wanted) for size, wanted in zip(padded.shape, alone.shape, strict=True)]
+    if isinstance(padded, Tensor) and padded.layout != torch.strided:
+        padded, alone = padded.to_dense(), alone.to_dense()
     equal = close if isinstance(padded, Tensor) else same_arrays
     return any(equal(padded[place], alone) for place in itertools.product(*places))
 
@@ -242,7 +252,7 @@ def _ends(size: int, wanted: int) -> list[slice]:
 
 
 def _sizes(batch: Any) -> set[int]:
-    return {size for tensor in tensors(batch) for size in tensor.shape}
+    return {size for one in tensors(batch) if not one.is_nested for size in one.shape}
 
 
 def _are_sizes(one: Any, alone: Any, sizes: tuple[set[int], set[int]]) -> bool:

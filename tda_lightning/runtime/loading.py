@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from tda_lightning.runtime.layouts import (
+    CannotCut,
     Rule,
     cut,
     first_axis,
@@ -125,7 +126,9 @@ class ExampleSource:
     example: Callable[[Any, int], Any] | None = None
     alone: bool = False
     notes: tuple[str, ...] = ()
+    # What has been found out, by the structure of a batch and by the class of a module.
     _layouts: dict[object, _Layout] = field(default_factory=dict, repr=False, compare=False)
+    _order_kept: dict[type, bool] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -237,7 +240,7 @@ class ExampleSource:
 
     def with_dataset(self, dataset: object) -> ExampleSource:
         """Another data set, made into batches in the same way."""
-        return replace(self, dataset=dataset, _layouts={})
+        return replace(self, dataset=dataset, _layouts={}, _order_kept={})
 
     def batch(self, indices: Tensor | Sequence[int], module: nn.Module) -> object:
         """The batch of these examples on the device of the module."""
@@ -250,7 +253,8 @@ class ExampleSource:
         there = self._transferred(batch, module)
         if len(indices) > 1 and (self.example is not None or not self._stacks(module)):
             chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-            remember(there, Origin(_Reader(self, weakref.ref(module)), tuple(chosen)))
+            reader = _Reader(weakref.ref(self), weakref.ref(module), self.example)
+            remember(there, Origin(reader, tuple(chosen)))
         return there
 
     def _transferred(self, batch: Any, module: nn.Module) -> Any:
@@ -289,12 +293,17 @@ class ExampleSource:
         """
         if self.alone or self._stacks(module) or len(self) < 2 or self.keys is one_key:
             return self
+        if type(module) not in self._order_kept:
+            self._order_kept[type(module)] = self._keeps_order(module)
+        if self._order_kept[type(module)]:
+            return self
+        return replace(self, alone=True, batch_size=1, notes=(*self.notes, _REORDERED))
+
+    def _keeps_order(self, module: nn.Module) -> bool:
         count = min(len(self), _PROBED)
         spread = [position * (len(self) - 1) // (count - 1) for position in range(count)]
         layout = self._compared(spread, module) or self._compared(list(range(count)), module)
-        if layout is None or layout.order_kept:
-            return self
-        return replace(self, alone=True, batch_size=1, notes=(*self.notes, _REORDERED))
+        return layout is None or layout.order_kept
 
     def rule_of(self, batch: object, indices: Sequence[int], module: nn.Module) -> Rule:
         """How a batch of these examples is cut.
@@ -381,25 +390,26 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads single examples of a source for a module, as long as that lives."""
+    """Reads single examples of a source for a module, as long as both live: tensors of a batch may
+    be the data set's own, and are not to keep it alive."""
 
-    source: ExampleSource
+    source: weakref.ref[ExampleSource]
     module: weakref.ref[nn.Module]
-
-    @property
-    def example(self) -> Callable[[Any, int], Any] | None:
-        return self.source.example
+    example: Callable[[Any, int], Any] | None
 
     def rule_of(self, batch: object, indices: Sequence[int]) -> Rule:
-        return self.source.rule_of(batch, indices, self._alive())
+        source, module = self._alive()
+        return source.rule_of(batch, indices, module)
 
     def single(self, index: int) -> object:
-        return self.source.single(index, self._alive())
+        source, module = self._alive()
+        return source.single(index, module)
 
-    def _alive(self) -> nn.Module:
-        module = self.module()
-        assert module is not None
-        return module
+    def _alive(self) -> tuple[ExampleSource, nn.Module]:
+        source, module = self.source(), self.module()
+        if source is None or module is None:
+            raise CannotCut("The data set or the module of this batch is gone: read it again.")
+        return source, module
 
 
 def _copies(items: list[object]) -> list[object]:

@@ -52,6 +52,10 @@ class TrainerStandIn:
     module: nn.Module
     moment: Moment | None = None
     source: Any = None  # the training set as it is read; see runtime/loading.py
+    unknown: list[str] = field(default_factory=list)  # what steps see otherwise than in training
+    shown: dict[str, Any] = field(default_factory=dict)  # what hooks were last called for
+    # Attributes that hooks have set meanwhile: whether the module had them, and what they were.
+    kept: dict[str, tuple[bool, Any]] = field(default_factory=dict)
     _optimizer: tuple[Moment, torch.optim.Optimizer] | None = field(default=None, repr=False)
 
     # Constant in training.
@@ -383,6 +387,9 @@ def stand_in_for_trainer(module: nn.Module) -> Iterator[TrainerStandIn | None]:
     try:
         yield stand_in
     finally:
+        for name, (had, value) in stand_in.kept.items():
+            vars(module).pop(name, None)
+            vars(module).update({name: value} if had else {})
         for part, own in zip(parts, kept, strict=True):
             for name in (*_HELD, *_METHODS):
                 vars(part).pop(name, None)

@@ -122,6 +122,9 @@ def same(one: object, other: object) -> bool:
 
 def close(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors agree in shape, type and, up to rounding, in value."""
+    if one.is_nested or other.is_nested:
+        both = one.is_nested and other.is_nested and one.size(0) == other.size(0)
+        return both and all(map(close, one.unbind(), other.unbind()))
     if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
         return False
     if one.layout != torch.strided:

@@ -7,7 +7,7 @@ from tda_lightning.tasks.example_seeds import MEASURED_SEED, numbered_draw, seed
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.regression import RegressionTask
-from tda_lightning.tasks.step_noise import restarted_by, watching_noise
+from tda_lightning.tasks.step_noise import noise_of, restarted_by, watching_noise
 from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
 
 
@@ -32,6 +32,7 @@ __all__ = [
     "TrainingStepTask",
     "as_task",
     "gauss_newton_losses",
+    "noise_of",
     "numbered_draw",
     "restarted_by",
     "run_training_step",

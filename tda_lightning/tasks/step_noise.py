@@ -62,6 +62,32 @@ def watching_noise() -> Iterator[set[str]]:
         _watching.reset(token)
 
 
+def noise_of(
+    loss: Callable[[object, Tensor], object],
+    batch: object,
+    examples: Tensor,
+    fewer: Callable[[], tuple[object, Tensor]],
+) -> frozenset[str]:
+    """What kinds of random numbers a seeded loss draws, as :func:`watching_noise` has them.
+
+    It learns on the way which axes of draws hold the examples, from batches of two sizes.
+
+    Args:
+        fewer: gives a batch that is an example smaller.
+    """
+    with watching_noise() as seen, torch.no_grad():
+        try:
+            loss(batch, examples)
+            if "NumPy" in seen:  # from here on it draws for the example
+                seen.clear()
+                loss(batch, examples)
+            if seen and len(examples) > 1:
+                loss(*fewer())
+        except Exception:  # what comes next says what is wrong
+            pass
+    return frozenset(seen)
+
+
 def restart_noise() -> None:
     """Begin a run of the step: the same calls draw the same noise as in the run before."""
     if (restart := _restart.get()) is not None:

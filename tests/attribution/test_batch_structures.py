@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import (
 from torch.utils.data import DataLoader, Dataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.edits import Relabel
 from tda_lightning.estimators import Source, TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, measure, retrain
 from tda_lightning.runtime.loading import ExampleSource
@@ -470,6 +471,21 @@ def test_runs_on_every_structure_are_replayed(name: str, tmp_path: Path) -> None
         measured.append(measure(module, None, retrain(run, module, None, loader, weights), loader))
     slope = (measured[0] - measured[1]) / 2e-6
     torch.testing.assert_close(scores.values[:, 6], -slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Per-example gradients of")
+def test_other_labels_in_batches_with_tables() -> None:
+    """A relabelled batch is cut as the one that it was."""
+    module, data = Net(with_places), Sequences(same_length=True)
+    loader = DataLoader(data, TALL, collate_fn=places)
+    run = standing_run(module, [[n] for n in range(SIZE)])
+    others = [module.losses(places([(data[n][0], 1 - data[n][1])])).sum() for n in range(4)]
+    own = [module.losses(places([data[n]])).sum() for n in range(SIZE)]
+    changes = [after - before for after, before in zip(others, own, strict=False)]
+    expected = -by_hand(module, changes, own) * len(changes) / SIZE
+    edits = [Relabel(n, int(1 - data[n][1])) for n in range(4)]
+    scores = tracin(module, run, loader, loader, edits=edits)
+    torch.testing.assert_close(scores.values, expected)
 
 
 def test_unpacking_is_exact() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.cli.recorded_run import sources
 from tda_lightning.estimators import TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, measure, retrain
 from tda_lightning.records.errors import TrajectoryMismatchError
@@ -170,6 +171,34 @@ def test_a_run_with_hooks_needs_its_data_module(tmp_path: Path) -> None:
     assert data.calls == calls  # it is set up already
     with pytest.raises(TypeError, match=r"query=datamodule.val_dataloader\(\)"):
         attribution.attribute(data, data)
+
+
+class Collating(After):
+    """As the command line wants it, with a way of its own to make batches."""
+
+    train_dataset = query_dataset = DATA
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(DATA, 2, shuffle=True, collate_fn=tenfold)
+
+    val_dataloader = train_dataloader
+
+    def render(self, split: str, index: int) -> Any:
+        raise NotImplementedError
+
+
+def tenfold(items: list[Any]) -> Any:
+    return [10 * torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])]
+
+
+def test_the_command_line_makes_batches_as_the_loaders_do() -> None:
+    module = Net()
+    train, query = sources(Collating(), 4)
+    assert (train.batch_size, train.num_workers) == (4, 0)
+    for source in (train, query):
+        x, y = source.batch([5, 3], module)
+        torch.testing.assert_close(x, (10 * X[[5, 3]] - 5) / 3)
+        assert torch.equal(y, Y[[5, 3]])
 
 
 def test_a_data_module_without_hooks_may_be_left_out(tmp_path: Path) -> None:

@@ -238,6 +238,78 @@ def test_other_estimators_see_it_too(estimator: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(scores[0].values, scores[1].values)
 
 
+class Annealed(Net):
+    """What its step multiplies by is set at the start of each epoch and batch."""
+
+    weight = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.1
+        self.outputs: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.share = (1 + self.current_epoch) / self.trainer.max_epochs
+        self.outputs = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.weight = 1.0 + batch_idx
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx) * self.factors()
+        self.outputs.append(float(loss.detach()))
+        return loss
+
+    def factors(self) -> float:
+        return self.share * self.weight
+
+
+class Counting(Net):
+    """One that goes on from what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.1
+
+    def on_train_epoch_start(self) -> None:
+        self.share *= 2
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.share * super().training_step(batch, batch_idx)
+
+
+class Ending(Counting):
+    def on_train_epoch_start(self) -> None:
+        pass
+
+    def on_train_epoch_end(self) -> None:
+        self.share = 1.0 + self.current_epoch
+
+
+def test_what_a_hook_sets_for_an_epoch_is_seen(tmp_path: Path) -> None:
+    run = recorded(Annealed(), tmp_path / "run")
+    module, plain = Annealed(), Net()
+    plain.load_state_dict(dict(run.checkpoints[12].parameters))
+    losses = [4 * F.cross_entropy(plain.net(x[None]), y[None]) for x, y in zip(X, Y, strict=True)]
+    last = AttributionModule(module, run, TracIn()).attribute(DATA, DATA, trainer=quiet())
+    assert last.by_segment is not None and last.provenance["notes"] == []
+    # Four steps of the last rate; a momentum of 0.5 doubles what each does in the end.
+    expected = 4 * 0.075 * 2 * by_hand(plain, losses, losses)
+    torch.testing.assert_close(last.by_segment[-1], expected)
+    assert landing_error(run, retrain(run, module, None, DATA, torch.ones(SIZE))) == 0
+    assert (module.share, module.weight) == (0.1, 1.0) and "weight" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", [Counting, Ending])
+def test_what_cannot_be_set_again_is_said(kind: type[Counting]) -> None:
+    module = kind()
+    run = standing_run(module, BATCHES, EPOCHS, **RUN)
+    with pytest.warns(UserWarning, match=r"reads self.share, which on_train_epoch_\w+ sets"):
+        scores = tracin(module, run, DATA, DATA)
+    assert ["self.share" in note for note in scores.provenance["notes"]] == [True]
+    assert module.share == 0.1
+
+
 def test_a_trainer_of_the_other_package_is_refused() -> None:
     other = type("Trainer", (SimpleNamespace,), {"__module__": "pytorch_lightning.trainer.trainer"})
     module = Net()

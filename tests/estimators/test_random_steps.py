@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tda_lightning import AttributionModule
-from tda_lightning.estimators import TracIn, Unrolled
-from tda_lightning.evaluation import landing_error, retrain
+from tda_lightning.estimators import Source, TracIn, Unrolled
+from tda_lightning.evaluation import landing_error, retrain, retrain_each
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
 from tests import noisy
 from tests.attributing import quiet
@@ -45,6 +45,16 @@ def test_what_the_run_drew_is_drawn_again(name, tmp_path):
 
     state = retrain(run, module, None, noisy.data(), torch.ones(noisy.TRAIN))
     assert landing_error(run, state) < 1e-12
+
+
+def test_retraining_together_and_plans_know_of_draws(tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", "mixup")
+    weights = torch.ones(3, noisy.TRAIN)
+    for state in retrain_each(run, module, None, noisy.data(), weights, together=3):
+        assert landing_error(run, state) < 1e-12
+    for estimator in (TracIn(), Source(order="recorded", num_segments=1)):
+        attribution = AttributionModule(module, run, estimator, noisy.CleanMeasurement())
+        assert attribution.plan(noisy.data(), QUERIES).passes
 
 
 def own_generator(module, x, y):

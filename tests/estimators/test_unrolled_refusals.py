@@ -124,10 +124,10 @@ class Altered(Trained):
 class ByEpoch(Trained):
     """The loss depends on what no batch holds and no trainer knows."""
 
-    factor = 1
+    factor = 1.0
 
-    def on_train_epoch_start(self) -> None:
-        self.factor = 1 + self.current_epoch
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.factor += 0.1
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1]) * self.factor
@@ -143,7 +143,10 @@ def test_changed_code_is_noticed(tmp_path: Path) -> None:
     made = ByEpoch(network.module(optimizer).net, network.losses, optimizer)
     record(tmp_path / "two", network, optimizer, module=made, data=data)
     other = ByEpoch(module.net, network.losses, optimizer)
-    with pytest.raises(TrajectoryMismatchError, match="outside"):
+    with (
+        pytest.raises(TrajectoryMismatchError, match="outside"),
+        pytest.warns(UserWarning, match="reads self.factor, which on_train_batch_end sets"),
+    ):
         scores_of(str(tmp_path / "two"), other, data, queries, None)
     # Another activation, with the weights of the recorded one.
     module.net[2] = nn.ReLU()
