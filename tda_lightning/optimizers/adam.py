@@ -60,9 +60,10 @@ def _metric(states: States, settings: Settings, count: Number) -> Tensor:
 
 def _edge(settings: Settings, steps: int) -> float:
     """Descent by m <- beta1 m + (1 - beta1) g is stable up to 2 (1 + beta1) / (1 - beta1) (Cohen et
-    al. 2022, 2207.14484). Within the memory of m, single steps may be beyond it."""
+    al. 2022, 2207.14484). Half of it leaves room for the second moment's derivative, and decays as
+    fast. Within the memory of m, single steps may be beyond."""
     beta1 = settings["beta1"]
-    return 2 * (1 + beta1) / (1 - beta1) if steps * (1 - beta1) > 1 else math.inf
+    return (1 + beta1) / (1 - beta1) if steps * (1 - beta1) > 1 else math.inf
 
 
 RULES = tuple(

@@ -79,7 +79,7 @@ class OptimizerRule:
         squares: the state that sums up squared gradients, if one does, ``v <- keep v + add g^2``,
             with (keep, add) by settings.
         edge: ``(settings, steps) -> x``: the largest rate times curvature in P's coordinates at
-            which so many steps with P fixed do not blow up. None: 2, that of gradient descent.
+            which so many steps cannot blow up. None: 1, half of gradient descent's.
         effective_rates: the rate at which a constant gradient moves the parameters in the end,
             ``(rates [steps, groups], settings by column, steps taken before [steps])``. None: the
             rates themselves.

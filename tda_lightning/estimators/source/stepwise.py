@@ -260,7 +260,7 @@ def _curved(segment: FittedSegment, name: str, u: Tensor, scale: Tensor, row: in
     Within a segment the preconditioned curvature h H h is what lasts: H_t = (h H h) / (h_t h_t).
     The mean curvature of a segment in the metric of a single step would be too large without bound:
     while a unit is dead, its curvature is as small as its second moment. And as the run itself did
-    not blow up, no eigenvalue is above the edge of stability.
+    not blow up, no eigenvalue counts beyond half the edge of stability (``OptimizerRule.edge``).
     """
     spectrum, edge = segment.curvature[name], _edge(segment, row)
     if bool((spectrum.eigenvalues > edge).any()):
@@ -271,11 +271,11 @@ def _curved(segment: FittedSegment, name: str, u: Tensor, scale: Tensor, row: in
 
 
 def _edge(segment: FittedSegment, row: int) -> float:
-    """The largest eigenvalue of h H h at which steps at the rate of ``row`` are stable."""
+    """The largest eigenvalue of h H h that counts at the rate of ``row``."""
     trajectory, rule = segment.session.trajectory, segment.rule
     rate = float(trajectory.steps.learning_rate[row].max())
     count = segment.steps.stop - segment.steps.start
-    edge = rule.edge(row_settings(trajectory, row, 0), count) if rule.edge else 2.0
+    edge = rule.edge(row_settings(trajectory, row, 0), count) if rule.edge else 1.0
     return edge / rate if rate > 0 else math.inf
 
 
@@ -286,8 +286,8 @@ def notes_on_bounds(segments: Sequence[FittedSegment]) -> list[str]:
         return []
     steps = sum(segment.steps.stop - segment.steps.start for segment in segments)
     return [
-        f"In {bounded} of {steps} steps the curvature that was fitted times the rate is beyond the "
-        "edge of stability, where the run would have diverged; it was brought down to the edge. "
+        f"In {bounded} of {steps} steps the curvature that was fitted times the rate is beyond "
+        "half of what is stable; it was brought down to that, where a displacement dies out. "
         "More checkpoints and segments follow the curvature closer."
     ]
 
