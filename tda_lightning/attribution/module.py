@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from tda_lightning.attribution.arguments import require_attributable, require_constructible
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
@@ -76,6 +77,7 @@ class AttributionModule(LightningModule):
         UnsupportedTrainingError: the optimizer has no formula, or several trajectories are given
             to an estimator other than ``Source``.
         ValueError: lists of different lengths.
+        TypeError: an argument of another kind.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class AttributionModule(LightningModule):
         fresh: Sequence[str] = (),
     ):
         super().__init__()
+        require_constructible(module, trajectory, estimator, task, fresh)
         staged = isinstance(estimator, StagedEstimator)
         self.members = [
             # A task remembers what it saw of its run's batches.
@@ -165,7 +168,16 @@ class AttributionModule(LightningModule):
             NonFiniteError: a loss or a score is NaN or infinite.
         """
         began, worked = time.monotonic(), time.process_time()
-        _require_draws(draws)
+        require_attributable(
+            batch_size,
+            trainer,
+            scores_path,
+            self_influence,
+            overwrite,
+            provenance,
+            edits,
+            draws,
+        )
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -224,6 +236,7 @@ class AttributionModule(LightningModule):
         training examples (training loss) and queries (measurement): some spread over the data,
         and neighbours at its start, in its middle and at its end.
         """
+        require_attributable(examples)
         errors: dict[str, float] = {}
         sets = training_sets(train, self.stages[-1].run + 1)
         with in_eval_mode(self._attributed_modules):
@@ -269,7 +282,7 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
-        _require_draws(draws)
+        require_attributable(batch_size, trainer, self_influence=self_influence, draws=draws)
         if trainer is not None:
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
@@ -368,11 +381,6 @@ class AttributionModule(LightningModule):
             return self.estimator.stage_segment_counts(stages)
         count = self.estimator.segment_count(stages[0].session)
         return None if count is None else [count]
-
-
-def _require_draws(draws: int | None) -> None:
-    if draws is not None and draws < 1:
-        raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
 
 
 class _OneBatch:

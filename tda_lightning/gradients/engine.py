@@ -85,6 +85,7 @@ class GradientEngine:
         self._generic: list[str] = []
         self._blocks: list[Block] = []
         self._kept: dict[str, Tensor] = {}
+        self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
 
     @property
@@ -122,6 +123,7 @@ class GradientEngine:
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
             shared = self._axes.locate(capture, loss)
+            self._eps = capture.eps
             odd, uses = _apart(capture.uses, capture.generic | shared)
             if odd:
                 self._say_slow(odd)
@@ -318,7 +320,8 @@ class GradientEngine:
 
     def _wrong(self, errors: dict[str, float]) -> list[str]:
         # Far above rounding, far below what a lost or doubled term makes.
-        tolerance = torch.finfo(next(self.module.parameters()).dtype).eps ** 0.5
+        eps = torch.finfo(next(self.module.parameters()).dtype).eps
+        tolerance = max(eps**0.5, 16 * self._eps)
         return [name for name, error in errors.items() if not error <= tolerance]
 
 

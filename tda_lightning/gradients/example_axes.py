@@ -58,11 +58,13 @@ class ExampleAxes:
             weighted = [use.gradient for use in unknown]
         with torch.enable_grad():
             capture.backward([losses.sum()])
+        arrived = [use.gradient for use in capture.uses if use.gradient is not None]
+        eps = max([capture.eps, *(torch.finfo(gradient.dtype).eps for gradient in arrived)])
         shared: set[str] = set()
         for use, other in zip(unknown, weighted, strict=True):
             layouts = candidates(use.output_shape, batch, use.channel_axes)
             if observing and not (use.gradient is None and other is None):
-                use.layout = self._observed(use, other, weights, layouts, capture.moves)
+                use.layout = self._observed(use, other, weights, layouts, capture.moves, eps)
             elif layouts:
                 use.layout = layouts[0]
             elif batch == 1 or use.gradient is None:
@@ -88,13 +90,13 @@ class ExampleAxes:
         weights: Tensor,
         layouts: list[Layout],
         moves: bool,
+        eps: float,
     ) -> Layout | RowOwners | None:
         """The layout that the gradients show; None where examples share rows."""
         zeros = weights.new_zeros(()).expand(use.output_shape)
         plain = use.rows(zeros if use.gradient is None else use.gradient)
-        observation = _Observation(
-            plain, use.rows(zeros if weighted is None else weighted), weights
-        )
+        other = use.rows(zeros if weighted is None else weighted)
+        observation = _Observation(plain, other, weights, eps)
         consistent = [
             layout
             for layout in layouts
@@ -119,12 +121,13 @@ class _Observation:
     Args:
         plain, weighted: [rows, width].
         weights: [batch].
+        eps: of the coarsest precision behind the gradients.
     """
 
-    def __init__(self, plain: Tensor, weighted: Tensor, weights: Tensor):
-        eps = max(torch.finfo(t.dtype).eps for t in (plain, weighted, weights))
-        if eps > torch.finfo(torch.float32).eps:
+    def __init__(self, plain: Tensor, weighted: Tensor, weights: Tensor, eps: float):
+        if torch.finfo(plain.dtype).bits < 32:
             plain, weighted = plain.float(), weighted.float()
+        eps = max(eps, torch.finfo(weights.dtype).eps)
         largest = torch.cat([plain.flatten(), weighted.flatten()]).abs().amax() if len(plain) else 0
         self.speaks = bool(largest)
         self.plain, self.weighted = plain / largest, weighted / largest
