@@ -292,11 +292,7 @@ class GradientEngine:
                 differences[name] = float((total[name] - plain[name]).norm())
                 scales[name] = float(torch.maximum(plain[name].norm(), spread))
         # A parameter that changes no loss (a shift before LayerNorm) has rounding for a gradient.
-        rounding = (
-            16
-            * torch.finfo(torch.float64).eps
-            * max(filter(math.isfinite, scales.values()), default=0.0)
-        )
+        rounding = 1e-12 * max(filter(math.isfinite, scales.values()), default=0.0)
         return {
             name: 0.0 if difference <= rounding else difference / scales[name]
             for name, difference in differences.items()
