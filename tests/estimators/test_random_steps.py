@@ -11,6 +11,7 @@ from tda_lightning import AttributionModule
 from tda_lightning.estimators import Source, TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, retrain, retrain_each
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
+from tda_lightning.tasks import AttributionTask
 from tests import noisy
 from tests.attributing import quiet
 
@@ -45,6 +46,37 @@ def test_what_the_run_drew_is_drawn_again(name, tmp_path):
 
     state = retrain(run, module, None, noisy.data(), torch.ones(noisy.TRAIN))
     assert landing_error(run, state) < 1e-12
+
+
+def test_accumulated_batches_draw_one_after_the_other(tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", "mixup", 2, accumulate=2)
+    unrolled = scores_of(module, run, Unrolled())
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
+    tracin = scores_of(module, run, TracIn())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+
+
+class Noisy(AttributionTask):
+    """A task whose module draws in its forward pass, in training and attribution alike."""
+
+    def train_loss(self, module, batch):
+        logits = noisy._input_noise(module, *batch)
+        return F.cross_entropy(logits, batch[1], reduction="none")
+
+    def measurement(self, module, batch):
+        return noisy.clean(module, batch[0])
+
+    @property
+    def measures_loss(self):
+        return False
+
+
+def test_the_loss_of_a_task_draws_what_the_run_drew(tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", "noisy inputs")
+    tracin = scores_of(module, run, TracIn(), Noisy())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+    unrolled = scores_of(module, run, Unrolled(), Noisy())
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
 
 
 def test_retraining_together_and_plans_know_of_draws(tmp_path):
