@@ -123,8 +123,9 @@ def open_session(
     with _noise_explained(session, batch, indices):
         with seeded_examples(0, indices):
             task.prepare(module, batch)
+        task.average(module, lambda: session.batches(examples.batches()))
         task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
-        engine.discover(session.train_loss, batch, indices, task.separable)
+        engine.discover(session.train_loss, batch, indices, task.one_by_one)
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
     return session

@@ -22,6 +22,7 @@ from tda_lightning.optimizers import rule_if_known
 from tda_lightning.records.errors import EngineError, TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import plain_parameters, uncompiled
+from tda_lightning.runtime.loading import ExampleSource, is_data_module
 from tda_lightning.session.session import Session
 from tda_lightning.tasks import AttributionTask, as_task
 
@@ -183,7 +184,9 @@ def training_sets(train: object, runs: int) -> list[object]:
     if not isinstance(train, list | tuple):
         return [train] * runs
     if len(train) != runs or not all(
-        isinstance(one, DataLoader) or (hasattr(one, "__getitem__") and hasattr(one, "__len__"))
+        isinstance(one, (DataLoader, ExampleSource))
+        or is_data_module(one)
+        or (hasattr(one, "__getitem__") and hasattr(one, "__len__"))
         for one in train
     ):
         raise ValueError(
@@ -200,7 +203,7 @@ def widened(context: Session, frozen: Sequence[str], batch: object, examples: Te
         EngineError: the module runs its frozen part without gradients: it would count for nothing.
     """
     engine = GradientEngine(context.module, [*context.engine.names, *frozen])
-    engine.discover(context.train_loss, batch, examples, context.task.separable)
+    engine.discover(context.train_loss, batch, examples, context.task.one_by_one)
     gradients = engine.plain_gradient(context.train_loss, batch, examples)
     unseen = [name for name in frozen if not bool(gradients[name].any())]
     if len(unseen) == len(frozen):

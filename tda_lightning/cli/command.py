@@ -16,6 +16,8 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tda_lightning.cli.setting_types import require_setting_types
+
 Command = Callable[[DictConfig], None]
 _FAILURES = (
     ArithmeticError,
@@ -35,9 +37,10 @@ def clear_errors(command: Command) -> Command:
     @functools.wraps(command)
     def run(config: DictConfig) -> None:
         quiet_lightning()
-        if config.get("threads"):
-            torch.set_num_threads(config.threads)
         try:
+            require_setting_types(config)
+            if config.get("threads"):
+                torch.set_num_threads(config.threads)
             command(config)
         except CompactHydraException as error:
             # Hydra wraps what a constructor raised; the reader needs the reason.

@@ -63,7 +63,8 @@ def read_features(
         )
     name, found = seen[-1]
     in_last_axis = isinstance(module.get_submodule(name), nn.Linear)
-    return _rows(found, size, name, in_last_axis), name
+    # Detached: a task may need a graph for its losses, whatever is asked.
+    return _rows(found, size, name, in_last_axis).detach(), name
 
 
 @contextmanager

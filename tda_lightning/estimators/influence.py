@@ -14,6 +14,7 @@ from tda_lightning.estimators.inverse_settings import check_inverse
 from tda_lightning.estimators.queries import dot
 from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Session
 from tda_lightning.solvers import Solver
 
@@ -85,6 +86,7 @@ class InfluenceFunction:
     solver: Solver | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_inverse(self)
 
     def segment_count(self, context: Session) -> int | None:

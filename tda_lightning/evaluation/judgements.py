@@ -65,12 +65,17 @@ def found_within(self_influence: Scores | Tensor, wrong: Tensor, fraction: float
     return (int((wrong & above).sum()) + share * int((wrong & tied).sum())) / count
 
 
-def _checked(self_influence: Scores | Tensor, wrong: Tensor) -> tuple[Tensor, int]:
+def _checked(self_influence: Scores | Tensor | None, wrong: Tensor) -> tuple[Tensor, int]:
     """Self-influence in float64, and how many examples are wrong."""
     if isinstance(self_influence, Scores):
-        if self_influence.self_influence is None:
-            raise ValueError("These scores hold no self-influence: attribute with it switched on.")
+        notes = self_influence.provenance.get("notes", [])
+        reasons = [note for note in notes if note.startswith("No self-influence")]
         self_influence = self_influence.self_influence
+    else:
+        reasons = []
+    if self_influence is None:
+        reason = reasons[0] if reasons else "Attribute with self_influence=True."
+        raise ValueError(f"These scores hold no self-influence. {reason}")
     if wrong.dtype != torch.bool or wrong.shape != self_influence.shape:
         raise ValueError(
             f"wrong must be bool of shape {list(self_influence.shape)}, got {wrong.dtype} of shape "

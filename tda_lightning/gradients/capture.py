@@ -36,6 +36,8 @@ _METADATA = frozenset(
 _VALUE_GETTERS = frozenset(
     getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 )
+# Casts, which may be to a coarser precision than the module's.
+_CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16"))
 
 
 class Capture(TorchFunctionMode):
@@ -52,6 +54,7 @@ class Capture(TorchFunctionMode):
         watched: the uses, in the order of the calls.
         generic: names of parameters that were used in some way without a native form.
         moves: whether a call was seen that may put examples at other places than their own.
+        eps: of the coarsest precision that numbers were cast to.
     """
 
     def __init__(self, trained: Mapping[int, str], batch: int = 1):
@@ -59,6 +62,7 @@ class Capture(TorchFunctionMode):
         self.trained = trained
         self.batch = batch
         self.moves = False
+        self.eps = 0.0
         self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
 
@@ -84,7 +88,10 @@ class Capture(TorchFunctionMode):
             self.generic.update(ref.name for use in self.uses for ref in use.refs)
         names = Counter(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if func.__name__ in _CASTS:
+                self._note_precision(output)
+            return output
         if func is F.embedding_bag:
             _require_no_norm(args, kwargs, self.trained)
         use = None
@@ -127,6 +134,10 @@ class Capture(TorchFunctionMode):
         use = Linear(self.ref(weight, rows), self.ref(bias, bias_rows), inputs.detach())
         self.note(use, output)
         return output
+
+    def _note_precision(self, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.dim():
+            self.eps = max(self.eps, torch.finfo(output.dtype).eps)
 
     def ref(self, tensor: Tensor | None, rows: slice | None = None) -> Ref | None:
         """The given rows of a trained parameter; None for any other tensor."""

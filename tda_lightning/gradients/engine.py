@@ -25,9 +25,7 @@ from tda_lightning.gradients.example_axes import ExampleAxes, irregular_weights
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
-    doubled,
     functional_gradients,
-    in_double,
     parameters_frozen,
     plain_recurrence,
 )
@@ -36,6 +34,7 @@ from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.refusals import why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
 
 Losses = Callable[[nn.Module, Batch, Tensor], Iterable[Tensor]]
@@ -84,6 +83,7 @@ class GradientEngine:
         self._generic: list[str] = []
         self._blocks: list[Block] = []
         self._kept: dict[str, Tensor] = {}
+        self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
 
     @property
@@ -121,6 +121,7 @@ class GradientEngine:
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
             shared = self._axes.locate(capture, loss)
+            self._eps = capture.eps
             odd, uses = _apart(capture.uses, capture.generic | shared)
             if odd:
                 self._say_slow(odd)
@@ -130,7 +131,7 @@ class GradientEngine:
                 _nth(losses, number),
                 batch,
                 examples,
-                loss if self._axes.separable else None,
+                loss,
             )
             for use in uses:
                 use.widen()
@@ -203,7 +204,7 @@ class GradientEngine:
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
-        self, loss: Loss, batch: Batch, examples: Tensor, separable: bool = True
+        self, loss: Loss, batch: Batch, examples: Tensor, one_by_one: bool = False
     ) -> dict[str, float]:
         """Plan the blocks from a batch and check them against plain autograd.
 
@@ -211,8 +212,8 @@ class GradientEngine:
             loss: maps (module, batch, examples) to the losses [batch].
             batch: training examples.
             examples: their indices in the data set, int64 [batch].
-            separable: False when ``loss`` repeats the mean loss because single losses are not
-                known; the batch axes are then taken from the shapes alone.
+            one_by_one: differentiate every example alone; the losses of a batch have no graph that
+                could be split by example.
 
         Returns:
             Relative error of the weighted sum over the examples, by parameter.
@@ -220,7 +221,6 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
-        self._axes.separable = separable
         self._generic = []
         self.notes.clear()
         dtype = next(self.module.parameters()).dtype
@@ -232,8 +232,11 @@ class GradientEngine:
         kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
-        shared = self._axes.locate(capture, next(values))
-        odd, _ = _apart(capture.uses, capture.generic | shared)
+        losses = next(values)
+        odd = list(self.names)
+        if not one_by_one:
+            shared = self._axes.locate(capture, losses)
+            odd, _ = _apart(capture.uses, capture.generic | shared)
         seen = {ref.name for use in capture.uses for ref in use.refs}
         if unseen := set(self.names) - seen - set(odd):
             plain = self.plain_gradient(loss, batch, examples)
@@ -274,8 +277,6 @@ class GradientEngine:
         gradients = self.gradients(loss, batch, examples)
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
-        if not self._axes.separable:
-            weights = torch.ones_like(weights)
         plain = self.plain_gradient(loss, batch, examples, weights)
         errors = {}
         for block in self.blocks:
@@ -309,7 +310,8 @@ class GradientEngine:
 
     def _wrong(self, errors: dict[str, float]) -> list[str]:
         # Far above rounding, far below what a lost or doubled term makes.
-        tolerance = torch.finfo(next(self.module.parameters()).dtype).eps ** 0.5
+        eps = torch.finfo(next(self.module.parameters()).dtype).eps
+        tolerance = max(eps**0.5, 16 * self._eps)
         return [name for name, error in errors.items() if not error <= tolerance]
 
 

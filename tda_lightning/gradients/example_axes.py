@@ -21,15 +21,9 @@ from tda_lightning.gradients.uses import Use
 
 
 class ExampleAxes:
-    """Sets the layout of every use of a batch, and remembers those that shapes decide.
-
-    Attributes:
-        separable: False where the losses of single examples are not known; layouts then come from
-            shapes alone.
-    """
+    """Sets the layout of every use of a batch, and remembers those that shapes decide."""
 
     def __init__(self) -> None:
-        self.separable = True
         self._certain: dict[tuple[object, ...], set[Layout]] = {}
         self._shapes: dict[tuple[object, ...], Layout] = {}
 
@@ -51,18 +45,20 @@ class ExampleAxes:
                 unknown.append(use)
         weights = irregular_weights(batch, losses)
         weighted: list[Tensor | None] = [None] * len(unknown)
-        observing = self.separable and batch > 1 and len(unknown) > 0
+        observing = batch > 1 and len(unknown) > 0
         if observing:
             with torch.enable_grad():
                 capture.backward([(losses * weights).sum()])
             weighted = [use.gradient for use in unknown]
         with torch.enable_grad():
             capture.backward([losses.sum()])
+        arrived = [use.gradient for use in capture.uses if use.gradient is not None]
+        eps = max([capture.eps, *(torch.finfo(gradient.dtype).eps for gradient in arrived)])
         shared: set[str] = set()
         for use, other in zip(unknown, weighted, strict=True):
             layouts = candidates(use.output_shape, batch, use.channel_axes)
             if observing and not (use.gradient is None and other is None):
-                use.layout = self._observed(use, other, weights, layouts, capture.moves)
+                use.layout = self._observed(use, other, weights, layouts, capture.moves, eps)
             elif layouts:
                 use.layout = layouts[0]
             elif batch == 1 or use.gradient is None:
@@ -72,7 +68,7 @@ class ExampleAxes:
         return shared
 
     def _remembered(self, use: Use, batch: int, moves: bool) -> Layout | None:
-        if moves or batch == 1 or not self.separable:
+        if moves or batch == 1:
             return None
         exact = self._shapes.get((use.key, use.output_shape, batch))
         if exact is not None:
@@ -88,13 +84,13 @@ class ExampleAxes:
         weights: Tensor,
         layouts: list[Layout],
         moves: bool,
+        eps: float,
     ) -> Layout | RowOwners | None:
         """The layout that the gradients show; None where examples share rows."""
         zeros = weights.new_zeros(()).expand(use.output_shape)
         plain = use.rows(zeros if use.gradient is None else use.gradient)
-        observation = _Observation(
-            plain, use.rows(zeros if weighted is None else weighted), weights
-        )
+        other = use.rows(zeros if weighted is None else weighted)
+        observation = _Observation(plain, other, weights, eps)
         consistent = [
             layout
             for layout in layouts
@@ -119,12 +115,13 @@ class _Observation:
     Args:
         plain, weighted: [rows, width].
         weights: [batch].
+        eps: of the coarsest precision behind the gradients.
     """
 
-    def __init__(self, plain: Tensor, weighted: Tensor, weights: Tensor):
-        eps = max(torch.finfo(t.dtype).eps for t in (plain, weighted, weights))
-        if eps > torch.finfo(torch.float32).eps:
+    def __init__(self, plain: Tensor, weighted: Tensor, weights: Tensor, eps: float):
+        if torch.finfo(plain.dtype).bits < 32:
             plain, weighted = plain.float(), weighted.float()
+        eps = max(eps, torch.finfo(weights.dtype).eps)
         largest = torch.cat([plain.flatten(), weighted.flatten()]).abs().amax() if len(plain) else 0
         self.speaks = bool(largest)
         self.plain, self.weighted = plain / largest, weighted / largest

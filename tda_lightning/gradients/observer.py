@@ -60,7 +60,6 @@ class Observer(Capture):
     def __init__(self, trained: Mapping[int, str], listen: bool = False) -> None:
         super().__init__(trained)
         self.listen = listen
-        self.eps = 0.0
         self._fused: list[_FusedCall] = []
         self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # by id
         self._broadcast: dict[Use, WatchedOutput] = {}  # the sums that outputs are broadcast to

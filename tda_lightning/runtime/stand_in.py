@@ -118,7 +118,8 @@ class TrainerStandIn:
     def datamodule(self) -> Any:
         """The data module that was passed; None where the run had none."""
         given = getattr(self.source, "data_module", None)
-        recorded = None if self.moment is None else self.moment.settings.get("data_module")
+        settings: Mapping[str, Any] = {} if self.moment is None else self.moment.settings
+        recorded = settings.get("data_module", "data module, as far as is known")
         if given is None and recorded is not None:
             raise RuntimeError(
                 f"training_step reads trainer.datamodule, and the run had a {recorded}: pass the "

@@ -126,14 +126,15 @@ def moment_of(module: nn.Module, trajectory: Trajectory, row: int, batch: int = 
     epoch, offsets = steps.epoch, steps.batch_offsets
     first = int((epoch == epoch[row]).nonzero()[0])
     inside = range(int(offsets[row]), int(offsets[row + 1]))
+    processes = settings.get("world_size") or 1  # whose batches stand side by side
     batches = settings.get("num_training_batches")
     if batches is None and bool((epoch > epoch[0]).any()):
-        batches = int(offsets[int((epoch > epoch[0]).nonzero()[0])])
+        batches = int(offsets[int((epoch > epoch[0]).nonzero()[0])]) // processes
     number = (inside[batch] if len(inside) else int(offsets[row])) - int(offsets[first])
     return Moment(
         int(epoch[row]),
         before + row,
-        number,
+        number // processes,
         batches,
         steps.learning_rate[row].tolist(),
         settings,

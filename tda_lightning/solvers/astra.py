@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import check_product
 from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.solvers.problem import Problem, check_limits, norms
 
 
@@ -61,6 +62,7 @@ class ASTRA:
     copies: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_product(self.curvature)
         check_limits(
             iterations=self.iterations, batch=self.batch, step=self.step, tolerance=self.tolerance

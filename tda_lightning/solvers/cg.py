@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Session
 from tda_lightning.solvers.problem import Problem, check_limits, norms
 
@@ -68,6 +69,7 @@ class ConjugateGradients:
     copies: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_product(self.curvature)
         check_limits(tolerance=self.tolerance, iterations=self.iterations)
         if self.preconditioner not in (None, "ekfac"):

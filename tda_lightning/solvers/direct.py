@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.solvers.problem import Problem, check_limits
 
 MAX_DIRECT = 10_000
@@ -44,6 +45,7 @@ class Direct:
     copies: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_product(self.curvature)
         check_limits(tolerance=self.tolerance)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import check_product
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.solvers.problem import Problem, check_limits
 
 
@@ -58,6 +59,7 @@ class Lanczos:
     copies: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_product(self.curvature)
         check_limits(rank=self.rank, iterations=self.iterations, tolerance=self.tolerance)
         if self.iterations is not None and self.iterations < self.rank:

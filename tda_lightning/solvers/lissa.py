@@ -11,6 +11,7 @@ from torch import Tensor
 from tda_lightning.curvature import check_product
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.solvers.problem import Problem, check_limits, inner, norms
 
 
@@ -64,6 +65,7 @@ class LiSSA:
     by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_product(self.curvature)
         check_limits(
             scale=self.scale,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.attribution.stages import training_sets
 from tda_lightning.cli.recorded_run import sources
 from tda_lightning.estimators import TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, measure, retrain
@@ -131,6 +132,7 @@ def fitted(module: Net, data: Any, path: Path) -> Trajectory:
     return Trajectory.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden")
 def test_a_run_with_hooks_needs_its_data_module(tmp_path: Path) -> None:
     module, data = Hooked(), After()
     run = fitted(module, data, tmp_path / "run")
@@ -207,6 +209,13 @@ def test_a_data_module_without_hooks_may_be_left_out(tmp_path: Path) -> None:
     own = AttributionModule(module, run, TracIn()).attribute(DATA, DATA, trainer=quiet())
     again = AttributionModule(module, run, TracIn()).attribute(Data(), DATA, trainer=quiet())
     assert torch.equal(own.values, again.values)
+
+
+def test_each_stage_may_have_its_data_module() -> None:
+    given = [Data(), DataLoader(DATA, 4), ExampleSource.of(DATA, 4, "training")]
+    assert training_sets(given, 3) == given
+    with pytest.raises(ValueError, match="a list of one for each of the 2 trajectories"):
+        training_sets(given, 2)
 
 
 def test_a_data_module_of_several_loaders_is_refused() -> None:

@@ -33,6 +33,7 @@ RUN = {
     "num_training_batches": 2,
     "schedulers": [{"class": "StepLR", "interval": "epoch"}],
     "loggers": ["TensorBoardLogger"],
+    "data_module": None,
 }
 
 
@@ -128,7 +129,7 @@ def test_a_step_may_take_the_number_of_its_loader() -> None:
 
 def test_the_data_module_is_seen_or_asked_for() -> None:
     module, plain = Net(lambda own: own.trainer.datamodule.scale), Net()
-    run = standing_run(module, BATCHES, EPOCHS, **RUN, data_module="Data")
+    run = standing_run(module, BATCHES, EPOCHS, **{**RUN, "data_module": "Data"})
     losses = [F.cross_entropy(plain.net(x[None]), y[None]) for x, y in zip(X, Y, strict=True)]
     scores = tracin(module, run, Data(), DATA)
     torch.testing.assert_close(scores.values, 16 * by_hand(plain, losses, losses))
@@ -308,6 +309,31 @@ def test_what_cannot_be_set_again_is_said(kind: type[Counting]) -> None:
         scores = tracin(module, run, DATA, DATA)
     assert ["self.share" in note for note in scores.provenance["notes"]] == [True]
     assert module.share == 0.1
+
+
+def test_several_processes_count_their_batches_side_by_side() -> None:
+    """Two processes, four batches each in an epoch: a step's batches alternate between them."""
+    module = Net(lambda own: 1.0 + own.batch_idx)
+    batches = [[n % SIZE] for n in range(16)]
+    run = standing_run(module, batches, [0] * 8 + [1] * 8, **{**RUN, "world_size": 2})
+    tracin(module, run, DATA, DATA)
+    assert module.batch_idx == 3
+
+
+def test_numbers_come_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    single = TensorDataset(X.float(), Y)
+    module = Net().float()
+    recorder = TrajectoryRecorder(tmp_path / "run", num_checkpoints=1)
+    options = {"max_epochs": 1, "precision": "64-true", "callbacks": [recorder]}
+    quiet(**options).fit(module, DataLoader(single, 4))
+    run = Trajectory.load(tmp_path / "run")
+    exact = X.float().double()
+    losses = [F.cross_entropy(module.net(x[None]), y[None]) for x, y in zip(exact, Y, strict=True)]
+    # Two steps of rate 0.3, doubled by the momentum.
+    expected = 2 * 0.3 * 2 * by_hand(module, losses, losses)
+    scores = AttributionModule(module, run, TracIn()).attribute(single, single, trainer=quiet())
+    torch.testing.assert_close(scores.values, expected)
+    assert landing_error(run, retrain(run, module, None, single, torch.ones(SIZE))) == 0
 
 
 def test_a_trainer_of_the_other_package_is_refused() -> None:

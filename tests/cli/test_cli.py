@@ -399,3 +399,38 @@ def test_sigterm_ends_a_command(command, run, monkeypatch, capsys):
     assert status == 128 + signal.SIGTERM
     assert said in capsys.readouterr().err
     assert {path.name for path in (run / "scores").iterdir()} == scores
+
+
+WRONG = {
+    "report scores=runs/digits/scores/source.h5 queries=5": "queries=[5] for row 5 or queries=[0,",
+    "report scores=runs/digits/scores/source.h5 queries=first": "queries must be a list",
+    "report scores=runs/digits/scores/source.h5 k=many": "k must be a whole number, got 'many'",
+    "attribute runs/digits batch_size=large": "batch_size must be a whole number, got 'large'",
+    "attribute runs/digits batch_size=0": "batch_size must be at least 1, got 0",
+    "attribute runs/digits self_influence=7": "self_influence must be true or false, got 7",
+    "attribute runs/digits relabel=3": "such as relabel={3: 7} for label 7 of example 3, got 3",
+    "attribute runs/digits estimator.num_segments=two": "num_segments must be a whole number, got",
+    "attribute runs/digits estimator.segment_steps=3": "segment_steps must be a list",
+    "plan runs/digits estimators=tracin": "estimators must be settings by name, got 'tracin'",
+    "check runs/digits directions=2.5": "directions must be a whole number, got 2.5",
+    "evaluate runs/digits num_subsets=few": "num_subsets must be a whole number or null",
+    "evaluate runs/digits baselines=random": "such as baselines=[random], got 'random'",
+    "evaluate runs/digits alpha=half": "alpha must be a number, got 'half'",
+    "train experiment=digits threads=all": "threads must be a whole number or null",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_setting_of_another_type_is_refused_in_words(command, run, capsys):
+    assert main(command.split()) == 1
+    assert WRONG[command] in capsys.readouterr().err
+
+
+def test_a_task_of_none_is_planned_and_evaluated(run, capsys):
+    """The module's own training_step, whose features and losses come with a graph."""
+    assert main(["plan", "runs/digits", "task=none"]) == 0
+    assert "not possible" not in capsys.readouterr().out
+    assert main(["attribute", "runs/digits", "task=none", "estimator=tracin"]) == 0
+    scores = "scores=runs/digits/scores/tracin.h5"
+    assert main(["evaluate", "runs/digits", "task=none", scores, "num_subsets=3"]) == 0
+    assert "last_layer" in capsys.readouterr().out

@@ -42,6 +42,7 @@ from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
 from tda_lightning.replay.recorded_draws import RecordedDraws
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Session, Stage
 
 ORDERS = ("average", "recorded")
@@ -156,6 +157,7 @@ class Source:
     max_products: int = 100
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_kind(self.curvature, also=(MATRIX_FREE,))
         check_statistics(self.statistics, self.curvature)
         check_dense_side(self.dense_side)

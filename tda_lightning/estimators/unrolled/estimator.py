@@ -27,6 +27,7 @@ from tda_lightning.replay.run import Replay
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Session
 
 STATES = ("auto", "memory", "disk", "recompute")
@@ -98,6 +99,7 @@ class Unrolled:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.last_steps is not None and self.last_steps < 1:
             raise ValueError(f"last_steps must be at least 1 or None, got {self.last_steps}.")
         if self.memory_budget is not None and self.memory_budget < 1:

@@ -1,0 +1,104 @@
+"""What is passed to :class:`~tda_lightning.AttributionModule`, checked where it is passed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from tda_lightning import estimators
+from tda_lightning.records.ensemble import Ensemble
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.setting_types import require_type
+from tda_lightning.tasks import AttributionTask
+
+
+def require_constructible(
+    module: object, trajectory: object, estimator: object, task: object, fresh: object
+) -> None:
+    """Refuse arguments of another kind than the constructor takes.
+
+    Raises:
+        TypeError: names the argument.
+    """
+    for one in _each(module):
+        _require(one, nn.Module, "module", "the module that was trained, such as Net()")
+    for one in [trajectory] if isinstance(trajectory, Ensemble) else _each(trajectory):
+        what = "the folder of a recorded run, a Trajectory or a list of them, or an Ensemble"
+        _require(one, (str, PathLike, Trajectory, Ensemble), "trajectory", what)
+    for one in _each(task):
+        if one is not None:
+            _require(one, AttributionTask, "task", "a task, such as ClassificationTask(), or None")
+    _require_estimator(estimator)
+    if isinstance(fresh, str) or not isinstance(fresh, Sequence):
+        raise TypeError(f"fresh must be a list of names, such as fresh=['head']; got {fresh!r}.")
+
+
+def require_attributable(
+    batch_size: object = 1,
+    trainer: object = None,
+    scores_path: object = None,
+    self_influence: object = True,
+    overwrite: object = False,
+    provenance: object = None,
+    edits: object = None,
+    draws: object = None,
+) -> None:
+    """Refuse arguments of another kind than ``attribute`` takes.
+
+    Raises:
+        TypeError: names the argument.
+        ValueError: a number that must be positive is not.
+    """
+    for name, value in (("self_influence", self_influence), ("overwrite", overwrite)):
+        require_type(name, value, bool)
+    require_type("batch_size", batch_size, int)
+    require_type("draws", draws, int | None)
+    if int(batch_size) < 1:  # type: ignore[call-overload]
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if draws is not None and draws < 1:  # type: ignore[operator]
+        raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
+    if trainer is not None:
+        _require(trainer, Trainer, "trainer", "a lightning.pytorch.Trainer, or None")
+    if scores_path is not None:
+        _require(scores_path, (str, PathLike), "scores_path", "the path of a file, or None")
+    if provenance is not None:
+        _require(provenance, Mapping, "provenance", "a dictionary, or None")
+    if edits is None:
+        return
+    if not isinstance(edits, Sequence) or isinstance(edits, str):
+        raise TypeError(f"edits must be a list, such as edits=[Removal(3)]; got {edits!r}.")
+    for edit in edits:
+        if isinstance(edit, type) or not callable(getattr(edit, "terms", None)):
+            raise TypeError(
+                f"edits must hold edits (tda_lightning.edits), such as Removal(3); got {edit!r}."
+            )
+
+
+def _each(given: object) -> Sequence[object]:
+    return given if isinstance(given, list | tuple) else [given]
+
+
+def _require(value: object, kind: type | tuple[type, ...], name: str, what: str) -> None:
+    if isinstance(value, kind):
+        return
+    got = f"the class {value.__name__}: make one of it" if isinstance(value, type) else repr(value)
+    raise TypeError(f"{name} must be {what}; got {got:.200}.")
+
+
+def _require_estimator(estimator: object) -> None:
+    methods = ("score", "segment_count")
+    complete = all(callable(getattr(estimator, name, None)) for name in methods)
+    if complete and not isinstance(estimator, type):
+        return
+    named = estimator.__name__ if isinstance(estimator, type) else str(estimator)
+    known = {name.lower(): name for name in estimators.__all__ if not name.endswith("Estimator")}
+    meant = difflib.get_close_matches(named.lower(), known, n=1, cutoff=0.5)
+    name = known[meant[0]] if meant else "Source"
+    raise TypeError(
+        f"estimator must be an estimator with its settings, such as {name}() of "
+        f"tda_lightning.estimators; got {estimator!r:.200}."
+    )

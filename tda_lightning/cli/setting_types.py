@@ -1,0 +1,60 @@
+"""The types of the commands' own settings, so that a wrong one is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tda_lightning.runtime.setting_types import require_type
+
+# The type of a setting, and a value that would do. The others are checked where they are used.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "alpha": (float, ""),
+    "baselines": (Sequence[str], "baselines=[random]"),
+    "batch_size": (int, ""),
+    "damping": (float | None, ""),
+    "directions": (int, ""),
+    "estimators": (Mapping, ""),
+    "examples": (int, ""),
+    "fraction": (float, ""),
+    "k": (int, ""),
+    "leave_out": (int | None, ""),
+    "num_subsets": (int | None, ""),
+    "num_suspects": (int, ""),
+    "overwrite": (bool, ""),
+    "processes": (int, ""),
+    "queries": (
+        Sequence[int] | None,
+        "queries=[5] for row 5 or queries=[0,1,2] for the first three",
+    ),
+    "relabel": (Mapping | None, "relabel={3: 7} for label 7 of example 3"),
+    "scores": (str | Sequence[str] | None, ""),
+    "seed": (int, ""),
+    "seeds": (int, ""),
+    "self_influence": (bool, ""),
+    "share": (float, ""),
+    "spot_check": (bool, ""),
+    "threads": (int | None, ""),
+    "together": (int, ""),
+    "trust_config": (bool, ""),
+}
+_POSITIVE = ("batch_size", "directions", "examples", "k", "processes", "seeds", "together")
+
+
+def require_setting_types(config: DictConfig) -> None:
+    """Check a command's own settings.
+
+    Raises:
+        TypeError: one has another type than it must have.
+        ValueError: a number that must be positive is not.
+    """
+    for name, (hint, example) in _TYPES.items():
+        if name not in config or OmegaConf.is_missing(config, name):
+            continue
+        value = config[name]
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        require_type(name, plain, hint, example)
+        if name in _POSITIVE and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
