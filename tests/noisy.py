@@ -155,6 +155,10 @@ def _python_scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.f(x * (0.5 + random.random()))
 
 
+def _by_place(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.f(x + torch.tensor([[random.gauss(0, 1)] for _ in range(len(x))]).double())
+
+
 def _gumbel(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.g(F.gumbel_softmax(m.f(x), tau=0.7))
 
@@ -201,6 +205,7 @@ NOISE: dict[str, Noise] = {
         _gumbel, parts={"f": lambda: _mlp(FEATURES, 6), "g": lambda: nn.Linear(6, CLASSES)}
     ),
     "python": _of_outputs(_python_scaled),
+    "python, by place": _of_outputs(_by_place),
     "in place": _of_outputs(_in_place),
     "pasted": _of_outputs(_pasted),
     "plain": _of_outputs(lambda m, x, y: m.f(x)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,11 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-HAND_WRITTEN = ("vae",)  # losses that are no standard ones
 FAST = ("noisy inputs", "mixup, weight from numpy", "diffusion", "vae", "pasted", "dropout besides")
 NAMES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in noisy.NOISE
-    if name not in (*HAND_WRITTEN, "plain")
+    if name != "plain"
 ]
 
 
@@ -99,9 +100,21 @@ def compared(module, x, y):
     return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
 
 
+def compared_by_python(module, x, y):
+    hidden = module.f(x * random.random())
+    return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
+
+
+def compared_by_place(module, x, y):
+    hidden = module.f(x + torch.tensor([[random.gauss(0, 1)] for _ in range(len(x))]).double())
+    return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
+
+
 GENERATOR = np.random.default_rng(0)
 REFUSED = {
     "a generator of its own": (own_generator, "generator of its own"),
+    "compared, one number by Python": (compared_by_python, "influence one another"),
+    "compared, numbers by Python": (compared_by_place, "influence one another"),
     "a contrastive loss": (compared, "depend on one another|influence one another|alone"),
 }
 
