@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ class GradientEngine:
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
         plain = self.plain_gradient(loss, batch, examples, weights)
-        errors = {}
+        differences, scales = {}, {}
         for block in self.blocks:
             gradient = gradients.blocks[block.name]
             squares = gradient.weighted_squares(None, None, None)
@@ -287,10 +288,14 @@ class GradientEngine:
             # Sums of gradients that cancel are compared with the size of what cancels.
             spread = ((squares * factors.square()).sum() * gradient.batch).sqrt()
             for name in block.parameters:
-                difference = (total[name] - plain[name]).norm()
-                scale = torch.maximum(plain[name].norm(), spread)
-                errors[name] = float(difference / scale) if scale > 0 else 0.0
-        return errors
+                differences[name] = float((total[name] - plain[name]).norm())
+                scales[name] = float(torch.maximum(plain[name].norm(), spread))
+        # A parameter that changes no loss (a shift before LayerNorm) has rounding for a gradient.
+        rounding = 1e-12 * max(filter(math.isfinite, scales.values()), default=0.0)
+        return {
+            name: 0.0 if difference <= rounding else difference / scales[name]
+            for name, difference in differences.items()
+        }
 
     def _errors_in_double(
         self, loss: Loss, batch: Batch, examples: Tensor
