@@ -32,7 +32,7 @@ from tda_lightning.gradients.functional import (
 )
 from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
-from tda_lightning.gradients.refusals import why_apart
+from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -72,6 +72,7 @@ class GradientEngine:
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
         self.names = tuple(n for n in parameters if module.get_parameter(n).numel())
+        require_fixed_tables(module, self.names)
         for name in self.names:
             if module.get_parameter(name).is_complex():
                 raise EngineError(
@@ -83,7 +84,8 @@ class GradientEngine:
         self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
-        self._kept: dict[str, Tensor] = {}
+        kept = {n: kept_entries(n, module.get_parameter(n)) for n in self.names}
+        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
 
@@ -230,8 +232,6 @@ class GradientEngine:
                 f"The module is in {str(dtype).removeprefix('torch.')}, and gradients carry its "
                 "rounding. Give the module in float32 for scores without it."
             )
-        kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
-        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
         odd = list(self.names)
