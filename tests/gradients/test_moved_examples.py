@@ -114,6 +114,13 @@ def dispatched(m: nn.Module, batch: Batch) -> Tensor:
     return m.g(torch.einsum("es,sd->ed", places, hidden)).square().sum(1)
 
 
+def permuted_by_a_matrix(m: nn.Module, batch: Batch) -> Tensor:
+    inputs, lengths = batch
+    first = torch.arange(len(inputs))[:, None]
+    places = (first == lengths.argsort(stable=True)[:, None].T).double()  # [example, slot]
+    return m.g(places @ m.f(places.T @ inputs[:, 0]).tanh()).square().sum(1)
+
+
 def last_tokens(m: nn.Module, batch: Batch) -> Tensor:
     inputs, lengths = batch
     hidden = m.f(inputs).tanh()[torch.arange(len(inputs)), lengths - 1]
@@ -198,6 +205,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Batch], Ten
         experts,
     ),
     "dispatched": (linear_pair(), dispatched),
+    "permuted": (linear_pair(), permuted_by_a_matrix),
     "last tokens": (linear_pair(), last_tokens),
     "top tokens": (linear_pair(), top_tokens),
     "one by one": (linear_pair(), one_by_one),
