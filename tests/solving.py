@@ -40,7 +40,7 @@ def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], siz
     )
     batch, examples = next(iter(context.batches([range(count)])))
     task.prepare(module, batch)
-    context.engine.discover(context.train_loss, batch, examples, task.separable)
+    context.engine.discover(context.train_loss, batch, examples, task.one_by_one)
     return context
 
 

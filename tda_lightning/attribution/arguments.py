@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
+from lightning.pytorch import Trainer
 from torch import nn
 
 from tda_lightning import estimators
@@ -38,6 +39,7 @@ def require_constructible(
 
 def require_attributable(
     batch_size: object = 1,
+    trainer: object = None,
     scores_path: object = None,
     self_influence: object = True,
     overwrite: object = False,
@@ -59,6 +61,9 @@ def require_attributable(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if draws is not None and draws < 1:  # type: ignore[operator]
         raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
+    if trainer is not None:
+        _refuse_other_package(trainer)
+        _require(trainer, Trainer, "trainer", "a lightning.pytorch.Trainer, or None")
     if scores_path is not None:
         _require(scores_path, (str, PathLike), "scores_path", "the path of a file, or None")
     if provenance is not None:
@@ -72,6 +77,18 @@ def require_attributable(
             raise TypeError(
                 f"edits must hold edits (tda_lightning.edits), such as Removal(3); got {edit!r}."
             )
+
+
+def _refuse_other_package(trainer: object) -> None:
+    """``lightning`` and ``pytorch_lightning`` do not take one another's modules."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(trainer).__mro__}
+    if "pytorch_lightning" in packages:
+        raise TypeError(
+            "trainer is a Trainer of pytorch_lightning, expected a lightning.pytorch.Trainer: the "
+            "packages have classes of their own, which do not take one another's modules. Build "
+            "this trainer with lightning.pytorch, or leave it out. Runs and modules of either "
+            "package can be attributed."
+        )
 
 
 def _each(given: object) -> Sequence[object]:

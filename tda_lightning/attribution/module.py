@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,7 +31,7 @@ from tda_lightning.estimators import Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
-from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
@@ -40,7 +40,7 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.runtime.module_state import in_eval_mode
-from tda_lightning.runtime.processes import Processes
+from tda_lightning.runtime.processes import Processes, rank_and_world
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
@@ -50,6 +50,25 @@ from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask
 
 T = TypeVar("T")
+P = ParamSpec("P")
+_SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
+
+
+def _again_where_unseen(method: Callable[P, T]) -> Callable[P, T]:
+    """Begin again where a batch is made otherwise than those that were looked at first. The task
+    has noted it, and what it does then holds for all batches."""
+
+    @functools.wraps(method)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(_SURPRISES):
+            try:
+                return method(*args, **kwargs)
+            except UnseenBatchError:
+                if rank_and_world()[1] > 1:  # the other processes do not know of it
+                    raise
+        return method(*args, **kwargs)
+
+    return again
 
 
 class AttributionModule(LightningModule):
@@ -125,6 +144,7 @@ class AttributionModule(LightningModule):
         """The task of the last stage."""
         return self.stages[-1].task
 
+    @_again_where_unseen
     def attribute(
         self,
         train: object,
@@ -170,6 +190,7 @@ class AttributionModule(LightningModule):
         began, worked = time.monotonic(), time.process_time()
         require_attributable(
             batch_size,
+            trainer,
             scores_path,
             self_influence,
             overwrite,
@@ -233,6 +254,7 @@ class AttributionModule(LightningModule):
             Processes.of(runner).by_first(lambda: scores.save(scores_path, overwrite=overwrite))
         return scores
 
+    @_again_where_unseen
     def check(self, train: object, query: object, examples: int = 8) -> dict[str, float]:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
@@ -262,6 +284,7 @@ class AttributionModule(LightningModule):
         print_table(title, columns, rows)
         return errors
 
+    @_again_where_unseen
     def plan(
         self,
         train: object,
@@ -287,7 +310,7 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
-        require_attributable(batch_size, self_influence=self_influence, draws=draws)
+        require_attributable(batch_size, trainer, self_influence=self_influence, draws=draws)
         if trainer is not None:
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():

@@ -203,7 +203,7 @@ def widened(context: Session, frozen: Sequence[str], batch: object, examples: Te
         EngineError: the module runs its frozen part without gradients: it would count for nothing.
     """
     engine = GradientEngine(context.module, [*context.engine.names, *frozen])
-    engine.discover(context.train_loss, batch, examples, context.task.separable)
+    engine.discover(context.train_loss, batch, examples, context.task.one_by_one)
     gradients = engine.plain_gradient(context.train_loss, batch, examples)
     unseen = [name for name in frozen if not bool(gradients[name].any())]
     if len(unseen) == len(frozen):

@@ -22,7 +22,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.session import Session, Span
 from tda_lightning.tasks import seeded_examples
 from tda_lightning.tasks.gauss_newton import require_losses
-from tda_lightning.tasks.loss_calls import WeightedLoss
 
 PRODUCTS = ("gauss_newton", "hessian")
 WAYS = (
@@ -248,8 +246,8 @@ class _BatchCurvature:
         with _second_order(self.session.module):
             found, _ = self._run(leaves, lambda m, b, _: require_losses(self.session.task, m, b))
         if self.weights is not None:
-            found = [_times(item, self.weights) for item in found]
-        outputs = [item.loss.outputs for item in found]
+            found = [item.times(self.weights) for item in found]
+        outputs = [item.outputs for item in found]
         if way == len(WAYS) - 1:
             tangents = _transposed_twice(outputs, leaves, directions)
         else:
@@ -267,7 +265,7 @@ class _BatchCurvature:
         return _backwards(outputs, leaves, curved, together=way == 0)
 
     def _outputs(self, parameters: Parameters, numbers: Sequence[int]) -> list[Tensor]:
-        outputs = self._run(parameters, lambda m, b, _: self.session.task.standard_outputs(m, b))
+        outputs = self._run(parameters, lambda m, b, _: self.session.task.curved_outputs(m, b))
         return [outputs[number] for number in numbers]
 
     def _double_backward(self, directions: Parameters) -> Parameters:
@@ -311,12 +309,6 @@ class _BatchCurvature:
         # Capture takes fused layers apart.
         with seeded_examples(0, self.examples), _PaddingHeld(), Capture({}):
             return torch.func.functional_call(lossy, named, (self.batch, self.examples))
-
-
-def _times(item: WeightedLoss, factors: Tensor) -> WeightedLoss:
-    """The loss with the elements of each example times its factor, [batch]."""
-    weights = item.weights.reshape(len(factors), -1) * factors[:, None]
-    return replace(item, weights=weights.reshape(item.weights.shape))
 
 
 class _PaddingHeld(TorchFunctionMode):

@@ -15,6 +15,7 @@ example of weight 0 still contributes to the statistics.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tda_lightning.evaluation.stacked_replay import replay_stacked
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.data_module import require_data_module
-from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.records.errors import NonFiniteError, UnseenBatchError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay, State, Walk, initial
 from tda_lightning.runtime.loading import ExampleSource
@@ -104,21 +105,40 @@ def retrain_each(
     replay = Replay(trajectory, module, as_task(task), source, training)
     replay.check()
     _check_weights(replay, weights)
-    if together > 1 and (not rule_of(trajectory).elementwise or _draws(replay)):
+    if not bool((weights == 1).all()):
+        replay.task = _prepared(replay)
+    vectorised = rule_of(trajectory).elementwise and not replay.task.one_by_one
+    if together > 1 and (not vectorised or _draws(replay)):
         together = 1
     for part in weights.split(together):
-        for state in [_run(replay, part[0])] if together == 1 else replay_stacked(replay, part):
+        for state in _again_where_unseen(replay, functools.partial(_run_all, replay, part)):
             require_finite(state)
             yield state
 
 
+def _run_all(replay: Replay, weights: Tensor) -> list[State]:
+    if len(weights) == 1 or replay.task.one_by_one:
+        return [_run(replay, own) for own in weights]
+    return list(replay_stacked(replay, weights))
+
+
+def _again_where_unseen(replay: Replay, run: Callable[[], list[State]]) -> list[State]:
+    """Once more where a batch is made otherwise than the one that the task was prepared on."""
+    try:
+        return run()
+    except UnseenBatchError:
+        replay.task = _prepared(replay)
+        return run()
+
+
 def _run(replay: Replay, weights: Tensor) -> State:
     """One run by torch.optim."""
+    own = None if bool((weights == 1).all()) else weights
     with borrowed(replay.module), replay.as_trained():
         walk = Walk(replay)
         walk.restart(0)
         for row in range(replay.trajectory.last_step):
-            walk.step(row, weights)
+            walk.step(row, own)
         return dict(walk.snapshot().tensors)
 
 
@@ -143,10 +163,13 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
             f"weights must have the shape [runs, {len(replay.source)}], at least one run and one "
             f"number for each training example, got {list(weights.shape)}."
         )
-    if bool((weights == 1).all()):
-        return
-    # On a copy: a task prepared on one batch would fix what differs between batches.
-    probe = copy.deepcopy(replay.task)
+
+
+def _prepared(replay: Replay) -> AttributionTask:
+    """A copy of the task, prepared on the first batch: it must know what each example contributes
+    to a batch's loss."""
+    task = copy.deepcopy(replay.task)
+    task.training_batch_size = replay.trajectory.batch_size
     examples = replay.trajectory.steps.batches(0)[0]
     with borrowed(replay.module), unchanged_randomness():
         load_tensors(replay.module, initial(replay.trajectory))
@@ -156,16 +179,12 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
 
         def loss(part: object, chosen: Tensor) -> Tensor:
             with seeded_examples(0, chosen):
-                return probe.train_loss(replay.module, part)
+                return task.train_loss(replay.module, part)
 
         noise_of(loss, batch, examples, lambda: (replay.fetch(examples[:-1]), examples[:-1]))
         with seeded_examples(0, examples):
-            probe.prepare(replay.module, batch)
-    if not probe.separable:
-        raise ValueError(
-            "The losses of single examples are unknown, so none can be left out: "
-            f"{' '.join(probe.notes)}"
-        )
+            task.prepare(replay.module, batch)
+    return task
 
 
 def require_finite(state: Mapping[str, Tensor]) -> None:

@@ -30,8 +30,8 @@ class _Losses(nn.Module):
         self.module = module
         self.task = task
 
-    def forward(self, batch: object) -> Tensor:
-        return self.task.train_loss(self.module, batch)
+    def forward(self, batch: object, weights: Tensor) -> Tensor:
+        return weighted_loss(self.task, self.module, batch, weights)
 
 
 def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
@@ -47,8 +47,7 @@ def replay_stacked(replay: Replay, weights: Tensor) -> Iterator[State]:
 
     def batch_loss(state: State, own: Tensor, batch: object) -> Tensor:
         named = {f"module.{name}": tensor for name, tensor in state.items()}
-        found = torch.func.functional_call(losses, named, (batch,))
-        return weighted_loss(replay.task, found, own)
+        return torch.func.functional_call(losses, named, (batch, own))  # type: ignore[no-any-return]
 
     each = torch.func.vmap(batch_loss, in_dims=(0, 0, None))
     with borrowed(replay.module), replay.as_trained():

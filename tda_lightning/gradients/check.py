@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients.engine import GradientEngine
-from tda_lightning.gradients.functional import Loss, doubled, in_double
+from tda_lightning.gradients.functional import Loss
+from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,17 +26,16 @@ from tda_lightning.gradients.example_axes import ExampleAxes, irregular_weights
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
-    doubled,
     functional_gradients,
-    in_double,
     parameters_frozen,
     plain_recurrence,
 )
 from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
-from tda_lightning.gradients.refusals import why_apart
+from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
 
 Losses = Callable[[nn.Module, Batch, Tensor], Iterable[Tensor]]
@@ -72,6 +72,7 @@ class GradientEngine:
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
         self.names = tuple(n for n in parameters if module.get_parameter(n).numel())
+        require_fixed_tables(module, self.names)
         for name in self.names:
             if module.get_parameter(name).is_complex():
                 raise EngineError(
@@ -83,7 +84,8 @@ class GradientEngine:
         self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
-        self._kept: dict[str, Tensor] = {}
+        kept = {n: kept_entries(n, module.get_parameter(n)) for n in self.names}
+        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
 
@@ -132,7 +134,7 @@ class GradientEngine:
                 _nth(losses, number),
                 batch,
                 examples,
-                loss if self._axes.separable else None,
+                loss,
             )
             for use in uses:
                 use.widen()
@@ -205,7 +207,7 @@ class GradientEngine:
         return dict(zip(self.names, gradients, strict=True))
 
     def discover(
-        self, loss: Loss, batch: Batch, examples: Tensor, separable: bool = True
+        self, loss: Loss, batch: Batch, examples: Tensor, one_by_one: bool = False
     ) -> dict[str, float]:
         """Plan the blocks from a batch and check them against plain autograd.
 
@@ -213,8 +215,8 @@ class GradientEngine:
             loss: maps (module, batch, examples) to the losses [batch].
             batch: training examples.
             examples: their indices in the data set, int64 [batch].
-            separable: False when ``loss`` repeats the mean loss because single losses are not
-                known; the batch axes are then taken from the shapes alone.
+            one_by_one: differentiate every example alone; the losses of a batch have no graph that
+                could be split by example.
 
         Returns:
             Relative error of the weighted sum over the examples, by parameter.
@@ -222,7 +224,6 @@ class GradientEngine:
         Raises:
             EngineError: a parameter's gradient cannot be split by example.
         """
-        self._axes.separable = separable
         self._generic = []
         self.notes.clear()
         dtype = next(self.module.parameters()).dtype
@@ -231,11 +232,12 @@ class GradientEngine:
                 f"The module is in {str(dtype).removeprefix('torch.')}, and gradients carry its "
                 "rounding. Give the module in float32 for scores without it."
             )
-        kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
-        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
-        shared = self._axes.locate(capture, next(values))
-        odd, _ = _apart(capture.uses, capture.generic | shared)
+        losses = next(values)
+        odd = list(self.names)
+        if not one_by_one:
+            shared = self._axes.locate(capture, losses)
+            odd, _ = _apart(capture.uses, capture.generic | shared)
         seen = {ref.name for use in capture.uses for ref in use.refs}
         if unseen := set(self.names) - seen - set(odd):
             plain = self.plain_gradient(loss, batch, examples)
@@ -276,10 +278,8 @@ class GradientEngine:
         gradients = self.gradients(loss, batch, examples)
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
-        if not self._axes.separable:
-            weights = torch.ones_like(weights)
         plain = self.plain_gradient(loss, batch, examples, weights)
-        errors = {}
+        differences, scales = {}, {}
         for block in self.blocks:
             gradient = gradients.blocks[block.name]
             squares = gradient.weighted_squares(None, None, None)
@@ -288,10 +288,14 @@ class GradientEngine:
             # Sums of gradients that cancel are compared with the size of what cancels.
             spread = ((squares * factors.square()).sum() * gradient.batch).sqrt()
             for name in block.parameters:
-                difference = (total[name] - plain[name]).norm()
-                scale = torch.maximum(plain[name].norm(), spread)
-                errors[name] = float(difference / scale) if scale > 0 else 0.0
-        return errors
+                differences[name] = float((total[name] - plain[name]).norm())
+                scales[name] = float(torch.maximum(plain[name].norm(), spread))
+        # A parameter that changes no loss (a shift before LayerNorm) has rounding for a gradient.
+        rounding = 1e-12 * max(filter(math.isfinite, scales.values()), default=0.0)
+        return {
+            name: 0.0 if difference <= rounding else difference / scales[name]
+            for name, difference in differences.items()
+        }
 
     def _errors_in_double(
         self, loss: Loss, batch: Batch, examples: Tensor

@@ -17,8 +17,6 @@ from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.fused_layers import normalized_weight
 from tda_lightning.records.errors import EngineError
 from tda_lightning.runtime.module_state import restored
-from tda_lightning.runtime.origins import inherit
-from tda_lightning.runtime.structures import mapped
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
 
@@ -60,36 +58,6 @@ def plain_recurrence(module: nn.Module) -> Iterator[None]:
         return
     with torch.backends.cudnn.flags(enabled=False):
         yield
-
-
-@contextmanager
-def in_double(module: nn.Module) -> Iterator[None]:
-    """Weights and buffers in float64; at the end the very tensors of before."""
-    parameters = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
-    buffers = [
-        (part, name, buffer)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None and buffer.is_floating_point()
-    ]
-    try:
-        for parameter, value in parameters:
-            parameter.data = value.double()
-        for part, name, buffer in buffers:
-            part._buffers[name] = buffer.double()
-        yield
-    finally:
-        for parameter, value in parameters:
-            parameter.data = value
-        for part, name, buffer in buffers:
-            part._buffers[name] = buffer
-
-
-def doubled(batch: Batch) -> Batch:
-    """A batch with its floating-point tensors in float64."""
-    changed = mapped(lambda part: part.double() if part.is_floating_point() else part, batch)
-    inherit(batch, changed, doubled)
-    return changed
 
 
 def functional_gradients(

@@ -445,7 +445,7 @@ class CurvatureStatistics(Observer):
 def _samples(gradient: Gradient) -> tuple[float, float]:
     """Vectors that the covariances of the two sides are sums over."""
     if isinstance(gradient, Outer):
-        return (float(gradient.batch * gradient.positions),) * 2
+        return (gradient.samples(),) * 2
     if isinstance(gradient, Rows):
         return (float(len(gradient.index)),) * 2
     return float(gradient.batch * gradient.shape[3]), float(gradient.batch * gradient.shape[2])

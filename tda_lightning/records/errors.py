@@ -43,3 +43,7 @@ class NonFiniteError(ArithmeticError):
 
 class EngineError(RuntimeError):
     """Per-example gradients of a parameter cannot be computed exactly."""
+
+
+class UnseenBatchError(ValueError):
+    """A batch is made otherwise than those that a task or an engine was planned on."""

@@ -276,8 +276,7 @@ class Walk:
                 loss = replay.loss_as_trained(batch, examples)
             else:
                 with seeded_examples(0, examples, own_noise=False):
-                    each = replay.task.train_loss(replay.module, batch)
-                loss = weighted_loss(replay.task, each, weights[examples])
+                    loss = weighted_loss(replay.task, replay.module, batch, weights[examples])
             (loss / int(steps.accumulation[row])).backward()
             losses.append(float(loss.detach()))
             draws.append(drawn)
@@ -305,9 +304,13 @@ def clips_by_value(settings: Mapping[str, object]) -> bool:
     return algorithm in ("value", "GradClipAlgorithmType.VALUE")
 
 
-def weighted_loss(task: AttributionTask, losses: Tensor, weights: Tensor) -> Tensor:
-    """A batch's loss as trained with weights on its examples; what it divides by is kept."""
-    return (weights.to(losses) * losses).sum() * task.share(len(losses))
+def weighted_loss(
+    task: AttributionTask, module: nn.Module, batch: object, weights: Tensor
+) -> Tensor:
+    """A batch's loss as trained with weights on its examples. What it divides by is kept, and so is
+    what belongs to no example."""
+    total, parts = task.batch_loss(module, batch)
+    return total + ((weights.to(parts) - 1) * parts).sum()
 
 
 def initial(trajectory: Trajectory) -> State:

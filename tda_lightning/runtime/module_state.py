@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tda_lightning.runtime.checkpointing import without_reentrant_checkpoints
 from tda_lightning.runtime.compiled import run_eagerly
+from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import stand_in_for_trainer
+from tda_lightning.runtime.structures import mapped
 
 Part = Literal["modes", "requires_grad", "gradients", "parameters", "buffers"]
 
@@ -123,3 +125,33 @@ def load_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
+
+
+@contextmanager
+def in_double(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers in float64; at the end the very tensors of before."""
+    parameters = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    try:
+        for parameter, value in parameters:
+            parameter.data = value.double()
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer.double()
+        yield
+    finally:
+        for parameter, value in parameters:
+            parameter.data = value
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
+
+
+def doubled(batch: Any) -> Any:
+    """A batch with its floating-point tensors in float64."""
+    changed = mapped(lambda part: part.double() if part.is_floating_point() else part, batch)
+    inherit(batch, changed, doubled)
+    return changed

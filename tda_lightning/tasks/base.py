@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
-from tda_lightning.tasks.loss_calls import WeightedLoss, intercept, standard_outputs
+from tda_lightning.tasks.curved_losses import (
+    CurvedLoss,
+    Losses,
+    all_in_closed_form,
+    run_graph,
+    standard_outputs,
+    weighted_losses,
+)
+from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.output_curvature import (
+    Form,
+    curvature_of_outputs,
+    output_rows,
+)
 
 
 class AttributionTask(ABC):
@@ -25,10 +39,10 @@ class AttributionTask(ABC):
 
     Attributes:
         layers: names of modules (or their prefixes) whose parameters count; None for all.
-        separable: False when the losses of single examples are not known and ``train_loss``
-            repeats the mean loss of the batch.
         training_batch_size: examples per batch in training, where that is known; set before
             :meth:`prepare`. A loss that *sums* over its batch needs it.
+        one_by_one: True when the losses of a batch are those of its examples run alone: gradients
+            are then taken one example at a time.
         draws: over how many draws of its own noise a loss that draws random numbers (a VAE, a
             diffusion model, mixup) is averaged.
 
@@ -44,8 +58,10 @@ class AttributionTask(ABC):
     """
 
     layers: Sequence[str] | None = None
-    separable: bool = True
     training_batch_size: int | None = None
+    one_by_one: bool = False
+    _in_closed_form: bool | None = None  # whether the losses are standard ones; None: not known
+    _form: Form | None = None
     draws: int = 1
 
     @abstractmethod
@@ -75,9 +91,11 @@ class AttributionTask(ABC):
             regulariser) is in the scalar only.
         """
         if by_position:
-            parts = intercept(lambda: self.train_loss(module, batch))
-            share = self.share(parts.batch)
-            return parts.total.sum() * share, parts.by_position() * share
+            run, read = self.loss_graph(module, batch)
+            count = batches.num_examples(batch)
+            terms = by_position_of(weighted_losses(module, run, read)[0], count)
+            share = self.share(count)
+            return terms.sum() * share, terms * share
         losses = self.train_loss(module, batch)
         return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
 
@@ -121,6 +139,16 @@ class AttributionTask(ABC):
     def prepare(self, module: nn.Module, batch: Batch) -> None:
         """Look at one training batch before the work starts; earlier notes are forgotten."""
         self.notes.clear()
+        self._in_closed_form = self._form = None
+
+    def average(  # noqa: B027 (most tasks need none)
+        self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
+    ) -> None:
+        """Take averages over the training set that losses need; by default none are.
+
+        Args:
+            training_set: gives its batches, with the indices of their examples.
+        """
 
     @property
     def notes(self) -> list[str]:
@@ -144,14 +172,62 @@ class AttributionTask(ABC):
         plain: dict[str, object] = json.loads(json.dumps(settings, default=_plain))
         return plain
 
-    def standard_losses(self, module: nn.Module, batch: Batch) -> tuple[list[WeightedLoss], int]:
-        """The standard losses in ``train_loss`` with their weights, and the number of examples."""
-        parts = intercept(lambda: self.train_loss(module, batch))
-        return parts.losses, parts.batch
+    def outputs(self, module: nn.Module, batch: Batch) -> Sequence[Tensor] | None:
+        """The outputs of the network, where they cannot be found: the tensors [batch, ...] on the
+        way from the parameters to the loss in which the loss is differentiated twice, for the
+        Gauss-Newton matrix of a loss that is no standard one. None: what modules with parameters
+        return. They are found in the run of ``train_loss`` by their values."""
+        return None
 
-    def standard_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
-        """What those losses are of, by call: in a forward-mode derivative all that is needed."""
-        return standard_outputs(lambda: self.train_loss(module, batch))
+    def loss_graph(self, module: nn.Module, batch: Batch) -> tuple[Callable[[], Tensor], Losses]:
+        """What runs the training loss, and what reads the losses [batch] off its graph."""
+        return lambda: self.train_loss(module, batch), lambda node: node.value
+
+    def curved_losses(self, module: nn.Module, batch: Batch) -> tuple[Sequence[CurvedLoss], int]:
+        """The losses that ``train_loss`` consists of with their second derivatives in the outputs
+        of the network, and the number of examples.
+
+        Raises:
+            UnknownOutputsError: the outputs cannot be found, or are too many.
+        """
+        run, read = self.loss_graph(module, batch)
+        count = batches.num_examples(batch)
+        if self._in_closed_form is False:
+            total = run_graph(module, run)[1]
+        else:
+            standard, total, losses = weighted_losses(module, run, read)
+            if self._in_closed_form is None and not inside_transform():
+                self._in_closed_form = all_in_closed_form(standard, losses)
+            if self._in_closed_form is not False:
+                return [replace(loss, weights=loss.weights.detach()) for loss in standard], count
+        marked = self._marked(module, batch)
+        curvature = curvature_of_outputs(total, read, count, self._form, marked)
+        self._form = curvature.form
+        self._note_indefinite(curvature.indefinite)
+        return [curvature.loss], count
+
+    def curved_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
+        """What those losses are of, by number: in a forward-mode derivative all that is needed."""
+        run, _ = self.loss_graph(module, batch)
+        if self._in_closed_form is not False:
+            return standard_outputs(module, run)
+        _, total = run_graph(module, run)
+        return [output_rows(total, batches.num_examples(batch), self._marked(module, batch))]
+
+    def _marked(self, module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+        with torch.no_grad():  # unseen by those who watch the run with gradients
+            return self.outputs(module, batch) or ()
+
+    def _note_indefinite(self, indefinite: bool) -> None:
+        if indefinite and INDEFINITE not in self.notes:
+            self.notes.append(INDEFINITE)
+
+
+INDEFINITE = (
+    "The second derivative of the training loss in the outputs of the network has negative "
+    "eigenvalues, so there is no Gauss-Newton matrix in the strict sense: their absolute values "
+    "take their place."
+)
 
 
 def _plain(value: Any) -> Any:

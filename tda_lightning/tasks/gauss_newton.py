@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.base import AttributionTask, CurvedLoss
 from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.loss_calls import ObservedLoss, WeightedLoss
 
@@ -32,7 +32,7 @@ def sampled_gauss_newton_loss(task: AttributionTask, module: nn.Module, batch: B
     :func:`~tda_lightning.tasks.seeded_examples` it depends on the seed and the example alone.
     """
     losses, size = require_losses(task, module, batch)
-    return torch.stack([_sampled(loss, size, i) for i, loss in enumerate(losses)]).sum(0)
+    return torch.stack([loss.sampled(size, i) for i, loss in enumerate(losses)]).sum(0)
 
 
 def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -43,12 +43,7 @@ def gauss_newton_losses(task: AttributionTask, module: nn.Module, batch: Batch) 
     number or bit otherwise.
     """
     losses, size = require_losses(task, module, batch)
-    return (
-        column
-        for loss in losses
-        for factor in loss.loss.factors(loss.scale(size))
-        for column in factor.unbind(1)
-    )
+    return (column for loss in losses for column in loss.factors(size))
 
 
 def sampled_output_gradients(
@@ -87,7 +82,7 @@ def sampled_output_gradients(
                 weighted, batch, "training_step",
                 "Record with fisher='empirical', or with curvature=None.",
             )  # fmt: skip
-            sampled = _sampled(weighted, batch, number).sum()
+            sampled = weighted.sampled(batch, number).sum()
             gradients += torch.autograd.grad(sampled, list(leaves.values()))
         outputs += [loss.given[name] for name in leaves]
     return outputs, gradients
@@ -95,31 +90,16 @@ def sampled_output_gradients(
 
 def require_losses(
     task: AttributionTask, module: nn.Module, batch: Batch
-) -> tuple[list[WeightedLoss], int]:
-    """The standard losses in the task's ``train_loss`` and the number of examples.
+) -> tuple[Sequence[CurvedLoss], int]:
+    """The losses that ``train_loss`` consists of, with their second derivatives in the outputs of
+    the network, and the number of examples.
 
     Raises:
-        ValueError: the Gauss-Newton matrix is unknown: there is no standard loss, its batch axis
-            does not lead, or it enters with a negative weight.
+        ValueError: the outputs of the network cannot be found, or the second derivative is too
+            large to be kept.
     """
     with torch.enable_grad():
-        losses, size = task.standard_losses(module, batch)
-    name = type(task).__name__
-    if not losses:
-        raise ValueError(
-            f"{name}: the loss depends on none of cross_entropy, nll_loss, mse_loss and "
-            "binary_cross_entropy_with_logits of torch.nn.functional, so its Gauss-Newton matrix "
-            "is unknown. Use one of them, or a curvature that needs no outputs: the empirical "
-            "Fisher, or a solver's curvature='hessian'."
-        )
-    for loss in losses:
-        _require_usable(loss, size, name, "Use a curvature from the empirical Fisher.")
-    return losses, size
-
-
-def _sampled(loss: WeightedLoss, batch: int, stream: int) -> Tensor:
-    """A random loss of each example whose gradient has the loss's matrix as its second moment."""
-    return loss.loss.sampled(loss.scale(batch), stream).sum(1)
+        return task.curved_losses(module, batch)
 
 
 def _require_usable(weighted: WeightedLoss, batch: int, where: str, remedy: str) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -40,8 +40,8 @@ Given: TypeAlias = Mapping[str, Any]  # arguments of a call by name
 class LossCall:
     """The elements of one call.
 
-    ``mass`` is what ``reduction="mean"`` divides by where that depends on the labels (class
-    weights, ignored targets), a scalar tensor; None where it is the number of elements.
+    The sum of ``mass`` is what ``reduction="mean"`` divides by where that depends on the labels
+    (class weights, ignored targets), [elements]; None where it is the number of elements.
     """
 
     loss: StandardLoss
@@ -57,6 +57,7 @@ class WeightedLoss:
     loss: StandardLoss
     weights: Tensor
     number: int
+    example: int | None = None
 
     def by_position(self, batch: int) -> Tensor:
         """Weight x loss of each example's elements, [batch, positions]."""
@@ -65,6 +66,28 @@ class WeightedLoss:
     def scale(self, batch: int) -> Tensor:
         """sqrt(weight x curvature) of each element, [batch, positions]."""
         return (self.weights.flatten() * self.loss.curvature).sqrt().view(batch, -1)
+
+    def times(self, factors: Tensor) -> WeightedLoss:
+        """The loss with each example's elements times its factor, [batch]."""
+        if self.example is not None:
+            factors = factors[self.example : self.example + 1]
+        weights = self.weights.reshape(len(factors), -1) * factors.to(self.weights)[:, None]
+        return replace(self, weights=weights.reshape(self.weights.shape))
+
+    @property
+    def outputs(self) -> Tensor:
+        """What the loss is of."""
+        return self.loss.outputs
+
+    def sampled(self, batch: int, stream: int) -> Tensor:
+        """A random loss of each example whose gradient has the loss's matrix as its second
+        moment, [batch]."""
+        return self.loss.sampled(self.scale(batch), stream).sum(1)
+
+    def factors(self, batch: int) -> Iterator[Tensor]:
+        """Losses [batch] whose outer products of gradients sum to the matrix."""
+        for factor in self.loss.factors(self.scale(batch)):
+            yield from factor.unbind(1)
 
     def curved(self, tangents: Tensor) -> Tensor:
         """The second derivative of the sum of weight x loss in the outputs, times ``tangents``,
@@ -79,113 +102,27 @@ class WeightedLoss:
         return leading % batch == 0
 
 
-@dataclass(frozen=True)
-class LossParts:
-    """What user code's loss consists of.
-
-    Attributes:
-        total: as returned: a scalar, or losses [batch].
-        losses: the standard losses that it depends on.
-        calls: all calls of standard losses, in order.
-        batch: number of examples.
-    """
-
-    total: Tensor
-    losses: list[WeightedLoss]
-    calls: list[LossCall]
-    batch: int
-
-    @property
-    def by_example(self) -> bool:
-        """Whether there are standard losses, and their elements can be told apart by example."""
-        return bool(self.losses) and all(loss.fits(self.batch) for loss in self.losses)
-
-    def per_example(self) -> Tensor:
-        """Sum of weight x loss over each example's elements, [batch]."""
-        return torch.stack([loss.by_position(self.batch).sum(1) for loss in self.losses]).sum(0)
-
-    def by_position(self) -> Tensor:
-        """Weight x loss of each example's single terms, summed over losses: [batch, position].
-
-        Raises:
-            ValueError: there is no standard loss, or they have different numbers of terms.
-        """
-        terms = [loss.by_position(self.batch) for loss in self.losses]
-        lengths = sorted({term.shape[1] for term in terms})
-        if len(lengths) != 1:
-            raise ValueError(
-                "The terms of single positions are not known: expected standard losses of "
-                "torch.nn.functional with the same number of terms for each example, got "
-                f"{lengths}. Attribute to whole examples (token_weights=False)."
-            )
-        return torch.stack(terms).sum(0)
+def given_by_name(
+    func: LossFunction, args: Iterable[object], kwargs: Mapping[str, object]
+) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in."""
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
-def intercept(
-    run: Callable[[], Tensor], masses: Sequence[Tensor | None] = (), batch: int | None = None
-) -> LossParts:
-    """Run ``run() -> total`` and take its loss apart.
-
-    Args:
-        run: gives a scalar, or losses whose sum is differentiated.
-        masses: what "mean" divides by in each call, per example of the batch, where this is to
-            be the same for all batches (None: as the call has it).
-        batch: number of examples; by default the length of the total.
-    """
-    mode = _Interception(masses, batch or 1)
-    weights: Sequence[Tensor | None] = ()
-    with torch.enable_grad():
-        with mode:
-            total = run()
-        if mode.calls and total.requires_grad:
-            weights = _derivatives(total, mode.calls)
-        elif mode.calls and _inside_transform():
-            weights = _derivatives_in_transform(run, mode)
-    losses = [
-        WeightedLoss(mode.calls[number].loss, weight.detach(), number)
-        for number, weight in enumerate(weights)
-        if weight is not None
-    ]
-    return LossParts(total, losses, mode.calls, len(total) if batch is None else batch)
+def reduction_of(given: dict[str, Any]) -> str:
+    """How a loss reduces, by old arguments or new; ``given`` then asks for its elements."""
+    reduction: str = given["reduction"]
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"], False)
+    given.update({name: None for name in ("size_average", "reduce") if name in given})
+    given["reduction"] = "none"
+    return reduction
 
 
-def standard_outputs(run: Callable[[], Tensor]) -> list[Tensor]:
-    """The outputs that the standard losses in ``run()`` are of, by call: ``StandardLoss.outputs``
-    without the weights, which take a derivative of their own."""
-    mode = _Interception((), 1)
-    with mode:
-        run()
-    return [call.loss.outputs for call in mode.calls]
-
-
-def _derivatives(total: Tensor, calls: Sequence[LossCall]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        total.sum(), [call.loss.values for call in calls], retain_graph=True, allow_unused=True
-    )
-
-
-def _derivatives_in_transform(
-    run: Callable[[], Tensor], mode: _Interception
-) -> Sequence[Tensor | None]:
-    """Weights under ``torch.func.vmap`` alone, where no tensor may be made to require gradients:
-    a second run inside ``torch.func.grad`` of a zero that is added to every loss."""
-
-    def probe(zero: Tensor) -> tuple[Tensor, list[Tensor]]:
-        again = _Interception(mode.masses, mode.batch, zero)
-        with again:
-            total = run()
-        weights = _derivatives(total, again.calls)
-        return zero, [
-            torch.zeros_like(call.loss.values) if weight is None else weight
-            for call, weight in zip(again.calls, weights, strict=True)
-        ]
-
-    zero = torch.zeros((), device=mode.calls[0].loss.values.device)
-    _, weights = torch.func.grad(probe, has_aux=True)(zero)
-    return weights  # type: ignore[no-any-return]
-
-
-def _inside_transform() -> bool:
+def inside_transform() -> bool:
+    """Whether a transform of ``torch.func`` is running, where values cannot be read."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -201,50 +138,13 @@ class _LossMode(TorchFunctionMode, ABC):
     ) -> object:
         if func not in READERS:
             return func(*args, **(kwargs or {}))
-        bound = inspect.signature(func).bind(*args, **(kwargs or {}))
-        bound.apply_defaults()
-        given = bound.arguments
-        reduction = given["reduction"]
-        if given["size_average"] is not None or given["reduce"] is not None:
-            reduction = _reduction.legacy_get_string(given["size_average"], given["reduce"], False)
-        given.update(size_average=None, reduce=None, reduction="none")
+        given = given_by_name(func, args, kwargs or {})
+        reduction = reduction_of(given)
         return self.call(func, given, reduction)
 
     @abstractmethod
     def call(self, func: LossFunction, given: Given, reduction: str) -> Tensor:
         """The value of the call, with ``reduction="none"`` among the ``given`` arguments."""
-
-
-class _Interception(_LossMode):
-    """Replaces each call by its elements. ``zero`` is added to connect them (see above)."""
-
-    def __init__(
-        self, masses: Sequence[Tensor | None], batch: int, zero: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.masses, self.batch, self.zero = masses, batch, zero
-        self.calls: list[LossCall] = []
-
-    def call(self, func: LossFunction, given: Given, reduction: str) -> Tensor:
-        loss, mass = READERS[func](lambda: self._connect(func(**given)), given)
-        number = len(self.calls)
-        self.calls.append(LossCall(loss, mass, reduction))
-        if reduction == "none":
-            return loss.values.clone()  # the caller may change its copy in place
-        if reduction == "sum":
-            return loss.values.sum()
-        fixed = self.masses[number] if number < len(self.masses) else None
-        if fixed is not None:
-            mass = fixed.to(loss.values) * self.batch
-        return loss.values.mean() if mass is None else loss.values.sum() / mass
-
-    def _connect(self, values: Tensor) -> Tensor:
-        if self.zero is not None:
-            return values + self.zero.to(values.dtype)
-        if not values.requires_grad and not _inside_transform():
-            # No graph (gradients switched off): a leaf is enough to find the weights.
-            return values.detach().requires_grad_()
-        return values
 
 
 @dataclass(frozen=True)
@@ -277,7 +177,7 @@ class ObservedLoss:
         loss, mass = READERS[self.func](lambda: self.func(**given), given)
         weights = derivative.to(loss.values.detach())
         if self.reduction == "mean":
-            weights = weights / (loss.values.numel() if mass is None else mass)
+            weights = weights / (loss.values.numel() if mass is None else mass.sum().detach())
         return WeightedLoss(loss, weights.expand(loss.values.shape), number)
 
 
@@ -318,7 +218,7 @@ def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     if weight is not None:
         mass = weight[labels.where(counted, 0)] * counted
         curvature = (1 - smoothing) * mass + smoothing * weight.mean() * counted
-    return SoftmaxLoss(evaluate(), flat, curvature.detach()), mass.sum().detach()
+    return SoftmaxLoss(evaluate(), flat, curvature.detach()), mass
 
 
 def _read_mse(evaluate: Callable[[], Tensor], given: Given) -> _Read:
@@ -334,7 +234,7 @@ def _read_mse(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     weight = given.get("weight")
     curvature = torch.ones_like(values) if weight is None else weight.expand_as(values)
     difference = difference.expand_as(values).flatten()
-    mass = None if weight is None else weight.sum().detach()
+    mass = None if weight is None else weight
     return SquaredLoss(values, difference, curvature.detach().flatten(), outputs), mass
 
 
@@ -358,3 +258,21 @@ READERS: dict[LossFunction, Callable[[Callable[[], Tensor], Given], _Read]] = {
     F.mse_loss: _read_mse,
     F.binary_cross_entropy_with_logits: _read_binary_cross_entropy,
 }
+
+
+def by_position_of(losses: Sequence[WeightedLoss], batch: int) -> Tensor:
+    """Weight x loss of each example's single terms, summed over losses: [batch, position].
+
+    Raises:
+        ValueError: there is no standard loss, or they have different numbers of terms.
+    """
+    fitting = [loss for loss in losses if loss.fits(batch)]
+    terms = [loss.by_position(batch) for loss in fitting]
+    lengths = sorted({term.shape[1] for term in terms})
+    if len(lengths) != 1 or len(fitting) < len(losses):
+        raise ValueError(
+            "The terms of single positions are not known: expected standard losses of "
+            "torch.nn.functional with the same number of terms for each example, got "
+            f"{lengths}. Attribute to whole examples (token_weights=False)."
+        )
+    return torch.stack(terms).sum(0)

@@ -3,240 +3,484 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.records.errors import UnseenBatchError
 from tda_lightning.runtime.digests import source_digest
+from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.tasks import batches
-from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.base import INDEFINITE, AttributionTask
 from tda_lightning.tasks.batches import Batch
+from tda_lightning.tasks.curved_losses import CurvedLoss, Losses, run_graph, weighted_losses
+from tda_lightning.tasks.example_parts import (
+    Average,
+    Divide,
+    Layout,
+    Mass,
+    Part,
+    Reader,
+    Site,
+    UnreadableLossError,
+    learn_layout,
+    learn_masses,
+)
 from tda_lightning.tasks.example_seeds import active_examples, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
-from tda_lightning.tasks.loss_calls import LossParts, WeightedLoss, intercept, standard_outputs
-from tda_lightning.tasks.step_noise import restart_noise, watching_noise
+from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.output_curvature import UnknownOutputsError
+from tda_lightning.tasks.step_check import compare_with_plain_steps
+from tda_lightning.tasks.step_graph import Node, StepGraph
+from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
+
+_VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
 
 
 class TrainingStepTask(AttributionTask):
-    r"""Losses of single examples from an unchanged ``training_step``.
+    r"""Losses of single examples from an unchanged ``training_step``, with any loss.
 
-    Its calls of standard losses are intercepted; the weight of each element in the batch's loss is
-    a derivative, so factors, masks and reductions are those of training:
+    The loss of an example is what makes the batch's loss, differentiated with respect to the
+    example's weight, come out as trained (docs/methods.md, "The loss of an example"):
 
     .. math::
-        l_n = B \sum_t w_{nt} e_{nt}, \qquad w_{nt} = \partial L_{batch} / \partial e_{nt}
+        l_n = B\, \partial L_B / \partial w_n
 
-    What does not depend on a standard loss (a regulariser) belongs to no example and is left out,
-    with a note. Without any standard loss, every example gets the mean loss of its batch
-    (``separable`` is False) and curvature is the empirical Fisher.
+    with the weights inside the sums and means over the batch, and not in what a mean divides by.
+    Penalties that depend on no data belong to no example.
 
-    A weighted mean (class weights, ignored targets) divides by a number that differs between
-    batches. :meth:`prepare` fixes it at its batch's average for an example, so that an example's
-    loss does not depend on the batch it comes in; before that, it is each batch's own.
+    :meth:`prepare` runs one batch and its examples one by one, and finds out where the step sums
+    over examples (``example_parts.py``). That is an acceleration: it is compared with
+    ``training_step`` itself, by values and by gradients. A step that cannot be taken apart in a
+    batch is run for every example alone, with a note. One whose examples depend on one another is
+    refused.
 
-    :meth:`prepare` also recognises a step that *sums* over its batch: its gradient is that of a
-    mean over ``training_batch_size`` examples of as many times the loss, and the measurement of a
-    query is the loss itself.
+    A weighted mean (class weights, masks) divides by a number that differs between batches. An
+    example's loss takes its average for an example (:meth:`average`), so that it does not
+    depend on the batch that it comes in. The measurement of a query is the mean over its own terms.
+
+    A step that *sums* over its batch has the gradient of a mean over ``training_batch_size``
+    examples of as many times the loss, and the measurement of a query is the loss itself.
+
+    Args:
+        layers: names of modules (or prefixes) to restrict to.
+        indefinite: what stands for the Gauss-Newton matrix of a loss whose second derivative in
+            the network's outputs has negative eigenvalues: their absolute values, or the
+            empirical Fisher.
     """
 
-    def __init__(self, layers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        indefinite: Literal["absolute", "fisher"] = "absolute",
+    ) -> None:
+        if indefinite not in ("absolute", "fisher"):
+            raise ValueError(f"indefinite must be 'absolute' or 'fisher', got {indefinite!r}.")
         self.layers = layers
+        self.indefinite = indefinite
+        # What a batch has shown that the first ones did not.
+        self._needs_averages = self._needs_alone = False
         self._reset()
 
     def _reset(self) -> None:
-        self.separable = True
+        self.one_by_one = False
         self._can_sample = True
         self._summed = False
-        self._masses: list[Tensor | None] = []
+        self._own_terms = False  # whether the number of terms differs between examples
+        self._layout: Layout | None = None
+        self._averages: dict[Site, Average] = {}
+        self._varying = False
+        self._mixed = False
+        self._known_batches: set[tuple[int, ...]] = set()
         self._training_step: list[str | None] = []
 
     @property
     def can_sample(self) -> bool:
         return self._can_sample
 
-    def prepare(self, module: nn.Module, batch: Batch) -> None:
-        """Learn from one batch which losses ``training_step`` calls."""
-        super().prepare(module, batch)
-        self._reset()
-        kind = type(module)
-        self._training_step = [f"{kind.__module__}.{kind.__qualname__}", source_digest(kind)]
-        parts = self._parts(module, batch)
-        self.separable = parts.by_example
-        if not self.separable:
-            self._can_sample = False
-            reason = "it calls no standard loss"
-            if parts.losses:
-                shapes = [list(item.loss.values.shape) for item in parts.losses]
-                reason = f"its losses have shapes {shapes} for {parts.batch} examples"
-            self._note(
-                f"The losses of single examples in training_step are not known ({reason}): each "
-                "example gets the gradient of its batch's mean loss, and curvature is the "
-                "empirical Fisher. Give a task to attribute to single examples."
-            )
-            return
-        self._fix_masses(parts)
-        self._check_weights(parts)
-        self._check_alone(module, batch, parts.batch)
+    # Losses.
 
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        parts = self._parts(module, batch)
-        if self._training_step and self.separable and not parts.by_example:
-            raise ValueError(
-                f"training_step called no standard loss of {parts.batch} examples for this batch, "
-                "but did for the first one. Give a task whose train_loss holds for every batch."
-            )
-        if parts.by_example and self.separable:
-            losses = parts.per_example() * self._examples_per_mean(parts.batch)
+        if self.one_by_one and batches.num_examples(batch) > 1:
+            losses = torch.cat([self.train_loss(module, one) for one in self._alone(batch)])
         else:
-            losses = parts.total.reshape(()).expand(parts.batch)
+            parts, count = self._parts(module, batch, "held" if self._training_step else "own")
+            losses = self._as_trained(parts, count)
         return losses if torch.is_grad_enabled() else losses.detach()
 
     def batch_loss(
         self, module: nn.Module, batch: Batch, by_position: bool = False
     ) -> tuple[Tensor, Tensor]:
         # What a mean divides by is this batch's own, not held as for single examples.
-        parts = self._parts(module, batch, masses=())
-        if not parts.by_example:
-            raise ValueError(
-                "The losses of single examples in training_step are not known: it calls no "
-                f"standard loss of {parts.batch} examples. Give a task."
+        count = batches.num_examples(batch)
+        if by_position:
+            _, total = self._run(module, batch)
+            run, _ = self.loss_graph(module, batch)
+            losses, _, _ = weighted_losses(
+                module, run, lambda node: _sum(self._reader(count, "own").read(node), count)
             )
-        losses = parts.by_position() if by_position else parts.per_example()
-        return parts.total.reshape(()), losses
+            return total.value.reshape(()), by_position_of(losses, count)
+        if self.one_by_one and count > 1:
+            return self._batch_loss_one_by_one(module, batch)
+        total = self._run(module, batch)[1]
+        reader = self._reader(count, "own")
+        parts = _sum(self._read(reader, total, count), count)
+        self._require_known_rows(module, batch, reader)
+        return total.value.reshape(()), parts
 
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
-        losses = self.train_loss(module, batch)
-        return losses / self._examples_per_mean(1) if self._summed else losses
-
-    def share(self, size: int) -> float:
-        return 1 / self._examples_per_mean(size)
+        if self.measures_loss:
+            return self.train_loss(module, batch)
+        if self.one_by_one and batches.num_examples(batch) > 1:
+            values = torch.cat([self.measurement(module, one) for one in self._alone(batch)])
+        else:
+            values = _sum(*self._parts(module, batch, "each"))
+        return values if torch.is_grad_enabled() else values.detach()
 
     @property
     def measures_loss(self) -> bool:
-        return not self._summed
+        return not self._summed and not self._own_terms
 
-    def _examples_per_mean(self, size: int) -> int:
-        """What turns an example's part of a batch's loss into its loss as trained."""
-        if not self._summed:
-            return size
+    def share(self, size: int) -> float:
+        return 1 / (self._full_batch if self._summed else size)
+
+    @property
+    def _full_batch(self) -> int:
         assert self.training_batch_size is not None
         return self.training_batch_size
+
+    def _run(self, module: nn.Module, batch: Batch) -> tuple[StepGraph, Node]:
+        """The graph of a step, and its loss."""
+        # With gradients in any case: the step itself may take some.
+        with silenced(module), torch.enable_grad():
+            return run_graph(module, lambda: run_training_step(module, batch))
+
+    def _reader(self, count: int, divide: Divide) -> Reader:
+        return Reader(count, self._layout, divide, self._averages, alone=self.one_by_one)
+
+    def _parts(self, module: nn.Module, batch: Batch, divide: Divide) -> tuple[list[Part], int]:
+        """The parts of a batch's loss, and its number of examples."""
+        count = batches.num_examples(batch)
+        reader = self._reader(count, divide)
+        parts = self._read(reader, self._run(module, batch)[1], count)
+        self._require_known_rows(module, batch, reader)
+        if divide == "held" and not self._varying:
+            self._require_constant_masses(reader.masses, count)
+        return parts, count
+
+    def _read(self, reader: Reader, total: Node, count: int) -> list[Part]:
+        try:
+            return reader.read(total)
+        except UnreadableLossError as error:
+            self._needs_alone = bool(self._training_step)
+            raise UnseenBatchError(
+                f"The loss of this batch of {count} examples is made otherwise than that of the "
+                f"first one ({error}). Give a task whose train_loss holds for every batch."
+            ) from error
+
+    def _require_known_rows(self, module: nn.Module, batch: Batch, reader: Reader) -> None:
+        """Where data decide which row is of which example (a mask, a sort), compare the losses of
+        the batch with those of its examples alone, in eval mode and once for a batch."""
+        if not (reader.moved and self._training_step) or inside_transform():
+            return
+        examples = active_examples()
+        name = None if examples is None else tuple(examples.tolist())
+        if reader.batch == 1 or self._mixed or name in self._known_batches:
+            return
+        with restored(module, "modes"), unchanged_randomness():
+            module.eval()
+            together = self._held_alike(module, batch, reader.batch)
+            alone = torch.cat([self._held_alike(module, one, 1) for one in self._alone(batch)])
+        eps = torch.finfo(together.dtype).eps
+        if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
+            self._needs_alone = True
+            raise UnseenBatchError(
+                "The rows of a batch are not those of its examples in their order (a mask or a "
+                "sort of the data), and were so in the first batch."
+            )
+        if name is not None:
+            self._known_batches.add(name)
+
+    def _held_alike(self, module: nn.Module, batch: Batch, count: int) -> Tensor:
+        total = self._run(module, batch)[1]
+        parts = self._read(self._reader(count, "held"), total, count)
+        return self._as_trained(parts, count).detach()
+
+    def _require_constant_masses(self, masses: Mapping[Site, Mass], count: int) -> None:
+        if inside_transform():
+            return
+        for site, mass in masses.items():
+            held = self._averages[site].per_example
+            if bool(((mass.total.detach() / count - held).abs() > _VARIES * held).any()):
+                self._needs_averages = True
+                raise UnseenBatchError(
+                    "What the training loss divides by differs between batches, and did not "
+                    "between the first ones: its average over the training set is needed."
+                )
+
+    def _as_trained(self, parts: Sequence[Part], count: int) -> Tensor:
+        """l_n, [batch], from the parts of a batch's loss."""
+        if not self._training_step:  # not prepared: all is this batch's own
+            return _sum(parts, count) * count
+        size = self._full_batch if self._summed else 1
+        return _sum(
+            [part if part.divided else replace(part, values=part.values * size) for part in parts],
+            count,
+        )
+
+    def _alone(self, batch: Batch) -> Iterator[Batch]:
+        """The examples of a batch, each in a batch of one, with its own index as its seed."""
+        count = batches.num_examples(batch)
+        examples = active_examples()
+        for number in range(count):
+            index = torch.tensor([number]) if examples is None else examples[number : number + 1]
+            with seeded_examples(0, index):
+                yield batches.take(batch, number, count)
+
+    def _batch_loss_one_by_one(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A mass of the batch is the sum of those of its examples."""
+        with silenced(module):
+            whole = run_training_step(module, batch).reshape(())
+        masses: dict[Site, Tensor | float] = {}
+        steps = [self._run(module, one)[1] for one in self._alone(batch)]
+        for total in steps:
+            reader = self._reader(1, "own")
+            own = _sum(reader.read(total), 1)
+            for site, mass in reader.masses.items():
+                masses[site] = masses.get(site, 0.0) + mass.total.detach()
+        penalty = steps[-1].value.detach() - own.detach()
+        averages = {site: Average(float(mass), 1.0) for site, mass in masses.items()}
+        parts = torch.cat(
+            [
+                _sum(Reader(1, self._layout, "held", averages, alone=True).read(total), 1)
+                for total in steps
+            ]
+        )
+        rest = whole.detach() - parts.detach().sum()
+        eps = torch.finfo(whole.dtype).eps
+        if not bool((rest - penalty).abs() <= eps**0.4 * whole.detach().abs()):
+            raise ValueError(
+                "The losses that training_step gives for examples alone do not make up the loss of "
+                "their batch: its examples depend on one another (a contrastive loss; dropout or "
+                "batch statistics in train mode), and the loss cannot be taken apart in a batch. "
+                "Give a task whose train_loss gives the losses of a batch."
+            )
+        return whole, parts
+
+    # The Gauss-Newton matrix.
 
     def sampled_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return sampled_gauss_newton_loss(self, module, batch)
 
-    def standard_losses(self, module: nn.Module, batch: Batch) -> tuple[list[WeightedLoss], int]:
-        parts = self._parts(module, batch)
-        factor = self._examples_per_mean(parts.batch)
-        return [replace(loss, weights=loss.weights * factor) for loss in parts.losses], parts.batch
+    def loss_graph(self, module: nn.Module, batch: Batch) -> tuple[Callable[[], Tensor], Losses]:
+        count = batches.num_examples(batch)
+        divide: Divide = "held" if self._training_step else "own"
 
-    def standard_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
-        with silenced(module):
-            return standard_outputs(lambda: run_training_step(module, batch))
+        def run() -> Tensor:
+            with silenced(module):
+                return run_training_step(module, batch)
+
+        def read(total: Node) -> Tensor:
+            return self._as_trained(self._reader(count, divide).read(total), count)
+
+        return run, read
+
+    def curved_losses(self, module: nn.Module, batch: Batch) -> tuple[Sequence[CurvedLoss], int]:
+        count = batches.num_examples(batch)
+        if not self.one_by_one or count == 1:
+            return super().curved_losses(module, batch)
+        losses: list[CurvedLoss] = []
+        for example, one in enumerate(self._alone(batch)):
+            for loss in super().curved_losses(module, one)[0]:
+                losses.append(replace(loss, number=len(losses), example=example))
+        return losses, count
+
+    def curved_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
+        if not self.one_by_one or batches.num_examples(batch) == 1:
+            return super().curved_outputs(module, batch)
+        outputs: list[Tensor] = []
+        for one in self._alone(batch):
+            outputs += super().curved_outputs(module, one)
+        return outputs
 
     def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
-        parts = self._parts(module, batch)
-        if not parts.losses or not self.separable:
+        graph, _ = self._run(module, batch)
+        count = batches.num_examples(batch)
+        values = graph.calls[0].loss.values if graph.calls else None
+        if values is None or not values.dim() or len(values) % count:
             return None
-        return parts.losses[0].loss.describe(parts.batch)
+        return graph.calls[0].loss.describe(count)
 
     def settings(self) -> dict[str, object]:
-        masses = [None if mass is None else float(mass) for mass in self._masses]
         return {
             **super().settings(),
             "training_step": self._training_step,
-            "mass_per_example": masses,
+            "mass_per_example": [average.per_example for average in self._averages.values()],
             "summed_over": self.training_batch_size if self._summed else None,
         }
 
-    def _parts(
-        self, module: nn.Module, batch: Batch, masses: Sequence[Tensor | None] | None = None
-    ) -> LossParts:
-        masses = self._masses if masses is None else masses
-        with silenced(module):
-            size = batches.num_examples(batch)
-            return intercept(lambda: run_training_step(module, batch), masses, size)
+    # What is learned from a batch.
 
-    def _fix_masses(self, parts: LossParts) -> None:
-        self._masses = [
-            call.mass / parts.batch
-            if call.mass is not None
-            and call.reduction == "mean"
-            and float(call.mass) != call.loss.values.numel()
-            else None
-            for call in parts.calls
-        ]
-        if any(mass is not None for mass in self._masses):
-            self.notes.append(
-                "training_step averages with weights (class weights or ignored targets): the sum "
-                "of weights that a batch mean divides by is held at its average in the first "
-                "batch of the attribution."
-            )
+    def prepare(self, module: nn.Module, batch: Batch) -> None:
+        """Learn from one batch, and from its examples alone, how the step's loss is made.
 
-    def _check_weights(self, parts: LossParts) -> None:
-        terms = [(item.weights * item.loss.values).detach() for item in parts.losses]
-        rest = float(parts.total.detach().sum() - sum(term.sum() for term in terms))
-        size = sum(float(term.abs().sum()) for term in terms)
-        if abs(rest) > 1e-3 * size:
-            self._note(
-                f"training_step adds {rest:.3g} to the standard losses' {size:.3g} (a regulariser, "
-                "another loss, or a nonlinear function of them): this part belongs to no example "
-                "and is left out of the gradients of single examples."
-            )
-        if any(bool((item.weights < 0).any()) for item in parts.losses):
-            self._can_sample = False
-            self._note(
-                "training_step subtracts a standard loss: there is no Gauss-Newton matrix of it, "
-                "and curvature is the empirical Fisher."
-            )
-
-    def _check_alone(self, module: nn.Module, batch: Batch, size: int) -> None:
-        """Compare an example's loss in the batch with its loss in a batch of one."""
-        if size == 1:
-            return
-        devices = {item.device for item in module.parameters() if item.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            with watching_noise() as noise:
-                losses = self.train_loss(module, batch)
-            again = self.train_loss(module, batch)
-            if not torch.allclose(losses, again):
-                self.notes.append("training_step draws random numbers: its losses differ by call.")
-                return
-            if "partners" in noise:
-                return  # the loss of an example that is mixed with another is its row's
+        Raises:
+            ValueError: the examples of a batch depend on one another; a batch of one example
+                cannot be run; a sum over the batch whose size in training is not known.
+        """
+        super().prepare(module, batch)
+        self._reset()
+        kind = type(module)
+        with torch.enable_grad(), watching_noise() as noise:
+            _, whole = self._run(module, batch)
+            alone = self._run_alone(module, batch)
+        # An example that is mixed with others of its batch (mixup) is mixed with itself alone: its
+        # loss is that of its row.
+        self._mixed = mixed = "partners" in noise
+        reason = ""
+        try:
+            if self._needs_alone:
+                raise UnreadableLossError("some batches are made otherwise than others")
             try:
-                alone = torch.cat(
-                    [self._loss_alone(module, batch, index, size) for index in (0, size - 1)]
-                )
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
-                return  # the step needs more than one example: nothing to compare with
-        together = losses[[0, -1]]
-        precise = losses.dtype in (torch.float32, torch.float64)
-        allowed = (1e-3 if precise else 3e-2) * float(losses.abs().mean())
-        if (together - alone).abs().max() <= allowed:
-            return
-        if (together - size * alone).abs().max() <= allowed:
+                self._layout = learn_layout(whole, alone, same_values=not mixed)
+            except UnreadableLossError:
+                if mixed or noise.isdisjoint(UNSEEN):
+                    raise
+                # Noise of a place in the batch: alone, every example has that of the first place.
+                self._mixed = mixed = True
+                self._layout = learn_layout(whole, alone, same_values=False)
+            if len(alone) == 1:  # a batch of one compares nothing
+                self._masses_alone(alone)
+        except UnreadableLossError as error:
+            if mixed:
+                what = "mixes each example with another of its batch"
+                if "partners" not in noise:
+                    what = "draws noise by the place in a batch"
+                raise ValueError(
+                    f"training_step {what}, and its loss cannot be taken apart in a batch "
+                    f"({error}). Give a task."
+                ) from error
+            self.one_by_one = True
+            self._layout = learn_masses(alone)
+            reason = str(error)
+        self._training_step = [f"{kind.__module__}.{kind.__qualname__}", source_digest(kind)]
+        masses = self._masses_alone(alone)
+        if any(mass.total.requires_grad for own in masses.values() for mass in own):
+            raise ValueError(
+                "training_step divides by a sum over the batch that the model changes (learned "
+                "weights or confidences, normalised in the batch), so the loss of an example "
+                "depends on the others. Give a task with a divisor that is no sum over the batch, "
+                "or detach it."
+            )
+        if self.one_by_one:
+            self._find_whole_losses(module, batch)
+        masses = self._masses_alone(alone)
+        self._averages = {site: _average(own) for site, own in masses.items()}
+        parts = self._reader(1, "held").read(alone[0])
+        if any(not part.divided for part in parts):
             self._sum_over_batch()
-        else:
-            self._note(
-                f"The losses of the first and last example are {_short(together)} in their batch "
-                f"but {_short(alone)} alone: training_step mixes examples (a contrastive loss, "
-                "batch statistics) or flattens them with another axis leading. Scores then mean "
-                "little; give a task whose train_loss is each example's own."
+        self._own_terms = any(_differ(mass.counts for mass in own) for own in masses.values())
+        self._varying = self._needs_averages or any(
+            _differ(mass.total for mass in own) for own in masses.values()
+        )
+        if self._varying:
+            self.notes.append(
+                "training_step averages with weights (class weights, masks, ignored targets): the "
+                "sum of weights that a mean divides by is held at its average for an example."
+            )
+        if self.one_by_one and len(alone) > 1:
+            self.notes.append(
+                f"training_step cannot be taken apart in a batch ({reason}): every example is run "
+                "alone, which is slow. A task whose train_loss gives the losses of a batch would "
+                "be faster."
+            )
+        if not mixed:
+            compare_with_plain_steps(self, run_training_step, module, batch, self._alone)
+        self._find_curvature(module, batch)
+
+    def average(
+        self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
+    ) -> None:
+        """Where what a mean divides by differs between examples, take its average over the whole
+        training set instead of the first batch: one pass, forward only."""
+        if not self._varying:
+            return
+        sums: dict[Site, list[float]] = {}
+        examples = 0
+        with torch.no_grad():
+            for batch, indices in training_set():
+                examples += len(indices)
+                with seeded_examples(0, indices):
+                    alone = self.one_by_one and len(indices) > 1
+                    for one in self._alone(batch) if alone else [batch]:
+                        reader = self._reader(1 if alone else len(indices), "own")
+                        reader.read(self._run(module, one)[1])
+                        for site, mass in reader.masses.items():
+                            counts = mass.total if mass.counts is None else mass.counts
+                            own = sums.setdefault(site, [0.0, 0.0])
+                            own[0] += float(mass.total.double().mean())
+                            own[1] += float(counts.double().sum())
+        self._averages = {
+            site: Average(mass / examples, mass / max(terms, 1e-300))
+            for site, (mass, terms) in sums.items()
+        }
+
+    def _find_curvature(self, module: nn.Module, batch: Batch) -> None:
+        """Whether the Gauss-Newton matrix of the loss can be had."""
+        if next((p for p in module.parameters() if p.requires_grad), None) is None:
+            return
+        try:
+            with torch.enable_grad():
+                self.curved_losses(module, batch)
+        except UnknownOutputsError as error:
+            self._can_sample = False
+            self.notes.append(f"Curvature is the empirical Fisher: {error}.")
+        if self.indefinite == "fisher" and INDEFINITE in self.notes:
+            self._can_sample = False
+            self.notes.remove(INDEFINITE)
+            self.notes.append(
+                "The second derivative of the training loss in the outputs of the network has "
+                "negative eigenvalues: curvature is the empirical Fisher, as asked for."
             )
 
-    def _loss_alone(self, module: nn.Module, batch: Batch, index: int, size: int) -> Tensor:
-        """The loss of the example at ``index``, in a batch of its own."""
-        examples = active_examples()
-        if examples is None:
-            examples = torch.arange(size)
-        with seeded_examples(0, examples[index : index + 1]):
-            return self.train_loss(module, batches.take(batch, index, size))
+    def _find_whole_losses(self, module: nn.Module, batch: Batch) -> None:
+        """Whether losses of which nothing is known but their values are averaged over the batch,
+        or summed."""
+        assert self._layout is not None
+        for self._layout.wholes_are_means in (True, False):
+            with suppress(ValueError):
+                self._batch_loss_one_by_one(module, batch)
+                return
+        self._batch_loss_one_by_one(module, batch)
+
+    def _run_alone(self, module: nn.Module, batch: Batch) -> list[Node]:
+        """The losses of the examples alone."""
+        try:
+            return [self._run(module, one)[1] for one in self._alone(batch)]
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise ValueError(
+                "training_step cannot be run for one example alone, so the loss of a single "
+                f"example is not known ({type(error).__name__}: {str(error)[:300]}). If it "
+                "compares the examples of a batch (a contrastive loss), there is none. Otherwise "
+                "give a task."
+            ) from error
+
+    def _masses_alone(self, alone: Sequence[Node]) -> dict[Site, list[Mass]]:
+        """The masses of examples alone, by where they stand in the step."""
+        masses: dict[Site, list[Mass]] = {}
+        for total in alone:
+            reader = self._reader(1, "own")
+            reader.read(total)
+            for site, mass in reader.masses.items():
+                masses.setdefault(site, []).append(mass)
+        return masses
 
     def _sum_over_batch(self) -> None:
         if self.training_batch_size is None:
@@ -251,13 +495,30 @@ class TrainingStepTask(AttributionTask):
             "smaller last batch counts as a full one."
         )
 
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        warnings.warn(text, stacklevel=4)
+
+def _sum(parts: Sequence[Part], count: int) -> Tensor:
+    """The sum of parts of a loss, [batch]."""
+    if not parts:
+        raise ValueError(
+            "The loss that training_step returns depends on no data of the batch, so no example "
+            "has a part in it. Give a task."
+        )
+    return torch.stack([part.values.reshape(count) for part in parts]).sum(0)
 
 
-def _short(values: Tensor) -> str:
-    return " and ".join(f"{value:.4g}" for value in values.tolist())
+def _average(masses: Sequence[Mass]) -> Average:
+    """Of the masses of single examples."""
+    total = torch.stack([mass.total.detach().double().mean() for mass in masses]).mean()
+    terms = [mass.total if mass.counts is None else mass.counts for mass in masses]
+    count = torch.stack([own.detach().double().sum() for own in terms]).mean()
+    return Average(float(total), float(total / count.clamp(min=1e-300)))
+
+
+def _differ(values: Iterable[Tensor | None]) -> bool:
+    known = [value.detach().double().sum() for value in values if value is not None]
+    return bool(known) and bool(
+        (torch.stack(known) - known[0]).abs().max() > _VARIES * known[0].abs()
+    )
 
 
 def run_training_step(module: nn.Module, batch: Batch) -> Tensor:

@@ -79,6 +79,7 @@ ATTRIBUTE: list[tuple[dict[str, Any], str]] = [
     ({"edits": Removal(1)}, r"edits must be a list, such as edits=\[Removal\(3\)\]"),
     ({"edits": [1]}, r"edits must hold edits .* such as Removal\(3\); got 1"),
     ({"edits": [Removal]}, "edits must hold edits"),
+    ({"trainer": "ddp"}, "trainer must be a lightning"),
     ({"draws": "two"}, "draws must be a whole number or null"),
     ({"train": None}, "training must be a map-style Dataset"),
     ({"query": 5}, "query must be a map-style Dataset"),

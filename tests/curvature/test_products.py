@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tda_lightning.curvature.products import PRODUCTS, WAYS, Products
+from tda_lightning.curvature.products import PRODUCTS, WAYS, Products, as_rows
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.tasks import AttributionTask, TrainingStepTask
 from tests.cases import CASES
@@ -273,14 +273,22 @@ class _Poisson(AttributionTask):
         return rates.exp() - batch[1][:, 0] * rates
 
 
-def test_unknown_outputs_have_a_hessian_and_no_gauss_newton_matrix() -> None:
+def test_a_loss_that_is_no_standard_one_has_a_gauss_newton_matrix() -> None:
+    """J^T H J with H = exp(rate) for each example, in the sum of its outputs."""
     case = next(case for case in CASES if case.name == "mlp/regression")
-    data = torch.utils.data.TensorDataset(*case.batch(6))
-    context = context_of(case.build(), _Poisson(), data, 4)
+    module, batch = case.build(), case.batch(6)
+    context = context_of(module, _Poisson(), torch.utils.data.TensorDataset(*batch), 4)
     vectors = vectors_of(context)
     assert Products("hessian", context).over_training_set(vectors).isfinite().all()
-    with pytest.raises(ValueError, match="_Poisson.*Gauss-Newton matrix is unknown.*hessian"):
-        Products("gauss_newton", context).over_training_set(vectors)
+    rates = module(batch[0]).sum(1)
+    parameters = [module.get_parameter(name) for name in context.engine.names]
+    rows = [torch.autograd.grad(rate, parameters, retain_graph=True) for rate in rates]
+    jacobian = torch.stack(
+        [as_rows(context.blocks, dict(zip(context.engine.names, row, strict=True))) for row in rows]
+    )
+    wanted = vectors @ jacobian.T @ (rates.detach().exp()[:, None] * jacobian) / 6
+    found = Products("gauss_newton", context).over_training_set(vectors)
+    assert relative(found, wanted) < BOUND
 
 
 def test_products_leave_model_and_generators_as_they_were() -> None:

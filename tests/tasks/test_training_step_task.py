@@ -15,7 +15,6 @@ from tda_lightning.tasks import (
     RegressionTask,
     TrainingStepTask,
     as_task,
-    gauss_newton_losses,
     silenced,
 )
 from tests.cases.tasks import (
@@ -24,6 +23,7 @@ from tests.cases.tasks import (
     INPUTS,
     LABELS,
     LANGUAGE,
+    NUMBERS,
     PADDED,
     SERIES,
     SERIES_LABELS,
@@ -133,58 +133,83 @@ def test_prepare_makes_weighted_means_independent_of_the_batch():
     torch.testing.assert_close(task.train_loss(module, one(batch, 1)), whole[1:2])
 
 
-def test_prepare_says_what_is_left_out():
-    def with_regulariser(self, x, y):
+def test_a_penalty_belongs_to_no_example():
+    def with_penalty(self, x, y):
         return F.cross_entropy(self(x), y) + sum(p.square().sum() for p in self.parameters())
 
-    task = TrainingStepTask()
-    with pytest.warns(UserWarning, match="belongs to no example and is left out"):
-        task.prepare(Step(with_regulariser), (INPUTS, LABELS))
-    assert len(task.notes) == 1
-    assert task.can_sample
-    with pytest.warns(UserWarning, match="no Gauss-Newton matrix"):
-        task.prepare(Step(lambda s, x, y: -F.cross_entropy(s(x), y)), (INPUTS, LABELS))
-    assert not task.can_sample
-    with pytest.raises(ValueError, match="negative weight"):
-        gauss_newton_losses(task, Step(lambda s, x, y: -F.cross_entropy(s(x), y)), (INPUTS, LABELS))
+    task, batch = TrainingStepTask(), (INPUTS, LABELS)
+    module = Step(with_penalty)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        task.prepare(*built("mean"))
+        task.prepare(module, batch)
     assert task.notes == []
     assert task.can_sample
+    own = F.cross_entropy(module(INPUTS), LABELS, reduction="none")
+    torch.testing.assert_close(task.train_loss(module, batch), own)
+    total, parts = task.batch_loss(module, batch)
+    torch.testing.assert_close(total, module.training_step(batch, 0))
+    torch.testing.assert_close(parts, own / EXAMPLES)
+
+
+def test_a_loss_that_is_subtracted_has_the_absolute_curvature():
+    batch = (INPUTS, LABELS)
+    task, module = TrainingStepTask(), Step(lambda s, x, y: -F.cross_entropy(s(x), y))
+    task.prepare(module, batch)
+    assert any("negative eigenvalues" in note for note in task.notes)
+    plus = Step(STEPS["mean"][0])
+    plus.load_state_dict(module.state_dict())
+    found = outer_sum(task, module, batch, 2)
+    wanted = outer_sum(TrainingStepTask(), plus, batch, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    task = TrainingStepTask(indefinite="fisher")
+    task.prepare(module, batch)
+    assert not task.can_sample
+    assert any("as asked for" in note for note in task.notes)
+    with pytest.raises(ValueError, match="'absolute' or 'fisher'"):
+        TrainingStepTask(indefinite="none")
 
 
 def contrastive(self, x, y):
     return F.cross_entropy(self(x) @ self(x).T, torch.arange(len(x)))
 
 
-def time_first(self, x, y):
-    logits = self(x).transpose(0, 1).reshape(-1, CLASSES)
-    return F.cross_entropy(logits, y.T.reshape(-1))
+def root(self, x, y):
+    return F.mse_loss(self(x), NUMBERS[: len(x)]).sqrt()
 
 
-@pytest.mark.parametrize(
-    ("step", "batch"),
-    [(contrastive, (INPUTS, LABELS)), (time_first, (SERIES, SERIES_LABELS))],
-)
-def test_prepare_notices_losses_that_mix_examples(step, batch):
+def centred(self, x, y):
+    outputs = self(x)
+    return F.cross_entropy(outputs - outputs.mean(0), y)
+
+
+@pytest.mark.parametrize("step", [contrastive, root, centred])
+def test_losses_whose_examples_depend_on_one_another_are_refused(step):
     torch.manual_seed(0)
-    task = TrainingStepTask()
-    with pytest.warns(UserWarning, match="mixes examples"):
-        task.prepare(Step(step), batch)
+    with pytest.raises(ValueError, match="depend on one another"):
+        TrainingStepTask().prepare(Step(step), (INPUTS, LABELS))
 
 
-def test_without_standard_losses_the_batch_mean_stands_for_each_example():
-    module = Step(lambda s, x, y: (s(x) - 1).abs().mean())
-    task, batch = TrainingStepTask(), (INPUTS, LABELS)
-    with pytest.warns(UserWarning, match="empirical Fisher"):
-        task.prepare(module, batch)
-    assert not task.separable
-    assert not task.can_sample
-    losses = task.train_loss(module, batch)
-    torch.testing.assert_close(losses, module.training_step(batch, 0).expand(EXAMPLES))
-    with pytest.raises(ValueError, match="depends on none of cross_entropy"):
-        gauss_newton_losses(task, module, batch)
+def test_a_divisor_that_the_model_changes_is_refused():
+    def confident(self, x, y):
+        weights = self(x)[:, 0].sigmoid()
+        return (weights * F.cross_entropy(self(x), y, reduction="none")).sum() / weights.sum()
+
+    with pytest.raises(ValueError, match="divides by a sum over the batch that the model changes"):
+        TrainingStepTask().prepare(Step(confident), (INPUTS, LABELS))
+
+
+def test_positions_of_all_examples_one_after_the_other():
+    """Flattened with time in front."""
+
+    def time_first(self, x, y):
+        logits = self(x).transpose(0, 1).reshape(-1, CLASSES)
+        return F.cross_entropy(logits, y.T.reshape(-1))
+
+    task, module, batch = TrainingStepTask(), Step(time_first), (SERIES, SERIES_LABELS)
+    task.prepare(module, batch)
+    logits = module(SERIES)
+    own = F.cross_entropy(logits.movedim(-1, 1), SERIES_LABELS, reduction="none").mean(1)
+    torch.testing.assert_close(task.train_loss(module, batch), own)
 
 
 class Unwilling(Step):

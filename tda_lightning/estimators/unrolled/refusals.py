@@ -52,11 +52,6 @@ def require_exact(
             "unrolling follows every trained parameter: what one layer learns changes the others. "
             "Give a task without layers."
         )
-    if not task.separable:
-        raise UnsupportedTrainingError(
-            "The losses of single examples are not known, so none can be weighted: "
-            f"{' '.join(task.notes)}"
-        )
     named = dict(session.module.named_parameters())
     for name, fact in trajectory.facts.parameters.items():
         own = str(named[name].dtype).removeprefix("torch.")

@@ -1,0 +1,116 @@
+"""Compare the losses that were taken out of a training step with the step itself.
+
+The step is run as its author wrote it, with nothing that watches it: on the batch, and on single
+examples. What is left of its gradient without the examples' parts must be the same every time: the
+gradient of a penalty on the weights, which no example changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.runtime.module_state import doubled, in_double
+from tda_lightning.runtime.silence import silenced
+from tda_lightning.tasks import batches
+from tda_lightning.tasks.base import AttributionTask
+from tda_lightning.tasks.batches import Batch
+
+Step: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+Singles: TypeAlias = Callable[[Batch], Iterator[Batch]]
+
+# Far above rounding, far below what a lost or doubled term makes.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+def compare_with_plain_steps(
+    task: AttributionTask,
+    step: Step,
+    module: nn.Module,
+    batch: Batch,
+    singles: Singles,
+) -> None:
+    """Refuse losses of examples that do not make up what ``step`` returns.
+
+    Args:
+        task: gives the losses of examples (``train_loss``), and their parts in the loss of a batch
+            (``batch_loss``).
+        step: the loss of a batch.
+        singles: the examples of a batch, each in a batch of one.
+
+    Raises:
+        ValueError: the examples of a batch depend on one another.
+    """
+    problem = _difference(task, step, module, batch, singles)
+    own = next(module.parameters()).dtype
+    if problem is not None and own != torch.float64:
+        # Near a kink the rounding of float32 decides which way a gradient goes.
+        with suppress(RuntimeError, TypeError, ValueError), in_double(module):
+            problem = _difference(task, step, module, doubled(batch), singles)
+    if problem is not None:
+        raise ValueError(
+            f"The loss that training_step returns for a batch is not made of losses of single "
+            f"examples: {problem}. Its examples depend on one another (a contrastive loss, batch "
+            "statistics, a root or a ratio of means over the batch, a divisor that the model "
+            "learns), so an example has no loss of its own. Give a task whose train_loss is each "
+            "example's own."
+        )
+
+
+def _difference(
+    task: AttributionTask,
+    step: Step,
+    module: nn.Module,
+    batch: Batch,
+    singles: Singles,
+) -> str | None:
+    """What does not fit; None where all does."""
+    count = batches.num_examples(batch)
+    numbers = {0, count // 2, count - 1}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    tolerance = _TOLERANCE.get(next(module.parameters()).dtype, 5e-2)
+    with torch.enable_grad(), silenced(module):
+        total = step(module, batch)
+        parts = task.batch_loss(module, batch)[1]
+        losses = task.train_loss(module, batch)
+        rest = [total - parts.sum()]
+        mine, alone = [], []
+        for number, one in enumerate(singles(batch)):
+            if number in numbers:
+                rest.append(step(module, one) - task.batch_loss(module, one)[1].sum())
+                mine.append(losses[number])
+                alone.append(task.train_loss(module, one).sum())
+        whole = _gradient(total, parameters)
+        if not (bool(total.isfinite()) and bool(whole.isfinite().all())):
+            return None  # whoever uses it says which example's loss it is
+        scale = max(float(total.detach().abs()), float(losses.detach().abs().max()))
+        gradients = [whole, *(_gradient(x, parameters) for x in alone)]
+        size = max(float(gradient.norm()) for gradient in gradients)
+        for name, left, right in (
+            *(
+                ("an example's loss alone and in its batch", a, b)
+                for a, b in zip(mine, alone, strict=True)
+            ),
+            *(("what is left without the examples' parts", rest[0], other) for other in rest[1:]),
+        ):
+            values = abs(float(left.detach() - right.detach()))
+            if not values <= tolerance * scale:
+                return f"{name} differ ({float(left.detach()):.4g} and {float(right.detach()):.4g})"
+            apart = float((_gradient(left, parameters) - _gradient(right, parameters)).norm())
+            if not apart <= tolerance * size:
+                return f"{name} have gradients that differ by {apart:.1e} ({size:.1e} in all)"
+    return None
+
+
+def _gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """By all parameters, in one row."""
+    if not parameters or not value.requires_grad:
+        return torch.zeros(1)
+    gradients = torch.autograd.grad(
+        value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([gradient.to_dense().flatten() for gradient in gradients])
