@@ -155,6 +155,10 @@ def _python_scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.f(x * (0.5 + random.random()))
 
 
+def _by_place(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.f(x + torch.tensor([[random.gauss(0, 1)] for _ in range(len(x))]).double())
+
+
 def _gumbel(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.g(F.gumbel_softmax(m.f(x), tau=0.7))
 
@@ -201,6 +205,7 @@ NOISE: dict[str, Noise] = {
         _gumbel, parts={"f": lambda: _mlp(FEATURES, 6), "g": lambda: nn.Linear(6, CLASSES)}
     ),
     "python": _of_outputs(_python_scaled),
+    "python, by place": _of_outputs(_by_place),
     "in place": _of_outputs(_in_place),
     "pasted": _of_outputs(_pasted),
     "plain": _of_outputs(lambda m, x, y: m.f(x)),
@@ -301,6 +306,7 @@ def recorded(
     optimizer: str = "sgd",
     dataset: Any = None,
     order: Any = None,
+    accumulate: int = 1,
 ) -> tuple[NoisyNet, Trajectory]:
     """A run of the step called ``name``, and its record; ``order``: in place of a random one."""
     torch.manual_seed(1)
@@ -312,6 +318,7 @@ def recorded(
         module=module,
         recorder={"num_checkpoints": checkpoints},
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
     )
     module.trains = False
     return module, Trajectory.load(str(path))
@@ -326,11 +333,13 @@ def unrolled(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tenso
     weights = torch.ones(TRAIN, dtype=torch.float64, requires_grad=True)
     x, y = data().tensors
     module.train()
-    for row, states in zip(range(run.last_step), module.states, strict=True):
-        (chosen,) = run.steps.batches(row)
-        with drawing(states):
-            rows = _call(module, values, lambda m, c=chosen: m.noise.rows(m, x[c], y[c]))
-        loss = (weights[chosen] * rows).mean()
+    states = iter(module.states)
+    for row in range(run.last_step):
+        loss = torch.zeros(())
+        for chosen in run.steps.batches(row):
+            with drawing(next(states)):
+                rows = _call(module, values, lambda m, c=chosen: m.noise.rows(m, x[c], y[c]))
+            loss = loss + (weights[chosen] * rows).mean() / int(run.steps.accumulation[row])
         gradients = torch.autograd.grad(loss, list(values.values()), create_graph=True)
         for (name, value), gradient in zip(list(values.items()), gradients, strict=True):
             velocity[name] = MOMENTUM * velocity[name] + gradient
@@ -348,19 +357,19 @@ def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
     after the other; rates are constant."""
     x, y = data().tensors
     scores = torch.zeros(len(queries), TRAIN, dtype=torch.float64)
-    before = 0
+    before, states = 0, iter(module.states)
     for step in sorted(step for step in run.checkpoints if step > 0):
         measured = gradients(module, run, step, lambda m: clean(m, queries.tensors[0]))
         for row in range(before, step):
-            (chosen,) = run.steps.batches(row)
+            for chosen in run.steps.batches(row):
 
-            def rows(m: Any, chosen: Tensor = chosen) -> Tensor:
-                return m.noise.rows(m, x[chosen], y[chosen])
+                def rows(m: Any, chosen: Tensor = chosen) -> Tensor:
+                    return m.noise.rows(m, x[chosen], y[chosen])
 
-            with drawing(module.states[row]):
-                own = gradients(module, run, step, rows)
-            uses = RATE / (1 - MOMENTUM) / len(chosen)
-            scores.index_add_(1, chosen, uses * measured @ own.T)
+                with drawing(next(states)):
+                    own = gradients(module, run, step, rows)
+                share = 1 / len(chosen) / int(run.steps.accumulation[row])
+                scores.index_add_(1, chosen, RATE / (1 - MOMENTUM) * share * measured @ own.T)
         before = step
     return scores
 

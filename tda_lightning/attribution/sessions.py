@@ -21,7 +21,14 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
-from tda_lightning.tasks import AttributionTask, noise_of, seeded_examples
+from tda_lightning.tasks import (
+    AttributionTask,
+    TrainingStepTask,
+    noise_of,
+    run_training_step,
+    seeded_examples,
+)
+from tda_lightning.tasks.step_noise import UNSEEN
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
@@ -160,7 +167,7 @@ def _noise_explained(session: Session, batch: object, indices: Tensor) -> Iterat
 
 
 def _about_noise(session: Session, batch: object, indices: Tensor) -> str | None:
-    unseen = sorted(session.noise & {"torch", "NumPy", "Python"})
+    unseen = sorted(session.noise & UNSEEN)
     if unseen:
         names = {
             "torch": "a compiled or fused function of torch",
@@ -168,13 +175,13 @@ def _about_noise(session: Session, batch: object, indices: Tensor) -> str | None
             "Python": "Python's random",
         }
         return (
-            f"The loss draws random numbers from {' and '.join(names[n] for n in unseen)}: what "
-            "each example draws there belongs to a place in the batch and not to the example. Draw "
-            "it with torch (torch.randn_like, torch.randperm) or as numpy.random.randn(...)."
+            f"The loss also draws random numbers from {' and '.join(names[n] for n in unseen)}. If "
+            "each example draws its own there, they belong to a place in the batch: draw them with "
+            "torch (torch.randn_like, torch.randperm) or as numpy.random.randn(...)."
         )
     try:
         with torch.no_grad():
-            first, again = (session.train_loss(session.module, batch, indices) for _ in range(2))
+            first, again = (_loss_of(session, batch, indices) for _ in range(2))
     except Exception:  # it is no matter of noise
         return None
     if not torch.allclose(first, again, rtol=1e-3, equal_nan=True):
@@ -189,6 +196,14 @@ def _about_noise(session: Session, batch: object, indices: Tensor) -> str | None
             "parameters that need single examples cannot be followed."
         )
     return None
+
+
+def _loss_of(session: Session, batch: object, indices: Tensor) -> Tensor:
+    """The loss as it is computed: what a task learned may be what is wrong."""
+    if not isinstance(session.task, TrainingStepTask):
+        return session.train_loss(session.module, batch, indices)
+    with seeded_examples(0, indices):
+        return run_training_step(session.module, batch)
 
 
 def first_batch(source: ExampleSource, count: int, module: nn.Module) -> tuple[object, Tensor]:

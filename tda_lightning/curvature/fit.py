@@ -40,6 +40,7 @@ from tda_lightning.session.session import Batch, Session, Span
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
+Scales = Mapping[int, Mapping[str, Tensor]]  # h by checkpoint and unit
 
 KINDS = ("exact", "ekfac", "kfac", "diagonal", "identity")
 MAX_EXACT = 10_000
@@ -74,7 +75,7 @@ def fit_curvature(
     kind: str,
     session: Session,
     steps: Sequence[int],
-    scale: Mapping[str, Tensor] | None = None,
+    scales: Scales | None = None,
     seed: int = 0,
     title: str = "curvature",
     dense_side: int | None = None,
@@ -87,8 +88,9 @@ def fit_curvature(
         kind: one of ``KINDS``.
         session: the model and the training set.
         steps: checkpoints to average over.
-        scale: h, by unit, [groups, rows, columns]: fit the curvature of preconditioned gradients
-            h * g instead of g (docs/methods.md, "SOURCE for Adam"); a missing unit has none.
+        scales: h at each of ``steps``, by unit, [groups, rows, columns]: fit the curvature of
+            preconditioned gradients h * g instead of g (docs/methods.md, "SOURCE for Adam"); a
+            missing unit has none.
         seed: of the sampled labels.
         title: of what is fitted, for progress bars.
         dense_side: the widest side of a block whose covariance is kept dense; a wider one is
@@ -118,11 +120,11 @@ def fit_curvature(
             for name, shape in _unit_shapes(kind, session.blocks).items()
         }
     known_kind = kind if bases is None else f"{kind} in {digest(bases)}"
-    scale = dict(scale or {})
-    key = cache_key(session, known_kind, steps, seed, scale, limits(dense_side), used)
+    scales = scales or {}
+    key = cache_key(session, known_kind, steps, seed, scales, limits(dense_side), used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return {name: spectrum.to(*place) for name, spectrum in _unpack(cached).items()}
-    walks = _Walks(kind, session, tuple(steps), scale, seed, title, used)
+    walks = _Walks(kind, session, tuple(steps), scales, seed, title, used)
     if kind == "exact":
         spectra = _fit_exact(walks)
     elif kind == "diagonal":
@@ -144,11 +146,11 @@ def fit_curvature(
 
 def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
     sums = _Sums(walks)
-    for _, batch in walks.over("Gauss-Newton"):
+    for step, batch in walks.over("Gauss-Newton"):
         weights = walks.weights(batch)
         for _ in walks.session.each_draw():
             for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
-                for name, gradient in walks.scaled(gradients.blocks).items():
+                for name, gradient in walks.scaled(gradients.blocks, step).items():
                     rows = gradient.dense(slice(None)).flatten(1)
                     weighted = rows if weights is None else rows * weights[:, None]
                     sums.add(name, [rows.T @ weighted])
@@ -204,7 +206,7 @@ class _Walks:
     kind: str
     session: Session
     steps: tuple[int, ...]
-    scale: Mapping[str, Tensor]
+    scales: Scales
     seed: int
     title: str
     used: Span | None
@@ -226,13 +228,14 @@ class _Walks:
             seed, session, weights = self.seed + step, self.session, self.weights(batch)
             for _ in session.each_draw():
                 gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-                for name, gradient in self.scaled(gradients).items():
+                for name, gradient in self.scaled(gradients, step).items():
                     yield name, gradient, weights
 
-    def scaled(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+    def scaled(self, gradients: Mapping[str, Gradient], step: int) -> dict[str, Gradient]:
         """h * g by unit."""
+        scale = self.scales.get(step, {})
         return {
-            name: scaled(gradient, self.scale.get(name))
+            name: scaled(gradient, scale.get(name))
             for name, gradient in units(self.kind, gradients).items()
         }
 
@@ -281,7 +284,7 @@ def cache_key(
     kind: str,
     steps: Sequence[int],
     seed: int,
-    scale: Mapping[str, Tensor],
+    scales: Scales,
     sides: Sequence[int] = (),
     used: Span | None = None,
 ) -> str:
@@ -291,7 +294,10 @@ def cache_key(
         "kind": kind,
         "steps": steps,
         "seed": seed,
-        "scale": {name: values.double() for name, values in sorted(scale.items())},
+        "scales": [
+            {name: values.double() for name, values in sorted(scales.get(step, {}).items())}
+            for step in steps
+        ],
         "sides": sides,
         "alike": session.cache_key(steps),
         "sampled": session.task.can_sample,

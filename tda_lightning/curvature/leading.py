@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.fit import WHOLE, cache_key, units
+from tda_lightning.curvature.fit import WHOLE, Scales, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
 from tda_lightning.session.session import Session, Span
@@ -47,7 +47,7 @@ def leading_directions(
     count: int,
     session: Session,
     steps: Sequence[int],
-    scale: Tensor | None,
+    scales: Scales,
     seed: int,
     title: str,
     used: Span | None = None,
@@ -58,14 +58,14 @@ def leading_directions(
         count: how many, at most the number of parameters.
         session: the model and the training set.
         steps: checkpoints to average over.
-        scale: h of all parameters, [1, 1, parameters]; None: 1.
+        scales: h of all parameters, [1, 1, parameters], by checkpoint and unit; a missing one
+            is 1.
         seed: of the sampled labels, the same as the block-wise fit's.
         title: of what is fitted, for progress bars.
         used: the steps whose use of examples weighs them; None: evenly.
     """
     count = min(count, session.num_parameters)
     place = (session.device, session.dtype)
-    scales = {} if scale is None else {WHOLE: scale}
     key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales, used=used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return LeadingDirections(cached["vectors"].to(*place), cached["eigenvalues"].to(*place))
@@ -78,6 +78,7 @@ def leading_directions(
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
                 weights = None if used is None else batch.weights(used)
+                scale = scales.get(step, {}).get(WHOLE)
                 for _ in session.each_draw():
                     sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
                     gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)

@@ -14,12 +14,12 @@ the outer product of its row and column means (as in Adafactor: Shazeer & Stern 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.fit import fit_curvature
+from tda_lightning.curvature.fit import Scales, fit_curvature
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
@@ -84,7 +84,7 @@ def curvature_of(
     session: Session,
     interval: tuple[int, int],
     steps: Sequence[int],
-    scale: Mapping[str, Tensor] | None = None,
+    scales: Scales | None = None,
     seed: int = 0,
     title: str = "curvature",
     dense_side: int | None = None,
@@ -97,22 +97,37 @@ def curvature_of(
         ValueError: statistics are asked for, and there are none that fit the model.
     """
     if not uses_statistics(choice, kind, session.trajectory):
-        return fit_curvature(kind, session, steps, scale, seed, title, dense_side, used=used)
+        return fit_curvature(kind, session, steps, scales, seed, title, dense_side, used=used)
     statistics = session.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, session.blocks, interval)
     missing = _left_out(statistics)
+    # Statistics are of all steps together, and so must their metric be.
+    scale = _common_scale(scales or {}, steps)
     spectra = {
-        block.name: _spectrum(statistics[block.name], (scale or {}).get(block.name))
+        block.name: _spectrum(statistics[block.name], scale.get(block.name))
         for block in session.blocks
         if block.name not in missing
     }
     if any(block.name in missing for block in session.blocks):
-        fitted = fit_curvature(kind, session, steps, scale, seed, title, dense_side, used=used)
+        fitted = fit_curvature(kind, session, steps, scales, seed, title, dense_side, used=used)
         spectra = {b.name: spectra.get(b.name, fitted[b.name]) for b in session.blocks}
     if choice == "corrected":
         bases = {name: (spectrum.left, spectrum.right) for name, spectrum in spectra.items()}
-        return fit_curvature("ekfac", session, steps, scale, seed, title, dense_side, bases, used)
+        return fit_curvature("ekfac", session, steps, scales, seed, title, dense_side, bases, used)
     return {name: s.to(session.device, session.dtype) for name, s in spectra.items()}
+
+
+def _common_scale(scales: Scales, steps: Sequence[int]) -> dict[str, Tensor]:
+    """One h by unit for all ``steps``: where it differs between them, 1 / h^2 is averaged over
+    those with h > 0, as are the second moments that it comes from."""
+    common = {}
+    for name in scales.get(steps[0], {}):
+        each = torch.stack([scales[step][name] for step in steps])
+        squares = torch.where(each > 0, each.clamp(min=1e-30) ** -2, 0).sum(0)
+        mean = squares / (each > 0).sum(0).clamp(min=1)
+        alike = bool((each == each[0]).all())
+        common[name] = each[0] if alike else torch.where(mean > 0, mean**-0.5, 0)
+    return common
 
 
 def _left_out(statistics: Statistics) -> list[str]:

@@ -116,14 +116,14 @@ class TracIn:
 def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
     """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
     batches since the checkpoint before: an example's gradient is the sum over its uses, each with
-    what it drew and with its share in its step, relative to the shares of an average one."""
+    what it drew and with its share in its step."""
     title, rows = f"TracIn, step {step}", range(start, step)
     if draws is None:
         yield from session.walk_columns(title, step)
         return
-    shares = [share * size for size, share in draws.shares(rows)]
+    shares = draws.shares(rows)
     for batch in draws.walk(title, step, rows):
-        own = shares[batch.position] / len(batch.examples) * session.num_train / sum(shares)
+        own = shares[batch.position] * session.num_train / len(rows)
         yield replace(batch, signs=torch.full_like(batch.examples, own, dtype=session.dtype))
 
 

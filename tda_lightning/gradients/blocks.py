@@ -86,6 +86,7 @@ class BlockParts:
         self._owner = {name: block for block in blocks for name in block.parameters}
         self._columns: dict[str, list[Callable[[slice], Tensor]]] = defaultdict(list)
         self._outputs: dict[str, list[Tensor]] = defaultdict(list)
+        self._filled: dict[str, list[Tensor]] = defaultdict(list)
         self._rows: dict[str, list[Rows]] = defaultdict(list)
         self._dense: dict[str, Tensor] = {}  # by parameter
         self._template: Tensor | None = None  # for zeros of its dtype and device
@@ -98,9 +99,17 @@ class BlockParts:
         """Whether both parameters belong to one block."""
         return self._owner[weight] is self._owner[bias]
 
-    def add_outer(self, weight: str, columns: Callable[[slice], Tensor], outputs: Tensor) -> None:
+    def add_outer(
+        self,
+        weight: str,
+        columns: Callable[[slice], Tensor],
+        outputs: Tensor,
+        filled: Tensor | None = None,
+    ) -> None:
         """Add sums over positions of outer products, as in :class:`Outer`."""
         name = self._owner[weight].name
+        every = outputs.new_full(outputs.shape[:1], outputs.shape[2], dtype=torch.int64)
+        self._filled[name].append(every if filled is None else filled)
         self._columns[name].append(columns)
         self._outputs[name].append(outputs)
         self._template = outputs
@@ -139,7 +148,9 @@ class BlockParts:
                     f"Parameter {block.parameters[0]} is used by layers that see it in different "
                     "shapes. Give them separate parameters."
                 )
-            terms.append(Outer(_side_by_side(self._columns[block.name]), together, width))
+            filled = torch.stack(self._filled[block.name]).sum(0)
+            columns = _side_by_side(self._columns[block.name])
+            terms.append(Outer(columns, together, width, filled))
         terms += self._rows[block.name]
         if any(name in self._dense for name in block.parameters):
             parts = {

@@ -141,7 +141,8 @@ def scaled(gradient: Gradient, scale: Tensor | None) -> Gradient:
         out.values = gradient.values * scale[0, gradient.index]
         return out
     if isinstance(gradient, Outer) and bool((scale == scale.flatten()[0]).all()):
-        return Outer(gradient.inputs, gradient.outputs * scale.flatten()[0], gradient.shape[3])
+        outputs = gradient.outputs * scale.flatten()[0]
+        return Outer(gradient.inputs, outputs, gradient.shape[3], gradient.filled)
     return Scaled(gradient, scale)
 
 
@@ -170,7 +171,7 @@ def example_scaled(gradient: Gradient, factors: Tensor) -> Gradient:
         return out
     if isinstance(gradient, Outer):
         outputs = gradient.outputs * factors[:, None, None, None]
-        return Outer(gradient.inputs, outputs, gradient.shape[3])
+        return Outer(gradient.inputs, outputs, gradient.shape[3], gradient.filled)
     return ExampleScaled(gradient, factors)
 
 
@@ -185,6 +186,7 @@ def first_examples(gradient: Gradient, count: int) -> Gradient:
             lambda rows: inputs(slice(*rows.indices(count))),
             gradient.outputs[:count],
             gradient.shape[3],
+            None if gradient.filled is None else gradient.filled[:count],
         )
     if isinstance(gradient, Rows):
         own = gradient.example < count

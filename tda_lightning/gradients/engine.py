@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from tda_lightning.gradients.functional import (
 )
 from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
-from tda_lightning.gradients.refusals import why_apart
+from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -71,6 +72,7 @@ class GradientEngine:
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
         self.module = module
         self.names = tuple(n for n in parameters if module.get_parameter(n).numel())
+        require_fixed_tables(module, self.names)
         for name in self.names:
             if module.get_parameter(name).is_complex():
                 raise EngineError(
@@ -82,7 +84,8 @@ class GradientEngine:
         self._axes = ExampleAxes()
         self._generic: list[str] = []
         self._blocks: list[Block] = []
-        self._kept: dict[str, Tensor] = {}
+        kept = {n: kept_entries(n, module.get_parameter(n)) for n in self.names}
+        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
 
@@ -229,8 +232,6 @@ class GradientEngine:
                 f"The module is in {str(dtype).removeprefix('torch.')}, and gradients carry its "
                 "rounding. Give the module in float32 for scores without it."
             )
-        kept = {n: kept_entries(n, self.module.get_parameter(n)) for n in self.names}
-        self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
         odd = list(self.names)
@@ -278,7 +279,7 @@ class GradientEngine:
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
         plain = self.plain_gradient(loss, batch, examples, weights)
-        errors = {}
+        differences, scales = {}, {}
         for block in self.blocks:
             gradient = gradients.blocks[block.name]
             squares = gradient.weighted_squares(None, None, None)
@@ -287,10 +288,14 @@ class GradientEngine:
             # Sums of gradients that cancel are compared with the size of what cancels.
             spread = ((squares * factors.square()).sum() * gradient.batch).sqrt()
             for name in block.parameters:
-                difference = (total[name] - plain[name]).norm()
-                scale = torch.maximum(plain[name].norm(), spread)
-                errors[name] = float(difference / scale) if scale > 0 else 0.0
-        return errors
+                differences[name] = float((total[name] - plain[name]).norm())
+                scales[name] = float(torch.maximum(plain[name].norm(), spread))
+        # A parameter that changes no loss (a shift before LayerNorm) has rounding for a gradient.
+        rounding = 1e-12 * max(filter(math.isfinite, scales.values()), default=0.0)
+        return {
+            name: 0.0 if difference <= rounding else difference / scales[name]
+            for name, difference in differences.items()
+        }
 
     def _errors_in_double(
         self, loss: Loss, batch: Batch, examples: Tensor

@@ -100,7 +100,7 @@ class ExampleAxes:
         ]
         if not consistent:
             owner = observation.owner()
-            return None if owner is None else RowOwners(owner)
+            return None if owner is None else RowOwners(_completed(owner, use, layouts, weights))
         chosen = consistent[0]  # where several are left, all give the same gradients here
         if len(consistent) == 1 and not moves and observation.speaks:
             self._shapes[(use.key, use.output_shape, len(weights))] = chosen
@@ -153,6 +153,32 @@ class _Observation:
         if bool((~known & (self.size > self.little)).any()):
             return None
         return torch.where(known, order[place], -1)
+
+
+def _completed(owner: Tensor, use: Use, layouts: list[Layout], weights: Tensor) -> Tensor:
+    """``owner`` with an example for the rows without a gradient too: their inputs count in
+    covariances, if for no example's gradient.
+
+    Where the examples are only in another order along some axis, a row is that of its place. Else
+    it is counted with the row before it.
+    """
+    batch, known = len(weights), owner >= 0
+    if bool(known.all()) or not bool(known.any()):
+        return owner
+    for layout in layouts:
+        places = owners(layout, use.output_shape, batch, use.channel_axes).to(owner)
+        at = torch.full((batch,), -1, device=owner.device)
+        at[places[known]] = owner[known]
+        found = at[at >= 0]
+        if bool((at[places[known]] == owner[known]).all()) and len(found.unique()) == len(found):
+            free = torch.ones(batch, dtype=torch.bool, device=owner.device)
+            free[found] = False
+            at[at < 0] = free.nonzero().squeeze(1)
+            return at[places]
+    before = torch.where(known, torch.arange(len(owner), device=owner.device), -1)
+    before = before.cummax(0).values
+    before[before < 0] = int(known.nonzero()[0])
+    return owner[before]
 
 
 def irregular_weights(batch: int, like: Tensor, seed: int = 0) -> Tensor:

@@ -154,13 +154,21 @@ class Outer(Gradient):
     """Sums over positions of outer products, D_n = sum_t b_nt a_nt^T.
 
     ``inputs(rows)`` gives a [chunk, groups, positions, columns] (unfolded only when asked for),
-    ``outputs`` is b [batch, groups, positions, rows].
+    ``outputs`` is b [batch, groups, positions, rows]. ``filled`` [batch] says how many of an
+    example's positions are there at all; None: every one.
     """
 
     factored = True
 
-    def __init__(self, inputs: Callable[[slice], Tensor], outputs: Tensor, columns: int):
+    def __init__(
+        self,
+        inputs: Callable[[slice], Tensor],
+        outputs: Tensor,
+        columns: int,
+        filled: Tensor | None = None,
+    ):
         self.inputs = inputs
+        self.filled = filled
         self.outputs = outputs
         batch, groups, self.positions, rows = outputs.shape
         self.shape = (batch, groups, rows, columns)
@@ -185,7 +193,8 @@ class Outer(Gradient):
 
     def in_basis(self, left: Basis, right: Basis) -> Outer:
         outputs = _turned(self.outputs, left)
-        return Outer(lambda rows: _turned(self.inputs(rows), right), outputs, self.shape[3])
+        inputs = self.inputs
+        return Outer(lambda rows: _turned(inputs(rows), right), outputs, self.shape[3], self.filled)
 
     def rotation_cost(self, left: Basis, right: Basis) -> int:
         _, groups, rows, columns = self.shape
@@ -217,8 +226,14 @@ class Outer(Gradient):
             )
             for rows in self.chunks(groups * self.positions * (height + width))
         )
-        examples = self.batch if weights is None else float(weights.sum())
-        return left, right, left.new_full((groups,), examples * self.positions)
+        return left, right, left.new_full((groups,), self.samples(weights))
+
+    def samples(self, weights: Tensor | None = None) -> float:
+        """Positions of all examples, each times its example's weight [batch]."""
+        if self.filled is not None:
+            filled = self.filled if weights is None else self.filled * weights
+            return float(filled.sum())
+        return self.positions * (self.batch if weights is None else float(weights.sum()))
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:

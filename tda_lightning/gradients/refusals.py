@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.gradients.functional import Loss
+from tda_lightning.records.errors import EngineError
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.batches import Batch
 
 _REMEDY = (
     " Restrict attribution to other layers (task.layers) or write a task whose losses are separate."
 )
+
+
+def require_fixed_tables(module: nn.Module, trained: Collection[str]) -> None:
+    """Refuse tables whose gradient is no sum over examples, before anything is run.
+
+    Raises:
+        EngineError: a trained embedding has ``max_norm`` or ``scale_grad_by_freq``.
+    """
+    tables = {id(module.get_parameter(name)): name for name in trained}
+    for part in module.modules():
+        if not isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        name = tables.get(id(part.weight))
+        if name is not None and (part.max_norm is not None or part.scale_grad_by_freq):
+            raise EngineError(
+                f"Parameter {name}: an embedding with max_norm or scale_grad_by_freq has no "
+                "per-example gradient (the first rewrites the table in the forward pass, the "
+                "second depends on the whole batch). Train without it, or freeze the embedding."
+            )
 
 
 def why_apart(

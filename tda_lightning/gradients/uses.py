@@ -150,7 +150,9 @@ class MatrixProduct(Use):
             constant = 0.0 if bias is None else 1.0
             has_column = parts.block(weight.name).bias_column
             columns = self.columns(batch, constant if has_column else None)
-            parts.add_outer(weight.name, columns, weight.padded(outputs))
+            used = self.used(batch)
+            filled = None if used is None else used.sum(1) * (outputs.shape[2] // used.shape[1])
+            parts.add_outer(weight.name, columns, weight.padded(outputs), filled)
 
 
 @dataclass(eq=False)

@@ -21,13 +21,13 @@ from tda_lightning.optimizers.rule import STEP_COUNT, WEIGHT_DECAY, OptimizerRul
 from tda_lightning.optimizers.runs import (
     applied_rates,
     apply_settings,
+    checkpoint_metric,
     count_of,
     first_step_differs,
     make_optimizer,
     recorded_states,
     remembers,
     row_settings,
-    segment_metric,
     weight_decay,
 )
 
@@ -38,6 +38,7 @@ __all__ = [
     "ParameterStep",
     "applied_rates",
     "apply_settings",
+    "checkpoint_metric",
     "consequences",
     "count_of",
     "find_rule",
@@ -55,6 +56,5 @@ __all__ = [
     "row_settings",
     "rule_if_known",
     "rule_of",
-    "segment_metric",
     "weight_decay",
 ]

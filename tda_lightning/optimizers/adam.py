@@ -9,6 +9,8 @@ with :math:`c_i = 1 - \beta_i^t`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW
@@ -56,6 +58,14 @@ def _metric(states: States, settings: Settings, count: Number) -> Tensor:
     return torch.where(second > 0, 1 / (corrected.sqrt() + settings["eps"]), 0)
 
 
+def _edge(settings: Settings, steps: int) -> float:
+    """Descent by m <- beta1 m + (1 - beta1) g is stable up to 2 (1 + beta1) / (1 - beta1) (Cohen et
+    al. 2022, 2207.14484). Half of it leaves room for the second moment's derivative, and decays as
+    fast. Within the memory of m, single steps may be beyond."""
+    beta1 = settings["beta1"]
+    return (1 + beta1) / (1 - beta1) if steps * (1 - beta1) > 1 else math.inf
+
+
 RULES = tuple(
     OptimizerRule(
         optimizer=optimizer,
@@ -66,6 +76,8 @@ RULES = tuple(
         reads_gradient=True,
         advance=_advance,
         metric=_metric,
+        squares=(_SECOND, lambda settings: (settings["beta2"], 1 - settings["beta2"])),
+        edge=_edge,
         decoupled=optimizer is AdamW,
         cancelling_steps=16,
         unsupported=("amsgrad", "maximize", "differentiable"),

@@ -45,6 +45,7 @@ class ParameterStep:
 Adjoint: TypeAlias = "Callable[[Tensor, dict[str, Tensor], ParameterStep], Tensor]"
 Advance: TypeAlias = "Callable[[States, Tensor, Settings], dict[str, Tensor]]"
 Metric: TypeAlias = "Callable[[States, Settings, Number], Tensor]"
+Squares: TypeAlias = "Callable[[Settings], tuple[float, float]]"
 EffectiveRates: TypeAlias = "Callable[[Tensor, Mapping[str, Tensor], Tensor], Tensor]"
 
 
@@ -75,6 +76,10 @@ class OptimizerRule:
         metric: the matrix P of a step ``theta -= rate * P g`` at fixed states, as its diagonal
             (``(states, settings, count) -> P``), 0 for elements that have never moved. Needed by
             ``Source``; a ``linear`` rule has P = 1.
+        squares: the state that sums up squared gradients, if one does, ``v <- keep v + add g^2``,
+            with (keep, add) by settings.
+        edge: ``(settings, steps) -> x``: the largest rate times curvature in P's coordinates at
+            which so many steps cannot blow up. None: 1, half of gradient descent's.
         effective_rates: the rate at which a constant gradient moves the parameters in the end,
             ``(rates [steps, groups], settings by column, steps taken before [steps])``. None: the
             rates themselves.
@@ -100,6 +105,8 @@ class OptimizerRule:
     reads_gradient: bool = False
     advance: Advance | None = None
     metric: Metric | None = None
+    squares: tuple[str, Squares] | None = None
+    edge: Callable[[Settings, int], float] | None = None
     effective_rates: EffectiveRates | None = None
     linear: bool = False
     elementwise: bool = True

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from tda_lightning.optimizers.registry import require_formula, rule_if_known, rule_of
 from tda_lightning.optimizers.rule import STEP_COUNT, WEIGHT_DECAY, ParameterStep
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
-from tda_lightning.records.trajectory import Segment, Trajectory
+from tda_lightning.records.trajectory import Trajectory
 
 
 def applied_rates(trajectory: Trajectory, rows: slice) -> Tensor:
@@ -70,9 +70,9 @@ def recorded_states(trajectory: Trajectory, step: int) -> Mapping[str, Mapping[s
     return states
 
 
-def segment_metric(trajectory: Trajectory, segment: Segment) -> dict[str, Tensor]:
-    """Mean of the rule's metric P over the segment's checkpoints, float64 by parameter; empty
-    where P = 1. An element that has never had a gradient has not moved, and has P = 0.
+def checkpoint_metric(trajectory: Trajectory, step: int) -> dict[str, Tensor]:
+    """The rule's metric P at a checkpoint, float64 by parameter; empty where P = 1. An element that
+    has never had a gradient has not moved, and has P = 0.
 
     Raises:
         UnsupportedTrainingError: the optimizer has no metric, or its states were not recorded.
@@ -80,17 +80,14 @@ def segment_metric(trajectory: Trajectory, segment: Segment) -> dict[str, Tensor
     rule = require_formula(trajectory, "metric", "SOURCE")
     if rule.metric is None:
         return {}
-    sums: dict[str, Tensor] = {}
-    for step in segment.checkpoints:
-        states = recorded_states(trajectory, step)
-        for name, fact in trajectory.facts.parameters.items():
-            own = {key: value.double() for key, value in states.get(name, {}).items()}
-            metric = torch.zeros(fact.shape, dtype=torch.float64)
-            if own:  # else it has never had a gradient
-                settings = row_settings(trajectory, step - 1, fact.group)
-                metric = rule.metric(own, settings, count_of(own))
-            sums[name] = sums[name] + metric if name in sums else metric
-    return {name: total / len(segment.checkpoints) for name, total in sums.items()}
+    states, metric = recorded_states(trajectory, step), {}
+    for name, fact in trajectory.facts.parameters.items():
+        own = {key: value.double() for key, value in states.get(name, {}).items()}
+        metric[name] = torch.zeros(fact.shape, dtype=torch.float64)
+        if own:  # else it has never had a gradient
+            settings = row_settings(trajectory, step - 1, fact.group)
+            metric[name] = rule.metric(own, settings, count_of(own))
+    return metric
 
 
 def count_of(states: Mapping[str, Tensor]) -> float:

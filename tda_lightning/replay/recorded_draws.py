@@ -80,12 +80,11 @@ class RecordedDraws:
                 number += 1
         self._compare(rows.stop)
 
-    def shares(self, rows: range) -> list[tuple[int, float]]:
-        """The size of each batch of some rows, and the weight of its examples' losses in their
-        step's loss."""
+    def shares(self, rows: range) -> list[float]:
+        """For each batch of some rows, the weight of its examples' losses in their step's loss."""
         steps, share = self.trajectory.steps, self.session.task.share
         return [
-            (len(batch), share(len(batch)) / int(steps.accumulation[row]))
+            share(len(batch)) / int(steps.accumulation[row])
             for row in rows
             for batch in steps.batches(row)
         ]

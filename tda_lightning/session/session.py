@@ -461,8 +461,8 @@ class Session:
             )
             if self.noise - {"example", "partners"}:
                 note += (
-                    " Some are drawn once for a whole batch: a draw has one value of them for all "
-                    "examples, so that their mean takes several."
+                    " Some are drawn for a whole batch, or for places in it: a draw has the same "
+                    "values of them in every batch, so that their mean takes several."
                 )
             if self.no_recorded_draws is not None:
                 note += f" The run's own draws cannot be had: {self.no_recorded_draws}."

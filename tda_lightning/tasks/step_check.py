@@ -113,4 +113,4 @@ def _gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     gradients = torch.autograd.grad(
         value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    return torch.cat([gradient.to_dense().flatten() for gradient in gradients])

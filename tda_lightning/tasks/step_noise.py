@@ -16,8 +16,7 @@ line serves batches of one, where every axis of length 1 would do.
 
 NumPy's functions do the same (``numpy_noise.py``). What is drawn from Python's ``random``, or where
 nobody can see it, comes from generators that are seeded alike in every run of the step: one number
-for the whole batch is right then; noise for each place in the batch belongs to the place, which the
-comparison with single examples refuses.
+for the whole batch is right then; noise for single examples belongs to their places in the batch.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from tda_lightning.tasks.hashes import words
 from tda_lightning.tasks.noise_rules import RULES, Pass
 from tda_lightning.tasks.numpy_noise import numpy_drawing_from
 
+UNSEEN = frozenset({"torch", "NumPy", "Python"})  # kinds of noise that is nobody's own
 _STREAM = 1 << 40  # beyond those of sampled labels
 _SHARED = -1  # the index that stands for the whole batch
 _ROWS = -1  # the layout of a first axis that holds several rows of each example

@@ -39,7 +39,7 @@ from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
-from tda_lightning.tasks.step_noise import restart_noise, watching_noise
+from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
 
 _VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
 
@@ -314,7 +314,8 @@ class TrainingStepTask(AttributionTask):
     def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         graph, _ = self._run(module, batch)
         count = batches.num_examples(batch)
-        if not graph.calls or len(graph.calls[0].loss.values) % count:
+        values = graph.calls[0].loss.values if graph.calls else None
+        if values is None or not values.dim() or len(values) % count:
             return None
         return graph.calls[0].loss.describe(count)
 
@@ -348,12 +349,24 @@ class TrainingStepTask(AttributionTask):
         try:
             if self._needs_alone:
                 raise UnreadableLossError("some batches are made otherwise than others")
-            self._layout = learn_layout(whole, alone, same_values=not mixed)
+            try:
+                self._layout = learn_layout(whole, alone, same_values=not mixed)
+            except UnreadableLossError:
+                if mixed or noise.isdisjoint(UNSEEN):
+                    raise
+                # Noise of a place in the batch: alone, every example has that of the first place.
+                self._mixed = mixed = True
+                self._layout = learn_layout(whole, alone, same_values=False)
+            if len(alone) == 1:  # a batch of one compares nothing
+                self._masses_alone(alone)
         except UnreadableLossError as error:
             if mixed:
+                what = "mixes each example with another of its batch"
+                if "partners" not in noise:
+                    what = "draws noise by the place in a batch"
                 raise ValueError(
-                    "training_step mixes each example with another of its batch, and its loss "
-                    f"cannot be taken apart in a batch ({error}). Give a task."
+                    f"training_step {what}, and its loss cannot be taken apart in a batch "
+                    f"({error}). Give a task."
                 ) from error
             self.one_by_one = True
             self._layout = learn_masses(alone)
@@ -388,7 +401,7 @@ class TrainingStepTask(AttributionTask):
                 "training_step averages with weights (class weights, masks, ignored targets): the "
                 "sum of weights that a mean divides by is held at its average for an example."
             )
-        if self.one_by_one:
+        if self.one_by_one and len(alone) > 1:
             self.notes.append(
                 f"training_step cannot be taken apart in a batch ({reason}): every example is run "
                 "alone, which is slow. A task whose train_loss gives the losses of a batch would "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -11,16 +13,16 @@ from tda_lightning import AttributionModule
 from tda_lightning.estimators import Source, TracIn, Unrolled
 from tda_lightning.evaluation import landing_error, retrain, retrain_each
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
+from tda_lightning.tasks import AttributionTask
 from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-HAND_WRITTEN = ("vae",)  # losses that are no standard ones
 FAST = ("noisy inputs", "mixup, weight from numpy", "diffusion", "vae", "pasted", "dropout besides")
 NAMES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in noisy.NOISE
-    if name not in (*HAND_WRITTEN, "plain")
+    if name != "plain"
 ]
 
 
@@ -47,6 +49,37 @@ def test_what_the_run_drew_is_drawn_again(name, tmp_path):
     assert landing_error(run, state) < 1e-12
 
 
+def test_accumulated_batches_draw_one_after_the_other(tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", "mixup", 2, accumulate=2)
+    unrolled = scores_of(module, run, Unrolled())
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
+    tracin = scores_of(module, run, TracIn())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+
+
+class Noisy(AttributionTask):
+    """A task whose module draws in its forward pass, in training and attribution alike."""
+
+    def train_loss(self, module, batch):
+        logits = noisy._input_noise(module, *batch)
+        return F.cross_entropy(logits, batch[1], reduction="none")
+
+    def measurement(self, module, batch):
+        return noisy.clean(module, batch[0])
+
+    @property
+    def measures_loss(self):
+        return False
+
+
+def test_the_loss_of_a_task_draws_what_the_run_drew(tmp_path):
+    module, run = noisy.recorded(tmp_path / "run", "noisy inputs")
+    tracin = scores_of(module, run, TracIn(), Noisy())
+    assert noisy.relative(tracin.values, noisy.tracin(module, run, QUERIES)) < 1e-8
+    unrolled = scores_of(module, run, Unrolled(), Noisy())
+    assert noisy.relative(unrolled.values, noisy.unrolled(module, run, QUERIES)) < 1e-8
+
+
 def test_retraining_together_and_plans_know_of_draws(tmp_path):
     module, run = noisy.recorded(tmp_path / "run", "mixup")
     weights = torch.ones(3, noisy.TRAIN)
@@ -67,9 +100,21 @@ def compared(module, x, y):
     return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
 
 
+def compared_by_python(module, x, y):
+    hidden = module.f(x * random.random())
+    return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
+
+
+def compared_by_place(module, x, y):
+    hidden = module.f(x + torch.tensor([[random.gauss(0, 1)] for _ in range(len(x))]).double())
+    return F.cross_entropy(hidden @ hidden.T, torch.arange(len(x)))
+
+
 GENERATOR = np.random.default_rng(0)
 REFUSED = {
     "a generator of its own": (own_generator, "generator of its own"),
+    "compared, one number by Python": (compared_by_python, "influence one another"),
+    "compared, numbers by Python": (compared_by_place, "influence one another"),
     "a contrastive loss": (compared, "depend on one another|influence one another|alone"),
 }
 

@@ -15,9 +15,7 @@ from tests.attributing import quiet
 QUERIES = noisy.data(3, seed=5)
 FAST = ("diffusion", "vae", "negatives")
 BY_EXAMPLE = [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in noisy.BY_EXAMPLE
-    if name != "vae"
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in noisy.BY_EXAMPLE
 ]
 
 

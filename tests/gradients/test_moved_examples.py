@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.gradients.moments import FULL
 
 Batch = tuple[Tensor, Tensor]  # inputs [batch, time, 4] and lengths [batch]
 TIME = 4
@@ -113,6 +114,13 @@ def dispatched(m: nn.Module, batch: Batch) -> Tensor:
     return m.g(torch.einsum("es,sd->ed", places, hidden)).square().sum(1)
 
 
+def permuted_by_a_matrix(m: nn.Module, batch: Batch) -> Tensor:
+    inputs, lengths = batch
+    first = torch.arange(len(inputs))[:, None]
+    places = (first == lengths.argsort(stable=True)[:, None].T).double()  # [example, slot]
+    return m.g(places @ m.f(places.T @ inputs[:, 0]).tanh()).square().sum(1)
+
+
 def last_tokens(m: nn.Module, batch: Batch) -> Tensor:
     inputs, lengths = batch
     hidden = m.f(inputs).tanh()[torch.arange(len(inputs)), lengths - 1]
@@ -197,6 +205,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Batch], Ten
         experts,
     ),
     "dispatched": (linear_pair(), dispatched),
+    "permuted": (linear_pair(), permuted_by_a_matrix),
     "last tokens": (linear_pair(), last_tokens),
     "top tokens": (linear_pair(), top_tokens),
     "one by one": (linear_pair(), one_by_one),
@@ -363,3 +372,40 @@ def test_rounding_in_a_coarser_precision_is_not_taken_for_shared_rows() -> None:
     singles = [(batch[0][n : n + 1], batch[1][n : n + 1]) for n in range(4)]
     for name, truth in alone(module, in_single, singles).items():
         assert float((found[name] - truth).abs().max()) < 1e-5 * float(truth.abs().max())
+
+
+def _covariances(module: nn.Module, loss, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    engine = GradientEngine(module, [name for name, _ in module.named_parameters()])
+    engine.discover(lambda m, b, e: loss(m, b), batch_of([2] * 6, 0), torch.arange(6))
+    count = len(batch[1])
+    found = engine.gradients(lambda m, b, e: loss(m, b), batch, torch.arange(count))
+    return found.blocks["f"].covariances((FULL, FULL))
+
+
+def test_covariances_are_over_the_rows_that_are_there() -> None:
+    """Of examples with different numbers of rows: no filled-up row counts, no dead row is lost."""
+
+    def rectified(m: nn.Module, batch: Batch) -> Tensor:
+        inputs, lengths = batch
+        mask = mask_of(lengths)
+        owner = torch.arange(len(lengths))[:, None].expand_as(mask)[mask]
+        return summed(m.g(m.f(inputs[mask]).relu()), owner, len(lengths))
+
+    module, batch = linear_pair()(), batch_of([3, 1, 4, 2], seed=1)
+    _, right, count = _covariances(module, rectified, batch)
+    rows = batch[0][mask_of(batch[1])]
+    extended = F.pad(rows, (0, 1), value=1.0)
+    torch.testing.assert_close(right[0], extended.T @ extended)
+    assert float(count) == len(rows) == 10
+
+
+def test_covariances_of_sorted_examples_are_those_of_the_same_model_unsorted() -> None:
+    def unsorted(m: nn.Module, batch: Batch) -> Tensor:
+        inputs, lengths = batch
+        hidden = (m.f(inputs).tanh() * mask_of(lengths)[..., None]).sum(1)
+        return m.g(hidden).square().sum(1)
+
+    module, batch = linear_pair()(), batch_of([3, 1, 4, 2], seed=1)
+    found = _covariances(module, sorted_inside, batch)
+    for value, other in zip(found, _covariances(module, unsorted, batch), strict=True):
+        torch.testing.assert_close(value, other)

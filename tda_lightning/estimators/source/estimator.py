@@ -16,7 +16,7 @@ from tda_lightning.curvature import (
     statistics_provenance,
     uses_statistics,
 )
-from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.curvature.fit import WHOLE, Scales
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.source import averaged, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
@@ -26,14 +26,18 @@ from tda_lightning.estimators.source.coupling import (
     handed_over,
     stage_cuts,
 )
+from tda_lightning.estimators.source.felt import felt_note
 from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
 from tda_lightning.estimators.source.segments import (
     Cross,
     Curvature,
     FittedSegment,
     Geometry,
+    Metric,
+    checkpoint_metrics,
     require_one_recursion,
     segment_geometry,
+    unit_scales,
 )
 from tda_lightning.estimators.tracin import NO_SELF
 from tda_lightning.estimators.use_notes import use_notes
@@ -274,8 +278,10 @@ class Source:
             draws.prepare("recorded draws", range(records[0].start, records[-1].stop))
         leading = self.leading(session, len(records))
         segments = []
+        require_formula(trajectory, "metric", "SOURCE")
+        metrics = checkpoint_metrics(session)
         for number, steps in enumerate(records):
-            geometry, curvature = self._curvature(session, number, steps, leading)
+            geometry, curvature = self._curvature(session, number, steps, leading, metrics)
             segments.append(
                 FittedSegment(
                     session=session,
@@ -283,6 +289,7 @@ class Source:
                     steps=steps,
                     kind=self.curvature,
                     geometry=geometry,
+                    metrics=metrics,
                     curvature=curvature,
                     single_steps=single_steps,
                     goes_back=number > 0 or bool(stage.carried),
@@ -293,21 +300,37 @@ class Source:
         return FittedStage(stage, segments, cross, copies, leading, products)
 
     def _curvature(
-        self, session: Session, number: int, steps: Segment, leading: int
+        self,
+        session: Session,
+        number: int,
+        steps: Segment,
+        leading: int,
+        metrics: Mapping[int, Metric],
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The metric of a segment, and its curvature by unit."""
         if self.curvature == MATRIX_FREE:
-            return segment_geometry(session, steps, "exact"), {}
+            return segment_geometry(session, steps, "exact", metrics), {}
         title, checkpoints = f"segment {number + 1}", steps.checkpoints
         used = (steps.start, steps.stop)
-        geometry = segment_geometry(session, steps, self.curvature)
+        geometry = segment_geometry(session, steps, self.curvature, metrics)
+
+        def scales(kind: str, geometry: Geometry) -> Scales:
+            if self.order == "average" or not metrics:
+                return dict.fromkeys(checkpoints, geometry.scale)
+            # Each checkpoint's curvature in its own metric (stepwise.py).
+            return {
+                step: unit_scales(session, metrics[step].values, kind)
+                for step in checkpoints
+                if step in metrics
+            }
+
         spectra = curvature_of(
             self.statistics,
             self.curvature,
             session,
             used,
             checkpoints,
-            geometry.scale,
+            scales(self.curvature, geometry),
             self.seed,
             title,
             self.dense_side,
@@ -316,10 +339,9 @@ class Source:
         if not leading:
             return geometry, spectra
         # With leading directions, the unit of curvature is all parameters together.
-        geometry = segment_geometry(session, steps, "exact")
-        scale = geometry.scale.get(WHOLE)
+        geometry = segment_geometry(session, steps, "exact", metrics)
         directions = leading_directions(
-            leading, session, checkpoints, scale, self.seed, title, used
+            leading, session, checkpoints, scales("exact", geometry), self.seed, title, used
         )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
 
@@ -394,6 +416,9 @@ class FittedStage:
         notes = clipping_notes(session.trajectory)
         if self.cross is not stepwise.cross:  # which takes every group's own rate at every step
             notes += _notes_on_rates(session, segments)
+        else:
+            notes += stepwise.notes_on_bounds(self.segments)
+        notes += felt_note(metric.felt for metric in self.segments[0].metrics.values())
         if self.cross not in (recorded.cross, stepwise.cross):  # which follow the batches
             notes += use_notes(session)
         if session.self_influence and self.cross is stepwise.cross:

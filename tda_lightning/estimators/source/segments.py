@@ -8,7 +8,7 @@ plain gradient descent (docs/methods.md, "SOURCE for Adam").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import DeflatedSpectrum, Spectrum, unit_matrices, units
 from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators.source.felt import felt
 from tda_lightning.estimators.source.schedule import Load, recorded_batches, recorded_loads
 from tda_lightning.estimators.source.spectral import (
     Transfer,
@@ -30,10 +31,10 @@ from tda_lightning.optimizers import (
     OptimizerRule,
     ParameterStep,
     applied_rates,
+    checkpoint_metric,
     first_step_differs,
     row_settings,
     rule_of,
-    segment_metric,
     weight_decay,
 )
 from tda_lightning.records.errors import UnsupportedTrainingError
@@ -46,6 +47,19 @@ from tda_lightning.session.session import Batch, Session, Span
 # others are those of the optimizer's states.
 Adjoint: TypeAlias = "dict[str, Tensor]"
 Curvature: TypeAlias = "Spectrum | DeflatedSpectrum"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How far the optimizer's step at a checkpoint carries a gradient of attribution.
+
+    Attributes:
+        values: P by parameter, float64, times ``felt``.
+        felt: the share of the gradient that training felt; empty: all of it.
+    """
+
+    values: Mapping[str, Tensor]
+    felt: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,12 +109,37 @@ class Geometry:
         return response * self.scale[name] if name in self.scale else response
 
 
-def segment_geometry(session: Session, segment: Segment, kind: str) -> Geometry:
-    """The metric of ``segment`` for curvature of the given kind.
+def checkpoint_metrics(session: Session) -> dict[int, Metric]:
+    """The optimizer's metric at every checkpoint, times what training felt (``felt.py``).
 
     Raises:
         UnsupportedTrainingError: the optimizer has no metric, or its states were not recorded.
     """
+    metrics = {}
+    for step in sorted(session.trajectory.checkpoints):
+        metric = checkpoint_metric(session.trajectory, step) if step else {}
+        if metric:
+            share = felt(session, step)
+            metrics[step] = Metric(
+                {name: own * share.get(name, 1.0) for name, own in metric.items()}, share
+            )
+    return metrics
+
+
+def unit_scales(session: Session, metric: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """h = P^(1/2) [groups, rows, columns] by unit; units with h = 1 are missing."""
+    matrices = {block.name: block.matrix(metric) for block in session.blocks}
+    return {
+        name: own.sqrt().to(session.device, session.dtype)
+        for name, own in unit_matrices(kind, matrices).items()
+        if not bool((own == 1).all())
+    }
+
+
+def segment_geometry(
+    session: Session, segment: Segment, kind: str, metrics: Mapping[int, Metric]
+) -> Geometry:
+    """The metric of ``segment`` for curvature of the given kind."""
     trajectory = session.trajectory
     rule = rule_of(trajectory)
     rates = applied_rates(trajectory, segment.rows)
@@ -116,13 +155,13 @@ def segment_geometry(session: Session, segment: Segment, kind: str) -> Geometry:
     # Decay is not clipped: against gradients that are, it weighs more.
     total = (raw * clipping).sum(0)
     decay_of_group = torch.where(total > 0, (raw * decays).sum(0) / total.clamp(min=1e-300), 0.0)
-    step_metric = segment_metric(trajectory, segment)
+    known = [metrics[step].values for step in segment.checkpoints if step in metrics]
     metric, decay, still = {}, {}, {}
     for name in session.engine.names:
         fact = trajectory.facts.parameters[name]
         ratio, rate = float(ratios[fact.group]), float(decay_of_group[fact.group])
         ones = torch.ones(fact.shape, dtype=torch.float64)
-        metric[name] = ratio * step_metric.get(name, ones)
+        metric[name] = ratio * (_mean([own[name] for own in known]) if known else ones)
         # Decoupled decay acts on the parameters themselves, coupled decay passes through P.
         decay[name] = ratio * rate * ones if rule.decoupled else rate * metric[name]
         still[name] = ratio * rate * ones if rule.decoupled else torch.zeros_like(ones)
@@ -134,8 +173,15 @@ def segment_geometry(session: Session, segment: Segment, kind: str) -> Geometry:
     def placed(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: m.to(session.device, session.dtype) for name, m in matrices.items()}
 
-    roots = {n: m.sqrt() for n, m in by_unit(metric).items() if not bool((m == 1).all())}
-    return Geometry(time, placed(roots), placed(by_unit(decay)), placed(by_unit(still)))
+    scales = unit_scales(session, metric, kind)
+    return Geometry(time, scales, placed(by_unit(decay)), placed(by_unit(still)))
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total / len(values)
 
 
 @dataclass
@@ -162,10 +208,12 @@ class FittedSegment:
         steps: which steps, and the checkpoints that represent them.
         kind: of curvature.
         geometry: the optimizer's metric.
+        metrics: the optimizer's at every checkpoint of the stage; none where P = 1.
         curvature: of h * g, without weight decay, by unit; empty where it is only multiplied with.
         single_steps: whether steps are followed one by one; otherwise they are averaged.
         goes_back: whether anything was trained before it.
         couples: whether frozen parameters need its response.
+        bounded: rows of single steps in which curvature was brought down to the edge of stability.
         draws: of a loss that draws random numbers, where the recorded order is followed.
     """
 
@@ -174,10 +222,12 @@ class FittedSegment:
     steps: Segment
     kind: str
     geometry: Geometry
+    metrics: Mapping[int, Metric]
     curvature: Mapping[str, Curvature]
     single_steps: bool
     goes_back: bool
     couples: bool
+    bounded: set[int] = field(default_factory=set)
     draws: RecordedDraws | None = None
 
     @property

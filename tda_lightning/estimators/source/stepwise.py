@@ -10,6 +10,7 @@ ones and the recorded batches' gradients, interpolated between the checkpoints a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -46,7 +47,7 @@ def cross(
         first, last = int(loads[-1].rows.min()), int(loads[0].rows.max())
         title = f"{segment.title}: steps {first + 1} to {last + 1}"
         recorded = _rebuilt_steps(segment, loads, first, last, f"{title}, moments")
-        steps = _steps_back(segment, recorded, first, crossing)
+        steps = _steps_back(segment, recorded, range(first, last + 1), crossing)
         row, u = last + 1, dict[str, Tensor]()
         scored = [load for load in segment.scored_loads if load.interval == interval]
         for batch in segment.walk(title, scored):
@@ -95,8 +96,8 @@ def require_memory(session: Session) -> None:
 
 @dataclass
 class _RecordedSteps:
-    """What the optimizer saw in every step from row ``start`` on, by unit: [step, groups, rows,
-    columns].
+    """What the optimizer saw in every step from row ``start`` to before ``stop``, two checkpoints,
+    by unit: [step, groups, rows, columns].
 
     Attributes:
         gradients: clipped, with coupled weight decay.
@@ -104,6 +105,7 @@ class _RecordedSteps:
     """
 
     start: int
+    stop: int
     gradients: Units
     states: dict[str, Units]
 
@@ -111,14 +113,14 @@ class _RecordedSteps:
 def _rebuilt_steps(
     segment: FittedSegment, loads: Sequence[Load], first: int, last: int, title: str
 ) -> _RecordedSteps:
-    """The steps from the checkpoint before row ``first`` to row ``last``: their gradients by a walk
-    over the recorded batches, their states by the optimizer's own recursion."""
+    """The steps between the checkpoints around rows ``first`` to ``last``: their gradients by a
+    walk over the recorded batches, their states by the optimizer's own recursion."""
     trajectory, rule = segment.session.trajectory, segment.rule
     start, stop = loads[0].interval
-    if start < first:
-        # The segment begins inside the interval; the states are known at the interval's start only.
-        loads = [*loads, *replace(segment, steps=Segment(start, first, ())).loads]
-    gradients = _mean_gradients(segment, loads, start, last, title)
+    if (first, last + 1) != (start, stop):
+        # The segment has a part of the interval; the states are known at the interval's ends only.
+        loads = replace(segment, steps=Segment(start, stop, ())).loads
+    gradients = _mean_gradients(segment, loads, start, stop - 1, title)
     recorded = _recorded_states(segment, start)
     states = {
         name: {key: torch.empty_like(own) for key in rule.states} for name, own in gradients.items()
@@ -126,16 +128,47 @@ def _rebuilt_steps(
     weights, end = (_by_unit(segment, trajectory.checkpoints[s].parameters) for s in (start, stop))
     settings = _Settings(segment)
     assert rule.advance is not None
-    for row in range(start, last + 1):
+    for row in range(start, stop):
         coupled, clipping = settings.decay(row)[0], settings.clipping(row)
         for name, own in gradients.items():
             at = torch.lerp(weights[name], end[name], (row - start) / (stop - start))
-            gradient = own[row - start].mul_(clipping).add_(coupled[name] * at)
+            own[row - start].mul_(clipping).add_(coupled[name] * at)
+    factors = _factors(segment, gradients, recorded, start, stop)
+    for row in range(start, stop):
+        for name, own in gradients.items():
+            gradient = own[row - start].mul_(factors.get(name, 1.0))
             advanced = rule.advance(recorded[name], gradient, row_settings(trajectory, row, 0))
             recorded[name] = advanced
             for key, value in advanced.items():
                 states[name][key][row - start] = value
-    return _RecordedSteps(start, gradients, states)
+    return _RecordedSteps(start, stop, gradients, states)
+
+
+def _factors(
+    segment: FittedSegment, gradients: Units, before: Mapping[str, Units], start: int, stop: int
+) -> Units:
+    """What the gradients of rows ``start`` to ``stop`` must be multiplied by, so that their squares
+    add up to what the optimizer recorded.
+
+    The gradients are those of eval mode, between two checkpoints. Where the run's own were smaller
+    (dead units, what only shifts the input of a BatchNorm), moments rebuilt from them would be
+    those of another run.
+    """
+    trajectory, rule = segment.session.trajectory, segment.rule
+    if rule.squares is None:
+        return {}
+    key, weights = rule.squares
+    after = _recorded_states(segment, stop)
+    factors = {}
+    for name, own in gradients.items():
+        seen, left = torch.zeros_like(own[0]), before[name][key].clone()
+        for row in range(start, stop):
+            keep, add = weights(row_settings(trajectory, row, 0))
+            seen.mul_(keep).addcmul_(own[row - start], own[row - start], value=add)
+            left *= keep
+        felt = (after[name][key] - left).clamp(min=0)
+        factors[name] = torch.where(seen > 0, (felt / seen.clamp(min=1e-38)).sqrt(), 1.0)
+    return factors
 
 
 def _mean_gradients(
@@ -183,15 +216,17 @@ def _recorded_states(segment: FittedSegment, step: int) -> dict[str, Units]:
 
 
 def _steps_back(
-    segment: FittedSegment, recorded: _RecordedSteps, first: int, crossing: Crossing
+    segment: FittedSegment, recorded: _RecordedSteps, rows: range, crossing: Crossing
 ) -> Iterator[tuple[int, Units]]:
-    """Take the adjoint of ``crossing`` back through the steps to row ``first``, and add up its
+    """Take the adjoint of ``crossing`` back through the steps of ``rows``, and add up its
     response. Yields each row with u, [query, groups, rows, columns] by unit, which its gradients
     are multiplied by."""
     rule, settings = segment.rule, _Settings(segment)
     assert rule.adjoint is not None and rule.metric is not None
-    for at in reversed(range(first - recorded.start, len(next(iter(recorded.gradients.values()))))):
-        row = recorded.start + at
+    share = segment.metrics[recorded.stop].felt
+    felt = _by_unit(segment, share) if share else {}
+    for row in reversed(rows):
+        at = row - recorded.start
         rates, clipping = settings.rates(row), settings.clipping(row)
         coupled, decoupled = settings.decay(row)
         hyperparameters = row_settings(segment.session.trajectory, row, 0)
@@ -207,23 +242,54 @@ def _steps_back(
             )
             own = rule.adjoint(a, dict(zip(rule.states, states, strict=True)), step)
             # A coordinate that has never moved passes nothing on.
-            moved = rule.metric(step.states, hyperparameters, step.count) > 0
-            own = torch.where(moved, own, 0.0)
-            u[name] = clipping * own
+            metric = rule.metric(step.states, hyperparameters, step.count)
+            own = torch.where(metric > 0, own, 0.0)
+            u[name] = clipping * own * felt.get(name, 1.0)
+            scale = (metric * felt.get(name, 1.0)).sqrt()
             a *= 1 - decoupled[name]
-            a += coupled[name] * own + _curved(segment, name, u[name])
+            a += coupled[name] * own + _curved(segment, name, u[name], scale, row)
             if segment.couples:
                 taken = crossing.response.setdefault(name, torch.zeros_like(own))
                 taken -= u[name]
         yield row, u
 
 
-def _curved(segment: FittedSegment, name: str, u: Tensor) -> Tensor:
-    """H u, from the curvature h H h of the preconditioned gradients."""
-    spectrum = segment.curvature[name]
-    scaled = name in segment.geometry.scale
-    inverse = segment.geometry.inverse(name) if scaled else 1.0
-    return spectrum.lift(spectrum.eigenvalues * spectrum.project(u * inverse)) * inverse
+def _curved(segment: FittedSegment, name: str, u: Tensor, scale: Tensor, row: int) -> Tensor:
+    """H u at the step of ``row``, whose metric has the root h_t = ``scale``.
+
+    Within a segment the preconditioned curvature h H h is what lasts: H_t = (h H h) / (h_t h_t).
+    The mean curvature of a segment in the metric of a single step would be too large without bound:
+    while a unit is dead, its curvature is as small as its second moment. And as the run itself did
+    not blow up, no eigenvalue counts beyond half the edge of stability (``OptimizerRule.edge``).
+    """
+    spectrum, edge = segment.curvature[name], _edge(segment, row)
+    if bool((spectrum.eigenvalues > edge).any()):
+        segment.bounded.add(row)
+    inverse = torch.where(scale > 0, 1 / scale.clamp(min=1e-30), 0.0)
+    inside = spectrum.eigenvalues.clamp(max=edge) * spectrum.project(u * inverse)
+    return spectrum.lift(inside) * inverse
+
+
+def _edge(segment: FittedSegment, row: int) -> float:
+    """The largest eigenvalue of h H h that counts at the rate of ``row``."""
+    trajectory, rule = segment.session.trajectory, segment.rule
+    rate = float(trajectory.steps.learning_rate[row].max())
+    count = segment.steps.stop - segment.steps.start
+    edge = rule.edge(row_settings(trajectory, row, 0), count) if rule.edge else 1.0
+    return edge / rate if rate > 0 else math.inf
+
+
+def notes_on_bounds(segments: Sequence[FittedSegment]) -> list[str]:
+    """Say in how many steps the curvature was bounded."""
+    bounded = sum(len(segment.bounded) for segment in segments)
+    if not bounded:
+        return []
+    steps = sum(segment.steps.stop - segment.steps.start for segment in segments)
+    return [
+        f"In {bounded} of {steps} steps the curvature that was fitted times the rate is beyond "
+        "half of what is stable; it was brought down to that, where a displacement dies out. "
+        "More checkpoints and segments follow the curvature closer."
+    ]
 
 
 class _Settings:
