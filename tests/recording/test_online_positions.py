@@ -174,7 +174,7 @@ def traces(model: Model, size: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("kind", "batch"),
-    [*((k, b) for k in GATHERED for b in (LENGTH, 5)), ("added", 2 * LENGTH), ("of one", 2)],
+    [*((k, LENGTH) for k in GATHERED), ("added", 2 * LENGTH), ("of one", 2), ("twice", 5)],
 )
 def test_what_is_broadcast_by_a_sum_is_each_examples(kind: str, batch: int, tmp_path: Path) -> None:
     """A batch as long as a sequence, or whose sequences are multiples of it, too."""
@@ -185,8 +185,10 @@ def test_what_is_broadcast_by_a_sum_is_each_examples(kind: str, batch: int, tmp_
         assert float(block.trace) == pytest.approx(expected, rel=1e-9), block.parameters
 
 
-@pytest.mark.parametrize(("fisher", "batch"), [("empirical", LENGTH), ("true", 5)])
-@pytest.mark.parametrize("kind", LEFT_OUT)
+@pytest.mark.parametrize(
+    ("kind", "fisher", "batch"),
+    [*((k, "empirical", LENGTH) for k in LEFT_OUT), ("scaled", "true", 5), ("reused", "true", 5)],
+)
 def test_what_cannot_be_told_apart_is_left_to_be_fitted(
     kind: str, fisher: str, batch: int, tmp_path: Path
 ) -> None:
@@ -199,6 +201,25 @@ def test_what_cannot_be_told_apart_is_left_to_be_fitted(
         for name in ("words", "head"):
             expected = sum(truth[parameter] for parameter in found[name].parameters)
             assert float(found[name].trace) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+def test_a_first_batch_of_one_shows_nothing_yet(fisher: str, tmp_path: Path) -> None:
+    """Of one example every row is its own; the next batch tells."""
+    model = LEFT_OUT["scaled"]()
+    recorder = TrajectoryRecorder(
+        str(tmp_path / "run"), num_checkpoints=1, curvature="online", curvature_every=1,
+        fisher=fisher,
+    )  # fmt: skip
+    loader = DataLoader(data(9), batch_sampler=[[0], [1, 2, 3, 4], [5, 6, 7, 8]])
+    with pytest.warns(UserWarning, match="No curvature statistics of places are gathered"):
+        pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[recorder],
+        ).fit(model, loader)  # fmt: skip
+    found = statistics(str(tmp_path / "run"))
+    assert float(found["words"].examples) == 9
+    assert float(found["places"].examples) <= 1
 
 
 @pytest.mark.parametrize("estimator", [InfluenceFunction(), Source(num_segments=1)])
