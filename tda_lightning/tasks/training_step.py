@@ -407,9 +407,18 @@ class TrainingStepTask(AttributionTask):
                 "alone, which is slow. A task whose train_loss gives the losses of a batch would "
                 "be faster."
             )
-        if not mixed:
-            compare_with_plain_steps(self, run_training_step, module, batch, self._alone)
+        self.check_losses(module, batch, some=True)
         self._find_curvature(module, batch)
+
+    def check_losses(self, module: nn.Module, batch: Batch, some: bool = False) -> None:
+        """Compare losses and gradients with ``training_step`` as it is, on the batch and on its
+        examples alone: on all of them, or on some.
+
+        Raises:
+            ValueError: the examples of a batch depend on one another.
+        """
+        if not self._mixed:
+            compare_with_plain_steps(self, run_training_step, module, batch, self._alone, some)
 
     def average(
         self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
