@@ -62,6 +62,7 @@ def require_attributable(
     if draws is not None and draws < 1:  # type: ignore[operator]
         raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
     if trainer is not None:
+        _refuse_other_package(trainer)
         _require(trainer, Trainer, "trainer", "a lightning.pytorch.Trainer, or None")
     if scores_path is not None:
         _require(scores_path, (str, PathLike), "scores_path", "the path of a file, or None")
@@ -76,6 +77,18 @@ def require_attributable(
             raise TypeError(
                 f"edits must hold edits (tda_lightning.edits), such as Removal(3); got {edit!r}."
             )
+
+
+def _refuse_other_package(trainer: object) -> None:
+    """``lightning`` and ``pytorch_lightning`` do not take one another's modules."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(trainer).__mro__}
+    if "pytorch_lightning" in packages:
+        raise TypeError(
+            "trainer is a Trainer of pytorch_lightning, expected a lightning.pytorch.Trainer: the "
+            "packages have classes of their own, which do not take one another's modules. Build "
+            "this trainer with lightning.pytorch, or leave it out. Runs and modules of either "
+            "package can be attributed."
+        )
 
 
 def _each(given: object) -> Sequence[object]:

@@ -21,17 +21,8 @@ def require_scorable(trainer: Trainer) -> None:
     examples are shared.
 
     Raises:
-        TypeError: it is no trainer of ``lightning.pytorch``.
         ValueError: not so.
     """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"trainer is a {type(trainer).__module__}.{type(trainer).__qualname__}, expected a "
-            "lightning.pytorch.Trainer: the packages lightning and pytorch_lightning have classes "
-            "of their own, which do not take one another's modules. Build this trainer with "
-            "lightning.pytorch, or leave it out. Runs and modules of either package can be "
-            "attributed."
-        )
     strategy, reason = trainer.strategy, None
     if isinstance(strategy, (ModelParallelStrategy, DeepSpeedStrategy)):
         reason = "wants to lay out the model itself, and per-example gradients need it whole"

@@ -55,6 +55,14 @@ class Rule:
 _OTHER = "The batch is laid out otherwise than the one that its layout was seen on."
 
 
+def merged(one: Rule, other: Rule) -> Rule:
+    """The rule for two batches of one structure: what they do not agree on is unknown."""
+    if (one.kind, one.axis) != (other.kind, other.axis) or one.inside.keys() != other.inside.keys():
+        return Rule("unknown")
+    inside = {key: merged(rule, other.inside[key]) for key, rule in one.inside.items()}
+    return Rule(one.kind, one.axis, inside)
+
+
 class CannotCut(ValueError):
     """A batch that its layout does not fit."""
 
@@ -101,12 +109,15 @@ def _rule_of_array(batch: Any, alone: Sequence[Any]) -> Rule:
     if not shape and _counts(batch, alone):
         return Rule("count")
     longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    for axis, size in enumerate(shape):
-        own = size == len(alone) and all(other[axis] == 1 for other in shapes)
-        # Other axes are padded to the longest example at most.
-        if own and all(
-            n == m for e, (n, m) in enumerate(zip(shape, longest, strict=True)) if e != axis
-        ):
+    own = [
+        axis
+        for axis, size in enumerate(shape)
+        if size == len(alone) and all(other[axis] == 1 for other in shapes)
+    ]
+    for axis in own:
+        others = [(n, m) for e, (n, m) in enumerate(zip(shape, longest, strict=True)) if e != axis]
+        # Padded to the longest example; or cut short, which will show in the values.
+        if all(n == m for n, m in others) or any(n < m for n, m in others):
             return Rule("axis", axis)
     return Rule("shared" if list(shape) == longest else "unknown")
 
@@ -205,8 +216,17 @@ def unstacked(rule: Rule, batch: Any, leaves: Iterator[Any]) -> Any:
 
 def misfit(rule: Rule, batch: Any, position: int, alone: Any) -> str | None:
     """Where the example at ``position`` differs from its batch of one; None: nowhere, up to padding
-    and to parts that cannot be cut."""
+    and to parts that cannot be cut. Where there are such, what seems shared counts for nothing: it
+    may be of the same length by chance."""
+    if not rule.whole:
+        rule = _rows_alone(rule)
     return _misfit(rule, batch, position, alone, (_sizes(batch), _sizes(alone)), "")
+
+
+def _rows_alone(rule: Rule) -> Rule:
+    if rule.kind == "shared":
+        return Rule("unknown")
+    return Rule(rule.kind, rule.axis, {key: _rows_alone(part) for key, part in rule.inside.items()})
 
 
 def _misfit(

@@ -22,6 +22,7 @@ from tda_lightning.runtime.layouts import (
     cut,
     first_axis,
     learned,
+    merged,
     misfit,
     order_of,
     signature,
@@ -42,6 +43,10 @@ _REORDERED = (
     "The loader's collate_fn puts the examples of a batch into another order (sorted by length, "
     "for instance), so they are read one at a time, which is slow. Let it keep the order: "
     "pack_padded_sequence(enforce_sorted=False) needs no sorting."
+)
+_NOT_COMPARED = (
+    "Single examples could not be read by themselves, so batches are cut along their first axes "
+    "without a comparison with what the loader makes of one example."
 )
 _REORDERED_BATCH = (
     "The loader's collate_fn puts the examples of a batch into another order than they are asked "
@@ -128,7 +133,7 @@ class ExampleSource:
     notes: tuple[str, ...] = ()
     # What has been found out, by the structure of a batch and by the class of a module.
     _layouts: dict[object, _Layout] = field(default_factory=dict, repr=False, compare=False)
-    _order_kept: dict[type, bool] = field(default_factory=dict, repr=False, compare=False)
+    _order_kept: dict[type, bool | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -295,15 +300,24 @@ class ExampleSource:
             return self
         if type(module) not in self._order_kept:
             self._order_kept[type(module)] = self._keeps_order(module)
-        if self._order_kept[type(module)]:
+        kept = self._order_kept[type(module)]
+        if kept is None:
+            return replace(self, notes=(*self.notes, _NOT_COMPARED))
+        if kept:
             return self
         return replace(self, alone=True, batch_size=1, notes=(*self.notes, _REORDERED))
 
-    def _keeps_order(self, module: nn.Module) -> bool:
-        count = min(len(self), _PROBED)
-        spread = [position * (len(self) - 1) // (count - 1) for position in range(count)]
-        layout = self._compared(spread, module) or self._compared(list(range(count)), module)
-        return layout is None or layout.order_kept
+    def _keeps_order(self, module: nn.Module) -> bool | None:
+        """Whether examples stand where they are asked for; None where it cannot be seen."""
+        last, count = len(self) - 1, min(len(self), _PROBED)
+        size = min(count, max(2, self.batch_size))
+        spread = [position * last // (count - 1) for position in range(count)]
+        groups = [spread[n : n + size] for n in range(0, count, size)]
+        compared = [self._compared(group, module) for group in groups if len(group) > 1]
+        if not any(compared):  # they may differ too much for one batch
+            compared = [self._compared(list(range(size)), module)]
+        known = [layout.order_kept for layout in compared if layout is not None]
+        return all(known) if known else None
 
     def rule_of(self, batch: object, indices: Sequence[int], module: nn.Module) -> Rule:
         """How a batch of these examples is cut.
@@ -341,7 +355,7 @@ class ExampleSource:
                     each = [self.read([index]) for index in indices]
                 batch, again = (self._transferred(one, module) for one in read)
                 alone = [self._transferred(one, module) for one in each]
-            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+            except Exception:  # of the user's code, which may be made for whole batches
                 return None
         rule = learned(batch, alone)
         if rule.whole:
@@ -353,14 +367,19 @@ class ExampleSource:
         if same(batch, again):  # nothing is drawn, so values can be compared
             places = (misfit(rule, batch, n, one) for n, one in enumerate(alone))
             where = next((place for place in places if place is not None), None)
-            if where is not None and order_of(rule, batch, alone) is None:
+            reordered = where is not None and order_of(rule, batch, alone) is not None
+            if where is not None and not reordered and rule.whole:
                 raise ValueError(
                     f"What a batch holds at {where} depends on all its examples: in a batch of "
                     "one, collate_fn (or a transfer hook) gives something else, so an example's "
                     "loss is not its own. Do in training_step what needs the whole batch, or let "
                     "each example be treated alone."
                 )
-            layout = _Layout(rule, order_kept=where is None)
+            layout = _Layout(rule, not reordered)
+        earlier = self._layouts.get(signature(batch))
+        if earlier is not None:
+            rule = merged(rule, earlier.rule)
+            layout = _Layout(rule, layout.order_kept and earlier.order_kept)
         self._layouts[signature(batch)] = layout
         return layout
 

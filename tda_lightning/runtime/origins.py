@@ -4,6 +4,7 @@ batches of one: by its layout, or by reading its examples again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -58,7 +59,8 @@ class Origin:
         """:meth:`single` without the task's own way."""
         rule = self.rule_of(batch)
         if rule.whole:
-            return cut(rule, batch, position, len(self.indices))
+            with suppress(CannotCut):
+                return cut(rule, batch, position, len(self.indices))
         if not self.known:
             raise CannotCut(
                 "A batch with other labels than those of its data set cannot be cut into examples "

@@ -313,7 +313,8 @@ class TrainingStepTask(AttributionTask):
     def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         graph, _ = self._run(module, batch)
         count = batches.num_examples(batch)
-        if not graph.calls or len(graph.calls[0].loss.values) % count:
+        values = graph.calls[0].loss.values if graph.calls else None
+        if values is None or not values.dim() or len(values) % count:
             return None
         return graph.calls[0].loss.describe(count)
 
@@ -355,6 +356,8 @@ class TrainingStepTask(AttributionTask):
                 # Noise of a place in the batch: alone, every example has that of the first place.
                 self._mixed = mixed = True
                 self._layout = learn_layout(whole, alone, same_values=False)
+            if len(alone) == 1:  # a batch of one compares nothing
+                self._masses_alone(alone)
         except UnreadableLossError as error:
             if mixed:
                 what = "mixes each example with another of its batch"
@@ -392,7 +395,7 @@ class TrainingStepTask(AttributionTask):
                 "training_step averages with weights (class weights, masks, ignored targets): the "
                 "sum of weights that a mean divides by is held at its average for an example."
             )
-        if self.one_by_one:
+        if self.one_by_one and len(alone) > 1:
             self.notes.append(
                 f"training_step cannot be taken apart in a batch ({reason}): every example is run "
                 "alone, which is slow. A task whose train_loss gives the losses of a batch would "
