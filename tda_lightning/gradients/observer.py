@@ -12,6 +12,7 @@ is that of its output for each example.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -54,6 +56,7 @@ class Observer(Capture):
         listen: also note the gradients of training's own backward pass.
 
     Attributes:
+        couples: whether a batch norm makes the examples' gradients depend on one another.
         eps: of the coarsest output gradient so far.
     """
 
@@ -61,6 +64,7 @@ class Observer(Capture):
         super().__init__(trained)
         self.listen = listen
         self._fused: list[_FusedCall] = []
+        self.couples = False
         self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # by id
         self._broadcast: dict[Use, WatchedOutput] = {}  # the sums that outputs are broadcast to
 
@@ -71,6 +75,9 @@ class Observer(Capture):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        if func is F.batch_norm and not self.couples:
+            given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {})).arguments
+            self.couples = bool(given.get("training"))
         output = super().__torch_function__(func, types, args, kwargs)
         if isinstance(output, Tensor) and output.requires_grad:
             self._follow(func.__name__, (*args, *(kwargs or {}).values()), output)
@@ -194,7 +201,7 @@ def numbered_keys(uses: Sequence[Use]) -> list[tuple[object, ...]]:
 
 
 def observed_layouts(
-    uses: Sequence[Use], weighted: Sequence[Tensor | None], weights: Tensor
+    uses: Sequence[Use], weighted: Sequence[Tensor | None], weights: Tensor, coupled: bool
 ) -> Layouts:
     """Where the examples are in the outputs of a training batch; None where they share rows.
 
@@ -205,6 +212,7 @@ def observed_layouts(
     Args:
         uses: with the gradients of the losses.
         weighted: of the losses times ``weights`` [batch].
+        coupled: by batch norm, so that a row is only nearly its example's.
     """
     found: Layouts = {}
     batch = len(weights)
@@ -220,8 +228,9 @@ def observed_layouts(
             owner = owners(layout, use.output_shape, batch, use.channel_axes).to(weights.device)
             expected = plain * weights.double()[owner][:, None]
             off.append(float((scaled - expected).norm() / expected.norm()))
-        # Rows that are shared are off by their own size and more, whatever they are taken for.
-        near = [layout for layout, error in zip(layouts, off, strict=True) if error < 0.9]
+        # Rows that are shared are off by about their own size, whatever they are taken for.
+        limit = 0.9 if coupled else 0.05
+        near = [layout for layout, error in zip(layouts, off, strict=True) if error < limit]
         least = min(off, default=0.0)
         found[key] = (
             next(

@@ -152,6 +152,7 @@ class CurvatureStatistics(Observer):
         self._blocks: list[Block] = []
         self._checked = False  # every use of the parameters has been seen
         self._layouts: Layouts = {}  # where the examples are, observed once
+        self._located = False
         self._weighed: tuple[list[Tensor | None], Tensor] | None = None
         self._left_out: set[str] = set()  # blocks without gradients of single examples
         self._waiting: tuple[CallObserver, int] | None = None  # for training's own backward pass
@@ -185,6 +186,7 @@ class CurvatureStatistics(Observer):
         self._parameters = self._trained.of_stage()
         self._blocks, self._checked = [], False
         self._layouts, self._left_out, self._weighed = {}, set(), None
+        self._located = False
         for name, parameter in self._parameters.items():
             if kept_entries(name, parameter) is not None:
                 raise UnsupportedTrainingError(
@@ -208,7 +210,8 @@ class CurvatureStatistics(Observer):
         if not self._parameters or every is None or self._next_step % every:
             return training_step(*args, **kwargs)
         empirical = self.settings.fisher == "empirical"
-        losses = None if empirical and self._checked else LossObserver()
+        known = self._checked and self._located
+        losses = None if empirical and known else LossObserver()
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         calls = CallObserver(names, listen=empirical)
         with losses or nullcontext(), calls:
@@ -252,7 +255,7 @@ class CurvatureStatistics(Observer):
                 "curvature=None and fit curvature afterwards."
             )
         parameters = list(self._parameters.values()) if not self._checked else []
-        if not self._checked:
+        if not self._located:
             self._weigh(calls, outputs, gradients, len(examples))
         own = self._backward(calls, outputs, gradients, parameters)
         self._add(calls, len(examples), dict(zip(self._parameters, own, strict=False)))
@@ -285,7 +288,8 @@ class CurvatureStatistics(Observer):
         if not reached:
             return
         outputs, gradients = zip(*reached, strict=True)
-        self._weigh(calls, outputs, gradients, size)
+        if not self._located:
+            self._weigh(calls, outputs, gradients, size)
         own = self._backward(calls, outputs, gradients, list(self._parameters.values()))
         self._gradients(calls, size, dict(zip(self._parameters, own, strict=True)))
         calls.forget()
@@ -295,6 +299,9 @@ class CurvatureStatistics(Observer):
     ) -> None:
         """Before the first gradients: those of weighted examples, which show afterwards where the
         examples are in every layer's output."""
+        if size == 1:
+            return  # shows nothing
+        self._located = True
         weights = irregular_weights(size, gradients[0])
         weighted = example_weighted(gradients, weights)
         if weighted is not None:
@@ -342,17 +349,18 @@ class CurvatureStatistics(Observer):
         for use in uses:
             if factor != 1 and use.gradient is not None:
                 use.gradient = use.gradient * factor
+        newly = self._weighed is not None
         if self._weighed is not None:
             (others, weights), self._weighed = self._weighed, None
             if len(others) == len(uses):
-                self._layouts = observed_layouts(uses, others, weights)
+                self._layouts = observed_layouts(uses, others, weights, calls.couples)
         if not self._blocks:
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
             self._blocks = plan_blocks(shapes, uses)
         gradients = training_gradients(self._blocks, uses, size, self._layouts)
         if own:
             _require_complete(self._blocks, gradients, own, calls.eps**0.5)
-        if not self._checked:
+        if newly or not self._checked:
             self._say_left_out({b.name for b in self._blocks} - set(gradients))
         return gradients
 
@@ -364,6 +372,9 @@ class CurvatureStatistics(Observer):
                 "afterwards."
             )
         self._left_out |= names
+        for name in names:  # of batches of one, where every row is that of the example
+            self._sums.pop(name, None)
+            self._step.pop(name, None)
 
     def _add(
         self, calls: CallObserver, size: int, own: Mapping[str, Tensor | None], factor: float = 1.0

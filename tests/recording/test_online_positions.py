@@ -201,6 +201,25 @@ def test_what_cannot_be_told_apart_is_left_to_be_fitted(
             assert float(found[name].trace) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+def test_a_first_batch_of_one_shows_nothing_yet(fisher: str, tmp_path: Path) -> None:
+    """Of one example every row is its own; the next batch tells."""
+    model = LEFT_OUT["scaled"]()
+    recorder = TrajectoryRecorder(
+        str(tmp_path / "run"), num_checkpoints=1, curvature="online", curvature_every=1,
+        fisher=fisher,
+    )  # fmt: skip
+    loader = DataLoader(data(9), batch_sampler=[[0], [1, 2, 3, 4], [5, 6, 7, 8]])
+    with pytest.warns(UserWarning, match="No curvature statistics of places are gathered"):
+        pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[recorder],
+        ).fit(model, loader)  # fmt: skip
+    found = statistics(str(tmp_path / "run"))
+    assert float(found["words"].examples) == 9
+    assert float(found["places"].examples) <= 1
+
+
 @pytest.mark.parametrize("estimator", [InfluenceFunction(), Source(num_segments=1)])
 def test_the_rest_is_fitted_afterwards_and_the_provenance_says_so(
     estimator, tmp_path: Path
