@@ -235,6 +235,7 @@ def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> Attribution
         scores_bytes=size,
         curvature_bytes=curvature.size,
         features_bytes=features.size,
+        checks=session.check_seconds,
     )
 
 

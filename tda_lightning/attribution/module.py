@@ -47,7 +47,7 @@ from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
-from tda_lightning.tasks import AttributionTask
+from tda_lightning.tasks import AttributionTask, seeded_examples
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -255,7 +255,11 @@ class AttributionModule(LightningModule):
 
         Prints and returns the largest relative error of each layer over batches of ``examples``
         training examples (training loss) and queries (measurement): some spread over the data,
-        and neighbours at its start, in its middle and at its end.
+        and neighbours at its start, in its middle and at its end. The losses of ``task=None`` are
+        compared with ``training_step`` as it is, with nothing in between.
+
+        Raises:
+            ValueError: they do not make up what the step returns.
         """
         require_attributable(examples)
         errors: dict[str, float] = {}
@@ -270,6 +274,9 @@ class AttributionModule(LightningModule):
             for source, loss in sides:
                 alone = "partners" not in session.noise
                 for batch, indices in sample_batches(source, examples, session.module):
+                    if source is session.examples:
+                        with seeded_examples(0, indices):
+                            session.task.check_losses(session.module, batch)
                     found = largest_errors(session.engine, loss, batch, indices, alone)
                     for name, error in found.items():
                         errors[name] = max(error, errors.get(name, 0.0))

@@ -3,6 +3,7 @@ task prepared, the last checkpoint loaded."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,12 +128,14 @@ def open_session(
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     trainer = stand_in_of(module)
     unknown = [] if trainer is None else trainer.unknown
+    began = time.monotonic()
     with _noise_explained(session, batch, indices):
         with seeded_examples(0, indices):
             task.prepare(module, batch)
         task.average(module, lambda: session.batches(examples.batches()))
         task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.one_by_one)
+    session.check_seconds = time.monotonic() - began
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
     return session

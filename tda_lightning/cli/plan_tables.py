@@ -25,6 +25,7 @@ def attribution_plan_table(plan: AttributionPlan) -> RenderableType:
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("preparation", "", "", "", f"{plan.preparation:.1f}")
+    table.add_row("  of which checks against plain autograd", "", "", "", f"{plan.checks:.1f}")
     for group in plan.passes:
         numbers = [str(group.count), str(group.batches), f"{group.seconds:.2f}"]
         table.add_row(escape(group.title), *numbers, f"{group.count * group.seconds:.1f}")

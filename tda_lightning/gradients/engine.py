@@ -32,6 +32,7 @@ from tda_lightning.gradients.functional import (
 )
 from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
+from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks
 from tda_lightning.records.errors import EngineError, NonFiniteError
@@ -125,7 +126,7 @@ class GradientEngine:
         for number, loss in enumerate(values):
             shared = self._axes.locate(capture, loss)
             self._eps = capture.eps
-            odd, uses = _apart(capture.uses, capture.generic | shared)
+            odd, uses = _apart(capture.uses, self._otherwise(capture, loss) | shared)
             if odd:
                 self._say_slow(odd)
             generic = functional_gradients(
@@ -237,7 +238,7 @@ class GradientEngine:
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
-            odd, _ = _apart(capture.uses, capture.generic | shared)
+            odd, _ = _apart(capture.uses, self._otherwise(capture, losses) | shared)
         seen = {ref.name for use in capture.uses for ref in use.refs}
         if unseen := set(self.names) - seen - set(odd):
             plain = self.plain_gradient(loss, batch, examples)
@@ -261,6 +262,9 @@ class GradientEngine:
                 )
             )
         return errors
+
+    def _otherwise(self, capture: Capture, losses: Tensor) -> set[str]:
+        return used_otherwise(capture.generic, losses, capture.trained, capture.uses)
 
     def _plan(self, capture: Capture, generic: Collection[str]) -> None:
         self._generic = [name for name in self.names if name in generic]

@@ -33,8 +33,8 @@ class AttributionPlan:
         estimator: class name.
         num_train: number of training examples scored.
         num_query: number of queries they are scored for.
-        preparation: seconds outside the passes: reading checkpoints and cached curvature, checking
-            the gradient engine, measuring the queries.
+        preparation: seconds outside the passes: reading checkpoints and cached curvature, checks,
+            measuring the queries.
         passes: groups of similar passes, in order.
         peak_bytes: peak memory of the process, scores included; None where the system does not
             report it.
@@ -42,6 +42,8 @@ class AttributionPlan:
         scores_bytes: size of the scores, by segment where the estimator has segments.
         curvature_bytes: fitted curvature that is cached next to the trajectory.
         features_bytes: features of the training examples, cached likewise.
+        checks: seconds of the preparation in which losses and gradients of single examples are
+            compared with plain autograd.
     """
 
     estimator: str
@@ -54,6 +56,7 @@ class AttributionPlan:
     scores_bytes: int
     curvature_bytes: int
     features_bytes: int = 0
+    checks: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -80,6 +83,7 @@ class AttributionPlan:
         return replace(
             self,
             preparation=self.preparation * members,
+            checks=self.checks * members,
             passes=tuple(
                 replace(group, count=group.count * members, batches=group.batches * members)
                 for group in self.passes
@@ -96,7 +100,8 @@ class AttributionPlan:
             f"{self.estimator}: {self.num_train} training examples for {self.num_query} queries, "
             f"about {readable_time(self.seconds)}, peak memory {memory}, scores "
             f"{readable_bytes(self.scores_bytes)}",
-            f"  preparation: {readable_time(self.preparation)}",
+            f"  preparation: {readable_time(self.preparation)}, of which "
+            f"{readable_time(self.checks)} for checks against plain autograd",
         ]
         for group in self.passes:
             each = f"{group.count} x " if group.count > 1 else ""

@@ -121,6 +121,7 @@ class Session:
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
         no_recorded_draws: why not, where the estimator asked for them.
+        check_seconds: that planning and checking losses and gradients took.
         draws: over how many draws of them losses and their gradients are averaged.
     """
 
@@ -143,6 +144,7 @@ class Session:
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
+    check_seconds: float = 0.0
     no_recorded_draws: str | None = None
     draws: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)

@@ -150,6 +150,10 @@ class AttributionTask(ABC):
             training_set: gives its batches, with the indices of their examples.
         """
 
+    def check_losses(self, module: nn.Module, batch: Batch) -> None:  # noqa: B027 (optional)
+        """Refuse losses of examples that do not make up what was trained, on this batch. Losses
+        that a task writes down itself have nothing to be compared with."""
+
     @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know about these losses."""

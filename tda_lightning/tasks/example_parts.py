@@ -76,6 +76,7 @@ class Layout:
         axes: where tensors hold examples, by where they are summed; None: they hold none.
         masses: whether a divisor is a mass, by place.
         factors: which operand of a product is its factor, by place; None: both are parts.
+        uneven: places of divisors that differ between examples.
         wholes_are_means: of examples that are run alone, whether a value that is no sum is averaged
             over the batch rather than summed.
     """
@@ -83,6 +84,7 @@ class Layout:
     axes: dict[Key, Axis | None] = field(default_factory=dict)
     masses: dict[Key, bool] = field(default_factory=dict)
     factors: dict[Key, int | None] = field(default_factory=dict)
+    uneven: set[Key] = field(default_factory=set)
     wholes_are_means: bool = False
 
 
@@ -227,7 +229,8 @@ class Reader:
             value = divisor.value if isinstance(divisor, Node) else divisor
             if self.layout is not None and self.layout.masses.get(key, False):
                 mass = value if node.name == "div" else 1 / value
-                each, counts = self._each(divisor if node.name == "div" else None, mass)
+                shared = isinstance(mass, Tensor) or key in self.layout.uneven
+                each, counts = self._each(divisor if node.name == "div" else None, mass, shared)
                 total = torch.as_tensor(mass)
                 return [self._divide(part, key, Mass(total, each, counts)) for part in inner]
             for part in inner:
@@ -301,12 +304,16 @@ class Reader:
             counts = terms.sum(self.rows(terms, terms.counted.to(terms.values)))
         return self._divide(part, terms.key, Mass(counts.sum(), counts, counts))
 
-    def _each(self, divisor: object, mass: Tensor | float) -> tuple[Tensor | None, Tensor | None]:
-        """A mass by example, and the number of its terms that are not zero."""
-        each: Tensor | None = torch.as_tensor(mass)[None]
-        if not self.alone:
-            number = not isinstance(mass, Tensor)
-            each = (torch.as_tensor(mass) / self.batch).expand(self.batch) if number else None
+    def _each(
+        self, divisor: object, mass: Tensor | float, shared: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A mass by example, and the number of its terms that are not zero; None where a number
+        is ``shared`` by examples that have different parts in it."""
+        each: Tensor | None = None
+        if self.alone or self.batch == 1:
+            each = torch.as_tensor(mass)[None]
+        elif not shared:
+            each = (torch.as_tensor(mass) / self.batch).expand(self.batch)
         if not isinstance(divisor, Node):
             return each, each
         inner = Reader(self.batch, self.layout, alone=self.alone)
@@ -466,7 +473,11 @@ class _Learner:
         pending = [(whole, list(alone))]
         while pending:
             node, others = pending.pop()
-            if not node.of_data or node.func is None or id(node) in self._seen:
+            if not node.of_data or id(node) in self._seen:
+                continue
+            if node.func is None:
+                if node.value.requires_grad:
+                    raise UnreadableLossError("an operation is none that torch shows")
                 continue
             self._seen.add(id(node))
             if any((o.name, len(o.inputs)) != (node.name, len(node.inputs)) for o in others):
@@ -501,6 +512,8 @@ class _Learner:
             self._set(self.layout.masses, key, counts)
             return
         constant = all(_alike(own, value) for value in alone)
+        if any(not _alike(alone[0], value) for value in alone):
+            self.layout.uneven.add(key)
         additive = not constant and all(v.shape == own.shape for v in alone)
         additive = additive and torch.allclose(own, torch.stack(alone).sum(0), rtol=1e-5, atol=0)
         self._set(self.layout.masses, key, additive)

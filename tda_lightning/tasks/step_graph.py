@@ -178,6 +178,7 @@ class StepGraph(TorchFunctionMode):
         output: Tensor,
         number: int | None,
     ) -> None:
+        args, kwargs = _positional(args, kwargs)
         inputs: list[Node] = []
         node_args = self._with_nodes(args, inputs)
         node_kwargs = self._with_nodes(dict(kwargs), inputs)
@@ -267,6 +268,17 @@ _PICKING = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutiv
             "_pack_padded_sequence"}  # fmt: skip
 _ALONG = {"index_select", "gather", "take_along_dim", "index_add", "scatter", "scatter_add",
           "repeat_interleave"}  # fmt: skip
+
+
+def _positional(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Operands by position, where they were given by name."""
+    named = dict(kwargs)
+    for name in ("input", "tensors", "other"):
+        if name in named and len(args) == (1 if name == "other" else 0):
+            args = (*args, named.pop(name))
+    return args, named
 
 
 def _moves(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

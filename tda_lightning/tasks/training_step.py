@@ -97,7 +97,7 @@ class TrainingStepTask(AttributionTask):
         self._layout: Layout | None = None
         self._averages: dict[Site, Average] = {}
         self._varying = False
-        self._mixed = False
+        self._mixed = self._measured_alone = False
         self._known_batches: set[tuple[int, ...]] = set()
         self._training_step: list[str | None] = []
 
@@ -138,7 +138,8 @@ class TrainingStepTask(AttributionTask):
     def measurement(self, module: nn.Module, batch: Batch) -> Tensor:
         if self.measures_loss:
             return self.train_loss(module, batch)
-        if self.one_by_one and batches.num_examples(batch) > 1:
+        alone = self.one_by_one or self._measured_alone
+        if alone and batches.num_examples(batch) > 1:
             values = torch.cat([self.measurement(module, one) for one in self._alone(batch)])
         else:
             values = _sum(*self._parts(module, batch, "each"))
@@ -387,6 +388,11 @@ class TrainingStepTask(AttributionTask):
         if any(not part.divided for part in parts):
             self._sum_over_batch()
         self._own_terms = any(_differ(mass.counts for mass in own) for own in masses.values())
+        # Of a divisor that is a number to torch, only that of an example alone is known.
+        reader = self._reader(len(alone), "own")
+        self._measured_alone = self._own_terms and (
+            self.one_by_one or any(m.counts is None for m in self._masses_of(reader, whole))
+        )
         self._varying = self._needs_averages or any(
             _differ(mass.total for mass in own) for own in masses.values()
         )
@@ -401,9 +407,18 @@ class TrainingStepTask(AttributionTask):
                 "alone, which is slow. A task whose train_loss gives the losses of a batch would "
                 "be faster."
             )
-        if not mixed:
-            compare_with_plain_steps(self, run_training_step, module, batch, self._alone)
+        self.check_losses(module, batch, some=True)
         self._find_curvature(module, batch)
+
+    def check_losses(self, module: nn.Module, batch: Batch, some: bool = False) -> None:
+        """Compare losses and gradients with ``training_step`` as it is, on the batch and on its
+        examples alone: on all of them, or on some.
+
+        Raises:
+            ValueError: the examples of a batch depend on one another.
+        """
+        if not self._mixed:
+            compare_with_plain_steps(self, run_training_step, module, batch, self._alone, some)
 
     def average(
         self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
@@ -471,6 +486,10 @@ class TrainingStepTask(AttributionTask):
                 "compares the examples of a batch (a contrastive loss), there is none. Otherwise "
                 "give a task."
             ) from error
+
+    def _masses_of(self, reader: Reader, total: Node) -> Iterable[Mass]:
+        reader.read(total)
+        return reader.masses.values()
 
     def _masses_alone(self, alone: Sequence[Node]) -> dict[Site, list[Mass]]:
         """The masses of examples alone, by where they stand in the step."""

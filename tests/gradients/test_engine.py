@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.tasks import TrainingStepTask
 from tests import oracles
 from tests.cases import CASES, Case
 from tests.cases.case import Function, normal, parameter
@@ -341,3 +344,33 @@ def test_float32_is_close_to_float64() -> None:
         for key, found in dense(engine, case.loss, batch).items():
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), exact[key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_penalty_on_a_weight_keeps_its_fast_form() -> None:
+    """It uses the weight once more, and is in no example's loss."""
+
+    class Decayed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.mse_loss(self.net(batch[0]), batch[1])
+            return loss + 0.1 * self.net.weight.square().sum() + self.net.bias.abs().sum()
+
+    torch.manual_seed(0)
+    module, task = Decayed().double(), TrainingStepTask()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    task.prepare(module, batch)
+    engine = GradientEngine(module, ["net.weight", "net.bias"])
+
+    def loss(m: nn.Module, b: Any, e: Tensor) -> Tensor:
+        return task.train_loss(m, b)
+
+    engine.discover(loss, batch, torch.arange(5))
+    assert engine.generic == []
+    found = engine.gradients(loss, batch, torch.arange(5)).blocks["net"].dense(slice(None))
+    for n in range(5):
+        own = F.mse_loss(module.net(batch[0][n]), batch[1][n])
+        weight, bias = torch.autograd.grad(own, [module.net.weight, module.net.bias])
+        torch.testing.assert_close(found[n, 0], torch.cat([weight, bias[:, None]], 1))

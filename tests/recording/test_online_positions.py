@@ -174,7 +174,7 @@ def traces(model: Model, size: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("kind", "batch"),
-    [*((k, b) for k in GATHERED for b in (LENGTH, 5)), ("added", 2 * LENGTH), ("of one", 2)],
+    [*((k, LENGTH) for k in GATHERED), ("added", 2 * LENGTH), ("of one", 2), ("twice", 5)],
 )
 def test_what_is_broadcast_by_a_sum_is_each_examples(kind: str, batch: int, tmp_path: Path) -> None:
     """A batch as long as a sequence, or whose sequences are multiples of it, too."""
@@ -185,8 +185,10 @@ def test_what_is_broadcast_by_a_sum_is_each_examples(kind: str, batch: int, tmp_
         assert float(block.trace) == pytest.approx(expected, rel=1e-9), block.parameters
 
 
-@pytest.mark.parametrize(("fisher", "batch"), [("empirical", LENGTH), ("true", 5)])
-@pytest.mark.parametrize("kind", LEFT_OUT)
+@pytest.mark.parametrize(
+    ("kind", "fisher", "batch"),
+    [*((k, "empirical", LENGTH) for k in LEFT_OUT), ("scaled", "true", 5), ("reused", "true", 5)],
+)
 def test_what_cannot_be_told_apart_is_left_to_be_fitted(
     kind: str, fisher: str, batch: int, tmp_path: Path
 ) -> None:

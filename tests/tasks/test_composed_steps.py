@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
+from hypothesis import seed as seed_of
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
@@ -212,17 +213,21 @@ def _check(composition: Composition) -> None:
             torch.testing.assert_close(replayed[name], value.detach(), rtol=1e-9, atol=1e-11)
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
-@given(COMPOSITIONS)
-def test_composed_steps_are_attributed_as_plain_autograd_has_them(composition: Composition) -> None:
-    check(composition)
+@pytest.mark.parametrize("seed", range(4))
+def test_composed_steps_are_attributed_as_plain_autograd_has_them(seed: int) -> None:
+    """A hundred compositions in four tests, which run side by side."""
+
+    @seed_of(seed)
+    @settings(max_examples=25, deadline=None, database=None, phases=[Phase.generate])
+    @given(COMPOSITIONS)
+    def each(composition: Composition) -> None:
+        check(composition)
+
+    each()
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, database=None, phases=[Phase.generate])
 @given(COMPOSITIONS)
 def test_many_composed_steps(composition: Composition) -> None:
     check(composition)
