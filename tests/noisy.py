@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import Trajectory
@@ -159,6 +160,15 @@ def _by_place(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.f(x + torch.tensor([[random.gauss(0, 1)] for _ in range(len(x))]).double())
 
 
+def _first_half(m: Any, x: Tensor) -> Tensor:
+    return m.f[1](m.f[0](x + 0.5 * torch.randn_like(x)))
+
+
+def _checkpointed(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    hidden = checkpoint(lambda x: _first_half(m, x), x, use_reentrant=False)
+    return F.cross_entropy(m.f[2](hidden), y)
+
+
 def _gumbel(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.g(F.gumbel_softmax(m.f(x), tau=0.7))
 
@@ -206,6 +216,9 @@ NOISE: dict[str, Noise] = {
     ),
     "python": _of_outputs(_python_scaled),
     "python, by place": _of_outputs(_by_place),
+    "checkpointed": Noise(
+        _checkpointed, lambda m, x, y: _cross_entropy(m.f[2](_first_half(m, x)), y)
+    ),
     "in place": _of_outputs(_in_place),
     "pasted": _of_outputs(_pasted),
     "plain": _of_outputs(lambda m, x, y: m.f(x)),
@@ -222,6 +235,7 @@ BY_EXAMPLE = [  # those whose noise is each example's own
     "negatives",
     "gumbel",
     "in place",
+    "checkpointed",
 ]
 
 

@@ -34,3 +34,24 @@ def without_reentrant_checkpoints() -> Iterator[None]:
         yield
     finally:
         checkpointing.CheckpointFunction = before  # type: ignore[misc]
+
+
+def _run_plainly(*args: object, **kwargs: object) -> Iterator[None]:
+    """Stands in for what ``checkpoint(..., use_reentrant=False)`` does around its function."""
+    yield
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Within it, ``checkpoint(..., use_reentrant=False)`` calls its function.
+
+    Its second run comes with the backward pass, outside of whatever makes the function draw its
+    random numbers.
+    """
+    name = "_checkpoint_without_reentrant_generator"
+    before = getattr(checkpointing, name)
+    setattr(checkpointing, name, _run_plainly)
+    try:
+        yield
+    finally:
+        setattr(checkpointing, name, before)

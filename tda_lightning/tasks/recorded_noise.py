@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.runtime.checkpointing import without_recomputation
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.tasks.draw_sites import Site, Sites
 from tda_lightning.tasks.noise_rules import RULES
@@ -65,7 +66,7 @@ class RecordedNoise:
         """
         with unchanged_randomness():
             again = _Again(self.start, self._states)
-            with restarted_by(again.restart), again:
+            with without_recomputation(), restarted_by(again.restart), again:
                 yield
             again.require_known()
 

@@ -22,7 +22,7 @@ for the whole batch is right then; noise for single examples belongs to their pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from math import prod
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tda_lightning.runtime.checkpointing import without_recomputation
 from tda_lightning.runtime.seeded_generators import SeededGenerators
 from tda_lightning.tasks.draw_sites import Site, Sites
 from tda_lightning.tasks.hashes import words
@@ -101,7 +102,12 @@ def step_noise(seed: int, draw: int, examples: Tensor) -> Iterator[None]:
     generators = SeededGenerators(watched)
     noise = StepNoise(seed, draw, examples, generators)
     try:
-        with restarted_by(noise.restart), numpy_drawing_from(noise.numbers), noise:
+        with ExitStack() as stack:
+            if _axes:  # some step draws; its noise is not there when a checkpoint recomputes
+                stack.enter_context(without_recomputation())
+            stack.enter_context(restarted_by(noise.restart))
+            stack.enter_context(numpy_drawing_from(noise.numbers))
+            stack.enter_context(noise)
             yield
         if watched:
             note(*generators.drawn_from())

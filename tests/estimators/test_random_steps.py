@@ -18,7 +18,7 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-FAST = ("noisy inputs", "mixup, weight from numpy", "diffusion", "vae", "pasted", "dropout besides")
+FAST = ("checkpointed", "mixup, weight from numpy", "vae", "dropout besides")
 NAMES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in noisy.NOISE
@@ -119,7 +119,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("compared") else ())
+        for name in REFUSED
+    ],
+)
 def test_what_cannot_be_told_apart_is_refused_for_the_true_reason(name, tmp_path, monkeypatch):
     step, reason = REFUSED[name]
     monkeypatch.setitem(noisy.NOISE, name, noisy.Noise(step, step))

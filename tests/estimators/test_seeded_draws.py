@@ -13,10 +13,9 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-FAST = ("diffusion", "vae", "negatives")
-BY_EXAMPLE = [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in noisy.BY_EXAMPLE
-]
+FAST = ("vae", "negatives")
+SLOW = pytest.mark.slow
+BY_EXAMPLE = [pytest.param(name, marks=() if name in FAST else SLOW) for name in noisy.BY_EXAMPLE]
 
 
 def scores_of(module, run, estimator, task=None, queries=QUERIES, **options):
@@ -105,7 +104,14 @@ def test_the_mean_over_draws_has_less_noise():
     assert variance(16) == pytest.approx(1 / 16, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["mixup", "mixup, weight from numpy", "pasted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixup, weight from numpy",
+        pytest.param("mixup", marks=SLOW),
+        pytest.param("pasted", marks=SLOW),
+    ],
+)
 def test_mixed_examples_have_the_losses_of_their_rows(name, tmp_path):
     module, run = noisy.recorded(tmp_path / "run", name, checkpoints=1, epochs=1)
     x, y = noisy.data().tensors
@@ -129,7 +135,7 @@ def test_mixed_examples_have_the_losses_of_their_rows(name, tmp_path):
     assert max(attribution.check(noisy.data(), QUERIES).values()) < 1e-8
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=SLOW), "adamw"])
 def test_the_recorded_order_is_that_of_the_noisy_data(optimizer, tmp_path):
     """In one epoch every example is used once: the run is that on the noisy inputs, as data."""
     module, run = noisy.recorded(tmp_path / "a", "noisy inputs", 3, 1, optimizer=optimizer)
