@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, TensorDataset
 
 from tda_lightning.curvature.products import as_rows
@@ -61,13 +62,24 @@ def in_rows(context: Session, matrix: Tensor) -> Tensor:
     return matrix[order][:, order]
 
 
+class _WeightNormByDefinition(TorchFunctionMode):
+    """torch's own has a wrong second derivative (2.13; central differences of its gradient)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, *rest = args
+        dim = rest[0] if rest else (kwargs or {}).get("dim", 0)
+        return v * (g / v.norm(dim=[axis for axis in range(v.dim()) if axis != dim], keepdim=True))
+
+
 def dense_curvature(context: Session, case: Case, data: Any, kind: str) -> Tensor:
     """The curvature of a case's mean loss by loops, in the order of rows."""
     names, module = context.engine.names, context.module
     if kind == "gauss_newton":
         return in_rows(context, oracles.gauss_newton(module, case.criterion, data, names))
     # The fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _WeightNormByDefinition():
         parameters = [module.get_parameter(name) for name in names]
         gradient = torch.autograd.grad(
             case.loss(module, data).mean(), parameters, allow_unused=True

@@ -23,6 +23,7 @@ from tda_lightning import Trajectory
 from tda_lightning.attribution.matching import require_same_data, require_same_parameters
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.tasks import (
     AttributionTask,
     ClassificationTask,
@@ -135,7 +136,7 @@ def open_run(folder: Path, data_root: str | None, device: str) -> Run:
     module = build(config.model, False, optimizer=None, scheduler=None)
     task = build(config.get("task"), False)
     require_same_parameters(module, trajectory)
-    require_same_data(trajectory, data.train_dataset)
+    require_same_data(trajectory, ExampleSource.of(data.train_dataset, 1, "training"))
     frozen = set(dict(module.named_parameters())) - set(trajectory.facts.parameters)
     if frozen or len(trajectory.facts.stages) > 1:
         raise UnsupportedTrainingError(

@@ -13,6 +13,7 @@ is that of its output for each example.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.layout import Layout, candidates, owners
 from tda_lightning.gradients.uses import Use, WatchedOutput, assemble
+
+_MANY = 16  # examples: batch norm couples fewer by about their own size
 
 # Calls that broadcast one operand to the other, and calls that leave a tensor as it is but for
 # leading axes of length 1.
@@ -229,7 +232,9 @@ def observed_layouts(
             expected = plain * weights.double()[owner][:, None]
             off.append(float((scaled - expected).norm() / expected.norm()))
         # Rows that are shared are off by about their own size, whatever they are taken for.
-        limit = 0.9 if coupled else 0.05
+        # In a small batch norm's batch, so are those that are one example's: nothing is told then,
+        # and the shape decides.
+        limit = 0.05 if not coupled else 0.9 if batch >= _MANY else math.inf
         near = [layout for layout, error in zip(layouts, off, strict=True) if error < limit]
         least = min(off, default=0.0)
         found[key] = (

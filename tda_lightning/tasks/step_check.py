@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks import batches
@@ -45,7 +46,7 @@ def compare_with_plain_steps(
         some: look at the first, the last and one between, rather than at all of them.
 
     Raises:
-        ValueError: the examples of a batch depend on one another.
+        UnsupportedTrainingError: the examples of a batch depend on one another.
     """
     problem = _difference(task, step, module, batch, singles, some)
     own = next(module.parameters()).dtype
@@ -54,7 +55,7 @@ def compare_with_plain_steps(
         with suppress(RuntimeError, TypeError, ValueError), in_double(module):
             problem = _difference(task, step, module, doubled(batch), singles, some)
     if problem is not None:
-        raise ValueError(
+        raise UnsupportedTrainingError(
             f"The loss that training_step returns for a batch is not made of losses of single "
             f"examples: {problem}. Its examples depend on one another (a contrastive loss, batch "
             "statistics, a root or a ratio of means over the batch, a divisor that the model "

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.records.errors import UnseenBatchError
+from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
 from tda_lightning.runtime.digests import source_digest
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import unchanged_randomness
@@ -267,8 +267,8 @@ class TrainingStepTask(AttributionTask):
         rest = whole.detach() - parts.detach().sum()
         eps = torch.finfo(whole.dtype).eps
         if not bool((rest - penalty).abs() <= eps**0.4 * whole.detach().abs()):
-            raise ValueError(
-                "The losses that training_step gives for examples alone do not make up the loss of "
+            raise UnsupportedTrainingError(
+                "The losses that training_step gives for single examples do not make up that of "
                 "their batch: its examples depend on one another (a contrastive loss; dropout or "
                 "batch statistics in train mode), and the loss cannot be taken apart in a batch. "
                 "Give a task whose train_loss gives the losses of a batch."
@@ -333,8 +333,9 @@ class TrainingStepTask(AttributionTask):
         """Learn from one batch, and from its examples alone, how the step's loss is made.
 
         Raises:
-            ValueError: the examples of a batch depend on one another; a batch of one example
-                cannot be run; a sum over the batch whose size in training is not known.
+            UnsupportedTrainingError: the examples of a batch depend on one another; a batch of one
+                example cannot be run.
+            ValueError: a sum over the batch whose size in training is not known.
         """
         super().prepare(module, batch)
         self._reset()
@@ -374,7 +375,7 @@ class TrainingStepTask(AttributionTask):
         self._training_step = [f"{kind.__module__}.{kind.__qualname__}", source_digest(kind)]
         masses = self._masses_alone(alone)
         if any(mass.total.requires_grad for own in masses.values() for mass in own):
-            raise ValueError(
+            raise UnsupportedTrainingError(
                 "training_step divides by a sum over the batch that the model changes (learned "
                 "weights or confidences, normalised in the batch), so the loss of an example "
                 "depends on the others. Give a task with a divisor that is no sum over the batch, "
@@ -415,7 +416,7 @@ class TrainingStepTask(AttributionTask):
         examples alone: on all of them, or on some.
 
         Raises:
-            ValueError: the examples of a batch depend on one another.
+            UnsupportedTrainingError: the examples of a batch depend on one another.
         """
         if not self._mixed:
             compare_with_plain_steps(self, run_training_step, module, batch, self._alone, some)
@@ -480,7 +481,7 @@ class TrainingStepTask(AttributionTask):
         try:
             return [self._run(module, one)[1] for one in self._alone(batch)]
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(
+            raise UnsupportedTrainingError(
                 "training_step cannot be run for one example alone, so the loss of a single "
                 f"example is not known ({type(error).__name__}: {str(error)[:300]}). If it "
                 "compares the examples of a batch (a contrastive loss), there is none. Otherwise "
