@@ -70,7 +70,8 @@ class _WeightNormByDefinition(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         v, g, *rest = args
         dim = rest[0] if rest else (kwargs or {}).get("dim", 0)
-        return v * (g / v.norm(dim=[axis for axis in range(v.dim()) if axis != dim], keepdim=True))
+        axes = [axis for axis in range(v.dim()) if axis != dim]
+        return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
 def dense_curvature(context: Session, case: Case, data: Any, kind: str) -> Tensor:
