@@ -194,8 +194,15 @@ def curvature_of_outputs(
 
     def product(direction: Tensor) -> Tensor:
         # Of a symmetric matrix, backward over backward: not every loss has a forward mode.
-        with torch._C.DisableTorchFunction():  # nothing of the user's that a mode should see
-            return torch.func.vjp(gradient, point)[1](direction)[0].detach()  # type: ignore[no-any-return]
+        try:
+            with torch._C.DisableTorchFunction():  # nothing of the user's that a mode should see
+                return torch.func.vjp(gradient, point)[1](direction)[0].detach()  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if "derivative" not in str(error):
+                raise
+            raise UnknownOutputsError(
+                f"the loss has no second derivative ({str(error).splitlines()[0][:200]})"
+            ) from error
 
     width = point.shape[1]
     if form is None:
@@ -243,7 +250,8 @@ def _run_again(node: Node, values: Mapping[int, Tensor]) -> Node:
         if id(old) in done:
             return done[id(old)]
         new = old
-        if old.func is not None and old.value.requires_grad:
+        floating = old.value.is_floating_point()
+        if old.func is not None and old.of_data and floating and not old.constant:
             inputs = [again(other) for other in old.inputs]
             if any(a is not b for a, b in zip(inputs, old.inputs, strict=True)):
                 value = call_again(old, {n: i.value for n, i in enumerate(inputs)})

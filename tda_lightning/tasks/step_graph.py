@@ -49,6 +49,8 @@ class Node:
         of_module: the module with parameters that returned it last.
         moved: whether rows were picked or reordered on the way, by what is in the data: which
             example a row is of can then not be told by shapes.
+        constant: whether the value stays when the inputs change: noise, and what was computed
+            without gradients.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Node:
     inputs: list[Node] = field(default_factory=list)
     of_module: nn.Module | None = None
     moved: bool = False
+    constant: bool = False
 
     def with_inputs(self, inputs: Sequence[Node], value: Tensor) -> Node:
         """The same call of other inputs, which gave ``value``."""
@@ -134,7 +137,9 @@ class StepGraph(TorchFunctionMode):
 
     def node(self, tensor: Tensor) -> Node:
         """The call that returned ``tensor``; a node of its own for a tensor from elsewhere."""
-        if (known := self._nodes.get(id(tensor))) is None:
+        known = self._nodes.get(id(tensor))
+        # What a Function computes without gradients gets its own afterwards.
+        if known is None or (known.constant and tensor.requires_grad):
             known = Node("", None, (), {}, tensor, None, True, self._order)
             self._nodes[id(tensor)] = known
         return known
@@ -198,6 +203,7 @@ class StepGraph(TorchFunctionMode):
             func in RULES or any(node.of_data for node in inputs),  # noise is data
             self._order,
             inputs,
+            constant=not torch.is_grad_enabled() or _draws(func),
             moved=any(node.moved for node in inputs) or _moves(name, node_args, node_kwargs),
         )
 
@@ -279,6 +285,10 @@ def _positional(
         if name in named and len(args) == (1 if name == "other" else 0):
             args = (*args, named.pop(name))
     return args, named
+
+
+def _draws(func: Callable[..., Any]) -> bool:
+    return func in RULES and "drop" not in getattr(func, "__name__", "")
 
 
 def _moves(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

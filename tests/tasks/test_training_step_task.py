@@ -278,3 +278,70 @@ def test_a_step_that_sums_over_its_batch_is_found_and_measured_per_example():
         part = (batch[0][:size], batch[1][:size])
         torch.testing.assert_close(task.train_loss(module, part), 20 * own[:size])
         torch.testing.assert_close(task.measurement(module, part), own[:size])
+
+
+class MeanSquare(torch.autograd.Function):
+    """A loss that torch shows nothing of."""
+
+    @staticmethod
+    def forward(context, values):
+        context.save_for_backward(values)
+        return values.square().mean()
+
+    @staticmethod
+    def backward(context, gradient):
+        (values,) = context.saved_tensors
+        return 2 * gradient * values / values.numel()
+
+
+def summed_one_by_one(self, x, y):
+    total = 0.0
+    for inputs, label in zip(x, y, strict=True):
+        total = total + F.cross_entropy(self(inputs), label)
+    return total / len(x)
+
+
+def cut_to_length(self, x, y):
+    lengths = (y + 1).tolist()
+    rows = [
+        self(inputs)[:length].square().mean() for inputs, length in zip(x, lengths, strict=True)
+    ]
+    return torch.stack(rows).mean()
+
+
+def whole_norm(self, x, y):
+    return (self(x) - 1).norm() ** 2 / len(x)
+
+
+ONE_BY_ONE = {
+    "a Function": lambda s, x, y: MeanSquare.apply(s(x) - 1),
+    "a loop": summed_one_by_one,
+    "lengths in Python": cut_to_length,
+    "a norm": whole_norm,
+}
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_what_cannot_be_read_in_a_batch_is_the_sum_of_single_examples(name):
+    module, task, batch = Step(ONE_BY_ONE[name]), TrainingStepTask(), (INPUTS, LABELS)
+    task.prepare(module, batch)
+    alone = [module.training_step(one(batch, n), 0) for n in range(EXAMPLES)]
+    losses = task.train_loss(module, batch)
+    torch.testing.assert_close(losses, torch.stack(alone))
+    total, parts = task.batch_loss(module, batch)
+    torch.testing.assert_close(total, module.training_step(batch, 0))
+    torch.testing.assert_close(parts, losses / EXAMPLES)
+    torch.testing.assert_close(
+        flat_gradient(losses.sum() / EXAMPLES, module),
+        flat_gradient(module.training_step(batch, 0), module),
+    )
+
+
+def test_a_loss_without_a_second_derivative_has_the_empirical_fisher():
+    module = Step(lambda s, x, y: F.multi_margin_loss(s(x), y))
+    task = TrainingStepTask()
+    task.prepare(module, (INPUTS, LABELS))
+    assert not task.can_sample
+    assert any("no second derivative" in note for note in task.notes)
+    own = F.multi_margin_loss(module(INPUTS), LABELS, reduction="none")
+    torch.testing.assert_close(task.train_loss(module, (INPUTS, LABELS)), own)
