@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,7 @@ from tda_lightning.tasks import (
 
 Result = TypeVar("Result")
 
+_FEW = 8  # examples that a task is prepared on for a measurement
 ROUNDING = 1e-2  # landing errors up to here are rounding errors, even amplified over a long run
 
 
@@ -217,17 +219,20 @@ def measure(
         trajectory: of the run that ends in ``state``, for a ``training_step`` that reads its epoch,
             step or rates.
     """
-    source, chosen = ExampleSource.of(queries, batch_size, "query"), as_task(task)
+    source, given = ExampleSource.of(queries, batch_size, "query"), as_task(task)
 
-    def read(batch: object) -> Tensor:
-        return chosen.measurement(module, batch).detach()
+    def measured(chosen: AttributionTask) -> Tensor:
+        def read(batch: object) -> Tensor:
+            return chosen.measurement(module, batch).detach()
 
-    each_draw = []
-    for number in range(chosen.draws):
-        with numbered_draw(number):
-            found = of_each_batch(read, module, state, source, MEASURED_SEED, trajectory)
-            each_draw.append(torch.cat(found))
-    return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
+        each_draw = []
+        for number in range(chosen.draws):
+            with numbered_draw(number):
+                found = of_each_batch(read, module, state, source, MEASURED_SEED, trajectory)
+                each_draw.append(torch.cat(found))
+        return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
+
+    return _by_prepared(given, measured, module, state, source, trajectory)
 
 
 def losses(
@@ -240,12 +245,47 @@ def losses(
 ) -> Tensor:
     """Loss of every training example under ``state``, in eval mode: [train], as in
     :func:`measure`."""
-    source, chosen = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
+    source, given = ExampleSource.of(dataset, batch_size, "training"), as_task(task)
 
-    def read(batch: object) -> Tensor:
-        return chosen.train_loss(module, batch).detach()
+    def lost(chosen: AttributionTask) -> Tensor:
+        def read(batch: object) -> Tensor:
+            return chosen.train_loss(module, batch).detach()
 
-    return torch.cat(of_each_batch(read, module, state, source, trajectory=trajectory))
+        return torch.cat(of_each_batch(read, module, state, source, trajectory=trajectory))
+
+    return _by_prepared(given, lost, module, state, source, trajectory)
+
+
+def _by_prepared(
+    task: AttributionTask,
+    work: Callable[[AttributionTask], Tensor],
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: ExampleSource,
+    trajectory: Trajectory | None,
+) -> Tensor:
+    """``work`` with a task that knows how losses are made: a copy prepared on some of the examples
+    where it does not."""
+    if task.prepared:
+        return work(task)
+    own = copy.deepcopy(task)
+    own.training_batch_size = own.training_batch_size or 1
+    for _ in range(3):  # again where a batch is made otherwise than those it was prepared on
+        with borrowed(module), unchanged_randomness():
+            load_tensors(module, state)
+            module.eval()
+            if trajectory is not None:
+                show(module, trajectory, trajectory.last_step - 1, source=source)
+            checked = source.checked(module)
+            few = torch.linspace(0, len(source) - 1, min(_FEW, len(source))).long().unique()
+            batch = checked.batch(few, module)
+            with seeded_examples(0, few):
+                own.prepare(module, batch)
+            chunks = [torch.tensor(indices) for indices in checked.batches()]
+            own.average(module, lambda: ((checked.batch(c, module), c) for c in chunks))  # noqa: B023
+        with suppress(UnseenBatchError):
+            return work(own)
+    return work(own)
 
 
 def of_each_batch(

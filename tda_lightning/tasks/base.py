@@ -155,6 +155,12 @@ class AttributionTask(ABC):
         that a task writes down itself have nothing to be compared with."""
 
     @property
+    def prepared(self) -> bool:
+        """Whether losses and measurements are those of single examples; else :meth:`prepare` is to
+        be called first."""
+        return True
+
+    @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know about these losses."""
         notes: list[str] = self.__dict__.setdefault("_notes", [])

@@ -105,6 +105,10 @@ class TrainingStepTask(AttributionTask):
     def can_sample(self) -> bool:
         return self._can_sample
 
+    @property
+    def prepared(self) -> bool:
+        return bool(self._training_step)
+
     # Losses.
 
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
