@@ -7,7 +7,7 @@ gradient of a penalty on the weights, which no example changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -22,7 +22,10 @@ from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.batches import Batch
 
 Step: TypeAlias = Callable[[nn.Module, Batch], Tensor]
-Singles: TypeAlias = Callable[[Batch], Iterator[Batch]]
+# What a function gives for each example of a batch, in a batch of one.
+Singles: TypeAlias = Callable[
+    [Batch, Callable[[Batch], tuple[Tensor, Tensor]]], list[tuple[Tensor, Tensor]]
+]
 
 # Far above rounding, far below what a lost or doubled term makes.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -42,7 +45,7 @@ def compare_with_plain_steps(
         task: gives the losses of examples (``train_loss``), and their parts in the loss of a batch
             (``batch_loss``).
         step: the loss of a batch.
-        singles: the examples of a batch, each in a batch of one.
+        singles: what a function gives for each example of a batch alone.
         some: look at the first, the last and one between, rather than at all of them.
 
     Raises:
@@ -83,11 +86,16 @@ def _difference(
         losses = task.train_loss(module, batch)
         rest = [total - parts.sum()]
         mine, alone = [], []
-        for number, one in enumerate(singles(batch)):
+
+        def of_single(one: Batch) -> tuple[Tensor, Tensor]:
+            left = step(module, one) - task.batch_loss(module, one)[1].sum()
+            return left, task.train_loss(module, one).sum()
+
+        for number, (left, loss) in enumerate(singles(batch, of_single)):
             if number in numbers:
-                rest.append(step(module, one) - task.batch_loss(module, one)[1].sum())
+                rest.append(left)
                 mine.append(losses[number])
-                alone.append(task.train_loss(module, one).sum())
+                alone.append(loss)
         whole = _gradient(total, parameters)
         if not (bool(total.isfinite()) and bool(whole.isfinite().all())):
             return None  # whoever uses it says which example's loss it is

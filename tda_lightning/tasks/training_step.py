@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
 from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
 
+Result = TypeVar("Result")
 _VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
 
 
@@ -113,7 +114,7 @@ class TrainingStepTask(AttributionTask):
 
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         if self.one_by_one and batches.num_examples(batch) > 1:
-            losses = torch.cat([self.train_loss(module, one) for one in self._alone(batch)])
+            losses = torch.cat(self._alone(batch, lambda one: self.train_loss(module, one)))
         else:
             parts, count = self._parts(module, batch, "held" if self._training_step else "own")
             losses = self._as_trained(parts, count)
@@ -144,7 +145,7 @@ class TrainingStepTask(AttributionTask):
             return self.train_loss(module, batch)
         alone = self.one_by_one or self._measured_alone
         if alone and batches.num_examples(batch) > 1:
-            values = torch.cat([self.measurement(module, one) for one in self._alone(batch)])
+            values = torch.cat(self._alone(batch, lambda one: self.measurement(module, one)))
         else:
             values = _sum(*self._parts(module, batch, "each"))
         return values if torch.is_grad_enabled() else values.detach()
@@ -202,7 +203,7 @@ class TrainingStepTask(AttributionTask):
         with restored(module, "modes"), unchanged_randomness():
             module.eval()
             together = self._held_alike(module, batch, reader.batch)
-            alone = torch.cat([self._held_alike(module, one, 1) for one in self._alone(batch)])
+            alone = torch.cat(self._alone(batch, lambda one: self._held_alike(module, one, 1)))
         eps = torch.finfo(together.dtype).eps
         if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
             self._needs_alone = True
@@ -240,21 +241,24 @@ class TrainingStepTask(AttributionTask):
             count,
         )
 
-    def _alone(self, batch: Batch) -> Iterator[Batch]:
-        """The examples of a batch, each in a batch of one, with its own index as its seed."""
+    def _alone(self, batch: Batch, work: Callable[[Batch], Result]) -> list[Result]:
+        """``work`` of each example in a batch of one, with its own index as its seed."""
         count = batches.num_examples(batch)
         examples = active_examples()
+        if examples is None:
+            examples = torch.arange(count)
+        results = []
         for number in range(count):
-            index = torch.tensor([number]) if examples is None else examples[number : number + 1]
-            with seeded_examples(0, index):
-                yield batches.take(batch, number, count)
+            with seeded_examples(0, examples[number : number + 1]):
+                results.append(work(batches.take(batch, number, count)))
+        return results
 
     def _batch_loss_one_by_one(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """A mass of the batch is the sum of those of its examples."""
         with silenced(module):
             whole = run_training_step(module, batch).reshape(())
         masses: dict[Site, Tensor | float] = {}
-        steps = [self._run(module, one)[1] for one in self._alone(batch)]
+        steps = self._alone(batch, lambda one: self._run(module, one)[1])
         for total in steps:
             reader = self._reader(1, "own")
             own = _sum(reader.read(total), 1)
@@ -301,19 +305,19 @@ class TrainingStepTask(AttributionTask):
         count = batches.num_examples(batch)
         if not self.one_by_one or count == 1:
             return super().curved_losses(module, batch)
+        own = super().curved_losses
         losses: list[CurvedLoss] = []
-        for example, one in enumerate(self._alone(batch)):
-            for loss in super().curved_losses(module, one)[0]:
+        for example, parts in enumerate(self._alone(batch, lambda one: own(module, one)[0])):
+            for loss in parts:
                 losses.append(replace(loss, number=len(losses), example=example))
         return losses, count
 
     def curved_outputs(self, module: nn.Module, batch: Batch) -> list[Tensor]:
         if not self.one_by_one or batches.num_examples(batch) == 1:
             return super().curved_outputs(module, batch)
-        outputs: list[Tensor] = []
-        for one in self._alone(batch):
-            outputs += super().curved_outputs(module, one)
-        return outputs
+        own = super().curved_outputs
+        alone = self._alone(batch, lambda one: own(module, one))
+        return [outputs for single in alone for outputs in single]
 
     def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
         graph, _ = self._run(module, batch)
@@ -434,19 +438,24 @@ class TrainingStepTask(AttributionTask):
             return
         sums: dict[Site, list[float]] = {}
         examples = 0
+
+        def add(part: Batch) -> None:
+            reader = self._reader(batches.num_examples(part), "own")
+            reader.read(self._run(module, part)[1])
+            for site, mass in reader.masses.items():
+                counts = mass.total if mass.counts is None else mass.counts
+                own = sums.setdefault(site, [0.0, 0.0])
+                own[0] += float(mass.total.double().mean())
+                own[1] += float(counts.double().sum())
+
         with torch.no_grad():
             for batch, indices in training_set():
                 examples += len(indices)
                 with seeded_examples(0, indices):
-                    alone = self.one_by_one and len(indices) > 1
-                    for one in self._alone(batch) if alone else [batch]:
-                        reader = self._reader(1 if alone else len(indices), "own")
-                        reader.read(self._run(module, one)[1])
-                        for site, mass in reader.masses.items():
-                            counts = mass.total if mass.counts is None else mass.counts
-                            own = sums.setdefault(site, [0.0, 0.0])
-                            own[0] += float(mass.total.double().mean())
-                            own[1] += float(counts.double().sum())
+                    if self.one_by_one:
+                        self._alone(batch, add)
+                    else:
+                        add(batch)
         self._averages = {
             site: Average(mass / examples, mass / max(terms, 1e-300))
             for site, (mass, terms) in sums.items()
@@ -483,7 +492,7 @@ class TrainingStepTask(AttributionTask):
     def _run_alone(self, module: nn.Module, batch: Batch) -> list[Node]:
         """The losses of the examples alone."""
         try:
-            return [self._run(module, one)[1] for one in self._alone(batch)]
+            return self._alone(batch, lambda one: self._run(module, one)[1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise UnsupportedTrainingError(
                 "training_step cannot be run for one example alone, so the loss of a single "
