@@ -16,7 +16,7 @@ from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
-from tda_lightning.records.errors import EngineError
+from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
@@ -164,7 +164,7 @@ def _noise_explained(session: Session, batch: object, indices: Tensor) -> Iterat
         yield
     except (EngineError, ValueError) as error:
         text = _about_noise(session, batch, indices)
-        if text is None or type(error) not in (EngineError, ValueError):
+        if text is None or type(error) not in (EngineError, ValueError, UnsupportedTrainingError):
             raise
         raise type(error)(f"{error} {text}") from error
 

@@ -53,6 +53,7 @@ class Capture(TorchFunctionMode):
     Attributes:
         watched: the uses, in the order of the calls.
         generic: names of parameters that were used in some way without a native form.
+        twice: those of them that a backward pass within the losses uses once more.
         moves: whether a call was seen that may put examples at other places than their own.
         eps: of the coarsest precision that numbers were cast to.
     """
@@ -65,6 +66,7 @@ class Capture(TorchFunctionMode):
         self.eps = 0.0
         self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
+        self.twice: set[str] = set()
 
     @property
     def uses(self) -> list[Use]:
@@ -85,7 +87,8 @@ class Capture(TorchFunctionMode):
             return self.fused(func, args, kwargs)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             # The backward pass that follows uses the parameters of the forward pass once more.
-            self.generic.update(ref.name for use in self.uses for ref in use.refs)
+            self.twice.update(ref.name for use in self.uses for ref in use.refs)
+            self.generic.update(self.twice)
         names = Counter(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             output = func(*args, **kwargs)

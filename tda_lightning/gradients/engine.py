@@ -264,7 +264,8 @@ class GradientEngine:
         return errors
 
     def _otherwise(self, capture: Capture, losses: Tensor) -> set[str]:
-        return used_otherwise(capture.generic, losses, capture.trained, capture.uses)
+        others = used_otherwise(capture.generic, losses, capture.trained, capture.uses)
+        return others | capture.twice
 
     def _plan(self, capture: Capture, generic: Collection[str]) -> None:
         self._generic = [name for name in self.names if name in generic]
@@ -292,7 +293,9 @@ class GradientEngine:
             # Sums of gradients that cancel are compared with the size of what cancels.
             spread = ((squares * factors.square()).sum() * gradient.batch).sqrt()
             for name in block.parameters:
-                differences[name] = float((total[name] - plain[name]).norm())
+                if not bool(plain[name].isfinite().all()):
+                    plain[name] = total[name]  # nothing to compare: who uses it names the example
+                differences[name] = float((total[name] - plain[name]).nan_to_num().norm())
                 scales[name] = float(torch.maximum(plain[name].norm(), spread))
         # A parameter that changes no loss (a shift before LayerNorm) has rounding for a gradient.
         rounding = 1e-12 * max(filter(math.isfinite, scales.values()), default=0.0)

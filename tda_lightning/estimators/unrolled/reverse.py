@@ -179,7 +179,8 @@ class ReverseSweeps:
         return self._adjoint_lengths() / self._lengths.clamp(min=torch.finfo(torch.float64).tiny)
 
     def _adjoint_lengths(self) -> Tensor:
-        squares = [a.double().flatten(1).square().sum(1).cpu() for a in self.adjoint.a.values()]
+        rows = [a.double().reshape(len(a), -1) for a in self.adjoint.a.values()]
+        squares = [row.square().sum(1).cpu() for row in rows]
         return torch.stack(squares).sum(0).sqrt()
 
     def finish(self) -> None:
