@@ -76,6 +76,7 @@ class Layout:
         axes: where tensors hold examples, by where they are summed; None: they hold none.
         masses: whether a divisor is a mass, by place.
         factors: which operand of a product is its factor, by place; None: both are parts.
+        constants: places of factors that are numbers, with the numbers.
         uneven: places of divisors that differ between examples.
         wholes_are_means: of examples that are run alone, whether a value that is no sum is averaged
             over the batch rather than summed.
@@ -84,6 +85,7 @@ class Layout:
     axes: dict[Key, Axis | None] = field(default_factory=dict)
     masses: dict[Key, bool] = field(default_factory=dict)
     factors: dict[Key, int | None] = field(default_factory=dict)
+    constants: set[tuple[Key, object]] = field(default_factory=set)
     uneven: set[Key] = field(default_factory=set)
     wholes_are_means: bool = False
 
@@ -220,14 +222,14 @@ class Reader:
 
     def _of_factor(self, node: Node) -> list[Part]:
         first, second = node.args[:2]
-        key = (node.name, _source(first), _source(second))
+        key = _place(node)
         factor = self._factor(node, key)
         parts = []
         if factor is not None:
             numerator, divisor = (first, second)[1 - factor], (first, second)[factor]
             inner = self._parts(numerator) if isinstance(numerator, Node) else []
             value = divisor.value if isinstance(divisor, Node) else divisor
-            if self.layout is not None and self.layout.masses.get(key, False):
+            if self.layout is not None and self._is_mass(node, key, value):
                 mass = value if node.name == "div" else 1 / value
                 shared = isinstance(mass, Tensor) or key in self.layout.uneven
                 each, counts = self._each(divisor if node.name == "div" else None, mass, shared)
@@ -242,6 +244,17 @@ class Reader:
             for part in self._parts(operand):
                 parts.append(Part(_along(node, number, part.values), part.divided))
         return parts
+
+    def _is_mass(self, node: Node, key: Key, value: object) -> bool:
+        assert self.layout is not None
+        if node.by_mass:
+            return True
+        known = self.layout.masses.get(key, False)
+        if isinstance(value, Tensor) or (key, value) not in self.layout.constants:
+            return known
+        if known and self.batch > 1 and value in (self.batch, 1 / self.batch):
+            raise UnreadableLossError("a factor is the number of examples by chance")
+        return False
 
     def _factor(self, node: Node, key: Key) -> int | None:
         """Which operand is a factor of the other's sum."""
@@ -454,10 +467,14 @@ def learn_masses(alone: Sequence[Node]) -> Layout:
         if any((other.name, len(other.inputs)) != (node.name, len(node.inputs)) for other in nodes):
             continue
         if node.name in _FACTORS and (number := factor_of(node)) is not None:
-            key = (node.name, _source(node.args[0]), _source(node.args[1]))
-            divisors = [_number(other, number) for other in nodes]
+            key, divisors = _place(node), [_number(other, number) for other in nodes]
             differ = any(not _alike(divisors[0], other) for other in divisors)
-            layout.masses[key] = differ or bool((divisors[0] == 1).all())
+            if differ or bool((divisors[0] == 1).all()):
+                layout.masses[key] = True
+            elif not isinstance(node.args[number], Node):
+                layout.constants.add((key, node.args[number]))
+            else:
+                layout.masses.setdefault(key, False)
         for number in range(len(node.inputs)):
             pending.append([other.inputs[number] for other in nodes])
     return layout
@@ -500,14 +517,14 @@ class _Learner:
                 pending.append((operand, [other.inputs[number] for other in others]))
 
     def _learn_factor(self, node: Node, others: Sequence[Node]) -> None:
-        key = (node.name, _source(node.args[0]), _source(node.args[1]))
+        key = _place(node)
         number = factor_of(node)
         self._set(self.layout.factors, key, number)
         if number is None:
             return
+        divisor = node.args[number]
         own, *alone = (_number(item, number) for item in (node, *others))
         if self.batch == 1:  # what comes from the data, or is the number of examples
-            divisor = node.args[number]
             counts = isinstance(divisor, Node) or bool((own == 1).all())
             self._set(self.layout.masses, key, counts)
             return
@@ -516,6 +533,9 @@ class _Learner:
             self.layout.uneven.add(key)
         additive = not constant and all(v.shape == own.shape for v in alone)
         additive = additive and torch.allclose(own, torch.stack(alone).sum(0), rtol=1e-5, atol=0)
+        if constant and not isinstance(divisor, Node):
+            self.layout.constants.add((key, divisor))
+            return
         self._set(self.layout.masses, key, additive)
 
     def _axis(self, terms: Terms, alone: Sequence[Terms]) -> Axis | None:
@@ -592,6 +612,11 @@ def _expanded(part: Tensor, value: Tensor) -> Tensor:
     missing = value.dim() - (part.dim() - 1)
     part = part.reshape(part.shape[0], *[1] * missing, *part.shape[1:])
     return part.expand(part.shape[0], *value.shape)
+
+
+def _place(node: Node) -> Key:
+    """Where a factor stands in a step, as far as that can be told."""
+    return node.name, _source(node.args[0]), _source(node.args[1]), node.by_mass
 
 
 def _source(operand: object) -> object:

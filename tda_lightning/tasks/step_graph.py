@@ -51,6 +51,7 @@ class Node:
             example a row is of can then not be told by shapes.
         constant: whether the value stays when the inputs change: noise, and what was computed
             without gradients.
+        by_mass: whether it divides by what a loss of torch's own says is the mass of its mean.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Node:
     of_module: nn.Module | None = None
     moved: bool = False
     constant: bool = False
+    by_mass: bool = False
 
     def with_inputs(self, inputs: Sequence[Node], value: Tensor) -> Node:
         """The same call of other inputs, which gave ``value``."""
@@ -247,14 +249,19 @@ class StepGraph(TorchFunctionMode):
             return self._call(torch.sum, (values,), {})
         if reduction == "batchmean":
             total = self._call(torch.sum, (values,), {})
-            return self._call(torch.div, (total, len(values)), {})
+            return self._over_mass(total, len(values))
         if mass is None:
             return self._call(torch.mean, (values,), {})
         total = self._call(torch.sum, (values,), {})
         # By its elements, so that the mass of each example is known.
         self._nodes[id(mass)] = Node("", None, (), {}, mass, None, True, self._order)
         shaped = self._call(torch.reshape, (mass, values.shape), {})
-        return self._call(torch.div, (total, self._call(torch.sum, (shaped,), {})), {})
+        return self._over_mass(total, self._call(torch.sum, (shaped,), {}))
+
+    def _over_mass(self, total: Tensor, mass: Tensor | int) -> Tensor:
+        divided: Tensor = self._call(torch.div, (total, mass), {})
+        self.node(divided).by_mass = True
+        return divided
 
     def _elements(self, func: LossFunction, given: Given) -> Tensor:
         values: Tensor = self._call(func, (), {**given, "reduction": "none"})
