@@ -47,7 +47,11 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks.batches import num_examples
 from tda_lightning.tasks.example_seeds import seeded_examples
-from tda_lightning.tasks.gauss_newton import example_weighted, sampled_output_gradients
+from tda_lightning.tasks.gauss_newton import (
+    beside_standard_losses,
+    example_weighted,
+    sampled_output_gradients,
+)
 from tda_lightning.tasks.loss_calls import LossObserver, ObservedLoss
 
 # What one step adds to a covariance: rows (examples x positions), and multiplications. It is one
@@ -255,6 +259,13 @@ class CurvatureStatistics(Observer):
                 "curvature=None and fit curvature afterwards."
             )
         parameters = list(self._parameters.values()) if not self._checked else []
+        if not self._checked and (rest := beside_standard_losses(total, losses)) is not None:
+            rank_zero_warn(
+                f"In the loss of training_step, {rest}. The statistics that curvature='online' "
+                "gathers are those of its standard losses at constant weights. That is all there "
+                "is beside a penalty on the weights. Otherwise record with fisher='empirical', or "
+                "with curvature=None and fit curvature afterwards."
+            )
         if not self._located:
             self._weigh(calls, outputs, gradients, len(examples))
         own = self._backward(calls, outputs, gradients, parameters)

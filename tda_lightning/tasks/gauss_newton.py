@@ -117,6 +117,26 @@ def _require_usable(weighted: WeightedLoss, batch: int, where: str, remedy: str)
         )
 
 
+def beside_standard_losses(total: Tensor, losses: Sequence[ObservedLoss]) -> str | None:
+    """What the loss of a training batch consists of besides standard losses with constant weights,
+    in words; None for nothing.
+
+    Args:
+        total: the loss of the batch, a scalar with its graph, which is kept.
+        losses: the standard losses behind it.
+    """
+    values = [loss.value for loss in losses]
+    weights = torch.autograd.grad(total.sum(), values, create_graph=True, allow_unused=True)
+    used = [(w, v) for w, v in zip(weights, values, strict=True) if w is not None]
+    if any(weight.requires_grad for weight, _ in used):
+        return "weights of standard losses depend on the model"
+    whole = float(total.detach().sum())
+    rest = whole - sum(float((w * v.detach()).sum()) for w, v in used)
+    return (
+        f"{rest:.3g} of {whole:.3g} is no standard loss" if abs(rest) > 1e-3 * abs(whole) else None
+    )
+
+
 def example_weighted(gradients: Sequence[Tensor], weights: Tensor) -> list[Tensor] | None:
     """Output gradients, examples first, times the weights of the examples [batch]; None where the
     first axis does not hold them."""

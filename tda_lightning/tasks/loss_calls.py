@@ -1,13 +1,9 @@
-"""Find the standard losses that user code calls, and the weight it gives to each element.
+"""The standard losses that user code calls, and the weight it gives to each element.
 
-A torch function mode sees ``F.cross_entropy`` and its like. There are two ways to go on:
-
-* In attribution (:func:`intercept`) a call is replaced by the same loss per element, reduced
-  afterwards as asked. Whatever the code then does with it linearly (factors, sums, masks, its own
-  reductions), d total / d element is the weight of each element exactly as trained.
-* In training (:class:`LossObserver`) the call is made exactly as the user's code makes it, and its
-  elements and their weights are worked out afterwards:
-  d total / d element = (d total / d value) (d value / d element).
+A torch function mode sees ``F.cross_entropy`` and its like. In attribution ``step_graph.py`` runs
+their elements; in training (:class:`LossObserver`) the call is made exactly as the user's code
+makes it, and its elements and their weights are worked out afterwards:
+d total / d element = (d total / d value) (d value / d element).
 """
 
 from __future__ import annotations
