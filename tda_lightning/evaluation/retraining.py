@@ -277,11 +277,13 @@ def _by_prepared(
             if trajectory is not None:
                 show(module, trajectory, trajectory.last_step - 1, source=source)
             checked = source.checked(module)
-            few = torch.linspace(0, len(source) - 1, min(_FEW, len(source))).long().unique()
+            chunks = [torch.tensor(indices) for indices in checked.batches()]
+            few = chunks[0][:1]  # all that a loader which reorders a batch can be asked for
+            if len(chunks[0]) > 1:
+                few = torch.linspace(0, len(source) - 1, min(_FEW, len(source))).long().unique()
             batch = checked.batch(few, module)
             with seeded_examples(0, few):
                 own.prepare(module, batch)
-            chunks = [torch.tensor(indices) for indices in checked.batches()]
             own.average(module, lambda: ((checked.batch(c, module), c) for c in chunks))  # noqa: B023
         with suppress(UnseenBatchError):
             return work(own)
