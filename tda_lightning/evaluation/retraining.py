@@ -278,10 +278,12 @@ def _by_prepared(
                 show(module, trajectory, trajectory.last_step - 1, source=source)
             checked = source.checked(module)
             chunks = [torch.tensor(indices) for indices in checked.batches()]
-            few = chunks[0][:1]  # all that a loader which reorders a batch can be asked for
-            if len(chunks[0]) > 1:
-                few = torch.linspace(0, len(source) - 1, min(_FEW, len(source))).long().unique()
-            batch = checked.batch(few, module)
+            few = torch.linspace(0, len(source) - 1, min(_FEW, len(source))).long().unique()
+            try:
+                batch = checked.batch(few, module)
+            except ValueError:  # a loader that reorders a batch can be asked for one example
+                few = chunks[0][:1]
+                batch = checked.batch(few, module)
             with seeded_examples(0, few):
                 own.prepare(module, batch)
             own.average(module, lambda: ((checked.batch(c, module), c) for c in chunks))  # noqa: B023
