@@ -206,7 +206,7 @@ class AttributionTask(ABC):
             total = run_graph(module, run)[1]
         else:
             standard, total, losses = weighted_losses(module, run, read)
-            if self._in_closed_form is None and not inside_transform():
+            if not inside_transform():  # in every batch: a part may be zero in the first
                 self._in_closed_form = all_in_closed_form(standard, losses)
             if self._in_closed_form is not False:
                 return [replace(loss, weights=loss.weights.detach()) for loss in standard], count

@@ -72,6 +72,12 @@ def active_examples() -> Tensor | None:
     return None if active is None else active.examples
 
 
+def active_seed() -> int:
+    """Seed given to the active :func:`seeded_examples`; 0 outside of one."""
+    active = _ACTIVE.get()
+    return 0 if active is None else active.seed
+
+
 def random_integers(batch: int, positions: int, stream: int, device: torch.device) -> Tensor:
     """Uniform integers in [0, 2^31), [batch, positions].
 

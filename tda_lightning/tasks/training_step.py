@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
-from tda_lightning.runtime.digests import source_digest
+from tda_lightning.runtime.digests import digest, source_digest
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.silence import silenced
@@ -33,7 +33,7 @@ from tda_lightning.tasks.example_parts import (
     learn_layout,
     learn_masses,
 )
-from tda_lightning.tasks.example_seeds import active_examples, seeded_examples
+from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
@@ -99,7 +99,7 @@ class TrainingStepTask(AttributionTask):
         self._averages: dict[Site, Average] = {}
         self._varying = False
         self._mixed = self._measured_alone = False
-        self._known_batches: set[tuple[int, ...]] = set()
+        self._known_batches: set[str] = set()
         self._training_step: list[str | None] = []
 
     @property
@@ -126,9 +126,9 @@ class TrainingStepTask(AttributionTask):
         # What a mean divides by is this batch's own, not held as for single examples.
         count = batches.num_examples(batch)
         if by_position:
-            _, total = self._run(module, batch)
+            # One run: in train mode another would draw other dropout.
             run, _ = self.loss_graph(module, batch)
-            losses, _, _ = weighted_losses(
+            losses, total, _ = weighted_losses(
                 module, run, lambda node: _sum(self._reader(count, "own").read(node), count)
             )
             return total.value.reshape(()), by_position_of(losses, count)
@@ -196,9 +196,10 @@ class TrainingStepTask(AttributionTask):
         the batch with those of its examples alone, in eval mode and once for a batch."""
         if not (reader.moved and self._training_step) or inside_transform():
             return
-        examples = active_examples()
-        name = None if examples is None else tuple(examples.tolist())
-        if reader.batch == 1 or self._mixed or name in self._known_batches:
+        if reader.batch == 1 or self._mixed:
+            return
+        name = digest(batch)
+        if name in self._known_batches:
             return
         with restored(module, "modes"), unchanged_randomness():
             module.eval()
@@ -211,8 +212,7 @@ class TrainingStepTask(AttributionTask):
                 "The rows of a batch are not those of its examples in their order (a mask or a "
                 "sort of the data), and were so in the first batch."
             )
-        if name is not None:
-            self._known_batches.add(name)
+        self._known_batches.add(name)
 
     def _held_alike(self, module: nn.Module, batch: Batch, count: int) -> Tensor:
         total = self._run(module, batch)[1]
@@ -242,14 +242,14 @@ class TrainingStepTask(AttributionTask):
         )
 
     def _alone(self, batch: Batch, work: Callable[[Batch], Result]) -> list[Result]:
-        """``work`` of each example in a batch of one, with its own index as its seed."""
+        """``work`` of each example in a batch of one, with the noise that it has in the batch."""
         count = batches.num_examples(batch)
-        examples = active_examples()
+        examples, seed = active_examples(), active_seed()
         if examples is None:
             examples = torch.arange(count)
         results = []
         for number in range(count):
-            with seeded_examples(0, examples[number : number + 1]):
+            with seeded_examples(seed, examples[number : number + 1]):
                 results.append(work(batches.take(batch, number, count)))
         return results
 
@@ -396,7 +396,10 @@ class TrainingStepTask(AttributionTask):
         parts = self._reader(1, "held").read(alone[0])
         if any(not part.divided for part in parts):
             self._sum_over_batch()
-        self._own_terms = any(_differ(mass.counts for mass in own) for own in masses.values())
+        # A query may have other numbers of terms than the examples looked at.
+        self._own_terms = self._needs_averages or any(
+            _differ(mass.counts for mass in own) for own in masses.values()
+        )
         # Of a divisor that is a number to torch, only that of an example alone is known.
         reader = self._reader(len(alone), "own")
         self._measured_alone = self._own_terms and (
@@ -440,8 +443,9 @@ class TrainingStepTask(AttributionTask):
         examples = 0
 
         def add(part: Batch) -> None:
-            reader = self._reader(batches.num_examples(part), "own")
-            reader.read(self._run(module, part)[1])
+            count = batches.num_examples(part)
+            reader = self._reader(count, "own")
+            self._read(reader, self._run(module, part)[1], count)
             for site, mass in reader.masses.items():
                 counts = mass.total if mass.counts is None else mass.counts
                 own = sums.setdefault(site, [0.0, 0.0])

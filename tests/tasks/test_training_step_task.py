@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from tda_lightning.records.errors import UnseenBatchError
 from tda_lightning.tasks import (
     LanguageModelingTask,
     RegressionTask,
     TrainingStepTask,
     as_task,
+    seeded_examples,
     silenced,
 )
 from tests.cases.tasks import (
     CLASSES,
     EXAMPLES,
+    HOLES,
     INPUTS,
     LABELS,
     LANGUAGE,
@@ -345,3 +348,67 @@ def test_a_loss_without_a_second_derivative_has_the_empirical_fisher():
     assert any("no second derivative" in note for note in task.notes)
     own = F.multi_margin_loss(module(INPUTS), LABELS, reduction="none")
     torch.testing.assert_close(task.train_loss(module, (INPUTS, LABELS)), own)
+
+
+def test_a_query_of_another_length_than_all_training_examples():
+    """Nothing in the first batch says that numbers of terms differ."""
+
+    def per_token(self, x, y):
+        counted = y != -100
+        losses = F.cross_entropy(self(x).movedim(-1, 1), y, reduction="none")
+        return losses.sum() / counted.sum()
+
+    module, task = Step(per_token), TrainingStepTask()
+    task.prepare(module, (SERIES, SERIES_LABELS))
+    asked = SERIES, HOLES
+    with pytest.raises(UnseenBatchError):
+        task.measurement(module, asked)
+    task.prepare(module, (SERIES, SERIES_LABELS))
+    task.average(module, lambda: [((SERIES, SERIES_LABELS), torch.arange(EXAMPLES))])
+    own = F.cross_entropy(module(SERIES).movedim(-1, 1), HOLES, reduction="none").sum(1)
+    torch.testing.assert_close(task.measurement(module, asked), own / (HOLES != -100).sum(1))
+    torch.testing.assert_close(task.train_loss(module, asked), own / SERIES_LABELS.shape[1])
+
+
+def test_terms_are_of_the_same_run_as_the_loss():
+    """In train mode another run would draw another dropout."""
+    dropped = nn.Dropout(0.5)
+    module = Step(lambda s, x, y: F.cross_entropy(dropped(s(x)).movedim(-1, 1), y))
+    task, batch = TrainingStepTask(), (SERIES, SERIES_LABELS)
+    dropped.eval()
+    task.prepare(module, batch)
+    dropped.train()
+    total, terms = task.batch_loss(module, batch, by_position=True)
+    torch.testing.assert_close(terms.sum(), total)
+
+
+def test_batches_of_the_same_indices_and_other_data_are_told_apart():
+    """Training examples and queries are both counted from 0."""
+
+    def sorting(self, x, y):
+        order = x[:, 0].argsort(stable=True)
+        return F.cross_entropy(self(x[order]), y[order], reduction="none").mean()
+
+    module, task = Step(sorting), TrainingStepTask()
+    ordered = INPUTS[INPUTS[:, 0].argsort()]
+    with seeded_examples(0, torch.arange(EXAMPLES)):
+        task.prepare(module, (ordered, LABELS))
+        task.train_loss(module, (ordered, LABELS))
+        with pytest.raises(UnseenBatchError, match="in their order"):
+            task.train_loss(module, (ordered.flip(0), LABELS))
+
+
+def test_a_part_that_was_zero_at_first_has_its_curvature():
+    def hinge(self, x, y):
+        outputs = self(x)
+        return F.cross_entropy(outputs, y) + (outputs - self.margin).relu().square().sum(1).mean()
+
+    module, task, batch = Step(hinge), TrainingStepTask(), (INPUTS, LABELS)
+    module.register_buffer("margin", torch.tensor(100.0, dtype=torch.float64))
+    task.prepare(module, batch)
+    before = outer_sum(task, module, batch, 0)
+    module.margin.fill_(-100.0)
+    jacobian = per_example_gradients(module(INPUTS)[0], module)
+    torch.testing.assert_close(
+        outer_sum(task, module, batch, 0), before + 2 * jacobian.T @ jacobian, rtol=1e-7, atol=1e-9
+    )
