@@ -47,7 +47,7 @@ from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Stage
 from tda_lightning.store.scores_file import ScoreFile
-from tda_lightning.tasks import AttributionTask, seeded_examples
+from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -62,11 +62,14 @@ def _again_where_unseen(method: Callable[P, T]) -> Callable[P, T]:
     def again(*args: P.args, **kwargs: P.kwargs) -> T:
         for _ in range(_SURPRISES):
             try:
-                return method(*args, **kwargs)
+                # A draw that an error broke off earlier numbers none of these.
+                with numbered_draw(0):
+                    return method(*args, **kwargs)
             except UnseenBatchError:
                 if rank_and_world()[1] > 1:  # the other processes do not know of it
                     raise
-        return method(*args, **kwargs)
+        with numbered_draw(0):
+            return method(*args, **kwargs)
 
     return again
 

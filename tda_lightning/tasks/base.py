@@ -126,8 +126,8 @@ class AttributionTask(ABC):
         """A loss of labels drawn from the model, or of other noise with their covariance, [batch]:
         the second moment of its gradient is the Gauss-Newton matrix of ``train_loss``."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no sampled_loss, so curvature is the empirical Fisher. If "
-            "its train_loss calls standard losses of torch.nn.functional, define sampled_loss as "
+            f"{type(self).__name__} has no sampled_loss, so curvature is the empirical Fisher. For "
+            "the Gauss-Newton matrix define sampled_loss as "
             "tda_lightning.tasks.sampled_gauss_newton_loss(self, module, batch)."
         )
 

@@ -24,7 +24,7 @@ from tda_lightning.tasks.batches import Batch
 Step: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 # What a function gives for each example of a batch, in a batch of one.
 Singles: TypeAlias = Callable[
-    [Batch, Callable[[Batch], tuple[Tensor, Tensor]]], list[tuple[Tensor, Tensor]]
+    [Batch, Callable[[Batch], tuple[Tensor, Tensor, Tensor]]], list[tuple[Tensor, Tensor, Tensor]]
 ]
 
 # Far above rounding, far below what a lost or doubled term makes.
@@ -38,6 +38,7 @@ def compare_with_plain_steps(
     batch: Batch,
     singles: Singles,
     some: bool = False,
+    constant: bool = True,
 ) -> None:
     """Refuse losses of examples that do not make up what ``step`` returns.
 
@@ -46,17 +47,19 @@ def compare_with_plain_steps(
             (``batch_loss``).
         step: the loss of a batch.
         singles: what a function gives for each example of a batch alone.
+        constant: whether what means divide by is the same for all examples, so that the loss of an
+            example is its part in a batch of one.
         some: look at the first, the last and one between, rather than at all of them.
 
     Raises:
         UnsupportedTrainingError: the examples of a batch depend on one another.
     """
-    problem = _difference(task, step, module, batch, singles, some)
+    problem = _difference(task, step, module, batch, singles, some, constant)
     own = next(module.parameters()).dtype
     if problem is not None and own != torch.float64:
         # Near a kink the rounding of float32 decides which way a gradient goes.
         with suppress(RuntimeError, TypeError, ValueError), in_double(module):
-            problem = _difference(task, step, module, doubled(batch), singles, some)
+            problem = _difference(task, step, module, doubled(batch), singles, some, constant)
     if problem is not None:
         raise UnsupportedTrainingError(
             f"The loss that training_step returns for a batch is not made of losses of single "
@@ -74,6 +77,7 @@ def _difference(
     batch: Batch,
     singles: Singles,
     some: bool,
+    constant: bool,
 ) -> str | None:
     """What does not fit; None where all does."""
     count = batches.num_examples(batch)
@@ -85,17 +89,20 @@ def _difference(
         parts = task.batch_loss(module, batch)[1]
         losses = task.train_loss(module, batch)
         rest = [total - parts.sum()]
-        mine, alone = [], []
+        mine: list[Tensor] = []
+        alone: list[Tensor] = []
+        parts_alone: list[Tensor] = []
 
-        def of_single(one: Batch) -> tuple[Tensor, Tensor]:
-            left = step(module, one) - task.batch_loss(module, one)[1].sum()
-            return left, task.train_loss(module, one).sum()
+        def of_single(one: Batch) -> tuple[Tensor, Tensor, Tensor]:
+            part = task.batch_loss(module, one)[1].sum()
+            return step(module, one) - part, task.train_loss(module, one).sum(), part
 
-        for number, (left, loss) in enumerate(singles(batch, of_single)):
+        for number, (left, loss, part) in enumerate(singles(batch, of_single)):
             if number in numbers:
                 rest.append(left)
                 mine.append(losses[number])
                 alone.append(loss)
+                parts_alone.append(part / task.share(1))
         whole = _gradient(total, parameters)
         if not (bool(total.isfinite()) and bool(whole.isfinite().all())):
             return None  # whoever uses it says which example's loss it is
@@ -106,6 +113,11 @@ def _difference(
             *(
                 ("an example's loss alone and in its batch", a, b)
                 for a, b in zip(mine, alone, strict=True)
+            ),
+            *(
+                ("an example's loss and its part in a batch of one", a, b)
+                for a, b in zip(alone, parts_alone, strict=True)
+                if constant
             ),
             *(("what is left without the examples' parts", rest[0], other) for other in rest[1:]),
         ):

@@ -430,7 +430,11 @@ class TrainingStepTask(AttributionTask):
             UnsupportedTrainingError: the examples of a batch depend on one another.
         """
         if not self._mixed:
-            compare_with_plain_steps(self, run_training_step, module, batch, self._alone, some)
+            # Of a sum beside a mean, a batch of one has another share than a full batch.
+            constant = not self._varying and not (self._summed and self._averages)
+            compare_with_plain_steps(
+                self, run_training_step, module, batch, self._alone, some, constant
+            )
 
     def average(
         self, module: nn.Module, training_set: Callable[[], Iterable[tuple[Batch, Tensor]]]
