@@ -29,7 +29,7 @@ def used_otherwise(
     candidates = set(names)
     if not candidates or losses.grad_fn is None:
         return candidates
-    found: Counter[str] = Counter()
+    edges: Counter[str] = Counter()
     pending, seen = [losses.grad_fn], {losses.grad_fn}
     while pending:
         node = pending.pop()
@@ -40,9 +40,9 @@ def used_otherwise(
                 continue
             leaf = getattr(following, "variable", None)
             if leaf is not None:
-                found[parameters.get(id(leaf), "")] += 1
+                edges[parameters.get(id(leaf), "")] += 1
             elif following not in seen:
                 seen.add(following)
                 pending.append(following)
     noted = Counter(ref.name for use in uses if use.gradient is not None for ref in use.refs)
-    return {name for name in candidates if found[name] > noted[name]}
+    return {name for name in candidates if edges[name] > noted[name]}

@@ -99,7 +99,7 @@ def output_nodes(total: Node, batch: int, marked: Sequence[Tensor] = ()) -> list
     Raises:
         UnknownOutputsError: a way leads to data or to parameters past all modules.
     """
-    found: dict[int, Node] = {}
+    outputs: dict[int, Node] = {}
     pending, seen = [total], set()
     while pending:
         node = pending.pop()
@@ -108,7 +108,7 @@ def output_nodes(total: Node, batch: int, marked: Sequence[Tensor] = ()) -> list
         seen.add(id(node))
         rows = node.value.shape[0] if node.value.dim() else 0
         if rows and rows % batch == 0 and _is_output(node, marked):
-            found[node.order] = node
+            outputs[node.order] = node
         elif node.func is None:
             if node.value.requires_grad:
                 raise UnknownOutputsError("an operation behind the loss is none that torch shows")
@@ -119,9 +119,9 @@ def output_nodes(total: Node, batch: int, marked: Sequence[Tensor] = ()) -> list
                     "the outputs of the network (AttributionTask.outputs)"
                 )
             pending += node.inputs
-    if not found:
+    if not outputs:
         raise UnknownOutputsError("no module returned anything that the loss depends on")
-    return [found[order] for order in sorted(found)]
+    return [outputs[order] for order in sorted(outputs)]
 
 
 def _is_output(node: Node, marked: Sequence[Tensor]) -> bool:

@@ -30,8 +30,6 @@ from tda_lightning.tasks.example_parts import (
     Reader,
     Site,
     UnreadableLossError,
-    learn_layout,
-    learn_masses,
 )
 from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
@@ -39,6 +37,7 @@ from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
+from tda_lightning.tasks.step_layout import learn_layout, learn_masses
 from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
 
 Result = TypeVar("Result")
