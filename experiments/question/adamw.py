@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.question.tiny import PROBLEMS, Problem, Runs, measure, scores, train
+from experiments.question.tiny_table import ASKED, few
 from tda_lightning.evaluation.linear_datamodeling import draw_subsets
 
 WORK = Path("runs/question/adamw")
@@ -151,7 +152,8 @@ def keep(name: str, problem: Problem, folder: Path) -> None:
     """All of the above in one file: sums of scores over what each subset leaves out.
 
     ``removed-SHARE`` is float16 [point, query, subset], in multiples of ``unit``, float64
-    [point, query]; the truths are as they were; ``points`` is a JSON list of names.
+    [point, query]; the truths are as they were; ``points`` is a JSON list of names, and only
+    ``few`` of them are there for shares that no table asks for.
     """
     files = [key for key in points(problem, *COUNTS[name]) if (folder / f"{key}.npy").exists()]
     values = torch.stack([torch.from_numpy(np.load(folder / f"{key}.npy")) for key in files])
@@ -166,7 +168,9 @@ def keep(name: str, problem: Problem, folder: Path) -> None:
     unit = unit.clamp_min(1e-300)
     for share, found in sums.items():
         removed = (total[..., None] - found) / unit[..., None]
-        arrays[f"removed-{share}"] = removed.numpy().astype(np.float16)
+        names = files if str(share) in ASKED else few(files)
+        rows = removed[[files.index(key) for key in names]]
+        arrays[f"removed-{share}"] = rows.numpy().astype(np.float16)
     arrays["unit"] = unit.numpy()
     aside = RESULTS / f"adamw_{name}.part.npz"
     np.savez_compressed(aside, points=json.dumps(files), **arrays)

@@ -193,16 +193,16 @@ def slopes(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
     for name, results in tiny.items():
         ways = {
             "all weights 1": ["whole"],
+            "half the rate": ["rate0.5"],
             "expected second moments": ["spread"],
             "random halves, 8": [f"draw-{k}" for k in range(8)],
         }
         for said, names in ways.items():
             if not set(names) <= set(results.points):
                 continue
-            at = [results.points.index(point) for point in names]
             cells = [
                 slope(
-                    results.removed[f"{share:g}"][at].mean(0),
+                    torch.stack([results.removed[f"{share:g}"][n] for n in names]).mean(0),
                     results.truth["single_run", f"{share:g}"],
                     results.recorded,
                 )

@@ -19,6 +19,7 @@ TITLES = {
     "mnist": "MNIST, ReLU MLP",
     "transformer": "WikiText-2, transformer",
 }
+ASKED = ("0.95", "0.5")  # shares kept in the tables
 PROTOCOLS = {"single_run": "single run", "fresh": "fresh seeds"}
 
 
@@ -27,7 +28,7 @@ class Tiny:
     """The results of one problem.
 
     Attributes:
-        removed: by share kept: sums of scores over what is left out, float64 [point, query,
+        removed: by share kept and point: sums of scores over what is left out, float64 [query,
             subset].
         truth: by protocol and share kept: measurements [query, subset], the mean over seeds.
         seeds: those of fresh seeds one by one, [seed, query, subset].
@@ -35,7 +36,7 @@ class Tiny:
         points: names.
     """
 
-    removed: dict[str, Tensor]
+    removed: dict[str, dict[str, Tensor]]
     truth: dict[tuple[str, str], Tensor]
     seeds: dict[str, Tensor]
     recorded: Tensor
@@ -45,20 +46,28 @@ class Tiny:
 def load(file: Path) -> Tiny:
     """What ``adamw.keep`` wrote."""
     with np.load(file, allow_pickle=False) as arrays:
-        unit = torch.from_numpy(arrays["unit"])[..., None]
+        points = json.loads(str(arrays["points"]))
+        unit = dict(zip(points, torch.from_numpy(arrays["unit"])[..., None], strict=True))
         removed, truth, seeds = {}, {}, {}
         for key in arrays.files:
             kind, _, share = key.partition("-")
             found = torch.from_numpy(arrays[key]).double() if share else None
             if kind == "removed":
-                removed[share] = found * unit
+                names = points if share in ASKED else few(points)
+                rows = zip(names, found, strict=True)
+                removed[share] = {name: row * unit[name] for name, row in rows}
             elif kind == "single_run":
                 truth[kind, share] = found.T
             elif kind == "fresh":
                 seeds[share] = found.transpose(1, 2)
                 truth[kind, share] = seeds[share].mean(0)
         recorded = torch.from_numpy(arrays["recorded"]).double()[0]
-        return Tiny(removed, truth, seeds, recorded, json.loads(str(arrays["points"])))
+        return Tiny(removed, truth, seeds, recorded, points)
+
+
+def few(points: Sequence[str]) -> list[str]:
+    """Those that are also compared at other shares than are asked for first."""
+    return [name for name in points if not name.startswith(("seed", "complement", "raw"))]
 
 
 def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
@@ -72,7 +81,7 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         return [names[i : i + size] for i in range(0, len(names) - size + 1, size)]
 
     draws, pairs = numbered("draw"), len(numbered("complement"))
-    both = [[f"draw-{k}", f"complement-{k}"] for k in range(pairs) if f"draw-{k}" in have]
+    both = [f"{kind}-{k}" for k in range(pairs) for kind in ("draw", "complement")]
     found = {
         "all weights 1": [["whole"]],
         "all weights 1/2": [["half"]],
@@ -85,8 +94,7 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
     for size in (1, 2, 4, 8, 16):
         found[f"random halves, {size}"] = cut(draws, size)
     for size in (1, 2, 4, 8):
-        joined = [sum(both[i : i + size], []) for i in range(0, len(both) - size + 1, size)]
-        found[f"halves and their complements, {2 * size}"] = joined
+        found[f"halves and their complements, {2 * size}"] = cut(both, 2 * size)
     for size in (1, 4):
         found[f"random halves at half the rate, {size}"] = cut(numbered("draw-slow"), size)
         found[f"random halves, every coordinate, {size}"] = cut(numbered("raw"), size)
@@ -107,8 +115,8 @@ def lds(tiny: Tiny, some: Sequence[Sequence[str]], protocol: str, share: str) ->
     truth = tiny.truth[protocol, share]
     found = []
     for group in some:
-        at = [tiny.points.index(name) for name in group]
-        found.append(rank_correlation(tiny.removed[share][at].mean(0), truth))
+        predicted = torch.stack([tiny.removed[share][name] for name in group]).mean(0)
+        found.append(rank_correlation(predicted, truth))
     return found
 
 
@@ -124,9 +132,9 @@ def ceiling(seeds: Tensor) -> float:
     return (count * one / (1 + (count - 1) * one)) ** 0.5
 
 
-def table(tiny: Tiny, shares: Sequence[str] = ("0.95", "0.5")) -> str:
+def table(tiny: Tiny) -> str:
     """A row for each way of choosing the point, in markdown."""
-    asked = [(p, s) for p in PROTOCOLS for s in shares if (p, s) in tiny.truth]
+    asked = [(p, s) for p in PROTOCOLS for s in ASKED if (p, s) in tiny.truth]
     heads = [f"{PROTOCOLS[p]}, {float(s):.0%} kept" for p, s in asked]
     lines = [f"| derivative at | replays | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for title, some in groups(tiny.points).items():
