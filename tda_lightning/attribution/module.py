@@ -125,6 +125,8 @@ class AttributionModule(LightningModule):
             for run in _ensemble_runs(module, trajectory, task)
         ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
         self.stages = self.members[0]
+        facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
+        self._ensemble = None if facts is None else facts.kind
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
@@ -251,6 +253,8 @@ class AttributionModule(LightningModule):
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
                     estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
                 made = self._provenance(asked, opened, counts, estimated, runner, sink)
+                if self._ensemble is not None:
+                    made["ensemble"] = self._ensemble
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
                 made["seconds"] = round(time.monotonic() - began, 3)
