@@ -67,6 +67,7 @@ class Runs:
         removed: the order goes through the examples of weight 1 only, in fewer steps.
         spread: the second moment is what it would be, on average, if an example of weight w stood
             in its batch with probability w: g^2 + sum_n w_n (1 - w_n) g_n^2 / B^2.
+        held: the derivative takes what ``spread`` adds as given.
         speeds: multiples of the rate, one for each run; (): 1.
         blind: coordinates whose second moment is still 0 pass no derivative on.
     """
@@ -75,6 +76,7 @@ class Runs:
     weights: Tensor
     removed: bool = False
     spread: bool = False
+    held: bool = False
     speeds: Sequence[float] = ()
     blind: bool = True
 
@@ -139,7 +141,8 @@ def step(
     if runs.spread:
         own = per_example(problem, weights, inputs, targets)
         variance = (shares * (1 - shares))[:, :, None] * own.square()
-        square = square + variance.sum(1) / size**2
+        added = variance.sum(1) / size**2
+        square = square + (added.detach() if runs.held else added)
     second = BETAS[1] * state.second + (1 - BETAS[1]) * square
     moved = second > 0
     root = (torch.where(moved, second, 1.0) / (1 - BETAS[1] ** t)).sqrt()
