@@ -67,7 +67,7 @@ def load(file: Path) -> Tiny:
 
 def few(points: Sequence[str]) -> list[str]:
     """Those that are also compared at other shares than are asked for first."""
-    return [name for name in points if not name.startswith(("seed", "complement", "raw"))]
+    return [name for name in points if not name.startswith(("seed", "complement", "raw", "draw-s"))]
 
 
 def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
@@ -99,6 +99,9 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         found[f"halves and their complements, {2 * size}"] = cut(both, 2 * size)
     for size in (1, 4):
         found[f"random halves at half the rate, {size}"] = cut(numbered("draw-slow"), size)
+        found[f"random halves, expected second moments, {size}"] = cut(
+            numbered("draw-spread"), size
+        )
         found[f"random halves, every coordinate, {size}"] = cut(numbered("raw"), size)
     for size in (1, 4, 8):
         found[f"fresh seeds, all weights 1, {size}"] = cut(numbered("seed-whole"), size)
