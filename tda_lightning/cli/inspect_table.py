@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from tda_lightning.records.ensemble import EnsembleFacts
 from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.inspect import Description, FileEntry
 
+_KINDS = {"what_if": "what-if run", "ground_truth": "ground truth"}
 _MOST_ROWS = 24  # for the files of one kind; of more, the first and the last are shown
 
 
@@ -32,6 +35,19 @@ def description_table(description: Description) -> RenderableType:
     for kind, content, size in _file_rows(description):
         files.add_row(kind, _shown(content), size)
     return Group(run, files, *(f"[red]{_shown(problem)}[/red]" for problem in description.problems))
+
+
+def ensemble_table(root: Path, facts: EnsembleFacts) -> RenderableType:
+    """An ensemble's members, as a table for a terminal."""
+    settings = "".join(f", {name} {value}" for name, value in facts.settings.items())
+    title = f"Ensemble {_shown(str(root))}: {facts.kind}{_shown(settings)}"
+    table = Table("member", "folder", "seed", "state", title=title)
+    for member in facts.members:
+        seed = "unknown" if member.seed is None else str(member.seed)
+        state = f"{member.state}: {member.reason}" if member.reason else member.state
+        folder = "the recorded run" if member.folder == facts.run else member.folder
+        table.add_row(str(member.number), _shown(folder), seed, _shown(state))
+    return table
 
 
 def _shown(text: str) -> str:
@@ -93,9 +109,9 @@ def _file_rows(description: Description) -> Iterable[tuple[str, str, str]]:
     statistics = [(f"statistics {a}-{b}", intervals[a, b]) for a, b in intervals]
     yield from _abridged(checkpoints, "checkpoints")
     yield from _abridged(statistics, "statistics")
-    for kind in ("curvature", "unfinished", "features", "scores", "ground_truth"):
+    for kind in ("curvature", "unfinished", "features", "what_if", "scores", "ground_truth"):
         for entry in getattr(description, kind):
-            yield kind.replace("_", " "), entry.name, readable_bytes(entry.size)
+            yield _KINDS.get(kind, kind), entry.name, readable_bytes(entry.size)
 
 
 def _abridged(entries: list[tuple[str, FileEntry]], kind: str) -> Iterable[tuple[str, str, str]]:

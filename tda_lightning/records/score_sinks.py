@@ -87,11 +87,13 @@ class MemberSink:
     Attributes:
         number: of the member, from 0.
         by_segment: whether the member is split by the segments of the others.
+        runs: how many add to the member, which is their mean.
     """
 
     sink: MemorySink
     number: int
     by_segment: bool
+    runs: int = 1
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -100,6 +102,7 @@ class MemberSink:
         members = self.sink.members
         assert members is not None
         segment = segment if self.by_segment else None
+        values = values / self.runs
         self.sink.add(segment, train_indices, values / len(members), first_query)
         rows = members[self.number, first_query : first_query + len(values)]
         _add_columns(rows, train_indices.cpu(), values.detach().to("cpu", members.dtype))
@@ -122,6 +125,7 @@ class MemberSink:
     def _mean(self, total: Tensor | None, values: Tensor) -> Tensor:
         assert self.sink.members is not None
         share = values.detach().to("cpu", self.sink.values.dtype) / len(self.sink.members)
+        share = share / self.runs
         return share if total is None else total + share
 
     def finish(self, provenance: Provenance) -> Scores:
