@@ -132,7 +132,8 @@ def fitted_linear_model(subsets: Tensor, outcomes: Tensor) -> Ceiling | None:
         outcomes: measurements, [subset, seed, query], averaged over seeds.
 
     Returns:
-        None where the subsets are too few for their number of examples.
+        None where the subsets are too few for their number of examples, and where each leaves out a
+        single example.
 
     Raises:
         NothingToRankError: the measurements of every query are constant.
@@ -144,8 +145,8 @@ def fitted_linear_model(subsets: Tensor, outcomes: Tensor) -> Ceiling | None:
     weights = subsets.double().cpu()
     weights = weights - weights.mean(1, keepdim=True)
     measured = outcomes.double().mean(1).cpu()
-    count = len(weights)
-    if count < _FOLDS:
+    count, train = subsets.shape
+    if count < _FOLDS or train - int(subsets[0].sum()) < 2:
         return None
     folds = torch.arange(count) % _FOLDS  # subsets are drawn independently, in no order
     kernel = weights @ weights.T

@@ -152,15 +152,18 @@ def ceiling(
     value = float(np.nanmean(per_query))
     # Resampled subsets repeat, which lowers rank correlations: only their spread is used.
     means = resampled.mean(1)
-    over_subsets = np.array([score(found + part, noise).mean() for part in means - np.median(means)])
+    over_subsets = np.array(
+        [score(found + part, noise).mean() for part in means - np.median(means)]
+    )
     draws = generator.integers(len(found), size=(len(resampled), len(found)))
     over_queries = np.array([score(found[draw], noise).mean() for draw in draws])
     levels = [(1 - confidence) / 2, (1 + confidence) / 2]
-    per = torch.from_numpy(per_query)
-    return Ceiling(
-        Interval(value, *map(float, np.quantile(over_queries, levels)), per),
-        Interval(value, *map(float, np.quantile(over_subsets, levels)), per),
-    )
+
+    def interval(samples: Array) -> Interval:
+        low, high = np.quantile(samples, levels)
+        return Interval(value, float(low), float(high), torch.from_numpy(per_query))
+
+    return Ceiling(interval(over_queries), interval(over_subsets))
 
 
 def _reliability_of_half(values: Array, splits: int, generator: np.random.Generator) -> Array:

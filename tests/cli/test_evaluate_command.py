@@ -218,7 +218,7 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
     given = ["evaluate", "runs/digits", "baselines=[random]", "protocol=algorithm", "alpha=0.8"]
     assert main([*given, "num_subsets=4"]) == 0
     assert "not told by one seed per subset: seeds=2 tells" in words(capsys)
-    one = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
+    first = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
     assert main([*given, "num_subsets=4", "seeds=2"]) == 0
     assert lengths == [48] * 8
     assert len(set(seeds)) == 8
@@ -227,7 +227,7 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
     assert "of the measurements' variance is between seeds" in out
     truth = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
     assert truth.outcomes.shape == (4, 2, 4)
-    assert torch.equal(truth.outcomes[:, :1], one.outcomes)  # a seed is added to what is there
+    assert torch.equal(truth.outcomes[:, :1], first.outcomes)  # a seed is added to what is there
     assert (truth.outcomes[:, 0] != truth.outcomes[:, 1]).any()
     assert 0 < table(run, "algorithm-0.8-0")["seed_variance_share"] <= 1
     limit = table(run, "algorithm-0.8-0")["limits"]["seeds"]

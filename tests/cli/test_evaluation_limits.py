@@ -9,7 +9,12 @@ from rich.console import Console
 
 from tda_lightning import Scores
 from tda_lightning.cli.evaluation_limits import evaluation_limits
-from tda_lightning.cli.evaluation_table import evaluation_json, evaluation_notes, evaluation_table, judge
+from tda_lightning.cli.evaluation_table import (
+    evaluation_json,
+    evaluation_notes,
+    evaluation_table,
+    judge,
+)
 from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets, seed_ceiling
 from tda_lightning.records.ground_truth import RECORDED_SEED
 
@@ -25,7 +30,11 @@ def truth(
     shape = (subsets, seeds, 5)
     outcomes = exact + noise * exact.std() * torch.randn(shape, generator=generator).double()
     asked = GroundTruth.unmeasured(
-        protocol, kept, draw_seeds(subsets, seeds), torch.zeros(5), {}  # type: ignore[arg-type]
+        protocol,
+        kept,
+        draw_seeds(subsets, seeds),
+        torch.zeros(5),
+        {},  # type: ignore[arg-type]
     )
     if protocol != "algorithm":
         asked = replace(asked, seeds=torch.full((subsets, seeds), RECORDED_SEED))
