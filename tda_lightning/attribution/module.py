@@ -27,7 +27,7 @@ from tda_lightning.attribution.sessions import (
 )
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.edits import Edit, EditSet
-from tda_lightning.estimators import Estimator, StagedEstimator
+from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
@@ -334,7 +334,8 @@ class AttributionModule(LightningModule):
                     self.stages, [examples], queries, self_influence, draws=draws
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
-                work = functools.partial(dry_run, self.estimator, stage.session, pace)
+                several = len(self.members) > 1
+                work = functools.partial(dry_run, self.estimator, stage.session, pace, several)
                 plan = self._launch(runner, work)
         if len(self.members) == 1:
             return plan
@@ -369,14 +370,32 @@ class AttributionModule(LightningModule):
         """Run the estimator on every member; each process has its share of the work, and all of
         the scores at the end."""
         estimated = []
-        for number, (stages, own) in enumerate(zip(members, counts, strict=True)):
-            part: ScoreSink = sink
-            if sink.members is not None:
-                part = MemberSink(sink, number, by_segment=sink.by_segment is not None)
-            estimated.append(self._score(stages, part, own))
+        if len(members) > 1 and isinstance(self.estimator, EnsembleEstimator):
+            estimated = self._score_ensemble(self.estimator, members, sink)
+        else:
+            for number, (stages, own) in enumerate(zip(members, counts, strict=True)):
+                part: ScoreSink = sink
+                if sink.members is not None:
+                    part = MemberSink(sink, number, by_segment=sink.by_segment is not None)
+                estimated.append(self._score(stages, part, own))
         for matrix in (sink.values, sink.by_segment, sink.members):
             if matrix is not None:
                 matrix.copy_(members[0][-1].session.reduce(matrix))
+        return estimated
+
+    def _score_ensemble(
+        self,
+        estimator: EnsembleEstimator,
+        members: Sequence[Sequence[Stage]],
+        sink: MemorySink,
+    ) -> list[Provenance]:
+        """Run an estimator that has its own way to put runs together."""
+        sessions = [stages[-1].session for stages in members]
+        for number, session in enumerate(sessions):
+            session.scores = MemberSink(sink, number, by_segment=False, apart=True)
+        estimated = estimator.score_ensemble(sessions, sink)
+        for session in sessions:
+            session.finish_self_influence()
         return estimated
 
     def _score(
