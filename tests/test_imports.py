@@ -26,7 +26,7 @@ HOMES = {
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
-    "lightning": {"recording", "attribution", "examples", "cli"},
+    "lightning": {"recording", "attribution", "ensembles", "examples", "cli"},
     "omegaconf": {"cli"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},

@@ -52,6 +52,8 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
         "datamodule": Data(dataset),
         "train_dataset": dataset,
         "query_dataset": TensorDataset(torch.randn(4, 3), torch.arange(4) % 2),
+        "new_module": Tiny,
+        "new_data": lambda seed: Data(dataset),
     }
     names["tuning_dataset"] = TensorDataset(torch.randn(15, 3), torch.arange(15) % 2)
     names["tuning_data"] = Data(names["tuning_dataset"])

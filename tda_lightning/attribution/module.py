@@ -119,6 +119,8 @@ class AttributionModule(LightningModule):
             for run in _ensemble_runs(module, trajectory, task)
         ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
         self.stages = self.members[0]
+        facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
+        self._ensemble = None if facts is None else facts.kind
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
@@ -244,6 +246,8 @@ class AttributionModule(LightningModule):
                         )
                     ]
                 )
+                if self._ensemble is not None:
+                    made["ensemble"] = self._ensemble
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
                 made["seconds"] = round(time.monotonic() - began, 3)

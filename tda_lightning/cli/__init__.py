@@ -12,6 +12,7 @@ from typing import Any
 # What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
+    "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "plan": ("predict time, memory and disk space before recording or attribution", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
@@ -34,6 +35,7 @@ Usage:
 
 For example:
     tda train      experiment=digits
+    tda ensemble   runs/digits members=5
     tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
     tda check      runs/digits

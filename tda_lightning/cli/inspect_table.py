@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from tda_lightning.records.ensemble import EnsembleFacts
 from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.inspect import Description, FileEntry
 
@@ -32,6 +34,19 @@ def description_table(description: Description) -> RenderableType:
     for kind, content, size in _file_rows(description):
         files.add_row(kind, _shown(content), size)
     return Group(run, files, *(f"[red]{_shown(problem)}[/red]" for problem in description.problems))
+
+
+def ensemble_table(root: Path, facts: EnsembleFacts) -> RenderableType:
+    """An ensemble's members, as a table for a terminal."""
+    settings = "".join(f", {name} {value}" for name, value in facts.settings.items())
+    title = f"Ensemble {_shown(str(root))}: {facts.kind}{_shown(settings)}"
+    table = Table("member", "folder", "seed", "state", title=title)
+    for member in facts.members:
+        seed = "unknown" if member.seed is None else str(member.seed)
+        state = f"{member.state}: {member.reason}" if member.reason else member.state
+        folder = "the recorded run" if member.folder == facts.run else member.folder
+        table.add_row(str(member.number), _shown(folder), seed, _shown(state))
+    return table
 
 
 def _shown(text: str) -> str:

@@ -137,9 +137,9 @@ class RecordedRun:
             yield from retrain_each(*run, kept.float(), together=self.config.together)
             return
         for row, seed in zip(kept, seeds, strict=True):
-            yield retrain_from_scratch(self._fresh, row, seed)
+            yield retrain_from_scratch(self.fresh, row, seed)
 
-    def _fresh(self, seed: int) -> FreshTraining:
+    def fresh(self, seed: int) -> FreshTraining:
         """Trainer, module and data as ``tda train`` would build them with this seed."""
         trust = self.config.trust_config
         data = self._reordered_data(seed)

@@ -21,6 +21,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "fraction": (float, ""),
     "k": (int, ""),
     "leave_out": (int | None, ""),
+    "members": (int, ""),
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
     "overwrite": (bool, ""),

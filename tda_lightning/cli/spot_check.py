@@ -94,6 +94,8 @@ def damping_sensitivity(scores: Scores, run: RecordedRun) -> DampingSensitivity 
     settings = provenance.get("settings")
     if provenance.get("estimator") != "InfluenceFunction" or settings is None:
         return None
+    if scores.members is not None:
+        return None  # the run alone would be compared with the mean over several
     absolute = settings.get("damping")
     if settings.get("solver") is not None or isinstance(absolute, str):
         return None

@@ -8,7 +8,7 @@ from tda_lightning.evaluation.baselines import (
     self_loss,
 )
 from tda_lightning.evaluation.configuration import draw_seeds, truth_configuration
-from tda_lightning.evaluation.from_scratch import FreshTraining, retrain_from_scratch
+from tda_lightning.evaluation.from_scratch import retrain_from_scratch
 from tda_lightning.evaluation.judgements import (
     RemovalAgreement,
     agreement,
@@ -38,6 +38,7 @@ from tda_lightning.evaluation.top_removal import (
     removals,
     top_removal,
 )
+from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [

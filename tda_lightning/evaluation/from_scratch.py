@@ -11,31 +11,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from tda_lightning.evaluation.retraining import require_finite
 from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.replay.run import State
 from tda_lightning.runtime.random_states import unchanged_randomness
-
-
-@dataclass(frozen=True)
-class FreshTraining:
-    """What one training run needs, made for one seed and used once.
-
-    Attributes:
-        trainer: a new Lightning ``Trainer``; one that has been fitted does not start over.
-        module: with initial weights drawn from the seed.
-        data: a data module whose training loader draws its order from the seed.
-    """
-
-    trainer: Any
-    module: nn.Module
-    data: Any
 
 
 def retrain_from_scratch(make: Callable[[int], FreshTraining], kept: Tensor, seed: int) -> State:

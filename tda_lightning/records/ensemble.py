@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 
-from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.errors import TrajectoryMismatchError, TrajectoryNotFoundError
+from tda_lightning.records.files import StoreFunction
 from tda_lightning.records.trajectory import Trajectory
+
+KINDS = ("seeds", "forks", "dropout", "lora")
+PLANNED, FINISHED, DIVERGED = "planned", "finished", "diverged"
+
+
+@dataclass(frozen=True)
+class MemberFact:
+    """One run of an ensemble.
+
+    Attributes:
+        number: counted from 1.
+        folder: of its trajectory, relative to the ensemble's folder.
+        seed: that it was made from; None for the recorded run, if its seed is not known.
+        state: "planned", "finished" or "diverged".
+        reason: why it is no member, if it is not.
+    """
+
+    number: int
+    folder: str
+    seed: int | None
+    state: str = PLANNED
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class EnsembleFacts:
+    """What an ensemble's folder says about it.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        run: the folder of the recorded run that it was made from, relative to its own.
+        run_id: of that run: another one may have been recorded there since.
+        members: in order.
+        settings: of its kind.
+    """
+
+    kind: str
+    run: str
+    run_id: str | None
+    members: tuple[MemberFact, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 class Ensemble:
@@ -19,6 +63,10 @@ class Ensemble:
 
     Args:
         members: at least two trajectories, or their folders.
+
+    Attributes:
+        trajectories: the members.
+        facts: what the folder says, where it was loaded from one; else None.
 
     Raises:
         ValueError: fewer than two members, or one run given twice.
@@ -46,12 +94,44 @@ class Ensemble:
                     "spread would be too small. Give every run once."
                 )
             runs[run] = number
+        self.facts: EnsembleFacts | None = None
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Ensemble:
+        """The finished members of the ensemble in folder ``path``, which ``tda ensemble`` or
+        :mod:`tda_lightning.ensembles` made.
+
+        Raises:
+            TrajectoryNotFoundError: the folder holds no ensemble, or fewer than two members are
+                finished.
+            TrajectoryFormatError: a file of it is damaged.
+            TrajectoryMismatchError: the recorded run is not the one that it was made from.
+        """
+        root, facts = Path(path), _read_ensemble(path)
+        finished = [member for member in facts.members if member.state == FINISHED]
+        if len(finished) < 2:
+            raise TrajectoryNotFoundError(
+                f"{root} holds {len(finished)} finished of {len(facts.members)} members, expected "
+                "at least two. The command (or call) that began the ensemble goes on with it."
+            )
+        ensemble = Ensemble([root / member.folder for member in finished])
+        first = ensemble.trajectories[0].facts.settings.get("run_id")
+        if facts.members[0].folder == facts.run and first != facts.run_id:
+            raise TrajectoryMismatchError(
+                f"{root / facts.run} was recorded again since the ensemble in {root} was made from "
+                f"it: expected run {facts.run_id}, got {first}. Delete {root} and make it again."
+            )
+        ensemble.facts = facts
+        return ensemble
 
     def __len__(self) -> int:
         return len(self.trajectories)
 
     def __iter__(self) -> Iterator[Trajectory]:
         return iter(self.trajectories)
+
+
+_read_ensemble = StoreFunction[[str | PathLike[str]], EnsembleFacts]("read_ensemble")
 
 
 def _require_alike(first: Trajectory, other: Trajectory, number: int) -> None:

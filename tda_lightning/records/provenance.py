@@ -275,6 +275,7 @@ class Provenance(TypedDict, total=False):
     num_train: Count
     trained_parameters: Count  # scalars
     members: list[MemberRecord]  # of an ensemble; measurements are their means
+    ensemble: str  # its kind, if it was made by tda_lightning.ensembles
     stages: list[StageRecord]  # if there are several
     stage: StageRecord  # the one that is left (Scores.stage)
     # The machine

@@ -18,11 +18,12 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
-from tda_lightning.cli.recorded_run import load_parts, sources
+from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.edits import Relabel
 from tda_lightning.records.data_module import AttributedData, Describing
+from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
 
 
@@ -32,8 +33,8 @@ def attribute(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda attribute trajectory=FOLDER"))
     target = Path(config.scores or folder / "scores" / f"{estimator_name()}.h5")
     require_usable_solver(config)
-    trajectory = Trajectory.load(str(folder))
-    run_config = load_config(folder)
+    trajectory = load_recorded(folder)
+    run_config = load_config(run_folder(folder))
     if target.exists() and not config.overwrite:  # before anything is loaded
         raise FileExistsError(
             f"{target} already holds scores, which are kept. Choose another file with "
@@ -50,7 +51,8 @@ def attribute(config: DictConfig) -> None:
         "command": command_line(),
         "config": OmegaConf.to_container(config, resolve=True),
     }
-    if predictions := _predictions(module, data, trajectory):
+    first = trajectory.trajectories[0] if isinstance(trajectory, Ensemble) else trajectory
+    if predictions := _predictions(module, data, first):
         provenance["predictions"] = predictions
     train, query = sources(data, config.batch_size)
     try:
@@ -67,7 +69,9 @@ def attribute(config: DictConfig) -> None:
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.
-        resume = " Run the same command again to resume." if trajectory.unfinished else ""
+        runs = trajectory if isinstance(trajectory, Ensemble) else [trajectory]
+        unfinished = any(run.unfinished for run in runs)
+        resume = " Run the same command again to resume." if unfinished else ""
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
     what = "training examples" if config.relabel is None else "other labels"

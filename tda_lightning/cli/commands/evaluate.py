@@ -32,6 +32,7 @@ from tda_lightning.cli.proponent_removal import (
     removal_table,
     remove_proponents,
 )
+from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
@@ -64,6 +65,8 @@ def evaluate(config: DictConfig) -> None:
     began = time.monotonic()
     folder = Path(required(config, "trajectory", "tda evaluate trajectory=FOLDER scores=FILE"))
     files = _score_files(config, folder)
+    asked, folder = folder, run_folder(folder)  # an ensemble is judged by the run it was made from
+    config.trajectory = str(folder)
     scores = {file.stem: Scores.load(file) for file in files}
     _complete_settings(config, scores)
     run = RecordedRun.load(config)
@@ -112,7 +115,8 @@ def evaluate(config: DictConfig) -> None:
     table = evaluation_json(rows, truth, seconds, header)
     if removed:
         table["removal"] = removal_json(removed)
-    output = Path(config.output or path.with_suffix(".json"))
+    beside = path if asked == folder else asked / path.name
+    output = Path(config.output or beside.with_suffix(".json"))
     write_text(output, json.dumps(table, indent=1))
     if config.spot_check:
         for file, row in zip(files, rows, strict=False):

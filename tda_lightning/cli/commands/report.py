@@ -8,11 +8,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
+from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.run_config import FILE_NAME, build, load_config
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report import write_report
+from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.layout import FACTS_FILE
 
 
@@ -51,10 +53,10 @@ def report(config: DictConfig) -> None:
 def _scored_trajectory(config: DictConfig, scores: Path, provenance: Provenance) -> Path | None:
     """The folder of the run that was scored; None where it cannot be found."""
     if config.trajectory is not None:
-        return Path(config.trajectory)
+        return run_folder(Path(config.trajectory))
     named = provenance.get("config", {}).get("trajectory") or provenance.get("trajectory")
     # Beside the scores first: folders are moved as a whole.
     for folder in (scores.absolute().parent.parent, Path(str(named))):
-        if (folder / FACTS_FILE).is_file():
-            return folder
+        if (folder / FACTS_FILE).is_file() or is_ensemble(folder):
+            return run_folder(folder)
     return None

@@ -1,0 +1,154 @@
+"""What a study found, in a file that grows: rows and truths of earlier sessions stay.
+
+An npz file without pickles; the subsets of a share are those of ``draw_subsets(num_train, share,
+count)``, the seed 0::
+
+    recorded                float32 [query], measurements at the end of the recorded run
+    single_run-SHARE        float32 [subset, query], after each replay
+    algorithm-SHARE         float32 [subset, seed, query], after each training anew
+    removed-SHARE           float16 [row, query, subset], sums of scores over what a subset leaves
+                            out, in multiples of unit-SHARE
+    unit-SHARE              float64 [row, query]
+    about                   a JSON object: rows (names), seconds of each, num_train, versions
+
+The truths with half kept are those of experiments/fidelity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from experiments.fidelity import kept as fidelity
+from experiments.question.studies import SHARES, Study, rows
+from tda_lightning import Scores
+from tda_lightning.cli.run_config import versions
+from tda_lightning.evaluation.linear_datamodeling import draw_subsets
+from tda_lightning.store.ground_truth_file import read_ground_truth
+
+RESULTS = Path(__file__).parent / "results"
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One study's results.
+
+    Attributes:
+        removed: by share: float64 [query, subset] by row.
+        truth: by protocol and share: [query, subset], the mean over seeds.
+        seeds: of the algorithm, by share: [seed, query, subset].
+        recorded: [query]; None before the first retraining.
+        about: see above.
+    """
+
+    removed: dict[float, dict[str, Tensor]]
+    truth: dict[tuple[str, float], Tensor]
+    seeds: dict[float, Tensor]
+    recorded: Tensor | None
+    about: dict[str, Any]
+
+
+def keep(name: str, study: Study, folder: Path) -> None:
+    """Add what is in ``folder`` to the results of a study."""
+    arrays, about = _read(name)
+    for protocol, share in study.truths:
+        file = folder / "ground_truth" / f"{protocol}-{share:g}-0.h5"
+        if f"{protocol}-{share:g}" in arrays or not file.exists():
+            continue
+        truth = read_ground_truth(file)
+        if int(truth.done.all(1).sum()) < study.subsets:
+            continue
+        truth = truth.finished().first(study.subsets, truth.seeds.shape[1])
+        outcomes = truth.outcomes[:, 0] if protocol == "single_run" else truth.outcomes
+        arrays[f"{protocol}-{share:g}"] = outcomes.float().numpy()
+        arrays["recorded"] = truth.baseline.float().numpy()
+        about.setdefault("retraining_seconds", {})[f"{protocol}-{share:g}"] = float(
+            truth.seconds.sum()
+        )
+    for row in rows(study):
+        file = folder / "scores" / f"{row}.h5"
+        if row not in about["rows"] and file.exists():
+            found = Scores.load(file)
+            _add(arrays, about, row, found.values, found.provenance, study.subsets)
+            if found.members is not None:
+                for number, member in enumerate(found.members):
+                    of_one = {"processor_seconds": None}
+                    _add(arrays, about, f"{row}#{number}", member, of_one, study.subsets)
+    about["versions"] = versions()
+    RESULTS.mkdir(exist_ok=True)
+    aside = RESULTS / f"{name}.part.npz"
+    np.savez_compressed(aside, about=json.dumps(about), **arrays)
+    aside.replace(RESULTS / f"{name}.npz")
+
+
+def _add(
+    arrays: Arrays,
+    about: dict[str, Any],
+    row: str,
+    values: Tensor,
+    provenance: Mapping[str, Any],
+    subsets: int,
+) -> None:
+    about["rows"].append(row)
+    about["num_train"] = values.shape[1]
+    about["seconds"][row] = provenance.get("processor_seconds")
+    for share in SHARES:
+        left_out = ~draw_subsets(values.shape[1], share, subsets)
+        sums = (values.double() @ left_out.double().T).numpy()
+        unit = np.abs(sums).max(1).clip(1e-300)
+        scaled = (sums / unit[:, None]).astype(np.float16)
+        for key, part in (("removed", scaled), ("unit", unit)):
+            before = [arrays[f"{key}-{share:g}"]] if f"{key}-{share:g}" in arrays else []
+            arrays[f"{key}-{share:g}"] = np.concatenate([*before, part[None]])
+
+
+def has_row(name: str, row: str) -> bool:
+    """Whether a row is in the results."""
+    return row in _read(name)[1]["rows"]
+
+
+def has_truth(name: str, protocol: str, share: float) -> bool:
+    """Whether a truth is in the results."""
+    return f"{protocol}-{share:g}" in _read(name)[0]
+
+
+def load(name: str) -> Kept:
+    """The kept results of a study, with the truths of experiments/fidelity."""
+    arrays, about = _read(name)
+    with np.load(fidelity.RESULTS / f"{name}.npz", allow_pickle=False) as others:
+        for protocol in fidelity.PROTOCOLS:
+            outcomes = others[protocol]  # a single run has an axis of seeds there, of size 1
+            arrays[f"{protocol}-0.5"] = outcomes[:, 0] if protocol == "single_run" else outcomes
+    removed, truth, seeds = {}, {}, {}
+    for key, found in arrays.items():
+        kind, _, share = key.partition("-")
+        if kind == "removed":
+            values = torch.from_numpy(found).double() * torch.from_numpy(
+                arrays[f"unit-{share}"][..., None]
+            )
+            removed[float(share)] = dict(zip(about["rows"], values, strict=True))
+        elif kind == "single_run":
+            truth[kind, float(share)] = torch.from_numpy(found).double().T
+        elif kind == "algorithm":
+            seeds[float(share)] = torch.from_numpy(found).double().permute(1, 2, 0)
+            truth[kind, float(share)] = seeds[float(share)].mean(0)
+    recorded = torch.from_numpy(arrays["recorded"]).double() if "recorded" in arrays else None
+    return Kept(removed, truth, seeds, recorded, about)
+
+
+def _read(name: str) -> tuple[Arrays, dict[str, Any]]:
+    file = RESULTS / f"{name}.npz"
+    if not file.exists():
+        return {}, {"rows": [], "seconds": {}}
+    with np.load(file, allow_pickle=False) as found:
+        arrays = {key: found[key] for key in found.files if key != "about"}
+        return arrays, json.loads(str(found["about"]))

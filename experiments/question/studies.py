@@ -1,0 +1,117 @@
+"""What is measured: which runs, asked what, by which estimators, where the derivative is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.fidelity import studies as fidelity
+
+ESTIMATORS = {
+    "unrolled": fidelity.ESTIMATORS["unrolled"],
+    "source_recorded": fidelity.ESTIMATORS["source_recorded"],
+    "source": fidelity.ESTIMATORS["source"],
+    "source_blocks": fidelity.ESTIMATORS["source_blocks"],
+    "influence": fidelity.ESTIMATORS["influence-0.1"],
+    "tracin": fidelity.ESTIMATORS["tracin"],
+}
+TITLES = {name: fidelity.TITLES[name] for name in ESTIMATORS}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the derivative is taken.
+
+    Attributes:
+        keep: mean weight of the examples.
+        draws: random subsets, their scores averaged; None: every example at weight ``keep``.
+    """
+
+    keep: float
+    draws: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.keep:g}" + ("" if self.draws is None else f"x{self.draws}")
+
+    @property
+    def settings(self) -> list[str]:
+        """Of tda attribute."""
+        drawn = [] if self.draws is None else [f"draws={self.draws}"]
+        return [] if self.keep == 1 else [f"keep={self.keep:g}", *drawn]
+
+    @property
+    def title(self) -> str:
+        """In a table."""
+        if self.draws is None:
+            return f"{self.keep:g}"
+        return f"{self.keep:g}, {self.draws} draws"
+
+
+WHOLE, HALF = Point(1.0), Point(0.5)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One recorded run of experiments/fidelity, and what is asked about it.
+
+    Attributes:
+        title: for the tables.
+        points: where derivatives are taken, by every estimator.
+        others: further points for some of the estimators.
+        truths: retrainings, by share kept; those with half kept are in experiments/fidelity.
+        subsets: retrained for each share.
+        together: replays at once through vmap.
+        without: estimators that would take too long.
+    """
+
+    title: str
+    points: tuple[Point, ...] = (WHOLE, HALF)
+    others: tuple[tuple[str, tuple[Point, ...]], ...] = ()
+    truths: tuple[tuple[str, float], ...] = (("single_run", 0.95),)
+    subsets: int = 100
+    together: int = 5
+    without: tuple[str, ...] = ()
+
+
+SHARES = (0.99, 0.95, 0.8, 0.5, 0.2)
+KEEPS = (Point(0.95), Point(0.8), Point(0.2))
+MAPPED = ("unrolled", "source_recorded", "source", "source_blocks", "influence")
+TITLED = {name: study.title for name, study in fidelity.STUDIES.items()}
+
+STUDIES = {
+    "concrete": Study(
+        TITLED["concrete"],
+        others=tuple((name, (*KEEPS, Point(0.5, 4))) for name in MAPPED),
+        truths=(
+            *(("single_run", share) for share in SHARES if share != 0.5),
+            ("algorithm", 0.95),
+        ),
+    ),
+    "fashion_mnist_noisy_tenth": Study(
+        "FashionMNIST, 30% random labels, 3 epochs, a tenth of the rate"
+    ),
+    "fashion_mnist_noisy_third": Study(
+        "FashionMNIST, 30% random labels, 3 epochs, a third of the rate"
+    ),
+    "fashion_mnist_noisy": Study("FashionMNIST, 30% random labels, 3 epochs"),
+    "wikitext2_gpt": Study(
+        TITLED["wikitext2_gpt"],
+        points=(WHOLE, Point(0.5, 4)),
+        subsets=50,
+        together=1,
+    ),
+    "mnist": Study(TITLED["mnist"], without=("source_recorded",)),
+    "fashion_mnist": Study(TITLED["fashion_mnist"], without=("source_recorded",)),
+    "cifar10_resnet9": Study(
+        TITLED["cifar10_resnet9"],
+        subsets=50,
+        together=1,
+        without=("source_recorded", "unrolled"),
+    ),
+}
+
+
+def rows(study: Study) -> dict[str, tuple[str, Point]]:
+    """Estimator and point of each file of scores, by name, the cheap ones first."""
+    found = [(name, point) for point in study.points for name in reversed(ESTIMATORS)]
+    found += [(name, point) for name, points in study.others for point in points]
+    return {f"{name}@{p}": (name, p) for name, p in found if name not in study.without}

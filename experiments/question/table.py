@@ -1,0 +1,260 @@
+"""The tables and pictures of the README, from the kept results, within seconds.
+
+python -m experiments.question.table            # print
+python -m experiments.question.table --write    # and put them into README.md, map.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.fidelity import kept as fidelity
+from experiments.question import tiny_table
+from experiments.question.heat_map import Map, heat_maps
+from experiments.question.kept import RESULTS, Kept, load
+from experiments.question.studies import ESTIMATORS, STUDIES, TITLES, Point, Study
+from experiments.question.tiny_table import ceiling, interval
+from tda_lightning.evaluation import Interval
+from tda_lightning.evaluation.linear_datamodeling import bootstrap, rank_correlation
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- by table.py, from here -->", "<!-- to here -->"
+ASKED = (("single_run", 0.95), ("single_run", 0.5), ("algorithm", 0.95), ("algorithm", 0.5))
+WORDS = {"single_run": "single run", "algorithm": "algorithm", "fresh": "algorithm"}
+MAPPED = ("0.95", "0.8", "0.5", "0.2")
+
+
+def main() -> None:
+    """Print the tables; write them where the README has them."""
+    parser = argparse.ArgumentParser(description="The tables, from the kept results.")
+    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    options = parser.parse_args()
+    found = {name: load(name) for name in STUDIES if (RESULTS / f"{name}.npz").exists()}
+    files = {name: RESULTS / f"adamw_{name}.npz" for name in tiny_table.TITLES}
+    tiny = {name: tiny_table.load(file) for name, file in files.items() if file.exists()}
+    text = tables(found, tiny)
+    print(text)
+    if options.write:
+        readme = HERE / "README.md"
+        before, _, rest = readme.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        (HERE / "map.svg").write_text(heat_maps(maps(found, tiny), MAPPED, ("1", *MAPPED)))
+
+
+def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> str:
+    """All of them, in markdown."""
+    parts = []
+    for name, kept in found.items():
+        parts.append(f"### {STUDIES[name].title}\n\n{estimators(name, STUDIES[name], kept)}")
+    for name, results in tiny.items():
+        title = tiny_table.TITLES[name]
+        parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
+    parts.append(f"### Sizes\n\n{slopes(found, tiny)}")
+    parts.append(f"### Missing\n\n{missing(found)}")
+    return "\n\n".join(parts)
+
+
+def estimators(name: str, study: Study, kept: Kept) -> str:
+    """A line for each estimator and point."""
+    asked = [key for key in ASKED if key in kept.truth]
+    heads = [f"{WORDS[p]}, {share:.0%} kept" for p, share in asked]
+    lines = [
+        f"| estimator | keep | {' | '.join(heads)} | processor time |",
+        "|---" * (len(heads) + 3) + "|",
+    ]
+    old = fidelity.load(name)
+    table: list[tuple[str, str, list[Interval | None], float | None]] = []
+    for estimator in ESTIMATORS:
+        for point in points(study, estimator):
+            row = f"{estimator}@{point}"
+            values = [lds(kept, row, *key) for key in asked]
+            seconds = kept.about["seconds"].get(row)
+            if point.keep == 1 and all(value is None for value in values):
+                values, seconds = _of_fidelity(old, estimator, asked)
+            if any(value is not None for value in values):
+                table.append((TITLES[estimator], point.title, values, seconds))
+    best = [
+        max((row[2][k].value for row in table if row[2][k] is not None), default=None)  # type: ignore[union-attr]
+        for k in range(len(asked))
+    ]
+    for title, at, values, seconds in table:
+        cells = []
+        for value, top in zip(values, best, strict=True):
+            text = "" if value is None else interval(value)
+            cells.append(f"**{text}**" if value is not None and value.value == top else text)
+        time = "" if seconds is None else f"{seconds:.1f} s"
+        lines.append(f"| {title} | {at} | {' | '.join(cells)} | {time} |")
+    tops = [f"{ceiling(kept.seeds[share]):.3f}" if p == "algorithm" else "" for p, share in asked]
+    lines.append(f"| *ceiling of the truth* | | {' | '.join(tops)} | |")
+    return "\n".join(lines)
+
+
+def points(study: Study, estimator: str) -> list[Point]:
+    """Where a study takes an estimator's derivatives, from the largest weights to the smallest."""
+    found = [*study.points, *dict(study.others).get(estimator, ())]
+    return sorted(found, key=lambda point: (-point.keep, point.draws or 0))
+
+
+def lds(kept: Kept, row: str, protocol: str, share: float) -> Interval | None:
+    """None where the row or the truth is missing."""
+    if row not in kept.removed.get(share, {}) or (protocol, share) not in kept.truth:
+        return None
+    truth = kept.truth[protocol, share]
+    predicted = kept.removed[share][row][:, : truth.shape[1]]
+    return bootstrap(rank_correlation(predicted, truth))
+
+
+def _of_fidelity(
+    old: fidelity.Kept, estimator: str, asked: Sequence[tuple[str, float]]
+) -> tuple[list[Interval | None], float | None]:
+    """The row at weights of 1, which experiments/fidelity has for half kept."""
+    name = {"influence": "influence-0.1"}.get(estimator, estimator)
+    if name not in old.predicted:
+        return [None] * len(asked), None
+    found = [
+        bootstrap(rank_correlation(old.predicted[name], -old.truth[p].T)) if share == 0.5 else None
+        for p, share in asked
+    ]
+    return found, old.about["seconds"][name]
+
+
+def maps(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> dict[str, Map]:
+    """LDS, single run, by share kept and by keep."""
+    made: dict[str, Map] = {}
+    if "concrete" in found:
+        kept = found["concrete"]
+        for estimator in ("unrolled", "source_recorded", "source", "influence"):
+            cells = {
+                (share, keep): value.value
+                for share in MAPPED
+                for keep in ("1", *MAPPED)
+                if (value := lds(kept, f"{estimator}@{keep}", "single_run", float(share)))
+            }
+            if len(cells) > len(MAPPED) * 2:
+                made[f"Concrete, SGD: {TITLES[estimator]}"] = cells
+    for name, results in tiny.items():
+        if "0.2" in results.removed and any(p.startswith("draw0.2-") for p in results.points):
+            for protocol, said in (("single_run", "single run"), ("fresh", "fresh seeds")):
+                title = f"{name}, AdamW, exact, {said}"
+                made[title[0].upper() + title[1:]] = _tiny_map(results, protocol)
+    return made
+
+
+def _tiny_map(results: tiny_table.Tiny, protocol: str) -> Map:
+    """Four draws at each keep below 1."""
+    some = {"1": ["whole"]}
+    for keep in MAPPED:
+        name = "draw" if keep == "0.5" else f"draw{keep}"
+        some[keep] = [f"{name}-{k}" for k in range(4)]
+    return {
+        (share, keep): float(tiny_table.lds(results, [names], protocol, share)[0].nanmean())
+        for share in MAPPED
+        for keep, names in some.items()
+        if set(names) <= set(results.points)
+    }
+
+
+def slopes(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> str:
+    """Measured changes on predicted ones, single run, by share left out."""
+    shares = (0.99, 0.95, 0.8, 0.5)
+    lines = [
+        "| problem | scores | " + " | ".join(f"{1 - s:.0%} left out" for s in shares) + " |",
+        "|---" * (len(shares) + 2) + "|",
+    ]
+    for name, kept in found.items():
+        if kept.recorded is None:
+            continue
+        for row in kept.about["rows"]:
+            estimator, _, point = row.partition("@")
+            if point not in ("1", "0.5", "0.5x4") or estimator not in TITLES:
+                continue
+            cells = []
+            for share in shares:
+                known = ("single_run", share) in kept.truth and row in kept.removed.get(share, {})
+                cells.append(
+                    slope(
+                        kept.removed[share][row],
+                        kept.truth["single_run", share],
+                        kept.recorded,
+                    )
+                    if known
+                    else ""
+                )
+            lines.append(
+                f"| {STUDIES[name].title} | {TITLES[estimator]}, keep={point} | "
+                f"{' | '.join(cells)} |"
+            )
+    for name, results in tiny.items():
+        ways = {
+            "all weights 1": ["whole"],
+            "half the rate": ["rate0.5"],
+            "expected second moments": ["spread"],
+            "random halves, 8": [f"draw-{k}" for k in range(8)],
+        }
+        for said, names in ways.items():
+            if not set(names) <= set(results.points):
+                continue
+            cells = [
+                slope(
+                    torch.stack([results.removed[f"{share:g}"][n] for n in names]).mean(0),
+                    results.truth["single_run", f"{share:g}"],
+                    results.recorded,
+                )
+                if f"{share:g}" in results.removed
+                else ""
+                for share in shares
+            ]
+            lines.append(
+                f"| {tiny_table.TITLES[name]}, AdamW | exact, {said} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
+def slope(predicted: Tensor, truth: Tensor, recorded: Tensor) -> str:
+    """Of the regression through the origin over all queries, with a bootstrap over them."""
+    truth = truth - recorded[:, None]
+    predicted = predicted[:, : truth.shape[1]]
+    above, below = (predicted * truth).sum(1), predicted.square().sum(1)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(above), (2000, len(above)), generator=generator)
+    drawn = above[draws].sum(1) / below[draws].sum(1)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return f"{float(above.sum() / below.sum()):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def missing(found: Mapping[str, Kept]) -> str:
+    """What was planned and is not there yet."""
+    lines = []
+    for name, study in STUDIES.items():
+        have = set(found[name].about["rows"]) if name in found else set()
+        old = fidelity.load(name).predicted
+        gone = []
+        for estimator in ESTIMATORS:
+            if estimator in study.without:
+                continue
+            at = [str(p) for p in points(study, estimator) if f"{estimator}@{p}" not in have]
+            known = {"influence": "influence-0.1"}.get(estimator, estimator) in old
+            said = [f"{p} (half kept is there)" if p == "1" and known else p for p in at]
+            if said:
+                gone.append(f"{TITLES[estimator]} at keep {', '.join(said)}")
+        truths = found[name].truth if name in found else {}
+        untrained = [
+            f"{WORDS[p]} {share:.0%} kept" for p, share in study.truths if (p, share) not in truths
+        ]
+        if untrained:
+            gone.append(f"retraining: {', '.join(untrained)}")
+        if study.without:
+            gone.append(f"not planned: {', '.join(TITLES[e] for e in study.without)}")
+        if gone:
+            lines.append(f"- {study.title}: {'; '.join(gone)}.")
+    return "\n".join(lines) or "Nothing."
+
+
+if __name__ == "__main__":
+    main()

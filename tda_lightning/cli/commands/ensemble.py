@@ -1,0 +1,57 @@
+"""``tda ensemble``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from tda_lightning.cli.command import clear_errors, command_line, required
+from tda_lightning.cli.ensemble_members import made_members
+from tda_lightning.cli.inspect_table import ensemble_table
+from tda_lightning.cli.retraining_cache import parse_part
+from tda_lightning.cli.run_config import load_config, versions
+from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
+from tda_lightning.ensembles.seeds import diverged
+from tda_lightning.records.ensemble import FINISHED
+from tda_lightning.runtime.progress import SlowProgress
+from tda_lightning.store.ensemble_file import read_ensemble
+
+_INTERRUPTED = 130  # exit status of a command that SIGINT ends
+
+
+@clear_errors
+def ensemble(config: DictConfig) -> None:
+    """Make the members of an ensemble that are not there yet."""
+    run = Path(required(config, "trajectory", "tda ensemble FOLDER members=5"))
+    load_config(run)  # before anything is written
+    part = parse_part(config.part)
+    root = begin(run, config.kind, config.members)
+    missing = waiting(root)
+    if part is not None:
+        number, count = part
+        missing = [member for member in missing if member.number % count == number - 1]
+    require_room(root, missing, recording_bytes(run))
+    made_by = {"command": command_line(), "versions": versions()}
+    done = 0
+    try:
+        with SlowProgress("Training members", len(missing)) as progress:
+            for _ in made_members(config, root, missing, made_by):
+                done += 1
+                progress.advance()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning exits without a message.
+        print(
+            f"Interrupted after {done} of {len(missing)} members, which are kept in {root}. Run "
+            "the same command again to go on.",
+            file=sys.stderr,
+        )
+        raise SystemExit(_INTERRUPTED) from stop
+    facts = read_ensemble(root)
+    Console().print(ensemble_table(root, facts))
+    for line in diverged(root):
+        print(line, file=sys.stderr)
+    finished = sum(member.state == FINISHED for member in facts.members)
+    print(f"{finished} of {len(facts.members)} members are finished: tda attribute {root}")

@@ -1,0 +1,96 @@
+"""``tda ensemble``, and the commands that take its folder like a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tda_lightning import Ensemble, Scores
+from tda_lightning.cli import main
+from tda_lightning.cli.run_config import load_config
+from tests.attributing import relative
+
+TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
+ROOT = Path("runs/digits/ensemble/seeds")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ensemble")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", *TINY]) == 0
+        # As a sweep over machines does; the second part has nothing left to do.
+        for part in ("2/2", "1/2"):
+            assert main(["ensemble", "runs/digits", "members=3", f"part={part}"]) == 0
+        assert main(["attribute", str(ROOT), "estimator=tracin"]) == 0
+    return folder
+
+
+@pytest.fixture
+def there(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_members_follow_the_recorded_configuration(there: Path) -> None:
+    ensemble = Ensemble.load(ROOT)
+    assert ensemble.facts is not None and len(ensemble) == 3
+    recorded = load_config("runs/digits")
+    for member in ensemble.facts.members[1:]:
+        config = load_config(ROOT / member.folder)
+        assert config.seed == config.data.seed == member.seed != recorded.seed
+        assert config.output == config.recorder.path == str(ROOT / member.folder)
+        assert config.made_by.command.startswith("tda ensemble ")
+        for name in ("model", "trainer", "task"):
+            assert config[name] == recorded[name]
+    one, other, _ = (run.steps.examples.tolist() for run in ensemble)
+    assert one != other and sorted(one) == sorted(other)
+
+
+def test_scores_are_the_mean_over_the_folder(there: Path) -> None:
+    scores = Scores.load(ROOT / "scores" / "tracin.h5")
+    assert scores.members is not None and len(scores.members) == 3
+    assert relative(scores.values, scores.members.double().mean(0)) < 1e-6
+    assert scores.provenance["ensemble"] == "seeds"
+    assert len(scores.provenance["predictions"]) == 4
+
+
+def test_report_evaluate_and_inspect_take_the_folder(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(ROOT / "scores" / "tracin.h5")]) == 0
+    assert (ROOT / "scores" / "tracin.html").is_file()
+    assert main(["evaluate", str(ROOT), "num_subsets=3", "baselines=[]"]) == 0
+    # The truth is kept with the run that it is about.
+    assert Path("runs/digits/ground_truth/single_run-0.5-0.h5").is_file()
+    table = json.loads((ROOT / "single_run-0.5-0.json").read_text())
+    assert [row["name"] for row in table["rows"]] == ["tracin"]
+    for folder in ("runs/digits", str(ROOT)):
+        capsys.readouterr()
+        assert main(["inspect", folder]) == 0
+        assert "member-3" in capsys.readouterr().out
+
+
+def test_bad_settings_are_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for setting, said in (
+        ("kind=chance", "kind must be one of seeds, forks, dropout, lora, got 'chance'"),
+        ("members=1", "at least two members"),
+        ("members=many", "members must be"),
+        ("part=3/2", "part must be K/N"),
+    ):
+        assert main(["ensemble", "runs/digits", setting]) == 1
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert main(["ensemble", "runs/none"]) == 1
+
+
+@pytest.mark.slow
+def test_members_in_several_processes_are_the_same(there: Path, made: Path) -> None:
+    command = ["train", *TINY, "name=other"]
+    assert main(command) == 0
+    assert main(["ensemble", "runs/other", "members=3", "processes=2"]) == 0
+    one, other = (Ensemble.load(f"runs/{name}/ensemble/seeds") for name in ("digits", "other"))
+    for a, b in zip(one, other, strict=True):
+        assert a.steps.loss.equal(b.steps.loss)
