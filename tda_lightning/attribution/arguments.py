@@ -46,6 +46,7 @@ def require_attributable(
     provenance: object = None,
     edits: object = None,
     draws: object = None,
+    keep: object = 1.0,
 ) -> None:
     """Refuse arguments of another kind than ``attribute`` takes.
 
@@ -59,8 +60,18 @@ def require_attributable(
     require_type("draws", draws, int | None)
     if int(batch_size) < 1:  # type: ignore[call-overload]
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if draws is not None and draws < 1:  # type: ignore[operator]
-        raise ValueError(f"draws must be at least 1, or None for the task's own, got {draws}.")
+    require_type("keep", keep, float)
+    if not 0 < keep <= 1:  # type: ignore[operator]
+        raise ValueError(
+            f"keep is the share of the training data that would stay: expected more than 0 and at "
+            f"most 1, got {keep!r}. keep=1 asks about the recorded run."
+        )
+    fewest = 1 if keep == 1 else 0
+    if draws is not None and draws < fewest:  # type: ignore[operator]
+        raise ValueError(
+            f"draws must be at least {fewest}, or None for what suits the task and the optimizer, "
+            f"got {draws}."
+        )
     if trainer is not None:
         _refuse_other_package(trainer)
         _require(trainer, Trainer, "trainer", "a lightning.pytorch.Trainer, or None")

@@ -26,13 +26,19 @@ from tda_lightning.attribution.sessions import (
     sample_batches,
 )
 from tda_lightning.attribution.stages import set_up, training_sets
+from tda_lightning.attribution.what_if import (
+    AskedRuns,
+    asked_runs,
+    question_of,
+    seconds_of_runs,
+)
 from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
-from tda_lightning.records.plans import AttributionPlan
+from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
 from tda_lightning.records.scores import Scores
@@ -45,7 +51,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
-from tda_lightning.session.session import Stage
+from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
 
@@ -162,6 +168,7 @@ class AttributionModule(LightningModule):
         provenance: Mapping[str, object] | None = None,
         edits: Sequence[Edit] | None = None,
         draws: int | None = None,
+        keep: float = 1.0,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -184,13 +191,21 @@ class AttributionModule(LightningModule):
                 self-influence then.
             draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
                 mixup): scores are of its mean over so many seeded draws for each example. None:
-                the task's own number, 1 where nothing was set.
+                the task's own number, 1 where nothing was set. With ``keep`` below 1: the number
+                of random subsets.
+            keep: the share of the training data that would stay. 1 asks what a few examples do in
+                the recorded run. Below 1 the run is trained again with weights of mean ``keep`` on
+                its examples, once for all estimators (``what_if/`` beside the trajectory), and the
+                derivative is taken there: every example at weight ``keep`` for an optimizer that
+                feels a common factor of the loss (SGD) and wherever ``draws=0``; for others, and
+                wherever ``draws`` is given, at random subsets with weights 1 and 0, averaged.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
+            UnsupportedTrainingError: ``keep`` is below 1, and the run cannot be replayed.
             ValueError: an empty set, labels out of range, an impossible setting; an edit outside
                 the training set, or of an example of another form.
-            NonFiniteError: a loss or a score is NaN or infinite.
+            NonFiniteError: a loss or a score is NaN or infinite; a what-if run diverged.
         """
         began, worked = time.monotonic(), time.process_time()
         require_attributable(
@@ -202,6 +217,7 @@ class AttributionModule(LightningModule):
             provenance,
             edits,
             draws,
+            keep,
         )
         if trainer is not None:
             require_scorable(trainer)
@@ -220,32 +236,23 @@ class AttributionModule(LightningModule):
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
             own_self = self_influence and edits is None
-            opened = open_members(self.members, examples, queries, own_self, edit_set, draws)
+            asked = asked_runs(self.members, examples, keep, draws)
+            draws = draws if keep == 1 else None
+            opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
             segments = None if shared is None else sum(shared)
-            members = len(opened) if len(opened) > 1 else None
+            # A mean over seeds has an error of its own: the draws of a member only make it up.
+            several = len(self.members) if len(self.members) > 1 else asked.draws
+            members = several if several > 1 else None
             columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
             sizes = (session.num_query, columns, segments)
             sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
-                    estimated = self._launch(
-                        runner, lambda: self._score_members(opened, sink, counts)
-                    )
-                made = ensemble_provenance(
-                    [
-                        run_provenance(self.estimator, stages, own, part, runner, values)
-                        for stages, part, own, values in zip(
-                            opened,
-                            estimated,
-                            counts,
-                            _parts(sink),
-                            strict=True,
-                        )
-                    ]
-                )
+                    estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
+                made = self._provenance(asked, opened, counts, estimated, runner, sink)
                 if self._ensemble is not None:
                     made["ensemble"] = self._ensemble
                 if edit_set is not None:
@@ -307,12 +314,13 @@ class AttributionModule(LightningModule):
         trainer: Trainer | None = None,
         self_influence: bool = True,
         draws: int | None = None,
+        keep: float = 1.0,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
         Of an ensemble the first member stands for all.
 
         The arguments are those of :meth:`attribute`. A dry run: a few batches of every
-        walk over the data are timed.
+        walk over the data are timed, and a few steps of a what-if run.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -324,7 +332,9 @@ class AttributionModule(LightningModule):
                 f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
                 "for each of them, Trajectory.load(path).stages(), with its own module and data."
             )
-        require_attributable(batch_size, trainer, self_influence=self_influence, draws=draws)
+        require_attributable(
+            batch_size, trainer, self_influence=self_influence, draws=draws, keep=keep
+        )
         if trainer is not None:
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
@@ -334,16 +344,23 @@ class AttributionModule(LightningModule):
             require_same_data(self.trajectory, examples)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
+                runs, seconds = len(self.members), 0.0
+                if keep < 1:
+                    runs, seconds = seconds_of_runs(self.members, [examples], draws)
+                    draws = None
                 (stage,) = open_stages(
                     self.stages, [examples], queries, self_influence, draws=draws
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
-                several = len(self.members) > 1
-                work = functools.partial(dry_run, self.estimator, stage.session, pace, several)
+                work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
                 plan = self._launch(runner, work)
-        if len(self.members) == 1:
-            return plan
-        return plan.repeated(len(self.members), stage.session.dtype.itemsize)
+        if runs > 1:
+            plan = plan.repeated(runs, stage.session.dtype.itemsize)
+        if keep < 1:
+            steps = runs * self.trajectory.last_step
+            trained = PassPlan("what-if run, if it is not there yet", runs, steps, seconds)
+            plan = replace(plan, passes=(trained, *plan.passes))
+        return plan
 
     # One launch: Lightning sets up devices and processes, and one step does all the work.
 
@@ -365,42 +382,66 @@ class AttributionModule(LightningModule):
             self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
-    def _score_members(
+    def _score_runs(
         self,
-        members: Sequence[Sequence[Stage]],
+        opened: Sequence[Sequence[Stage]],
         sink: MemorySink,
         counts: Sequence[Sequence[int] | None],
     ) -> list[Provenance]:
-        """Run the estimator on every member; each process has its share of the work, and all of
-        the scores at the end."""
-        estimated = []
-        if len(members) > 1 and isinstance(self.estimator, EnsembleEstimator):
-            estimated = self._score_ensemble(self.estimator, members, sink)
+        """Run the estimator on every run; each process has its share of the work, and all of the
+        scores at the end."""
+        parts: list[ScoreSink] = [sink]
+        apart = len(opened) > 1 and isinstance(self.estimator, EnsembleEstimator)
+        if sink.members is not None:
+            runs = len(opened) // len(sink.members)
+            by_segment = sink.by_segment is not None
+            parts = [
+                MemberSink(sink, number // runs, by_segment, runs, apart)
+                for number in range(len(opened))
+            ]
+        if apart:
+            estimated = self._score_together([stages[-1].session for stages in opened], sink, parts)
         else:
-            for number, (stages, own) in enumerate(zip(members, counts, strict=True)):
-                part: ScoreSink = sink
-                if sink.members is not None:
-                    part = MemberSink(sink, number, by_segment=sink.by_segment is not None)
-                estimated.append(self._score(stages, part, own))
+            estimated = [
+                self._score(stages, part, own)
+                for stages, part, own in zip(opened, parts, counts, strict=True)
+            ]
         for matrix in (sink.values, sink.by_segment, sink.members):
             if matrix is not None:
-                matrix.copy_(members[0][-1].session.reduce(matrix))
+                matrix.copy_(opened[0][-1].session.reduce(matrix))
         return estimated
 
-    def _score_ensemble(
+    def _provenance(
         self,
-        estimator: EnsembleEstimator,
-        members: Sequence[Sequence[Stage]],
+        asked: AskedRuns,
+        opened: Sequence[Sequence[Stage]],
+        counts: Sequence[Sequence[int] | None],
+        estimated: Sequence[Provenance],
+        runner: Trainer,
         sink: MemorySink,
-    ) -> list[Provenance]:
-        """Run an estimator that has its own way to put runs together."""
-        sessions = [stages[-1].session for stages in members]
-        for number, session in enumerate(sessions):
-            session.scores = MemberSink(sink, number, by_segment=False, apart=True)
-        estimated = estimator.score_ensemble(sessions, sink)
-        for session in sessions:
-            session.finish_self_influence()
-        return estimated
+    ) -> Provenance:
+        """How the scores of all runs together were made."""
+        parts = _parts(sink)
+        made = []
+        for number, (stages, own, part) in enumerate(zip(opened, counts, estimated, strict=True)):
+            values = parts[number * len(parts) // len(opened)]
+            recorded = None
+            if asked.what_if is not None:
+                recorded = self.members[asked.recorded[number]][-1].trajectory
+            made.append(run_provenance(self.estimator, stages, own, part, runner, values, recorded))
+        if len(self.members) > 1:
+            made = [
+                ensemble_provenance(made[first : first + asked.draws])
+                for first in range(0, len(made), asked.draws)
+            ]
+        merged = ensemble_provenance(made)
+        if asked.what_if is not None:
+            merged["what_if"] = asked.what_if
+            merged["question"] = question_of(asked.what_if)
+            if len(self.members) == 1 and "members" in merged:
+                for member, run in zip(merged["members"], asked.what_if["runs"], strict=False):
+                    member["trajectory"] = run
+        return merged
 
     def _score(
         self, stages: Sequence[Stage], sink: ScoreSink, counts: Sequence[int] | None
@@ -417,6 +458,18 @@ class AttributionModule(LightningModule):
                 first = sum(counts[:number])
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
+        return estimated
+
+    def _score_together(
+        self, sessions: Sequence[Session], sink: MemorySink, parts: Sequence[ScoreSink]
+    ) -> list[Provenance]:
+        """Run an estimator on several runs that it puts together in its own way."""
+        assert isinstance(self.estimator, EnsembleEstimator)
+        for session, part in zip(sessions, parts, strict=True):
+            session.scores = part
+        estimated = self.estimator.score_ensemble(sessions, sink)
+        for session in sessions:
+            session.finish_self_influence()
         return estimated
 
     def _edit_set(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +19,7 @@ from tda_lightning.attribution.plausibility import (
 from tda_lightning.estimators import Estimator
 from tda_lightning.recording.facts import package_versions
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.tasks import MEASURED_SEED, AttributionTask, seeded_examples
 
@@ -30,6 +31,7 @@ def run_provenance(
     estimated: Provenance,
     trainer: Trainer,
     scores: Sequence[Tensor],
+    recorded: Trajectory | None = None,
 ) -> Provenance:
     """The provenance of the scores of one run: estimator, task, model, run, queries and machine.
 
@@ -38,10 +40,11 @@ def run_provenance(
         counts: segments of each stage; None for an estimator without.
         estimated: what the estimator says; it has the last word.
         scores: parts of them, [query, train] each, whose sum they are.
+        recorded: the recorded run, where ``stages`` are its what-if run.
     """
     session = stages[-1].session
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
-    measured = measured_queries(session)
+    measured = measured_queries(session, recorded)
     beyond = beyond_range(scores, {**estimated, **measured})
     notes = [
         *session.task.notes,
@@ -59,7 +62,7 @@ def run_provenance(
         "curvature": curvature,
         "fisher": _fisher(curvature, session.task),
         "task": session.task.settings(),
-        "trajectory": session.trajectory.path or "in memory",
+        "trajectory": (recorded or session.trajectory).path or "in memory",
         "model": type(session.module).__name__,
         "steps": session.trajectory.last_step,
         "num_train": session.num_train,
@@ -78,10 +81,16 @@ def run_provenance(
     }
 
 
-def measured_queries(session: Session) -> Provenance:
+def measured_queries(session: Session, recorded: Trajectory | None = None) -> Provenance:
     """Measurements of the final model, their range over the run and, where the task has words for
-    them, predictions."""
+    them, predictions.
+
+    Args:
+        recorded: the run whose final model it is; None: the session's own.
+    """
     earlier = earlier_measurements(session)
+    if recorded is not None:
+        session = replace(session, trajectory=recorded, _checkpoints={}, _weights={})
     session.load(session.trajectory.last_step)
     measurements: list[float] = []
     predictions: list[str] | None = []
@@ -106,7 +115,8 @@ def ensemble_provenance(members: Sequence[Provenance]) -> Provenance:
         merged.pop(key, None)  # type: ignore[misc]
     measurements = torch.tensor([member["measurements"] for member in members])
     merged["measurements"] = measurements.mean(0).tolist()
-    merged["trajectory"] = [str(member["trajectory"]) for member in members]
+    runs = [str(member["trajectory"]) for member in members]
+    merged["trajectory"] = runs if len(set(runs)) > 1 else runs[0]
     if len({len(member.get("segments", [])) for member in members}) > 1:
         del merged["segments"]  # the mean is not split
     shared = [n for n in members[0]["notes"] if all(n in other["notes"] for other in members)]

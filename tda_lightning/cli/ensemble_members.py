@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tda_lightning.cli.command import quiet_lightning
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.run_config import FILE_NAME
+from tda_lightning.ensembles.forks import fork_member, replay_of, require_faithful
 from tda_lightning.ensembles.seeds import train_member
 from tda_lightning.records.ensemble import MemberFact
 from tda_lightning.store.atomic_write import write_text
@@ -26,10 +27,12 @@ def made_members(
 ) -> Iterator[int]:
     """Make the members, as they are planned in the folder ``root``; the number of each that is
     done."""
+    if not members:
+        return
     if config.processes == 1 or len(members) < 2:
-        run = RecordedRun.load(config)
+        maker = _Maker(config, root)
         for member in members:
-            _make(run, root, member, made_by)
+            maker.make(member, made_by)
             yield member.number
         return
     pool = ProcessPoolExecutor(
@@ -37,12 +40,10 @@ def made_members(
         # A fork of a process that has used CUDA cannot use it.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(OmegaConf.to_container(config, resolve=True),),
+        initargs=(OmegaConf.to_container(config, resolve=True), root),
     )
     try:
-        jobs = {
-            pool.submit(_work, root, member.number, made_by): member.number for member in members
-        }
+        jobs = {pool.submit(_work, member.number, made_by): member.number for member in members}
         for job in as_completed(jobs):
             job.result()
             yield jobs[job]
@@ -50,37 +51,58 @@ def made_members(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _make(run: RecordedRun, root: Path, member: MemberFact, made_by: dict[str, Any]) -> None:
-    folder = root / member.folder
-    # Before the training: a member is finished with its configuration beside it.
-    config = OmegaConf.to_yaml(_configuration(run.run_config, folder, member, made_by))
-    write_text(folder / FILE_NAME, config)
-    train_member(root, member, run.fresh)
+class _Maker:
+    """Makes members one after the other, from a run that is loaded once."""
+
+    def __init__(self, config: DictConfig, root: Path) -> None:
+        self.root, self.run = root, RecordedRun.load(config)
+        facts, run = read_ensemble(root), self.run
+        self.kind = facts.kind
+        if self.kind == "forks":
+            self.replay = replay_of(run.trajectory, run.module, run.train, run.task)
+            points: Any = facts.settings["at"]
+            require_faithful(self.replay, points)
+
+    def make(self, member: MemberFact, made_by: dict[str, Any]) -> None:
+        """Make one member, with its configuration beside it."""
+        folder = self.root / member.folder
+        seed = member.seed if self.kind == "seeds" else None
+        config = _configuration(self.run.run_config, folder, seed, made_by)
+        # Before the training: a member that is finished has it.
+        write_text(folder / FILE_NAME, OmegaConf.to_yaml(config))
+        if self.kind == "forks":
+            fork_member(self.root, member, self.replay)
+        else:
+            train_member(self.root, member, self.run.fresh)
 
 
 def _configuration(
-    recorded: DictConfig, folder: Path, member: MemberFact, made_by: dict[str, Any]
+    recorded: DictConfig, folder: Path, seed: int | None, made_by: dict[str, Any]
 ) -> DictConfig:
     """The recorded configuration with what is the member's own."""
     config: Any = OmegaConf.to_container(recorded, resolve=True)
-    config |= {"output": str(folder), "seed": member.seed, "made_by": made_by}
-    for node, name in (("data", "seed"), ("recorder", "path")):
-        if name in (config.get(node) or {}):
-            config[node][name] = member.seed if name == "seed" else str(folder)
+    config |= {"output": str(folder), "made_by": made_by}
+    if "path" in (config.get("recorder") or {}):
+        config["recorder"]["path"] = str(folder)
+    if seed is not None:
+        config["seed"] = seed
+        if "seed" in config["data"]:
+            config["data"]["seed"] = seed
     return OmegaConf.create(config)
 
 
-_run_of_worker: list[RecordedRun] = []
+_maker_of_worker: list[_Maker] = []
 
 
-def _start_worker(settings: Any) -> None:
+def _start_worker(settings: Any, root: Path) -> None:
     quiet_lightning()
     # The parent reports an interruption; its workers end silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     config = OmegaConf.create(settings)
     torch.set_num_threads(config.threads or 1)
-    _run_of_worker.append(RecordedRun.load(config))
+    _maker_of_worker.append(_Maker(config, root))
 
 
-def _work(root: Path, number: int, made_by: dict[str, Any]) -> None:
-    _make(_run_of_worker[0], root, read_ensemble(root).members[number - 1], made_by)
+def _work(number: int, made_by: dict[str, Any]) -> None:
+    (maker,) = _maker_of_worker
+    maker.make(read_ensemble(maker.root).members[number - 1], made_by)

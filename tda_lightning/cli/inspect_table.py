@@ -15,6 +15,7 @@ from tda_lightning.records.ensemble import EnsembleFacts
 from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store.inspect import Description, FileEntry
 
+_KINDS = {"what_if": "what-if run", "ground_truth": "ground truth"}
 _MOST_ROWS = 24  # for the files of one kind; of more, the first and the last are shown
 
 
@@ -108,9 +109,9 @@ def _file_rows(description: Description) -> Iterable[tuple[str, str, str]]:
     statistics = [(f"statistics {a}-{b}", intervals[a, b]) for a, b in intervals]
     yield from _abridged(checkpoints, "checkpoints")
     yield from _abridged(statistics, "statistics")
-    for kind in ("curvature", "unfinished", "features", "scores", "ground_truth"):
+    for kind in ("curvature", "unfinished", "features", "what_if", "scores", "ground_truth"):
         for entry in getattr(description, kind):
-            yield kind.replace("_", " "), entry.name, readable_bytes(entry.size)
+            yield _KINDS.get(kind, kind), entry.name, readable_bytes(entry.size)
 
 
 def _abridged(entries: list[tuple[str, FileEntry]], kind: str) -> Iterable[tuple[str, str, str]]:

@@ -219,7 +219,7 @@ class _Walks:
 
     def weights(self, batch: Batch) -> Tensor | None:
         """What each example of a batch counts by; None: 1."""
-        return None if self.used is None else batch.weights(self.used)
+        return batch.curvature_weights(self.used)
 
     def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient, Tensor | None]]:
         """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights)."""
@@ -305,6 +305,8 @@ def cache_key(
     }
     if used is not None and (weights := session.example_weights(used)) is not None:
         description["weights"] = weights
+    if (weights := session.trajectory.data_weights) is not None:
+        description["data weights"] = weights
     return digest(description)
 
 

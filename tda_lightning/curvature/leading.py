@@ -77,7 +77,7 @@ def leading_directions(
         for step in steps:
             walk = f"{title}: leading directions, round {number}, step {step}"
             for batch in session.walk(walk, step):
-                weights = None if used is None else batch.weights(used)
+                weights = batch.curvature_weights(used)
                 scale = scales.get(step, {}).get(WHOLE)
                 for _ in session.each_draw():
                     sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)

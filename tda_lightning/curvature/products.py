@@ -152,7 +152,7 @@ class Products:
             UnsupportedTrainingError: an operation has no second derivative.
         """
         session = self.session
-        weights = None if self.used is None else session.weights(examples, self.used)
+        weights = session.curvature_weights(examples, self.used)
         groups: list[Sequence[str]] = [session.engine.names]
         if self.by_block:
             groups = [block.parameters for block in session.blocks]

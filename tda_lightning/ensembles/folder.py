@@ -153,8 +153,8 @@ def judge(root: Path, number: int) -> None:
         if own.steps.loss.equal(other.steps.loss) and len(own.steps):
             raise ValueError(
                 f"Member {number} of {root} is the same run as member {member.number}: every loss "
-                "is equal, so the ensemble's spread would be too small. Draw initial weights and "
-                "the order of batches from the member's seed."
+                "is equal, so the ensemble's spread would be too small. Members need something "
+                "that their seed decides: initial weights, the order of batches, or noise."
             )
     note(root, number, FINISHED)
 
@@ -180,8 +180,8 @@ def recording_bytes(run: str | os.PathLike[str]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def require_room(root: Path, members: Sequence[MemberFact], each: int) -> None:
-    """Refuse a disk without room for ``members`` of ``each`` bytes, before the first is trained.
+def require_room(root: Path, members: Sequence[MemberFact], sizes: Sequence[int]) -> None:
+    """Refuse a disk without room for ``members`` of so many bytes, before the first is trained.
 
     Raises:
         OSError: says how much they take and how much there is.
@@ -194,10 +194,10 @@ def require_room(root: Path, members: Sequence[MemberFact], each: int) -> None:
         for file in (root / member.folder).rglob("*.h5")
         if file.stat().st_nlink == 1
     )
-    if len(members) * each > free + begun:
+    if sum(sizes) > free + begun:
         raise OSError(
-            f"{len(members)} members of {readable_bytes(each)} take "
-            f"{readable_bytes(len(members) * each)}, and the disk of {root} has "
+            f"{len(members)} members of up to {readable_bytes(max(sizes))} take "
+            f"{readable_bytes(sum(sizes))}, and the disk of {root} has "
             f"{readable_bytes(free)} left. Make room, or ask for fewer members."
         )
 

@@ -60,7 +60,7 @@ def train(
     """
     root = begin(run, KIND, members)
     missing = waiting(root)
-    require_room(root, missing, recording_bytes(run))
+    require_room(root, missing, [recording_bytes(run)] * len(missing))
     with SlowProgress("Training members", len(missing)) as progress:
         for member in missing:
             train_member(root, member, make)

@@ -67,7 +67,7 @@ class SolverInverse:
         sizes = torch.tensor([block.size for block in session.blocks], device=session.device)
         traces = torch.zeros(len(sizes), dtype=torch.float64, device=session.device)
         for batch in session.walk("mean eigenvalue", step):
-            weights = batch.weights(used)
+            weights = batch.curvature_weights(used)
             for _ in session.each_draw():
                 gradients = batch.gradients
                 if not by_layer:

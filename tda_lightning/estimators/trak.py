@@ -37,11 +37,12 @@ class TRAK:
     The output f is a number for each example that its loss is a function of: the log-odds of the
     label, or the residual (``AttributionTask.model_output``). P projects its gradient at the last
     checkpoint on random directions (:class:`~tda_lightning.estimators.projection.Projection`).
-    :math:`v_n` is 1 where the run used all examples evenly (docs/methods.md, "Uneven use").
+    :math:`v_n` is 1 where the run used all examples evenly (docs/methods.md, "Uneven use"). In a
+    what-if run (``keep``) the weights of its loss multiply :math:`v_i` in the sum.
 
-    Of an :class:`~tda_lightning.Ensemble` every member has directions of its own (``seed`` + its
-    number), and the paper's average is taken, in which the derivatives and the products of
-    features are means over the members by themselves:
+    Of several runs (an :class:`~tda_lightning.Ensemble`, random subsets in what-if runs) each has
+    directions of its own (``seed`` + its number), and the paper's average is taken, in which the
+    derivatives and the products of features are means over the runs by themselves:
 
     .. math::
         s_{qn} = \overline{\frac{\partial m_q}{\partial f_q}}\;
@@ -63,8 +64,9 @@ class TRAK:
     implementation, traker 0.3.2, has none either.
 
     Attributes:
-        projection_dimension: number of directions; None: 2048, or half the training examples where
-            these are fewer than twice that. As many as parameters or more: nothing is projected.
+        projection_dimension: number of directions; None: 2048, or half the training examples (with
+            a weight above 0) where these are fewer than twice that. As many as parameters or more:
+            nothing is projected.
         relative_damping: added to the matrix of second moments, as a multiple of its mean
             eigenvalue: 0 in the paper.
         seed: of the directions.
@@ -124,17 +126,18 @@ class TRAK:
         for batch in session.walk("TRAK, features", step):
             found = _train_features(session, directions, batch, checked=not features)
             rows = found.values.double()
-            weights = batch.weights(used)
+            weights = batch.curvature_weights(used)
             moments += (rows if weights is None else rows * weights[:, None]).T @ rows
             features.append(found.kept())
         moments = session.reduce(moments)
         moments.diagonal().add_(self.relative_damping * moments.diagonal().mean())
         inverse = _Inverse.of(moments, session.dtype)
         query, query_slopes = _query_features(session, directions)
-        inverse.require_spanned(session, query)
+        inverse.require_spanned(session, query, "query", torch.arange(len(query)))
         responses = inverse.matrix @ query.double().T
         for found in self._columns(session, directions, features):
             batch, values = found.batch, found.values.to(session.device).double()
+            inverse.require_spanned(session, values, "training example", batch.columns)
             products = (values @ responses).T.to(session.dtype)
             own = query_slopes[:, None] * products * found.slopes
             session.add(None, batch, own, used=used)
@@ -168,7 +171,7 @@ class TRAK:
         """Of the member ``number``.
 
         Raises:
-            ValueError: more than training examples, without damping.
+            ValueError: more than training examples that count, without damping.
             UnsupportedTrainingError: the loss is averaged over draws of its noise.
         """
         if session.draws > 1:
@@ -177,14 +180,18 @@ class TRAK:
                 f"{session.draws} draws of noise is none. Attribute with draws=1, or use another "
                 "estimator."
             )
-        count, asked = session.num_train, self.projection_dimension
+        every = torch.arange(session.num_train)
+        weights = session.curvature_weights(every, (0, session.trajectory.last_step))
+        count = len(every) if weights is None else int((weights > 0).sum())
+        asked = self.projection_dimension
         dimension = max(1, min(DIMENSION, count // 2)) if asked is None else asked
-        if min(dimension, session.num_parameters) > count and not self.relative_damping:
+        dimension = min(dimension, session.num_parameters)
+        if dimension > count and not self.relative_damping:
             raise ValueError(
-                f"projection_dimension must be at most the number of training examples, {count}, "
-                f"got {min(dimension, session.num_parameters)} directions: the second moments of "
-                f"the features, which are inverted, would be singular. Take about {count // 2}, or "
-                "a positive relative_damping."
+                "projection_dimension must be at most the number of training examples that count, "
+                f"{count}, got {dimension}: the second moments of the features, which are "
+                f"inverted, would be singular. Take about {max(1, count // 2)}, or a positive "
+                "relative_damping."
             )
         seed = self.seed + number
         return Projection.drawn(session.blocks, dimension, seed, session.device, session.dtype)
@@ -282,25 +289,27 @@ class _Inverse:
         """Number of directions."""
         return len(self.matrix) if self.span is None else self.span.shape[1]
 
-    def require_spanned(self, session: Session, query: Tensor) -> None:
-        """Refuse queries whose features the training examples' do not span.
+    def require_spanned(
+        self, session: Session, features: Tensor, kind: str, numbers: Tensor
+    ) -> None:
+        """Refuse features [batch, dimension] that the training examples' do not span.
 
         Raises:
             ValueError: names the first of them.
         """
         if self.span is None:
             return
-        rows = query.double()
+        rows = features.double()
         outside = (rows - (rows @ self.span) @ self.span.T).norm(dim=1)
         beyond = outside > _APART * rows.norm(dim=1)
-        size = len(self.matrix)
+        first = int(numbers[beyond.to(numbers.device).int().argmax()])
         session.require(
             not bool(beyond.any()),
             ValueError(
-                f"The second moments of the features are singular: the gradients of the training "
-                f"examples span {self.rank} of {size} dimensions, and query "
-                f"{int(beyond.int().argmax())} has a part outside of them. Take a "
-                f"projection_dimension of {self.rank} at most, or a positive relative_damping."
+                "The second moments of the features are singular: the gradients of the training "
+                f"examples that count span {self.rank} of {len(self.matrix)} dimensions, and "
+                f"{kind} {first} has a part outside of them. Take a projection_dimension of "
+                f"{self.rank} at most, or a positive relative_damping."
             ),
         )
 

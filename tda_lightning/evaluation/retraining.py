@@ -28,7 +28,8 @@ from tda_lightning.optimizers import rule_of
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import NonFiniteError, UnseenBatchError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.replay.run import Replay, State, Walk, initial
+from tda_lightning.replay.prepared import again_where_unseen, prepared
+from tda_lightning.replay.run import Replay, State, Walk
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
@@ -37,7 +38,6 @@ from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
     as_task,
-    noise_of,
     numbered_draw,
     seeded_examples,
     watching_noise,
@@ -108,12 +108,12 @@ def retrain_each(
     replay.check()
     _check_weights(replay, weights)
     if not bool((weights == 1).all()):
-        replay.task = _prepared(replay)
+        replay.task = prepared(replay)
     vectorised = rule_of(trajectory).elementwise and not replay.task.one_by_one
     if together > 1 and (not vectorised or _draws(replay)):
         together = 1
     for part in weights.split(together):
-        for state in _again_where_unseen(replay, functools.partial(_run_all, replay, part)):
+        for state in again_where_unseen(replay, functools.partial(_run_all, replay, part)):
             require_finite(state)
             yield state
 
@@ -122,15 +122,6 @@ def _run_all(replay: Replay, weights: Tensor) -> list[State]:
     if len(weights) == 1 or replay.task.one_by_one:
         return [_run(replay, own) for own in weights]
     return list(replay_stacked(replay, weights))
-
-
-def _again_where_unseen(replay: Replay, run: Callable[[], list[State]]) -> list[State]:
-    """Once more where a batch is made otherwise than the one that the task was prepared on."""
-    try:
-        return run()
-    except UnseenBatchError:
-        replay.task = _prepared(replay)
-        return run()
 
 
 def _run(replay: Replay, weights: Tensor) -> State:
@@ -165,28 +156,6 @@ def _check_weights(replay: Replay, weights: Tensor) -> None:
             f"weights must have the shape [runs, {len(replay.source)}], at least one run and one "
             f"number for each training example, got {list(weights.shape)}."
         )
-
-
-def _prepared(replay: Replay) -> AttributionTask:
-    """A copy of the task, prepared on the first batch: it must know what each example contributes
-    to a batch's loss."""
-    task = copy.deepcopy(replay.task)
-    task.training_batch_size = replay.trajectory.batch_size
-    examples = replay.trajectory.steps.batches(0)[0]
-    with borrowed(replay.module), unchanged_randomness():
-        load_tensors(replay.module, initial(replay.trajectory))
-        replay.module.eval()
-        replay.see(0, 0)
-        batch = replay.fetch(examples)
-
-        def loss(part: object, chosen: Tensor) -> Tensor:
-            with seeded_examples(0, chosen):
-                return task.train_loss(replay.module, part)
-
-        noise_of(loss, batch, examples, lambda: (replay.fetch(examples[:-1]), examples[:-1]))
-        with seeded_examples(0, examples):
-            task.prepare(replay.module, batch)
-    return task
 
 
 def require_finite(state: Mapping[str, Tensor]) -> None:

@@ -147,6 +147,15 @@ class BeyondRange(TypedDict):
     count: Count  # how many there are
 
 
+class WhatIfRecord(TypedDict, total=False):
+    """Where the derivative was taken, if not at the recorded run."""
+
+    keep: Share  # mean weight of the training examples
+    weights: Literal["uniform", "subsets"]  # all at ``keep``, or random subsets at 0 and 1
+    draws: Count  # of random subsets, for each recorded run
+    runs: list[str]  # folders of the what-if runs, or "in memory"
+
+
 class StageRecord(TypedDict):
     """One of several stages of training; other keys mean what they mean in :class:`Provenance`."""
 
@@ -248,6 +257,7 @@ class Provenance(TypedDict, total=False):
     estimator: str  # class name
     settings: dict[str, Any]  # its fields
     question: str  # in words
+    what_if: WhatIfRecord  # absent at the recorded run, where every weight is 1
     sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment

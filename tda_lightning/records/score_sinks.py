@@ -87,6 +87,7 @@ class MemberSink:
     Attributes:
         number: of the member, from 0.
         by_segment: whether the member is split by the segments of the others.
+        runs: how many add to the member, which is their mean.
         apart: whether the scores of the ensemble are no mean over its members and are added to
             ``sink`` itself.
     """
@@ -94,6 +95,7 @@ class MemberSink:
     sink: MemorySink
     number: int
     by_segment: bool
+    runs: int = 1
     apart: bool = False
 
     def add(
@@ -102,6 +104,7 @@ class MemberSink:
         """Add to the member's own scores, and a share of it to the mean."""
         members = self.sink.members
         assert members is not None
+        values = values / self.runs
         if not self.apart:
             segment = segment if self.by_segment else None
             self.sink.add(segment, train_indices, values / len(members), first_query)
@@ -126,6 +129,7 @@ class MemberSink:
     def _mean(self, total: Tensor | None, values: Tensor) -> Tensor:
         assert self.sink.members is not None
         share = values.detach().to("cpu", self.sink.values.dtype) / len(self.sink.members)
+        share = share / self.runs
         return share if total is None else total + share
 
     def finish(self, provenance: Provenance) -> Scores:

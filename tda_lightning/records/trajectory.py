@@ -255,6 +255,10 @@ class Trajectory:
             start < step <= stop.
         steps_before: in a stage of a run, how often its optimizer had stepped each parameter
             before row 0. The states of these parameters carry over; all others start afresh.
+        data_weights: of a what-if run, what the loss of each training example was multiplied by,
+            float64 [train]; None: 1.
+        what_if: of a run in memory, its what-if runs by a digest of all that determines them; in a
+            folder they have folders of their own.
     """
 
     facts: Facts
@@ -266,6 +270,8 @@ class Trajectory:
     path: str | None = None
     statistics: Mapping[tuple[int, int], Statistics] = field(default_factory=dict)
     steps_before: Mapping[str, int] = field(default_factory=dict)
+    data_weights: Tensor | None = None
+    what_if: MutableMapping[str, Trajectory] = field(default_factory=dict)
 
     def merged_statistics(self, start: int, stop: int) -> Statistics:
         """Sums of the statistics of every interval that ends in ``start`` < step <= ``stop``.

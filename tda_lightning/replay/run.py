@@ -168,7 +168,10 @@ class Replay:
 
     def loss_as_trained(self, batch: object, examples: Tensor) -> Tensor:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
-        task's."""
+        task's; of a what-if run, with its weights on the examples."""
+        if (weights := self.trajectory.data_weights) is not None:
+            with seeded_examples(0, examples, own_noise=False):
+                return weighted_loss(self.task, self.module, batch, weights[examples])
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
         with seeded_examples(0, examples, own_noise=False):

@@ -82,6 +82,10 @@ class Batch:
         """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
         return self.session.weights(self.used_as, used)
 
+    def curvature_weights(self, used: Span | None) -> Tensor | None:
+        """What each counts by in the curvature over the steps of ``used``, [batch]; None: 1."""
+        return self.session.curvature_weights(self.examples, used)
+
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
         """Per-example gradients of the training loss, factored, by block."""
@@ -304,6 +308,19 @@ class Session:
             return None
         with_average = torch.cat([weights, torch.ones_like(weights[:1])])  # their mean is 1
         return with_average[examples.cpu()].to(self.device, self.dtype)
+
+    def data_weights(self, examples: Tensor) -> Tensor | None:
+        """What the loss of some training examples was multiplied by in a what-if run, [batch];
+        None: 1."""
+        weights = self.trajectory.data_weights
+        return None if weights is None else weights[examples.cpu()].to(self.device, self.dtype)
+
+    def curvature_weights(self, examples: Tensor, used: Span | None) -> Tensor | None:
+        """What some training examples count by in the curvature of the loss that the steps of
+        ``used`` descended, [batch]: their weights in it times how much they were used; None: 1."""
+        weights = self.data_weights(examples)
+        uses = None if used is None else self.weights(examples, used)
+        return uses if weights is None else weights if uses is None else weights * uses
 
     def add(
         self,

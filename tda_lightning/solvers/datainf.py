@@ -61,10 +61,14 @@ class DataInf:
         removed = {name: torch.zeros_like(part) for name, part in inside.items()}
         for batch in session.walk("DataInf"):
             counts = None if problem.used is None else batch.weights(problem.used)
+            losses = session.data_weights(batch.examples)
             for name, part in inside.items():
                 gradient = scaled(batch.gradients[name], roots[name])
                 squares = gradient.weighted_squares(None, None, None)
+                # A weighted loss has the gradient sqrt(w) g in its curvature.
+                squares = squares if losses is None else losses * squares
                 weights = gradient.dot(part) / (1 + squares)
+                weights = weights if losses is None else weights * losses
                 weights = weights if counts is None else weights * counts
                 removed[name] += gradient.weighted_sums(weights)
         parts = []

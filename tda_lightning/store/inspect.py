@@ -42,6 +42,7 @@ class Description:
     curvature: tuple[FileEntry, ...]
     unfinished: tuple[FileEntry, ...]
     features: tuple[FileEntry, ...]
+    what_if: tuple[FileEntry, ...]
     scores: tuple[FileEntry, ...]
     ground_truth: tuple[FileEntry, ...]
     size: int
@@ -102,6 +103,7 @@ def describe(path: str | Path) -> Description:
         curvature=curvature,
         unfinished=unfinished,
         features=features,
+        what_if=tuple(_what_if(folder, problems) for folder in layout.what_if_folders(root)),
         scores=tuple(_entry(file.name, file) for file in layout.scores_files(root)),
         ground_truth=tuple(_entry(file.name, file) for file in layout.ground_truth_files(root)),
         size=sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
@@ -136,6 +138,18 @@ def _statistics(
             "with statistics='fitted'."
         )
     return entries
+
+
+def _what_if(folder: Path, problems: list[str]) -> FileEntry:
+    """A what-if run: its weights in words, and its size."""
+    name = _DAMAGED
+    with _noting(problems):
+        made = describe(folder)
+        problems.extend(made.problems)
+        name = str(made.facts.settings.get("what_if", ""))
+        if made.planned_end is not None:
+            name += f", interrupted at step {max(made.checkpoints, default=0)}"
+    return FileEntry(name, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
 
 
 @contextmanager

@@ -23,6 +23,8 @@ whole; buffers and random states are those of the first process::
         facts                   JSON: parameters {name: {shape, dtype, group}}, optimizer,
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
                                 stages [{start, parameters [names], new_optimizer}]
+        data_weights            float64 [examples], of a what-if run alone: what each example's loss
+                                was multiplied by in its training
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
         learning_rate           float64 [S, P]   as applied; a group that was added later has
@@ -67,6 +69,8 @@ whole; buffers and random states are those of the first process::
         values/place            uint8 [.], text: the layer that they are read at
       unfinished/<key>.h5       kind "unfinished": where an interrupted attribution resumes
         values/<name>           tensors
+      what_if/<key>/            a trajectory: the run trained again with weights on its examples,
+                                by a hexadecimal digest of all that determines it
       scores/*.h5               scores computed from this trajectory
       ground_truth/*.h5         measurements after retraining
       recording.lock            locked while a recorder writes; a file left behind means nothing
@@ -169,8 +173,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATISTICS_FOLDER = "statistics"
 SCORES_FOLDER = "scores"
 GROUND_TRUTH_FOLDER = "ground_truth"
+WHAT_IF_FOLDER = "what_if"
 
 FACTS = "facts"
+DATA_WEIGHTS = "data_weights"
 PARAMETERS = "parameters"
 BUFFERS = "buffers"
 OPTIMIZER = "optimizer"
@@ -260,6 +266,18 @@ def scores_files(root: Path) -> list[Path]:
 def ground_truth_files(root: Path) -> list[Path]:
     """The files of ground truth in the trajectory's folder."""
     return [path for path in _files(root / GROUND_TRUTH_FOLDER) if path.suffix == ".h5"]
+
+
+def what_if_folder(root: Path, key: str) -> Path:
+    """The folder of the what-if run under ``key``."""
+    return root / WHAT_IF_FOLDER / key
+
+
+def what_if_folders(root: Path) -> list[Path]:
+    """The folders of the what-if runs."""
+    folder = root / WHAT_IF_FOLDER
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if KEY.fullmatch(path.name) and (path / FACTS_FILE).is_file()]
 
 
 def recorded_files(root: Path) -> list[Path]:

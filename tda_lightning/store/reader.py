@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
+import torch
 from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
@@ -20,7 +21,7 @@ from tda_lightning.records.trajectory import (
 )
 from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
-from tda_lightning.store.hdf5 import get_json, get_tensors, reading, subgroup
+from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, subgroup
 from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
 from tda_lightning.store.steps_file import join_steps, no_steps, read_steps
@@ -53,6 +54,7 @@ def open_trajectory(path: str | Path) -> Trajectory:
         features=TensorCache(root, layout.FEATURES),
         path=str(root),
         statistics=StatisticsFolder(root, max(checkpoints)),
+        data_weights=read_data_weights(root, facts),
     )
 
 
@@ -102,6 +104,25 @@ def read_facts(root: Path) -> Facts:
                 for stage in facts.get("stages", ())
             ),
         )
+
+
+def read_data_weights(root: Path, facts: Facts) -> Tensor | None:
+    """The weights of a what-if run's examples, float64 [train]; None of any other run.
+
+    Raises:
+        TrajectoryFormatError: they are damaged.
+    """
+    with reading(root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
+        if not has(file, layout.DATA_WEIGHTS):
+            return None
+        weights = torch.from_numpy(get_array(file, layout.DATA_WEIGHTS, "float64"))
+        fits = weights.shape == (facts.num_examples,) and bool((weights >= 0).all())
+        if not fits or not bool(weights.isfinite().all()):
+            raise ValueError(
+                f"{layout.DATA_WEIGHTS} must hold a number from 0 for each of "
+                f"{facts.num_examples} training examples"
+            )
+        return weights
 
 
 def facts_up_to(facts: Facts, num_steps: int) -> Facts:

@@ -8,13 +8,15 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from tda_lightning.records.curvature_statistics import Statistics
 from tda_lightning.records.errors import TrajectoryExistsError
 from tda_lightning.records.trajectory import Checkpoint, Facts, Steps
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder, sync_folder
-from tda_lightning.store.hdf5 import put_json, put_tensors, writing
+from tda_lightning.store.hdf5 import put_array, put_json, put_tensors, writing
 from tda_lightning.store.reader import CheckpointFolder
 from tda_lightning.store.statistics_folder import write_statistics
 from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
@@ -28,10 +30,14 @@ class TrajectoryWriter:
     history. A finished file is never written into, only replaced as a whole. What a method has
     written when it returns survives a loss of power. A folder that vanishes during recording is an
     ``OSError`` and is not made again, as it would hold only a part of a trajectory.
+
+    Args:
+        data_weights: of a what-if run, [train].
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, data_weights: Tensor | None = None) -> None:
         self.root = Path(path)
+        self._data_weights = data_weights
         self._num_steps = 0
         self._initial: dict[str, str] = {}  # digests of the buffers in checkpoint 0
         self._facts = b""  # content of the file of facts: whose folder it is
@@ -105,6 +111,9 @@ class TrajectoryWriter:
     def _write_facts(self, facts: Facts) -> None:
         with writing(self.root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
             put_json(file, layout.FACTS, asdict(facts))
+            if self._data_weights is not None:
+                weights = self._data_weights.double().cpu().numpy()
+                put_array(file, layout.DATA_WEIGHTS, weights)
         self._facts = (self.root / layout.FACTS_FILE).read_bytes()
 
     def append(self, steps: Steps) -> None:

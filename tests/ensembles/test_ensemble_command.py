@@ -74,6 +74,19 @@ def test_report_evaluate_and_inspect_take_the_folder(
         assert "member-3" in capsys.readouterr().out
 
 
+def test_forks(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ensemble", "runs/digits", "kind=forks", "members=3", "at=[2]"]) == 0
+    root = ROOT.parent / "forks"
+    run, *forks = Ensemble.load(root)
+    for fork in forks:
+        assert fork.facts.settings["fork"]["step"] == 2 and fork.last_step == run.last_step
+        assert fork.steps.loss[:2].equal(run.steps.loss[:2])
+    assert load_config(root / "member-2").seed == load_config("runs/digits").seed
+    assert main(["ensemble", "runs/digits", "kind=forks", "at=[1,x]"]) == 1
+    assert main(["ensemble", "runs/digits", "at=[2]"]) == 1
+    assert "at is for kind=forks, got kind=seeds" in capsys.readouterr().err
+
+
 def test_bad_settings_are_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting, said in (
         ("kind=chance", "kind must be one of seeds, forks, dropout, lora, got 'chance'"),

@@ -162,7 +162,7 @@ def test_a_disk_without_room_is_refused_before_the_first_training(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 20, 1 << 20, 1 << 10))
     make = Maker()
-    match = r"4 members of .* KiB take .* KiB, and the disk of .* has 1.0 KiB left"
+    match = r"4 members of up to .* KiB take .* KiB, and the disk of .* has 1.0 KiB left"
     with pytest.raises(OSError, match=match):
         ensembles.train(run, make)
     assert not make.seeds

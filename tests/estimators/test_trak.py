@@ -194,10 +194,30 @@ def test_examples_count_as_often_as_they_were_drawn() -> None:
         work.features(data),
         work.features(queries_of(CLASSIFIER)),
         [work.projection(0)],
-        weights=weights,
+        weights=[weights],
+        uses=[weights],
     )
     assert relative(scores.values, expected) < 1e-9
     assert (scores.values[:, 9] == 0).all()
+
+
+@pytest.mark.parametrize("draws", [0, 2])
+def test_what_if_runs_count_examples_by_their_weights(draws: int, classifier: Work) -> None:
+    """Models trained on random subsets are put together as the paper's are."""
+    run = dataclasses.replace(classifier.runs[0], what_if={})
+    scores = classifier.attribute(run, TRAK(3), keep=0.6, draws=draws)
+    work = dataclasses.replace(classifier, runs=list(run.what_if.values()))
+    expected = oracles.trak(
+        work.features(work.data),
+        work.features(queries_of(CLASSIFIER)),
+        [work.projection(number, 3) for number in range(max(1, draws))],
+        weights=[own.data_weights for own in work.runs],
+        uses=[torch.ones(TRAINED)] * len(work.runs),
+    )
+    assert relative(scores.values, expected) < 1e-9
+    if draws:
+        with pytest.raises(ValueError, match="examples that count, 6, got 7"):
+            classifier.attribute(run, TRAK(7), keep=0.6, draws=draws)
 
 
 def test_edits_of_an_ensemble(classifier: Work) -> None:
@@ -440,7 +460,7 @@ class TestBadInput:
             TRAK(relative_damping=-1.0)
 
     def test_more_directions_than_examples(self, classifier: Work) -> None:
-        with pytest.raises(ValueError, match="at most the number of training examples, 10, got 11"):
+        with pytest.raises(ValueError, match="training examples that count, 10, got 11"):
             classifier.attribute(classifier.runs[0], TRAK(11))
         scores = classifier.attribute(classifier.runs[0], TRAK(11, relative_damping=0.1))
         assert scores.values.isfinite().all()

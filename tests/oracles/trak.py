@@ -46,7 +46,8 @@ def trak(
     train: Sequence[Features],
     query: Sequence[Features],
     projections: Sequence[Tensor],
-    weights: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
+    uses: Sequence[Tensor] | None = None,
     damping: float = 0.0,
 ) -> Tensor:
     r"""Scores [query, train] of an ensemble, in the unit of the loss.
@@ -58,17 +59,19 @@ def trak(
     Args:
         train: of each member; ``query`` likewise.
         projections: of each member, [parameters, dimension].
-        weights: what each training example counts by, [train]; None: 1.
+        weights: of each member, what a training example counts by in the moments, [train]; None: 1.
+        uses: what it counts by itself; None: 1.
         damping: a multiple of the mean eigenvalue.
     """
     kernel, count = 0, len(train)
-    weights = torch.ones_like(train[0].slopes) if weights is None else weights
-    for own, asked, matrix in zip(train, query, projections, strict=True):
+    ones = [torch.ones_like(own.slopes) for own in train]
+    weights, uses = weights or ones, uses or ones
+    for number, (own, asked, matrix) in enumerate(zip(train, query, projections, strict=True)):
         projected = own.gradients @ matrix
-        moments = projected.T @ torch.diag(weights) @ projected
+        moments = projected.T @ torch.diag(weights[number]) @ projected
         moments = moments + damping * moments.diagonal().mean() * torch.eye(len(moments)).double()
-        solved = torch.linalg.solve(moments, projected.T)
+        solved = torch.linalg.solve(moments, projected.T) * uses[number]
         kernel = kernel + asked.gradients @ matrix @ solved / count
     train_slopes = torch.stack([own.slopes for own in train]).mean(0)
     query_slopes = torch.stack([own.slopes for own in query]).mean(0)
-    return query_slopes[:, None] * kernel * train_slopes * weights
+    return query_slopes[:, None] * kernel * train_slopes

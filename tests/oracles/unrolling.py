@@ -191,10 +191,14 @@ def unrolled(
     data: Batch,
     measurement: Loss,
     queries: Batch,
+    weights: Tensor | None = None,
     **clipping: Any,
 ) -> Tensor:
-    """-d m_q(theta_T) / d w_n at w = 1 through the whole training loop, [query, train]."""
-    weights = torch.ones(num_examples(data), dtype=torch.float64, requires_grad=True)
+    """-d m_q(theta_T) / d w_n through the whole training loop, [query, train], at w = 1 or at
+    ``weights``."""
+    if weights is None:
+        weights = torch.ones(num_examples(data), dtype=torch.float64)
+    weights = weights.clone().requires_grad_()
     trained = replay(trajectory, module, loss, data, weights, **clipping)
     module = with_state(module, trajectory.checkpoints[0])
     measured = _call(module, measurement, trained, queries)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -14,8 +16,10 @@ from tda_lightning.cli.inspect_table import ensemble_table
 from tda_lightning.cli.retraining_cache import parse_part
 from tda_lightning.cli.run_config import load_config, versions
 from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
+from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
 from tda_lightning.ensembles.seeds import diverged
-from tda_lightning.records.ensemble import FINISHED
+from tda_lightning.records.ensemble import FINISHED, MemberFact
+from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.store.ensemble_file import read_ensemble
 
@@ -28,12 +32,12 @@ def ensemble(config: DictConfig) -> None:
     run = Path(required(config, "trajectory", "tda ensemble FOLDER members=5"))
     load_config(run)  # before anything is written
     part = parse_part(config.part)
-    root = begin(run, config.kind, config.members)
+    root = begin(run, config.kind, config.members, _settings(config, run))
     missing = waiting(root)
     if part is not None:
         number, count = part
         missing = [member for member in missing if member.number % count == number - 1]
-    require_room(root, missing, recording_bytes(run))
+    require_room(root, missing, _sizes(run, root, missing))
     made_by = {"command": command_line(), "versions": versions()}
     done = 0
     try:
@@ -55,3 +59,22 @@ def ensemble(config: DictConfig) -> None:
         print(line, file=sys.stderr)
     finished = sum(member.state == FINISHED for member in facts.members)
     print(f"{finished} of {len(facts.members)} members are finished: tda attribute {root}")
+
+
+def _settings(config: DictConfig, run: Path) -> dict[str, object]:
+    """What the members of a kind have in common."""
+    if config.kind == "forks":
+        at = None if config.at is None else list(config.at)
+        return {"at": fork_points(Trajectory.load(run), at)}
+    if config.at is not None:
+        raise ValueError(f"at is for kind=forks, got kind={config.kind}.")
+    return {}
+
+
+def _sizes(run: Path, root: Path, members: Sequence[MemberFact]) -> list[int]:
+    """Bytes that each member will take."""
+    points: Any = read_ensemble(root).settings.get("at")
+    if points is None:
+        return [recording_bytes(run)] * len(members)
+    trajectory = Trajectory.load(run)
+    return [fork_bytes(trajectory, fork_point(member, points)) for member in members]

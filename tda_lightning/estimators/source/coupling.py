@@ -106,7 +106,7 @@ def coupled(
             for gradients in _gauss_newton(session, batch, segment.kind, seed + step):
                 dots = [gradients.blocks[name].dot(own) for name, own in u.items()]
                 inner = torch.stack(dots).sum(0)
-                if (weights := batch.weights(segment.used)) is not None:
+                if (weights := batch.curvature_weights(segment.used)) is not None:
                     inner = inner * weights
                 for block in session.blocks:
                     if not products.keys() & set(block.parameters):

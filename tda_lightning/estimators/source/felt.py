@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.replay.run import Replay
+from tda_lightning.replay.run import Replay, weighted_loss
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.session import Session
@@ -78,6 +78,8 @@ def _by_batch(replay: Replay) -> list[nn.Module]:
 
 
 def _loss(session: Session, batch: object, examples: Tensor) -> Tensor:
+    if (weights := session.data_weights(examples)) is not None:
+        return weighted_loss(session.task, session.module, batch, weights)
     if isinstance(session.task, TrainingStepTask):
         return run_training_step(session.module, batch)
     losses = session.train_loss(session.module, batch, examples)

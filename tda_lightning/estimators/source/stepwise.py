@@ -186,11 +186,14 @@ def _mean_gradients(
     for batch in segment.walk(title, loads, scored=False):
         load = loads[batch.position]
         before, after = (segment.gradients(batch, step) for step in load.interval)
+        weights = session.data_weights(batch.examples)
         for name, total in totals.items():
             for row, positions in load.runs():
                 for part in chunks(positions, before[name].cost_per_example):
                     ends = [at[name].dense(part) for at in (before, after)]
                     gradient = load.gradients(ends, part)
+                    if weights is not None:
+                        gradient = gradient * weights[part, None, None, None]
                     total[row - start] += gradient.sum(0)
     return {name: session.reduce(total) for name, total in totals.items()}
 

@@ -130,19 +130,3 @@ class Certificate:
 
 def _largest(difference: Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
-
-
-def require_task_loss(step: int, task: float, trained: float, dtype: torch.dtype) -> None:
-    """Refuse a task whose losses do not make up the loss as trained.
-
-    Raises:
-        TrajectoryMismatchError: they do not.
-    """
-    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
-    if not abs(task - trained) <= tolerance * max(1.0, abs(trained)):
-        raise TrajectoryMismatchError(
-            f"The task's losses do not add up to the loss as trained: for a batch of step {step} "
-            f"{task:.6g}, expected {trained:.6g}. Exact unrolling needs the very loss. With "
-            "task=None it is taken from the module's own training_step, with all that is added or "
-            "weighted there; otherwise check the task's reduction and weights."
-        )

@@ -1,10 +1,10 @@
 r"""First and second derivatives of one batch's loss, as far as the adjoints ask for them.
 
-With weights w on the examples the batch's loss is :math:`L(\theta, w)`, at w = 1 the loss as
-trained. The gradient of :math:`\langle \nabla_\theta L, u \rangle` with respect to :math:`\theta`
-is the Hessian-vector product H u, and with respect to :math:`w_n` it is what example n's part of
-the gradient has in common with u. So one double backward gives both, for many u at once (vmap over
-the backward pass).
+With weights w on the examples the batch's loss is :math:`L(\theta, w)`, at w = 1 (in a what-if
+run, at its weights) the loss as trained. The gradient of :math:`\langle \nabla_\theta L, u
+\rangle` with respect to :math:`\theta` is the Hessian-vector product H u, and with respect to
+:math:`w_n` it is what example n's part of the gradient has in common with u. So one double backward
+gives both, for many u at once (vmap over the backward pass).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BatchDerivatives:
         loss: of the batch, as trained.
         parameters: by name, those that the loss depends on.
         gradient: of the loss divided by the accumulation, with its graph, in the same order.
-        weights: [batch], or [batch, position]: ones, in the graph.
+        weights: [batch], or [batch, position]: those that the run was trained with, in the graph.
         alternatives: zeros, in the graph, that weigh the losses of other examples or labels.
         uses: of layers with running statistics.
     """
@@ -125,9 +125,10 @@ def batch_derivatives(
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), unchanged_randomness():
             with watched(layers) as uses:
                 total, parts = run(batch)
-            weights = torch.ones_like(parts, requires_grad=True)
+            weights = _trained_weights(replay, examples, parts).requires_grad_()
             # At weights of 1 this adds nothing to the loss or to its Hessian.
-            objective = (total + ((weights - 1) * parts).sum()) / accumulation
+            total = total + ((weights - 1) * parts).sum()
+            objective = total / accumulation
             others = [run(variant)[1][list(positions)] for variant, positions in variants]
             count = sum(len(losses) for losses in others)
             alternatives = parts.new_zeros(count, requires_grad=True)
@@ -160,6 +161,15 @@ def batch_derivatives(
         alternatives,
         uses,
     )
+
+
+def _trained_weights(replay: Replay, examples: Tensor, parts: Tensor) -> Tensor:
+    """What each of ``parts``, [batch] or [batch, position], was multiplied by in training."""
+    weights, ones = replay.trajectory.data_weights, torch.ones_like(parts)
+    if weights is None:
+        return ones
+    own = weights[examples.cpu()].to(ones)
+    return ones * own.view(-1, *[1] * (parts.dim() - 1))
 
 
 def queries_at_once(device: torch.device, room: int, activations: int) -> int:

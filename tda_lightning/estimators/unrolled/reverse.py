@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tda_lightning.edits import Term
 from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
 from tda_lightning.estimators.unrolled.batch_statistics import measurement_adjoints
-from tda_lightning.estimators.unrolled.certificate import require_task_loss
 from tda_lightning.estimators.unrolled.derivatives import (
     BatchDerivatives,
     activations_counted,
@@ -23,6 +22,7 @@ from tda_lightning.estimators.unrolled.derivatives import (
 )
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
+from tda_lightning.replay.prepared import require_task_loss
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
@@ -145,7 +145,8 @@ class ReverseSweeps:
                 losses.append(graph.loss)
                 self._add(graph, examples, u)
         first = next(iter(state.parameters.values()))
-        require_task_loss(state.row + 1, sum(losses) / len(losses), state.loss, first.dtype)
+        found = sum(losses) / len(losses)
+        require_task_loss(state.row + 1, found, state.loss, first.dtype, "Exact unrolling")
         if state.row in self._starts:
             self._end_segment(self._starts.index(state.row))
 

@@ -1,0 +1,162 @@
+"""Which runs an attribution is of: the recorded ones, or their what-if runs (``keep``)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from tda_lightning.attribution.stages import StageSetup
+from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.provenance import WhatIfRecord
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.replay.what_if import (
+    feels_factor,
+    seconds_of_run,
+    subset_weights,
+    uniform_weights,
+    what_if_run,
+)
+from tda_lightning.runtime.loading import ExampleSource
+
+DRAWS = 4  # random subsets where the optimizer does not feel a common factor of the loss
+
+
+@dataclass(frozen=True)
+class AskedRuns:
+    """The runs that scores are made of.
+
+    Attributes:
+        runs: the stages of each.
+        recorded: the recorded run that each belongs to, by its position.
+        draws: runs of each recorded one, which follow one another.
+        what_if: for the provenance; None for the recorded runs themselves.
+    """
+
+    runs: list[list[StageSetup]]
+    recorded: list[int]
+    draws: int = 1
+    what_if: WhatIfRecord | None = None
+
+
+def asked_runs(
+    members: Sequence[Sequence[StageSetup]],
+    examples: Sequence[ExampleSource],
+    keep: float,
+    draws: int | None,
+) -> AskedRuns:
+    """The runs at which the derivative is taken: for ``keep`` below 1 what-if runs, trained where
+    they are not there yet.
+
+    Args:
+        members: the stages of the recorded runs, one or several.
+        examples: the training set of each recorded stage.
+        keep: mean weight of the training examples.
+        draws: random subsets; 0: every example at weight ``keep``; None: what suits the optimizer.
+
+    Raises:
+        UnsupportedTrainingError: a run cannot be replayed.
+    """
+    if keep == 1:
+        return AskedRuns([list(stages) for stages in members], list(range(len(members))))
+    subsets = _draws(members, draws)
+    count = max(1, subsets)
+    runs = [
+        _what_if_stages(stages, examples, keep, subsets, number)
+        for stages in members
+        for number in range(count)
+    ]
+    record: WhatIfRecord = {
+        "keep": keep,
+        "weights": "subsets" if subsets else "uniform",
+        "runs": [stage.trajectory.path or "in memory" for stages in runs for stage in stages],
+    }
+    if subsets:
+        record["draws"] = subsets
+    recorded = [number for number in range(len(members)) for _ in range(count)]
+    return AskedRuns(runs, recorded, count, record)
+
+
+def seconds_of_runs(
+    members: Sequence[Sequence[StageSetup]],
+    examples: Sequence[ExampleSource],
+    draws: int | None,
+) -> tuple[int, float]:
+    """How many what-if runs there are, and about how long each takes to train."""
+    stage = members[0][-1]
+    with _explained():
+        seconds = seconds_of_run(stage.trajectory, stage.module, stage.task, examples[stage.run])
+    return len(members) * max(1, _draws(members, draws)), seconds
+
+
+def _draws(members: Sequence[Sequence[StageSetup]], draws: int | None) -> int:
+    """Random subsets of each run; 0 for uniform weights."""
+    if draws is not None:
+        return draws
+    with _explained():
+        feels = all(feels_factor(stage.trajectory) for stages in members for stage in stages)
+    return 0 if feels else DRAWS
+
+
+def _what_if_stages(
+    stages: Sequence[StageSetup],
+    examples: Sequence[ExampleSource],
+    keep: float,
+    draws: int,
+    number: int,
+) -> list[StageSetup]:
+    """The stages of one what-if run, each of which begins where the one before it ended."""
+    made: list[StageSetup] = []
+    before: tuple[Trajectory, Trajectory] | None = None
+    for stage in stages:
+        source = examples[stage.run]
+        weights = _weights(len(source), keep, draws)[number if draws else 0]
+        # A task remembers what it saw of its run's batches.
+        task = copy.deepcopy(stage.task)
+        with _explained():
+            run = what_if_run(stage.trajectory, stage.module, task, source, weights, before)
+        before = (stage.trajectory, run)
+        made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
+    return made
+
+
+def _weights(num_train: int, keep: float, draws: int) -> Tensor:
+    if not draws:
+        return uniform_weights(num_train, keep)
+    return subset_weights(num_train, keep, draws)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what an error about a replay has to do with ``keep``."""
+    try:
+        yield
+    except UnsupportedTrainingError as error:
+        raise UnsupportedTrainingError(
+            "keep below 1 trains the run again with weights on its examples, which this run does "
+            f"not allow: {error} The recorded run itself can be asked with keep=1."
+        ) from error
+
+
+def question_of(record: WhatIfRecord) -> str:
+    """The question that scores at a what-if run answer, in words.
+
+    Example:
+        >>> question_of({"keep": 0.8, "weights": "uniform"})
+        'what if about 20% of the training data were gone (derivative where every example has \
+weight 0.8)'
+    """
+    gone = 1 - record["keep"]
+    share = "half" if abs(gone - 0.5) < 0.005 else f"{gone:.2g}" if gone < 0.005 else f"{gone:.0%}"
+    if record["weights"] == "uniform":
+        where = f"derivative where every example has weight {record['keep']:g}"
+    else:
+        where = (
+            f"derivative where a random subset of {record['keep']:.0%} has weight 1 and the rest 0"
+        )
+        if record["draws"] > 1:
+            where += f", mean over {record['draws']} subsets"
+    return f"what if about {share} of the training data were gone ({where})"
