@@ -65,8 +65,10 @@ class Runs:
         seeds: of initial weights and order of batches, one for each run.
         weights: of the examples, float64 [run, train].
         removed: the order goes through the examples of weight 1 only, in fewer steps.
-        spread: the second moment is what it would be, on average, if an example of weight w stood
-            in its batch with probability w: g^2 + sum_n w_n (1 - w_n) g_n^2 / B^2.
+        spread: times sum_n g_n^2 / B^2 is added to the square of the gradient. With w (1 - w) the
+            second moment is what it would be, on average, if the examples were in their batches
+            with probability w.
+        held: the derivative takes what ``spread`` adds as given.
         speeds: multiples of the rate, one for each run; (): 1.
         blind: coordinates whose second moment is still 0 pass no derivative on.
     """
@@ -74,7 +76,8 @@ class Runs:
     seeds: Sequence[int]
     weights: Tensor
     removed: bool = False
-    spread: bool = False
+    spread: float = 0.0
+    held: bool = False
     speeds: Sequence[float] = ()
     blind: bool = True
 
@@ -138,8 +141,8 @@ def step(
     square = gradient.square()
     if runs.spread:
         own = per_example(problem, weights, inputs, targets)
-        variance = (shares * (1 - shares))[:, :, None] * own.square()
-        square = square + variance.sum(1) / size**2
+        added = runs.spread * own.square().sum(1) / size**2
+        square = square + (added.detach() if runs.held else added)
     second = BETAS[1] * state.second + (1 - BETAS[1]) * square
     moved = second > 0
     root = (torch.where(moved, second, 1.0) / (1 - BETAS[1] ** t)).sqrt()

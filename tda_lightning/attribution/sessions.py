@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.attribution.cache_key import digest_of
+from tda_lightning.attribution.member_modules import require_masked
 from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet
@@ -136,6 +137,7 @@ def open_session(
         task.notes.extend(dict.fromkeys([*unknown, *examples.notes, *queries.notes]))
         engine.discover(session.train_loss, batch, indices, task.one_by_one)
     session.check_seconds = time.monotonic() - began
+    require_masked(module)
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
     return session

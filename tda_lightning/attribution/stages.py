@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.matching import attributed_parameters, require_same_parameters
+from tda_lightning.attribution.member_modules import member_module
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.optimizers import rule_if_known
 from tda_lightning.records.errors import EngineError, TrajectoryMismatchError
@@ -80,6 +81,7 @@ def set_up(
                 f"got {len(given)}."
             )
     loaded = [one if isinstance(one, Trajectory) else Trajectory.load(str(one)) for one in runs]
+    modules = [member_module(own, run) for own, run in zip(modules, loaded, strict=True)]
     found: list[StageSetup] = []
     used: set[int] = set()
     for run, (one, own, asked) in enumerate(zip(loaded, modules, tasks, strict=True)):

@@ -110,7 +110,7 @@ def _what_if_stages(
 ) -> list[StageSetup]:
     """The stages of one what-if run, each of which begins where the one before it ended."""
     made: list[StageSetup] = []
-    before: tuple[Trajectory, Trajectory] | None = None
+    before: list[tuple[Trajectory, Trajectory]] = []
     for stage in stages:
         source = examples[stage.run]
         weights = _weights(len(source), keep, draws)[number if draws else 0]
@@ -118,7 +118,7 @@ def _what_if_stages(
         task = copy.deepcopy(stage.task)
         with _explained():
             run = what_if_run(stage.trajectory, stage.module, task, source, weights, before)
-        before = (stage.trajectory, run)
+        before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
     return made
 

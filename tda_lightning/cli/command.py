@@ -101,7 +101,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(("estimator.", "solver=", "solver.", "relabel="))
+        if override.startswith(("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="))
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

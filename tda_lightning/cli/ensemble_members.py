@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tda_lightning.cli.command import quiet_lightning
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.run_config import FILE_NAME
+from tda_lightning.ensembles.dropout import mask_member
 from tda_lightning.ensembles.forks import fork_member, replay_of, require_faithful
 from tda_lightning.ensembles.seeds import train_member
 from tda_lightning.records.ensemble import MemberFact
@@ -72,6 +73,8 @@ class _Maker:
         write_text(folder / FILE_NAME, OmegaConf.to_yaml(config))
         if self.kind == "forks":
             fork_member(self.root, member, self.replay)
+        elif self.kind == "dropout":
+            mask_member(self.root, member, self.run.trajectory)
         else:
             train_member(self.root, member, self.run.fresh)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from tda_lightning.cli.evaluation_limits import Limits
 from tda_lightning.evaluation import (
     BASELINES,
     GroundTruth,
@@ -212,38 +213,64 @@ def seed_variance_share(truth: GroundTruth) -> float | None:
     return float(share.mean()) if len(share) else None
 
 
-def evaluation_table(rows: Sequence[JudgedScores], protocol: str = "single_run") -> Table:
-    """The linear datamodeling scores with both intervals."""
+def evaluation_table(
+    rows: Sequence[JudgedScores], protocol: str = "single_run", limits: Limits | None = None
+) -> Table:
+    """The linear datamodeling scores with both intervals, and what there is to reach."""
+    limits = limits or Limits()
     responses = protocol == "pbrf"
     title = "Rank correlation with the proximal Bregman response"
     table = Table(title=title if responses else "Linear datamodeling score")
-    add_names_column(table, [f"{row.name} (!)" if row.beyond else row.name for row in rows])
+    names = [f"{row.name} (!)" if row.beyond else row.name for row in rows]
+    add_names_column(table, names)
     table.add_column("rank" if responses else "LDS", justify="right")
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
+    if limits.seeds is not None:
+        table.add_column("of\nlimit", justify="right")
     table.add_column("slope", justify="right", min_width=5, no_wrap=True)
-    if detected := any(row.detection is not None for row in rows):
-        table.add_column("wrong labels")
     times = ["" if row.seconds is None else readable_time(row.seconds) for row in rows]
     # A narrow terminal folds the intervals, and cuts no number off.
     table.add_column("time", justify="right", min_width=max(map(len, ["time", *times])))
-    for row, taken in zip(rows, times, strict=True):
-        if row.over_queries is None or row.over_subsets is None:
-            cells = ["none", "", "", ""]
-        else:
-            queries, subsets = row.over_queries, row.over_subsets
-            unknown = math.isnan(subsets.low)
-            cells = [
-                f"{queries.value:.3f}",
-                f"{queries.low:.3f} to {queries.high:.3f}",
-                "unknown" if unknown else f"{subsets.low:.3f} to {subsets.high:.3f}",
-                "" if row.slope is None else f"{row.slope:.3g}",
-            ]
-        if detected:
-            auc, share = row.detection or (math.nan, math.nan)
-            cells.append("" if row.detection is None else f"AUC {auc:.3f}, {share:.0%}")
-        table.add_row(f"{row.name} (!)" if row.beyond else row.name, *cells, taken)
+    for name, row, taken in zip(names, rows, times, strict=True):
+        cells = ["none", "", ""]
+        share = slope = ""
+        if row.over_queries is not None and row.over_subsets is not None:
+            cells = _cells(row.over_queries, row.over_subsets)
+            share = limits.share(row.over_queries.value)
+            slope = "" if row.slope is None else f"{row.slope:.3g}"
+        if limits.seeds is not None:
+            cells.append(share)
+        table.add_row(name, *cells, slope, taken)
+    if limits.rows():
+        table.add_section()
+    for name, limit in limits.rows():
+        table.add_row(name, *_cells(limit.over_queries, limit.over_subsets))
     return table
+
+
+def detection_table(rows: Sequence[JudgedScores]) -> Table | None:
+    """How well self-influence finds the wrong labels; None where no labels are known to be."""
+    known = [(row.name, *row.detection) for row in rows if row.detection is not None]
+    if not known:
+        return None
+    table = Table(title="Wrong labels by self-influence")
+    add_names_column(table, [name for name, _, _ in known])
+    table.add_column("AUC", justify="right")
+    table.add_column(f"found in the first {INSPECTED:.0%}", justify="right")
+    for name, auc, found in known:
+        table.add_row(name, f"{auc:.3f}", f"{found:.0%}")
+    return table
+
+
+def _cells(queries: Interval, subsets: Interval) -> list[str]:
+    """A linear datamodeling score and its intervals."""
+    unknown = math.isnan(subsets.low)
+    return [
+        f"{queries.value:.3f}",
+        f"{queries.low:.3f} to {queries.high:.3f}",
+        "unknown" if unknown else f"{subsets.low:.3f} to {subsets.high:.3f}",
+    ]
 
 
 def add_names_column(table: Table, names: Sequence[str]) -> None:
@@ -252,7 +279,9 @@ def add_names_column(table: Table, names: Sequence[str]) -> None:
     table.add_column("scores", overflow="fold", min_width=width, max_width=_NAME_WIDTH)
 
 
-def evaluation_notes(rows: Sequence[JudgedScores], truth: GroundTruth, seconds: float) -> str:
+def evaluation_notes(
+    rows: Sequence[JudgedScores], truth: GroundTruth, seconds: float, limits: Limits | None = None
+) -> str:
     """What the numbers in the table mean, in words."""
     subsets, seeds = truth.seeds.shape
     lines = [
@@ -282,14 +311,15 @@ def evaluation_notes(rows: Sequence[JudgedScores], truth: GroundTruth, seconds: 
         )
     if any(row.detection is not None for row in rows):
         lines.append(
-            "Wrong labels: those that the data module flipped, found by self-influence; the AUC, "
-            f"and the share of them in the first {INSPECTED:.0%} of the training set."
+            "Wrong labels: those that the data module flipped; the area under the ROC curve, and "
+            f"the share of them in the first {INSPECTED:.0%} of the training set."
         )
     if (share := seed_variance_share(truth)) is not None:
         lines.append(
             f"{share:.0%} of the measurements' variance is between seeds of one subset: no scores "
             "can explain that part, and more seeds average it out."
         )
+    lines += [] if limits is None else limits.notes
     error = truth.made_by.get("landing_error")
     if isinstance(error, (int, float)) and error > ROUNDING:
         lines.append(
@@ -300,7 +330,11 @@ def evaluation_notes(rows: Sequence[JudgedScores], truth: GroundTruth, seconds: 
 
 
 def evaluation_json(
-    rows: Sequence[JudgedScores], truth: GroundTruth, seconds: float, header: Mapping[str, object]
+    rows: Sequence[JudgedScores],
+    truth: GroundTruth,
+    seconds: float,
+    header: Mapping[str, object],
+    limits: Limits | None = None,
 ) -> dict[str, object]:
     """Everything in the table, and more: the score of every query, and how far each row is from
     the best one, query by query."""
@@ -317,6 +351,7 @@ def evaluation_json(
         "num_train": truth.subsets.shape[1],
         "landing_error": truth.made_by.get("landing_error"),
         "seed_variance_share": seed_variance_share(truth),
+        "limits": (limits or Limits()).as_json(),
         "retraining_seconds": float(truth.seconds.sum()),
         "seconds": seconds,
         "configuration": dict(truth.configuration),

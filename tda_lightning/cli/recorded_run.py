@@ -34,7 +34,7 @@ def load_parts(
         task = instantiate(config.task, _convert_="all")
     else:
         task = build(run_config.get("task"), config.trust_config)
-    if (draws := config.get("draws")) is not None:
+    if "keep" not in config and (draws := config.get("draws")) is not None:
         if draws < 1:
             raise ValueError(f"draws must be at least 1 or null, got {draws}.")
         task = as_task(task)

@@ -31,6 +31,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
         Sequence[int] | None,
         "queries=[5] for row 5 or queries=[0,1,2] for the first three",
     ),
+    "rate": (float | None, ""),
     "relabel": (Mapping | None, "relabel={3: 7} for label 7 of example 3"),
     "scores": (str | Sequence[str] | None, ""),
     "seed": (int, ""),

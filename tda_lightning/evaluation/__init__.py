@@ -1,5 +1,6 @@
 """Are the scores right? Retraining, and what to compare with it."""
 
+from tda_lightning.evaluation.additive import additive_ceiling, fitted_linear_model
 from tda_lightning.evaluation.baselines import (
     BASELINES,
     last_checkpoint,
@@ -7,6 +8,7 @@ from tda_lightning.evaluation.baselines import (
     random_scores,
     self_loss,
 )
+from tda_lightning.evaluation.ceilings import Ceiling, seed_ceiling
 from tda_lightning.evaluation.configuration import draw_seeds, truth_configuration
 from tda_lightning.evaluation.from_scratch import retrain_from_scratch
 from tda_lightning.evaluation.judgements import (
@@ -43,6 +45,7 @@ from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [
     "BASELINES",
+    "Ceiling",
     "Estimate",
     "FreshTraining",
     "GroundTruth",
@@ -51,6 +54,7 @@ __all__ = [
     "RemovalAgreement",
     "Smoothness",
     "TopRemoval",
+    "additive_ceiling",
     "agreement",
     "as_removal",
     "compare_removals",
@@ -59,6 +63,7 @@ __all__ = [
     "draw_seeds",
     "draw_subsets",
     "each_response",
+    "fitted_linear_model",
     "found_within",
     "group_removal",
     "interval_over_subsets",
@@ -76,6 +81,7 @@ __all__ = [
     "retrain",
     "retrain_each",
     "retrain_from_scratch",
+    "seed_ceiling",
     "self_loss",
     "slope_and_correlation",
     "smoothness",

@@ -115,8 +115,21 @@ def interval_over_subsets(
     resample in which the measurements of every query are constant is left out.
     """
     predicted, truth = _compared(scores, subsets, outcomes)
+    return resample_subsets(predicted, truth, confidence, resamples, seed)
+
+
+def resample_subsets(
+    predicted: Tensor,
+    truth: Tensor,
+    confidence: float = 0.95,
+    resamples: int = 400,
+    seed: int = 0,
+) -> Interval:
+    """Spearman's correlation of predictions with the truth, both [query, subset], averaged over
+    queries, with the bootstrap interval over subsets."""
+    count = truth.shape[1]
     whole = bootstrap(rank_correlation(predicted, truth), confidence, 1, seed)
-    draws = np.random.default_rng(seed).integers(len(subsets), size=(resamples, len(subsets)))
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     means = []
     for draw in draws:
         per_query = rank_correlation(predicted[:, draw], truth[:, draw])

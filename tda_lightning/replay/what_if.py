@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +100,7 @@ def what_if_run(
     task: AttributionTask,
     source: ExampleSource,
     weights: Tensor,
-    before: tuple[Trajectory, Trajectory] | None = None,
+    before: Sequence[tuple[Trajectory, Trajectory]] = (),
 ) -> Trajectory:
     """The run trained again with example n's loss multiplied by ``weights[n]``.
 
@@ -113,8 +113,8 @@ def what_if_run(
         task: gives each example's training loss.
         source: the recorded training set.
         weights: float64 [train].
-        before: the recorded stage that came before and its what-if run, where there is one: what
-            the stage began with comes from there.
+        before: the recorded stages that came before, in order, with their what-if runs: what this
+            one took over from them comes from there.
 
     Raises:
         UnsupportedTrainingError: the run cannot be replayed.
@@ -184,13 +184,16 @@ def _checked(
     return replay, losses
 
 
-def _beginning(trajectory: Trajectory, before: tuple[Trajectory, Trajectory] | None) -> Checkpoint:
+def _beginning(
+    trajectory: Trajectory, before: Sequence[tuple[Trajectory, Trajectory]]
+) -> Checkpoint:
     """What the run starts from. Tensors that a stage took over as the one before it left them are
-    taken over from that stage's what-if run."""
+    taken over from that stage's what-if run; an optimizer's states from the last stage that moved
+    them."""
     first = trajectory.checkpoints[0]
-    if before is None:
+    if not before:
         return first
-    recorded, changed = (run.checkpoints[run.last_step] for run in before)
+    recorded, changed = (run.checkpoints[run.last_step] for run in before[-1])
     left = {**recorded.buffers, **recorded.parameters}
     leaves = {**changed.buffers, **changed.parameters}
 
@@ -203,9 +206,12 @@ def _beginning(trajectory: Trajectory, before: tuple[Trajectory, Trajectory] | N
         }
 
     optimizer = first.optimizer
-    if optimizer is not None and changed.optimizer is not None:
-        carried = {name: changed.optimizer[name] for name in trajectory.steps_before}
-        optimizer = {**optimizer, **{n: own for n, own in carried.items() if n in optimizer}}
+    if optimizer is not None:
+        states: dict[str, Mapping[str, Tensor]] = {}
+        for _, run in before:
+            states |= run.checkpoints[run.last_step].optimizer or {}
+        # A new optimizer starts afresh.
+        optimizer = {n: states[n] if n in trajectory.steps_before else {} for n in optimizer}
     return replace(
         first,
         parameters=taken_over(first.parameters),

@@ -73,6 +73,25 @@ def test_draws_reach_the_task_of_every_command(run, capsys):
         assert "draws: null" in capsys.readouterr().out
 
 
+def test_scores_where_half_of_the_data_would_be_gone(run, capsys):
+    command = ["attribute", "trajectory=runs/digits", "estimator=tracin", "keep=0.5"]
+    assert main([*command, "draws=2"]) == 0
+    assert main(command) == 0
+    path = run / "scores" / "tracin-keep-0.5.h5"
+    assert Scores.load(path).provenance["what_if"]["weights"] == "uniform"
+    assert (run / "scores" / "tracin-keep-0.5-draws-2.h5").exists()
+    assert main(["report", f"scores={path}"]) == 0
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert "What if about half of the training data were gone" in page
+    assert main(["plan", "runs/digits", "estimator=tracin", "keep=0.5"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "runs/digits"]) == 0
+    out = capsys.readouterr().out
+    assert "what-if run" in out and "every example at weight 0.5" in out
+    assert main([*command, "keep=1.5", "overwrite=true"]) == 1
+    assert "keep is the share of the training data" in capsys.readouterr().err
+
+
 def test_a_report_and_an_inspection(run, capsys):
     assert main(["report", "scores=runs/digits/scores/source.h5"]) == 0
     page = run / "scores" / "source.html"

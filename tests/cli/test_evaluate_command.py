@@ -26,6 +26,7 @@ from tda_lightning.evaluation import (
     predicted_changes,
     proximal_bregman_response,
     retrain_from_scratch,
+    seed_ceiling,
     top_removal,
 )
 from tda_lightning.evaluation.baselines import random_scores
@@ -215,20 +216,32 @@ def test_the_algorithm_is_trained_anew_on_less_data(run, monkeypatch, capsys):
 
     monkeypatch.setattr(retraining.Trainer, "fit", fit)
     given = ["evaluate", "runs/digits", "baselines=[random]", "protocol=algorithm", "alpha=0.8"]
-    assert main([*given, "num_subsets=3", "seeds=2"]) == 0
-    assert lengths == [48] * 6
-    assert len(set(seeds)) == 6
-    out = capsys.readouterr().out
+    assert main([*given, "num_subsets=4"]) == 0
+    assert "not told by one seed per subset: seeds=2 tells" in words(capsys)
+    first = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
+    assert main([*given, "num_subsets=4", "seeds=2"]) == 0
+    assert lengths == [48] * 8
+    assert len(set(seeds)) == 8
+    out = words(capsys)
     assert "Protocol algorithm: trained from scratch" in out
     assert "of the measurements' variance is between seeds" in out
     truth = read_ground_truth(run / "ground_truth" / "algorithm-0.8-0.h5")
-    assert truth.outcomes.shape == (3, 2, 4)
+    assert truth.outcomes.shape == (4, 2, 4)
+    assert torch.equal(truth.outcomes[:, :1], first.outcomes)  # a seed is added to what is there
     assert (truth.outcomes[:, 0] != truth.outcomes[:, 1]).any()
     assert 0 < table(run, "algorithm-0.8-0")["seed_variance_share"] <= 1
-    # One more seed, and the same again elsewhere: everything follows from the seeds.
+    limit = table(run, "algorithm-0.8-0")["limits"]["seeds"]
+    assert limit["lds"] == seed_ceiling(truth.outcomes).over_queries.value
+    assert "limit: seeds" in out and "Limit, seeds: what a predictor would reach" in out
+    # The same again elsewhere: everything follows from the seeds.
     assert main([*given, "num_subsets=3", "seeds=1", "ground_truth=again.h5"]) == 0
     again = read_ground_truth("again.h5")
-    torch.testing.assert_close(again.outcomes[:, 0], truth.outcomes[:, 0])
+    torch.testing.assert_close(again.outcomes[:, 0], truth.outcomes[:3, 0])
+
+
+def words(capsys) -> str:
+    """What was printed, without the breaks of lines."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_trained_anew_on_everything_with_its_own_seed_it_is_the_recorded_run(run):

@@ -87,6 +87,16 @@ def test_forks(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "at is for kind=forks, got kind=seeds" in capsys.readouterr().err
 
 
+def test_dropout(there: Path) -> None:
+    root = ROOT.parent / "dropout"
+    assert main(["ensemble", "runs/digits", "kind=dropout", "members=2", "rate=0.2"]) == 0
+    assert main(["attribute", str(root), "estimator=tracin"]) == 0
+    scores = Scores.load(root / "scores" / "tracin.h5")
+    assert scores.members is not None and relative(*scores.members) > 0.05
+    assert main(["evaluate", str(root), "num_subsets=3", "baselines=[]"]) == 0
+    assert main(["ensemble", "runs/digits", "kind=dropout", "rate=0.3"]) == 1
+
+
 def test_bad_settings_are_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting, said in (
         ("kind=chance", "kind must be one of seeds, forks, dropout, lora, got 'chance'"),

@@ -22,6 +22,7 @@ from tda_lightning.estimators import InfluenceFunction, Source, TracIn
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import StageFact, Trajectory
+from tda_lightning.replay.what_if import subset_weights
 from tda_lightning.report import write_report
 from tda_lightning.store import open_trajectory
 from tests import oracles
@@ -106,10 +107,12 @@ def record(
     return open_trajectory(path)
 
 
-def scores(trajectory: Any, module: nn.Module, estimator: Any, data: Any = DATA) -> Any:
+def scores(
+    trajectory: Any, module: nn.Module, estimator: Any, data: Any = DATA, **options: Any
+) -> Any:
     attribution = AttributionModule(module, trajectory, estimator, CaseTask("regression"))
     return attribution.attribute(
-        TensorDataset(*data), TensorDataset(*QUERIES), batch_size=4, trainer=quiet()
+        TensorDataset(*data), TensorDataset(*QUERIES), batch_size=4, trainer=quiet(), **options
     )
 
 
@@ -207,6 +210,26 @@ def test_the_recorded_order_of_adam_is_exact_unrolling(name: str, tmp_path: Path
     truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES)
     found = scores(trajectory, module, every_step(trajectory))
     assert relative(found.values, truth) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name", ["nesterov", "dampened, one by one", "fits and stages", *(f"adamw, {n}" for n in ADAM)]
+)
+def test_stages_of_a_what_if_run_begin_where_the_ones_before_ended(
+    name: str, tmp_path: Path
+) -> None:
+    """With weights and the optimizer's states as the weighted training left them."""
+    make, (plan, fits) = adamw, ADAM.get(name.removeprefix("adamw, "), ("", ()))
+    if name in CASES:
+        options, plan, fits, _ = CASES[name]
+        make = sgd(**options)
+    module = Linear(make)
+    trajectory = record(tmp_path, module, Trains(plan), fits=fits)
+    for draws in (0, 1):
+        at = subset_weights(8, 0.6, 1)[0] if draws else torch.full((8,), 0.6, dtype=torch.float64)
+        truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES, at=at)
+        found = scores(trajectory, module, every_step(trajectory), keep=0.6, draws=draws)
+        assert relative(found.values, truth) < 1e-9
 
 
 def every_step(trajectory: Any) -> Source:

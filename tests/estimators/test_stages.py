@@ -559,3 +559,20 @@ def test_two_processes() -> None:
         expected = work.scores(estimator).by_segment
         for found in both:
             torch.testing.assert_close(found[name], expected)
+
+
+def test_runs_one_after_another_at_other_weights() -> None:
+    """Each what-if run begins where that of the stage before ended."""
+    staged = problem()
+    scores = staged.scores(Source(2, curvature="exact"), keep=0.5)
+    first, second = (next(iter(s.trajectory.what_if.values())) for s in staged.stages)
+    for name in ("trunk.weight", "trunk.bias"):
+        start, end = second.checkpoints[0], first.checkpoints[first.last_step]
+        assert torch.equal(start.buffers[name], end.parameters[name])
+    made = [
+        dataclasses.replace(stage, trajectory=run)
+        for stage, run in zip(staged.stages, (first, second), strict=True)
+    ]
+    alone = dataclasses.replace(staged, stages=made).scores(Source(2, curvature="exact"))
+    assert relative(scores.values, alone.values) < 1e-12
+    assert scores.provenance["what_if"]["runs"] == ["in memory"] * 2

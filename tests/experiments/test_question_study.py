@@ -31,8 +31,8 @@ def _problem() -> tiny.Problem:
     return tiny.Problem(inputs, targets, shapes, losses, batch_size=4, epochs=2, rate=3e-2)
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_the_derivative_is_that_of_retraining(spread: bool) -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.25])
+def test_the_derivative_is_that_of_retraining(spread: float) -> None:
     problem, step = _problem(), 1e-5
     weights, change = torch.rand(2, 12).double(), torch.randn(2, 12).double()
 

@@ -66,6 +66,8 @@ def attribute(config: DictConfig) -> None:
             overwrite=config.overwrite,
             provenance=provenance,
             edits=_relabels(config.relabel),
+            draws=config.draws,
+            keep=config.keep,
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.

@@ -13,8 +13,10 @@ from rich.console import Console
 from tda_lightning.cli.command import clear_errors, command_line, required
 from tda_lightning.cli.ensemble_members import made_members
 from tda_lightning.cli.inspect_table import ensemble_table
+from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
 from tda_lightning.cli.run_config import load_config, versions
+from tda_lightning.ensembles.dropout import RATE, mask_bytes, mask_settings
 from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
 from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
 from tda_lightning.ensembles.seeds import diverged
@@ -32,7 +34,8 @@ def ensemble(config: DictConfig) -> None:
     run = Path(required(config, "trajectory", "tda ensemble FOLDER members=5"))
     load_config(run)  # before anything is written
     part = parse_part(config.part)
-    root = begin(run, config.kind, config.members, _settings(config, run))
+    with_run = config.kind in ("seeds", "forks")
+    root = begin(run, config.kind, config.members, _settings(config, run), with_run)
     missing = waiting(root)
     if part is not None:
         number, count = part
@@ -63,17 +66,25 @@ def ensemble(config: DictConfig) -> None:
 
 def _settings(config: DictConfig, run: Path) -> dict[str, object]:
     """What the members of a kind have in common."""
+    for name, kind in (("at", "forks"), ("rate", "dropout")):
+        if config[name] is not None and config.kind != kind:
+            raise ValueError(f"{name} is for kind={kind}, got kind={config.kind}.")
     if config.kind == "forks":
         at = None if config.at is None else list(config.at)
         return {"at": fork_points(Trajectory.load(run), at)}
-    if config.at is not None:
-        raise ValueError(f"at is for kind=forks, got kind={config.kind}.")
+    if config.kind == "dropout":
+        recorded = RecordedRun.load(config)
+        rate = RATE if config.rate is None else config.rate
+        return mask_settings(recorded.trajectory, recorded.module, rate)
     return {}
 
 
 def _sizes(run: Path, root: Path, members: Sequence[MemberFact]) -> list[int]:
     """Bytes that each member will take."""
-    points: Any = read_ensemble(root).settings.get("at")
+    facts = read_ensemble(root)
+    if facts.kind == "dropout":
+        return [mask_bytes(run)] * len(members)
+    points: Any = facts.settings.get("at")
     if points is None:
         return [recording_bytes(run)] * len(members)
     trajectory = Trajectory.load(run)

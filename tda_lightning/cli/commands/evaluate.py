@@ -15,8 +15,10 @@ from rich.console import Console
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, command_line, not_null, required
+from tda_lightning.cli.evaluation_limits import evaluation_limits
 from tda_lightning.cli.evaluation_table import (
     JudgedScores,
+    detection_table,
     evaluation_json,
     evaluation_notes,
     evaluation_table,
@@ -112,7 +114,8 @@ def evaluate(config: DictConfig) -> None:
     }
     if config.protocol == "pbrf":
         header["damping"] = config.damping
-    table = evaluation_json(rows, truth, seconds, header)
+    limits = evaluation_limits(truth)
+    table = evaluation_json(rows, truth, seconds, header, limits)
     if removed:
         table["removal"] = removal_json(removed)
     beside = path if asked == folder else asked / path.name
@@ -124,11 +127,13 @@ def evaluate(config: DictConfig) -> None:
             replace_provenance(file, {**scores[row.name].provenance, "trust": trust})
 
     console = Console()
-    console.print(evaluation_table(rows, truth.protocol))
+    console.print(evaluation_table(rows, truth.protocol, limits))
+    if (detection := detection_table(rows)) is not None:
+        console.print(detection)
     if removed:
         console.print(removal_table(removed))
         print(removal_note(config.protocol))
-    print(evaluation_notes(rows, truth, seconds), f"Ground truth: {path}", sep="\n")
+    print(evaluation_notes(rows, truth, seconds, limits), f"Ground truth: {path}", sep="\n")
     print(f"Table: {output}")
     if config.spot_check:
         print(f"Added to the provenance of {', '.join(map(str, files))}")

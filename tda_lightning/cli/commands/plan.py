@@ -54,6 +54,8 @@ def plan(config: DictConfig) -> None:
                 batch_size=config.batch_size,
                 trainer=trainer,
                 self_influence=config.self_influence,
+                draws=config.draws,
+                keep=config.keep,
             )
         except (UnsupportedTrainingError, ValueError) as error:
             if single:
