@@ -112,6 +112,15 @@ class MatrixFreeRecord(TypedDict, total=False):
     reached: bool  # whether all are within the tolerance
 
 
+class ProjectionRecord(TypedDict, total=False):
+    """The directions that TRAK projects gradients on."""
+
+    dimension: Count
+    kind: str  # how they are drawn
+    rank: Count  # dimensions that the training examples span
+    seed: int
+
+
 class CandidatesRecord(TypedDict, total=False):
     """Which training examples FastIF scored."""
 
@@ -256,6 +265,7 @@ class Provenance(TypedDict, total=False):
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
+    projection: ProjectionRecord  # TRAK
     # Its curvature; with several stages, lists have an entry for each
     curvature: str | None  # None where the estimator uses none
     fisher: str | list[str | None] | None  # which Fisher or Gauss-Newton matrix it stands for
