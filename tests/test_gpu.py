@@ -12,7 +12,14 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.edits import Relabel, Removal, Replace
-from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import (
+    TRAK,
+    FastInfluence,
+    InfluenceFunction,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.solvers import ConjugateGradients
@@ -39,6 +46,7 @@ ESTIMATORS = {
     "influence": InfluenceFunction(),
     "influence cg": InfluenceFunction(damping=0.1, solver=ConjugateGradients(tolerance=1e-10)),
     "fastif": FastInfluence(k=4),
+    "trak": TRAK(projection_dimension=4),
     "unrolled": Unrolled(),
 }
 

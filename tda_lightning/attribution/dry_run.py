@@ -20,7 +20,7 @@ from tda_lightning.attribution.dry_run_substitutes import (
     synchronize,
 )
 from tda_lightning.attribution.provenance import measured_queries
-from tda_lightning.estimators import Estimator
+from tda_lightning.estimators import EnsembleEstimator, Estimator
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.loading import ExampleSource
@@ -192,12 +192,15 @@ class DryRun(Pace):
         return clock.now() + owed
 
 
-def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> AttributionPlan:
+def dry_run(
+    estimator: Estimator, session: Session, pace: DryRun, in_ensemble: bool = False
+) -> AttributionPlan:
     """Score in a dry run.
 
     Args:
         session: nothing that it finds is kept, in memory or on disk.
         pace: whose clock has been running since the session was opened.
+        in_ensemble: as a member of an ensemble, which may take more.
     """
     real, on_disk = session.trajectory, session.trajectory.path is not None
     curvature, features = (
@@ -214,7 +217,10 @@ def dry_run(estimator: Estimator, session: Session, pace: DryRun) -> Attribution
     sink = DiscardedScores(session.num_query, columns, segments, session.dtype)
     session.scores, session.pace = sink, pace
     with pace.decompositions:
-        estimator.score(session)
+        if in_ensemble and isinstance(estimator, EnsembleEstimator):
+            estimator.score_ensemble([session], sink)
+        else:
+            estimator.score(session)
     measured_queries(session)
     pace.finish()
     matrices = 1 if segments is None else 1 + segments

@@ -33,7 +33,7 @@ from tda_lightning.attribution.what_if import (
     seconds_of_runs,
 )
 from tda_lightning.edits import Edit, EditSet
-from tda_lightning.estimators import Estimator, StagedEstimator
+from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
@@ -51,7 +51,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
-from tda_lightning.session.session import Stage
+from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
 
@@ -196,9 +196,10 @@ class AttributionModule(LightningModule):
             keep: the share of the training data that would stay. 1 asks what a few examples do in
                 the recorded run. Below 1 the run is trained again with weights of mean ``keep`` on
                 its examples, once for all estimators (``what_if/`` beside the trajectory), and the
-                derivative is taken there: every example at weight ``keep`` for an optimizer that
-                feels a common factor of the loss (SGD) and wherever ``draws=0``; for others, and
-                wherever ``draws`` is given, at random subsets with weights 1 and 0, averaged.
+                derivative is taken there: every example at weight ``keep``, for an optimizer that
+                normalises a common factor of the loss away (Adam) with the second moments and the
+                rates that less data would leave (``draws=0``: without). With ``draws``, and for
+                Muon, at random subsets with weights 1 and 0, averaged.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -352,7 +353,7 @@ class AttributionModule(LightningModule):
                     self.stages, [examples], queries, self_influence, draws=draws
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
-                work = functools.partial(dry_run, self.estimator, stage.session, pace)
+                work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
                 plan = self._launch(runner, work)
         if runs > 1:
             plan = plan.repeated(runs, stage.session.dtype.itemsize)
@@ -390,14 +391,22 @@ class AttributionModule(LightningModule):
     ) -> list[Provenance]:
         """Run the estimator on every run; each process has its share of the work, and all of the
         scores at the end."""
-        estimated = []
-        for number, (stages, own) in enumerate(zip(opened, counts, strict=True)):
-            part: ScoreSink = sink
-            if sink.members is not None:
-                runs = len(opened) // len(sink.members)
-                by_segment = sink.by_segment is not None
-                part = MemberSink(sink, number // runs, by_segment, runs)
-            estimated.append(self._score(stages, part, own))
+        parts: list[ScoreSink] = [sink]
+        apart = len(opened) > 1 and isinstance(self.estimator, EnsembleEstimator)
+        if sink.members is not None:
+            runs = len(opened) // len(sink.members)
+            by_segment = sink.by_segment is not None
+            parts = [
+                MemberSink(sink, number // runs, by_segment, runs, apart)
+                for number in range(len(opened))
+            ]
+        if apart:
+            estimated = self._score_together([stages[-1].session for stages in opened], sink, parts)
+        else:
+            estimated = [
+                self._score(stages, part, own)
+                for stages, part, own in zip(opened, parts, counts, strict=True)
+            ]
         for matrix in (sink.values, sink.by_segment, sink.members):
             if matrix is not None:
                 matrix.copy_(opened[0][-1].session.reduce(matrix))
@@ -450,6 +459,18 @@ class AttributionModule(LightningModule):
                 first = sum(counts[:number])
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
+        return estimated
+
+    def _score_together(
+        self, sessions: Sequence[Session], sink: MemorySink, parts: Sequence[ScoreSink]
+    ) -> list[Provenance]:
+        """Run an estimator on several runs that it puts together in its own way."""
+        assert isinstance(self.estimator, EnsembleEstimator)
+        for session, part in zip(sessions, parts, strict=True):
+            session.scores = part
+        estimated = self.estimator.score_ensemble(sessions, sink)
+        for session in sessions:
+            session.finish_self_influence()
         return estimated
 
     def _edit_set(

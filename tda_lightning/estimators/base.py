@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.session.session import Session, Stage
 
 
@@ -28,3 +29,13 @@ class StagedEstimator(Estimator, Protocol):
 
     def score_stages(self, stages: Sequence[Stage]) -> Provenance:
         """Add the scores of every stage to its ``session.scores``."""
+
+
+@runtime_checkable
+class EnsembleEstimator(Estimator, Protocol):
+    """An estimator whose scores of an ensemble are not the mean of its members' scores."""
+
+    def score_ensemble(self, sessions: Sequence[Session], combined: ScoreSink) -> list[Provenance]:
+        """Add each member's scores to its ``session.scores``, and those of the ensemble to
+        ``combined``; returns how each member's were made. Self-influence that is added to the
+        sessions is averaged."""

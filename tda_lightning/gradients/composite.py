@@ -68,6 +68,15 @@ class Rows(Gradient):
             out.index_add_(1, self.example[part], products)
         return out
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        out = left.new_zeros(self.batch, left.shape[-1])
+        step = max(1, forms.CHUNK_SCALARS // (2 * left.shape[-1]))
+        for start in range(0, len(self.index), step):
+            part = slice(start, start + step)
+            products = (self.values[part] @ right[0]) * left[0, self.index[part]]
+            out.index_add_(0, self.example[part], products)
+        return out
+
 
 class Sum(Gradient):
     """Sum of forms that cannot be merged (a tied embedding and output head)."""
@@ -85,6 +94,9 @@ class Sum(Gradient):
 
     def dot(self, queries: Tensor) -> Tensor:
         return torch.stack([term.dot(queries) for term in self.terms]).sum(0)
+
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.stack([term.bilinear(left, right) for term in self.terms]).sum(0)
 
 
 class Joined(Gradient):

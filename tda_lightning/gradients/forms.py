@@ -115,6 +115,24 @@ class Gradient(ABC):
         total = torch.stack([self.dense(rows).sum(0) for rows in self.chunks()]).sum(0)
         return total / self.batch
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """sum_g left_gk^T D_ng right_gk for every k: [batch, k].
+
+        These are inner products with k gradients that are one outer product in each group, whose
+        factors are ``left`` [groups, rows, k] and ``right`` [groups, columns, k].
+        """
+        _, groups, rows, columns = self.shape
+        parts = []
+        inner = groups * min(rows, columns) * left.shape[-1]
+        for chunk in self.chunks(self.cost_per_example + inner):
+            dense = self.dense(chunk)
+            if rows <= columns:
+                products = _turned(dense, right) * left
+            else:
+                products = _turned(dense.transpose(2, 3).contiguous(), left) * right
+            parts.append(products.sum((1, 2)))
+        return torch.cat(parts)
+
 
 def _totals(terms: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
     """The sum of each entry over the terms."""
@@ -264,6 +282,17 @@ class Outer(Gradient):
     def _squared_factors(self, left: Basis, right: Basis) -> tuple[Tensor, Tensor]:
         turned = self.in_basis(left, right)
         return turned.outputs.squeeze(2) ** 2, turned.inputs(slice(None)).squeeze(2) ** 2
+
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        _, groups, rows, columns = self.shape
+        if self.positions > 1 and self.positions * (rows + columns) > rows * columns:
+            return super().bilinear(left, right)  # the sum over positions first
+        # left . b a^T right = (left . b) (a . right): no gradient is formed.
+        parts = []
+        for chunk in self.chunks(2 * groups * self.positions * left.shape[-1]):
+            products = _turned(self.outputs[chunk], left) * _turned(self.inputs(chunk), right)
+            parts.append(products.sum((1, 2)))
+        return torch.cat(parts)
 
     def gram(self, queries: Outer) -> Tensor:
         """Inner products with factored queries through products of Gram matrices: [query, batch].

@@ -112,6 +112,15 @@ class MatrixFreeRecord(TypedDict, total=False):
     reached: bool  # whether all are within the tolerance
 
 
+class ProjectionRecord(TypedDict, total=False):
+    """The directions that TRAK projects gradients on."""
+
+    dimension: Count
+    kind: str  # how they are drawn
+    rank: Count  # dimensions that the training examples span
+    seed: int
+
+
 class CandidatesRecord(TypedDict, total=False):
     """Which training examples FastIF scored."""
 
@@ -142,7 +151,8 @@ class WhatIfRecord(TypedDict, total=False):
     """Where the derivative was taken, if not at the recorded run."""
 
     keep: Share  # mean weight of the training examples
-    weights: Literal["uniform", "subsets"]  # all at ``keep``, or random subsets at 0 and 1
+    # All at ``keep``; the same with expected second moments; random subsets at 0 and 1
+    weights: Literal["uniform", "expected", "subsets"]
     draws: Count  # of random subsets, for each recorded run
     runs: list[str]  # folders of the what-if runs, or "in memory"
 
@@ -255,6 +265,7 @@ class Provenance(TypedDict, total=False):
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
+    projection: ProjectionRecord  # TRAK
     # Its curvature; with several stages, lists have an entry for each
     curvature: str | None  # None where the estimator uses none
     fisher: str | list[str | None] | None  # which Fisher or Gauss-Newton matrix it stands for

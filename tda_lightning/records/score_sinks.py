@@ -88,12 +88,15 @@ class MemberSink:
         number: of the member, from 0.
         by_segment: whether the member is split by the segments of the others.
         runs: how many add to the member, which is their mean.
+        apart: whether the scores of the ensemble are no mean over its members and are added to
+            ``sink`` itself.
     """
 
     sink: MemorySink
     number: int
     by_segment: bool
     runs: int = 1
+    apart: bool = False
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -101,9 +104,10 @@ class MemberSink:
         """Add to the member's own scores, and a share of it to the mean."""
         members = self.sink.members
         assert members is not None
-        segment = segment if self.by_segment else None
         values = values / self.runs
-        self.sink.add(segment, train_indices, values / len(members), first_query)
+        if not self.apart:
+            segment = segment if self.by_segment else None
+            self.sink.add(segment, train_indices, values / len(members), first_query)
         rows = members[self.number, first_query : first_query + len(values)]
         _add_columns(rows, train_indices.cpu(), values.detach().to("cpu", members.dtype))
 

@@ -64,6 +64,8 @@ class Batch:
             average one.
         signs: what their gradients count by, [batch]; None: 1.
         noise: what the training loss drew for this batch of the run; None: seeded draws.
+        places: positions among all that ``walk_columns`` goes through, int64 [batch]; None: those
+            of the examples.
     """
 
     session: Session
@@ -74,6 +76,7 @@ class Batch:
     used_as: Tensor
     signs: Tensor | None = None
     noise: RecordedNoise | None = None
+    places: Tensor | None = None
 
     def weights(self, used: Span) -> Tensor | None:
         """How much each was used in the steps of ``used``, [batch]; None: all evenly."""
@@ -281,6 +284,7 @@ class Session:
                 torch.tensor(columns, device=self.device),
                 torch.tensor([-1 if n is None else n for n in used_as], device=self.device),
                 signs.to(self.device),
+                places=places,
             )
 
     def uses(self, index: int) -> list[int]:
@@ -325,17 +329,19 @@ class Session:
         values: Tensor,
         first_query: int = 0,
         used: Span | None = None,
+        sink: ScoreSink | None = None,
     ) -> None:
         """Add the scores of a batch of :meth:`walk_columns`, [query, batch].
 
         Args:
             used: each example counts by how much these steps used it; None: as ``values`` has it.
+            sink: where they go; None: to ``scores``.
         """
         if used is not None and (weights := batch.weights(used)) is not None:
             values = values * weights
         if batch.signs is not None:
             values = values * batch.signs
-        self.scores.add(segment, batch.columns, values, first_query)
+        (self.scores if sink is None else sink).add(segment, batch.columns, values, first_query)
 
     def loop(
         self, title: str, items: Iterable[T], total: int | None = None, memory: int = 0
@@ -448,6 +454,25 @@ class Session:
 
         loss = sampled if self.task.can_sample else own
         return self.engine.gradients(loss, batch, examples)
+
+    def output_gradients(self, batch: object, examples: Tensor) -> tuple[ExampleGradients, Tensor]:
+        """Per-example gradients of the output that the loss is a function of, and the derivative
+        of the loss by it, [batch] (``AttributionTask.model_output``)."""
+        slopes: list[Tensor] = []
+
+        def output(module: nn.Module, part: object, indices: Tensor) -> Tensor:
+            with seeded_examples(_TRAINING, indices):
+                made = self.task.model_output(module, part)
+            slopes.append(made.slopes.detach())
+            return made.values
+
+        gradients = self.engine.gradients(output, batch, examples)
+        return gradients, slopes[0]  # of the whole batch; later ones are of single examples
+
+    def output_slopes(self, batch: object, examples: Tensor) -> Tensor:
+        """The derivatives alone: a forward pass."""
+        with seeded_examples(_TRAINING, examples):
+            return self.task.model_output(self.module, batch).slopes.detach()
 
     def gauss_newton_gradients(self, batch: object, examples: Tensor) -> Iterable[ExampleGradients]:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix, for one

@@ -23,8 +23,14 @@ from tda_lightning.tasks.curved_losses import (
     weighted_losses,
 )
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.model_output import (
+    ModelOutput,
+    NoModelOutputError,
+    output_of_losses,
+)
 from tda_lightning.tasks.output_curvature import (
     Form,
+    UnknownOutputsError,
     curvature_of_outputs,
     output_rows,
 )
@@ -130,6 +136,26 @@ class AttributionTask(ABC):
             "the Gauss-Newton matrix define sampled_loss as "
             "tda_lightning.tasks.sampled_gauss_newton_loss(self, module, batch)."
         )
+
+    def model_output(self, module: nn.Module, batch: Batch) -> ModelOutput:
+        """The number f of each example that its training loss is a function of, and the derivative
+        of the loss by it: what TRAK linearises. By default that of standard losses
+        (:mod:`~tda_lightning.tasks.model_output`): the log-odds of the label, or the residual.
+
+        Raises:
+            NoModelOutputError: the loss is none of these.
+        """
+        try:
+            with torch.enable_grad():
+                losses, count = self.curved_losses(module, batch)
+            return output_of_losses(losses, count)
+        except (UnknownOutputsError, NoModelOutputError) as error:
+            raise NoModelOutputError(
+                "TRAK needs the output of the model that the training loss is a function of (the "
+                "log-odds of the label, the residual), and that of this loss is not known: "
+                f"{error}. Give a task that has model_output(module, batch), or use "
+                "InfluenceFunction or Source."
+            ) from error
 
     @property
     def can_sample(self) -> bool:

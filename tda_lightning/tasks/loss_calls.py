@@ -214,7 +214,8 @@ def _read_cross_entropy(evaluate: Callable[[], Tensor], given: Given) -> _Read:
     if weight is not None:
         mass = weight[labels.where(counted, 0)] * counted
         curvature = (1 - smoothing) * mass + smoothing * weight.mean() * counted
-    return SoftmaxLoss(evaluate(), flat, curvature.detach()), mass
+    hard = labels.where(counted, 0) if smoothing == 0 else None
+    return SoftmaxLoss(evaluate(), flat, curvature.detach(), hard), mass
 
 
 def _read_mse(evaluate: Callable[[], Tensor], given: Given) -> _Read:
@@ -243,7 +244,9 @@ def _read_binary_cross_entropy(evaluate: Callable[[], Tensor], given: Given) -> 
     if given["weight"] is not None:
         curvature = curvature * given["weight"]
     curvature = curvature.detach().to(values.dtype).expand_as(values).flatten()
-    return LogisticLoss(values, logits.flatten(), curvature), None
+    bits = target.detach().to(values.dtype).expand_as(values).flatten()
+    hard = bits if inside_transform() or bool(((bits == 0) | (bits == 1)).all()) else None
+    return LogisticLoss(values, logits.flatten(), curvature, hard), None
 
 
 # nll_loss is read as cross entropy: log-probabilities are logits of themselves, since

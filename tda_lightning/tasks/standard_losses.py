@@ -76,6 +76,18 @@ class SoftmaxLoss(StandardLoss):
     """
 
     kind = "softmax"
+    labels: Tensor | None = None  # [elements]; None where they are probabilities, or smoothed
+
+    def correct_margins(self) -> Tensor | None:
+        """log p / (1 - p) with p the probability of the label, [elements]; None without labels."""
+        if self.labels is None:
+            return None
+        logits = _full_precision(self.outputs)
+        labels = self.labels[:, None]
+        correct = torch.arange(logits.shape[1], device=logits.device) == labels
+        # From the logits: 1 - p has lost its digits where the model is sure.
+        others = logits.masked_fill(correct, -torch.inf).logsumexp(1)
+        return logits.gather(1, labels).squeeze(1) - others
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
         """S z . logits with random signs z, a linear loss."""
@@ -139,6 +151,11 @@ class LogisticLoss(StandardLoss):
     """Binary cross entropy of logits: the second derivative is curvature x p (1 - p)."""
 
     kind = "logistic"
+    labels: Tensor | None = None  # [elements], 0 or 1; None where they may be others
+
+    def correct_margins(self) -> Tensor | None:
+        """log p / (1 - p) with p the probability of the label, [elements]; None without labels."""
+        return None if self.labels is None else (2 * self.labels - 1) * self.outputs
 
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
         return _random_signs(scale, stream) * next(self.factors(scale))

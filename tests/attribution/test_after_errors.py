@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder, evaluation
-from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import (
+    TRAK,
+    FastInfluence,
+    InfluenceFunction,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.records.errors import TrajectoryNotFoundError
 from tda_lightning.tasks import TrainingStepTask
 from tests.runs import trainer
@@ -109,7 +116,7 @@ def left_as_it_was(module: Net) -> dict[str, Any]:
     }
 
 
-ESTIMATORS = [TracIn(), InfluenceFunction(), FastInfluence(), Source(1), Unrolled()]
+ESTIMATORS = [TRAK(), TracIn(), InfluenceFunction(), FastInfluence(), Source(1), Unrolled()]
 WORK: dict[str, Any] = {
     **{
         f"attribute, {type(e).__name__}": lambda a, d, e=e: a(e).attribute(d, d) for e in ESTIMATORS

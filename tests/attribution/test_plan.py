@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.dry_run_substitutes import Decompositions
 from tda_lightning.cli.plan_tables import recording_plan_table
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.estimators.unrolled import resume
 from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.recording.plan import (
@@ -384,6 +384,7 @@ ESTIMATORS = {
     "influence": InfluenceFunction(),
     "undamped": InfluenceFunction(curvature="exact", damping=0.0),
     "influence, cg": InfluenceFunction(solver=ConjugateGradients("ekfac", iterations=2)),
+    "trak": TRAK(projection_dimension=4),
     "unrolled": Unrolled(),
     "unrolled, rounds": Unrolled(memory_budget=1700),
     "unrolled, recomputed": Unrolled(states="recompute"),

@@ -16,7 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from tda_lightning import AttributionModule, Ensemble, Scores, TrajectoryRecorder
 from tda_lightning.attribution.plausibility import beyond_range
 from tda_lightning.cli.evaluation_table import evaluation_table, judge
-from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import (
+    TRAK,
+    FastInfluence,
+    InfluenceFunction,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.records.ground_truth import GroundTruth
 from tda_lightning.report import write_report
 from tests.runs import trainer
@@ -70,7 +77,7 @@ def scored(run: tuple[Net, Path], estimator: Any, **options: Any) -> Scores:
     return AttributionModule(module, str(path), estimator).attribute(TRAIN, QUERY, **options)
 
 
-ESTIMATORS = [TracIn(), InfluenceFunction(), FastInfluence(), Source(1), Unrolled()]
+ESTIMATORS = [TRAK(), TracIn(), InfluenceFunction(), FastInfluence(), Source(1), Unrolled()]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tda_lightning import AttributionModule, Scores, Trajectory
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning import AttributionModule, Ensemble, Scores, Trajectory
+from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.evaluation import measure, retrain
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.solvers import ConjugateGradients, LiSSA
@@ -44,10 +44,11 @@ ESTIMATORS = {
     "influence lissa": InfluenceFunction(
         damping=1.0, solver=LiSSA(scale=40.0, depth=20, batch=5, repeats=3, tolerance=10.0)
     ),
+    "trak": TRAK(projection_dimension=6),
     "unrolled": Unrolled(),
     "unrolled in rounds": Unrolled(memory_budget=ROUNDS),
 }
-BY_PRODUCTS = ("source products", "influence cg", "influence lissa")
+BY_STANDARD_LOSS = ("source products", "influence cg", "influence lissa", "trak")
 RUNS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optimizers": adamw},
@@ -82,19 +83,20 @@ class Squares(AttributionTask):
 
 
 class MeanSquares(AttributionTask):
-    """The same by a standard loss: products with the Gauss-Newton matrix need its outputs."""
+    """The same by a standard loss: products with the Gauss-Newton matrix need its outputs, TRAK
+    the residual."""
 
     def train_loss(self, module: Any, batch: Any) -> Any:
         return F.mse_loss(module.net(batch[0]), batch[1], reduction="none").mean(1)
 
 
-def attribute(folder: Path, estimator: Any, trainer: Any, **options: Any) -> Scores:
+def attribute(run: Path | Ensemble, estimator: Any, trainer: Any, **options: Any) -> Scores:
     task: AttributionTask | None = None
     if isinstance(estimator, Unrolled):
         task = Squares()
-    elif estimator in (ESTIMATORS[name] for name in BY_PRODUCTS):
+    elif estimator in (ESTIMATORS[name] for name in BY_STANDARD_LOSS):
         task = MeanSquares()
-    attribution = AttributionModule(WithoutTask(), str(folder), estimator, task)
+    attribution = AttributionModule(WithoutTask(), run, estimator, task)
     return attribution.attribute(
         Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
     )
@@ -124,7 +126,14 @@ def score(rank: int, root: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str
 
 def record_and_score(rank: int, root: Path) -> dict[tuple[str, str], Any]:
     record(rank, root)
-    return score(rank, root, PAIRS)
+    found = score(rank, root, PAIRS)
+    both = attribute(both_runs(root), ESTIMATORS["trak"], quiet(strategy="ddp", devices=2))
+    found["both", "trak"] = both.values, both.members, both.self_influence
+    return found
+
+
+def both_runs(root: Path) -> Ensemble:
+    return Ensemble([root / "sgd", root / "adamw"])
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +166,9 @@ def require_those_of_one_process(
     shutil.copytree(root / run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "curvature", ignore_errors=True)
     expected = attribute(tmp_path / "run", ESTIMATORS[name], quiet())
-    unfitted = name in ("tracin", "source products", "influence lissa") or "unrolled" in name
+    unfitted = (
+        name in ("tracin", "trak", "source products", "influence lissa") or "unrolled" in name
+    )
     uses = run == "online" and not unfitted
     assert ("statistics" in expected.provenance) == uses
     for each in found:
@@ -169,6 +180,16 @@ def require_those_of_one_process(
         if own is not None:
             assert relative(own, expected.self_influence.double()) < 1e-5
         assert world_size == 2 and not not_kept
+
+
+def test_an_ensembles_own_average_is_that_of_one_process(scored: Any) -> None:
+    root, found = scored
+    expected = attribute(both_runs(root), ESTIMATORS["trak"], quiet())
+    for each in found:
+        values, members, own = each["both", "trak"]
+        assert relative(values, expected.values.double()) < 1e-5
+        assert relative(members, expected.members.double()) < 1e-5
+        assert relative(own, expected.self_influence.double()) < 1e-5
 
 
 def test_curvature_is_kept_once_and_whole(scored: Any) -> None:

@@ -107,7 +107,7 @@ def test_plans_of_an_attribution(run, tmp_path, capsys):
     assert main(["plan", "trajectory=runs/digits", "estimators.source.num_segments=2"]) == 0
     out = capsys.readouterr().out
     assert "60 training examples for 3 queries" in out
-    for name in ("source", "source_recorded", "tracin", "influence", "fastif", "unrolled"):
+    for name in ("source", "source_recorded", "tracin", "influence", "fastif", "trak", "unrolled"):
         assert name in out
     assert "not possible" not in out
     assert main(["plan", "runs/digits", "estimator=tracin"]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tests import oracles
 from tests.attributing import CaseTask, attribute, in_float32, relative, slope
@@ -318,6 +318,7 @@ ESTIMATORS = {
     "source identity": Source(2, curvature="identity"),
     "source recorded": Source(2, order="recorded"),
     "source recursion": Source(2, momentum="recursion"),
+    "trak": TRAK(projection_dimension=4),
 }
 
 
@@ -341,7 +342,7 @@ def test_every_estimator_keeps_the_contract(name, optimizer) -> None:
     assert scores.values.shape == (3, 10)
     assert scores.values.dtype == torch.float64
     assert scores.values.isfinite().all() and scores.values.abs().max() > 0
-    if name.startswith("influence"):
+    if name.startswith(("influence", "trak")):
         assert segments is None
     else:
         assert segments.shape == (5 if name == "tracin" else 2, 3, 10)

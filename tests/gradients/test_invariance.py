@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.session.session import Session
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
@@ -29,6 +29,7 @@ ESTIMATORS = {
     "source exact": Source(2, curvature="exact"),
     "source recorded": Source(2, order="recorded"),
     "source recorded exact": Source(2, order="recorded", curvature="exact"),
+    "trak": TRAK(projection_dimension=4),
     "unrolled": Unrolled(),
 }
 

@@ -43,9 +43,11 @@ from tests.oracles.retracing import (
     weighted,
 )
 from tests.oracles.runs import cast, cut_batches, mean_curvature, record_run
+from tests.oracles.trak import Features, features, trak
 from tests.oracles.unrolling import leave_one_out, measure, replay, unrolled
 
 __all__ = [
+    "Features",
     "KroneckerBlock",
     "Retraced",
     "cast",
@@ -55,6 +57,7 @@ __all__ = [
     "cut_batches",
     "drawn_weights",
     "embed_blocks",
+    "features",
     "flatten",
     "gauss_newton",
     "influence",
@@ -82,6 +85,7 @@ __all__ = [
     "source_recorded",
     "take",
     "tracin",
+    "trak",
     "unrolled",
     "weighted",
     "with_state",
