@@ -227,19 +227,20 @@ def evaluation_table(
     title = "Rank correlation with the proximal Bregman response"
     table = Table(title=title if responses else "Linear datamodeling score")
     names = [f"{row.name} (!)" if row.beyond else row.name for row in rows]
-    add_names_column(table, names)
+    words = [word for name, _ in limits.rows() for word in name.split()]
+    add_names_column(table, [*names, *words])
     asked = any(row.keep not in (None, 1) for row in rows)
     if asked:
-        table.add_column("keep", justify="right")
-    table.add_column("rank" if responses else "LDS", justify="right")
+        table.add_column("keep", justify="right", no_wrap=True)
+    # A narrow terminal folds the intervals, and cuts no number off.
+    table.add_column("rank" if responses else "LDS", justify="right", no_wrap=True)
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
     if limits.seeds is not None:
-        table.add_column("of\nlimit", justify="right")
-    table.add_column("slope", justify="right", min_width=5, no_wrap=True)
+        table.add_column("of\nlimit", justify="right", no_wrap=True)
+    table.add_column("slope", justify="right", no_wrap=True)
     times = ["" if row.seconds is None else readable_time(row.seconds) for row in rows]
-    # A narrow terminal folds the intervals, and cuts no number off.
-    table.add_column("time", justify="right", min_width=max(map(len, ["time", *times])))
+    table.add_column("time", justify="right", no_wrap=True)
     for name, row, taken in zip(names, rows, times, strict=True):
         cells = ["none", "", ""]
         share = slope = ""
@@ -287,7 +288,7 @@ def _cells(queries: Interval, subsets: Interval) -> list[str]:
 def add_names_column(table: Table, names: Sequence[str]) -> None:
     """A column of names; long ones are folded before the numbers beside them are."""
     width = min(_NAME_WIDTH, max(map(len, names), default=0))
-    table.add_column("scores", overflow="fold", min_width=width, max_width=_NAME_WIDTH)
+    table.add_column("scores", overflow="fold", width=max(width, len("scores")))
 
 
 def evaluation_notes(

@@ -95,15 +95,15 @@ def removal_table(results: Results) -> Table:
     """How much the measurements rise, and how many predictions flip."""
     table = Table(title="Without the strongest proponents of each query")
     add_names_column(table, list(results))
-    table.add_column("removed", justify="right")
-    table.add_column("measurement rises by")
-    table.add_column("at random by")
-    table.add_column("above random by")
+    table.add_column("removed", justify="right", no_wrap=True)
+    table.add_column("rise of the measurement")
+    table.add_column("at random")
+    table.add_column("above random")
     rows = [(name, removal) for name, removals in results.items() for removal in removals]
     flips = any(removal.flipped is not None for _, removal in rows)
     if flips:
         table.add_column("flipped", justify="right")
-        table.add_column("flipped at random", justify="right")
+        table.add_column("at random", justify="right")
     for name, removal in rows:
         changes = (removal.rise, removal.random_rise, removal.above_random)
         cells = [name, str(removal.k), *map(_cell, changes)]
