@@ -58,7 +58,7 @@ def test_the_best_scores_reach_the_limit() -> None:
     assert limits.fitted.over_queries.value < row.over_queries.value
     shown = printed(evaluation_table([row], "algorithm", limits))
     names = [line.split("│")[1].strip() for line in shown.splitlines() if "│" in line]
-    assert " ".join(names).split() == "exact limit: seeds limit: additive linear fit".split()
+    assert " ".join(" ".join(names).split()) == "exact limit: seeds limit: additive linear fit"
     share = row.over_queries.value / limits.seeds.over_queries.value
     assert f"{share:.0%}" in shown
     found = evaluation_json([row], made, 1.0, {}, limits)["limits"]
