@@ -435,7 +435,7 @@ WRONG = {
     "check runs/digits directions=2.5": "directions must be a whole number, got 2.5",
     "evaluate runs/digits num_subsets=few": "num_subsets must be a whole number or null",
     "evaluate runs/digits baselines=random": "such as baselines=[random], got 'random'",
-    "evaluate runs/digits alpha=half": "alpha must be a number, got 'half'",
+    "evaluate runs/digits alpha=half": "alpha must be a number or null (None), got 'half'",
     "train experiment=digits threads=all": "threads must be a whole number or null",
 }
 
