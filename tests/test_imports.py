@@ -28,6 +28,7 @@ HOMES = {
     "jinja2": {"report"},
     "lightning": {"recording", "attribution", "ensembles", "examples", "cli"},
     "omegaconf": {"cli"},
+    "peft": {"attribution"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},
 }

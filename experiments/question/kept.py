@@ -64,10 +64,10 @@ def keep(name: str, study: Study, folder: Path) -> None:
         file = folder / "ground_truth" / f"{protocol}-{share:g}-0.h5"
         if f"{protocol}-{share:g}" in arrays or not file.exists():
             continue
-        truth = read_ground_truth(file)
-        if int(truth.done.all(1).sum()) < study.subsets:
-            continue
-        truth = truth.finished().first(study.subsets, truth.seeds.shape[1])
+        truth = read_ground_truth(file).finished()
+        if len(truth.subsets) < study.subsets / 2:
+            continue  # interrupted too early
+        truth = truth.first(min(len(truth.subsets), study.subsets), truth.seeds.shape[1])
         outcomes = truth.outcomes[:, 0] if protocol == "single_run" else truth.outcomes
         arrays[f"{protocol}-{share:g}"] = outcomes.float().numpy()
         arrays["recorded"] = truth.baseline.float().numpy()

@@ -67,7 +67,7 @@ def load(file: Path) -> Tiny:
 
 def few(points: Sequence[str]) -> list[str]:
     """Those that are also compared at other shares than are asked for first."""
-    return [name for name in points if not name.startswith(("seed", "complement", "raw", "draw-s"))]
+    return [name for name in points if not name.startswith(("seed", "complement", "raw", "draw-h"))]
 
 
 def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
@@ -89,9 +89,9 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         "half the rate": [["rate0.5"]],
         "a quarter of the rate": [["rate0.25"]],
         "all weights 1/2, expected second moments": [["spread"]],
-        "expected second moments, held in the derivative": [["held"]],
+        "expected second moments, held": [["held"]],
         "half the rate, expected second moments": [["spread-slow"]],
-        "half the rate, expected second moments, held in the derivative": [["held-slow"]],
+        "half the rate, expected second moments, held": [["held-slow"]],
     }
     for size in (1, 2, 4, 8, 16):
         found[f"random halves, {size}"] = cut(draws, size)
@@ -99,17 +99,16 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         found[f"halves and their complements, {2 * size}"] = cut(both, 2 * size)
     for size in (1, 4):
         found[f"random halves at half the rate, {size}"] = cut(numbered("draw-slow"), size)
-        found[f"random halves, expected second moments, {size}"] = cut(
-            numbered("draw-spread"), size
+        found[f"random halves, expected second moments, held, {size}"] = cut(
+            numbered("draw-held"), size
         )
         found[f"random halves, every coordinate, {size}"] = cut(numbered("raw"), size)
     for size in (1, 4, 8):
         found[f"fresh seeds, all weights 1, {size}"] = cut(numbered("seed-whole"), size)
         found[f"fresh seeds, a random half each, {size}"] = cut(numbered("seed-draw"), size)
         found[f"fresh seeds, half the rate, {size}"] = cut(numbered("seed-slow"), size)
-        found[f"fresh seeds, expected second moments, {size}"] = cut(numbered("seed-spread"), size)
-        found[f"fresh seeds, half the rate, expected second moments, {size}"] = cut(
-            numbered("seed-spread-slow"), size
+        found[f"fresh seeds, half the rate, expected second moments, held, {size}"] = cut(
+            numbered("seed-held-slow"), size
         )
     return {
         title: [g for g in some if have.issuperset(g)]
@@ -137,7 +136,7 @@ def ceiling(seeds: Tensor) -> float:
     count = len(seeds)
     pairs = [rank_correlation(seeds[i], seeds[j]).nanmean() for i in range(count) for j in range(i)]
     one = float(torch.stack(pairs).mean())
-    return (count * one / (1 + (count - 1) * one)) ** 0.5
+    return max(0.0, count * one / (1 + (count - 1) * one)) ** 0.5
 
 
 def table(tiny: Tiny) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from tda_lightning.records.errors import (
 )
 from tda_lightning.records.trajectory import Trajectory
 
-DROPOUT = "dropout_mask"  # settings that say how a member is seen
+# Settings that say how a member is seen.
+DROPOUT, ADAPTERS = "dropout_mask", "adapters"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, *_CONVOLUTIONS)
 _DROPOUTS = nn.modules.dropout._DropoutNd
@@ -34,20 +37,29 @@ def member_module(module: nn.Module, trajectory: Trajectory) -> nn.Module:
     Raises:
         TrajectoryMismatchError: the module has not the parts that the member needs.
         TrajectoryFormatError: what the facts say of it is damaged.
+        ImportError: it has adapters, and peft is not installed.
     """
-    mask: Any = trajectory.facts.settings.get(DROPOUT)
-    if mask is None:
-        return module
+    settings = trajectory.facts.settings
+    mask: Any = settings.get(DROPOUT)
+    adapters: Any = settings.get(ADAPTERS)
     try:
-        sites, rate, seed = [str(site) for site in mask["sites"]], mask["rate"], mask["seed"]
-        if not (type(seed) is int and 0 < rate < 1):
-            raise ValueError(f"rate {rate} and seed {seed}")
+        if mask is not None:
+            sites, rate, seed = [str(site) for site in mask["sites"]], mask["rate"], mask["seed"]
+            if not (type(seed) is int and 0 < rate < 1):
+                raise ValueError(f"rate {rate} and seed {seed}")
+        if adapters is not None:
+            layers, rank = [str(layer) for layer in adapters["layers"]], adapters["rank"]
+            if type(rank) is not int or rank < 1:
+                raise ValueError(f"rank {rank}")
     except (LookupError, TypeError, ValueError) as error:
         raise TrajectoryFormatError(
-            f"The facts of {trajectory.path or 'the trajectory'} are damaged: expected a dropout "
-            f"mask with sites, rate and seed, got {str(mask)[:100]}. Make the ensemble again."
+            f"The facts of {trajectory.path or 'the trajectory'} are damaged: expected how a "
+            f"member of an ensemble was made, got {str(mask or adapters)[:100]}. Make the ensemble "
+            "again."
         ) from error
-    return masked(module, sites, rate, seed)
+    if mask is not None:
+        return masked(module, sites, rate, seed)
+    return module if adapters is None else adapted(module, rank, layers)[0]
 
 
 def dropout_sites(module: nn.Module) -> list[str]:
@@ -101,6 +113,49 @@ def require_masked(module: nn.Module) -> None:
             f"The forward pass does not go through {', '.join(unreached[:5])}, where the ensemble "
             "has dropout masks, so they would drop nothing. Make the ensemble with other layers."
         )
+
+
+def require_peft() -> None:
+    """Raise an ImportError that says what to install, where peft is missing."""
+    if find_spec("peft") is None:
+        raise ImportError(
+            "Low-rank adapters need peft, which is not installed: pip install "
+            "'tda-lightning[lora]'."
+        )
+
+
+def adapted(
+    module: nn.Module, rank: int, layers: Sequence[str] | None = None
+) -> tuple[nn.Module, list[str]]:
+    """A copy of the module with low-rank adapters, alone to be trained: a layer of weight W has
+    W + B A. And the names of the layers that have them.
+
+    Args:
+        rank: of the adapters.
+        layers: which layers have them; None: every linear layer and convolution.
+
+    Raises:
+        ImportError: peft is not installed.
+        TrajectoryMismatchError: a layer is missing, or there is none.
+    """
+    require_peft()
+    import peft
+
+    root = _copied(module)
+    # Parts of other classes may never call the layer, but read its weight.
+    found = [name for name, part in root.named_modules() if name and type(part) in _LAYERS]
+    chosen = found if layers is None else list(layers)
+    missing = sorted(set(chosen) - set(found))
+    if missing or not chosen:
+        raise TrajectoryMismatchError(
+            f"The module has no {', '.join(missing[:5]) or 'layer'} to put an adapter into: "
+            f"expected linear layers or convolutions, got {', '.join(found[:5]) or 'none'}. Build "
+            "the module as it was trained."
+        )
+    named = "|".join(map(re.escape, chosen))
+    # lora_alpha / r is the factor of B A.
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=f"({named})")
+    return peft.inject_adapter_in_model(config, root), chosen
 
 
 class Masks:

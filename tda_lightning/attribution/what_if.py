@@ -6,23 +6,23 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import Literal
 
 from tda_lightning.attribution.stages import StageSetup
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import WhatIfRecord
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.what_if import (
-    feels_factor,
     seconds_of_run,
     subset_weights,
     uniform_weights,
+    weights_that_suit,
     what_if_run,
 )
 from tda_lightning.runtime.loading import ExampleSource
 
-DRAWS = 4  # random subsets where the optimizer does not feel a common factor of the loss
+Kind = Literal["uniform", "expected", "subsets"]
+DRAWS = 4  # random subsets, where they suit the optimizer
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,27 @@ def asked_runs(
         members: the stages of the recorded runs, one or several.
         examples: the training set of each recorded stage.
         keep: mean weight of the training examples.
-        draws: random subsets; 0: every example at weight ``keep``; None: what suits the optimizer.
+        draws: random subsets; 0: every example at weight ``keep``; None: what suits the optimizer
+            (:func:`~tda_lightning.replay.what_if.weights_that_suit`).
 
     Raises:
         UnsupportedTrainingError: a run cannot be replayed.
     """
     if keep == 1:
         return AskedRuns([list(stages) for stages in members], list(range(len(members))))
-    subsets = _draws(members, draws)
-    count = max(1, subsets)
+    kind, count = _kind(members, draws)
     runs = [
-        _what_if_stages(stages, examples, keep, subsets, number)
+        _what_if_stages(stages, examples, keep, kind, number)
         for stages in members
         for number in range(count)
     ]
     record: WhatIfRecord = {
         "keep": keep,
-        "weights": "subsets" if subsets else "uniform",
+        "weights": kind,
         "runs": [stage.trajectory.path or "in memory" for stages in runs for stage in stages],
     }
-    if subsets:
-        record["draws"] = subsets
+    if kind == "subsets":
+        record["draws"] = count
     recorded = [number for number in range(len(members)) for _ in range(count)]
     return AskedRuns(runs, recorded, count, record)
 
@@ -89,23 +89,25 @@ def seconds_of_runs(
     stage = members[0][-1]
     with _explained():
         seconds = seconds_of_run(stage.trajectory, stage.module, stage.task, examples[stage.run])
-    return len(members) * max(1, _draws(members, draws)), seconds
+    return len(members) * _kind(members, draws)[1], seconds
 
 
-def _draws(members: Sequence[Sequence[StageSetup]], draws: int | None) -> int:
-    """Random subsets of each run; 0 for uniform weights."""
+def _kind(members: Sequence[Sequence[StageSetup]], draws: int | None) -> tuple[Kind, int]:
+    """Which weights, and how many what-if runs of each run."""
     if draws is not None:
-        return draws
+        return ("subsets", draws) if draws else ("uniform", 1)
     with _explained():
-        feels = all(feels_factor(stage.trajectory) for stages in members for stage in stages)
-    return 0 if feels else DRAWS
+        suiting = {weights_that_suit(stage.trajectory) for stages in members for stage in stages}
+    if "subsets" in suiting:
+        return "subsets", DRAWS
+    return "expected" if "expected" in suiting else "uniform", 1
 
 
 def _what_if_stages(
     stages: Sequence[StageSetup],
     examples: Sequence[ExampleSource],
     keep: float,
-    draws: int,
+    kind: Kind,
     number: int,
 ) -> list[StageSetup]:
     """The stages of one what-if run, each of which begins where the one before it ended."""
@@ -113,20 +115,21 @@ def _what_if_stages(
     before: list[tuple[Trajectory, Trajectory]] = []
     for stage in stages:
         source = examples[stage.run]
-        weights = _weights(len(source), keep, draws)[number if draws else 0]
+        if kind == "subsets":
+            weights = subset_weights(len(source), keep, number + 1)[number]
+        else:
+            weights = uniform_weights(len(source), keep)[0]
+        # Stages may differ in their optimizers.
+        expected = kind == "expected" and weights_that_suit(stage.trajectory) == "expected"
         # A task remembers what it saw of its run's batches.
         task = copy.deepcopy(stage.task)
         with _explained():
-            run = what_if_run(stage.trajectory, stage.module, task, source, weights, before)
+            run = what_if_run(
+                stage.trajectory, stage.module, task, source, weights, before, expected
+            )
         before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
     return made
-
-
-def _weights(num_train: int, keep: float, draws: int) -> Tensor:
-    if not draws:
-        return uniform_weights(num_train, keep)
-    return subset_weights(num_train, keep, draws)
 
 
 @contextmanager
@@ -151,8 +154,10 @@ weight 0.8)'
     """
     gone = 1 - record["keep"]
     share = "half" if abs(gone - 0.5) < 0.005 else f"{gone:.2g}" if gone < 0.005 else f"{gone:.0%}"
-    if record["weights"] == "uniform":
+    if record["weights"] != "subsets":
         where = f"derivative where every example has weight {record['keep']:g}"
+        if record["weights"] == "expected":
+            where += ", with the second moments and the rates that this would leave"
     else:
         where = (
             f"derivative where a random subset of {record['keep']:.0%} has weight 1 and the rest 0"

@@ -17,8 +17,10 @@ from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.run_config import FILE_NAME
 from tda_lightning.ensembles.dropout import mask_member
 from tda_lightning.ensembles.forks import fork_member, replay_of, require_faithful
+from tda_lightning.ensembles.lora import adapt_member
 from tda_lightning.ensembles.seeds import train_member
 from tda_lightning.records.ensemble import MemberFact
+from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.store.atomic_write import write_text
 from tda_lightning.store.ensemble_file import read_ensemble
 
@@ -75,8 +77,14 @@ class _Maker:
             fork_member(self.root, member, self.replay)
         elif self.kind == "dropout":
             mask_member(self.root, member, self.run.trajectory)
+        elif self.kind == "lora":
+            adapt_member(self.root, member, self._fine_tuning)
         else:
             train_member(self.root, member, self.run.fresh)
+
+    def _fine_tuning(self, seed: int) -> FreshTraining:
+        epochs: Any = read_ensemble(self.root).settings["epochs"]
+        return self.run.fresh(seed, max_epochs=epochs, max_steps=-1)
 
 
 def _configuration(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,14 +139,16 @@ class RecordedRun:
         for row, seed in zip(kept, seeds, strict=True):
             yield retrain_from_scratch(self.fresh, row, seed)
 
-    def fresh(self, seed: int) -> FreshTraining:
-        """Trainer, module and data as ``tda train`` would build them with this seed."""
+    def fresh(self, seed: int, **trainer: object) -> FreshTraining:
+        """Trainer, module and data as ``tda train`` would build them with this seed, but for other
+        settings of the trainer."""
         trust = self.config.trust_config
         data = self._reordered_data(seed)
         data.setup()
         seed_everything(seed, workers=True, verbose=False)
         module = build(self.run_config.model, trust)
-        return FreshTraining(_fresh_trainer(self.run_config.get("trainer"), trust), module, data)
+        made = _fresh_trainer(self.run_config.get("trainer"), trust, trainer)
+        return FreshTraining(made, module, data)
 
     def _reordered_data(self, seed: int) -> AttributedData:
         if isinstance(self.data, Reorderable):
@@ -167,11 +169,12 @@ class RecordedRun:
         return {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
 
 
-def _fresh_trainer(node: DictConfig | None, trust: bool) -> Trainer:
-    """A new Trainer with the recorded settings, which writes and shows nothing."""
+def _fresh_trainer(node: DictConfig | None, trust: bool, changes: Mapping[str, object]) -> Trainer:
+    """A new Trainer with the recorded settings and ``changes``, which writes and shows nothing."""
     settings: dict[Any, Any] = {}
     if node:
         settings = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+    settings |= changes
     target = settings.pop("_target_", _TRAINERS[0])
     if target in _TRAINERS:
         return Trainer(**{**build(settings, trust), **SILENT})

@@ -291,10 +291,11 @@ class _Measured(Walk):
     def on_gradients(self, row: int) -> None:
         self.norms.append(self._norm())
 
-    def _clip(self) -> None:
-        super()._clip()
+    def _clip(self) -> float:
+        clipping = super()._clip()
         before, after = self.norms[-1], self._norm() if self.replay.clip else self.norms[-1]
         self.ratios.append(1.0 if after == before else after / before)
+        return clipping
 
     def _norm(self) -> float:
         gradients = [p.grad.norm() for p in self.trained.values() if p.grad is not None]

@@ -56,6 +56,7 @@ RULES = (
         reads=(_SUM,),
         reads_gradient=True,
         metric=_metric,
+        squares=(_SUM, lambda settings: (1.0, 1.0)),
         effective_rates=_effective_rates,
         cancelling_steps=16,
     ),

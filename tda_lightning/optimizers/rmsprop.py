@@ -75,6 +75,7 @@ RULES = (
         reads=(_SQUARE, _MEAN),
         reads_gradient=True,
         metric=_metric,
+        squares=(_SQUARE, lambda settings: (settings["alpha"], 1 - settings["alpha"])),
         effective_rates=_effective_rates,
         cancelling_steps=16,
     ),

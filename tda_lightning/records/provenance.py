@@ -151,7 +151,8 @@ class WhatIfRecord(TypedDict, total=False):
     """Where the derivative was taken, if not at the recorded run."""
 
     keep: Share  # mean weight of the training examples
-    weights: Literal["uniform", "subsets"]  # all at ``keep``, or random subsets at 0 and 1
+    # All at ``keep``; the same with expected second moments; random subsets at 0 and 1
+    weights: Literal["uniform", "expected", "subsets"]
     draws: Count  # of random subsets, for each recorded run
     runs: list[str]  # folders of the what-if runs, or "in memory"
 

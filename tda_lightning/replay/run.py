@@ -20,6 +20,7 @@ from tda_lightning.optimizers import (
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory, require_one_stage
+from tda_lightning.replay.expected_squares import ExpectedSquares, expects_squares
 from tda_lightning.runtime.compiled import uncompiled
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors, restored
@@ -170,13 +171,20 @@ class Replay:
         """The mean loss of a batch: what a LightningModule's ``training_step`` returns, else the
         task's; of a what-if run, with its weights on the examples."""
         if (weights := self.trajectory.data_weights) is not None:
-            with seeded_examples(0, examples, own_noise=False):
-                return weighted_loss(self.task, self.module, batch, weights[examples])
+            return self.weighted(batch, examples, weights)[0]
         if hasattr(self.module, "training_step"):
             return run_training_step(self.module, batch)
         with seeded_examples(0, examples, own_noise=False):
             losses = self.task.train_loss(self.module, batch)
         return losses.sum() * self.task.share(len(losses))
+
+    def weighted(self, batch: object, examples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch with ``weights`` [train] on the examples, and their parts in it at
+        weight 1, [batch]."""
+        with seeded_examples(0, examples, own_noise=False):
+            total, parts = self.task.batch_loss(self.module, batch)
+        own = weights[examples].to(parts)
+        return total + ((own - 1) * parts).sum(), parts
 
 
 class Walk:
@@ -194,6 +202,10 @@ class Walk:
         self.optimizer = make_optimizer(replay.trajectory, self.trained)
         # States that it begins with.
         self._initial = {name: self.state_of(name) for name in self.trained}
+        self._expected: ExpectedSquares | None = None
+        if expects_squares(replay.trajectory):
+            rule = rule_of(replay.trajectory)
+            self._expected = ExpectedSquares(replay.trajectory, rule, self.trained)
         self.random: Snapshot | None = None
 
     def restart(self, step: int) -> None:
@@ -273,31 +285,40 @@ class Walk:
         replay, steps = self.replay, self.replay.trajectory.steps
         apply_settings(replay.trajectory, self.optimizer, row)
         self.optimizer.zero_grad()
+        accumulation = int(steps.accumulation[row])
+        weights = replay.trajectory.data_weights if weights is None else weights
         losses, draws = [], []
-        for batch, examples, drawn in self.batches(row):
+        for number, (batch, examples, drawn) in enumerate(self.batches(row)):
             if weights is None:
                 loss = replay.loss_as_trained(batch, examples)
             else:
-                with seeded_examples(0, examples, own_noise=False):
-                    loss = weighted_loss(replay.task, replay.module, batch, weights[examples])
-            (loss / int(steps.accumulation[row])).backward()
+                loss, parts = replay.weighted(batch, examples, weights)
+                if self._expected is not None:
+                    self._expected.add_batch(row, number, parts, weights[examples], accumulation)
+            (loss / accumulation).backward()
             losses.append(float(loss.detach()))
             draws.append(drawn)
         self.on_gradients(row)
-        self._clip()
+        clipping = self._clip()
+        if self._expected is not None:
+            self._expected.enter(row, self.optimizer, clipping)
         self.optimizer.step()
         return sum(losses) / len(losses), draws
 
     def on_gradients(self, row: int) -> None:
         """Called when the gradients of a step are complete."""
 
-    def _clip(self) -> None:
-        utils = torch.nn.utils
-        clip = utils.clip_grad_value_ if self.replay.clip_by_value else utils.clip_grad_norm_
-        if self.replay.clip:
-            # In the optimizer's order, as in training: the order decides the norm's last bit.
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            clip(parameters, self.replay.clip)
+    def _clip(self) -> float:
+        """Clip the gradients; what clipping by norm multiplied them by."""
+        limit, utils = self.replay.clip, torch.nn.utils
+        if not limit:
+            return 1.0
+        # In the optimizer's order, as in training: the order decides the norm's last bit.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.replay.clip_by_value:
+            utils.clip_grad_value_(parameters, limit)
+            return 1.0
+        return min(1.0, limit / (float(utils.clip_grad_norm_(parameters, limit)) + 1e-6))
 
 
 def clips_by_value(settings: Mapping[str, object]) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from tda_lightning.records.errors import (
     UnsupportedTrainingError,
 )
 from tda_lightning.records.trajectory import Checkpoint, Facts, Steps, Trajectory
+from tda_lightning.replay.expected_squares import EXPECTED, SETTING, expects_squares
 from tda_lightning.replay.prepared import again_where_unseen, prepared, require_task_loss
 from tda_lightning.replay.run import Replay, ReplaySnapshot, Walk
 from tda_lightning.runtime.digests import digest
@@ -88,10 +89,15 @@ def subset_weights(num_train: int, keep: float, draws: int) -> Tensor:
     return weights
 
 
-def feels_factor(trajectory: Trajectory) -> bool:
-    """Whether the optimizer feels a common factor of the loss. Adam and its kin normalise it
-    away."""
-    return rule_of(trajectory).linear
+def weights_that_suit(trajectory: Trajectory) -> Literal["uniform", "expected", "subsets"]:
+    """Where the derivative is best taken for the optimizer (experiments/question): every example at
+    one weight where it feels a common factor of the loss; where it normalises that away by a sum of
+    squared gradients, with the squares that random subsets are expected to leave; else at random
+    subsets."""
+    rule = rule_of(trajectory)
+    if rule.linear:
+        return "uniform"
+    return "subsets" if rule.squares is None else "expected"
 
 
 def what_if_run(
@@ -101,6 +107,7 @@ def what_if_run(
     source: ExampleSource,
     weights: Tensor,
     before: Sequence[tuple[Trajectory, Trajectory]] = (),
+    expected: bool = False,
 ) -> Trajectory:
     """The run trained again with example n's loss multiplied by ``weights[n]``.
 
@@ -115,6 +122,10 @@ def what_if_run(
         weights: float64 [train].
         before: the recorded stages that came before, in order, with their what-if runs: what this
             one took over from them comes from there.
+        expected: train with the second moments that random subsets, with these weights as
+            probabilities, are expected to leave, at the rates times the mean weight: what is gone
+            makes training shorter, which an optimizer that normalises would not feel
+            (:mod:`tda_lightning.replay.expected_squares`).
 
     Raises:
         UnsupportedTrainingError: the run cannot be replayed.
@@ -124,8 +135,17 @@ def what_if_run(
     """
     replay, losses = _checked(trajectory, module, task, source)
     start = _beginning(trajectory, before)
-    key = _key(replay, start, weights, losses)
-    weighted = Replay(replace(trajectory, data_weights=weights), module, replay.task, source)
+    key = _key(replay, start, weights, losses, expected)
+    asked = replace(trajectory, data_weights=weights)
+    if expected:
+        rates = trajectory.steps.learning_rate * weights.mean()
+        settings = {**trajectory.facts.settings, SETTING: EXPECTED}
+        asked = replace(
+            asked,
+            steps=replace(trajectory.steps, learning_rate=rates),
+            facts=replace(trajectory.facts, settings=settings),
+        )
+    weighted = Replay(asked, module, replay.task, source)
 
     def run() -> Trajectory:
         if trajectory.path is None:
@@ -220,7 +240,9 @@ def _beginning(
     )
 
 
-def _key(replay: Replay, start: Checkpoint, weights: Tensor, losses: list[str]) -> str:
+def _key(
+    replay: Replay, start: Checkpoint, weights: Tensor, losses: list[str], expected: bool
+) -> str:
     """Digest of all that determines a what-if run. Code is observed through what it computes: the
     losses of the first step."""
     trajectory = replay.trajectory
@@ -232,7 +254,7 @@ def _key(replay: Replay, start: Checkpoint, weights: Tensor, losses: list[str]) 
         [steps.examples, steps.example_offsets, steps.batch_offsets, steps.accumulation],
         [steps.learning_rate, dict(steps.hyperparameters), sorted(trajectory.checkpoints)],
         [dict(start.parameters), dict(start.buffers), dict(end)],
-        [type(replay.module).__name__, replay.task.settings(), weights, losses],
+        [type(replay.module).__name__, replay.task.settings(), weights, losses, expected],
     ]
     return digest(content)[:_KEY_DIGITS]
 
@@ -353,6 +375,8 @@ def _facts(trajectory: Trajectory, key: str) -> Facts:
     alike = bool((weights == weights[0]).all())
     settings["run_id"] = f"{facts.settings.get('run_id')} what if {key}"
     settings["what_if"] = f"every example at weight {kept:g}" if alike else f"a subset of {kept:g}"
+    if expects_squares(trajectory):
+        settings["what_if"] += ", expected second moments"
     return replace(facts, settings=settings)
 
 
@@ -441,10 +465,11 @@ class _MeasuredWalk(Walk):
     def on_gradients(self, row: int) -> None:
         self._norm, self._ratio = self._length(), 1.0
 
-    def _clip(self) -> None:
-        super()._clip()
+    def _clip(self) -> float:
+        clipping = super()._clip()
         if self.replay.clip and self._norm > 0:
             self._ratio = self._length() / self._norm
+        return clipping
 
     def _length(self) -> float:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]

@@ -44,6 +44,7 @@ class Example:
     spark: Chart | None = None
     pieces: tuple[Piece, ...] = ()  # in place of the text
     label: str = ""  # that the score is about, where it is not about removal
+    same_sign: str = ""  # runs of an ensemble with the sign of their mean, where others differ
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def listing(
     segments: Sequence[Sequence[float]] | None = None,
     tokens: Sequence[Sequence[float]] | None = None,
     labels: Mapping[str, str] | None = None,
+    members: Sequence[Sequence[float]] | None = None,
 ) -> Listing:
     """Training examples with their scores.
 
@@ -148,6 +150,7 @@ def listing(
         segments: for each example its score in each segment.
         tokens: for each example the score of each term of its loss.
         labels: those that scores are about in place of removal, by index.
+        members: for each example its score in each run of an ensemble.
     """
     tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
     examples = tuple(
@@ -162,10 +165,23 @@ def listing(
             spark=sparkline(segments[place], tallest) if segments else None,
             tokens=tokens[place] if tokens else None,
             label=(labels or {}).get(str(index), ""),
+            same_sign=_same_sign(value, members[place]) if members else "",
         )
         for place, (index, value) in enumerate(zip(indices, values, strict=True))
     )
     return arrange(examples)
+
+
+def _same_sign(mean: float, members: Sequence[float]) -> str:
+    """How many members have the sign of their mean; nothing where none has the other.
+
+    Example:
+        >>> _same_sign(1.0, [3.0, -1.0])
+        '1/2'
+    """
+    if all(mean * value >= 0 for value in members):
+        return ""
+    return f"{sum(mean * value > 0 for value in members)}/{len(members)}"
 
 
 def arrange(examples: tuple[Example, ...]) -> Listing:

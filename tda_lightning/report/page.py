@@ -215,8 +215,9 @@ def _query(
             parts = block.T.tolist()
             series.append((f"{kind}s", kind, block.sum(1).tolist()))
         tokens = None if scores.by_token is None else scores.by_token[row, indices].tolist()
+        members = None if scores.members is None else scores.members[:, row, indices].T.tolist()
         lists[kind] = listing(
-            render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels
+            render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels, members
         )
         if len(indices):
             same_sign = values[sign * values > 0].double()

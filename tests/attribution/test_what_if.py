@@ -24,13 +24,14 @@ from tda_lightning.records.errors import (
 )
 from tda_lightning.records.trajectory import Trajectory as Run
 from tda_lightning.replay import what_if as what_if_module
+from tda_lightning.replay.expected_squares import signs
 from tda_lightning.replay.what_if import subset_weights
 from tda_lightning.solvers import ASTRA, ConjugateGradients, DataInf, Direct, Lanczos, LiSSA
 from tda_lightning.store.inspect import describe
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
-from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
+from tests.cases.training import CLASSIFIER, LINEAR, MLP, OPTIMIZERS, queries_of, train
 from tests.oracles.estimators import spread
 from tests.runs import Net, Numbered, fit, loader
 from tests.unrolling import NETWORKS, adam, mostly, record, scores_of, sgd
@@ -220,6 +221,70 @@ def test_datainf_weighs_the_gradients_of_a_what_if_run() -> None:
         expected += v @ torch.stack(inverses).mean(0) @ g.T / SIZE
         at += size
     assert relative(scores.values, expected) < 1e-9
+
+
+# Expected second moments
+
+NORMALISING = {
+    "adam": adam(weight_decay=0.1),
+    "adamw": adam(torch.optim.AdamW, weight_decay=0.5),
+    "rmsprop": lambda m: torch.optim.RMSprop(
+        m.parameters(), 0.01, 0.8, momentum=0.6, centered=True, weight_decay=0.1
+    ),
+    "adagrad": lambda m: torch.optim.Adagrad(
+        m.parameters(), 0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.01
+    ),
+    "adamw in groups": OPTIMIZERS["adamw_groups"],
+}
+
+
+@pytest.mark.parametrize("name", NORMALISING)
+def test_the_derivative_with_expected_second_moments(name: str) -> None:
+    """What random subsets add to the squares is a constant of the derivative."""
+    batches = oracles.cut_batches(SIZE, 4, epochs=3, accumulate=2)
+    run, module, data = train(
+        MLP, NORMALISING[name], batches=batches, checkpoints=(2, 4), accumulation=2
+    )
+    scores = attribute(MLP, run, module, data, Unrolled(), keep=0.6)
+    assert scores.provenance["what_if"]["weights"] == "expected"
+    (weights,) = weights_of(0.6, 0)
+    queries = queries_of(MLP)
+    expected = oracles.unrolled(
+        run, module, MLP.loss, data, MLP.loss, queries, weights, expected=True
+    )
+    assert relative(scores.values, expected) < 1e-8
+    plain = attribute(MLP, run, module, data, Unrolled(), keep=0.6, draws=0)
+    assert relative(plain.values, expected) > 1e-2
+
+
+def test_the_recorded_order_knows_expected_second_moments() -> None:
+    """Least squares with a checkpoint and a segment for every step: nothing is approximated."""
+    batches = [[[*range(SIZE)]]] * 5
+    make = adam(torch.optim.AdamW, weight_decay=0.1, eps=1e-4)
+    run, module, data = train(LINEAR, make, batches=batches, checkpoints=range(6))
+    estimator = Source(segment_steps=[1, 2, 3, 4], curvature="exact", order="recorded")
+    scores = attribute(LINEAR, run, module, data, estimator, keep=0.6)
+    (weights,) = weights_of(0.6, 0)
+    expected = oracles.unrolled(
+        run, module, LINEAR.loss, data, LINEAR.loss, queries_of(LINEAR), weights, expected=True
+    )
+    assert relative(scores.values, expected) < 1e-8
+
+
+def test_signed_sums_estimate_what_random_subsets_add() -> None:
+    """Over all signs, and over all subsets by their probabilities."""
+    gradients = torch.randn(4, 7, dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.2, 1.0, 0.7], dtype=torch.float64)
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 4)
+    chances = torch.where(every > 0, weights, 1 - weights).prod(1)
+    by_subsets = (chances[:, None] * (every @ gradients).square()).sum(0)
+    spread = (2 * every - 1) * (weights * (1 - weights)).sqrt()
+    by_signs = (weights @ gradients).square() + (spread @ gradients).square().mean(0)
+    assert relative(by_signs, by_subsets) < 1e-12
+    drawn = torch.stack([signs(row, 0, 4) for row in range(4000)])
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    assert float((drawn.T @ drawn / 4000 - torch.eye(4)).abs().max()) < 0.06
+    assert torch.equal(signs(3, 1, 4), signs(3, 1, 4))
 
 
 def test_edits_are_differences_of_gradients_at_those_weights() -> None:

@@ -97,6 +97,19 @@ def test_dropout(there: Path) -> None:
     assert main(["ensemble", "runs/digits", "kind=dropout", "rate=0.3"]) == 1
 
 
+def test_lora(there: Path) -> None:
+    pytest.importorskip("peft")
+    root = ROOT.parent / "lora"
+    given = ["kind=lora", "members=2", "rank=1", "epochs=1"]
+    assert main(["ensemble", "runs/digits", *given]) == 0
+    assert main(["attribute", str(root), "estimator=tracin"]) == 0
+    scores = Scores.load(root / "scores" / "tracin.h5")
+    assert scores.members is not None and relative(*scores.members) > 0.05
+    recorded = Scores.load(ROOT / "scores" / "tracin.h5").provenance
+    assert scores.provenance["trained_parameters"] < recorded["trained_parameters"]
+    assert scores.provenance["predictions"] == recorded["predictions"]
+
+
 def test_bad_settings_are_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting, said in (
         ("kind=chance", "kind must be one of seeds, forks, dropout, lora, got 'chance'"),

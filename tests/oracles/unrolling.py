@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.replay.expected_squares import signs
 from tests.oracles.gradients import Batch, Loss, num_examples, take, with_state
 
 
@@ -43,6 +44,7 @@ def replay(
     clip_value: float | None = None,
     recorded_clipping: bool = False,
     renormalise: bool = False,
+    expected: bool = False,
 ) -> dict[str, Tensor]:
     """The trained parameters as a differentiable function of the weights [train].
 
@@ -50,6 +52,8 @@ def replay(
         recorded_clipping: multiply gradients by the recorded factors, as constants.
         renormalise: divide a batch by the sum of its weights: with a weight of 0 the example is
             truly removed. Otherwise every batch keeps its denominator.
+        expected: add what random subsets would add to squared gradients, as a constant, and
+            multiply the rates by the mean weight.
     """
     steps, facts = trajectory.steps, trajectory.facts
     module = with_state(module, trajectory.checkpoints[0])
@@ -59,11 +63,17 @@ def replay(
     }
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for row in range(len(steps)):
-        total = torch.zeros(())
-        for indices in steps.batches(row):
+        total = spread = torch.zeros(())
+        for number, indices in enumerate(steps.batches(row)):
             losses = _call(module, loss, parameters, take(data, indices))
+            own = weights[indices].detach()
+            noise = (own * (1 - own)).sqrt() * signs(row, number, len(indices))
+            spread = spread + (noise * losses).sum() / len(indices) / int(steps.accumulation[row])
             size = weights[indices].sum() if renormalise else len(indices)
             total = total + (weights[indices] * losses).sum() / size / int(steps.accumulation[row])
+        extra = torch.autograd.grad(
+            spread, list(parameters.values()), retain_graph=True, materialize_grads=True
+        )
         gradients = torch.autograd.grad(
             total,
             list(parameters.values()),
@@ -79,11 +89,15 @@ def replay(
             norm = torch.cat([gradient.reshape(-1) for gradient in gradients]).norm()
             factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
             gradients = tuple(gradient * factor for gradient in gradients)
-        for (name, parameter), gradient in zip(list(parameters.items()), gradients, strict=True):
+        for number, (name, parameter) in enumerate(list(parameters.items())):
+            gradient = gradients[number]
             group = facts.parameters[name].group
             hyper = {key: float(v[row, group]) for key, v in steps.hyperparameters.items()}
             rate = float(steps.learning_rate[row, group])
             update = UPDATES[facts.optimizer]
+            if expected:
+                rate *= float(weights.mean())
+                state[name]["extra"] = extra[number].square()
             parameters[name] = update(parameter, gradient, state[name], rate, hyper)
     return parameters
 
@@ -116,7 +130,8 @@ def _adam_move(gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tenso
     zero = torch.zeros_like(gradient)
     count = state["count"] = state.get("count", 0) + 1
     first = state["first"] = beta1 * state.get("first", zero) + (1 - beta1) * gradient
-    second = state["second"] = beta2 * state.get("second", zero) + (1 - beta2) * gradient**2
+    square = gradient**2 + state.pop("extra", 0)
+    second = state["second"] = beta2 * state.get("second", zero) + (1 - beta2) * square
     root = _root(second) / (1 - beta2**count) ** 0.5
     return rate / (1 - beta1**count) * first / (root + hyper["eps"])
 
@@ -124,7 +139,8 @@ def _adam_move(gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tenso
 def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
     gradient = gradient + hyper["weight_decay"] * parameter
     alpha, zero = hyper["alpha"], torch.zeros_like(gradient)
-    square = state["square"] = alpha * state.get("square", zero) + (1 - alpha) * gradient**2
+    own = gradient**2 + state.pop("extra", 0)
+    square = state["square"] = alpha * state.get("square", zero) + (1 - alpha) * own
     if hyper["centered"]:
         mean = state["mean"] = alpha * state.get("mean", zero) + (1 - alpha) * gradient
         square = square - mean**2
@@ -137,7 +153,7 @@ def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hype
 def _adagrad(parameter: Tensor, gradient: Tensor, state: dict, rate: float, hyper: dict) -> Tensor:
     gradient = gradient + hyper["weight_decay"] * parameter
     start = torch.full_like(gradient, hyper["initial_accumulator_value"])
-    total = state["sum"] = state.get("sum", start) + gradient**2
+    total = state["sum"] = state.get("sum", start) + gradient**2 + state.pop("extra", 0)
     count = state["count"] = state.get("count", 0) + 1
     rate = rate / (1 + (count - 1) * hyper["lr_decay"])
     return parameter - rate * gradient / (_root(total) + hyper["eps"])

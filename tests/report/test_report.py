@@ -572,3 +572,21 @@ class TestCharts:
 
     def test_bars_of_zero(self):
         assert bar_chart([("proponents", "proponent", [0.0])], ["a"]).bars[0].height == 0
+
+
+def test_scores_that_change_their_sign_over_runs_are_marked(tmp_path):
+    members = torch.tensor([[[3.0, 2.0, -1.0, 0.0]], [[1.0, -1.0, -1.0, -4.0]], [[2.0, 5, -1, 1]]])
+    scores = Scores(members.mean(0), members=members)
+    page = Page(write_report(scores, tmp_path / "ensemble.html"))
+    page.require_harmless()
+    assert "mean over 3 runs" in page.text
+    # The legend, and examples 1 and 3: of the last, one run has no sign.
+    assert page.source.count('class="unstable') == 3
+    assert "±\xa02/3" in page.text and "±\xa01/3" in page.text
+    for form in ({"row": {"a": 1}}, {"text": "words"}, {"image": torch.zeros(2, 2)}):
+        shown = write_report(
+            scores, tmp_path / "form.html", render=lambda *_, form=form: Rendered(**form)
+        )
+        assert Page(shown).source.count('class="unstable') == 3
+    alone = Page(write_report(Scores(members.mean(0)), tmp_path / "alone.html"))
+    assert 'class="unstable' not in alone.source and "mean over" not in alone.text

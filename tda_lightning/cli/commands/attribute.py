@@ -51,8 +51,10 @@ def attribute(config: DictConfig) -> None:
         "command": command_line(),
         "config": OmegaConf.to_container(config, resolve=True),
     }
-    first = trajectory.trajectories[0] if isinstance(trajectory, Ensemble) else trajectory
-    if predictions := _predictions(module, data, first):
+    recorded = trajectory
+    if isinstance(recorded, Ensemble):
+        recorded = Trajectory.load(run_folder(folder))
+    if predictions := _predictions(module, data, recorded):
         provenance["predictions"] = predictions
     train, query = sources(data, config.batch_size)
     try:

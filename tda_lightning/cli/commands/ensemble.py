@@ -19,6 +19,7 @@ from tda_lightning.cli.run_config import load_config, versions
 from tda_lightning.ensembles.dropout import RATE, mask_bytes, mask_settings
 from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
 from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
+from tda_lightning.ensembles.lora import RANK, adapter_settings
 from tda_lightning.ensembles.seeds import diverged
 from tda_lightning.records.ensemble import FINISHED, MemberFact
 from tda_lightning.records.trajectory import Trajectory
@@ -66,7 +67,8 @@ def ensemble(config: DictConfig) -> None:
 
 def _settings(config: DictConfig, run: Path) -> dict[str, object]:
     """What the members of a kind have in common."""
-    for name, kind in (("at", "forks"), ("rate", "dropout")):
+    kinds = {"at": "forks", "rate": "dropout", "rank": "lora", "epochs": "lora"}
+    for name, kind in kinds.items():
         if config[name] is not None and config.kind != kind:
             raise ValueError(f"{name} is for kind={kind}, got kind={config.kind}.")
     if config.kind == "forks":
@@ -76,6 +78,13 @@ def _settings(config: DictConfig, run: Path) -> dict[str, object]:
         recorded = RecordedRun.load(config)
         rate = RATE if config.rate is None else config.rate
         return mask_settings(recorded.trajectory, recorded.module, rate)
+    if config.kind == "lora":
+        recorded_epochs = int(Trajectory.load(run).steps.epoch.max()) + 1
+        epochs = max(1, recorded_epochs // 5) if config.epochs is None else config.epochs
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {epochs}.")
+        rank = RANK if config.rank is None else config.rank
+        return adapter_settings(rank, epochs=epochs)
     return {}
 
 

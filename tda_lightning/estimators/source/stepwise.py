@@ -27,8 +27,10 @@ from tda_lightning.optimizers import (
     row_settings,
     weight_decay,
 )
+from tda_lightning.optimizers.rule import Squares
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Segment
+from tda_lightning.replay.expected_squares import expects_squares
 from tda_lightning.session.session import Session, memory_budget
 
 Units = dict[str, Tensor]  # [groups, rows, columns] by unit
@@ -133,42 +135,79 @@ def _rebuilt_steps(
         for name, own in gradients.items():
             at = torch.lerp(weights[name], end[name], (row - start) / (stop - start))
             own[row - start].mul_(clipping).add_(coupled[name] * at)
-    factors = _factors(segment, gradients, recorded, start, stop)
+    sums = _sums_of_squares(segment, gradients, recorded, start, stop)
+    expected = expects_squares(trajectory)
     for row in range(start, stop):
+        hyperparameters = row_settings(trajectory, row, 0)
         for name, own in gradients.items():
-            gradient = own[row - start].mul_(factors.get(name, 1.0))
-            advanced = rule.advance(recorded[name], gradient, row_settings(trajectory, row, 0))
+            gradient = own[row - start]
+            if sums is not None and not expected:
+                gradient.mul_(sums.factor(name))
+            advanced = rule.advance(recorded[name], gradient, hyperparameters)
+            if sums is not None and expected:
+                advanced[sums.key] += sums.weights(hyperparameters)[1] * sums.missing(name)
             recorded[name] = advanced
             for key, value in advanced.items():
                 states[name][key][row - start] = value
     return _RecordedSteps(start, stop, gradients, states)
 
 
-def _factors(
-    segment: FittedSegment, gradients: Units, before: Mapping[str, Units], start: int, stop: int
-) -> Units:
-    """What the gradients of rows ``start`` to ``stop`` must be multiplied by, so that their squares
-    add up to what the optimizer recorded.
+@dataclass
+class _SumsOfSquares:
+    """What the optimizer summed up of squared gradients in some rows, beside what the rebuilt
+    gradients make of it, by unit.
 
-    The gradients are those of eval mode, between two checkpoints. Where the run's own were smaller
-    (dead units, what only shifts the input of a BatchNorm), moments rebuilt from them would be
-    those of another run.
+    Attributes:
+        key: of the optimizer's state.
+        weights: (keep, add) by settings (``OptimizerRule.squares``).
+        felt: by the optimizer.
+        seen: of the rebuilt gradients.
+        total: weight of the rows in the sums.
     """
+
+    key: str
+    weights: Squares
+    felt: Units
+    seen: Units
+    total: float
+
+    def factor(self, name: str) -> Tensor:
+        """What gradients must be multiplied by, so that their squares add up to what was felt.
+
+        The gradients are those of eval mode, between two checkpoints. Where the run's own were
+        smaller (dead units, what only shifts the input of a BatchNorm), moments rebuilt from them
+        would be those of another run.
+        """
+        seen, felt = self.seen[name], self.felt[name]
+        return torch.where(seen > 0, (felt / seen.clamp(min=1e-38)).sqrt(), 1.0)
+
+    def missing(self, name: str) -> Tensor:
+        """What every step must add to a squared gradient: the expected squares of a what-if run."""
+        return (self.felt[name] - self.seen[name]).clamp(min=0) / self.total
+
+
+def _sums_of_squares(
+    segment: FittedSegment, gradients: Units, before: Mapping[str, Units], start: int, stop: int
+) -> _SumsOfSquares | None:
+    """Of the rows ``start`` to ``stop``; None for an optimizer that sums no squares up."""
     trajectory, rule = segment.session.trajectory, segment.rule
     if rule.squares is None:
-        return {}
+        return None
     key, weights = rule.squares
     after = _recorded_states(segment, stop)
-    factors = {}
+    felt, seen_by_unit, total = {}, {}, 0.0
+    for row in range(start, stop):
+        keep, add = weights(row_settings(trajectory, row, 0))
+        total = keep * total + add
     for name, own in gradients.items():
         seen, left = torch.zeros_like(own[0]), before[name][key].clone()
         for row in range(start, stop):
             keep, add = weights(row_settings(trajectory, row, 0))
             seen.mul_(keep).addcmul_(own[row - start], own[row - start], value=add)
             left *= keep
-        felt = (after[name][key] - left).clamp(min=0)
-        factors[name] = torch.where(seen > 0, (felt / seen.clamp(min=1e-38)).sqrt(), 1.0)
-    return factors
+        felt[name] = (after[name][key] - left).clamp(min=0)
+        seen_by_unit[name] = seen
+    return _SumsOfSquares(key, weights, felt, seen_by_unit, total)
 
 
 def _mean_gradients(
