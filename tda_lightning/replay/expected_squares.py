@@ -13,8 +13,8 @@ The first term is the square of the weighted gradient. The second is estimated w
 gradients: with independent random signs :math:`\epsilon_n` it is the mean of
 :math:`(\tfrac1{|B|} \sum_n \epsilon_n \sqrt{w_n (1 - w_n)}\, g_n)^2`, one more backward pass for
 each batch (Hutchinson's estimator). The optimizer averages it over many steps. The first steps
-have no such average yet: a single square is close to 0 in some coordinate, and dividing by its root makes
-some example's score as large as one likes. So step t takes the mean of 16 / t squares.
+have no such average yet: a single square is close to 0 in some coordinate, and dividing by its root
+makes some example's score as large as one likes. So step t takes the mean of 16 / t squares.
 """
 
 from __future__ import annotations
