@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from tda_lightning.cli.evaluation_limits import Limits
+from tda_lightning.cli.matched_keep import keep_of
 from tda_lightning.evaluation import (
     BASELINES,
     GroundTruth,
@@ -60,6 +61,7 @@ class JudgedScores:
             the first tenth of the training set; None where no labels are known to be wrong.
         seconds: time that making the scores took; None if unknown.
         processor_seconds: processor time of it, all threads together.
+        keep: share of the data that stays in the question they answer; None for baselines.
         beyond: how many scores cannot be right in size (``records.provenance.BeyondRange``).
     """
 
@@ -73,6 +75,7 @@ class JudgedScores:
     detection: tuple[float, float] | None = None
     seconds: float | None = None
     processor_seconds: float | None = None
+    keep: float | None = None
     beyond: int = 0
 
     def as_json(self) -> dict[str, object]:
@@ -91,6 +94,7 @@ class JudgedScores:
                 # Six digits are plenty for a rank correlation over few subsets.
                 per_query=[_none_if_nan(round(value, 6)) for value in per_query.tolist()],
             )
+        row["keep"] = self.keep
         row["slope"] = self.slope
         row["correlation"] = self.correlation
         row["seconds"] = self.seconds
@@ -131,6 +135,7 @@ def judge(
         "processor_seconds": provenance.get("processor_seconds"),
         "beyond": provenance.get("beyond_range", {"count": 0})["count"],
     }
+    row["keep"] = None if row["estimator"] in BASELINES else keep_of(scores)
     if wrong is not None and scores.self_influence is not None:
         row["detection"] = detection_auc(scores, wrong), found_within(scores, wrong, INSPECTED)
     if not scores.is_complete:
@@ -144,7 +149,7 @@ def judge(
         lds = linear_datamodeling_score(*compared)
     except NothingToRankError as error:
         return JudgedScores(**row, reason=f"undefined: {error}")
-    if row["estimator"] not in BASELINES:
+    if row["keep"] is not None:
         row["slope"], row["correlation"] = map(_none_if_nan, _slope_and_correlation(scores, truth))
     return JudgedScores(**row, over_queries=lds, over_subsets=interval_over_subsets(*compared))
 
@@ -222,16 +227,20 @@ def evaluation_table(
     title = "Rank correlation with the proximal Bregman response"
     table = Table(title=title if responses else "Linear datamodeling score")
     names = [f"{row.name} (!)" if row.beyond else row.name for row in rows]
-    add_names_column(table, names)
-    table.add_column("rank" if responses else "LDS", justify="right")
+    words = [word for name, _ in limits.rows() for word in name.split()]
+    add_names_column(table, [*names, *words])
+    asked = any(row.keep not in (None, 1) for row in rows)
+    if asked:
+        table.add_column("keep", justify="right", no_wrap=True)
+    # A narrow terminal folds the intervals, and cuts no number off.
+    table.add_column("rank" if responses else "LDS", justify="right", no_wrap=True)
     table.add_column("95% over queries")
     table.add_column("95% over subsets")
     if limits.seeds is not None:
-        table.add_column("of\nlimit", justify="right")
-    table.add_column("slope", justify="right", min_width=5, no_wrap=True)
+        table.add_column("of\nlimit", justify="right", no_wrap=True)
+    table.add_column("slope", justify="right", no_wrap=True)
     times = ["" if row.seconds is None else readable_time(row.seconds) for row in rows]
-    # A narrow terminal folds the intervals, and cuts no number off.
-    table.add_column("time", justify="right", min_width=max(map(len, ["time", *times])))
+    table.add_column("time", justify="right", no_wrap=True)
     for name, row, taken in zip(names, rows, times, strict=True):
         cells = ["none", "", ""]
         share = slope = ""
@@ -239,13 +248,16 @@ def evaluation_table(
             cells = _cells(row.over_queries, row.over_subsets)
             share = limits.share(row.over_queries.value)
             slope = "" if row.slope is None else f"{row.slope:.3g}"
+        if asked:
+            cells.insert(0, "" if row.keep is None else f"{row.keep:g}")
         if limits.seeds is not None:
             cells.append(share)
         table.add_row(name, *cells, slope, taken)
     if limits.rows():
         table.add_section()
     for name, limit in limits.rows():
-        table.add_row(name, *_cells(limit.over_queries, limit.over_subsets))
+        own = _cells(limit.over_queries, limit.over_subsets)
+        table.add_row(name, *[""] * asked, *own)
     return table
 
 
@@ -276,7 +288,7 @@ def _cells(queries: Interval, subsets: Interval) -> list[str]:
 def add_names_column(table: Table, names: Sequence[str]) -> None:
     """A column of names; long ones are folded before the numbers beside them are."""
     width = min(_NAME_WIDTH, max(map(len, names), default=0))
-    table.add_column("scores", overflow="fold", min_width=width, max_width=_NAME_WIDTH)
+    table.add_column("scores", overflow="fold", width=max(width, len("scores")))
 
 
 def evaluation_notes(
@@ -298,6 +310,10 @@ def evaluation_notes(
         for row in rows
         if row.beyond
     ]
+    if any(row.keep not in (None, 1) for row in rows):
+        lines.append(
+            "Keep: the share of the data that would stay, in the question that scores answer."
+        )
     if any(row.slope is not None for row in rows):
         what = "differences between subsets" if truth.protocol == "algorithm" else "changes"
         lines.append(f"Slope: measured {what} on predicted ones; 1 means that the unit is right.")

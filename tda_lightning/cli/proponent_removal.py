@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from tda_lightning.cli.command import command_line
@@ -28,6 +29,23 @@ def removal_file(run: RecordedRun, truth: Path) -> Path:
     return truth.with_name(f"{run.config.protocol}-removal-{run.config.seed}.h5")
 
 
+def removed_counts(removal: object, num_train: int) -> list[int]:
+    """Numbers of examples to leave out, given as such or as shares of the training set.
+
+    Raises:
+        ValueError: neither.
+    """
+    wanted = list(removal) if OmegaConf.is_list(removal) else []  # type: ignore[call-overload]
+    plain = all(type(k) in (int, float) for k in wanted)
+    counts = [max(1, round(k * num_train)) if 0 < k < 1 else k for k in wanted] if plain else []
+    if not counts or any(k != int(k) or not 1 <= k < num_train for k in counts):
+        raise ValueError(
+            f"removal must be a list of numbers from 1 to {num_train - 1} or of shares of the "
+            f"training set, such as removal=[10,50] or removal=[0.01]; got {removal}."
+        )
+    return [int(k) for k in counts]
+
+
 def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path) -> Results:
     """Retrain without the strongest proponents according to each file of scores.
 
@@ -35,7 +53,8 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
     removed, and the change is measured from training on everything with the same seeds. With
     ``part=K/N`` only this part's retrainings are made, and there is no result yet.
     """
-    config, ks = run.config, [int(k) for k in run.config.removal]
+    config = run.config
+    ks = removed_counts(config.removal, len(run.train))
     masks = torch.cat([removals(judged, ks, _DRAWS, config.seed) for judged in scores.values()])
     wanted, places = masks.unique(dim=0, return_inverse=True)
     baseline, configuration = run.recorded_measurements(), configuration_of(run)
@@ -76,16 +95,18 @@ def removal_table(results: Results) -> Table:
     """How much the measurements rise, and how many predictions flip."""
     table = Table(title="Without the strongest proponents of each query")
     add_names_column(table, list(results))
-    table.add_column("removed", justify="right")
-    table.add_column("measurement rises by")
-    table.add_column("at random by")
+    table.add_column("removed", justify="right", no_wrap=True)
+    table.add_column("rise of the measurement")
+    table.add_column("at random")
+    table.add_column("above random")
     rows = [(name, removal) for name, removals in results.items() for removal in removals]
     flips = any(removal.flipped is not None for _, removal in rows)
     if flips:
         table.add_column("flipped", justify="right")
         table.add_column("at random", justify="right")
     for name, removal in rows:
-        cells = [name, str(removal.k), _cell(removal.rise), _cell(removal.random_rise)]
+        changes = (removal.rise, removal.random_rise, removal.above_random)
+        cells = [name, str(removal.k), *map(_cell, changes)]
         if flips:
             shares = (removal.flipped, removal.random_flipped)
             cells += ["" if share is None else f"{share:.0%}" for share in shares]
@@ -93,16 +114,20 @@ def removal_table(results: Results) -> Table:
     return table
 
 
-def removal_note(protocol: str) -> str:
+def removal_note(protocol: str, results: Results) -> str:
     """What the table shows, in words."""
     how = (
         "by weight 0 in the recorded run"
         if protocol == "single_run"
         else "from the training set, compared with training on everything with the same seeds"
     )
+    flips = ""
+    if any(part.flipped is not None for removals in results.values() for part in removals):
+        flips = " Flipped: share of the queries whose predicted class changes."
     return (
         f"Removal: {how}. 95% intervals over queries; {_DRAWS} random sets of examples for each "
-        "number. Flipped: share of the queries whose predicted class changes."
+        "number. The mean rise without a query's own top 1% (removal=[0.01]) is its query-loss "
+        f"difference (QLD).{flips}"
     )
 
 
@@ -116,6 +141,8 @@ def removal_json(results: Results) -> list[dict[str, object]]:
             "rise_over_queries": [removal.rise.low, removal.rise.high],
             "random_rise": removal.random_rise.value,
             "random_rise_over_queries": [removal.random_rise.low, removal.random_rise.high],
+            "above_random": removal.above_random.value,
+            "above_random_over_queries": [removal.above_random.low, removal.above_random.high],
             "flipped": removal.flipped,
             "random_flipped": removal.random_flipped,
         }

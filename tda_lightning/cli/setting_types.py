@@ -11,9 +11,9 @@ from tda_lightning.runtime.setting_types import require_type
 
 # The type of a setting, and a value that would do. The others are checked where they are used.
 _TYPES: dict[str, tuple[Any, str]] = {
-    "alpha": (float, ""),
+    "alpha": (float | None, ""),
     "at": (Sequence[int] | None, "at=[300] for the checkpoint at step 300"),
-    "baselines": (Sequence[str], "baselines=[random]"),
+    "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
     "damping": (float | None, ""),
     "directions": (int, ""),

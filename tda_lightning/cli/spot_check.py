@@ -8,6 +8,7 @@ from typing import cast
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.evaluation_table import JudgedScores, seed_variance_share
+from tda_lightning.cli.matched_keep import keep_of
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import InfluenceFunction
@@ -115,6 +116,8 @@ def damping_sensitivity(scores: Scores, run: RecordedRun) -> DampingSensitivity 
                 run.config.batch_size,
                 trainer=silent_trainer(),
                 self_influence=False,
+                keep=keep_of(scores),
+                draws=provenance["what_if"].get("draws", 0) if "what_if" in provenance else None,
             )
             if (correlation := _agreement(scores, other)) is not None:
                 sensitivity["0.1" if factor < 1 else "10"] = correlation

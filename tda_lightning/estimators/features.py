@@ -67,6 +67,23 @@ def read_features(
     return _rows(found, size, name, in_last_axis).detach(), name
 
 
+def read_every_linear_input(module: nn.Module, forward: Callable[[], int]) -> dict[str, Tensor]:
+    """Inputs of every linear layer that is called, by its name: float32 [example, feature] as in
+    :func:`read_features`.
+
+    Raises:
+        ValueError: the model calls no linear layer, or one has not as many rows for each example.
+    """
+    with _watched(module, None) as seen:
+        size = forward()
+    if not seen:
+        raise ValueError(
+            "The model calls no linear layer (torch.nn.Linear), so there are no activations to "
+            "compare."
+        )
+    return {name: _rows(found, size, name, True).detach() for name, found in dict(seen).items()}
+
+
 @contextmanager
 def _watched(module: nn.Module, layer: str | None) -> Iterator[list[tuple[str, object]]]:
     """Name and inputs of linear layers, or outputs of ``layer``, in the order of their calls."""

@@ -3,6 +3,8 @@
 from tda_lightning.evaluation.additive import additive_ceiling, fitted_linear_model
 from tda_lightning.evaluation.baselines import (
     BASELINES,
+    OF_TEXT,
+    activation_cosine,
     last_checkpoint,
     last_layer_cosine,
     random_scores,
@@ -22,6 +24,7 @@ from tda_lightning.evaluation.judgements import (
     predicted_changes,
     slope_and_correlation,
 )
+from tda_lightning.evaluation.lexical import bm25, token_numbers
 from tda_lightning.evaluation.linear_datamodeling import (
     Interval,
     NothingToRankError,
@@ -45,6 +48,7 @@ from tda_lightning.records.ground_truth import GroundTruth
 
 __all__ = [
     "BASELINES",
+    "OF_TEXT",
     "Ceiling",
     "Estimate",
     "FreshTraining",
@@ -54,9 +58,11 @@ __all__ = [
     "RemovalAgreement",
     "Smoothness",
     "TopRemoval",
+    "activation_cosine",
     "additive_ceiling",
     "agreement",
     "as_removal",
+    "bm25",
     "compare_removals",
     "detection_auc",
     "difference",
@@ -85,6 +91,7 @@ __all__ = [
     "self_loss",
     "slope_and_correlation",
     "smoothness",
+    "token_numbers",
     "top_removal",
     "truth_configuration",
 ]

@@ -3,6 +3,7 @@ recorded run needs its own."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -45,6 +46,15 @@ class Describing(Protocol):
 
     def describe(self, outputs: Tensor) -> list[str]:
         """What the model predicts for each query, given its outputs [query, ...]."""
+
+
+@runtime_checkable
+class Textual(Protocol):
+    """A data module whose examples are texts."""
+
+    def documents(self, split: str) -> Sequence[Sequence[Hashable]]:
+        """The words or token numbers of each example of ``split`` ("train" or "query"), without
+        padding."""
 
 
 @runtime_checkable

@@ -111,6 +111,24 @@ def test_the_table_tells_how_far_each_row_is_from_the_best_query_by_query(run):
     assert gap["over_queries"] == pytest.approx([expected.low, expected.high])
 
 
+def test_scores_are_judged_by_the_question_that_they_answer(run, capsys):
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
+    assert main([*given, "alpha=0.5"]) == 0
+    out = words(capsys)
+    assert "derivatives taken where 100% (tracin) are" in out
+    assert "tda attribute runs/digits keep=0.5" in out and "Keep:" not in out
+    assert table(run)["rows"][0]["keep"] == 1
+    file = run / "scores" / "tracin.h5"
+    asked = {"what_if": {"keep": 0.8, "weights": "uniform"}}
+    replace_provenance(file, {**Scores.load(file).provenance, **asked})
+    assert main(given) == 0
+    out = words(capsys)
+    assert "48 of 60 training examples" in out and "Keep:" in out
+    assert "Judged where" not in out
+    found = table(run, "single_run-0.8-0")
+    assert (found["alpha"], found["rows"][0]["keep"]) == (0.8, 0.8)
+
+
 def test_how_long_scores_took_is_shown_where_they_tell(run, capsys):
     file = run / "scores" / "tracin.h5"
     made = Scores.load(file).provenance
@@ -459,8 +477,9 @@ def test_only_the_provenance_of_scores_is_replaced(tmp_path, monkeypatch):
 
 def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
     given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3"]
-    assert main([*given, "removal=[3]"]) == 0
+    assert main([*given, "removal=[0.05]"]) == 0
     out = capsys.readouterr().out
+    assert table(run)["removal"][0]["k"] == 3
     assert "Without the strongest proponents of each query" in out
     assert "Removal: by weight 0 in the recorded run" in out
     made = []
@@ -488,6 +507,8 @@ def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
             [known.rise.low, known.rise.high], rel=1e-4
         )
         assert row["random_rise"] == pytest.approx(known.random_rise.value, abs=1e-5)
+        above = [known.above_random.low, known.above_random.high]
+        assert row["above_random_over_queries"] == pytest.approx(above, rel=1e-3)
         assert (row["flipped"], row["random_flipped"]) == (known.flipped, known.random_flipped)
     made.clear()
     assert main([*given, "removal=[8]"]) == 0  # all is kept
@@ -634,6 +655,7 @@ def test_under_the_algorithm_slopes_are_of_differences_between_subsets(run):
         ("removal=[0]", "removal must be a list of numbers from 1 to 59"),
         ("removal=[60]", "removal must be a list of numbers from 1 to 59"),
         ("removal=5", "removal must be a list of numbers from 1 to 59"),
+        ("removal=[2.5]", "removal must be a list of numbers from 1 to 59"),
         ("removal=[]", "removal must be a list of numbers from 1 to 59"),
         ("removal=[5] scores=[]", "the proponents that scores name, and there are none"),
         ("removal=[5] protocol=pbrf", "removal is by retraining"),

@@ -171,6 +171,10 @@ def test_proponents_are_missed_more_than_random_examples() -> None:
     torch.testing.assert_close(one.rise.per_query, truth.values.max(1).values.double())
     assert three.rise.value > one.rise.value > one.random_rise.value
     assert three.rise.value > three.random_rise.value
+    for found in (one, three):
+        difference = found.rise.per_query - found.random_rise.per_query
+        torch.testing.assert_close(found.above_random.per_query, difference)
+        assert found.above_random.low <= found.above_random.value <= found.above_random.high
     assert 0 <= one.flipped <= 1 and 0 <= one.random_flipped <= 1
     with pytest.raises(ValueError, match="from 1 to 9"):
         top_removal(*work, queries, truth, ks=[10])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from tda_lightning.attribution.matching import require_same_data
-from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, command_line, not_null, required
+from tda_lightning.cli.evaluation_baselines import baseline, baselines_of, check_baselines
 from tda_lightning.cli.evaluation_limits import evaluation_limits
 from tda_lightning.cli.evaluation_table import (
     JudgedScores,
@@ -26,6 +24,7 @@ from tda_lightning.cli.evaluation_table import (
     require_measurements,
     wrong_labels,
 )
+from tda_lightning.cli.matched_keep import alpha_of, keep_notes
 from tda_lightning.cli.pbrf_settings import complete_pbrf_settings
 from tda_lightning.cli.proponent_removal import (
     removal_file,
@@ -33,6 +32,7 @@ from tda_lightning.cli.proponent_removal import (
     removal_note,
     removal_table,
     remove_proponents,
+    removed_counts,
 )
 from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
@@ -40,15 +40,6 @@ from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
 from tda_lightning.cli.run_config import versions
 from tda_lightning.cli.spot_check import spot_check
-from tda_lightning.cli.trainers import silent_trainer
-from tda_lightning.estimators import TracIn
-from tda_lightning.evaluation import (
-    BASELINES,
-    last_checkpoint,
-    last_layer_cosine,
-    random_scores,
-    self_loss,
-)
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.ground_truth import PROTOCOLS
 from tda_lightning.records.provenance import Provenance, well_formed
@@ -93,16 +84,16 @@ def evaluate(config: DictConfig) -> None:
     wrong = wrong_labels(run.data)
     rows = [judge(name, judged, truth, wrong) for name, judged in scores.items()]
     compared = dict(scores)
-    for name in config.baselines:
+    for name in baselines_of(run):
         started = time.monotonic()
         try:
-            baseline = _baseline(name, run)
+            made = baseline(name, run)
         except (UnsupportedTrainingError, ValueError) as error:
             rows.append(JudgedScores(name, "baseline", reason=f"not possible: {error}"))
             continue
-        rows.append(judge(name, baseline, truth, wrong, time.monotonic() - started))
+        rows.append(judge(name, made, truth, wrong, time.monotonic() - started))
         if name == "gradient_dot":  # the only baseline that scores are compared with
-            compared.setdefault(name, baseline)
+            compared.setdefault(name, made)
 
     seconds = time.monotonic() - began
     header: dict[str, object] = {
@@ -132,8 +123,11 @@ def evaluate(config: DictConfig) -> None:
         console.print(detection)
     if removed:
         console.print(removal_table(removed))
-        print(removal_note(config.protocol))
-    print(evaluation_notes(rows, truth, seconds, limits), f"Ground truth: {path}", sep="\n")
+        print(removal_note(config.protocol, removed))
+    keeps = {row.name: row.keep for row in rows if row.keep is not None}
+    notes = [evaluation_notes(rows, truth, seconds, limits)]
+    notes += keep_notes(keeps, truth.fraction, asked)
+    print(*notes, f"Ground truth: {path}", sep="\n")
     print(f"Table: {output}")
     if config.spot_check:
         print(f"Added to the provenance of {', '.join(map(str, files))}")
@@ -144,7 +138,7 @@ def _score_files(config: DictConfig, folder: Path) -> list[Path]:
     given = config.scores
     if given is None:
         files = sorted((folder / "scores").glob("*.h5"))
-        if not files and not config.baselines:
+        if not files and config.baselines is not None and not config.baselines:
             raise ValueError(
                 f"Expected scores, got none, and there are none in {folder / 'scores'}. For "
                 "example: tda evaluate trajectory=FOLDER scores=FILE"
@@ -171,9 +165,9 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
     complete_pbrf_settings(config, scores)
     if config.num_subsets is None:
         config.num_subsets = _SPOT_CHECK_SUBSETS if config.spot_check else _SUBSETS
-    for name in config.baselines:
-        if name not in BASELINES:
-            raise ValueError(f"baselines must be among {', '.join(BASELINES)}, got {name}.")
+    check_baselines(config)
+    if config.alpha is None:
+        config.alpha = alpha_of(scores)
     # The queries are those that were scored, perhaps fewer than were recorded.
     first = next((well_formed(judged.provenance) for judged in scores.values()), Provenance())
     asked = first.get("config", {}).get("data", {})
@@ -190,29 +184,5 @@ def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:
                 f"training examples; the data of this run have {shape[0]} and {shape[1]}. Give "
                 "scores of this run, with the data settings of their attribution."
             )
-    ks = run.config.removal
-    if ks is None:
-        return
-    counts = OmegaConf.is_list(ks) and all(isinstance(k, int) for k in ks)
-    if not counts or not ks or min(ks) < 1 or max(ks) >= shape[1]:
-        raise ValueError(
-            f"removal must be a list of numbers from 1 to {shape[1] - 1}, such as "
-            f"removal=[10,50]; got {ks}."
-        )
-
-
-def _baseline(name: str, run: RecordedRun) -> Scores:
-    """Scores that cost next to nothing."""
-    train, query, size = run.train, run.queries, run.config.batch_size
-    if name == "random":
-        return random_scores(len(query), len(train), run.config.seed)
-    if name == "self_loss":
-        return self_loss(run.module, run.task, run.end, train, len(query), size)
-    if name == "last_layer":
-        return last_layer_cosine(run.module, run.task, run.end, train, query, size)
-    last = last_checkpoint(run.trajectory)
-    attribution = AttributionModule(run.module, last, TracIn(), run.task)
-    scores = attribution.attribute(
-        train, query, size, trainer=silent_trainer(), self_influence=False
-    )
-    return replace(scores, provenance=cast(Provenance, {**scores.provenance, "estimator": name}))
+    if run.config.removal is not None:
+        removed_counts(run.config.removal, shape[1])

@@ -156,6 +156,11 @@ class MNLIData(DataModule):
         """The likeliest class of each pair and its probability."""
         return predicted_classes(outputs, CLASSES)
 
+    def documents(self, split: str) -> list[list[str]]:
+        """The words of premise and hypothesis."""
+        self.dataset(split)
+        return [[*words(pair[0]), *words(pair[1])] for pair in self.pairs[split]]
+
     def render(self, split: str, index: int) -> Rendered:
         self.dataset(split)
         pair = self.pairs[split][index]

@@ -90,6 +90,11 @@ class WikiText2Data(DataModule):
             TensorDataset(query[:, :-1], query[:, 1:]),
         )
 
+    def documents(self, split: str) -> list[list[str]]:
+        """The words of each sequence, the last predicted one included."""
+        self.dataset(split)
+        return self._words[split]
+
     def render(self, split: str, index: int) -> Rendered:
         self.dataset(split)
         known = set(self.vocabulary)
