@@ -82,6 +82,10 @@ def points(
         "spread-slow": Runs([0], whole / 2, spread=0.25, speeds=[0.5]),
         "held": Runs([0], whole / 2, spread=0.25, held=True),
         "held-slow": Runs([0], whole / 2, spread=0.25, held=True, speeds=[0.5]),
+        **{
+            f"signs{count}-slow": Runs([0], whole / 2, spread=0.25, signs=count, speeds=[0.5])
+            for count in (1, 4, 16)
+        },
         **{f"draw-{k}": Runs([0], drawn(0.5, k)) for k in range(draws)},
         **{f"complement-{k}": Runs([0], 1 - drawn(0.5, k)) for k in range(complements)},
         **{f"seed-whole-{k}": Runs([k], whole) for k in range(1, seeds + 1)},
@@ -104,8 +108,8 @@ def stacks(wanted: dict[str, Runs], folder: Path) -> Iterator[dict[str, Runs]]:
     """Those that are missing, like ones together."""
     missing = {k: runs for k, runs in wanted.items() if not (folder / f"{k}.npy").exists()}
 
-    def kind(item: tuple[str, Runs]) -> tuple[float, bool, bool]:
-        return item[1].spread, item[1].held, item[1].blind
+    def kind(item: tuple[str, Runs]) -> tuple[object, ...]:
+        return item[1].spread, item[1].held, item[1].signs, item[1].blind
 
     for _, like in groupby(missing.items(), kind):
         rows = list(like)
@@ -121,6 +125,7 @@ def differentiate(problem: Problem, some: dict[str, Runs], folder: Path) -> None
         torch.cat([each.weights for each in some.values()]),
         spread=one.spread,
         held=one.held,
+        signs=one.signs,
         blind=one.blind,
         speeds=[speed for each in some.values() for speed in each.speeds or (1.0,)],
     )

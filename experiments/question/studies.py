@@ -95,7 +95,7 @@ STUDIES = {
     "fashion_mnist_noisy": Study("FashionMNIST, 30% random labels, 3 epochs"),
     "wikitext2_gpt": Study(
         TITLED["wikitext2_gpt"],
-        points=(WHOLE, Point(0.5, 4)),
+        others=tuple((name, (Point(0.5, 4),)) for name in ("source_blocks", "influence")),
         subsets=50,
         together=1,
     ),

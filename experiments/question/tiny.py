@@ -69,6 +69,8 @@ class Runs:
             second moment is what it would be, on average, if the examples were in their batches
             with probability w.
         held: the derivative takes what ``spread`` adds as given.
+        signs: the sum in ``spread`` is estimated by the mean square of so many sums with random
+            signs; held. 0: from the gradients of single examples.
         speeds: multiples of the rate, one for each run; (): 1.
         blind: coordinates whose second moment is still 0 pass no derivative on.
     """
@@ -78,6 +80,7 @@ class Runs:
     removed: bool = False
     spread: float = 0.0
     held: bool = False
+    signs: int = 0
     speeds: Sequence[float] = ()
     blind: bool = True
 
@@ -139,7 +142,13 @@ def step(
     (gradient,) = torch.autograd.grad(loss, weights, create_graph=graph)
     first = BETAS[0] * state.first + (1 - BETAS[0]) * gradient
     square = gradient.square()
-    if runs.spread:
+    if runs.spread and runs.signs:
+        sums = [
+            signed_sum(problem, weights, inputs, targets, 1000 * t + number)
+            for number in range(runs.signs)
+        ]
+        square = square + runs.spread * torch.stack(sums).square().mean(0) / size**2
+    elif runs.spread:
         own = per_example(problem, weights, inputs, targets, graph and not runs.held)
         square = square + runs.spread * own.square().sum(1) / size**2
     second = BETAS[1] * state.second + (1 - BETAS[1]) * square
@@ -153,6 +162,19 @@ def step(
     rate = problem.rate * speeds[:, None]
     kept = weights * (1 - rate * DECAY)
     return State(kept - rate / (1 - BETAS[0] ** t) * change, first, second)
+
+
+def signed_sum(
+    problem: Problem, weights: Tensor, inputs: Tensor, targets: Tensor, seed: int
+) -> Tensor:
+    """Sum of the examples' gradients with random signs, [run, weight], outside of any graph."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(2, inputs.shape[:2], generator=generator) - 1
+    weights = weights.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = problem.losses(named(problem, weights), inputs, targets)
+        (found,) = torch.autograd.grad((signs.to(losses.dtype) * losses).sum(), weights)
+    return found
 
 
 def per_example(

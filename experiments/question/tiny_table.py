@@ -92,6 +92,10 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         "expected second moments, held": [["held"]],
         "half the rate, expected second moments": [["spread-slow"]],
         "half the rate, expected second moments, held": [["held-slow"]],
+        **{
+            f"the same, by {count} sums with random signs": [[f"signs{count}-slow"]]
+            for count in (1, 4, 16)
+        },
     }
     for size in (1, 2, 4, 8, 16):
         found[f"random halves, {size}"] = cut(draws, size)

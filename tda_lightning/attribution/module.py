@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -53,6 +54,7 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.session.session import Session, Stage
+from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.scores_file import ScoreFile
 from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
 
@@ -95,8 +97,8 @@ class AttributionModule(LightningModule):
         trajectory: a folder that :class:`~tda_lightning.TrajectoryRecorder` wrote, or a
             :class:`~tda_lightning.Trajectory`. Or a list of them in order of training
             (pre-training, then fine-tuning), with a list of modules and tasks, or one for all. Or
-            an :class:`~tda_lightning.Ensemble` of runs that differ in chance alone: scores are the
-            mean over its members (:attr:`Scores.spread`, :meth:`Scores.member`).
+            an :class:`~tda_lightning.Ensemble` of runs that differ in chance alone, or its folder:
+            scores are the mean over its members (:attr:`Scores.spread`, :meth:`Scores.member`).
         estimator: one of ``tda_lightning.estimators``.
         task: the training loss and the measurement; None for the module's own ``training_step``.
         fresh: names of modules or parameters that a later trajectory initialised anew under a
@@ -123,6 +125,8 @@ class AttributionModule(LightningModule):
     ):
         super().__init__()
         require_constructible(module, trajectory, estimator, task, fresh)
+        if isinstance(trajectory, str | PathLike) and is_ensemble(trajectory):
+            trajectory = Ensemble.load(trajectory)
         staged = isinstance(estimator, StagedEstimator)
         self.members = [
             # A task remembers what it saw of its run's batches.

@@ -12,8 +12,8 @@ from typing import Any
 # What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
-    "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "plan": ("predict time, memory and disk space before recording or attribution", "trajectory"),
+    "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),

@@ -137,7 +137,7 @@ class TRAK:
         responses = inverse.matrix @ query.double().T
         for found in self._columns(session, directions, features):
             batch, values = found.batch, found.values.to(session.device).double()
-            inverse.require_spanned(session, values, "training example", batch.columns)
+            inverse.require_spanned(session, values, "column", batch.columns)
             products = (values @ responses).T.to(session.dtype)
             own = query_slopes[:, None] * products * found.slopes
             session.add(None, batch, own, used=used)

@@ -12,7 +12,9 @@ kept with probability :math:`w_n`, independently,
 The first term is the square of the weighted gradient. The second is estimated without per-example
 gradients: with independent random signs :math:`\epsilon_n` it is the mean of
 :math:`(\tfrac1{|B|} \sum_n \epsilon_n \sqrt{w_n (1 - w_n)}\, g_n)^2`, one more backward pass for
-each batch (Hutchinson's estimator). The optimizer averages it over many steps.
+each batch (Hutchinson's estimator). The optimizer averages it over many steps. The first steps
+have no such average yet: a single square is close to 0 in some coordinate, and dividing by its root
+makes some example's score as large as one likes. So step t takes the mean of 16 / t squares.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tda_lightning.records.trajectory import Trajectory
 
 SETTING = "second_moments"  # of a run's facts, whose value says that they are expected ones
 EXPECTED = "expected over random subsets"
+_SQUARES = 16  # in the average that the optimizer has after any step
 
 
 def expects_squares(trajectory: Trajectory) -> bool:
@@ -36,9 +39,11 @@ def expects_squares(trajectory: Trajectory) -> bool:
 
 
 def signs(row: int, batch: int, count: int) -> Tensor:
-    """Random signs of the examples of a step's batch, the same in every replay: float64 [count]."""
+    """Random signs of the examples of a step's batch, the same in every replay: float64 [square,
+    count]."""
     generator = torch.Generator().manual_seed(row * 1_000_003 + batch)
-    return torch.randint(2, (count,), generator=generator).double() * 2 - 1
+    squares = max(1, _SQUARES // (row + 1))
+    return torch.randint(2, (squares, count), generator=generator).double() * 2 - 1
 
 
 class ExpectedSquares:
@@ -57,24 +62,25 @@ class ExpectedSquares:
         assert rule.squares is not None
         self._trajectory, self._trained = trajectory, trained
         self._key, self._weights = rule.squares
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, dict[int, Tensor]] = {}  # by parameter and square
 
     def add_batch(
         self, row: int, batch: int, losses: Tensor, weights: Tensor, accumulation: int
     ) -> None:
         """Go back through the examples' parts of a batch's loss, [batch], with random signs."""
-        spread = (weights * (1 - weights)).sqrt() * signs(row, batch, len(weights))
         parameters = list(self._trained.values())
-        found = torch.autograd.grad(
-            (spread.to(losses) * losses).sum() / accumulation,
-            parameters,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for name, gradient in zip(self._trained, found, strict=True):
-            if gradient is not None:
-                known = self._sums.get(name)
-                self._sums[name] = gradient if known is None else known + gradient
+        for number, own in enumerate(signs(row, batch, len(weights))):
+            spread = (weights * (1 - weights)).sqrt() * own
+            found = torch.autograd.grad(
+                (spread.to(losses) * losses).sum() / accumulation,
+                parameters,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for name, gradient in zip(self._trained, found, strict=True):
+                if gradient is not None:
+                    sums = self._sums.setdefault(name, {})
+                    sums[number] = gradient + sums[number] if number in sums else gradient
 
     def enter(self, row: int, optimizer: Optimizer, clipping: float) -> None:
         """Put the expected squares of the step into the optimizer, right before its step.
@@ -83,13 +89,14 @@ class ExpectedSquares:
             clipping: what the step's gradient was multiplied by.
         """
         _make_states(optimizer)
-        for name, total in self._sums.items():
+        for name, sums in self._sums.items():
             group = self._trajectory.facts.parameters[name].group
             keep, add = self._weights(row_settings(self._trajectory, row, group))
             state = optimizer.state.get(self._trained[name])
             if state:
                 # The step multiplies by ``keep`` what was there before it.
-                state[self._key].add_((clipping * total).square(), alpha=add / keep)
+                squares = torch.stack([(clipping * total).square() for total in sums.values()])
+                state[self._key].add_(squares.mean(0), alpha=add / keep)
         self._sums = {}
 
 

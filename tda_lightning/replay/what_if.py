@@ -51,7 +51,7 @@ from tda_lightning.store.steps_file import join_steps
 from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import AttributionTask, seeded_examples
 
-_FORMAT = 1  # of the keys of what-if runs
+_FORMAT = 2  # of the keys of what-if runs
 _KEY_DIGITS = 32
 _SEED = 0  # of the random subsets
 _TIMED = 8  # steps that a plan times

@@ -21,6 +21,7 @@ from tda_lightning.records.trajectory import (
 )
 from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
+from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, subgroup
 from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
@@ -74,6 +75,8 @@ def require_trajectory(root: Path) -> None:
 def _what_is(root: Path) -> str:
     if not root.exists():
         return "nothing (it does not exist)"
+    if is_ensemble(root):
+        return "the folder of an ensemble (Ensemble.load), whose members are trajectories"
     return "a folder without one" if root.is_dir() else "a file"
 
 

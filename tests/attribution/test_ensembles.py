@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Ensemble, Scores
 from tda_lightning.estimators import (
+    TRAK,
     FastInfluence,
     InfluenceFunction,
     Source,
@@ -111,15 +112,19 @@ def test_streamed_saved_and_loaded(runs: Any, tmp_path: Path) -> None:
     assert torch.equal(some.spread, expected.spread[1:3])
 
 
-def test_a_plan_counts_every_member(runs: Any) -> None:
+# TRAK looks at every member once more to put them together.
+@pytest.mark.parametrize(
+    ("estimator", "more"), [(TracIn(), 0), (TRAK(), 1)], ids=["TracIn", "TRAK"]
+)
+def test_a_plan_counts_every_member(estimator: Any, more: int, runs: Any) -> None:
     trajectories, module, data = runs
     queries = TensorDataset(*queries_of(CLASSIFIER))
     plans = [
-        AttributionModule(module, trajectory, TracIn(), TASK).plan(data, queries, 4, quiet())
+        AttributionModule(module, trajectory, estimator, TASK).plan(data, queries, 4, quiet())
         for trajectory in (trajectories[0], Ensemble(trajectories))
     ]
-    assert plans[1].num_passes == 3 * plans[0].num_passes
-    scores = attribute(Ensemble(trajectories), runs, TracIn())
+    assert plans[1].num_passes == 3 * (plans[0].num_passes + more)
+    scores = attribute(Ensemble(trajectories), runs, estimator)
     kept = [scores.values, scores.by_segment, scores.members]
     assert plans[1].scores_bytes == sum(t.numel() * t.element_size() for t in kept if t is not None)
 

@@ -283,10 +283,13 @@ def test_signed_sums_estimate_what_random_subsets_add() -> None:
     spread = (2 * every - 1) * (weights * (1 - weights)).sqrt()
     by_signs = (weights @ gradients).square() + (spread @ gradients).square().mean(0)
     assert relative(by_signs, by_subsets) < 1e-12
-    drawn = torch.stack([signs(row, 0, 4) for row in range(4000)])
+    drawn = torch.stack([signs(row, 0, 4)[0] for row in range(4000)])
     assert set(drawn.unique().tolist()) == {-1.0, 1.0}
     assert float((drawn.T @ drawn / 4000 - torch.eye(4)).abs().max()) < 0.06
     assert torch.equal(signs(3, 1, 4), signs(3, 1, 4))
+    # The optimizer averages over steps, of which the first ones have few before them.
+    averaged = [len(signs(row, 0, 4)) for row in range(40)]
+    assert all(sum(averaged[:steps]) >= 16 for steps in range(1, 41)) and averaged[-1] == 1
 
 
 def test_edits_are_differences_of_gradients_at_those_weights() -> None:

@@ -31,6 +31,7 @@ def test_a_sweep_of_ours_goes_by_each_launcher(name, plugin, settings):
         pytest.skip(f"{plugin} is not installed")
     given = ["trajectory=runs/digits", "part=1/2", f"hydra/launcher={name}", *settings]
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        assert compose("ensemble", given, return_hydra_config=True).part == "1/2"
         config = compose("evaluate", given, return_hydra_config=True)
     assert config.part == "1/2"
     assert type(instantiate(config.hydra.launcher, _recursive_=False)).__module__.startswith(plugin)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from tda_lightning import Ensemble, Scores
-from tda_lightning.cli import main
+from tda_lightning.cli import ensemble_members, main
 from tda_lightning.cli.run_config import load_config
+from tda_lightning.ensembles.folder import note
+from tda_lightning.records.ensemble import DIVERGED, MemberFact
 from tests.attributing import relative
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
@@ -72,6 +76,34 @@ def test_report_evaluate_and_inspect_take_the_folder(
         capsys.readouterr()
         assert main(["inspect", folder]) == 0
         assert "member-3" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("ensemble"))
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(root: Path, member: MemberFact, make: object) -> None:
+        if member.number == 3:
+            raise KeyboardInterrupt
+        note(root, member.number, DIVERGED, "as planned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble_members, "train_member", interrupted)
+        assert main(["ensemble", "runs/digits", "members=4"]) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Interrupted after 1 of 3 members" in said and "again to go on" in said
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 9))
+    assert main(["ensemble", "runs/digits", "members=4"]) == 1
+    assert "2 members of up to" in capsys.readouterr().err
+
+
+def test_plan_and_check(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT), "estimator=tracin"]) == 0
+    assert main(["check", str(ROOT)]) == 1
+    assert "got the folder of an ensemble" in " ".join(capsys.readouterr().err.split())
 
 
 def test_forks(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_scores_are_the_mean_over_members(made: Path) -> None:
         return attribution.attribute(*sets, trainer=quiet())
 
     ensemble = Ensemble.load(made / "ensemble" / "seeds")
-    found = values(ensemble)
+    found = values(made / "ensemble" / "seeds")
     alone = torch.stack([values(member).values for member in ensemble])
     assert relative(alone[0], alone[1]) > 1e-2
     assert relative(found.values.double(), alone.double().mean(0)) < 1e-6

@@ -475,6 +475,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="span 2 of 4 dimensions, and query 0 .*of 2 at most"):
             attribute(case, run, module, data, TRAK(4))
         assert attribute(case, run, module, data, TRAK(2)).values.isfinite().all()
+        # Those that it spans can be asked about, and their effects; not that of another example.
+        inside = (data[0][:2], data[1][:2])
+        asked = attribute(case, run, module, data, TRAK(4), queries=inside)
+        assert (
+            relative(
+                asked.values, attribute(case, run, module, data, TRAK(2), queries=inside).values
+            )
+            < 1e-6
+        )
+        edits = [Removal(0), Addition((data[0][0] + 1, data[1][0]))]
+        with pytest.raises(ValueError, match="span 2 of 4 dimensions, and column 1 has a part"):
+            attribute(case, run, module, data, TRAK(4), queries=inside, edits=edits)
 
     def test_means_over_noise(self) -> None:
         class Noisy(AttributionTask):

@@ -63,16 +63,21 @@ def replay(
     }
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for row in range(len(steps)):
-        total = spread = torch.zeros(())
+        total = spread = torch.zeros(())  # spread: [square]
         for number, indices in enumerate(steps.batches(row)):
             losses = _call(module, loss, parameters, take(data, indices))
             own = weights[indices].detach()
             noise = (own * (1 - own)).sqrt() * signs(row, number, len(indices))
-            spread = spread + (noise * losses).sum() / len(indices) / int(steps.accumulation[row])
+            spread = spread + noise @ losses / len(indices) / int(steps.accumulation[row])
             size = weights[indices].sum() if renormalise else len(indices)
             total = total + (weights[indices] * losses).sum() / size / int(steps.accumulation[row])
         extra = torch.autograd.grad(
-            spread, list(parameters.values()), retain_graph=True, materialize_grads=True
+            spread,
+            list(parameters.values()),
+            torch.eye(len(spread), dtype=spread.dtype),
+            retain_graph=True,
+            materialize_grads=True,
+            is_grads_batched=True,
         )
         gradients = torch.autograd.grad(
             total,
@@ -97,7 +102,7 @@ def replay(
             update = UPDATES[facts.optimizer]
             if expected:
                 rate *= float(weights.mean())
-                state[name]["extra"] = extra[number].square()
+                state[name]["extra"] = extra[number].square().mean(0)
             parameters[name] = update(parameter, gradient, state[name], rate, hyper)
     return parameters
 

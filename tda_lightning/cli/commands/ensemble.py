@@ -22,9 +22,11 @@ from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
 from tda_lightning.ensembles.lora import RANK, adapter_settings
 from tda_lightning.ensembles.seeds import diverged
 from tda_lightning.records.ensemble import FINISHED, MemberFact
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.store.ensemble_file import read_ensemble
+from tda_lightning.store.reader import read_facts
 
 _INTERRUPTED = 130  # exit status of a command that SIGINT ends
 
@@ -35,6 +37,7 @@ def ensemble(config: DictConfig) -> None:
     run = Path(required(config, "trajectory", "tda ensemble FOLDER members=5"))
     load_config(run)  # before anything is written
     part = parse_part(config.part)
+    _require_one_process(config.kind, run)
     with_run = config.kind in ("seeds", "forks")
     root = begin(run, config.kind, config.members, _settings(config, run), with_run)
     missing = waiting(root)
@@ -63,6 +66,16 @@ def ensemble(config: DictConfig) -> None:
         print(line, file=sys.stderr)
     finished = sum(member.state == FINISHED for member in facts.members)
     print(f"{finished} of {len(facts.members)} members are finished: tda attribute {root}")
+
+
+def _require_one_process(kind: str, run: Path) -> None:
+    """Refuse to train in one process what was trained in several."""
+    processes = read_facts(run).settings.get("world_size") or 1
+    if kind in ("seeds", "lora") and processes != 1:
+        raise UnsupportedTrainingError(
+            f"The run was trained in {processes} processes, and tda ensemble trains in one. Use "
+            "tda_lightning.ensembles.member in your own script."
+        )
 
 
 def _settings(config: DictConfig, run: Path) -> dict[str, object]:

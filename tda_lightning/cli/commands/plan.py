@@ -21,12 +21,11 @@ from tda_lightning.cli.plan_tables import (
     comparison_table,
     recording_plan_table,
 )
-from tda_lightning.cli.recorded_run import load_parts, sources
+from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
-from tda_lightning.records.trajectory import Trajectory
 
 
 @clear_errors
@@ -34,8 +33,8 @@ def plan(config: DictConfig) -> None:
     """Show how long attributions of a trajectory will take on this machine, and how large they
     will be."""
     folder = Path(required(config, "trajectory", "tda plan trajectory=FOLDER"))
-    trajectory = Trajectory.load(str(folder))
-    data, module, task = load_parts(config, load_config(folder))
+    trajectory = load_recorded(folder)
+    data, module, task = load_parts(config, load_config(run_folder(folder)))
     trainer = configured_trainer(config.trainer)
     single = "estimator" in config
     if single:
