@@ -43,7 +43,9 @@ def main() -> None:
     started = time.monotonic()
     run(f"tda train experiment=digits output={RUN} overwrite=true")
     for name in ESTIMATORS:
-        run(f"tda attribute trajectory={RUN} estimator={name} overwrite=true")
+        # The demo is about wrong labels, which self-influence finds.
+        asked = "self_influence=true overwrite=true"
+        run(f"tda attribute trajectory={RUN} estimator={name} {asked}")
     for name in ESTIMATORS:
         run(f"tda report scores={RUN}/scores/{name}.h5")
     run(f"tda inspect {RUN}")

@@ -79,7 +79,9 @@ def attribute(
     batch_size: int = 4,
     **options: Any,
 ) -> Scores:
-    """Scores of a run of ``tests.cases.training.train`` for :func:`queries_of` the case."""
+    """Scores of a run of ``tests.cases.training.train`` for :func:`queries_of` the case, with
+    self-influence."""
+    options.setdefault("self_influence", True)
     queries = queries_of(case) if queries is None else queries
     attribution = AttributionModule(module, run, estimator, task or CaseTask(case.kind))
     return attribution.attribute(

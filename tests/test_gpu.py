@@ -132,7 +132,9 @@ def test_scores_are_those_of_the_cpu(optimizer, name):
             enable_progress_bar=False,
         )
         queries = TensorDataset(*queries_of(CLASSIFIER))
-        scores.append(attribution.attribute(TensorDataset(*data), queries, 4, trainer))
+        scores.append(
+            attribution.attribute(TensorDataset(*data), queries, 4, trainer, self_influence=True)
+        )
         assert next(module.parameters()).device.type == "cpu"
     for found in scores[1:]:
         assert "cuda" in found.provenance["device"]

@@ -37,9 +37,9 @@ def suspicion(name: str, run: Trajectory, data: FashionMNISTData, seed: int) -> 
     asked = TensorDataset(*(tensor[:1] for tensor in data.query_dataset.tensors))
     fresh = replace(run, curvature={})  # each fits its own
     module = AttributionModule(network(), fresh, estimator, TASK)
-    found = module.attribute(data.train_dataset, asked, trainer=quiet()).self_influence
-    assert found is not None
-    return found
+    scores = module.attribute(data.train_dataset, asked, trainer=quiet(), self_influence=True)
+    assert scores.self_influence is not None
+    return scores.self_influence
 
 
 def quiet() -> Trainer:

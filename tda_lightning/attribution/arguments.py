@@ -41,7 +41,7 @@ def require_attributable(
     batch_size: object = 1,
     trainer: object = None,
     scores_path: object = None,
-    self_influence: object = True,
+    self_influence: object = None,
     overwrite: object = False,
     provenance: object = None,
     edits: object = None,
@@ -54,8 +54,8 @@ def require_attributable(
         TypeError: names the argument.
         ValueError: a number that must be positive is not.
     """
-    for name, value in (("self_influence", self_influence), ("overwrite", overwrite)):
-        require_type(name, value, bool)
+    require_type("self_influence", self_influence, bool | None)
+    require_type("overwrite", overwrite, bool)
     require_type("batch_size", batch_size, int)
     require_type("draws", draws, int | None)
     if int(batch_size) < 1:  # type: ignore[call-overload]

@@ -35,6 +35,7 @@ from tda_lightning.attribution.what_if import (
 )
 from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
+from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
@@ -59,6 +60,10 @@ from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
 
 T = TypeVar("T")
 P = ParamSpec("P")
+_NO_SELF = (
+    "No self-influence: with this estimator it takes longer than the scores. Ask for it by "
+    "self_influence=True."
+)
 _SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
 
 
@@ -167,7 +172,7 @@ class AttributionModule(LightningModule):
         batch_size: int = 256,
         trainer: Trainer | None = None,
         scores_path: str | None = None,
-        self_influence: bool = True,
+        self_influence: bool | None = None,
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
         edits: Sequence[Edit] | None = None,
@@ -187,7 +192,8 @@ class AttributionModule(LightningModule):
             trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
                 by default one device.
             scores_path: stream the scores to this HDF5 file instead of holding them in memory.
-            self_influence: also score every training example for itself.
+            self_influence: also score every training example for itself. None: where this costs
+                little beside the scores, which is everywhere but in SOURCE.
             overwrite: replace a file at ``scores_path``.
             provenance: what the caller has to say of how the scores were made, added to ours.
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
@@ -240,7 +246,7 @@ class AttributionModule(LightningModule):
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
-            own_self = self_influence and edits is None
+            own_self = self._wants_self_influence(self_influence) and edits is None
             asked = asked_runs(self.members, examples, keep, draws)
             draws = draws if keep == 1 else None
             opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
@@ -260,6 +266,8 @@ class AttributionModule(LightningModule):
                 made = self._provenance(asked, opened, counts, estimated, runner, sink)
                 if self._ensemble is not None:
                     made["ensemble"] = self._ensemble
+                if self_influence is None and edits is None and not own_self:
+                    made["notes"].append(_NO_SELF)
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
                 made["seconds"] = round(time.monotonic() - began, 3)
@@ -317,7 +325,7 @@ class AttributionModule(LightningModule):
         query: object,
         batch_size: int = 256,
         trainer: Trainer | None = None,
-        self_influence: bool = True,
+        self_influence: bool | None = None,
         draws: int | None = None,
         keep: float = 1.0,
     ) -> AttributionPlan:
@@ -354,7 +362,11 @@ class AttributionModule(LightningModule):
                     runs, seconds = seconds_of_runs(self.members, [examples], draws)
                     draws = None
                 (stage,) = open_stages(
-                    self.stages, [examples], queries, self_influence, draws=draws
+                    self.stages,
+                    [examples],
+                    queries,
+                    self._wants_self_influence(self_influence),
+                    draws=draws,
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
@@ -476,6 +488,9 @@ class AttributionModule(LightningModule):
         for session in sessions:
             session.finish_self_influence()
         return estimated
+
+    def _wants_self_influence(self, asked: bool | None) -> bool:
+        return self_influence_by_default(self.estimator) if asked is None else asked
 
     def _edit_set(
         self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]

@@ -49,7 +49,7 @@ def complete_pbrf_settings(config: DictConfig, scores: Mapping[str, Scores]) -> 
         raise ValueError(
             f"protocol=pbrf gives up one example at a time, got leave_out={config.leave_out}."
         )
-    if config.removal is not None:
+    if config.removal is not None or config.token_removal is not None:
         raise ValueError("removal is by retraining: expected protocol=single_run or algorithm.")
     config.leave_out = 1
     if config.damping is None:

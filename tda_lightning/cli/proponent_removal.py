@@ -1,20 +1,31 @@
-"""``tda evaluate removal=[...]``: retraining without the strongest proponents of each query."""
+"""``tda evaluate removal=[...] token_removal=[...]``: retraining without the strongest proponents
+of each query."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from torch import Tensor
 
 from tda_lightning.cli.command import command_line
 from tda_lightning.cli.evaluation_table import add_names_column
 from tda_lightning.cli.retrained_subsets import configuration_of, seeds_of
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import cached_retrainings
-from tda_lightning.evaluation import GroundTruth, Interval, TopRemoval, compare_removals, removals
+from tda_lightning.evaluation import (
+    GroundTruth,
+    Interval,
+    TopRemoval,
+    compare_removals,
+    num_tokens,
+    removals,
+    token_removals,
+)
 from tda_lightning.records.scores import Scores
 from tda_lightning.tasks import ClassificationTask
 
@@ -23,30 +34,81 @@ _DRAWS = 5  # random sets for each k, shared by all scores
 Results = dict[str, list[TopRemoval]]  # by the name of the scores
 
 
-def removal_file(run: RecordedRun, truth: Path) -> Path:
-    """The cache of retrainings without proponents, next to the ground truth at ``truth``; it serves
-    all scores and all k."""
-    return truth.with_name(f"{run.config.protocol}-removal-{run.config.seed}.h5")
+@dataclass(frozen=True)
+class RemovalRequest:
+    """What is to be left out, and where the retrainings are cached.
+
+    Attributes:
+        what: "examples" or "tokens".
+        ks: how many, for each file of scores.
+        masks: which ones each retraining keeps, bool [retraining, item], for each file of scores.
+        path: the cache, next to the ground truth; it serves all scores and all k.
+    """
+
+    what: str
+    ks: dict[str, list[int]]
+    masks: dict[str, Tensor]
+    path: Path
 
 
-def removed_counts(removal: object, num_train: int) -> list[int]:
-    """Numbers of examples to leave out, given as such or as shares of the training set.
+def requested_removals(
+    config: DictConfig, scores: Mapping[str, Scores], truth: Path
+) -> list[RemovalRequest]:
+    """What ``removal`` and ``token_removal`` ask for.
+
+    Args:
+        config: of ``tda evaluate``.
+        scores: by name; those without scores of tokens are passed over for ``token_removal``.
+        truth: the file of the ground truth.
+
+    Raises:
+        ValueError: impossible numbers, or no scores of tokens.
+    """
+    requests = []
+    seeded = f"{config.seed}.h5"
+    if config.removal is not None:
+        ks = {n: removed_counts(config.removal, own.num_train) for n, own in scores.items()}
+        masks = {n: removals(own, ks[n], _DRAWS, config.seed) for n, own in scores.items()}
+        path = truth.with_name(f"{config.protocol}-removal-{seeded}")
+        requests.append(RemovalRequest("examples", ks, masks, path))
+    if config.token_removal is not None:
+        if config.protocol != "single_run":
+            raise ValueError(
+                "token_removal gives tokens weight 0 in the recorded run: expected "
+                f"protocol=single_run, got {config.protocol}."
+            )
+        scored = {name: own for name, own in scores.items() if own.by_token is not None}
+        if not scored:
+            raise ValueError(
+                "token_removal leaves out the tokens that scores name, and none are of tokens. For "
+                "some: tda attribute estimator=unrolled estimator.token_weights=true"
+            )
+        totals = {name: num_tokens(own) for name, own in scored.items()}
+        ks = {n: removed_counts(config.token_removal, totals[n], "token_removal") for n in scored}
+        masks = {n: token_removals(own, ks[n], _DRAWS, config.seed) for n, own in scored.items()}
+        path = truth.with_name(f"{config.protocol}-token_removal-{seeded}")
+        requests.append(RemovalRequest("tokens", ks, masks, path))
+    return requests
+
+
+def removed_counts(removal: object, total: int, setting: str = "removal") -> list[int]:
+    """Numbers of examples (or tokens) to leave out, given as such or as shares of all of them.
 
     Raises:
         ValueError: neither.
     """
     wanted = list(removal) if OmegaConf.is_list(removal) else []  # type: ignore[call-overload]
     plain = all(type(k) in (int, float) for k in wanted)
-    counts = [max(1, round(k * num_train)) if 0 < k < 1 else k for k in wanted] if plain else []
-    if not counts or any(k != int(k) or not 1 <= k < num_train for k in counts):
+    counts = [max(1, round(k * total)) if 0 < k < 1 else k for k in wanted] if plain else []
+    if not counts or any(k != int(k) or not 1 <= k < total for k in counts):
         raise ValueError(
-            f"removal must be a list of numbers from 1 to {num_train - 1} or of shares of the "
-            f"training set, such as removal=[10,50] or removal=[0.01]; got {removal}."
+            f"{setting} must be a list of numbers from 1 to {total - 1} or of shares of all, such "
+            f"as {setting}=[10,50] or {setting}=[0.01]; got {removal}."
         )
     return [int(k) for k in counts]
 
 
-def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path) -> Results:
+def remove_proponents(run: RecordedRun, asked: RemovalRequest) -> Results:
     """Retrain without the strongest proponents according to each file of scores.
 
     Under *single_run* they get weight 0 in the recorded run. Under *algorithm* they are really
@@ -54,8 +116,7 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
     ``part=K/N`` only this part's retrainings are made, and there is no result yet.
     """
     config = run.config
-    ks = removed_counts(config.removal, len(run.train))
-    masks = torch.cat([removals(judged, ks, _DRAWS, config.seed) for judged in scores.values()])
+    masks = torch.cat(list(asked.masks.values()))
     wanted, places = masks.unique(dim=0, return_inverse=True)
     baseline, configuration = run.recorded_measurements(), configuration_of(run)
 
@@ -81,19 +142,21 @@ def remove_proponents(run: RecordedRun, scores: Mapping[str, Scores], path: Path
             requested = requested.with_outcomes_of(truth)
         return requested
 
-    truth = cached_retrainings(run, path, request, len(wanted))
+    truth = cached_retrainings(run, asked.path, request, len(wanted))
     if config.part is not None:
         return {}
     results = {}
-    for name, own in zip(scores, places.chunk(len(scores)), strict=True):
+    sizes = [len(own) for own in asked.masks.values()]
+    for name, own in zip(asked.masks, places.split(sizes), strict=True):
         rows = truth.rows(own)
-        results[name] = compare_removals(rows.outcomes, rows.classes, ks, _DRAWS)
+        results[name] = compare_removals(rows.outcomes, rows.classes, asked.ks[name], _DRAWS)
     return results
 
 
-def removal_table(results: Results) -> Table:
+def removal_table(results: Results, what: str) -> Table:
     """How much the measurements rise, and how many predictions flip."""
-    table = Table(title="Without the strongest proponents of each query")
+    strongest = "proponents" if what == "examples" else "tokens"
+    table = Table(title=f"Without the strongest {strongest} of each query")
     add_names_column(table, list(results))
     table.add_column("removed", justify="right", no_wrap=True)
     table.add_column("rise of the measurement")
@@ -114,7 +177,7 @@ def removal_table(results: Results) -> Table:
     return table
 
 
-def removal_note(protocol: str, results: Results) -> str:
+def removal_note(protocol: str, results: Iterable[Results]) -> str:
     """What the table shows, in words."""
     how = (
         "by weight 0 in the recorded run"
@@ -122,12 +185,13 @@ def removal_note(protocol: str, results: Results) -> str:
         else "from the training set, compared with training on everything with the same seeds"
     )
     flips = ""
-    if any(part.flipped is not None for removals in results.values() for part in removals):
+    made = [part for part_results in results for own in part_results.values() for part in own]
+    if any(part.flipped is not None for part in made):
         flips = " Flipped: share of the queries whose predicted class changes."
     return (
-        f"Removal: {how}. 95% intervals over queries; {_DRAWS} random sets of examples for each "
+        f"Removal: {how}. 95% intervals over queries; {_DRAWS} random sets for each "
         "number. The mean rise without a query's own top 1% (removal=[0.01]) is its query-loss "
-        f"difference (QLD).{flips}"
+        f"difference (QLD), token_removal=[0.01] that of tokens.{flips}"
     )
 
 

@@ -102,7 +102,8 @@ class RecordedRun:
     def outcomes(
         self, kept: Tensor, seeds: Sequence[int], classes: bool = False
     ) -> Iterator[Outcome]:
-        """Retrain on the examples of each row of ``kept``, bool [retraining, train]."""
+        """Retrain on the examples of each row of ``kept``, bool [retraining, train], or on the
+        tokens of each row of a longer one, bool [retraining, train x position]."""
         if self.config.protocol == "pbrf":
             yield from self._responses(kept)
             return
@@ -134,7 +135,10 @@ class RecordedRun:
     def _states(self, kept: Tensor, seeds: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         if self.config.protocol == "single_run":
             run = (self.trajectory, self.module, self.task, self.train)
-            yield from retrain_each(*run, kept.float(), together=self.config.together)
+            weights = kept.float()
+            if kept.shape[1] != len(self.train):
+                weights = weights.unflatten(1, (len(self.train), -1))
+            yield from retrain_each(*run, weights, together=self.config.together)
             return
         for row, seed in zip(kept, seeds, strict=True):
             yield retrain_from_scratch(self.fresh, row, seed)

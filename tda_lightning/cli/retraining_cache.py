@@ -72,7 +72,7 @@ def cached_retrainings(run: RecordedRun, path: Path, request: Request, rows: int
         truth = request(_read([path, *files]))
         missing = truth.first(rows, columns).missing
         if run.config.protocol == "single_run" and "landing_error" not in truth.made_by:
-            everything = torch.ones(truth.subsets.shape[1])
+            everything = torch.ones(len(run.train))
             end = retrain(run.trajectory, run.module, run.task, run.train, everything)
             truth = truth.with_notes(landing_error=landing_error(run.trajectory, end))
         if files:

@@ -38,7 +38,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "scores": (str | Sequence[str] | None, ""),
     "seed": (int, ""),
     "seeds": (int, ""),
-    "self_influence": (bool, ""),
+    "self_influence": (bool | None, ""),
     "share": (float, ""),
     "spot_check": (bool, ""),
     "threads": (int | None, ""),

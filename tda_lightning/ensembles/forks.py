@@ -29,11 +29,11 @@ from tda_lightning.ensembles.seeds import diverged, say, seeded
 from tda_lightning.recording.checkpoints import read_checkpoint
 from tda_lightning.records.ensemble import Ensemble, MemberFact
 from tda_lightning.records.errors import (
-    NonFiniteError,
     TrajectoryMismatchError,
     UnsupportedTrainingError,
 )
 from tda_lightning.records.trajectory import Facts, Steps, Trajectory
+from tda_lightning.replay.measured import MeasuredWalk
 from tda_lightning.replay.run import Replay, Walk
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed
@@ -250,56 +250,22 @@ def _begin(writer: TrajectoryWriter, facts: Facts, run: Trajectory, step: int) -
 
 def _go_on(replay: Replay, writer: TrajectoryWriter, done: int) -> None:
     """Train from the checkpoint after ``done`` steps to the end."""
-    run, walk = replay.trajectory, _Measured(replay)
+    run, walk = replay.trajectory, MeasuredWalk(replay)
     walk.restart(done)
     recorded = set(layout.checkpoint_files(Path(str(run.path))))
     trained = {n: (p, run.facts.parameters[n].group) for n, p in walk.trained.items()}
-    losses: list[float] = []
     with SlowProgress("Training a fork", run.num_steps - done) as progress:
         for row in range(done, run.num_steps):
-            loss, _ = walk.step(row)
-            if not torch.isfinite(torch.tensor(loss)):
-                raise NonFiniteError(f"the loss of step {row + 1} is {loss}")
-            losses.append(loss)
+            walk.measured_step(row)
             progress.advance()
             if row + 1 not in recorded and row + 1 < run.num_steps:
                 continue
-            first = row + 1 - len(losses)
-            rows = replace(
-                run.steps.between(first, row + 1),
-                loss=torch.tensor(losses, dtype=torch.float64),
-                gradient_norm=torch.tensor(walk.norms, dtype=torch.float64),
-                clipping=torch.tensor(walk.ratios, dtype=torch.float64),
-            )
-            writer.append(rows)
+            writer.append(walk.measured_rows(row + 1))
             random = None if walk.random is None else walk.random.states()
             checkpoint = read_checkpoint(
                 row + 1, replay.module, walk.optimizer, trained, True, random
             )
             writer.write_checkpoint(checkpoint)
-            losses, walk.norms, walk.ratios = [], [], []
-
-
-class _Measured(Walk):
-    """A walk that measures what a recorder does."""
-
-    def __init__(self, replay: Replay) -> None:
-        super().__init__(replay)
-        self.norms: list[float] = []
-        self.ratios: list[float] = []
-
-    def on_gradients(self, row: int) -> None:
-        self.norms.append(self._norm())
-
-    def _clip(self) -> float:
-        clipping = super()._clip()
-        before, after = self.norms[-1], self._norm() if self.replay.clip else self.norms[-1]
-        self.ratios.append(1.0 if after == before else after / before)
-        return clipping
-
-    def _norm(self) -> float:
-        gradients = [p.grad.norm() for p in self.trained.values() if p.grad is not None]
-        return float(torch.stack(gradients).norm()) if gradients else 0.0
 
 
 def drawn_anew(run: Trajectory, step: int, seed: int) -> Steps:

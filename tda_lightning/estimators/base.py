@@ -11,13 +11,22 @@ from tda_lightning.session.session import Session, Stage
 
 
 class Estimator(Protocol):
-    """Settings, and a method that computes scores. A new estimator is a dataclass that has both."""
+    """Settings, and a method that computes scores. A new estimator is a dataclass that has both.
+
+    One whose self-influence takes much longer than its scores says so by a class variable
+    ``costly_self_influence = True``: it is then computed only where it is asked for.
+    """
 
     def segment_count(self, session: Session) -> int | None:
         """Into how many stretches of training the scores are split; None if they are not."""
 
     def score(self, session: Session) -> Provenance:
         """Add the scores to ``session.scores``; returns how they were made."""
+
+
+def self_influence_by_default(estimator: Estimator) -> bool:
+    """Whether self-influence costs little beside the scores."""
+    return not getattr(estimator, "costly_self_influence", False)
 
 
 @runtime_checkable

@@ -39,8 +39,11 @@ from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
 from tda_lightning.evaluation.top_removal import (
     TopRemoval,
     compare_removals,
+    num_tokens,
     predicted_classes,
     removals,
+    require_tokens,
+    token_removals,
     top_removal,
 )
 from tda_lightning.records.fresh_training import FreshTraining
@@ -79,11 +82,13 @@ __all__ = [
     "leave_one_out",
     "linear_datamodeling_score",
     "measure",
+    "num_tokens",
     "predicted_changes",
     "predicted_classes",
     "proximal_bregman_response",
     "random_scores",
     "removals",
+    "require_tokens",
     "retrain",
     "retrain_each",
     "retrain_from_scratch",
@@ -92,6 +97,7 @@ __all__ = [
     "slope_and_correlation",
     "smoothness",
     "token_numbers",
+    "token_removals",
     "top_removal",
     "truth_configuration",
 ]

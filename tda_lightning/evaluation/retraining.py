@@ -95,6 +95,8 @@ def retrain_each(
     """:func:`retrain` for every row of ``weights``, [runs, train].
 
     Args:
+        weights: or [runs, train, position], for each term of an example's loss (the tokens of a
+            sequence, as in ``Scores.by_token``), one run after another.
         together: runs to train at once through ``torch.func.vmap``, equal up to rounding: 38
             times faster for an MLP of 1,400 weights (50 at once), 8 times for 18,000. 1 is the
             plain loop; an optimizer that mixes a parameter's elements always takes it, and so
@@ -110,6 +112,7 @@ def retrain_each(
     if not bool((weights == 1).all()):
         replay.task = prepared(replay)
     vectorised = rule_of(trajectory).elementwise and not replay.task.one_by_one
+    vectorised &= weights.dim() == 2
     if together > 1 and (not vectorised or _draws(replay)):
         together = 1
     for part in weights.split(together):
@@ -151,7 +154,8 @@ def _draws(replay: Replay) -> bool:
 
 
 def _check_weights(replay: Replay, weights: Tensor) -> None:
-    if weights.dim() != 2 or len(weights) == 0 or weights.shape[1] != len(replay.source):
+    shaped = weights.dim() in (2, 3) and weights.shape[1] == len(replay.source)
+    if not shaped or not weights.numel():
         raise ValueError(
             f"weights must have the shape [runs, {len(replay.source)}], at least one run and one "
             f"number for each training example, got {list(weights.shape)}."

@@ -29,7 +29,7 @@ class TopRemoval:
     """The effect of leaving out ``k`` examples on the queries.
 
     Attributes:
-        k: number of examples left out.
+        k: number of examples (or tokens) left out.
         rise: of each query's measurement without its own ``k`` strongest proponents: the
             query-loss difference.
         random_rise: without ``k`` random examples, averaged over draws.
@@ -58,6 +58,7 @@ def top_removal(
     seed: int = 0,
     together: int = 1,
     training: bool = True,
+    tokens: bool = False,
 ) -> list[TopRemoval]:
     """Replay the recorded run without each query's strongest proponents, or random examples.
 
@@ -73,6 +74,8 @@ def top_removal(
         seed: of the random sets.
         together: see :func:`~tda_lightning.evaluation.retrain_each`.
         training: replay in train mode.
+        tokens: leave out tokens of the training sequences instead, whose terms of the loss get
+            weight 0. They stay inputs of the model. The scores must hold ``by_token``.
 
     Returns:
         One result per k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
@@ -81,7 +84,11 @@ def top_removal(
     asked = ExampleSource.of(queries, 256, "query", train.data_module)
     if (given := len(asked)) != scores.num_queries:
         raise ValueError(f"The scores are of {scores.num_queries} queries, got {given}.")
-    kept = removals(scores, ks, draws, seed)
+    if tokens:
+        kept = token_removals(scores, ks, draws, seed)
+        kept = kept.unflatten(1, require_tokens(scores).shape[1:])
+    else:
+        kept = removals(scores, ks, draws, seed)
     work = (trajectory, module, task, train, kept.float(), training, together)
     measured, classes = [], []
     with SlowProgress("Retraining", len(kept)) as progress:
@@ -112,6 +119,51 @@ def removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Te
             own[query, scores.proponents(query, k)[0]] = False
         masks += [own, draw_subsets(train, (train - k) / train, draws, seed)]
     return torch.cat(masks)
+
+
+def token_removals(scores: Scores, ks: Sequence[int], draws: int, seed: int = 0) -> Tensor:
+    """:func:`removals` of single tokens: bool [retraining, train x position].
+
+    Strongest first by ``scores.by_token``. Tokens without a term in the loss (padding) have a score
+    of exactly 0 for every query; they are none of those left out.
+
+    Raises:
+        ValueError: the scores are of whole examples only, or there are not so many tokens.
+    """
+    found = require_tokens(scores).flatten(1)
+    counted = (found != 0).any(0).nonzero()[:, 0]
+    total = len(counted)
+    if not ks or min(ks) < 1 or max(ks) >= total:
+        raise ValueError(f"Each k must be from 1 to {total - 1} tokens, got {list(ks)}.")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, to compare with, got {draws}.")
+    masks = [torch.ones(1, found.shape[1], dtype=torch.bool)]
+    for k in ks:
+        own = torch.ones(len(found), found.shape[1], dtype=torch.bool)
+        own.scatter_(1, counted[found[:, counted].topk(k).indices], False)
+        random = torch.ones(draws, found.shape[1], dtype=torch.bool)
+        random[:, counted] = draw_subsets(total, (total - k) / total, draws, seed)
+        masks += [own, random]
+    return torch.cat(masks)
+
+
+def num_tokens(scores: Scores) -> int:
+    """How many tokens have a term in the loss, and so a score."""
+    return int((require_tokens(scores) != 0).any(0).sum())
+
+
+def require_tokens(scores: Scores) -> Tensor:
+    """The scores of single tokens, [query, train, position].
+
+    Raises:
+        ValueError: there are none.
+    """
+    if scores.by_token is None:
+        raise ValueError(
+            "These scores are of whole examples: expected some of single tokens (by_token), from "
+            "Unrolled(token_weights=True)."
+        )
+    return scores.by_token
 
 
 def compare_removals(

@@ -180,10 +180,14 @@ class Replay:
 
     def weighted(self, batch: object, examples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch with ``weights`` [train] on the examples, and their parts in it at
-        weight 1, [batch]."""
+        weight 1, [batch]; or with weights [train, position] on the terms of their losses (the
+        tokens of a sequence), [batch, position]."""
+        by_position = weights.dim() == 2
         with seeded_examples(0, examples, own_noise=False):
-            total, parts = self.task.batch_loss(self.module, batch)
+            total, parts = self.task.batch_loss(self.module, batch, by_position)
         own = weights[examples].to(parts)
+        if by_position:
+            own = own[:, : parts.shape[1]]  # sequences of another batch may be longer
         return total + ((own - 1) * parts).sum(), parts
 
 
@@ -276,8 +280,8 @@ class Walk:
         :meth:`on_gradients`.
 
         Args:
-            weights: [train], what each example's loss is multiplied by; None for the run as it
-                was, by its own ``training_step``.
+            weights: [train], what each example's loss is multiplied by, or [train, position] for
+                the terms of its loss; None for the run as it was, by its own ``training_step``.
 
         Returns:
             The mean loss of its batches, and what they drew.

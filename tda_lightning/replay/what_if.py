@@ -36,6 +36,7 @@ from tda_lightning.records.errors import (
 )
 from tda_lightning.records.trajectory import Checkpoint, Facts, Steps, Trajectory
 from tda_lightning.replay.expected_squares import EXPECTED, SETTING, expects_squares
+from tda_lightning.replay.measured import MeasuredWalk
 from tda_lightning.replay.prepared import again_where_unseen, prepared, require_task_loss
 from tda_lightning.replay.run import Replay, ReplaySnapshot, Walk
 from tda_lightning.runtime.digests import digest
@@ -389,89 +390,46 @@ def _record(replay: Replay, record: _Record, start: Checkpoint) -> None:
         replay.as_trained(),
         SlowProgress("What-if run", trajectory.last_step - start.step) as progress,
     ):
-        walk = _MeasuredWalk(replay)
-        walk.begin(start)
+        walk, row = MeasuredWalk(replay), start.step
+        _take_up(walk, start)
         for stop in stops:
-            first = walk.row
-            while walk.row < stop:
-                walk.measured_step()
+            while row < stop:
+                try:
+                    walk.measured_step(row)
+                except NonFiniteError as error:
+                    raise NonFiniteError(
+                        f"The what-if run diverged: {error}. Ask with keep nearer to 1."
+                    ) from error
+                row += 1
                 progress.advance()
-            record.append(walk.measured_rows(first, stop))
-            record.write_checkpoint(walk.checkpoint(stop))
+            record.append(walk.measured_rows(stop))
+            record.write_checkpoint(_checkpoint(walk, stop))
 
 
-class _MeasuredWalk(Walk):
-    """A replay that measures what a recorder does: losses, and lengths of gradients before and
-    after clipping."""
+def _take_up(walk: Walk, start: Checkpoint) -> None:
+    """Let a walk begin at a checkpoint."""
+    random = None
+    if walk.replay.knows_randomness and start.random is not None:
+        random = Snapshot.of(start.random)
+    tensors = {**start.buffers, **start.parameters}
+    walk.resume_from(ReplaySnapshot(tensors, start.optimizer or {}, random))  # type: ignore[arg-type]
 
-    def __init__(self, replay: Replay) -> None:
-        super().__init__(replay)
-        self.row = 0
-        self._measured: list[tuple[float, float, float]] = []
-        self._norm = self._ratio = 1.0
 
-    def begin(self, start: Checkpoint) -> None:
-        """Take up the run at a checkpoint."""
-        random = None
-        if self.replay.knows_randomness and start.random is not None:
-            random = Snapshot.of(start.random)
-        tensors = {**start.buffers, **start.parameters}
-        self.resume_from(ReplaySnapshot(tensors, start.optimizer or {}, random))  # type: ignore[arg-type]
-        self.row = start.step
-
-    def measured_step(self) -> None:
-        """Train one step.
-
-        Raises:
-            NonFiniteError: its loss is not finite.
-        """
-        loss, _ = self.step(self.row)
-        if loss - loss != 0:  # NaN or infinite
-            raise NonFiniteError(
-                f"The what-if run diverged: the loss of step {self.row + 1} is {loss}. Training "
-                "with these weights on the examples does not end where a model could be measured; "
-                "ask with keep nearer to 1."
-            )
-        self._measured.append((loss, self._norm, self._ratio))
-        self.row += 1
-
-    def measured_rows(self, start: int, stop: int) -> Steps:
-        """The rows of the steps since ``start``, with this run's own measurements."""
-        losses, norms, ratios = torch.tensor(self._measured, dtype=torch.float64).T
-        self._measured = []
-        rows = self.replay.trajectory.steps.between(start, stop)
-        return replace(rows, loss=losses, gradient_norm=norms, clipping=ratios)
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        """Where the run is, with what the recorded checkpoint has. Both draw the same random
-        numbers."""
-        recorded = self.replay.trajectory.checkpoints[step]
-        now = self.snapshot()
-        tensors = {name: tensor.cpu() for name, tensor in now.tensors.items()}
-        optimizer = None
-        if recorded.optimizer is not None:
-            optimizer = {
-                name: {key: value.cpu() for key, value in now.optimizer[name].items()}
-                for name in recorded.optimizer
-            }
-        return Checkpoint(
-            step,
-            {name: tensors[name] for name in recorded.parameters},
-            {name: tensors[name] for name in recorded.buffers},
-            optimizer,
-            recorded.random,
-        )
-
-    def on_gradients(self, row: int) -> None:
-        self._norm, self._ratio = self._length(), 1.0
-
-    def _clip(self) -> float:
-        clipping = super()._clip()
-        if self.replay.clip and self._norm > 0:
-            self._ratio = self._length() / self._norm
-        return clipping
-
-    def _length(self) -> float:
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norms = [gradient.norm() for gradient in gradients]
-        return float(torch.stack(norms).norm()) if norms else 0.0
+def _checkpoint(walk: Walk, step: int) -> Checkpoint:
+    """Where a walk is after ``step``, with what the recorded checkpoint has. Both draw the same
+    random numbers."""
+    recorded, now = walk.replay.trajectory.checkpoints[step], walk.snapshot()
+    tensors = {name: tensor.cpu() for name, tensor in now.tensors.items()}
+    optimizer = None
+    if recorded.optimizer is not None:
+        optimizer = {
+            name: {key: value.cpu() for key, value in now.optimizer[name].items()}
+            for name in recorded.optimizer
+        }
+    return Checkpoint(
+        step,
+        {name: tensors[name] for name in recorded.parameters},
+        {name: tensors[name] for name in recorded.buffers},
+        optimizer,
+        recorded.random,
+    )

@@ -73,7 +73,7 @@ ATTRIBUTE: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": "8"}, "batch_size must be a whole number, got '8'"),
     ({"batch_size": 2.5}, "batch_size must be a whole number"),
     ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    ({"self_influence": "no"}, "self_influence must be true or false, got 'no'"),
+    ({"self_influence": "no"}, "self_influence must be true or false or null"),
     ({"scores_path": 3}, "scores_path must be the path"),
     ({"provenance": "mine"}, "provenance must be a dictionary"),
     ({"edits": Removal(1)}, r"edits must be a list, such as edits=\[Removal\(3\)\]"),

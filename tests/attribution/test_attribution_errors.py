@@ -157,7 +157,10 @@ def test_a_task_of_its_own_is_the_training_step(work) -> None:
             AttributionModule(module, dataclasses.replace(run, curvature={}), estimator, task)
             for task in (None, ClassificationTask())
         )
-        own, told = (one.attribute(data, queries, trainer=quiet()) for one in (own, told))
+        own, told = (
+            one.attribute(data, queries, trainer=quiet(), self_influence=True)
+            for one in (own, told)
+        )
         torch.testing.assert_close(own.values, told.values)
         torch.testing.assert_close(own.self_influence, told.self_influence)
 
@@ -193,11 +196,11 @@ class NestedTask(AttributionTask):
 def test_nested_batches_of_dictionaries(work, estimator) -> None:
     run, module, data, queries = work
     expected = AttributionModule(module, run, estimator, _Plain()).attribute(
-        data, queries, 4, trainer=quiet()
+        data, queries, 4, trainer=quiet(), self_influence=True
     )
     nested = NestedModule(module.net)
     found = AttributionModule(nested, run, estimator, NestedTask()).attribute(
-        Nested(data), Nested(queries), 4, trainer=quiet()
+        Nested(data), Nested(queries), 4, trainer=quiet(), self_influence=True
     )
     torch.testing.assert_close(found.values, expected.values)
     torch.testing.assert_close(found.self_influence, expected.self_influence)
@@ -212,8 +215,9 @@ def test_scores_streamed_to_a_file_are_those_in_memory(work, tmp_path: Path) -> 
     run, module, data, queries = work
     for number, estimator in enumerate((TracIn(), InfluenceFunction(), Source(2))):
         attribution, path = AttributionModule(module, run, estimator), tmp_path / f"{number}.h5"
-        memory = attribution.attribute(data, queries, 4, trainer=quiet())
-        streamed = attribution.attribute(data, queries, 4, quiet(), scores_path=str(path))
+        options = {"trainer": quiet(), "self_influence": True}
+        memory = attribution.attribute(data, queries, 4, **options)
+        streamed = attribution.attribute(data, queries, 4, scores_path=str(path), **options)
         for scores in (streamed, Scores.load(path)):
             assert torch.equal(scores.values, memory.values)
             assert torch.equal(scores.self_influence, memory.self_influence)

@@ -44,6 +44,7 @@ def attribute(trajectory: Any, runs: Any, estimator: Any, **options: Any) -> Sco
     _, module, data = runs
     queries = TensorDataset(*queries_of(CLASSIFIER))
     attribution = AttributionModule(module, trajectory, estimator, TASK)
+    options.setdefault("self_influence", True)
     return attribution.attribute(data, queries, 4, quiet(), **options)
 
 

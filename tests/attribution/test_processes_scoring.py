@@ -97,6 +97,7 @@ def attribute(run: Path | Ensemble, estimator: Any, trainer: Any, **options: Any
     elif estimator in (ESTIMATORS[name] for name in BY_STANDARD_LOSS):
         task = MeanSquares()
     attribution = AttributionModule(WithoutTask(), run, estimator, task)
+    options.setdefault("self_influence", True)
     return attribution.attribute(
         Numbered(21), Numbered(3, seed=1), batch_size=BATCH, trainer=trainer, **options
     )

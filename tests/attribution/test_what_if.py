@@ -25,6 +25,8 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.trajectory import Trajectory as Run
 from tda_lightning.replay import what_if as what_if_module
 from tda_lightning.replay.expected_squares import signs
+from tda_lightning.replay.measured import MeasuredWalk
+from tda_lightning.replay.run import Walk
 from tda_lightning.replay.what_if import subset_weights
 from tda_lightning.solvers import ASTRA, ConjugateGradients, DataInf, Direct, Lanczos, LiSSA
 from tda_lightning.store.inspect import describe
@@ -371,29 +373,23 @@ def test_an_interrupted_run_resumes_at_its_last_checkpoint(
     end = Trajectory.load(folder)
     last, losses = end.last_step, end.steps.loss
     shutil.rmtree(folder)
-    taken = []
+    taken: list[int] = []
+    measured_step = MeasuredWalk.measured_step
 
-    def stopped(self: Any, step: int = 0) -> None:
-        taken.append(self.row)
+    def stopped(self: Any, row: int) -> None:
+        taken.append(row)
         if len(taken) == 6:
             raise KeyboardInterrupt
-        measured_step(self)
+        measured_step(self, row)
 
-    measured_step = what_if_module._MeasuredWalk.measured_step
-    monkeypatch.setattr(what_if_module._MeasuredWalk, "measured_step", stopped)
+    monkeypatch.setattr(MeasuredWalk, "measured_step", stopped)
     with pytest.raises(KeyboardInterrupt):
         ask(recorded, TracIn(), keep=0.5)
-    partial = Trajectory.load(folder)
-    stopped_at = partial.last_step
+    stopped_at = Trajectory.load(folder).last_step
     assert 0 < stopped_at < last
-    taken.clear()
-    monkeypatch.setattr(
-        what_if_module._MeasuredWalk,
-        "measured_step",
-        lambda self: (taken.append(self.row), measured_step(self)),
-    )
+    taken[:] = [-1] * 6
     again = ask(recorded, TracIn(), keep=0.5)
-    assert taken == list(range(stopped_at, last))
+    assert taken[6:] == list(range(stopped_at, last))
     assert torch.equal(again.values, whole.values)
     assert torch.equal(Trajectory.load(folder).steps.loss, losses)
 
@@ -504,13 +500,13 @@ def test_a_task_that_is_not_the_trained_loss_is_refused(recorded: Any) -> None:
 
 
 def test_a_run_that_diverges_says_so(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = what_if_module.Walk.step
+    step = Walk.step
 
     def diverged(self: Any, row: int, weights: Any = None) -> Any:
         loss, draws = step(self, row, weights)
         return (float("nan") if row == 4 else loss), draws
 
-    monkeypatch.setattr(what_if_module.Walk, "step", diverged)
+    monkeypatch.setattr(Walk, "step", diverged)
     with pytest.raises(NonFiniteError, match="diverged: the loss of step 5"):
         ask(recorded, TracIn(), keep=0.5)
 

@@ -55,8 +55,9 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
 def test_scores_say_how_they_were_made(run):
     scores = Scores.load(run / "scores" / "source.h5")
     assert scores.values.shape == (3, 60)
-    assert scores.self_influence.shape == (60,)
+    assert scores.self_influence is None
     made = scores.provenance
+    assert any(note.startswith("No self-influence: with this est") for note in made["notes"])
     assert made["command"] == "tda attribute trajectory=runs/digits estimator=source"
     assert made["config"]["estimator"]["num_segments"] == 3
     assert {"torch", "lightning", "tda-lightning"} <= set(made["versions"])
@@ -272,7 +273,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, plan"),
+        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, ensemble, plan"),
         ("train experiment=nonsense", 1, "Could not find 'experiment/nonsense'"),
         ("train experiment=digits data.flip_fraction=2", 1, "flip_fraction must be in [0, 1)"),
         ("train experiment=concrete data.root=nowhere", 1, "Missing data files: nowhere/uci"),
@@ -426,7 +427,7 @@ WRONG = {
     "report scores=runs/digits/scores/source.h5 k=many": "k must be a whole number, got 'many'",
     "attribute runs/digits batch_size=large": "batch_size must be a whole number, got 'large'",
     "attribute runs/digits batch_size=0": "batch_size must be at least 1, got 0",
-    "attribute runs/digits self_influence=7": "self_influence must be true or false, got 7",
+    "attribute runs/digits self_influence=7": "self_influence must be true or false or null",
     "attribute runs/digits relabel=3": "such as relabel={3: 7} for label 7 of example 3, got 3",
     "attribute runs/digits estimator.num_segments=two": "num_segments must be a whole number, got",
     "attribute runs/digits estimator.segment_steps=3": "segment_steps must be a list",
@@ -434,7 +435,7 @@ WRONG = {
     "check runs/digits directions=2.5": "directions must be a whole number, got 2.5",
     "evaluate runs/digits num_subsets=few": "num_subsets must be a whole number or null",
     "evaluate runs/digits baselines=random": "such as baselines=[random], got 'random'",
-    "evaluate runs/digits alpha=half": "alpha must be a number, got 'half'",
+    "evaluate runs/digits alpha=half": "alpha must be a number or null (None), got 'half'",
     "train experiment=digits threads=all": "threads must be a whole number or null",
 }
 

@@ -442,10 +442,11 @@ def test_a_spot_check_is_kept_with_the_scores(run, capsys):
     assert sorted(item.name for item in files[0].parent.iterdir()) == ["influence.h5", "tracin.h5"]
     assert main(["report", str(files[0])]) == 0
     # A second one takes the first one's place, by other means.
-    given = [*given[:-1], "num_subsets=3", "protocol=algorithm", "seeds=2"]
+    given = [*given[:-1], "num_subsets=4", "protocol=algorithm", "seeds=2"]
     assert main([*given, "scores=runs/digits/scores/tracin.h5"]) == 0
     trust = Scores.load(files[1]).provenance["trust"]
     assert trust["spot_check"]["protocol"] == "algorithm"
+    assert 0 <= trust["spot_check"]["limit_by_seeds"] <= 1
     assert 0 < trust["seed_variance_share"] <= 1
 
 
@@ -514,6 +515,30 @@ def test_removal_is_that_of_the_library_and_is_kept(run, monkeypatch, capsys):
     assert main([*given, "removal=[8]"]) == 0  # all is kept
     assert len(made) == 2
     assert [row["k"] for row in table(run)["removal"]] == [8]
+
+
+def test_examples_of_one_term_are_their_tokens(run, capsys):
+    scores = "scores=runs/digits/scores/exact.h5"
+    exact = ["estimator=unrolled", "estimator.token_weights=true", scores]
+    assert main(["attribute", "runs/digits", *exact]) == 0
+    given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3", scores]
+    assert main([*given, "removal=[3]", "token_removal=[0.05]"]) == 0
+    out = words(capsys)
+    assert "Without the strongest proponents" in out and "Without the strongest tokens" in out
+    found = table(run)
+    (own,), (token,) = found["removal"], found["token_removal"]
+    assert (token["name"], token["k"]) == ("exact", 3)
+    for key in ("rise", "above_random_over_queries", "random_rise"):
+        assert token[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6), key
+    truth = read_ground_truth(run / "ground_truth" / "single_run-token_removal-0.h5")
+    assert truth.subsets.shape == (1 + 4 + 5, 60)
+    for setting, message in (
+        ("scores=runs/digits/scores/tracin.h5", "none are of tokens"),
+        ("protocol=algorithm", "expected protocol=single_run, got algorithm"),
+        ("token_removal=[60]", "token_removal must be a list of numbers from 1 to 59"),
+    ):
+        assert main([*given, "token_removal=[1]", setting]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_the_algorithm_really_removes_proponents(run, monkeypatch):

@@ -66,6 +66,7 @@ def test_batches_and_their_order(name, optimizer) -> None:
         DataLoader(train_set, 3, shuffle=True, drop_last=True),
         DataLoader(query_set, 2, shuffle=True),
         trainer=quiet(),
+        self_influence=True,
     )
     require_same(shuffled, expected)
 
@@ -124,7 +125,11 @@ def test_mean_and_sum_of_the_batch_are_one_training(case, name) -> None:
         # The applied curvature, damping included, has the unit of the loss.
         attribution = AttributionModule(module, run, ESTIMATORS[name])
         found[reduction] = attribution.attribute(
-            TensorDataset(*data), TensorDataset(*queries), batch_size=3, trainer=quiet()
+            TensorDataset(*data),
+            TensorDataset(*queries),
+            batch_size=3,
+            trainer=quiet(),
+            self_influence=True,
         )
     require_same(found["sum"], found["mean"])
     module = Reduced(case.build(), case.kind, "mean")
@@ -155,6 +160,7 @@ def score_sharded(rank: int, out: Path) -> dict[tuple[str, int], tuple[Any, ...]
             TensorDataset(*queries_of(CLASSIFIER)),
             batch_size=size,
             trainer=quiet(devices=2, strategy="ddp"),
+            self_influence=True,
             scores_path=str(out / f"{name}.{size}.h5"),
         )
         found[name, size] = (scores.values, scores.by_segment, scores.self_influence)

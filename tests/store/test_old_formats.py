@@ -285,7 +285,9 @@ def test_the_recorded_run_still_has_the_scores_that_it_had(
     run = tmp_path / "run"
     shutil.copytree(FIXTURES / "one_stage", run)  # whoever scores keeps curvature beside the run
     attribution = AttributionModule(Tokens(), str(run), estimator(), LanguageModelingTask())
-    got = attribution.attribute(tokens_data(8), tokens_data(3, 1), batch_size=4, trainer=_quiet())
+    got = attribution.attribute(
+        tokens_data(8), tokens_data(3, 1), batch_size=4, trainer=_quiet(), self_influence=True
+    )
     expected = Scores.load(FIXTURES / "one_stage" / "scores" / f"{name}.h5")
     for part in ("values", "by_segment", "self_influence", "by_token", "candidates"):
         value, other = getattr(got, part), getattr(expected, part)

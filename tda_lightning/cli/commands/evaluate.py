@@ -27,12 +27,11 @@ from tda_lightning.cli.evaluation_table import (
 from tda_lightning.cli.matched_keep import alpha_of, keep_notes
 from tda_lightning.cli.pbrf_settings import complete_pbrf_settings
 from tda_lightning.cli.proponent_removal import (
-    removal_file,
     removal_json,
     removal_note,
     removal_table,
     remove_proponents,
-    removed_counts,
+    requested_removals,
 )
 from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
@@ -68,12 +67,11 @@ def evaluate(config: DictConfig) -> None:
 
     path = folder / GROUND_TRUTH_FOLDER / f"{truth_name(config)}.h5"
     path = Path(config.ground_truth or path)
+    removals = requested_removals(config, scores, path)
     truth = retrained_subsets(run, path)
     for name, judged in scores.items():
         require_measurements(name, judged, truth)
-    removed = {}
-    if config.removal is not None:
-        removed = remove_proponents(run, scores, removal_file(run, path))
+    removed = {asked.what: remove_proponents(run, asked) for asked in removals}
     if config.part is not None:
         print(
             f"Part {config.part} of the retrainings is done and kept in {path.parent}. When all "
@@ -107,23 +105,24 @@ def evaluate(config: DictConfig) -> None:
         header["damping"] = config.damping
     limits = evaluation_limits(truth)
     table = evaluation_json(rows, truth, seconds, header, limits)
-    if removed:
-        table["removal"] = removal_json(removed)
+    for what, results in removed.items():
+        table["removal" if what == "examples" else "token_removal"] = removal_json(results)
     beside = path if asked == folder else asked / path.name
     output = Path(config.output or beside.with_suffix(".json"))
     write_text(output, json.dumps(table, indent=1))
     if config.spot_check:
         for file, row in zip(files, rows, strict=False):
-            trust = spot_check(row, compared, truth, run, command_line())
+            trust = spot_check(row, compared, truth, limits, run, command_line())
             replace_provenance(file, {**scores[row.name].provenance, "trust": trust})
 
     console = Console()
     console.print(evaluation_table(rows, truth.protocol, limits))
     if (detection := detection_table(rows)) is not None:
         console.print(detection)
+    for what, results in removed.items():
+        console.print(removal_table(results, what))
     if removed:
-        console.print(removal_table(removed))
-        print(removal_note(config.protocol, removed))
+        print(removal_note(config.protocol, removed.values()))
     keeps = {row.name: row.keep for row in rows if row.keep is not None}
     notes = [evaluation_notes(rows, truth, seconds, limits)]
     notes += keep_notes(keeps, truth.fraction, asked)
@@ -159,7 +158,8 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
         )
     if config.protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be among {', '.join(PROTOCOLS)}, got {config.protocol}.")
-    if config.removal is not None and not scores:
+    removal = config.removal is not None or config.token_removal is not None
+    if removal and not scores:
         raise ValueError("removal leaves out the proponents that scores name, and there are none.")
     parse_part(config.part)
     complete_pbrf_settings(config, scores)
@@ -175,7 +175,7 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
 
 
 def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:
-    """Refuse scores of other data, and impossible numbers of proponents, before any retraining."""
+    """Refuse scores of other data before any retraining."""
     shape = (len(run.data.query_dataset), len(run.data.train_dataset))
     for name, judged in scores.items():
         if judged.values.shape != shape:
@@ -184,5 +184,3 @@ def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:
                 f"training examples; the data of this run have {shape[0]} and {shape[1]}. Give "
                 "scores of this run, with the data settings of their attribution."
             )
-    if run.config.removal is not None:
-        removed_counts(run.config.removal, shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
@@ -147,6 +147,9 @@ class Source:
         >>> least_squares_scores(Source(order="recorded"))
         tensor([-0.6695,  0.6695, -0.6019,  0.6019])
     """
+
+    # Every example is turned from segment to segment, as a query.
+    costly_self_influence: ClassVar[bool] = True
 
     num_segments: int = 3
     segment_steps: Sequence[int] | Sequence[Sequence[int]] | None = None
