@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from typing import cast
 
 from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.evaluation_limits import Limits
 from tda_lightning.cli.evaluation_table import JudgedScores, seed_variance_share
 from tda_lightning.cli.matched_keep import keep_of
 from tda_lightning.cli.retraining import RecordedRun
@@ -24,6 +25,7 @@ def spot_check(
     judged: JudgedScores,
     scores: Mapping[str, Scores],
     truth: GroundTruth,
+    limits: Limits,
     run: RecordedRun,
     command: str,
 ) -> Trust:
@@ -36,6 +38,7 @@ def spot_check(
         judged: their judgement, which names them among ``scores``.
         scores: all that were judged together, and others to compare with.
         truth: what they were judged by.
+        limits: what there is to reach.
         run: the recorded run.
         command: the command that asked.
     """
@@ -47,6 +50,8 @@ def spot_check(
     check["num_subsets"], check["num_seeds"] = truth.seeds.shape
     check["alpha"] = truth.fraction
     check["num_queries"] = own.num_queries
+    if limits.seeds is not None:
+        check["limit_by_seeds"] = limits.seeds.over_subsets.value
     earlier = well_formed(own.provenance).get("trust", {})
     trust: Trust = {}
     if truth.protocol == "pbrf":

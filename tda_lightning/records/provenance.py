@@ -212,6 +212,7 @@ class SpotCheck(_JudgedCounts, total=False):
     reason: str  # why it is undefined
     over_queries: Interval  # 95%
     over_subsets: Interval  # 95%
+    limit_by_seeds: Correlation  # the best lds that noise between seeds allows
     slope: float | None  # of measured changes on predicted ones; None for scores without a unit
     protocol: str  # single_run, algorithm or pbrf
     alpha: Share  # of the training set that a subset keeps

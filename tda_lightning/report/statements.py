@@ -214,6 +214,8 @@ def _spot_check(check: SpotCheck | None) -> Statement | None:
         f"Sums of scores rank {models} with a correlation of {_correlation(lds)}, averaged over "
         f"{_queries(check)}. This is the linear datamodeling score: 1 is perfect, 0 is chance."
     )
+    if (limit := check.get("limit_by_seeds")) is not None:
+        text += f" Noise between seeds allows no more than {_correlation(limit)}."
     over_subsets, over_queries = check.get("over_subsets"), check.get("over_queries")
     intervals = [
         f"{span} over {what}"

@@ -442,10 +442,11 @@ def test_a_spot_check_is_kept_with_the_scores(run, capsys):
     assert sorted(item.name for item in files[0].parent.iterdir()) == ["influence.h5", "tracin.h5"]
     assert main(["report", str(files[0])]) == 0
     # A second one takes the first one's place, by other means.
-    given = [*given[:-1], "num_subsets=3", "protocol=algorithm", "seeds=2"]
+    given = [*given[:-1], "num_subsets=4", "protocol=algorithm", "seeds=2"]
     assert main([*given, "scores=runs/digits/scores/tracin.h5"]) == 0
     trust = Scores.load(files[1]).provenance["trust"]
     assert trust["spot_check"]["protocol"] == "algorithm"
+    assert 0 <= trust["spot_check"]["limit_by_seeds"] <= 1
     assert 0 < trust["seed_variance_share"] <= 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -46,11 +47,12 @@ class Data(LightningDataModule):
 
 
 class Maker:
-    """Makes a training from a seed; ``break_at`` interrupts one, ``rates`` are by seed."""
+    """Makes a training from a seed; that of ``interrupt`` ends by ``failure``."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.interrupt: int | None = None
+        self.failure: BaseException = KeyboardInterrupt()
         self.rates: dict[int, float] = {}
 
     def __call__(self, seed: int) -> ensembles.FreshTraining:
@@ -58,12 +60,11 @@ class Maker:
         rate = self.rates.get(seed, 0.05)
         module = recorded.Net(lambda net: torch.optim.SGD(net.parameters(), rate, 0.9))
         if seed == self.interrupt:
-            module.on_train_epoch_end = _interrupt  # type: ignore[method-assign]
+            module.on_train_epoch_end = self._fail  # type: ignore[method-assign]
         return ensembles.FreshTraining(recorded.trainer(), module, Data(seed))
 
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+    def _fail(self) -> None:
+        raise self.failure
 
 
 def record(path: Path, seed: int = 7) -> Path:
@@ -121,25 +122,27 @@ def test_scores_are_the_mean_over_members(made: Path) -> None:
     assert relative(alone[0], alone[1]) > 1e-2
     assert relative(found.values.double(), alone.double().mean(0)) < 1e-6
     assert found.provenance["ensemble"] == "seeds"
+    assert found.provenance["trajectory"][0] == str(made)
+    assert found.provenance["notes"] == values(ensemble.trajectories[0]).provenance["notes"]
 
 
 def test_an_interrupted_ensemble_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make = Maker()
     make.interrupt = seed(3)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        ensembles.train(run, make, members=4)
+        ensembles.train(run, make, members=3)
     assert make.seeds == [seed(2), seed(3)]
     folder = run / "ensemble" / "seeds"
     # What was recorded of the third is a trajectory, but no member.
     assert Trajectory.load(folder / "member-3").last_step == 6
     assert len(Ensemble.load(folder)) == 2
     make.interrupt = None
-    assert len(ensembles.train(run, make, members=4)) == 4
-    assert make.seeds == [seed(2), seed(3), seed(3), seed(4)]
+    assert len(ensembles.train(run, make, members=3)) == 3
+    assert make.seeds == [seed(2), seed(3), seed(3)]
     assert "Member 3 was cut off and starts anew" in capsys.readouterr().err
     assert Trajectory.load(folder / "member-3").last_step == 12
-    assert len(ensembles.train(run, make, members=3)) == 4
-    assert len(make.seeds) == 4
+    assert len(ensembles.train(run, make, members=2)) == 3
+    assert len(make.seeds) == 3
 
 
 def test_a_member_that_diverges_is_named_and_the_others_are_kept(
@@ -186,6 +189,21 @@ def test_a_script_of_ones_own(made: Path, run: Path) -> None:
     assert torch.equal(found.steps.loss, expected.steps.loss)
     with pytest.raises(ValueError, match="Member 2 is finished"), ensembles.member(run, 2):
         pass
+
+
+def test_an_error_after_an_infinite_loss_is_a_divergence(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = Maker()
+    make.failure = RuntimeError("as planned")
+    make.rates, make.interrupt = {seed(2): 1e30}, seed(2)
+    with pytest.warns(UserWarning, match="is inf|is nan"):
+        ensembles.train(run, make, members=3)
+    said = capsys.readouterr().err
+    assert re.search(r"diverged .*: the loss of step \d is not finite, and then: as planned", said)
+    make.rates, make.interrupt = {}, seed(4)
+    with pytest.raises(RuntimeError, match="as planned"):
+        ensembles.train(run, make, members=4)
 
 
 class TestBadInput:

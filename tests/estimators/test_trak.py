@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ class Work:
         queries = TensorDataset(*queries_of(self.case))
         return attribution.attribute(TensorDataset(*self.data), queries, 4, quiet(), **options)
 
+    @functools.cached_property
     def blocks(self) -> list[Block]:
         engine = GradientEngine(self.module, list(self.runs[0].facts.parameters))
         engine.discover(
@@ -79,7 +81,7 @@ class Work:
         """The directions as one matrix, [parameters, dimension]."""
         facts = self.runs[0].facts.parameters
         count = sum(torch.Size(fact.shape).numel() for fact in facts.values())
-        drawn = Projection.drawn(self.blocks(), dimension, seed, torch.device("cpu"), torch.float64)
+        drawn = Projection.drawn(self.blocks, dimension, seed, torch.device("cpu"), torch.float64)
         sizes = [torch.Size(fact.shape).numel() for fact in facts.values()]
         units = torch.eye(count, dtype=torch.float64).split(sizes, dim=1)
         named = {
@@ -90,9 +92,17 @@ class Work:
             return torch.eye(count, dtype=torch.float64)
         parts = [
             torch.einsum("pgrc,grk,gck->pk", block.matrix(named), *drawn.sides[block.name])
-            for block in self.blocks()
+            for block in self.blocks
         ]
         return torch.stack(parts).sum(0)
+
+    @functools.cached_property
+    def trained(self) -> list[oracles.Features]:
+        return self.features(self.data)
+
+    @functools.cached_property
+    def asked(self) -> list[oracles.Features]:
+        return self.features(queries_of(self.case))
 
     def features(self, data: tuple[Tensor, Tensor]) -> list[oracles.Features]:
         return [
@@ -108,8 +118,7 @@ class Work:
     def expected(self, members: slice, **options: Any) -> Tensor:
         chosen = range(3)[members]
         matrices = [self.projection(number) for number in chosen]
-        train, query = self.features(self.data)[members], self.features(queries_of(self.case))
-        return oracles.trak(train, query[members], matrices, **options)
+        return oracles.trak(self.trained[members], self.asked[members], matrices, **options)
 
 
 def work_of(case: Case, optimizer: str = "sgd") -> Work:
@@ -154,7 +163,7 @@ def test_a_measurement_that_is_no_loss_is_taken_as_it_is(classifier: Work) -> No
     task = CaseTask("classification", margin=True)
     scores = classifier.attribute(classifier.runs[1], TRAK(DIMENSION), task=task)
     run, matrix = classifier.runs[1], classifier.projection(0)
-    (trained,) = classifier.features(classifier.data)[1:2]
+    (trained,) = classifier.trained[1:2]
     gradients = oracles.checkpoint_gradients(
         run, classifier.module, task.measurement, queries_of(CLASSIFIER), [run.last_step]
     )
@@ -167,11 +176,10 @@ def test_the_papers_unit_is_that_of_the_margin(classifier: Work) -> None:
     task = ClassificationTask(measure="margin")
     scores = classifier.attribute(Ensemble(classifier.runs), TRAK(DIMENSION), task=task)
     queries = [
-        oracles.Features(own.gradients, torch.full_like(own.slopes, -1))
-        for own in classifier.features(queries_of(CLASSIFIER))
+        oracles.Features(own.gradients, torch.full_like(own.slopes, -1)) for own in classifier.asked
     ]
     matrices = [classifier.projection(number) for number in range(3)]
-    expected = oracles.trak(classifier.features(classifier.data), queries, matrices)
+    expected = oracles.trak(classifier.trained, queries, matrices)
     assert relative(scores.values, expected) < 1e-9
 
 
@@ -191,8 +199,8 @@ def test_examples_count_as_often_as_they_were_drawn() -> None:
     assert weights[9] == 0 and weights.max() > 2
     scores = work.attribute(run, TRAK(DIMENSION))
     expected = oracles.trak(
-        work.features(data),
-        work.features(queries_of(CLASSIFIER)),
+        work.trained,
+        work.asked,
         [work.projection(0)],
         weights=[weights],
         uses=[weights],
@@ -208,8 +216,8 @@ def test_what_if_runs_count_examples_by_their_weights(draws: int, classifier: Wo
     scores = classifier.attribute(run, TRAK(3), keep=0.6, draws=draws)
     work = dataclasses.replace(classifier, runs=list(run.what_if.values()))
     expected = oracles.trak(
-        work.features(work.data),
-        work.features(queries_of(CLASSIFIER)),
+        work.trained,
+        work.asked,
         [work.projection(number, 3) for number in range(max(1, draws))],
         weights=[own.data_weights for own in work.runs],
         uses=[torch.ones(TRAINED)] * len(work.runs),
@@ -232,7 +240,7 @@ def test_edits_of_an_ensemble(classifier: Work) -> None:
     changed = (classifier.data[0], classifier.data[1].clone())
     changed[1][3] = label
     before, after = (classifier.features(data) for data in (classifier.data, changed))
-    queries = classifier.features(queries_of(CLASSIFIER))
+    queries = classifier.asked
     matrices = [classifier.projection(number) for number in range(3)]
     kernels = []
     for own, other, asked, matrix in zip(before, after, queries, matrices, strict=True):
@@ -256,7 +264,8 @@ def test_more_directions_come_closer_to_no_projection() -> None:
     run = oracles.record_run(module, case.loss, data, OPTIMIZERS["sgd"], batches, ())
 
     def scores(dimension: int, seed: int = 0) -> Tensor:
-        return attribute(case, run, module, data, TRAK(dimension, seed=seed)).values
+        estimator = TRAK(dimension, seed=seed)
+        return attribute(case, run, module, data, estimator, batch_size=80).values
 
     whole = scores(1000)
     own = oracles.features(

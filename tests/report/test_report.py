@@ -342,8 +342,10 @@ class TestSpotCheck:
 
     def test_other_spot_checks(self, scores, tmp_path):
         sure = {**SPOT_CHECK, "over_subsets": [0.1, 0.8], "protocol": "algorithm", "num_seeds": 3}
+        sure["limit_by_seeds"] = 0.789
         text, _ = self.text(scores, tmp_path, trust={"spot_check": sure})
         assert "from scratch on the smaller training set, with fresh seeds, 3 seeds each" in text
+        assert "Noise between seeds allows no more than 0.79." in text
         assert "from chance" not in text
         unknown = {**SPOT_CHECK, "over_subsets": [None, None]}
         text, _ = self.text(scores, tmp_path, trust={"spot_check": unknown})

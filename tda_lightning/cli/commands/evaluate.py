@@ -112,7 +112,7 @@ def evaluate(config: DictConfig) -> None:
     write_text(output, json.dumps(table, indent=1))
     if config.spot_check:
         for file, row in zip(files, rows, strict=False):
-            trust = spot_check(row, compared, truth, run, command_line())
+            trust = spot_check(row, compared, truth, limits, run, command_line())
             replace_provenance(file, {**scores[row.name].provenance, "trust": trust})
 
     console = Console()
