@@ -134,7 +134,7 @@ def leading_directions(
     session.trajectory.curvature[key] = {
         "vectors": vectors.cpu(),
         "eigenvalues": eigenvalues.cpu(),
-        "held": torch.tensor(held),
+        "held": torch.tensor([held]),
     }
     return LeadingDirections(vectors, eigenvalues, held)
 
