@@ -25,6 +25,7 @@ from tda_lightning.records.errors import (
 from tda_lightning.tasks import AttributionTask
 from tests import runs as recorded
 from tests.attributing import quiet, relative
+from tests.resumable import Resumable, resumable_loader, saves
 
 FIRST = {"number": 1, "folder": "a", "seed": 1, "state": "finished", "reason": ""}
 
@@ -189,6 +190,37 @@ def test_a_script_of_ones_own(made: Path, run: Path) -> None:
     assert torch.equal(found.steps.loss, expected.steps.loss)
     with pytest.raises(ValueError, match="Member 2 is finished"), ensembles.member(run, 2):
         pass
+
+
+def test_a_script_resumes_its_member(run: Path, tmp_path: Path) -> None:
+    """By the recorder's own resume, with a loader that Lightning can resume."""
+
+    def fit(own: Any, module: Any, **options: Any) -> None:
+        keeps = saves(tmp_path / str(own.number), every=1)
+        trainer = recorded.trainer(own.recorder(), keeps, enable_checkpointing=True)
+        trainer.fit(module, resumable_loader(), **options)
+
+    with ensembles.member(run, 2) as whole:
+        fit(whole, Resumable())
+    broken = Resumable()
+    broken.on_train_batch_end = _interrupt_at_nine(broken)  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, SystemExit)), ensembles.member(run, 3) as own:
+        fit(own, broken)
+    assert ensembles.unfinished(run, members=3) == [3]
+    with ensembles.member(run, 3) as own:
+        fit(own, Resumable(), ckpt_path=tmp_path / "3" / "8.ckpt")
+    assert ensembles.unfinished(run, members=3) == []
+    one, other = (Trajectory.load(own.folder) for own in (whole, own))
+    assert other.last_step == 12 and other.steps.examples.equal(one.steps.examples)
+    assert not other.steps.loss.equal(one.steps.loss)
+
+
+def _interrupt_at_nine(module: Any) -> Any:
+    def interrupt(*_: Any) -> None:
+        if module.global_step == 9:
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def test_an_error_after_an_infinite_loss_is_a_divergence(
