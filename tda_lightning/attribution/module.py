@@ -19,7 +19,7 @@ from tda_lightning.attribution.arguments import require_attributable, require_co
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import ensemble_provenance, run_provenance
+from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
 from tda_lightning.attribution.sessions import (
     open_members,
     open_session,
@@ -265,7 +265,7 @@ class AttributionModule(LightningModule):
                     estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
                 made = self._provenance(asked, opened, counts, estimated, runner, sink)
                 if self._ensemble is not None:
-                    made["ensemble"] = self._ensemble
+                    made = {**made, **of_kind(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
                     made["notes"].append(_NO_SELF)
                 if edit_set is not None:

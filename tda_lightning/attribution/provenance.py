@@ -106,6 +106,27 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     return found
 
 
+# What the reader of an ensemble's scores must know, by its kind.
+_OF_KIND = {
+    "forks": "The runs have a common past, so their spread leaves out what initial weights and "
+    "early batches decide.",
+    "dropout": "The runs are one run under fixed dropout masks: their spread is not that between "
+    "trainings.",
+    "lora": "The runs are trainings of low-rank adapters, from the last weights of one run.",
+}
+_SIZES = "ranks only: the members of this ensemble are not runs of the training itself"
+
+
+def of_kind(kind: str, made: Provenance) -> Provenance:
+    """What the kind of an ensemble adds to its provenance and changes in it."""
+    added: Provenance = {"ensemble": kind}
+    if kind in _OF_KIND:
+        added["notes"] = [_OF_KIND[kind], *made["notes"]]
+    if kind in ("dropout", "lora"):
+        added["sizes"] = _SIZES
+    return added
+
+
 def ensemble_provenance(members: Sequence[Provenance]) -> Provenance:
     """The provenance of an ensemble's mean, from that of its members; a single one as it is."""
     if len(members) == 1:

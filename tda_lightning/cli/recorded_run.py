@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from omegaconf import DictConfig
 from tda_lightning.cli.command import not_null
 from tda_lightning.cli.run_config import build
 from tda_lightning.records.data_module import AttributedData
-from tda_lightning.records.ensemble import Ensemble
+from tda_lightning.records.ensemble import Ensemble, folder_within
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, is_data_module
 from tda_lightning.store.ensemble_file import is_ensemble, read_ensemble
@@ -51,8 +50,7 @@ def run_folder(folder: Path) -> Path:
     """The folder of a recorded run: of an ensemble's folder, that of the run it was made from."""
     if not is_ensemble(folder):
         return folder
-    # Without its "..": paths are shown, and kept in provenances.
-    return Path(os.path.normpath(folder / read_ensemble(folder).run))
+    return folder_within(folder, read_ensemble(folder).run)
 
 
 def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:

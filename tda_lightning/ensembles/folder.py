@@ -25,6 +25,7 @@ from tda_lightning.records.ensemble import (
 )
 from tda_lightning.records.errors import (
     NonFiniteError,
+    TrajectoryError,
     TrajectoryLockedError,
     TrajectoryMismatchError,
 )
@@ -161,11 +162,26 @@ def judge(root: Path, number: int) -> None:
 
 @contextmanager
 def diverging(root: Path, number: int) -> Iterator[None]:
-    """A training that ends by a number that is not finite makes the member a diverged one."""
+    """A training that ends by a number that is not finite makes the member a diverged one, and so
+    does an error after a loss that was not."""
     try:
         yield
     except NonFiniteError as error:
         note(root, number, DIVERGED, str(error))
+    except Exception as error:
+        if (step := _first_infinite_loss(root, number)) is None:
+            raise
+        note(root, number, DIVERGED, f"the loss of step {step} is not finite, and then: {error}")
+
+
+def _first_infinite_loss(root: Path, number: int) -> int | None:
+    """The step of a member's first loss that is not finite, as far as it was recorded."""
+    folder = root / read_ensemble(root).members[number - 1].folder
+    try:
+        lost = (~Trajectory.load(folder).steps.loss.isfinite()).nonzero()
+    except TrajectoryError:
+        return None
+    return int(lost[0]) + 1 if len(lost) else None
 
 
 def recording_bytes(run: str | os.PathLike[str]) -> int:

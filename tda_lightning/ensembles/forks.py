@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,6 +42,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import Snapshot
 from tda_lightning.store import layout
 from tda_lightning.store.ensemble_file import read_ensemble
+from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.reader import open_trajectory, read_facts
 from tda_lightning.store.shared_files import share
 from tda_lightning.store.writer import TrajectoryWriter
@@ -195,7 +197,7 @@ def fork_member(root: Path, member: MemberFact, replay: Replay) -> None:
     facts = _facts(run.facts, folder, step, member.seed)
     planned = replace(run, facts=facts, steps=drawn_anew(run, step, member.seed))
     writer = TrajectoryWriter(folder)
-    with diverging(root, member.number):
+    with diverging(root, member.number), _exclusive(folder):
         begun = open_trajectory(folder) if _facts_in(folder) == facts else None
         if begun is None or begun.last_step < step:
             done = step
@@ -210,6 +212,17 @@ def fork_member(root: Path, member: MemberFact, replay: Replay) -> None:
             _go_on(walker, writer, done)
         writer.finish()
         judge(root, member.number)
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process trains this member."""
+    lock = FolderLock(folder)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fork_point(member: MemberFact, points: Sequence[int]) -> int:

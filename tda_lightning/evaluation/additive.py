@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from tda_lightning.evaluation.ceilings import Array, Ceiling, ceiling
@@ -35,8 +36,9 @@ def additive_ceiling(
 ) -> Ceiling | None:
     r"""The score of the best linear model of the data weights, estimated.
 
-    Let w be the centred weights of a random subset and y the measurement after training on it. The
-    best linear predictor of y has the coefficients :math:`\Sigma^+ b` with :math:`b = E[w y]` and
+    Let w be the centred weights of a random subset and y the measurement after training on it, as
+    the normal score of its rank: the score that this is a limit of sees nothing but ranks. The best
+    linear predictor of y has the coefficients :math:`\Sigma^+ b` with :math:`b = E[w y]` and
     :math:`\Sigma = E[w w^T]`. For subsets of a share :math:`\alpha` of N examples
     :math:`\Sigma = c (I - 11^T / N)`, with :math:`c = \alpha (1 - \alpha) N / (N - 1)`, so the
     share of the variance of y that it explains is
@@ -51,9 +53,9 @@ def additive_ceiling(
     genetics tells heritability.) Its standard error for one query is about :math:`\sqrt{2N} / M`
     with M subsets.
 
-    What is not additive counts as unexplained, and so does the noise between seeds. The step to a
-    rank correlation assumes normal measurements. Roots, and both intervals, are taken as in
-    :func:`~tda_lightning.evaluation.seed_ceiling`; a resampled subset forms no pair with itself.
+    What is not additive up to a monotone function of the measurement counts as unexplained, and so
+    does the noise between seeds. Roots, the step to a rank correlation and both intervals are those
+    of :func:`~tda_lightning.evaluation.seed_ceiling`; a resampled subset forms no pair with itself.
 
     Args:
         subsets: which examples each keeps, bool [subset, train], drawn independently, all of one
@@ -84,7 +86,7 @@ def additive_ceiling(
     known = (measured != measured[0]).any(0)
     if not known.any():
         raise NothingToRankError("The outcomes of every query are constant: nothing to rank.")
-    measured = measured[:, known]
+    measured = _normal_scores(measured[:, known])
     pairs = weights @ weights.T / (share * (1 - share) * train / (train - 1))
     np.fill_diagonal(pairs, 0)
 
@@ -113,7 +115,8 @@ def fitted_linear_model(subsets: Tensor, outcomes: Tensor) -> Ceiling | None:
 
     Ten folds of the subsets: for each, a ridge regression of the measurements on which examples
     are kept is fitted to the other nine, and predicts this one. Its ridge is the one of least
-    leave-one-out error among those nine, the same for all queries. Weights are centred on the share
+    leave-one-out error among those nine, the same for all queries. Measurements are the normal
+    scores of their ranks among those nine. Weights are centred on the share
     that is kept, not on the mean of a fold, which is correlated negatively with what is left out.
 
     The best additive scores do at least as well, up to the intervals. The fit learns little from
@@ -156,10 +159,16 @@ def fitted_linear_model(subsets: Tensor, outcomes: Tensor) -> Ceiling | None:
     for fold in range(_FOLDS):
         held = folds == fold
         part = kernel[~held]
-        coefficients = _ridge(part[:, ~held], measured[~held])
+        fitted = torch.from_numpy(_normal_scores(measured[~held].numpy()))
+        coefficients = _ridge(part[:, ~held], fitted)
         predicted[held] = part[:, held].T @ coefficients
     pair = (predicted.T, measured.T)
     return Ceiling(bootstrap(rank_correlation(*pair)), resample_subsets(*pair))
+
+
+def _normal_scores(values: Array) -> Array:
+    """The normal quantiles of ranks within each column, [subset, query] (van der Waerden 1952)."""
+    return np.asarray(norm.ppf(rankdata(values, axis=0) / (len(values) + 1)))
 
 
 def _reach(kernel: Tensor, folds: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -114,7 +115,7 @@ class Ensemble:
                 f"{root} holds {len(finished)} finished of {len(facts.members)} members, expected "
                 "at least two. The command (or call) that began the ensemble goes on with it."
             )
-        ensemble = Ensemble([root / member.folder for member in finished])
+        ensemble = Ensemble([folder_within(root, member.folder) for member in finished])
         first = ensemble.trajectories[0].facts.settings.get("run_id")
         if facts.members[0].folder == facts.run and first != facts.run_id:
             raise TrajectoryMismatchError(
@@ -129,6 +130,15 @@ class Ensemble:
 
     def __iter__(self) -> Iterator[Trajectory]:
         return iter(self.trajectories)
+
+
+def folder_within(root: Path, folder: str) -> Path:
+    """A folder that an ensemble in ``root`` names, without the ".." in it: it is shown, and kept in
+    provenances."""
+    path = root / folder
+    plain = Path(os.path.normpath(path))
+    # They differ where a link leads to the ensemble.
+    return plain if plain.exists() and plain.samefile(path) else path
 
 
 _read_ensemble = StoreFunction[[str | PathLike[str]], EnsembleFacts]("read_ensemble")

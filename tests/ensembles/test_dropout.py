@@ -89,6 +89,8 @@ def test_a_member_is_the_model_with_the_mask_multiplied_in(
         measured = by_hand.provenance["measurements"]
         assert found.member(number).provenance["measurements"] == pytest.approx(measured)
         expected.append(by_hand.values)
+    assert found.provenance["sizes"].startswith("ranks only")
+    assert "one run under fixed dropout masks" in found.provenance["notes"][0]
     assert relative(expected[0], expected[1]) > 1e-2
     assert relative(found.values, torch.stack(expected).mean(0)) < 1e-10
     assert relative(scores(Net(), Trajectory.load(run), estimator).values, expected[0]) > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -24,6 +25,7 @@ from tda_lightning.records.errors import (
 from tda_lightning.tasks import AttributionTask
 from tests import runs as recorded
 from tests.attributing import quiet, relative
+from tests.resumable import Resumable, resumable_loader, saves
 
 FIRST = {"number": 1, "folder": "a", "seed": 1, "state": "finished", "reason": ""}
 
@@ -46,11 +48,12 @@ class Data(LightningDataModule):
 
 
 class Maker:
-    """Makes a training from a seed; ``break_at`` interrupts one, ``rates`` are by seed."""
+    """Makes a training from a seed; that of ``interrupt`` ends by ``failure``."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.interrupt: int | None = None
+        self.failure: BaseException = KeyboardInterrupt()
         self.rates: dict[int, float] = {}
 
     def __call__(self, seed: int) -> ensembles.FreshTraining:
@@ -58,12 +61,11 @@ class Maker:
         rate = self.rates.get(seed, 0.05)
         module = recorded.Net(lambda net: torch.optim.SGD(net.parameters(), rate, 0.9))
         if seed == self.interrupt:
-            module.on_train_epoch_end = _interrupt  # type: ignore[method-assign]
+            module.on_train_epoch_end = self._fail  # type: ignore[method-assign]
         return ensembles.FreshTraining(recorded.trainer(), module, Data(seed))
 
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+    def _fail(self) -> None:
+        raise self.failure
 
 
 def record(path: Path, seed: int = 7) -> Path:
@@ -121,6 +123,8 @@ def test_scores_are_the_mean_over_members(made: Path) -> None:
     assert relative(alone[0], alone[1]) > 1e-2
     assert relative(found.values.double(), alone.double().mean(0)) < 1e-6
     assert found.provenance["ensemble"] == "seeds"
+    assert found.provenance["trajectory"][0] == str(made)
+    assert found.provenance["notes"] == values(ensemble.trajectories[0]).provenance["notes"]
 
 
 def test_an_interrupted_ensemble_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +190,52 @@ def test_a_script_of_ones_own(made: Path, run: Path) -> None:
     assert torch.equal(found.steps.loss, expected.steps.loss)
     with pytest.raises(ValueError, match="Member 2 is finished"), ensembles.member(run, 2):
         pass
+
+
+def test_a_script_resumes_its_member(run: Path, tmp_path: Path) -> None:
+    """By the recorder's own resume, with a loader that Lightning can resume."""
+
+    def fit(own: Any, module: Any, **options: Any) -> None:
+        keeps = saves(tmp_path / str(own.number), every=1)
+        trainer = recorded.trainer(own.recorder(), keeps, enable_checkpointing=True)
+        trainer.fit(module, resumable_loader(), **options)
+
+    with ensembles.member(run, 2) as whole:
+        fit(whole, Resumable())
+    broken = Resumable()
+    broken.on_train_batch_end = _interrupt_at_nine(broken)  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, SystemExit)), ensembles.member(run, 3) as own:
+        fit(own, broken)
+    assert ensembles.unfinished(run, members=3) == [3]
+    with ensembles.member(run, 3) as own:
+        fit(own, Resumable(), ckpt_path=tmp_path / "3" / "8.ckpt")
+    assert ensembles.unfinished(run, members=3) == []
+    one, other = (Trajectory.load(own.folder) for own in (whole, own))
+    assert other.last_step == 12 and other.steps.examples.equal(one.steps.examples)
+    assert not other.steps.loss.equal(one.steps.loss)
+
+
+def _interrupt_at_nine(module: Any) -> Any:
+    def interrupt(*_: Any) -> None:
+        if module.global_step == 9:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_an_error_after_an_infinite_loss_is_a_divergence(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = Maker()
+    make.failure = RuntimeError("as planned")
+    make.rates, make.interrupt = {seed(2): 1e30}, seed(2)
+    with pytest.warns(UserWarning, match="is inf|is nan"):
+        ensembles.train(run, make, members=3)
+    said = capsys.readouterr().err
+    assert re.search(r"diverged .*: the loss of step \d is not finite, and then: as planned", said)
+    make.rates, make.interrupt = {}, seed(4)
+    with pytest.raises(RuntimeError, match="as planned"):
+        ensembles.train(run, make, members=4)
 
 
 class TestBadInput:

@@ -117,6 +117,19 @@ def additive_and_not(subsets: torch.Tensor, queries: int, share: float, generato
     return torch.from_numpy(coefficients), torch.from_numpy(values)[:, None]
 
 
+def test_a_monotone_function_of_something_additive_can_be_reached() -> None:
+    """Ranks do not see it, and neither do the limits."""
+    generator = np.random.default_rng(6)
+    subsets = draw_subsets(60, 0.5, 150)
+    coefficients, outcomes = additive_and_not(subsets, 10, 1.0, generator)
+    assert linear_datamodeling_score(-coefficients.T, subsets, outcomes.exp()).value > 0.999
+    limits = [additive_ceiling(subsets, y).over_subsets for y in (outcomes, (3 * outcomes).exp())]
+    assert limits[0].value == limits[1].value and limits[0].high == 1
+    assert limits[0].value > 0.93
+    fits = [fitted_linear_model(subsets, y).over_queries for y in (outcomes, (3 * outcomes).exp())]
+    assert fits[0].value == pytest.approx(fits[1].value)
+
+
 @pytest.mark.parametrize(("count", "train"), [(60, 80), (100, 300)])
 def test_what_additive_scores_reach_is_estimated_without_fitting_them(count, train) -> None:
     generator = np.random.default_rng(4)
@@ -124,7 +137,7 @@ def test_what_additive_scores_reach_is_estimated_without_fitting_them(count, tra
     for seed in range(12):
         subsets = draw_subsets(train, 0.5, count, seed)
         coefficients, outcomes = additive_and_not(subsets, 15, 0.6, generator)
-        best = linear_datamodeling_score(-coefficients.T, subsets, outcomes).value
+        best = linear_datamodeling_score(-coefficients.T, subsets, outcomes, resamples=1).value
         limit = additive_ceiling(subsets, outcomes, resamples=60).over_subsets
         expected = float(rank_from_pearson(np.sqrt(np.array(0.6)), count))
         covered += limit.low <= expected <= limit.high

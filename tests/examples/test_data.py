@@ -172,6 +172,8 @@ def test_text_files(root):
     assert inputs.tolist() == [[2, 3, 2, 3], [2, 0, 1, 1]]
     assert targets.tolist() == [[3, 2, 3, 2], [0, 1, 1, 2]]
     assert data.query_dataset.tensors[0].tolist() == [[0, 2, 0, 3]]
+    assert data.documents("train")[1] == ["a", "c", "<eos>", "<eos>", "a"]
+    assert len(data.documents("query")) == len(data.query_dataset)
     assert data.render("train", 0).text == "a b a b a"
     assert data.render("train", 1).text == "a \u2039c\u203a\na"
     assert "are <unk> to the model" in data.render("query", 0).caption

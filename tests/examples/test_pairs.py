@@ -80,6 +80,8 @@ def test_inputs_are_premise_separator_hypothesis_padding(root):
         assert inputs.shape == (count, 9)
         assert inputs.dtype == labels.dtype == torch.int64
         known = set(data.vocabulary)
+        for pair, text in zip(data.pairs[split], data.documents(split), strict=True):
+            assert text == words(f"{pair.premise} {pair.hypothesis}")
         for pair, row, label in zip(data.pairs[split], inputs.tolist(), labels, strict=True):
             read = [data.vocabulary[number] for number in row]
             whole = sequence(words(pair.premise), words(pair.hypothesis), 9)
