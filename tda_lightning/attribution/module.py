@@ -207,9 +207,10 @@ class AttributionModule(LightningModule):
                 the recorded run. Below 1 the run is trained again with weights of mean ``keep`` on
                 its examples, once for all estimators (``what_if/`` beside the trajectory), and the
                 derivative is taken there: every example at weight ``keep``, for an optimizer that
-                normalises a common factor of the loss away (Adam) with the second moments and the
-                rates that less data would leave (``draws=0``: without). With ``draws``, and for
-                Muon, at random subsets with weights 1 and 0, averaged.
+                normalises a common factor of the loss away (Adam) with the second moments that less
+                data would leave (``draws=0``: without), and in an ensemble, which asks about
+                training anew, at ``keep`` times the rates. With ``draws``, and for Muon, at random
+                subsets with weights 1 and 0, averaged.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.

@@ -64,14 +64,18 @@ def asked_runs(
     if keep == 1:
         return AskedRuns([list(stages) for stages in members], list(range(len(members))))
     kind, count = _kind(members, draws)
+    # An ensemble asks about training anew, and training on less data takes fewer steps. Weights
+    # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
+    rate = keep if kind == "expected" and len(members) > 1 else 1.0
     runs = [
-        _what_if_stages(stages, examples, keep, kind, number)
+        _what_if_stages(stages, examples, keep, kind, number, rate)
         for stages in members
         for number in range(count)
     ]
     record: WhatIfRecord = {
         "keep": keep,
         "weights": kind,
+        "rate": rate,
         "runs": [stage.trajectory.path or "in memory" for stages in runs for stage in stages],
     }
     if kind == "subsets":
@@ -109,6 +113,7 @@ def _what_if_stages(
     keep: float,
     kind: Kind,
     number: int,
+    rate: float,
 ) -> list[StageSetup]:
     """The stages of one what-if run, each of which begins where the one before it ended."""
     made: list[StageSetup] = []
@@ -125,7 +130,7 @@ def _what_if_stages(
         task = copy.deepcopy(stage.task)
         with _explained():
             run = what_if_run(
-                stage.trajectory, stage.module, task, source, weights, before, expected
+                stage.trajectory, stage.module, task, source, weights, before, expected, rate
             )
         before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
@@ -157,7 +162,9 @@ weight 0.8)'
     if record["weights"] != "subsets":
         where = f"derivative where every example has weight {record['keep']:g}"
         if record["weights"] == "expected":
-            where += ", with the second moments and the rates that this would leave"
+            where += ", with the second moments that this would leave"
+            if record["rate"] != 1:
+                where += f" and {record['rate']:g} times the rates, as for training on less data"
     else:
         where = (
             f"derivative where a random subset of {record['keep']:.0%} has weight 1 and the rest 0"

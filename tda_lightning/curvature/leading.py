@@ -11,6 +11,11 @@ exactly; the rest, F minus those directions, is left to the blocks:
 with U, Lambda the block-wise basis and eigenvalues (EK-FAC): Lambda less what the leading
 directions account for is exactly the diagonal of the residual in the basis U. Ours; the iteration
 is that of Halko, Martinsson & Tropp 2011 (0909.4061), section 4.5.
+
+Few directions need few examples: of a large training set a random sample is iterated on, and
+another one, of the same size, takes the eigenvalues. What an iteration fits to the noise of its own
+sample is not in the other one, so the ratio of the two sums of eigenvalues bounds the loss
+(``LeadingDirections.held``).
 """
 
 from __future__ import annotations
@@ -24,10 +29,13 @@ from torch import Tensor
 from tda_lightning.curvature.fit import WHOLE, Scales, cache_key, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
+from tda_lightning.runtime.digests import digest
 from tda_lightning.session.session import Session, Span
 
-# Two rounds of power iteration and one that takes the eigenvalues: Gauss-Newton spectra fall fast.
-_ROUNDS = 3
+# Rounds of power iteration before the one that takes the eigenvalues: Gauss-Newton spectra fall
+# fast, and the directions of one segment are a good start for the next.
+_ROUNDS, _ROUNDS_FROM_START = 2, 1
+_SAMPLE = 16  # examples for each direction, in each of the two samples
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,13 @@ class LeadingDirections:
     Attributes:
         vectors: V, orthonormal rows [count, parameters].
         eigenvalues: S, descending [count].
+        held: the sum of eigenvalues, in examples that the directions were not fitted to, over that
+            in those that they were; 1 where they were fitted to all.
     """
 
     vectors: Tensor
     eigenvalues: Tensor
+    held: float = 1.0
 
 
 def leading_directions(
@@ -51,6 +62,7 @@ def leading_directions(
     seed: int,
     title: str,
     used: Span | None = None,
+    start: LeadingDirections | None = None,
 ) -> LeadingDirections:
     """Find the leading directions by subspace iteration, or take those that were kept.
 
@@ -63,39 +75,86 @@ def leading_directions(
         seed: of the sampled labels, the same as the block-wise fit's.
         title: of what is fitted, for progress bars.
         used: the steps whose use of examples weighs them; None: evenly.
+        start: directions to begin the iteration with; None: random ones.
     """
     count = min(count, session.num_parameters)
     place = (session.device, session.dtype)
-    key = cache_key(session, f"leading {count} in {_ROUNDS}", steps, seed, scales, used=used)
+    samples = _samples(session, steps, count, seed)
+    if samples is None:
+        start = None
+    how = f"in {_ROUNDS + 1}" if samples is None else f"of {_SAMPLE} each"
+    kind = f"leading {count} {how}"
+    if start is not None:
+        kind += f" from {digest(start.vectors)}"
+    key = cache_key(session, kind, steps, seed, scales, used=used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
-        return LeadingDirections(cached["vectors"].to(*place), cached["eigenvalues"].to(*place))
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(session.num_parameters, count, generator=generator)
-    vectors = torch.linalg.qr(start).Q.T.to(*place)
-    for number in range(1, _ROUNDS + 1):
-        products = torch.zeros_like(vectors)
-        for step in steps:
+        held = float(cached["held"]) if "held" in cached else 1.0
+        return LeadingDirections(
+            cached["vectors"].to(*place), cached["eigenvalues"].to(*place), held
+        )
+    if start is None:
+        generator = torch.Generator().manual_seed(seed)
+        begin = torch.randn(session.num_parameters, count, generator=generator)
+        vectors = torch.linalg.qr(begin).Q.T.to(*place)
+    else:
+        vectors = start.vectors
+    rounds = _ROUNDS if start is None else _ROUNDS_FROM_START
+    fitted = 0.0
+    for number in range(1, rounds + 2):
+        last = number > rounds
+        products, total = torch.zeros_like(vectors), 0
+        for place_of_step, step in enumerate(steps):
             walk = f"{title}: leading directions, round {number}, step {step}"
-            for batch in session.walk(walk, step):
+            sample = None if samples is None else samples[1 if last else 0]
+            order = None if sample is None else sample[place_of_step]
+            total += session.num_train if order is None else sum(map(len, order))
+            for batch in session.walk(walk, step, order):
                 weights = batch.curvature_weights(used)
                 scale = scales.get(step, {}).get(WHOLE)
                 for _ in session.each_draw():
-                    sampled = session.fisher_gradients(batch.data, batch.examples, seed + step)
-                    gradient = scaled(units("exact", sampled.blocks)[WHOLE], scale)
+                    drawn = session.fisher_gradients(batch.data, batch.examples, seed + step)
+                    gradient = scaled(units("exact", drawn.blocks)[WHOLE], scale)
                     inner = gradient.dot(vectors[:, None, None])
                     inner = inner if weights is None else inner * weights
                     products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (session.num_train * len(steps) * session.draws)
-        if number < _ROUNDS:
-            vectors = torch.linalg.qr(products.T.double()).Q.T.to(*place)
+        products = session.reduce(products) / (total * session.draws)
+        if not last:
+            vectors, triangle = torch.linalg.qr(products.T.double())
+            fitted = float(triangle.diagonal().abs().sum())  # what these directions hold here
+            vectors = vectors.T.to(*place)
     # Rayleigh-Ritz: the best eigenvectors within the subspace.
     exact = vectors.double()
     values, turn = torch.linalg.eigh(exact @ products.double().T)
-    order = values.argsort(descending=True)
-    vectors = (turn[:, order].T @ exact).to(*place)
-    eigenvalues = values[order].clamp(min=0).to(*place)
-    session.trajectory.curvature[key] = {"vectors": vectors.cpu(), "eigenvalues": eigenvalues.cpu()}
-    return LeadingDirections(vectors, eigenvalues)
+    order_of_values = values.argsort(descending=True)
+    vectors = (turn[:, order_of_values].T @ exact).to(*place)
+    eigenvalues = values[order_of_values].clamp(min=0).to(*place)
+    held = 1.0
+    if samples is not None and fitted:
+        held = min(1.0, float(eigenvalues.sum()) / fitted)
+    session.trajectory.curvature[key] = {
+        "vectors": vectors.cpu(),
+        "eigenvalues": eigenvalues.cpu(),
+        "held": torch.tensor([held]),
+    }
+    return LeadingDirections(vectors, eigenvalues, held)
+
+
+def _samples(
+    session: Session, steps: Sequence[int], count: int, seed: int
+) -> tuple[list[list[list[int]]], list[list[list[int]]]] | None:
+    """Two samples of training examples, to iterate on and to take the eigenvalues in: for each
+    checkpoint, batches of indices. None where all examples together are not many more."""
+    each = -(-_SAMPLE * count // len(steps))
+    if session.num_train < 2 * each:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    size = min(session.batch_size, each)
+
+    def drawn() -> list[list[int]]:
+        chosen = torch.randperm(session.num_train, generator=generator)[:each].sort().values
+        return [part.tolist() for part in chosen.split(size)]
+
+    return [drawn() for _ in steps], [drawn() for _ in steps]
 
 
 @dataclass(frozen=True)
@@ -107,7 +166,7 @@ class DeflatedSpectrum:
     there and back is the identity.
     """
 
-    vectors: Tensor  # V, [count, parameters]
+    leading: LeadingDirections
     turned: Tensor  # V in the blocks' bases, [count, parameters]
     blocks: tuple[Block, ...]
     rest: tuple[Spectrum, ...]
@@ -131,7 +190,12 @@ class DeflatedSpectrum:
         own = torch.cat([spectrum.eigenvalues.flatten() for spectrum in rest])
         left = (own - values @ turned.square()).clamp(min=0)
         eigenvalues = torch.cat([values, left])[None, None]
-        return cls(vectors, turned, tuple(blocks), rest, eigenvalues)
+        return cls(leading, turned, tuple(blocks), rest, eigenvalues)
+
+    @property
+    def vectors(self) -> Tensor:
+        """V, [count, parameters]."""
+        return self.leading.vectors
 
     def project(self, rows: Tensor) -> Tensor:
         """[..., 1, 1, parameters] -> [..., 1, 1, count + parameters]."""

@@ -154,6 +154,7 @@ class WhatIfRecord(TypedDict, total=False):
     # All at ``keep``; the same with expected second moments; random subsets at 0 and 1
     weights: Literal["uniform", "expected", "subsets"]
     draws: Count  # of random subsets, for each recorded run
+    rate: float  # times the recorded rates
     runs: list[str]  # folders of the what-if runs, or "in memory"
 
 

@@ -109,6 +109,7 @@ def what_if_run(
     weights: Tensor,
     before: Sequence[tuple[Trajectory, Trajectory]] = (),
     expected: bool = False,
+    rate: float = 1.0,
 ) -> Trajectory:
     """The run trained again with example n's loss multiplied by ``weights[n]``.
 
@@ -124,9 +125,8 @@ def what_if_run(
         before: the recorded stages that came before, in order, with their what-if runs: what this
             one took over from them comes from there.
         expected: train with the second moments that random subsets, with these weights as
-            probabilities, are expected to leave, at the rates times the mean weight: what is gone
-            makes training shorter, which an optimizer that normalises would not feel
-            (:mod:`tda_lightning.replay.expected_squares`).
+            probabilities, are expected to leave (:mod:`tda_lightning.replay.expected_squares`).
+        rate: what the recorded rates are multiplied by.
 
     Raises:
         UnsupportedTrainingError: the run cannot be replayed.
@@ -136,10 +136,11 @@ def what_if_run(
     """
     replay, losses = _checked(trajectory, module, task, source)
     start = _beginning(trajectory, before)
-    key = _key(replay, start, weights, losses, expected)
+    how = f"{expected} at {rate}"
+    key = _key(replay, start, weights, losses, how)
     asked = replace(trajectory, data_weights=weights)
     if expected:
-        rates = trajectory.steps.learning_rate * weights.mean()
+        rates = trajectory.steps.learning_rate * rate
         settings = {**trajectory.facts.settings, SETTING: EXPECTED}
         asked = replace(
             asked,
@@ -241,9 +242,7 @@ def _beginning(
     )
 
 
-def _key(
-    replay: Replay, start: Checkpoint, weights: Tensor, losses: list[str], expected: bool
-) -> str:
+def _key(replay: Replay, start: Checkpoint, weights: Tensor, losses: list[str], how: str) -> str:
     """Digest of all that determines a what-if run. Code is observed through what it computes: the
     losses of the first step."""
     trajectory = replay.trajectory
@@ -255,7 +254,7 @@ def _key(
         [steps.examples, steps.example_offsets, steps.batch_offsets, steps.accumulation],
         [steps.learning_rate, dict(steps.hyperparameters), sorted(trajectory.checkpoints)],
         [dict(start.parameters), dict(start.buffers), dict(end)],
-        [type(replay.module).__name__, replay.task.settings(), weights, losses, expected],
+        [type(replay.module).__name__, replay.task.settings(), weights, losses, how],
     ]
     return digest(content)[:_KEY_DIGITS]
 

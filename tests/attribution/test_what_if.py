@@ -344,6 +344,7 @@ def test_a_what_if_run_is_a_trajectory_that_estimators_share(recorded: Any) -> N
     assert scores.provenance["what_if"] == {
         "keep": 0.5,
         "weights": "uniform",
+        "rate": 1.0,
         "runs": [str(folder)],
     }
     assert "half of the training data were gone" in scores.provenance["question"]
@@ -470,6 +471,23 @@ def test_a_plan_counts_the_training_of_what_if_runs(recorded: Any) -> None:
 
 
 # Bad input
+
+
+def test_an_ensemble_of_a_normalising_optimizer_takes_shorter_steps() -> None:
+    """It asks about training anew on less data, which has fewer steps."""
+    runs = []
+    for order in range(2):
+        batches = oracles.cut_batches(10, 4, epochs=3, seed=order)
+        run, module, data = train(MLP, OPTIMIZERS["adamw"], batches=batches, checkpoints=(3, 6, 9))
+        runs.append(run)
+    queries = TensorDataset(*queries_of(MLP))
+    attribution = AttributionModule(module, Ensemble(runs), TracIn(), CaseTask(MLP.kind))
+    scores = attribution.attribute(TensorDataset(*data), queries, 4, quiet(), keep=0.5)
+    assert scores.provenance["what_if"]["rate"] == 0.5
+    assert "0.5 times the rates" in scores.provenance["question"]
+    for run in runs:
+        (made,) = what_if(run)
+        assert torch.equal(made.steps.learning_rate, run.steps.learning_rate / 2)
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,43 @@ def test_leading_eigenpairs(name, optimizer) -> None:
     overlaps = (fit.vectors * vectors[:, :6].T).sum(1).square()
     assert apart.any() or name == "convolutions"  # whose spectrum is flat
     assert (1 - overlaps[apart] < 0.02).all()
+
+
+def test_samples_of_a_large_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directions of samples lie close to those of all examples; what they hold of the whole
+    curvature is measured in examples that they were not fitted to."""
+    case = CASES["regression"]
+    data = case.batch(600, 0)
+    module = case.build()
+    batches = oracles.cut_batches(600, 100, epochs=1)
+    run = oracles.record_run(module, case.loss, data, OPTIMIZERS["sgd"], batches, (3, 6))
+    probe = Probe(leading_directions=4)
+    attribute(case, run, module, data, probe, batch_size=50)
+    fisher = dense_fisher(probe, case, run, module, data)
+    values = torch.linalg.eigvalsh(fisher).flip(0)
+    fit = probe.segment.curvature[WHOLE].leading
+    captured = torch.einsum("kp,pq,kq->", fit.vectors, fisher, fit.vectors)
+    assert 0.8 < float(captured / values[:4].sum()) <= 1 + 1e-9
+    assert 0.6 < fit.held <= 1
+    # Of the eigenvalues, measured elsewhere, the sum is right but for chance.
+    assert float(fit.eigenvalues.sum() / captured) == pytest.approx(1, abs=0.25)
+    read: list[int] = []
+    walk = Session.walk
+
+    def counted(self: Session, title: str, *rest: Any) -> Any:
+        for batch in walk(self, title, *rest):
+            if "leading" in title:
+                read.append(len(batch.examples))
+            yield batch
+
+    monkeypatch.setattr(Session, "walk", counted)
+    run.curvature.clear()
+    attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
+    # Two rounds and the eigenvalues in the first segment, one round less in the second.
+    assert sum(read) == (3 + 2) * 16 * 4
+    read.clear()
+    attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
+    assert not read  # kept
 
 
 def dense_basis(spectrum) -> Tensor:
@@ -277,7 +315,8 @@ def planned(size: int, segments: int = 3, **options) -> int:
 
 
 def test_how_many_directions_are_kept() -> None:
-    assert planned(999) == 0
+    assert planned(40) == 40
+    assert planned(999) == 64
     assert planned(1000) == 64
     assert planned(1000, curvature="kfac") == planned(1000, curvature="diagonal") == 64
     assert planned(999, order="recorded") == 64

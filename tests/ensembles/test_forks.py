@@ -121,6 +121,34 @@ def test_a_fork_is_plain_training_from_the_checkpoint(number: int, step: int, pl
     assert steps.learning_rate.equal(run.steps.learning_rate)
 
 
+class WithAdamW(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.02, weight_decay=0.5)
+
+
+def test_a_fork_of_adamw_is_plain_training_too(tmp_path: Path) -> None:
+    seed_everything(3, verbose=False)
+    recorder = TrajectoryRecorder(tmp_path, every_n_steps=2)
+    loader = DataLoader(examples(), 4, shuffle=True)
+    recorded.trainer(recorder, accumulate_grad_batches=2).fit(WithAdamW(), loader)
+    (_, member) = ensembles.fork(tmp_path, WithAdamW(), examples(), members=2, at=[2])
+    module, start = WithAdamW(), Trajectory.load(tmp_path).checkpoints[2]
+    module.load_state_dict({**start.buffers, **start.parameters})
+    optimizer: Any = module.configure_optimizers()
+    for name, parameter in module.named_parameters():
+        assert start.optimizer is not None
+        optimizer.state[parameter] = {k: v.clone() for k, v in start.optimizer[name].items()}
+    x, y = examples().tensors
+    for row in range(2, member.num_steps):
+        optimizer.zero_grad()
+        for chosen in member.steps.batches(row):
+            (F.mse_loss(module.head(module.net(x[chosen])), y[chosen]) / 2).backward()
+        optimizer.step()
+    assert member.num_steps == 4
+    for name, parameter in module.named_parameters():
+        assert relative(member.checkpoints[4].parameters[name], parameter.detach()) < 1e-13
+
+
 def test_its_order_is_fresh_and_its_past_is_shared(plain: Path) -> None:
     run, root = Trajectory.load(plain), plain / "ensemble" / "forks"
     ensemble = Ensemble.load(root)

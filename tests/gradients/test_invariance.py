@@ -204,15 +204,16 @@ def curvature_passes(monkeypatch) -> list[int]:
 
 def test_kept_curvature_is_used_when_all_that_determines_it_is_equal(curvature_passes) -> None:
     run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
-    first = attribute(CLASSIFIER, run, module, data, Source(2))
+    blocks = Source(2, leading_directions=0)
+    first = attribute(CLASSIFIER, run, module, data, blocks)
     assert set(curvature_passes) == {3, 6, 9}
     # Again; in other batches; for other queries; on the recorded order; cut by steps.
     curvature_passes.clear()
-    require_same(attribute(CLASSIFIER, run, module, data, Source(2)), first)
-    attribute(CLASSIFIER, run, module, data, Source(2), batch_size=3)
-    attribute(CLASSIFIER, run, module, data, Source(2), queries=CLASSIFIER.batch(2, seed=9))
+    require_same(attribute(CLASSIFIER, run, module, data, blocks), first)
+    attribute(CLASSIFIER, run, module, data, blocks, batch_size=3)
+    attribute(CLASSIFIER, run, module, data, blocks, queries=CLASSIFIER.batch(2, seed=9))
     attribute(CLASSIFIER, run, module, data, Source(2, order="recorded", leading_directions=0))
-    attribute(CLASSIFIER, run, module, data, Source(segment_steps=[4]))
+    attribute(CLASSIFIER, run, module, data, Source(segment_steps=[4], leading_directions=0))
     assert curvature_passes == []
     assert len(run.curvature) == 2
 

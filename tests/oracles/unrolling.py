@@ -52,8 +52,7 @@ def replay(
         recorded_clipping: multiply gradients by the recorded factors, as constants.
         renormalise: divide a batch by the sum of its weights: with a weight of 0 the example is
             truly removed. Otherwise every batch keeps its denominator.
-        expected: add what random subsets would add to squared gradients, as a constant, and
-            multiply the rates by the mean weight.
+        expected: add what random subsets would add to squared gradients, as a constant.
     """
     steps, facts = trajectory.steps, trajectory.facts
     module = with_state(module, trajectory.checkpoints[0])
@@ -101,7 +100,6 @@ def replay(
             rate = float(steps.learning_rate[row, group])
             update = UPDATES[facts.optimizer]
             if expected:
-                rate *= float(weights.mean())
                 state[name]["extra"] = extra[number].square().mean(0)
             parameters[name] = update(parameter, gradient, state[name], rate, hyper)
     return parameters

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
+    LeadingDirections,
     check_dense_side,
     check_kind,
     check_statistics,
@@ -54,9 +55,9 @@ MOMENTUM = ("effective_rate", "recursion")
 MATRIX_FREE = "matrix_free"
 _BLOCKWISE = ("ekfac", "kfac", "diagonal")
 _LEADING = 64
+_HELD = 0.7  # of the curvature in their own sample, below which a note says so
 _FEWEST = 8  # not worth their walks below
 _LEADING_SCALARS = 1 << 28  # each direction is held in two bases
-_SMALL = 1000  # a convention, not measured: the paper's form where `exact` is at hand
 _QUESTIONS = {
     "average": "what training like this one does with an example (order of batches averaged out)",
     "recorded": "what this very run did with an example (batches in their recorded order)",
@@ -107,8 +108,7 @@ class Source:
         leading_directions: number of leading eigenvectors of the whole curvature, across layers,
             kept exactly in front of a block-wise ``curvature`` (``curvature/leading.py``). 0:
             blocks alone, as in the paper. None: 64, or fewer if they would take more than 2 GiB;
-            but 0 if curvature was recorded during training, and in ``order="average"`` for models
-            of under 1,000 parameters, for which ``exact`` costs little.
+            but 0 if curvature was recorded during training.
         statistics: ``recorded``: use the statistics that
             ``TrajectoryRecorder(curvature="online")`` gathered in every segment, without a pass
             over the data. ``corrected``: the same, with EK-FAC's eigenvalues measured in their
@@ -281,11 +281,13 @@ class Source:
         if draws is not None:
             draws.prepare("recorded draws", range(records[0].start, records[-1].stop))
         leading = self.leading(session, len(records))
-        segments = []
+        segments: list[FittedSegment] = []
         require_formula(trajectory, "metric", "SOURCE")
         metrics = checkpoint_metrics(session)
         for number, steps in enumerate(records):
-            geometry, curvature = self._curvature(session, number, steps, leading, metrics)
+            before = segments[-1].curvature.get(WHOLE) if segments else None
+            start = before.leading if isinstance(before, DeflatedSpectrum) else None
+            geometry, curvature = self._curvature(session, number, steps, leading, metrics, start)
             segments.append(
                 FittedSegment(
                     session=session,
@@ -310,8 +312,10 @@ class Source:
         steps: Segment,
         leading: int,
         metrics: Mapping[int, Metric],
+        start: LeadingDirections | None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
-        """The metric of a segment, and its curvature by unit."""
+        """The metric of a segment, and its curvature by unit; ``start``: the leading directions of
+        the segment before."""
         if self.curvature == MATRIX_FREE:
             return segment_geometry(session, steps, "exact", metrics), {}
         title, checkpoints = f"segment {number + 1}", steps.checkpoints
@@ -345,7 +349,7 @@ class Source:
         # With leading directions, the unit of curvature is all parameters together.
         geometry = segment_geometry(session, steps, "exact", metrics)
         directions = leading_directions(
-            leading, session, checkpoints, scales("exact", geometry), self.seed, title, used
+            leading, session, checkpoints, scales("exact", geometry), self.seed, title, used, start
         )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
 
@@ -354,12 +358,12 @@ class Source:
         size = session.num_parameters
         if self.leading_directions is not None:
             return min(self.leading_directions, size)
-        if self.curvature not in _BLOCKWISE or (self.order == "average" and size < _SMALL):
+        if self.curvature not in _BLOCKWISE:
             return 0
         if uses_statistics(self.statistics, self.curvature, session.trajectory):
             return 0  # their walks are what recording was to save
         room = _LEADING_SCALARS // (size * num_segments)
-        return min(_LEADING, room) if room >= _FEWEST else 0
+        return min(_LEADING, room, size) if room >= _FEWEST else 0
 
     def _provenance(self, fitted: Sequence[FittedStage]) -> Provenance:
         """How the scores were made; what differs between several stages is a list over them."""
@@ -423,6 +427,7 @@ class FittedStage:
             notes += _notes_on_rates(session, segments)
         else:
             notes += stepwise.notes_on_bounds(self.segments)
+        notes += _note_on_leading(self.segments)
         notes += felt_note(metric.felt for metric in self.segments[0].metrics.values())
         if self.cross not in (recorded.cross, stepwise.cross):  # which follow the batches
             notes += use_notes(session)
@@ -431,6 +436,19 @@ class FittedStage:
         if session.self_influence and self.products is not None:
             notes.append(_NO_SELF_MATRIX_FREE)
         return notes if self.products is None else notes + self.products.notes()
+
+
+def _note_on_leading(segments: Sequence[FittedSegment]) -> list[str]:
+    """That leading directions fit their sample of examples much better than others, where so."""
+    spectra = [segment.curvature.get(WHOLE) for segment in segments]
+    held = [one.leading.held for one in spectra if isinstance(one, DeflatedSpectrum)]
+    if not held or min(held) > _HELD:
+        return []
+    return [
+        f"The leading directions hold {min(held):.0%} of the curvature in other examples that they "
+        "hold in those they were fitted to: what is more is left to the blocks. Fewer "
+        "leading_directions are fitted better."
+    ]
 
 
 def _notes_on_rates(session: Session, segments: Sequence[Segment]) -> list[str]:
