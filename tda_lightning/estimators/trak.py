@@ -18,6 +18,7 @@ from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Batch, Session
 
 DIMENSION = 2048  # traker's default
+_EXAMPLES_EACH = 16  # training examples for each direction: with fewer, scores get worse
 SIZES = (
     "ranks only: the second derivative of the loss by the model's output counts as 1, and the "
     "optimum without an example is not where this run would have ended"
@@ -64,11 +65,12 @@ class TRAK:
     implementation, traker 0.3.2, has none either.
 
     Attributes:
-        projection_dimension: number of directions; None: 2048, or half the training examples (with
-            a weight above 0) where these are fewer than twice that. As many as parameters or more:
-            nothing is projected.
+        projection_dimension: number of directions; None: a sixteenth of the number of training
+            examples (with a weight above 0), 2048 at most. As many as parameters or more: nothing
+            is projected.
         relative_damping: added to the matrix of second moments, as a multiple of its mean
-            eigenvalue: 0 in the paper.
+            eigenvalue: 0 in the paper. With more than a few directions, damping does better
+            (docs/methods.md, "TRAK").
         seed: of the directions.
 
     Raises:
@@ -82,11 +84,11 @@ class TRAK:
         | https://arxiv.org/abs/2303.14186
 
     Example:
-        Two weights are not projected. Least squares with curvature 2 and 1/2: a score is 3 g / 4
-        divided by that.
+        Two directions for two weights: nothing is projected. Least squares with curvature 2 and
+        1/2: a score is 3 g / 4 divided by that.
 
         >>> from tda_lightning.examples.least_squares import least_squares_scores
-        >>> least_squares_scores(TRAK())
+        >>> least_squares_scores(TRAK(projection_dimension=2))
         tensor([-0.7500,  0.7500, -1.5000,  1.5000])
     """
 
@@ -184,13 +186,13 @@ class TRAK:
         weights = session.curvature_weights(every, (0, session.trajectory.last_step))
         count = len(every) if weights is None else int((weights > 0).sum())
         asked = self.projection_dimension
-        dimension = max(1, min(DIMENSION, count // 2)) if asked is None else asked
+        dimension = max(1, min(DIMENSION, count // _EXAMPLES_EACH)) if asked is None else asked
         dimension = min(dimension, session.num_parameters)
         if dimension > count and not self.relative_damping:
             raise ValueError(
                 "projection_dimension must be at most the number of training examples that count, "
                 f"{count}, got {dimension}: the second moments of the features, which are "
-                f"inverted, would be singular. Take about {max(1, count // 2)}, or a positive "
+                f"inverted, would be singular. Take {max(1, count // 2)} or fewer, or a positive "
                 "relative_damping."
             )
         seed = self.seed + number

@@ -154,7 +154,7 @@ def test_self_influence_is_that_of_the_examples_as_queries(classifier: Work) -> 
     for run in (classifier.runs[0], Ensemble(classifier.runs)):
         for task in (classifier.task, CaseTask("classification", margin=True)):
             data = TensorDataset(*classifier.data)
-            module = AttributionModule(classifier.module, run, TRAK(), task)
+            module = AttributionModule(classifier.module, run, TRAK(DIMENSION), task)
             scores = module.attribute(data, data, 4, quiet())
             assert relative(scores.self_influence, scores.values.diagonal()) < 1e-9
 
@@ -456,6 +456,16 @@ class TestOwnTasks:
         queries = TensorDataset(*queries_of(MLP))
         scores = attribution.attribute(TensorDataset(*work.data), queries, 4, quiet())
         assert relative(scores.values, work.expected(slice(0, 1))) < 1e-9
+
+
+def test_the_default_is_a_sixteenth_of_the_examples_that_count() -> None:
+    data = MLP.batch(70)
+    module = MLP.build()
+    batches = oracles.cut_batches(70, 10, epochs=1)
+    run = oracles.record_run(module, MLP.loss, data, OPTIMIZERS["sgd"], batches, ())
+    for options, dimension in (({}, 4), ({"keep": 0.5, "draws": 1}, 2)):
+        made = attribute(MLP, run, module, data, TRAK(), batch_size=70, **options).provenance
+        assert made["projection"]["dimension"] == dimension
 
 
 class TestBadInput:
