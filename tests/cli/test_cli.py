@@ -174,6 +174,7 @@ def test_a_check_of_gradients_replay_and_smoothness(run, tmp_path, capsys):
     for word in ("metasmoothness", "halfway", "near", "95% interval"):
         assert word in out
     assert re.search("(Smooth|Rough|Undecided): ", out)
+    assert "What to ask" in out and "keep=0.5" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

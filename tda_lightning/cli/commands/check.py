@@ -11,6 +11,7 @@ from rich.table import Table
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, required
+from tda_lightning.cli.question_guide import question_guide
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.estimators import Source
@@ -50,7 +51,11 @@ def check(config: DictConfig) -> None:
             "order, influence functions and TracIn need no replay."
         ) from error
     Console().print(
-        landing(result.landing_error), smoothness_table(result), result.advice, sep="\n"
+        landing(result.landing_error),
+        smoothness_table(result),
+        result.advice,
+        question_guide(str(folder)),
+        sep="\n",
     )
 
 
