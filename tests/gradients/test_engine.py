@@ -231,6 +231,42 @@ def test_a_linear_layer_whose_weight_is_stored_transposed() -> None:
     assert engine.generic == ["weight"]
 
 
+POSITIONS = {
+    "arange": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5))).tanh()),
+    "one row": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5)[None])).tanh()),
+    "from the left": lambda m, x: m.head((m.positions(torch.arange(5))[None] + m.embed(x)).tanh()),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_that_are_asked_once_for_all_examples(name: str) -> None:
+    build = lambda: Function(  # noqa: E731
+        POSITIONS[name], embed=nn.Linear(3, 4), positions=nn.Embedding(7, 4), head=nn.Linear(4, 2)
+    )
+    case = Case("positions", build, normal(5, 3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == []
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
+
+
+def test_positions_that_are_used_elsewhere_too_have_no_native_form() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        own = m.positions(torch.arange(5))
+        return m.head((m.embed(x) + own).tanh()) * own.square().sum()
+
+    build = lambda: Function(  # noqa: E731
+        run, embed=nn.Linear(3, 4), positions=nn.Embedding(7, 4), head=nn.Linear(4, 2)
+    )
+    case = Case("positions", build, normal(5, 3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == ["positions.weight"]
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
+
+
 def test_checkpointed_layers_are_seen() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         return m.head(checkpoint(m.body, m.stem(x), use_reentrant=False))
