@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.fidelity.run import tda
 from experiments.question.kept import has_row, has_truth, keep
-from experiments.question.studies import ESTIMATORS, STUDIES, Study, rows
+from experiments.question.studies import ESTIMATORS, MEMBERS, STUDIES, Study, rows
 
 RUNS = Path("runs/question")
 
@@ -49,19 +49,24 @@ def main() -> None:
 
 def score(name: str, study: Study, folder: Path, wanted: list[str] | None, threads: int) -> None:
     """The rows that are missing, each kept as soon as it is there."""
-    for row, (estimator, point) in rows(study).items():
+    for row, asked in rows(study).items():
         if has_row(name, row) or (wanted is not None and row not in wanted):
             continue
-        target = folder / "scores" / f"{row}.h5"
+        target, of = folder / "scores" / f"{row}.h5", folder
         if not target.exists():
+            common = [f"threads={threads}"]
+            if asked.ensemble is not None:
+                of = folder / "ensemble" / asked.ensemble
+                kind = [f"kind={asked.ensemble}", f"members={MEMBERS}"]
+                tda("ensemble", f"trajectory={folder}", *kind, *common)
             tda(
                 "attribute",
-                f"trajectory={folder}",
-                *ESTIMATORS[estimator],
-                *point.settings,
-                f"scores={target}",
+                f"trajectory={of}",
+                *ESTIMATORS[asked.estimator],
+                *asked.point.settings,
+                f"scores='{target}'",
                 "self_influence=false",
-                f"threads={threads}",
+                *common,
             )
         keep(name, study, folder)
 

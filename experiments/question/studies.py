@@ -61,6 +61,7 @@ class Study:
         subsets: retrained for each share.
         together: replays at once through vmap.
         without: estimators that would take too long.
+        ensembles: kinds of them, of five members, for SOURCE and influence functions.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Study:
     subsets: int = 100
     together: int = 5
     without: tuple[str, ...] = ()
+    ensembles: tuple[str, ...] = ()
 
 
 SHARES = (0.99, 0.95, 0.8, 0.5, 0.2)
@@ -85,6 +87,7 @@ STUDIES = {
             *(("single_run", share) for share in SHARES if share != 0.5),
             ("algorithm", 0.95),
         ),
+        ensembles=("seeds", "forks", "dropout"),
     ),
     "fashion_mnist_noisy_tenth": Study(
         "FashionMNIST, 30% random labels, 3 epochs, a tenth of the rate"
@@ -110,8 +113,27 @@ STUDIES = {
 }
 
 
-def rows(study: Study) -> dict[str, tuple[str, Point]]:
-    """Estimator and point of each file of scores, by name, the cheap ones first."""
-    found = [(name, point) for point in study.points for name in reversed(ESTIMATORS)]
-    found += [(name, point) for name, points in study.others for point in points]
-    return {f"{name}@{p}": (name, p) for name, p in found if name not in study.without}
+MEMBERS = 5
+AVERAGED = ("influence", "source", "source_recorded", "unrolled")  # over ensembles
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file of scores: an estimator, the point of its derivative, and the kind of an ensemble."""
+
+    estimator: str
+    point: Point
+    ensemble: str | None = None
+
+    def __str__(self) -> str:
+        kind = "" if self.ensemble is None else f"+{self.ensemble}"
+        return f"{self.estimator}@{self.point}{kind}"
+
+
+def rows(study: Study) -> dict[str, Row]:
+    """Files of scores by name, the cheap ones first."""
+    found = [Row(name, point) for point in study.points for name in reversed(ESTIMATORS)]
+    found += [Row(name, point) for name, points in study.others for point in points]
+    for kind in study.ensembles:
+        found += [Row(name, point, kind) for name in AVERAGED for point in study.points]
+    return {str(row): row for row in found if row.estimator not in study.without}

@@ -17,7 +17,15 @@ from experiments.fidelity import kept as fidelity
 from experiments.question import tiny_table
 from experiments.question.heat_map import Map, heat_maps
 from experiments.question.kept import RESULTS, Kept, load
-from experiments.question.studies import ESTIMATORS, STUDIES, TITLES, Point, Study
+from experiments.question.studies import (
+    ESTIMATORS,
+    MEMBERS,
+    STUDIES,
+    TITLES,
+    Row,
+    Study,
+    rows,
+)
 from experiments.question.tiny_table import ceiling, interval
 from tda_lightning.evaluation import Interval
 from tda_lightning.evaluation.linear_datamodeling import bootstrap, rank_correlation
@@ -26,6 +34,7 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- by table.py, from here -->", "<!-- to here -->"
 ASKED = (("single_run", 0.95), ("single_run", 0.5), ("algorithm", 0.95), ("algorithm", 0.5))
 WORDS = {"single_run": "single run", "algorithm": "algorithm", "fresh": "algorithm"}
+WORDS |= {"seeds": "seeds", "forks": "forks", "dropout": "dropout masks"}
 MAPPED = ("0.95", "0.8", "0.5", "0.2")
 
 
@@ -70,15 +79,17 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
     ]
     old = fidelity.load(name)
     table: list[tuple[str, str, list[Interval | None], float | None]] = []
-    for estimator in ESTIMATORS:
-        for point in points(study, estimator):
-            row = f"{estimator}@{point}"
-            values = [lds(kept, row, *key) for key in asked]
-            seconds = kept.about["seconds"].get(row)
-            if point.keep == 1 and all(value is None for value in values):
-                values, seconds = _of_fidelity(old, estimator, asked)
-            if any(value is not None for value in values):
-                table.append((TITLES[estimator], point.title, values, seconds))
+    for asked_row in ordered(study):
+        row = str(asked_row)
+        values = [lds(kept, row, *key) for key in asked]
+        seconds = kept.about["seconds"].get(row)
+        if row.endswith("@1") and all(value is None for value in values):
+            values, seconds = _of_fidelity(old, asked_row.estimator, asked)
+        if any(value is not None for value in values):
+            at = asked_row.point.title
+            if asked_row.ensemble is not None:
+                at += f", {MEMBERS} {WORDS[asked_row.ensemble]}"
+            table.append((TITLES[asked_row.estimator], at, values, seconds))
     best = [
         max((row[2][k].value for row in table if row[2][k] is not None), default=None)  # type: ignore[union-attr]
         for k in range(len(asked))
@@ -95,10 +106,14 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
     return "\n".join(lines)
 
 
-def points(study: Study, estimator: str) -> list[Point]:
-    """Where a study takes an estimator's derivatives, from the largest weights to the smallest."""
-    found = [*study.points, *dict(study.others).get(estimator, ())]
-    return sorted(found, key=lambda point: (-point.keep, point.draws or 0))
+def ordered(study: Study) -> list[Row]:
+    """The rows of a study by estimator, from single runs to ensembles, by falling weights."""
+
+    def place(row: Row) -> tuple[object, ...]:
+        kind = -1 if row.ensemble is None else study.ensembles.index(row.ensemble)
+        return [*ESTIMATORS].index(row.estimator), kind, -row.point.keep, row.point.draws or 0
+
+    return sorted(rows(study).values(), key=place)
 
 
 def lds(kept: Kept, row: str, protocol: str, share: float) -> Interval | None:
@@ -236,13 +251,15 @@ def missing(found: Mapping[str, Kept]) -> str:
         old = fidelity.load(name).predicted
         gone = []
         for estimator in ESTIMATORS:
-            if estimator in study.without:
-                continue
-            at = [str(p) for p in points(study, estimator) if f"{estimator}@{p}" not in have]
             known = {"influence": "influence-0.1"}.get(estimator, estimator) in old
-            said = [f"{p} (half kept is there)" if p == "1" and known else p for p in at]
-            if said:
-                gone.append(f"{TITLES[estimator]} at keep {', '.join(said)}")
+            at = []
+            for row in ordered(study):
+                if row.estimator != estimator or str(row) in have:
+                    continue
+                said = str(row).partition("@")[2]
+                at.append("1 (half kept is there)" if said == "1" and known else said)
+            if at:
+                gone.append(f"{TITLES[estimator]} at keep {', '.join(at)}")
         truths = found[name].truth if name in found else {}
         untrained = [
             f"{WORDS[p]} {share:.0%} kept" for p, share in study.truths if (p, share) not in truths

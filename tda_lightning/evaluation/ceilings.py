@@ -191,7 +191,8 @@ def _narrowed(values: Array, variance: float) -> Array:
 def rank_from_pearson(correlation: Array, count: int) -> Array:
     """Expected rank correlation of ``count`` normal pairs (Moran 1948)."""
     outer, inner = np.arcsin(correlation), np.arcsin(correlation / 2)
-    return np.asarray(6 / np.pi * (outer + (count - 2) * inner) / (count + 1))
+    expected = 6 / np.pi * (outer + (count - 2) * inner) / (count + 1)
+    return np.asarray(expected.clip(-1, 1))  # rounding
 
 
 def pearson_from_rank(correlation: Array, count: int) -> Array:

@@ -120,8 +120,8 @@ def additive_and_not(subsets: torch.Tensor, queries: int, share: float, generato
 def test_a_monotone_function_of_something_additive_can_be_reached() -> None:
     """Ranks do not see it, and neither do the limits."""
     generator = np.random.default_rng(6)
-    subsets = draw_subsets(60, 0.5, 150)
-    coefficients, outcomes = additive_and_not(subsets, 10, 1.0, generator)
+    subsets = draw_subsets(30, 0.5, 80)
+    coefficients, outcomes = additive_and_not(subsets, 5, 1.0, generator)
     assert linear_datamodeling_score(-coefficients.T, subsets, outcomes.exp()).value > 0.999
     limits = [additive_ceiling(subsets, y).over_subsets for y in (outcomes, (3 * outcomes).exp())]
     assert limits[0].value == limits[1].value and limits[0].high == 1
@@ -149,14 +149,14 @@ def test_what_additive_scores_reach_is_estimated_without_fitting_them(count, tra
 
 def test_a_fitted_linear_model_is_a_lower_limit() -> None:
     generator = np.random.default_rng(5)
-    subsets = draw_subsets(40, 0.5, 120)
-    coefficients, outcomes = additive_and_not(subsets, 10, 0.8, generator)
+    subsets = draw_subsets(30, 0.5, 90)
+    coefficients, outcomes = additive_and_not(subsets, 6, 0.8, generator)
     best = linear_datamodeling_score(-coefficients.T, subsets, outcomes).value
     fitted = fitted_linear_model(subsets, outcomes)
     assert 0.6 < fitted.over_queries.value < best
     assert fitted.over_subsets.low < fitted.over_queries.value < fitted.over_subsets.high
     # It predicts what it has not seen: noise that has nothing to do with subsets is not predicted.
-    noise = fitted_linear_model(subsets, torch.randn(120, 1, 10))
+    noise = fitted_linear_model(subsets, torch.randn(90, 1, 6))
     assert abs(noise.over_queries.value) < 0.15
 
 
