@@ -27,7 +27,7 @@ def question_guide(run: str) -> Table:
         table.add_row(gone, whose, arguments.replace("RUN", run), cost, lds)
     table.caption = (
         f"{run}/ensemble/seeds is made by tda ensemble {run} members=5. LDS: of a tabular MLP, "
-        "between 0 and 1; without keep it was .44 for half of the data. See docs/methods.md, "
-        '"Where the derivative is taken".'
+        "between 0 and 1; without keep it was .44 for half of the data. See "
+        'docs/methods.md, "Where the derivative is taken".'
     )
     return table

@@ -31,6 +31,7 @@ class Block:
         groups: number of matrices stacked.
         bias_column: True when the last parameter is the last column.
         row: True when all parameters lie end to end in one row.
+        transposed: True when the weight is stored as [columns, rows].
     """
 
     name: str
@@ -39,6 +40,7 @@ class Block:
     groups: int = 1
     bias_column: bool = False
     row: bool = False
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -50,15 +52,17 @@ class Block:
         """[groups, rows, columns]."""
         if self.row:
             return (1, 1, self.size)
-        rows = self.shapes[0][0] // self.groups
+        rows = self.shapes[0][1] if self.transposed else self.shapes[0][0] // self.groups
         return (self.groups, rows, self.size // (self.groups * rows))
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors of the parameters' shapes, any leading axes -> [..., groups, rows, columns]."""
         parts = []
-        for name, shape in zip(self.parameters, self.shapes, strict=True):
+        for position, (name, shape) in enumerate(zip(self.parameters, self.shapes, strict=True)):
             tensor = tensors[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
+            if self.transposed and position == 0:
+                tensor = tensor.mT
             parts.append(tensor.reshape((*lead, *self.shape[:2], -1)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -66,7 +70,9 @@ class Block:
         """The inverse of :meth:`matrix`."""
         lead, (groups, rows, _) = matrix.shape[:-3], self.shape
         widths = [math.prod(shape) // (groups * rows) for shape in self.shapes]
-        parts = matrix.split(widths, dim=-1)
+        parts = list(matrix.split(widths, dim=-1))
+        if self.transposed:
+            parts[0] = parts[0].mT
         return {
             name: part.reshape((*lead, *shape))
             for name, shape, part in zip(self.parameters, self.shapes, parts, strict=True)

@@ -6,11 +6,16 @@ weights, a layer called several times and ``F.linear(x, other.weight)`` need no 
 Each call is made exactly as the user's code makes it. What it was given is noted, and the edge of
 the graph at which its output's gradient will arrive: a backward pass to those edges never spends
 time on weight gradients that would be thrown away.
+
+A layer that is asked once for all examples (an embedding of positions, looked up with ``arange``)
+has one output for the batch. Where it is added to what each example has, the gradient of the sum
+is that of its output for each example.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +41,10 @@ _METADATA = frozenset(
 _VALUE_GETTERS = frozenset(
     getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 )
+# Calls that broadcast one operand to the other, and calls that leave a tensor as it is but for
+# leading axes of length 1.
+_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
+_VIEWS = frozenset(("unsqueeze", "view", "reshape", "__getitem__", "contiguous"))
 # Casts, which may be to a coarser precision than the module's.
 _CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16"))
 
@@ -67,6 +76,7 @@ class Capture(TorchFunctionMode):
         self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
         self.twice: set[str] = set()
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # of uses, by id
 
     @property
     def uses(self) -> list[Use]:
@@ -94,6 +104,8 @@ class Capture(TorchFunctionMode):
             output = func(*args, **kwargs)
             if func.__name__ in _CASTS:
                 self._note_precision(output)
+            elif isinstance(output, Tensor) and output.requires_grad:
+                self._follow(func.__name__, (*args, *kwargs.values()), output)
             return output
         if func is F.embedding_bag:
             _require_no_norm(args, kwargs, self.trained)
@@ -156,7 +168,34 @@ class Capture(TorchFunctionMode):
             self.generic.update(ref.name for ref in use.refs)
         elif use.refs and output.requires_grad:
             use.output_shape = output.shape
+            self._outputs[id(output)] = (weakref.ref(output), use)
             self.watch(use, output)
+
+    def _follow(self, name: str, given: Sequence[object], output: Tensor) -> None:
+        """Note the sum that the output of a use is broadcast to."""
+        if name not in _SUMS and name not in _VIEWS:
+            return
+        for value in given:
+            entry = self._outputs.get(id(value))
+            if entry is None or entry[0]() is not value:
+                continue
+            use = entry[1]
+            shape = use.output_shape
+            lead = output.shape[: max(0, output.dim() - len(shape))]
+            if name in _VIEWS and output.shape[len(lead) :] == shape and lead.numel() == 1:
+                self._outputs[id(output)] = (weakref.ref(output), use)
+            elif name in _SUMS and output.shape != shape and len(given) == 2:
+                self.broadcast(use, output)
+
+    def broadcast(self, use: Use, output: Tensor) -> None:
+        """Put the use as if it were called for every example in the place of ``use``, whose output
+        was broadcast to ``output``. If it is used elsewhere too, its gradients do not add up, and
+        it has no native form (``GradientEngine.discover``)."""
+        expanded = use.expanded(output.detach())
+        if expanded is None or use not in self.watched:
+            return
+        expanded.gradient, expanded.edge = None, get_gradient_edge(output)
+        self.watched[self.watched.index(use)] = expanded
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         """Have the gradient of ``output`` arrive at ``watched``."""

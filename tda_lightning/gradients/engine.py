@@ -34,7 +34,7 @@ from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
-from tda_lightning.gradients.uses import Use, assemble, plan_blocks
+from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
@@ -268,6 +268,7 @@ class GradientEngine:
         return others | capture.twice
 
     def _plan(self, capture: Capture, generic: Collection[str]) -> None:
+        generic = {*generic, *seen_both_ways(capture.uses)}
         self._generic = [name for name in self.names if name in generic]
         self._blocks = plan_blocks(self._shapes, capture.uses, generic)
 

@@ -4,17 +4,12 @@ Fused layers (attention, recurrent cells) must not be taken apart here: another 
 rounds otherwise. They are called as they are, and replayed alone afterwards, on the inputs they
 were given and from the random state they began with; the gradient of their outputs is carried
 through the replay.
-
-A layer that is asked once for all examples (an embedding of positions, looked up with ``arange``)
-has one output for the batch. Where it is added to what each example has, the gradient of the sum
-is that of its output for each example.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +28,6 @@ from tda_lightning.gradients.layout import Layout, candidates, owners
 from tda_lightning.gradients.uses import Use, WatchedOutput, assemble
 
 _MANY = 16  # examples: batch norm couples fewer by about their own size
-
-# Calls that broadcast one operand to the other, and calls that leave a tensor as it is but for
-# leading axes of length 1.
-_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
-_VIEWS = frozenset(("unsqueeze", "view", "reshape", "__getitem__", "contiguous"))
 
 
 @dataclass
@@ -68,7 +58,6 @@ class Observer(Capture):
         self.listen = listen
         self._fused: list[_FusedCall] = []
         self.couples = False
-        self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # by id
         self._broadcast: dict[Use, WatchedOutput] = {}  # the sums that outputs are broadcast to
 
     def __torch_function__(  # type: ignore[override]
@@ -81,36 +70,13 @@ class Observer(Capture):
         if func is F.batch_norm and not self.couples:
             given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {})).arguments
             self.couples = bool(given.get("training"))
-        output = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(output, Tensor) and output.requires_grad:
-            self._follow(func.__name__, (*args, *(kwargs or {}).values()), output)
-        return output
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _follow(self, name: str, given: Sequence[object], output: Tensor) -> None:
-        """Watch the sum that the output of a use is broadcast to."""
-        if name not in _SUMS and name not in _VIEWS:
-            return
-        for value in given:
-            entry = self._outputs.get(id(value))
-            if entry is None or entry[0]() is not value:
-                continue
-            use = entry[1]
-            shape = use.output_shape
-            lead = output.shape[: max(0, output.dim() - len(shape))]
-            if name in _VIEWS and output.shape[len(lead) :] == shape and lead.numel() == 1:
-                self._outputs[id(output)] = (weakref.ref(output), use)
-            elif (
-                name in _SUMS
-                and output.shape != shape
-                and len(given) == 2
-                and use not in self._broadcast
-            ):
-                self._broadcast[use] = WatchedOutput()
-                self.watch(self._broadcast[use], output)
-
-    def note(self, use: Use, output: Tensor) -> None:
-        super().note(use, output)
-        self._outputs[id(output)] = (weakref.ref(output), use)
+    def broadcast(self, use: Use, output: Tensor) -> None:
+        """Watch the sum as well: which of the two counts is known when gradients have arrived."""
+        if use not in self._broadcast:
+            self._broadcast[use] = WatchedOutput()
+            self.watch(self._broadcast[use], output)
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         super().watch(watched, output)

@@ -20,6 +20,7 @@ from tda_lightning.gradients.uses import (
     Embedding,
     Linear,
     Norm,
+    Product,
     Ref,
     ScaleAndShift,
     Use,
@@ -32,6 +33,27 @@ Sizes: TypeAlias = int | Sequence[int]
 
 def _linear(ref: Refs, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
     return Linear(ref(weight), ref(bias), input.detach())
+
+
+def _product_with(
+    ref: Refs, input: object, other: object, bias: Tensor | None = None
+) -> Use | None:
+    """input @ other + bias with a trained matrix ``other``."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor) or ref(input) is not None:
+        return None
+    trained = ref(other)
+    if trained is None or other.dim() != 2 or input.dim() < 2 or other.is_complex():
+        return None
+    rows = other.shape[1]  # of the weight's gradient, one for each output
+    return Product(Ref(trained.name, 0, rows, rows), ref(bias), input.detach())
+
+
+def _addmm(
+    ref: Refs, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Use | None:
+    if beta != 1 or alpha != 1 or input.dim() != 1:
+        return None
+    return _product_with(ref, mat1, mat2, input)
 
 
 def _convolution(
@@ -150,6 +172,10 @@ def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use |
 
 OPERATIONS: dict[object, Callable[..., Use | None]] = {
     F.linear: _linear,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _product_with
+    ),
     **dict.fromkeys(
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution
     ),

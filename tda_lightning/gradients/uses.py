@@ -187,6 +187,12 @@ class Linear(MatrixProduct):
 
 
 @dataclass(eq=False)
+class Product(Linear):
+    """inputs @ weight + bias, along the last axis, as in the ``Conv1D`` of GPT-2: a linear layer
+    whose weight is stored as [inputs, outputs]."""
+
+
+@dataclass(eq=False)
 class Convolution(MatrixProduct):
     """A convolution over any number of spatial axes: a product with the patches of its images."""
 
@@ -360,6 +366,15 @@ def _join(uses: Sequence[Use]) -> Use:
     return out
 
 
+def seen_both_ways(uses: Iterable[Use]) -> set[str]:
+    """Weights that are used as they are stored and transposed: no block has room for both."""
+    ways: dict[str, set[bool]] = defaultdict(set)
+    for use in uses:
+        if use.weight is not None:
+            ways[use.weight.name].add(isinstance(use, Product))
+    return {name for name, own in ways.items() if len(own) > 1}
+
+
 def plan_blocks(
     shapes: Mapping[str, tuple[int, ...]], uses: Iterable[Use], generic: Iterable[str] = ()
 ) -> list[Block]:
@@ -403,6 +418,7 @@ def plan_blocks(
                 groups=last.groups if isinstance(last, Convolution) else 1,
                 bias_column=not row and len(parameters) == 2,
                 row=row,
+                transposed=isinstance(last, Product),
             )
         )
     return blocks

@@ -30,7 +30,7 @@ from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observer import Layouts, observed_layouts, training_gradients
 from tda_lightning.gradients.observer import Observer as CallObserver
 from tda_lightning.gradients.parameter_hooks import kept_entries
-from tda_lightning.gradients.uses import plan_blocks
+from tda_lightning.gradients.uses import plan_blocks, seen_both_ways
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.observer import Observer
 from tda_lightning.recording.resume import RecorderState
@@ -366,6 +366,8 @@ class CurvatureStatistics(Observer):
             if len(others) == len(uses):
                 self._layouts = observed_layouts(uses, others, weights, calls.couples)
         if not self._blocks:
+            if both := seen_both_ways(uses):
+                raise _unseen(min(both))
             shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
             self._blocks = plan_blocks(shapes, uses)
         gradients = training_gradients(self._blocks, uses, size, self._layouts)

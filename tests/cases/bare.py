@@ -95,6 +95,25 @@ BARE = [
         normal(3),
     ),
     Case(
+        "bare/conv1d",  # of GPT-2
+        lambda: Function(
+            lambda m, x: m.head(
+                torch.addmm(m.bias, x.reshape(-1, 3), m.weight).view(*x.shape[:-1], 4).tanh()
+            ),
+            weight=parameter(3, 4),
+            bias=parameter(4),
+            head=nn.Linear(4, 2),
+        ),
+        normal(5, 3),
+    ),
+    Case(
+        "bare/product_both_ways",
+        lambda: Function(
+            lambda m, x: F.linear((x @ m.weight).tanh(), m.weight), weight=parameter(3, 3)
+        ),
+        normal(4, 3),
+    ),
+    Case(
         "bare/batched_product",
         lambda: Function(
             lambda m, x: torch.bmm(x, m.weight.expand(len(x), -1, -1)).tanh(),

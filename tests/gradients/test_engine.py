@@ -212,6 +212,61 @@ def test_a_frozen_embedding_with_max_norm_is_looked_up_as_the_model_does() -> No
     require_equal(dense(engine, squared_outputs, unseen), expected)
 
 
+def test_a_linear_layer_whose_weight_is_stored_transposed() -> None:
+    """As GPT-2 has it: one matrix with the bias as its last column, like any linear layer."""
+    case = next(case for case in CASES if case.name == "bare/conv1d")
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == []
+    (block,) = (b for b in engine.blocks if "weight" in b.parameters)
+    assert block.parameters == ("weight", "bias") and block.shape == (1, 4, 4)
+    tensors = {name: p.detach() for name, p in engine.module.named_parameters()}
+    matrix = block.matrix(tensors)
+    assert torch.equal(matrix[0], torch.cat([tensors["weight"].T, tensors["bias"][:, None]], 1))
+    for name, tensor in block.tensors(matrix).items():
+        assert torch.equal(tensor, tensors[name])
+    both = next(case for case in CASES if case.name == "bare/product_both_ways")
+    engine = engine_of(both)
+    engine.discover(with_examples(both.loss), both.batch(), torch.arange(both.size))
+    assert engine.generic == ["weight"]
+
+
+POSITIONS = {
+    "arange": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5))).tanh()),
+    "one row": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5)[None])).tanh()),
+    "from the left": lambda m, x: m.head((m.positions(torch.arange(5))[None] + m.embed(x)).tanh()),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_that_are_asked_once_for_all_examples(name: str) -> None:
+    build = lambda: Function(  # noqa: E731
+        POSITIONS[name], embed=nn.Linear(3, 4), positions=nn.Embedding(7, 4), head=nn.Linear(4, 2)
+    )
+    case = Case("positions", build, normal(5, 3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == []
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
+
+
+def test_positions_that_are_used_elsewhere_too_have_no_native_form() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        own = m.positions(torch.arange(5))
+        return m.head((m.embed(x) + own).tanh()) * own.square().sum()
+
+    build = lambda: Function(  # noqa: E731
+        run, embed=nn.Linear(3, 4), positions=nn.Embedding(7, 4), head=nn.Linear(4, 2)
+    )
+    case = Case("positions", build, normal(5, 3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == ["positions.weight"]
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
+
+
 def test_checkpointed_layers_are_seen() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         return m.head(checkpoint(m.body, m.stem(x), use_reentrant=False))
