@@ -267,7 +267,7 @@ def test_trained_anew_on_everything_with_its_own_seed_it_is_the_recorded_run(run
     config = make("evaluate", "trajectory=runs/digits", "protocol=algorithm")
     parts = RecordedRun.load(config)
     state = retrain_from_scratch(
-        parts._fresh, torch.ones(60, dtype=torch.bool), parts.run_config.seed
+        parts.fresh, torch.ones(60, dtype=torch.bool), parts.run_config.seed
     )
     end = parts.trajectory.checkpoints[parts.trajectory.last_step]
     for name, tensor in end.parameters.items():
