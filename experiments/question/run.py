@@ -73,7 +73,7 @@ def score(name: str, study: Study, folder: Path, wanted: list[str] | None, threa
 
 def retrain(name: str, study: Study, folder: Path, threads: int) -> None:
     """The truths that are missing, by ``tda evaluate``."""
-    scores = sorted((folder / "scores").glob("*.h5"))
+    scores = [file for file in (folder / "scores").glob("*.h5") if "+" not in file.name]
     for protocol, share in study.truths:
         if has_truth(name, protocol, share):
             continue

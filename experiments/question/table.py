@@ -64,6 +64,7 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
     for name, results in tiny.items():
         title = tiny_table.TITLES[name]
         parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
+    parts.append(f"### By number of trainings\n\n{by_members(found)}")
     parts.append(f"### Sizes\n\n{slopes(found, tiny)}")
     parts.append(f"### Missing\n\n{missing(found)}")
     return "\n\n".join(parts)
@@ -137,6 +138,28 @@ def _of_fidelity(
         for p, share in asked
     ]
     return found, old.about["seconds"][name]
+
+
+def by_members(found: Mapping[str, Kept]) -> str:
+    """LDS of means over the first members of each ensemble, half kept."""
+    asked = [("single_run", 0.5), ("algorithm", 0.5)]
+    heads = [f"{WORDS[p]}, {k} trained" for p, _ in asked for k in (1, 2, 3, 5)]
+    lines = [f"| study | scores | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for name, kept in found.items():
+        removed = kept.removed.get(0.5, {})
+        for row in rows(STUDIES[name]).values():
+            if row.ensemble is None or f"{row}#0" not in removed:
+                continue
+            cells = []
+            for protocol, share in asked:
+                for count in (1, 2, 3, 5):
+                    some = [removed[f"{row}#{number}"] for number in range(count)]
+                    predicted = torch.stack(some).mean(0)
+                    truth = kept.truth[protocol, share]
+                    cells.append(f"{float(rank_correlation(predicted, truth).nanmean()):.3f}")
+            said = f"{TITLES[row.estimator]}, keep={row.point}, {WORDS[row.ensemble]}"
+            lines.append(f"| {STUDIES[name].title} | {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def maps(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> dict[str, Map]:

@@ -170,6 +170,22 @@ def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use |
     return ScaleAndShift(weight, bias, factor, tuple(parameter.shape), axes)
 
 
+def _expansion(func: Callable[..., Tensor]) -> Callable[..., Use | None]:
+    """A bare parameter repeated for every example by ``func``: a class token, learned queries."""
+
+    def describe(ref: Refs, input: Tensor, *sizes: object, **options: object) -> Use | None:
+        expanded = func(input.detach(), *sizes, **options)
+        offset = expanded.dim() - input.dim()
+        if input.is_complex() or (offset == 0 and input.shape[:1] != (1,)):
+            return None
+        if expanded.shape[offset + 1 :] != input.shape[1:]:
+            return None  # repeated along other axes than that of the examples
+        axes = tuple(offset + axis for axis, size in enumerate(input.shape) if size > 1)
+        return ScaleAndShift(None, ref(input), None, tuple(input.shape), axes)
+
+    return describe
+
+
 OPERATIONS: dict[object, Callable[..., Use | None]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
@@ -180,6 +196,10 @@ OPERATIONS: dict[object, Callable[..., Use | None]] = {
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution
     ),
     F.embedding: _embedding,
+    **{
+        func: _expansion(func)
+        for func in (Tensor.expand, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
+    },
     **{
         norm: _norm(norm)
         for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.utils.checkpoint import checkpoint
 
 from tda_lightning import Scores
 from tests import oracles
@@ -25,6 +26,8 @@ from tests.unrolling import (
     OPTIMIZERS,
     SOME,
     Augmented,
+    FusedAttention,
+    Network,
     adam,
     adamw,
     differences_of,
@@ -195,6 +198,33 @@ def test_every_network_in_train_mode(network: str, name: str, tmp_path: Path) ->
     queries = chosen.data(2, seed=7)
     scores = scores_of(run, module, data, queries, chosen.task)
     require_equal(scores, expected_of(run, chosen, module, data, queries))
+
+
+class Checkpointed(nn.Sequential):
+    """Whose middle is computed again in the backward pass."""
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        first, middle, last = self
+        return last(checkpoint(middle, first(numbers), use_reentrant=False))
+
+
+def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
+    """Computed again in a backward pass, attention would be by a kernel without derivative."""
+
+    def network(kind: Any) -> Network:
+        def build() -> nn.Module:
+            middle = nn.Sequential(FusedAttention(4), nn.Tanh())
+            return kind(nn.Embedding(7, 4), middle, nn.Linear(4, 7))
+
+        return Network(build, tokens(6, 5), NETWORKS["fused attention"].losses)
+
+    make = OPTIMIZERS["adamw"]
+    run, module, data = record(tmp_path, network(Checkpointed), make)
+    queries = network(Checkpointed).data(2, seed=7)
+    scores = scores_of(run, module, data, queries, network(Checkpointed).task)
+    plain = network(nn.Sequential).module(make, seed=4)
+    expected = scores_of(run, plain, data, queries, network(nn.Sequential).task)
+    assert relative(scores.values, expected.values) < 1e-12
 
 
 SCHEDULED: dict[str, dict[str, Any]] = {

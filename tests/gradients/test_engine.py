@@ -251,6 +251,31 @@ def test_positions_that_are_asked_once_for_all_examples(name: str) -> None:
     require_equal(dense(engine, case.loss, batch), expected)
 
 
+TOKENS = {
+    "expand": lambda m, x: m.mix(torch.cat([m.token.expand(len(x), -1, -1), m.embed(x)], 1)),
+    "repeat": lambda m, x: m.mix(torch.cat([m.token.repeat(len(x), 1, 1), m.embed(x)], 1)),
+    "broadcast": lambda m, x: m.mix(
+        torch.cat([torch.broadcast_to(m.token[0, 0] * 0 + m.token, (len(x), 1, 4)), m.embed(x)], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_class_token_is_repeated_for_every_example(name: str) -> None:
+    build = lambda: Function(  # noqa: E731
+        lambda m, x: TOKENS[name](m, x).tanh(),
+        token=parameter(1, 1, 4),
+        embed=nn.Linear(3, 4),
+        mix=nn.Linear(4, 2),
+    )
+    case = Case("token", build, normal(5, 3))
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert (engine.generic == []) == (name != "broadcast")
+    expected = oracles.per_example_gradients(engine.module, case.loss, batch)
+    require_equal(dense(engine, case.loss, batch), expected)
+
+
 def test_positions_that_are_used_elsewhere_too_have_no_native_form() -> None:
     def run(m: nn.Module, x: Tensor) -> Tensor:
         own = m.positions(torch.arange(5))

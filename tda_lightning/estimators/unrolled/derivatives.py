@@ -23,6 +23,7 @@ from tda_lightning.estimators.unrolled.batch_statistics import Use, watched
 from tda_lightning.gradients.functional import TwiceDifferentiable, ends_early
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.run import Draws, Replay
+from tda_lightning.runtime.checkpointing import without_recomputation
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, restarted_by, seeded_examples
 
@@ -121,8 +122,10 @@ def batch_derivatives(
 
     versions = {name: parameter._version for name, parameter in parameters.items()}
     try:
-        # The fused attention kernels have no second derivative; their definition has.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), unchanged_randomness():
+        # The fused attention kernels have no second derivative; their definition has. What is
+        # computed again in a backward pass would be computed without it.
+        exact = sdpa_kernel(SDPBackend.MATH), without_recomputation()
+        with torch.enable_grad(), exact[0], exact[1], unchanged_randomness():
             with watched(layers) as uses:
                 total, parts = run(batch)
             weights = _trained_weights(replay, examples, parts).requires_grad_()
