@@ -9,6 +9,8 @@ count)``, the seed 0::
     removed-SHARE           float16 [row, query, subset], sums of scores over what a subset leaves
                             out, in multiples of unit-SHARE
     unit-SHARE              float64 [row, query]
+    members-ROW             float16 [member, query, subset], the same with half kept for each member
+                            of an ensemble, or draw, in units of their own for each query
     about                   a JSON object: rows (names), seconds of each, num_train, versions
 
 The truths with half kept are those of experiments/fidelity.
@@ -44,6 +46,7 @@ class Kept:
 
     Attributes:
         removed: by share: float64 [query, subset] by row.
+        members: by row: [member, query, subset], half kept.
         truth: by protocol and share: [query, subset], the mean over seeds.
         seeds: of the algorithm, by share: [seed, query, subset].
         recorded: [query]; None before the first retraining.
@@ -51,6 +54,7 @@ class Kept:
     """
 
     removed: dict[float, dict[str, Tensor]]
+    members: dict[str, Tensor]
     truth: dict[tuple[str, float], Tensor]
     seeds: dict[float, Tensor]
     recorded: Tensor | None
@@ -80,9 +84,10 @@ def keep(name: str, study: Study, folder: Path) -> None:
             found = Scores.load(file)
             _add(arrays, about, row, found.values, found.provenance, study.subsets)
             if found.members is not None:
-                for number, member in enumerate(found.members):
-                    of_one = {"processor_seconds": None}
-                    _add(arrays, about, f"{row}#{number}", member, of_one, study.subsets)
+                left_out = ~draw_subsets(found.num_train, 0.5, study.subsets)
+                sums = (found.members.double() @ left_out.double().T).numpy()
+                unit = np.abs(sums).max((0, 2), keepdims=True).clip(1e-300)
+                arrays[f"members-{row}"] = (sums / unit).astype(np.float16)
     about["versions"] = versions()
     RESULTS.mkdir(exist_ok=True)
     aside = RESULTS / f"{name}.part.npz"
@@ -128,10 +133,12 @@ def load(name: str) -> Kept:
         for protocol in fidelity.PROTOCOLS:
             outcomes = others[protocol]  # a single run has an axis of seeds there, of size 1
             arrays[f"{protocol}-0.5"] = outcomes[:, 0] if protocol == "single_run" else outcomes
-    removed, truth, seeds = {}, {}, {}
+    removed, members, truth, seeds = {}, {}, {}, {}
     for key, found in arrays.items():
         kind, _, share = key.partition("-")
-        if kind == "removed":
+        if kind == "members":
+            members[share] = torch.from_numpy(found).double()
+        elif kind == "removed":
             values = torch.from_numpy(found).double() * torch.from_numpy(
                 arrays[f"unit-{share}"][..., None]
             )
@@ -142,7 +149,7 @@ def load(name: str) -> Kept:
             seeds[float(share)] = torch.from_numpy(found).double().permute(1, 2, 0)
             truth[kind, float(share)] = seeds[float(share)].mean(0)
     recorded = torch.from_numpy(arrays["recorded"]).double() if "recorded" in arrays else None
-    return Kept(removed, truth, seeds, recorded, about)
+    return Kept(removed, members, truth, seeds, recorded, about)
 
 
 def _read(name: str) -> tuple[Arrays, dict[str, Any]]:

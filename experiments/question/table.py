@@ -146,15 +146,13 @@ def by_members(found: Mapping[str, Kept]) -> str:
     heads = [f"{WORDS[p]}, {k} trained" for p, _ in asked for k in (1, 2, 3, 5)]
     lines = [f"| study | scores | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for name, kept in found.items():
-        removed = kept.removed.get(0.5, {})
         for row in rows(STUDIES[name]).values():
-            if row.ensemble is None or f"{row}#0" not in removed:
+            if row.ensemble is None or str(row) not in kept.members:
                 continue
             cells = []
             for protocol, share in asked:
                 for count in (1, 2, 3, 5):
-                    some = [removed[f"{row}#{number}"] for number in range(count)]
-                    predicted = torch.stack(some).mean(0)
+                    predicted = kept.members[str(row)][:count].mean(0)
                     truth = kept.truth[protocol, share]
                     cells.append(f"{float(rank_correlation(predicted, truth).nanmean()):.3f}")
             said = f"{TITLES[row.estimator]}, keep={row.point}, {WORDS[row.ensemble]}"

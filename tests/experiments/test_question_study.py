@@ -90,6 +90,7 @@ def test_sums_that_are_kept_are_enough_for_the_score(
         removed *= torch.from_numpy(arrays[f"unit-{share:g}"])[..., None]
         found = kept.Kept(
             {share: dict(zip(files, removed, strict=True))},
+            {},
             {("single_run", share): truth},
             {},
             None,
