@@ -66,7 +66,7 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
         parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
     parts.append(f"### By number of trainings\n\n{by_members(found)}")
     parts.append(f"### Sizes\n\n{slopes(found, tiny)}")
-    parts.append(f"### Missing\n\n{missing(found)}")
+    parts.append(f"### Missing\n\n{missing(found, tiny)}")
     return "\n\n".join(parts)
 
 
@@ -264,7 +264,7 @@ def slope(predicted: Tensor, truth: Tensor, recorded: Tensor) -> str:
     return f"{float(above.sum() / below.sum()):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def missing(found: Mapping[str, Kept]) -> str:
+def missing(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> str:
     """What was planned and is not there yet."""
     lines = []
     for name, study in STUDIES.items():
@@ -291,6 +291,9 @@ def missing(found: Mapping[str, Kept]) -> str:
             gone.append(f"not planned: {', '.join(TITLES[e] for e in study.without)}")
         if gone:
             lines.append(f"- {study.title}: {'; '.join(gone)}.")
+    for name in tiny_table.TITLES:
+        if name not in tiny:
+            lines.append(f"- AdamW, exact derivatives: {tiny_table.TITLES[name]}.")
     return "\n".join(lines) or "Nothing."
 
 
