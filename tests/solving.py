@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def context_of(module: nn.Module, task: AttributionTask, data: Dataset[Any], siz
     context = Session(
         module=module,
         task=task,
-        trajectory=None,  # type: ignore[arg-type]
+        trajectory=SimpleNamespace(data_weights=None),  # type: ignore[arg-type]
         engine=GradientEngine(module, names),
         scores=MemorySink(1, count),
         num_train=count,

@@ -22,7 +22,7 @@ def test_source_and_influence_with_approximate_curvature(name, kind) -> None:
         oracle_curvature(case, run, module, data, segment.checkpoints, kind) for segment in segments
     ]
     expected = oracles.source_average(run, segments, matrices, gradients, query)
-    estimator = Source(segment_steps=[2], curvature=kind, seed=SEED)
+    estimator = Source(segment_steps=[2], curvature=kind, leading_directions=0, seed=SEED)
     scores = attribute(case, run, module, data, estimator)
     assert scores.provenance["fisher"] is None or "true Fisher" in scores.provenance["fisher"]
     assert relative(scores.by_segment, expected) < 1e-5
@@ -51,7 +51,7 @@ def test_source_with_ekfac_of_preconditioned_gradients(name) -> None:
         matrix = oracle_curvature(case, run, module, data, segment.checkpoints, "ekfac", scale)
         matrices.append(matrix / torch.outer(scale, scale))
     expected = oracles.source_average(run, segments, matrices, gradients, query)
-    estimator = Source(segment_steps=[2], seed=SEED)
+    estimator = Source(segment_steps=[2], leading_directions=0, seed=SEED)
     scores = attribute(case, run, module, data, estimator)
     assert relative(scores.by_segment, expected) < 1e-5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -235,9 +237,10 @@ def test_scores_with_limited_rank(name, kind, monkeypatch) -> None:
     matrices = [oracle_curvature(*work, s.checkpoints, kind, basis=basis) for s in segments]
     expected = oracles.source_average(run, segments, matrices, gradients, query)
     options = {"curvature": kind, "seed": SEED}
-    scores = attribute(*work, Source(segment_steps=[2], dense_side=0, **options))
+    source = partial(Source, segment_steps=[2], leading_directions=0, **options)
+    scores = attribute(*work, source(dense_side=0))
     assert relative(scores.by_segment, expected) < 1e-5
-    unlimited = attribute(*work, Source(segment_steps=[2], **options))
+    unlimited = attribute(*work, source())
     assert relative(unlimited.by_segment, expected) > 1e-4  # and not the cached fit
     last = run.last_step
     matrix = oracle_curvature(*work, [last], kind, basis=basis)

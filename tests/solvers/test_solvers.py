@@ -56,7 +56,7 @@ def parts_of(name: str) -> tuple[Any, Any, Any, Tensor]:
     """Context, data, EK-FAC and the Gauss-Newton matrix of each example of a case."""
     case = next(case for case in CASES if case.name == name)
     context, data = case_context(case, EXAMPLES)
-    context.trajectory = types.SimpleNamespace(curvature={})  # type: ignore[assignment]
+    context.trajectory = types.SimpleNamespace(curvature={}, data_weights=None)  # type: ignore[assignment]
     context.loaded.trajectory, context.loaded.step = context.trajectory, 0
     spectra = fit_curvature("ekfac", context, [0])
     names = context.engine.names
