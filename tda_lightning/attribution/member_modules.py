@@ -6,7 +6,6 @@ What it takes is in the trajectory's facts. A trajectory of the run itself needs
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from tda_lightning.records.errors import (
     UnsupportedTrainingError,
 )
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import digest
 
 # Settings that say how a member is seen.
 DROPOUT, ADAPTERS = "dropout_mask", "adapters"
@@ -197,7 +197,7 @@ class Masks:
 
 def drawn_mask(name: str, size: int, rate: float, seed: int) -> Tensor:
     """The mask of a place, float64 [size]: the same on every machine."""
-    own = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    own = bytes.fromhex(digest([seed, name]))
     # Not by torch: what it draws within a loss is taken for the noise of the examples.
     drawn = np.random.Generator(np.random.PCG64(int.from_bytes(own[:8], "little"))).random(size)
     return torch.from_numpy(drawn >= rate).double() / (1 - rate)

@@ -6,7 +6,6 @@ finished, so one that was cut off is not mistaken for a run.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -30,6 +29,7 @@ from tda_lightning.records.errors import (
     TrajectoryMismatchError,
 )
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.formatting import readable_bytes
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder
@@ -109,7 +109,7 @@ def seed_of(kind: str, number: int, recorded: int | None) -> int:
     """The seed of a member: the same in every process, and another one for each kind, number and
     recorded seed."""
     text = f"member {number} of {kind} of a run with seed {recorded}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
+    return int.from_bytes(bytes.fromhex(digest(text))[:4], "little") >> 1
 
 
 def waiting(root: Path) -> list[MemberFact]:

@@ -274,7 +274,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, ensemble, plan"),
+        ("evaporate x=1", 2, "there is no command 'evaporate'. Commands: train, plan"),
         ("train experiment=nonsense", 1, "Could not find 'experiment/nonsense'"),
         ("train experiment=digits data.flip_fraction=2", 1, "flip_fraction must be in [0, 1)"),
         ("train experiment=concrete data.root=nowhere", 1, "Missing data files: nowhere/uci"),

@@ -274,7 +274,7 @@ def test_a_scores_file_is_read_mapped_and_in_part() -> None:
 @pytest.mark.parametrize(
     ("estimator", "name"),
     [
-        (lambda: Source(num_segments=2), "source"),
+        (lambda: Source(num_segments=2, leading_directions=0), "source"),
         (lambda: FastInfluence(k=3, layer="net.1"), "fastif"),
         (lambda: Unrolled(token_weights=True), "unrolled"),
     ],
