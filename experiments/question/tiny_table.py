@@ -132,10 +132,13 @@ def lds(tiny: Tiny, some: Sequence[Sequence[str]], protocol: str, share: str) ->
 
 
 def ceiling(seeds: Tensor) -> float:
-    """How well a mean over these seeds could be ranked by its own expectation.
+    """How well a mean over these seeds, [seed, query, subset], could be ranked by its own
+    expectation.
 
     The reliability of the mean by Spearman and Brown's formula, from the mean correlation of two
-    seeds; its root.
+    seeds; its root. All subsets share the seeds here, so what a seed adds to all of them is no
+    noise: the halves of :func:`~tda_lightning.evaluation.ceilings.seed_ceiling`, drawn anew for
+    every subset, would count it as such.
     """
     count = len(seeds)
     pairs = [rank_correlation(seeds[i], seeds[j]).nanmean() for i in range(count) for j in range(i)]
