@@ -278,9 +278,9 @@ class TrainingStepTask(AttributionTask):
                 "The losses that training_step gives for single examples do not make up that of "
                 "their batch: its examples depend on one another (a contrastive loss; dropout or "
                 "batch statistics in train mode), and the loss cannot be taken apart in a batch; "
-                "or of two losses only one is multiplied by a number that depends on the size of "
-                "the batch, such as 1 / len(batch). Give a task whose train_loss gives the losses "
-                "of a batch, or take the mean."
+                "or it averages one loss over the batch and sums another, which examples alone do "
+                "not tell apart. Give a task whose train_loss gives the losses of a batch, or take "
+                "means of both."
             )
         return whole, parts
 
