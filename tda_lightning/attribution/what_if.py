@@ -91,9 +91,12 @@ def seconds_of_runs(
 ) -> tuple[int, float]:
     """How many what-if runs there are, and about how long each takes to train."""
     stage = members[0][-1]
+    kind, count = _kind(members, draws)
     with _explained():
-        seconds = seconds_of_run(stage.trajectory, stage.module, stage.task, examples[stage.run])
-    return len(members) * _kind(members, draws)[1], seconds
+        seconds = seconds_of_run(
+            stage.trajectory, stage.module, stage.task, examples[stage.run], kind == "expected"
+        )
+    return len(members) * count, seconds
 
 
 def _kind(members: Sequence[Sequence[StageSetup]], draws: int | None) -> tuple[Kind, int]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.optimizers import STEP_COUNT, OptimizerRule, row_settings
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
 
 SETTING = "second_moments"  # of a run's facts, whose value says that they are expected ones
@@ -92,6 +93,12 @@ class ExpectedSquares:
         for name, sums in self._sums.items():
             group = self._trajectory.facts.parameters[name].group
             keep, add = self._weights(row_settings(self._trajectory, row, group))
+            if keep == 0:
+                raise UnsupportedTrainingError(
+                    f"The optimizer keeps nothing of earlier squared gradients of {name} (beta2 or "
+                    "alpha is 0), so expected ones cannot be entered. Ask with draws=4 (random "
+                    "subsets) or draws=0 (the same weight on every example)."
+                )
             state = optimizer.state.get(self._trained[name])
             if state:
                 # The step multiplies by ``keep`` what was there before it.

@@ -138,15 +138,7 @@ def what_if_run(
     start = _beginning(trajectory, before)
     how = f"{expected} at {rate}"
     key = _key(replay, start, weights, losses, how)
-    asked = replace(trajectory, data_weights=weights)
-    if expected:
-        rates = trajectory.steps.learning_rate * rate
-        settings = {**trajectory.facts.settings, SETTING: EXPECTED}
-        asked = replace(
-            asked,
-            steps=replace(trajectory.steps, learning_rate=rates),
-            facts=replace(trajectory.facts, settings=settings),
-        )
+    asked = _weighted(trajectory, weights, expected, rate)
     weighted = Replay(asked, module, replay.task, source)
 
     def run() -> Trajectory:
@@ -158,13 +150,33 @@ def what_if_run(
     return replace(made, steps_before=trajectory.steps_before)
 
 
+def _weighted(
+    trajectory: Trajectory, weights: Tensor, expected: bool, rate: float = 1.0
+) -> Trajectory:
+    """The recorded run as its what-if run is to be trained."""
+    settings = dict(trajectory.facts.settings)
+    if expected:
+        settings[SETTING] = EXPECTED
+    return replace(
+        trajectory,
+        data_weights=weights,
+        steps=replace(trajectory.steps, learning_rate=trajectory.steps.learning_rate * rate),
+        facts=replace(trajectory.facts, settings=settings),
+    )
+
+
 def seconds_of_run(
-    trajectory: Trajectory, module: nn.Module, task: AttributionTask, source: ExampleSource
+    trajectory: Trajectory,
+    module: nn.Module,
+    task: AttributionTask,
+    source: ExampleSource,
+    expected: bool = False,
 ) -> float:
     """About how long a what-if run takes: a few of its steps are timed."""
     replay, _ = _checked(trajectory, module, task, source)
     weights = uniform_weights(len(source), 0.5)[0]
-    weighted = Replay(replace(trajectory, data_weights=weights), module, replay.task, source)
+    asked = _weighted(trajectory, weights, expected)
+    weighted = Replay(asked, module, replay.task, source)
     timed = min(_TIMED, trajectory.last_step)
     with borrowed(module), weighted.as_trained():
         walk = Walk(weighted)

@@ -259,6 +259,13 @@ def test_the_derivative_with_expected_second_moments(name: str) -> None:
     assert relative(plain.values, expected) > 1e-2
 
 
+def test_an_optimizer_without_memory_of_squares_says_what_to_ask() -> None:
+    run, module, data = train(MLP, adam(betas=(0.8, 0.0)), checkpoints=(3,))
+    with pytest.raises(UnsupportedTrainingError, match="Ask with draws=4"):
+        attribute(MLP, run, module, data, TracIn(), keep=0.5)
+    attribute(MLP, run, module, data, TracIn(), keep=0.5, draws=0)
+
+
 def test_the_recorded_order_knows_expected_second_moments() -> None:
     """Least squares with a checkpoint and a segment for every step: nothing is approximated."""
     batches = [[[*range(SIZE)]]] * 5
