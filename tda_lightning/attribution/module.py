@@ -28,6 +28,7 @@ from tda_lightning.attribution.sessions import (
 )
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.attribution.what_if import (
+    SIZES,
     AskedRuns,
     asked_runs,
     question_of,
@@ -456,6 +457,8 @@ class AttributionModule(LightningModule):
         if asked.what_if is not None:
             merged["what_if"] = asked.what_if
             merged["question"] = question_of(asked.what_if)
+            if merged.get("sizes", "").startswith("predicted"):
+                merged["sizes"] = SIZES
             if len(self.members) == 1 and "members" in merged:
                 for member, run in zip(merged["members"], asked.what_if["runs"], strict=False):
                     member["trajectory"] = run

@@ -22,6 +22,10 @@ from tda_lightning.replay.what_if import (
 from tda_lightning.runtime.loading import ExampleSource
 
 Kind = Literal["uniform", "expected", "subsets"]
+SIZES = (
+    "roughly predicted: where much of the data would go, sums of scores were up to 3 times larger "
+    "than the measured change (experiments/question)"
+)
 DRAWS = 4  # random subsets, where they suit the optimizer
 
 

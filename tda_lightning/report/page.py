@@ -128,6 +128,7 @@ def write_report(
         provenance=rows(scores, provenance),
         notes=provenance.get("notes", []),
         trust=statements(scores, provenance),
+        what_if="what_if" in provenance,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:

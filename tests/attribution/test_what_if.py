@@ -355,6 +355,7 @@ def test_a_what_if_run_is_a_trajectory_that_estimators_share(recorded: Any) -> N
         "runs": [str(folder)],
     }
     assert "half of the training data were gone" in scores.provenance["question"]
+    assert scores.provenance["sizes"].startswith("roughly predicted")
     at_one = ask(recorded, Unrolled())
     assert "what_if" not in at_one.provenance
     # The queries are measured on the model that people have.

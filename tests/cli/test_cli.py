@@ -84,6 +84,7 @@ def test_scores_where_half_of_the_data_would_be_gone(run, capsys):
     assert main(["report", f"scores={path}"]) == 0
     page = path.with_suffix(".html").read_text(encoding="utf-8")
     assert "What if about half of the training data were gone" in page
+    assert "best for groups of the size asked about" in page
     assert main(["plan", "runs/digits", "estimator=tracin", "keep=0.5"]) == 0
     capsys.readouterr()
     assert main(["inspect", "runs/digits"]) == 0
