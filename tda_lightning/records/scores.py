@@ -51,6 +51,9 @@ class Scores:
             was scored.
         members: [member, query, train], the scores of each run of an ensemble, whose mean is
             ``values``; None for a single run.
+        by_timestep: [timestep, query, train], the scores of a diffusion model's measurement at each
+            timestep (``provenance["timesteps"]``), whose mean is ``values``; None where they were
+            not asked for (``DiffusionTask(by_timestep=True)``).
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -62,6 +65,7 @@ class Scores:
     by_token: Tensor | None = None
     candidates: Tensor | None = None
     members: Tensor | None = None
+    by_timestep: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -76,6 +80,13 @@ class Scores:
             raise ValueError(
                 f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
                 f"{list(self.by_segment.shape)}."
+            )
+        if self.by_timestep is not None and (
+            self.by_timestep.ndim != 3 or self.by_timestep.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_timestep must have the shape [timestep, {queries}, {train}] of values, got "
+                f"{list(self.by_timestep.shape)}."
             )
         if self.self_influence is not None and self.self_influence.shape != (train,):
             raise ValueError(
@@ -278,7 +289,8 @@ class Scores:
         if by_segment is not None and "segments" in provenance:
             provenance["segments"] = provenance["segments"][segments]
         by_token = None if self.by_token is None else self.by_token[:, columns]
-        return Scores(values, by_segment, own, provenance, by_token)
+        by_timestep = None if self.by_timestep is None else self.by_timestep[:, :, columns]
+        return Scores(values, by_segment, own, provenance, by_token, by_timestep=by_timestep)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the scores to one HDF5 file (described in ``tda_lightning.store.layout``).
