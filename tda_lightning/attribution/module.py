@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
 from tda_lightning.attribution.dry_run import DryRun, dry_run
+from tda_lightning.attribution.graph_sources import NodeSource, by_node
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
@@ -34,7 +35,7 @@ from tda_lightning.attribution.what_if import (
     question_of,
     seconds_of_runs,
 )
-from tda_lightning.edits import Edit, EditSet
+from tda_lightning.edits import Edit, EditSet, GraphEdit, GraphEditSet
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
@@ -54,6 +55,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
+from tda_lightning.session.edited_graphs import direct_terms
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.scores_file import ScoreFile
@@ -176,7 +178,7 @@ class AttributionModule(LightningModule):
         self_influence: bool | None = None,
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
-        edits: Sequence[Edit] | None = None,
+        edits: Sequence[Edit | GraphEdit] | None = None,
         draws: int | None = None,
         keep: float = 1.0,
     ) -> Scores:
@@ -240,6 +242,7 @@ class AttributionModule(LightningModule):
         for member in self.members:
             for stage in member:
                 require_same_data(stage.trajectory, examples[stage.run])
+        recorded, examples, queries = by_node(self.members, examples, queries)
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -248,8 +251,13 @@ class AttributionModule(LightningModule):
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
+            if isinstance(edit_set, GraphEditSet) and keep < 1:
+                raise UnsupportedTrainingError(
+                    "keep is a share of the training examples that would stay, and edits of a "
+                    "graph change the graph: ask about them with keep=1."
+                )
             own_self = self._wants_self_influence(self_influence) and edits is None
-            asked = asked_runs(self.members, examples, keep, draws)
+            asked = asked_runs(recorded, examples, keep, draws)
             draws = draws if keep == 1 else None
             opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
             counts = [self._segment_counts(stages) for stages in opened]
@@ -272,6 +280,11 @@ class AttributionModule(LightningModule):
                     made["notes"].append(_NO_SELF)
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
+                if isinstance(examples[-1], NodeSource):
+                    asked_nodes = {"train": examples[-1], "query": queries}
+                    made["nodes"] = {
+                        name: own.dataset.nodes.tolist() for name, own in asked_nodes.items()
+                    }
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -303,7 +316,8 @@ class AttributionModule(LightningModule):
             training = ExampleSource.of(sets[-1], examples, "training")
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
-            session = open_session(self.stages[-1], training, queries, self_influence=False)
+            (stages,), (training,), queries = by_node([self.stages[-1:]], [training], queries)
+            session = open_session(stages[-1], training, queries, self_influence=False)
             asked = replace(queries, example=session.examples.example).checked(session.module)
             sides = (session.examples, session.train_loss), (asked, session.measurement)
             for source, loss in sides:
@@ -357,14 +371,15 @@ class AttributionModule(LightningModule):
             examples = ExampleSource.of(train, batch_size, "training")
             queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
             require_same_data(self.trajectory, examples)
+            members, (examples,), queries = by_node(self.members, [examples], queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 runs, seconds = len(self.members), 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(self.members, [examples], draws)
+                    runs, seconds = seconds_of_runs(members, [examples], draws)
                     draws = None
                 (stage,) = open_stages(
-                    self.stages,
+                    members[0],
                     [examples],
                     queries,
                     self._wants_self_influence(self_influence),
@@ -473,6 +488,8 @@ class AttributionModule(LightningModule):
             session.scores = sink
             estimated = self.estimator.score(session)
             session.finish_self_influence()
+            if isinstance(session.edits, GraphEditSet):
+                sink.set_direct(direct_terms(session))
         else:
             assert isinstance(self.estimator, StagedEstimator) and counts is not None
             for number, stage in enumerate(stages):
@@ -497,8 +514,8 @@ class AttributionModule(LightningModule):
         return self_influence_by_default(self.estimator) if asked is None else asked
 
     def _edit_set(
-        self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
-    ) -> EditSet | None:
+        self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]
+    ) -> EditSet | GraphEditSet | None:
         if edits is None:
             return None
         if len(self.stages) > 1:
@@ -506,7 +523,20 @@ class AttributionModule(LightningModule):
                 f"edits belong to one training set, and the run has {len(self.stages)} stages. "
                 "Attribute each of them, Trajectory.load(path).stages(), with its own edits."
             )
-        return EditSet(edits, examples[0])
+        of_graph = [isinstance(edit, GraphEdit) for edit in edits]
+        if not any(of_graph):
+            return EditSet(cast(Sequence[Edit], edits), examples[0])
+        if not all(of_graph):
+            raise ValueError(
+                "edits are of the graph or of single examples, got both. Ask for them one by one."
+            )
+        if not isinstance(examples[0], NodeSource):
+            raise UnsupportedTrainingError(
+                f"{type(edits[0]).__name__} is an edit of the graph that a run was trained on, and "
+                "this training set is none: expected one graph with a mask of training nodes "
+                "(task=None), or tda_lightning.tasks.NodeTask."
+            )
+        return GraphEditSet(cast(Sequence[GraphEdit], edits), examples[0])
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:

@@ -39,8 +39,8 @@ class Scores:
 
     Attributes:
         values: [query, train]; float32, or float64 for a module in float64.
-        by_segment: [segment, query, train], which sums to ``values`` over the segments; None
-            for an estimator without segments.
+        by_segment: [segment, query, train], which sums to ``values`` over the segments (with
+            ``direct``, to ``through_weights``); None for an estimator without segments.
         self_influence: [train], the score of each training example as its own query; None when
             it was not computed.
         by_token: [query, train, position], the score of each term of a training example's loss
@@ -51,6 +51,8 @@ class Scores:
             was scored.
         members: [member, query, train], the scores of each run of an ensemble, whose mean is
             ``values``; None for a single run.
+        direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
+            own neighbourhood at unchanged weights; None for other columns.
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -62,6 +64,7 @@ class Scores:
     by_token: Tensor | None = None
     candidates: Tensor | None = None
     members: Tensor | None = None
+    direct: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -98,6 +101,11 @@ class Scores:
                 f"members must have the shape [2 or more members, {queries}, {train}] of values, "
                 f"got {list(self.members.shape)}."
             )
+        if self.direct is not None and self.direct.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape [{queries}, {train}] of values, got "
+                f"{list(self.direct.shape)}."
+            )
         if self.candidates is None:
             require_finite(self.values)
         else:
@@ -107,6 +115,12 @@ class Scores:
             require_finite_self_influence(self.self_influence)
         if self.by_token is not None:
             require_finite_tokens(self.by_token)
+
+    @property
+    def through_weights(self) -> Tensor:
+        """The part of ``values`` that comes by way of the weights, [query, train]: all but
+        ``direct``."""
+        return self.values if self.direct is None else self.values - self.direct
 
     @property
     def num_queries(self) -> int:
