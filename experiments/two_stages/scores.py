@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 from experiments.two_stages.setting import Data, network
 from experiments.two_stages.truth import TASK
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import InfluenceFunction, MultiStageInfluence, Source, TracIn
 from tda_lightning.evaluation.baselines import last_checkpoint, last_layer_cosine, random_scores
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # times the layer's mean eigenvalue
@@ -59,6 +59,10 @@ def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[],
         "recorded": lambda: through_stages(Source(order="recorded")),
         "recorded_blocks": lambda: through_stages(Source(order="recorded", leading_directions=0)),
     }
+    for damping in DAMPINGS:
+        found[f"multi_stage {damping:g}"] = lambda d=damping: through_stages(
+            MultiStageInfluence(relative_damping=d)
+        )
     found |= {
         "source at half": lambda: through_stages(Source(), HALF),
         "source_blocks at half": lambda: through_stages(Source(leading_directions=0), HALF),

@@ -33,6 +33,7 @@ TITLES = {
     "recorded_blocks": "SOURCE, recorded order, blocks",
     "source_blocks": "SOURCE, blocks",
     "source_blocks at half": "SOURCE, blocks, keep=0.5",
+    "multi_stage": "multi-stage influence function",
     "influence": "influence function",
     "influence_both": "influence function, both sets",
     "tracin": "TracIn, stage 1",
@@ -41,7 +42,7 @@ TITLES = {
     "last_layer": "last-layer cosine",
     "random": "random",
 }
-DAMPED = ("influence", "influence_both")
+DAMPED = ("multi_stage", "influence", "influence_both")
 
 
 @dataclass(frozen=True)
