@@ -61,6 +61,8 @@ def require_setting_types(config: DictConfig) -> None:
         if name not in config or OmegaConf.is_missing(config, name):
             continue
         value = config[name]
+        if name == "k" and value is None and "table" in config:  # tda export: all pairs
+            continue
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         require_type(name, plain, hint, example)
         if name in _POSITIVE and value < 1:
