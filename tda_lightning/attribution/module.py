@@ -157,8 +157,8 @@ class AttributionModule(LightningModule):
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source for several trajectories, or "
-                "give the last one only."
+                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
+                "several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None
