@@ -15,12 +15,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
+from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.graph_sources import NodeSource, by_node
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
+from tda_lightning.attribution.quiet import without_device_lines
 from tda_lightning.attribution.sessions import (
     open_members,
     open_session,
@@ -42,6 +45,7 @@ from tda_lightning.gradients.check import largest_errors
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
+from tda_lightning.records.gradient_errors import GradientErrors
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
@@ -106,8 +110,15 @@ class AttributionModule(LightningModule):
         task: the training loss and the measurement; None for the module's own ``training_step``.
         fresh: names of modules or parameters that a later trajectory initialised anew under a
             name and shape that the one before it has too.
+        at_step: the model that is asked about: that after so many optimizer steps, for which there
+            is a recorded checkpoint. Everything is as if training had ended there. None: the last.
+            Of several trajectories in order of training it is a step of the last one.
+        ckpt: the same by a file that Lightning's ``ModelCheckpoint`` saved during the run, or
+            ``"best"``: the best one by the metric that it monitored. Its weights are taken from the
+            file where the recorder has none of that step.
 
     Raises:
+        FileNotFoundError: there is no such file.
         TrajectoryNotFoundError: the folder holds no trajectory.
         TrajectoryFormatError: a file of it is damaged or of another format version.
         TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
@@ -125,25 +136,31 @@ class AttributionModule(LightningModule):
         estimator: Estimator,
         task: AttributionTask | Sequence[AttributionTask | None] | None = None,
         fresh: Sequence[str] = (),
+        at_step: int | None = None,
+        ckpt: str | PathLike[str] | None = None,
     ):
         super().__init__()
         require_constructible(module, trajectory, estimator, task, fresh)
         if isinstance(trajectory, str | PathLike) and is_ensemble(trajectory):
             trajectory = Ensemble.load(trajectory)
+        trajectory = asked_about(trajectory, at_step, ckpt)
         staged = isinstance(estimator, StagedEstimator)
         self.members = [
             # A task remembers what it saw of its run's batches.
             set_up(module, run, copy.deepcopy(task), fresh, staged)
             for run in _ensemble_runs(module, trajectory, task)
         ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
+        for stages in self.members:
+            for stage in stages:
+                require_answerable(stage.trajectory, estimator)
         self.stages = self.members[0]
         facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
         self._ensemble = None if facts is None else facts.kind
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source for several trajectories, or "
-                "give the last one only."
+                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
+                "several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None
@@ -297,7 +314,7 @@ class AttributionModule(LightningModule):
         return scores
 
     @_again_where_unseen
-    def check(self, train: object, query: object, examples: int = 8) -> dict[str, float]:
+    def check(self, train: object, query: object, examples: int = 8) -> GradientErrors:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
@@ -310,7 +327,7 @@ class AttributionModule(LightningModule):
             ValueError: they do not make up what the step returns.
         """
         require_attributable(examples)
-        errors: dict[str, float] = {}
+        errors = GradientErrors()
         sets = training_sets(train, self.stages[-1].run + 1)
         with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
@@ -402,7 +419,7 @@ class AttributionModule(LightningModule):
         """``work`` in every process of the trainer, on its devices; its result."""
         self._work, self._result = work, None
         try:
-            with _gradients_in_predict(trainer):
+            with _gradients_in_predict(trainer), without_device_lines():
                 trainer.predict(self, _OneBatch(), return_predictions=False)  # type: ignore[arg-type]
             return self._result
         finally:
@@ -571,14 +588,15 @@ class _OneBatch:
 
 def quiet_trainer() -> Trainer:
     """One device, and nothing said by Lightning: walks have progress bars of their own."""
-    return Trainer(
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        inference_mode=False,
-    )
+    with without_device_lines():
+        return Trainer(
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,
+        )
 
 
 def _sink(

@@ -203,7 +203,12 @@ class TrainingStepTask(AttributionTask):
             return
         with restored(module, "modes"), unchanged_randomness():
             module.eval()
-            together = self._held_alike(module, batch, reader.batch)
+            # Whatever the step draws otherwise, here an example draws the same in both.
+            examples = active_examples()
+            if examples is None:
+                examples = torch.arange(reader.batch)
+            with seeded_examples(active_seed(), examples):
+                together = self._held_alike(module, batch, reader.batch)
             alone = torch.cat(self._alone(batch, lambda one: self._held_alike(module, one, 1)))
         eps = torch.finfo(together.dtype).eps
         if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
