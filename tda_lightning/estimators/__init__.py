@@ -3,6 +3,7 @@
 from tda_lightning.estimators.base import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.fastif import FastInfluence
 from tda_lightning.estimators.influence import InfluenceFunction
+from tda_lightning.estimators.multi_stage import MultiStageInfluence
 from tda_lightning.estimators.retrac import Retrac
 from tda_lightning.estimators.source.estimator import Source
 from tda_lightning.estimators.tracin import TracIn
@@ -15,6 +16,7 @@ __all__ = [
     "Estimator",
     "FastInfluence",
     "InfluenceFunction",
+    "MultiStageInfluence",
     "Retrac",
     "Source",
     "StagedEstimator",
