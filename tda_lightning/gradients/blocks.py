@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.composite import Rows, Sum
+from tda_lightning.gradients.composite import Sum
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.records.errors import EngineError
 
 

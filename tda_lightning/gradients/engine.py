@@ -34,6 +34,7 @@ from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -68,6 +69,8 @@ class GradientEngine:
 
     Attributes:
         notes: what a reader of the scores should know about these gradients.
+        rows_each: of blocks whose rows are looked up, how many of them an example of the first
+            batch touched, by name.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
@@ -89,6 +92,7 @@ class GradientEngine:
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
+        self.rows_each: dict[str, int] = {}
 
     @property
     def blocks(self) -> list[Block]:
@@ -282,6 +286,11 @@ class GradientEngine:
 
     def _errors_as_is(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
         gradients = self.gradients(loss, batch, examples)
+        self.rows_each = {
+            name: -(-len(gradient.index) // gradient.batch)
+            for name, gradient in gradients.blocks.items()
+            if isinstance(gradient, Rows)
+        }
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
         plain = self.plain_gradient(loss, batch, examples, weights)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
-from tda_lightning.gradients.composite import Rows, first_examples
+from tda_lightning.gradients.composite import first_examples
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.gradients.example_axes import irregular_weights
 from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observer import Layouts, observed_layouts, training_gradients

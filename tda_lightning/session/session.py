@@ -372,6 +372,17 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def factored_bytes(self, copies: int) -> int:
+        """The same where a block whose rows are looked up takes the rows that an example touches
+        alone, with room for queries that touch twice as many as the first training examples."""
+        scalars = 0
+        for block in self.blocks:
+            rows = self.engine.rows_each.get(block.name)
+            # Values, and with them the example and the row.
+            own = block.size if rows is None else 2 * rows * (block.shape[2] + 4)
+            scalars += min(own, block.size)
+        return copies * scalars * self.dtype.itemsize
+
     def query_gradients(self, first: int, last: int) -> QueryGradients:
         """Measurement gradients of the queries ``first`` to ``last`` at the weights in place."""
         return QueryGradients.of(
