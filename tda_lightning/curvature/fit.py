@@ -311,6 +311,9 @@ def cache_key(
         "sampled": session.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
+    chosen = {b.name: b.chosen for b in session.blocks if b.chosen is not None}
+    if chosen:
+        description["rows"] = chosen
     if used is not None and (weights := session.example_weights(used)) is not None:
         description["weights"] = weights
     if (weights := session.trajectory.data_weights) is not None:

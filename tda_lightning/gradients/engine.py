@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
-from tda_lightning.gradients.rows import Rows
+from tda_lightning.gradients.rows import Rows, restricted
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -93,13 +94,21 @@ class GradientEngine:
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
         self.rows_each: dict[str, int] = {}
+        self._restriction: Mapping[str, Tensor] = {}
 
     @property
     def blocks(self) -> list[Block]:
         """The parameter blocks; known after :meth:`discover`."""
         if not self._blocks:
             raise RuntimeError("Call discover() with a first batch before asking for the blocks.")
-        return self._blocks
+        rows = self._restriction
+        return [b.restricted(rows[b.name]) if b.name in rows else b for b in self._blocks]
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> GradientEngine:
+        """The same engine with some rows alone, ascending, of blocks whose rows are looked up."""
+        engine = copy.copy(self)
+        engine._restriction = rows
+        return engine
 
     @property
     def generic(self) -> list[str]:
@@ -125,7 +134,9 @@ class GradientEngine:
             EngineError: the loss of an example alone is not its loss in the batch.
             NonFiniteError: a loss is not finite.
         """
-        blocks, count = self.blocks, len(examples)
+        if not self._blocks:
+            raise RuntimeError("Call discover() with a first batch before asking for gradients.")
+        blocks, count = self._blocks, len(examples)
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
             shared = self._axes.locate(capture, loss)
@@ -144,7 +155,10 @@ class GradientEngine:
             for use in uses:
                 use.widen()
             gradients = assemble(blocks, uses, count, generic)
-            yield ExampleGradients(loss.detach(), self._hooked(gradients))
+            gradients = self._hooked(gradients)
+            for name, rows in self._restriction.items():
+                gradients[name] = restricted(gradients[name], rows)
+            yield ExampleGradients(loss.detach(), gradients)
 
     @property
     def masked(self) -> list[str]:
@@ -153,7 +167,7 @@ class GradientEngine:
 
     def _hooked(self, gradients: dict[str, Gradient]) -> dict[str, Gradient]:
         """The gradients that hooks on the parameters leave."""
-        for block in self.blocks if self._kept else ():
+        for block in self._blocks if self._kept else ():
             if any(name in self._kept for name in block.parameters):
                 ones = {n: torch.ones_like(self.module.get_parameter(n)) for n in block.parameters}
                 kept = block.matrix({n: self._kept.get(n, one) for n, one in ones.items()})

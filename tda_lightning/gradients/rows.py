@@ -3,14 +3,14 @@ that an example looked up. Nothing here is as high as the weight but what is ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tda_lightning.gradients import forms
 from tda_lightning.gradients.basis import Basis, turned, turning_cost
-from tda_lightning.gradients.forms import Gradient
+from tda_lightning.gradients.forms import Dense, Gradient
 from tda_lightning.gradients.moments import SideForm
 
 
@@ -187,3 +187,27 @@ class Rows(Gradient):
         step = max(1, forms.CHUNK_SCALARS // max(1, scalars_per_entry))
         for start in range(0, len(self.index), step):
             yield slice(start, start + step)
+
+
+def restricted(gradient: Gradient, rows: Tensor) -> Gradient:
+    """The gradients in ``rows`` [count], ascending: [batch, groups, count, columns]."""
+    if not isinstance(gradient, Rows):
+        return Dense(torch.cat([gradient.dense(part)[:, :, rows] for part in gradient.chunks()]))
+    place = torch.searchsorted(rows, gradient.index).clamp(max=len(rows) - 1)
+    own = rows[place] == gradient.index
+    out = Rows.__new__(Rows)
+    out.example, out.index = gradient.example[own], place[own]
+    out.values = gradient.values[own]
+    out.shape = (gradient.batch, 1, len(rows), gradient.shape[3])
+    return out
+
+
+def touched_rows(batches: Iterable[Mapping[str, Gradient]]) -> dict[str, Tensor]:
+    """Which rows some examples touch, ascending, of the blocks of which they touch few."""
+    found: dict[str, Tensor] = {}
+    for number, gradients in enumerate(batches):
+        here = {n: g.index.unique() for n, g in gradients.items() if isinstance(g, Rows)}
+        if number:
+            here = {n: torch.cat([found[n], own]).unique() for n, own in here.items() if n in found}
+        found = here
+    return {name: rows for name, rows in found.items() if len(rows)}
