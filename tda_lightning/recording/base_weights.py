@@ -37,7 +37,7 @@ def base_digests(initial: Checkpoint, frozen: Collection[str]) -> dict[str, str]
         for name, tensor in initial.buffers.items()
         if name in frozen or (tensor.dtype in _QUANTISED and tensor.dim() > 0)
     }
-    if _bytes(base) <= _bytes(initial.parameters):
+    if _count(base) <= _count(initial.parameters):
         return {}
     return {name: digest(tensor.detach()) for name, tensor in base.items()}
 
@@ -64,5 +64,5 @@ def require_unquantised(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
