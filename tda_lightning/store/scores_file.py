@@ -24,7 +24,7 @@ from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES
 from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_dataset, to_json
 
-_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members")
+_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members", "direct")
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
 # Provenance entries with one item per query, which are cut along with the rows.
@@ -94,6 +94,7 @@ def read_scores(
             by_token=_read(path, file, "by_token", (rows,), mapped),
             candidates=_read(path, file, "candidates", (rows,), False),
             members=_read(path, file, "members", (slice(None), rows), mapped),
+            direct=_read(path, file, "direct", (rows,), mapped),
         )
 
 
