@@ -33,6 +33,7 @@ class Block:
         bias_column: True when the last parameter is the last column.
         row: True when all parameters lie end to end in one row.
         transposed: True when the weight is stored as [columns, rows].
+        stacked: True when the weight is stored as [groups, rows, columns], or transposed so.
         chosen: the rows of the parameters that it is restricted to, ascending; None: all of them.
     """
 
@@ -43,6 +44,7 @@ class Block:
     bias_column: bool = False
     row: bool = False
     transposed: bool = False
+    stacked: bool = False
     chosen: Tensor | None = field(default=None, compare=False)
 
     def restricted(self, rows: Tensor) -> Block:
@@ -61,7 +63,11 @@ class Block:
         """[groups, rows, columns]."""
         if self.row:
             return (1, 1, self.size)
-        rows = self.shapes[0][1] if self.transposed else self.shapes[0][0] // self.groups
+        first = self.shapes[0]
+        if self.stacked or self.transposed:
+            rows = first[-1] if self.transposed else first[-2]
+        else:
+            rows = first[0] // self.groups
         return (self.groups, rows, self.size // (self.groups * rows))
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -128,7 +134,7 @@ class BlockParts:
     ) -> None:
         """Add sums over positions of outer products, as in :class:`Outer`."""
         name = self._owner[weight].name
-        every = outputs.new_full(outputs.shape[:1], outputs.shape[2], dtype=torch.int64)
+        every = outputs.new_full(outputs.shape[:2], outputs.shape[2], dtype=torch.int64)
         self._filled[name].append(every if filled is None else filled)
         self._columns[name].append(columns)
         self._outputs[name].append(outputs)

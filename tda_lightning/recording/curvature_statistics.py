@@ -470,7 +470,7 @@ class CurvatureStatistics(Observer):
 def _samples(gradient: Gradient) -> tuple[float, float]:
     """Vectors that the covariances of the two sides are sums over."""
     if isinstance(gradient, Outer):
-        return (gradient.samples(),) * 2
+        return (float(gradient.samples().sum()) / gradient.shape[1],) * 2
     if isinstance(gradient, Rows):
         return (float(len(gradient.index)),) * 2
     return float(gradient.batch * gradient.shape[3]), float(gradient.batch * gradient.shape[2])

@@ -285,7 +285,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
-            used_as = [edits.edits[column].index for column in columns]
+            used_as = [edits.used_with(place) for place in places.tolist()]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
