@@ -66,9 +66,6 @@ def leading_directions(
 ) -> LeadingDirections:
     """Find the leading directions by subspace iteration, or take those that were kept.
 
-    Of a loss that draws random numbers each round of the iteration takes one draw, another one
-    every time; the eigenvalues, and the directions within the subspace, are of all draws.
-
     Args:
         count: how many, at most the number of parameters.
         session: the model and the training set.
@@ -89,8 +86,6 @@ def leading_directions(
     kind = f"leading {count} {how}"
     if start is not None:
         kind += f" from {digest(start.vectors)}"
-    if session.draws > 1:
-        kind += " by single draws"
     key = cache_key(session, kind, steps, seed, scales, used=used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         held = float(cached["held"]) if "held" in cached else 1.0
@@ -116,15 +111,13 @@ def leading_directions(
             for batch in session.walk(walk, step, order):
                 weights = batch.curvature_weights(used)
                 scale = scales.get(step, {}).get(WHOLE)
-                for draw in session.each_draw():
-                    if not last and draw != (number - 1) % session.draws:
-                        continue
+                for _ in session.each_draw():
                     drawn = session.fisher_gradients(batch.data, batch.examples, seed + step)
                     gradient = scaled(units("exact", drawn.blocks)[WHOLE], scale)
                     inner = gradient.dot(vectors[:, None, None])
                     inner = inner if weights is None else inner * weights
                     products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (total * (session.draws if last else 1))
+        products = session.reduce(products) / (total * session.draws)
         if not last:
             vectors, triangle = torch.linalg.qr(products.T.double())
             fitted = float(triangle.diagonal().abs().sum())  # what these directions hold here
