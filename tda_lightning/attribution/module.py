@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -38,6 +38,7 @@ from tda_lightning.edits import Edit, EditSet
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
+from tda_lightning.measurements import Measurement, as_measurement
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
@@ -65,6 +66,11 @@ _NO_SELF = (
     "No self-influence: with this estimator it takes longer than the scores. Ask for it by "
     "self_influence=True."
 )
+_NO_SELF_MEASURED = (
+    "No self-influence: the measurement was chosen for the queries. Ask for it by "
+    "self_influence=True, which measures every training example so."
+)
+Asked: TypeAlias = "Measurement | Callable[[nn.Module, Any], Tensor] | None"
 _SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
 
 
@@ -179,6 +185,7 @@ class AttributionModule(LightningModule):
         edits: Sequence[Edit] | None = None,
         draws: int | None = None,
         keep: float = 1.0,
+        measurement: Asked = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -212,6 +219,11 @@ class AttributionModule(LightningModule):
                 data would leave (``draws=0``: without), and in an ensemble, which asks about
                 training anew, at ``keep`` times the rates. With ``draws``, and for Muon, at random
                 subsets with weights 1 and 0, averaged.
+            measurement: what to ask about each query (``tda_lightning.measurements``), or a
+                function (module, batch) -> [batch], smaller when the model does better; None: the
+                task's own, its loss by default. A positive score always says that the example
+                helped: that without it a probability, a logit or a contrast would be smaller by so
+                much, or a loss larger. There is self-influence only where it is asked for.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -248,10 +260,14 @@ class AttributionModule(LightningModule):
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
-            own_self = self._wants_self_influence(self_influence) and edits is None
+            question = as_measurement(measurement)
+            _require_askable(question, self_influence)
+            own_self = self._wants_self_influence(self_influence, question) and edits is None
             asked = asked_runs(self.members, examples, keep, draws)
             draws = draws if keep == 1 else None
-            opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
+            opened = open_members(
+                asked.runs, examples, queries, own_self, edit_set, draws, question
+            )
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
@@ -269,7 +285,7 @@ class AttributionModule(LightningModule):
                 if self._ensemble is not None:
                     made = {**made, **of_kind(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
-                    made["notes"].append(_NO_SELF)
+                    made["notes"].append(_NO_SELF if question is None else _NO_SELF_MEASURED)
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
                 made["seconds"] = round(time.monotonic() - began, 3)
@@ -284,7 +300,9 @@ class AttributionModule(LightningModule):
         return scores
 
     @_again_where_unseen
-    def check(self, train: object, query: object, examples: int = 8) -> dict[str, float]:
+    def check(
+        self, train: object, query: object, examples: int = 8, measurement: Asked = None
+    ) -> dict[str, float]:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
@@ -303,7 +321,13 @@ class AttributionModule(LightningModule):
             training = ExampleSource.of(sets[-1], examples, "training")
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
-            session = open_session(self.stages[-1], training, queries, self_influence=False)
+            session = open_session(
+                self.stages[-1],
+                training,
+                queries,
+                self_influence=False,
+                asked=as_measurement(measurement),
+            )
             asked = replace(queries, example=session.examples.example).checked(session.module)
             sides = (session.examples, session.train_loss), (asked, session.measurement)
             for source, loss in sides:
@@ -330,6 +354,7 @@ class AttributionModule(LightningModule):
         self_influence: bool | None = None,
         draws: int | None = None,
         keep: float = 1.0,
+        measurement: Asked = None,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
         Of an ensemble the first member stands for all.
@@ -363,12 +388,15 @@ class AttributionModule(LightningModule):
                 if keep < 1:
                     runs, seconds = seconds_of_runs(self.members, [examples], draws)
                     draws = None
+                question = as_measurement(measurement)
+                _require_askable(question, self_influence)
                 (stage,) = open_stages(
                     self.stages,
                     [examples],
                     queries,
-                    self._wants_self_influence(self_influence),
+                    self._wants_self_influence(self_influence, question),
                     draws=draws,
+                    asked=question,
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
@@ -493,8 +521,10 @@ class AttributionModule(LightningModule):
             session.finish_self_influence()
         return estimated
 
-    def _wants_self_influence(self, asked: bool | None) -> bool:
-        return self_influence_by_default(self.estimator) if asked is None else asked
+    def _wants_self_influence(self, asked: bool | None, measurement: Measurement | None) -> bool:
+        if asked is not None:
+            return asked
+        return measurement is None and self_influence_by_default(self.estimator)
 
     def _edit_set(
         self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
@@ -526,6 +556,16 @@ def _parts(sink: MemorySink) -> list[Sequence[Tensor]]:
     if sink.members is not None:
         return [[own] for own in sink.members]
     return [[sink.values] if sink.by_segment is None else list(sink.by_segment)]
+
+
+def _require_askable(measurement: Measurement | None, self_influence: bool | None) -> None:
+    """Refuse self-influence by a measurement that training examples do not have."""
+    if measurement is None or not self_influence or not (own := measurement.each_own):
+        return
+    raise ValueError(
+        f"self_influence measures every training example, and the measurement's {own[0]} is given "
+        "for each query. Leave out self_influence."
+    )
 
 
 class _OneBatch:

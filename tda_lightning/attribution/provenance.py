@@ -76,6 +76,7 @@ def run_provenance(
         **measured,
         **beyond,
         **_several_stages(stages, counts),
+        **({} if session.asked is None else {"measurement": session.asked.record()}),
         **({"draws": session.draws} if session.noise or session.measured_noise else {}),
         "notes": notes,
     }
@@ -97,8 +98,10 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     with torch.no_grad():
         for batch, indices in session.queries(0, session.num_query):
             measurements += session.measurement(session.module, batch, indices).tolist()
-            with seeded_examples(MEASURED_SEED, indices):
-                words = session.task.prediction(session.module, batch)
+            words = None
+            if session.asked is None or session.asked.takes_loss:
+                with seeded_examples(MEASURED_SEED, indices):
+                    words = session.task.prediction(session.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
     found: Provenance = {"measurements": measurements, **measured_range(earlier + measurements)}
     if predictions is not None:

@@ -17,6 +17,7 @@ from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
@@ -43,11 +44,13 @@ def open_members(
     self_influence: bool,
     edits: EditSet | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
     opened = [
-        open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
+        open_stages(setups, examples, queries, self_influence, loaded, draws, asked)
+        for setups in members
     ]
     for stages in opened:
         if edits is not None:
@@ -63,6 +66,7 @@ def open_stages(
     self_influence: bool,
     loaded: dict[nn.Module, LoadedCheckpoint] | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
 ) -> list[Stage]:
     """The stages as an estimator sees them.
 
@@ -70,6 +74,7 @@ def open_stages(
         examples: the training set of each recorded run.
         loaded: what each module holds, shared by all who load checkpoints into it.
         draws: over how many draws of their noise losses are averaged; None: ``task.draws``.
+        asked: what is measured of the queries; None: the task's own measurement.
     """
     self_influence = self_influence and len(setups) == 1
     loaded = {} if loaded is None else loaded
@@ -77,7 +82,7 @@ def open_stages(
     for number, setup in enumerate(setups, start=1):
         source = examples[setup.run]
         holder = loaded.setdefault(setup.module, LoadedCheckpoint())
-        session = wide = open_session(setup, source, queries, self_influence, holder, draws)
+        session = wide = open_session(setup, source, queries, self_influence, holder, draws, asked)
         session.prefix = f"stage {number}, " if len(setups) > 1 else ""
         if setup.frozen:
             wide = widened(session, setup.frozen, *first_batch(source, _FIRST, setup.module))
@@ -96,6 +101,7 @@ def open_session(
     self_influence: bool,
     loaded: LoadedCheckpoint | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
 ) -> Session:
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
@@ -119,12 +125,15 @@ def open_session(
         self_influence=self_influence,
         batch_size=examples.batch_size,
         loaded=loaded or LoadedCheckpoint(),
+        asked=asked,
     )
+    if asked is not None:
+        asked.check(len(queries))
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
     session.noise = _noise_of(session.train_loss, module, examples, batch, indices)
     session.measured_noise = session.noise
-    if not task.measures_loss:
+    if not session.measures_loss:
         some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     trainer = stand_in_of(module)

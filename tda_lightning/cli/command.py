@@ -18,6 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tda_lightning.cli.setting_types import require_setting_types
 
+# Settings that make other scores, and so a file of another name.
+_NAMING = (
+    *("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="),
+    *("measurement=", "measurement.", "pool=", "pool."),
+)
 Command = Callable[[DictConfig], None]
 _FAILURES = (
     ArithmeticError,
@@ -101,7 +106,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="))
+        if override.startswith(_NAMING)
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

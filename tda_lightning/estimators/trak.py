@@ -372,7 +372,7 @@ def _places(batch: Batch) -> Tensor:
 
 def _measures_output(session: Session) -> bool:
     """Whether the measurement is the loss, and so a function of the output."""
-    return session.task.measures_loss and not session.measured_noise
+    return session.measures_loss and not session.measured_noise
 
 
 def _require_function_of_output(

@@ -251,6 +251,20 @@ class CommandConfig(TypedDict, total=False):
 
     trajectory: str
     data: dict[str, object]
+    measurement: dict[str, object]  # what is asked; absent or null for the task's own
+    pool: dict[str, object]  # changes of the data settings that give the pool
+
+
+class MeasurementRecord(TypedDict):
+    """What was asked about each query, where it is not the task's own measurement.
+
+    Attributes:
+        quantity: in words, such as "the probability of the label".
+        sign: measurement = sign x quantity; -1 where larger is better.
+    """
+
+    quantity: str
+    sign: Annotated[int, Bounds(-1, 1)]
 
 
 class Provenance(TypedDict, total=False):
@@ -261,6 +275,7 @@ class Provenance(TypedDict, total=False):
     settings: dict[str, Any]  # its fields
     question: str  # in words
     what_if: WhatIfRecord  # absent at the recorded run, where every weight is 1
+    measurement: MeasurementRecord  # absent for the task's own
     sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment

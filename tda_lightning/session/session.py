@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tda_lightning.edits import EditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
@@ -95,7 +96,7 @@ class Batch:
     def measurement_gradients(self) -> dict[str, Gradient]:
         """The same of the measurement; the very objects of ``gradients`` where it is the loss, of
         which no noise is drawn."""
-        if self.session.task.measures_loss and not self.session.measured_noise:
+        if self.session.measures_loss and not self.session.measured_noise:
             return self.gradients
         return self.session.measurement_gradients(self.data, self.examples).blocks
 
@@ -124,6 +125,7 @@ class Session:
         pace: shows progress; in a dry run it shortens every walk and measures it.
         prefix: of the titles of walks, where a run has several stages.
         edits: what the columns are about; None: the removal of each training example.
+        asked: what is measured of the queries; None: the task's own measurement.
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
@@ -148,6 +150,7 @@ class Session:
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
     edits: EditSet | None = None
+    asked: Measurement | None = None
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
@@ -178,6 +181,11 @@ class Session:
         """Type of the scores: float64 for a module in float64, else float32."""
         own = next(self.module.parameters()).dtype
         return own if own == torch.float64 else torch.float32
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the measurement is the training loss, so that one pass serves both."""
+        return self.asked is None and self.task.measures_loss
 
     @property
     def num_processes(self) -> int:
@@ -490,7 +498,14 @@ class Session:
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
-        return self._mean(lambda: self.task.measurement(module, batch), MEASURED_SEED, examples)
+        asked = self.asked
+
+        def measured() -> Tensor:
+            if asked is None:
+                return self.task.measurement(module, batch)
+            return asked.measure(self.task, module, batch, examples)
+
+        return self._mean(measured, MEASURED_SEED, examples)
 
     def each_draw(self) -> Iterator[int]:
         """Numbers of the draws; what is drawn in the meantime is that draw's."""

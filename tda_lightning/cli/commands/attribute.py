@@ -18,6 +18,7 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
+from tda_lightning.cli.question import measurement_of
 from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
@@ -70,6 +71,7 @@ def attribute(config: DictConfig) -> None:
             edits=_relabels(config.relabel),
             draws=config.draws,
             keep=config.keep,
+            measurement=measurement_of(config.measurement, data),
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.

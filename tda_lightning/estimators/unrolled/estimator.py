@@ -281,6 +281,7 @@ class Unrolled:
                 "states": rule_of(trajectory).states,
                 "steps": [trajectory.steps.examples, trajectory.steps.learning_rate],
                 "edits": None if edits is None else _terms_digest(edits),
+                **({} if session.asked is None else {"measurement": session.asked.settings()}),
                 "queries": [first, last, *map(digest, session.queries(first, last))],
             }
         )
