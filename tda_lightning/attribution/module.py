@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
 from tda_lightning.attribution.dry_run import DryRun, dry_run
@@ -34,7 +35,14 @@ from tda_lightning.attribution.what_if import (
     question_of,
     seconds_of_runs,
 )
-from tda_lightning.edits import Edit, EditSet
+from tda_lightning.edits import (
+    Addition,
+    Edit,
+    EditSet,
+    additions,
+    pool_notes,
+    pool_record,
+)
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
@@ -44,7 +52,13 @@ from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
+from tda_lightning.records.score_sinks import (
+    MemberSink,
+    MemorySink,
+    QueryTokenSink,
+    ScoreSink,
+    StageSink,
+)
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -70,6 +84,7 @@ _NO_SELF_MEASURED = (
     "No self-influence: the measurement was chosen for the queries. Ask for it by "
     "self_influence=True, which measures every training example so."
 )
+ByToken: TypeAlias = Literal["train", "query", "both"] | None
 Asked: TypeAlias = "Measurement | Callable[[nn.Module, Any], Tensor] | None"
 _SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
 
@@ -186,6 +201,8 @@ class AttributionModule(LightningModule):
         draws: int | None = None,
         keep: float = 1.0,
         measurement: Asked = None,
+        by_token: ByToken = None,
+        pool: object = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -224,6 +241,17 @@ class AttributionModule(LightningModule):
                 task's own, its loss by default. A positive score always says that the example
                 helped: that without it a probability, a logit or a contrast would be smaller by so
                 much, or a loss larger. There is self-influence only where it is asked for.
+            by_token: also score single tokens: ``"train"``, the terms of each training example's
+                loss (``Scores.by_token``, [query, train, position]); ``"query"``, the tokens that
+                each query's measurement is made of (``Scores.by_query_token``, [query, position,
+                train]); or ``"both"``. Both sum to ``values`` over positions. The former costs a
+                Jacobian-vector product for each query and batch, the latter makes a query of each
+                token.
+            pool: examples that were not in training, a data set with items like those of the
+                training set: column n is the predicted change of the measurement if example n of
+                the pool were added (``Addition``), so that the most negative would help most
+                (:meth:`Scores.opponents`). Those that are in the training set as well are counted
+                in ``provenance["pool"]``.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -243,7 +271,9 @@ class AttributionModule(LightningModule):
             edits,
             draws,
             keep,
+            by_token,
         )
+        self._require_by_token(by_token, self_influence)
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -259,14 +289,17 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
+            added = self._pool(pool, edits)
+            edits = edits if added is None else added
             edit_set = self._edit_set(edits, examples)
             question = as_measurement(measurement)
             _require_askable(question, self_influence)
             own_self = self._wants_self_influence(self_influence, question) and edits is None
+            own_self = own_self and by_token not in ("query", "both")
             asked = asked_runs(self.members, examples, keep, draws)
             draws = draws if keep == 1 else None
             opened = open_members(
-                asked.runs, examples, queries, own_self, edit_set, draws, question
+                asked.runs, examples, queries, own_self, edit_set, draws, question, by_token
             )
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
@@ -276,7 +309,7 @@ class AttributionModule(LightningModule):
             several = len(self.members) if len(self.members) > 1 else asked.draws
             members = several if several > 1 else None
             columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
-            sizes = (session.num_query, columns, segments)
+            sizes = ((session.whole or session).num_query, columns, segments)
             sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
@@ -285,9 +318,12 @@ class AttributionModule(LightningModule):
                 if self._ensemble is not None:
                     made = {**made, **of_kind(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
-                    made["notes"].append(_NO_SELF if question is None else _NO_SELF_MEASURED)
+                    made["notes"].append(_no_self(question, by_token))
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
+                if added is not None:
+                    made["pool"] = pool_record(added, examples[-1])
+                    made["notes"] = [*pool_notes(made["pool"]), *made["notes"]]
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -498,9 +534,11 @@ class AttributionModule(LightningModule):
         """Run the estimator on one run."""
         if len(stages) == 1:
             session = stages[0].session
-            session.scores = sink
-            estimated = self.estimator.score(session)
-            session.finish_self_influence()
+            with _taken_apart(session, sink):
+                estimated = self.estimator.score(session)
+                session.finish_self_influence()
+                session.finish_by_token()
+                _require_tokens(session, sink, self.estimator)
         else:
             assert isinstance(self.estimator, StagedEstimator) and counts is not None
             for number, stage in enumerate(stages):
@@ -508,6 +546,31 @@ class AttributionModule(LightningModule):
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
         return estimated
+
+    def _require_by_token(self, by_token: str | None, self_influence: bool | None) -> None:
+        """Refuse scores by token where they are not known.
+
+        Raises:
+            UnsupportedTrainingError: over several stages; of TRAK over several runs.
+            ValueError: self-influence is asked for as well.
+        """
+        if by_token is None:
+            return
+        if len(self.stages) > 1:
+            raise UnsupportedTrainingError(
+                f"Scores by token are of one stage of training, got {len(self.stages)}. Attribute "
+                "each of them, Trajectory.load(path).stages()."
+            )
+        if len(self.members) > 1 and isinstance(self.estimator, EnsembleEstimator):
+            raise UnsupportedTrainingError(
+                f"{type(self.estimator).__name__} puts the members of an ensemble together in its "
+                "own way, which has no parts by token. Attribute the members one by one."
+            )
+        if self_influence and by_token != "train":
+            raise ValueError(
+                "by_token takes queries apart, and self_influence has no queries: ask for one of "
+                "them at a time."
+            )
 
     def _score_together(
         self, sessions: Sequence[Session], sink: MemorySink, parts: Sequence[ScoreSink]
@@ -525,6 +588,17 @@ class AttributionModule(LightningModule):
         if asked is not None:
             return asked
         return measurement is None and self_influence_by_default(self.estimator)
+
+    @staticmethod
+    def _pool(pool: object, edits: Sequence[Edit] | None) -> list[Addition] | None:
+        if pool is None:
+            return None
+        if edits is not None:
+            raise ValueError(
+                "pool and edits both say what the columns are about: give one of them. "
+                "Addition(example) is the edit that adds an example."
+            )
+        return additions(pool.dataset if isinstance(pool, DataLoader) else pool)
 
     def _edit_set(
         self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
@@ -556,6 +630,38 @@ def _parts(sink: MemorySink) -> list[Sequence[Tensor]]:
     if sink.members is not None:
         return [[own] for own in sink.members]
     return [[sink.values] if sink.by_segment is None else list(sink.by_segment)]
+
+
+def _no_self(measurement: Measurement | None, by_token: str | None) -> str:
+    """Why there is no self-influence where nobody asked for it or against it."""
+    if by_token in ("query", "both"):
+        return "No self-influence: the queries were taken apart into tokens."
+    return _NO_SELF if measurement is None else _NO_SELF_MEASURED
+
+
+def _require_tokens(session: Session, sink: ScoreSink, estimator: Estimator) -> None:
+    """Check that an estimator that is none of ours has scored the tokens that were asked for."""
+    own = sink.sink if isinstance(sink, MemberSink) else sink
+    if session.by_token and getattr(own, "by_token", None) is None:
+        raise UnsupportedTrainingError(
+            f"{type(estimator).__name__} does not score single tokens: it must call "
+            "session.add_terms where session.by_token is set."
+        )
+
+
+@contextmanager
+def _taken_apart(session: Session, sink: ScoreSink) -> Iterator[None]:
+    """Scores go to ``sink``; where queries are taken apart, those of their tokens too."""
+    session.scores, rows = sink, session.rows
+    if rows is None:
+        yield
+        return
+    columns = session.num_train if session.edits is None else len(session.edits)
+    tokens = torch.zeros(rows.num_query, rows.length, columns, dtype=session.dtype)
+    session.scores = QueryTokenSink(sink, rows.query, rows.position, tokens)
+    yield
+    whole = session.reduce(tokens.to(session.device))
+    sink.set_by_query_token(whole)
 
 
 def _require_askable(measurement: Measurement | None, self_influence: bool | None) -> None:

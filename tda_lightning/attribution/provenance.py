@@ -89,6 +89,7 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     Args:
         recorded: the run whose final model it is; None: the session's own.
     """
+    session = session.whole or session
     earlier = earlier_measurements(session)
     if recorded is not None:
         session = replace(session, trajectory=recorded, _checkpoints={}, _weights={})

@@ -23,8 +23,10 @@ from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
+from tda_lightning.session.query_rows import QueryRows, RowExamples
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
 from tda_lightning.tasks import (
+    MEASURED_SEED,
     AttributionTask,
     TrainingStepTask,
     noise_of,
@@ -45,6 +47,7 @@ def open_members(
     edits: EditSet | None = None,
     draws: int | None = None,
     asked: Measurement | None = None,
+    by_token: str | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
@@ -56,7 +59,29 @@ def open_members(
         if edits is not None:
             edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
+        stages[-1].session.by_token = by_token in ("train", "both")
+        if by_token in ("query", "both"):
+            take_queries_apart(stages[-1].session, queries)
     return opened
+
+
+def take_queries_apart(session: Session, queries: ExampleSource) -> None:
+    """Make every token of the queries a query of its own.
+
+    Raises:
+        ValueError: the measurement is of no single tokens.
+    """
+    chosen: list[Tensor] = []
+    with torch.no_grad():
+        for batch, indices in session.queries(0, session.num_query):
+            with seeded_examples(MEASURED_SEED, indices):
+                chosen += session.measured_terms(session.module, batch, indices)[1]
+    rows = QueryRows.of(chosen)
+    source = queries.checked(session.module)
+    source = source.with_dataset(RowExamples(source.dataset, rows, source.keys))
+    session.whole = replace(session)
+    session.rows, session.num_query = rows, len(rows)
+    session.queries = lambda start, stop: _query_batches(source, start, stop, session.module)
 
 
 def open_stages(

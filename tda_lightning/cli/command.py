@@ -21,7 +21,7 @@ from tda_lightning.cli.setting_types import require_setting_types
 # Settings that make other scores, and so a file of another name.
 _NAMING = (
     *("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="),
-    *("measurement=", "measurement.", "pool=", "pool."),
+    *("measurement=", "measurement.", "pool=", "pool.", "by_token="),
 )
 Command = Callable[[DictConfig], None]
 _FAILURES = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,37 @@ def load_parts(
         task = as_task(task)
         task.draws = draws
     return data, module, task
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples that were not in training.
+
+    Attributes:
+        data: the data module that has them.
+        split: "train" or "query": which part of it they are.
+    """
+
+    data: AttributedData
+    split: str
+
+    @property
+    def dataset(self) -> Any:
+        """The examples."""
+        return self.data.train_dataset if self.split == "train" else self.data.query_dataset
+
+
+def pool_of(config: DictConfig | Mapping[str, Any], run_config: DictConfig) -> Pool:
+    """The pool that ``pool={KEY: VALUE}`` names: the recorded data with other settings.
+
+    Raises:
+        ValueError: an unknown part of the data.
+    """
+    changes = {**not_null(config["data"]), **dict(config["pool"])}
+    split = str(changes.pop("split", "train"))
+    if split not in ("train", "query"):
+        raise ValueError(f"pool.split must be train or query, got {split!r}.")
+    return Pool(build(run_config.data, bool(config.get("trust_config")), **changes), split)
 
 
 def load_recorded(folder: Path) -> Trajectory | Ensemble:

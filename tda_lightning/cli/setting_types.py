@@ -13,6 +13,7 @@ from tda_lightning.runtime.setting_types import require_type
 _TYPES: dict[str, tuple[Any, str]] = {
     "alpha": (float | None, ""),
     "at": (Sequence[int] | None, "at=[300] for the checkpoint at step 300"),
+    "by_token": (str | None, "by_token=train"),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
     "damping": (float | None, ""),
@@ -27,6 +28,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
     "overwrite": (bool, ""),
+    "pool": (Mapping | None, "pool={subset_seed: 1} for the training set that this seed draws"),
     "processes": (int, ""),
     "queries": (
         Sequence[int] | None,

@@ -6,5 +6,17 @@ others; a new kind of edit is a class with ``index`` and ``terms``.
 
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
+from tda_lightning.edits.pool import additions, pool_notes, pool_record
 
-__all__ = ["Addition", "Edit", "EditSet", "Relabel", "Removal", "Replace", "Term"]
+__all__ = [
+    "Addition",
+    "Edit",
+    "EditSet",
+    "Relabel",
+    "Removal",
+    "Replace",
+    "Term",
+    "additions",
+    "pool_notes",
+    "pool_record",
+]

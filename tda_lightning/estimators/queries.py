@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Spectrum, units
+from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.curvature.products import as_tensors
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
@@ -80,6 +82,22 @@ class Response:
             for part in self.values.split(max(1, CHUNK_SCALARS // (groups * rows * columns))):
                 part.copy_(self.spectrum.lift(part))
             self.spectrum = None
+
+
+def directions(session: Session, responses: Mapping[str, Response]) -> dict[str, Tensor]:
+    """Responses by unit as tensors [query, *shape] by parameter, for ``Session.add_terms``."""
+    lifted = {
+        name: own.values if own.spectrum is None else own.spectrum.lift(own.values)
+        for name, own in responses.items()
+    }
+    return unit_directions(session, lifted)
+
+
+def unit_directions(session: Session, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of matrices [query, groups, rows, columns] on the parameters, by unit."""
+    if WHOLE in units:
+        return as_tensors(session.blocks, units[WHOLE][:, 0, 0])
+    return session.on_parameters(units)
 
 
 def dot(responses: Mapping[str, Response], gradients: Mapping[str, Gradient]) -> Tensor:

@@ -155,6 +155,12 @@ class TRAK:
                     measured_slopes = slopes if found.measured is None else measured_slopes
                 own = measured_slopes * slopes * leverage
                 session.add_self_influence(batch.examples, own, used)
+        if session.by_token:
+            # df/dtheta dl/df is the gradient of the loss, of which that of every term is a part.
+            mixed = (responses.T.to(session.dtype)) * query_slopes[:, None]
+            tokens = session.on_parameters(directions.combined(mixed, session.blocks))
+            for batch in session.walk_columns("TRAK, tokens", step):
+                session.add_terms(batch, tokens, used=used)
         notes = clipping_notes(session.trajectory, "the formula looks at the final weights alone")
         return {
             "sizes": SIZES,

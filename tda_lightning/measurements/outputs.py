@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.tasks import AttributionTask
-from tda_lightning.tasks.batches import Batch, num_examples, take
+from tda_lightning.tasks.batches import Batch, each_alone, num_examples
 from tda_lightning.tasks.curved_losses import run_graph, weighted_losses
-from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.loss_calls import WeightedLoss
 from tda_lightning.tasks.output_curvature import output_nodes, output_rows
 from tda_lightning.tasks.standard_losses import LogisticLoss, SoftmaxLoss
@@ -161,19 +160,6 @@ def network_outputs(task: AttributionTask, module: nn.Module, batch: Batch) -> T
         )
     value = nodes[0].value if torch.is_grad_enabled() else nodes[0].value.detach()
     return value if len(value) == count else value.reshape(count, -1, *value.shape[1:])
-
-
-def each_alone(batch: Batch, work: Callable[[Batch], Any]) -> list[Any]:
-    """``work`` of each example in a batch of one, with the noise that it has in the batch."""
-    count = num_examples(batch)
-    examples, seed = active_examples(), active_seed()
-    if examples is None:
-        examples = torch.arange(count)
-    results = []
-    for number in range(count):
-        with seeded_examples(seed, examples[number : number + 1]):
-            results.append(work(take(batch, number, count)))
-    return results
 
 
 def _precise(values: Tensor) -> Tensor:

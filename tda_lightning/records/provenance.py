@@ -190,6 +190,20 @@ class EditRecord(_EditKind, total=False):
     label: object
 
 
+class PoolRecord(TypedDict):
+    """The examples outside of training that columns are about.
+
+    Attributes:
+        size: how many.
+        in_training: how many of them the training set holds as well.
+        same: pairs (column, training example) of the first of those.
+    """
+
+    size: Count
+    in_training: Count
+    same: list[Pair]
+
+
 class MemberRecord(TypedDict, total=False):
     """One run of an ensemble; the keys mean what they mean in :class:`Provenance`."""
 
@@ -280,6 +294,7 @@ class Provenance(TypedDict, total=False):
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
+    pool: PoolRecord  # columns are the additions of its examples
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
     projection: ProjectionRecord  # TRAK

@@ -73,12 +73,14 @@ def example(
     index: int,
     size: str,
     tokens: Sequence[float] | None = None,
+    helps: int = 1,
     **score: Any,
 ) -> Example:
     """Example ``index`` of ``split`` in the ``size`` "large" or "small".
 
     Args:
         tokens: score of each term of its loss.
+        helps: sign of a score that helps.
     """
     rendered = render(split, index)
     if not isinstance(rendered, Rendered):
@@ -100,12 +102,12 @@ def example(
         shape,
         None if rendered.text is None else shorten(rendered.text, _LETTERS[size]),
         None if row is None else {str(name): _cell(value) for name, value in row.items()},
-        pieces=_pieces(rendered, tokens),
+        pieces=_pieces(rendered, tokens, helps),
         **score,
     )
 
 
-def _pieces(rendered: Rendered, tokens: Sequence[float] | None) -> tuple[Piece, ...]:
+def _pieces(rendered: Rendered, tokens: Sequence[float] | None, helps: int) -> tuple[Piece, ...]:
     """A text with the scores of its terms; nothing where they do not fit it."""
     if tokens is None or rendered.pieces is None:
         return ()
@@ -123,7 +125,7 @@ def _pieces(rendered: Rendered, tokens: Sequence[float] | None) -> tuple[Piece, 
         if value == 0:
             shown.append(Piece(text))
             continue
-        kind = "proponent" if value > 0 else "opponent"
+        kind = "proponent" if helps * value > 0 else "opponent"
         score = number(value, signed=True, among=strongest)
         shown.append(Piece(text, kind, 100 * abs(value) / strongest, score))
     return tuple(shown)
@@ -139,6 +141,7 @@ def listing(
     tokens: Sequence[Sequence[float]] | None = None,
     labels: Mapping[str, str] | None = None,
     members: Sequence[Sequence[float]] | None = None,
+    helps: int = 1,
 ) -> Listing:
     """Training examples with their scores.
 
@@ -151,6 +154,7 @@ def listing(
         tokens: for each example the score of each term of its loss.
         labels: those that scores are about in place of removal, by index.
         members: for each example its score in each run of an ensemble.
+        helps: sign of a score that helps.
     """
     tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
     examples = tuple(
@@ -164,6 +168,7 @@ def listing(
             share=100 * abs(value) / strongest if strongest else 0.0,
             spark=sparkline(segments[place], tallest) if segments else None,
             tokens=tokens[place] if tokens else None,
+            helps=helps,
             label=(labels or {}).get(str(index), ""),
             same_sign=_same_sign(value, members[place]) if members else "",
         )

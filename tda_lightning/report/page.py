@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from tda_lightning.report.provenance_rows import (
     segment_names,
 )
 from tda_lightning.report.statements import edit_in_words, relabelled, statements
+from tda_lightning.report.wording import Wording, wording
 from tda_lightning.store.atomic_write import replacing
 
 
@@ -64,6 +65,7 @@ def write_report(
     queries: Sequence[int] | None = None,
     k: int = 8,
     num_suspects: int = 24,
+    pool: object = None,
     title: str = "Training data attribution",
 ) -> Path:
     """Write the scores as one HTML file that needs neither network nor JavaScript.
@@ -83,6 +85,8 @@ def write_report(
         queries: rows of the scores to show; by default the first 12.
         k: number of proponents, and of opponents, shown for each query.
         num_suspects: length of the ranking by self-influence.
+        pool: the examples that were scored as additions: a data set, or a function that shows
+            example ``index``.
         title: heading of the page.
 
     Returns:
@@ -112,7 +116,8 @@ def write_report(
         raise ValueError(f"k and num_suspects must be positive, got {k} and {num_suspects}.")
     render = render or DatasetRenderer(train, query)
     if edits := provenance.get("edits"):
-        render = _edited(render, edits)
+        render = _edited(render, edits, _pool_renderer(pool), provenance)
+    words = wording(provenance)
     names = segment_names(scores, provenance)
     rates = None if trajectory is None else _learning_rate_chart(scores, provenance, trajectory)
     template = _environment().get_template("page.html.j2")
@@ -121,7 +126,10 @@ def write_report(
         scores=scores,
         estimator=provenance.get("estimator", ""),
         segment_names=names,
-        queries=[_query(scores, provenance, row, render, predictions, k, names) for row in queries],
+        queries=[
+            _query(scores, provenance, row, render, predictions, k, names, words) for row in queries
+        ],
+        words=words,
         suspects=_suspects(scores, render, num_suspects),
         self_influence=_self_influence_chart(scores),
         learning_rate=rates,
@@ -163,15 +171,33 @@ def _require_lengths(
         )
 
 
-def _edited(render: Renderer, edits: Sequence[EditRecord]) -> Renderer:
-    """Shows the training example that each column's edit changes."""
+def _pool_renderer(pool: object) -> Callable[[int], Rendered] | None:
+    if pool is None or (callable(pool) and not hasattr(pool, "__getitem__")):
+        return pool
+    shown = DatasetRenderer(pool.dataset if isinstance(pool, DataLoader) else pool, None)
+    return lambda index: shown("train", index)
+
+
+def _edited(
+    render: Renderer,
+    edits: Sequence[EditRecord],
+    pool: Callable[[int], Rendered] | None,
+    provenance: Provenance,
+) -> Renderer:
+    """Shows the training example that each column's edit changes, or the one that it adds."""
+    pairs = provenance["pool"]["same"] if "pool" in provenance else []
+    same = {pair[0]: pair[1] for pair in pairs}
 
     def rendered(split: str, index: int) -> Rendered:
         if split != "train":
             return render(split, index)
         edit = edits[index]
         if "index" not in edit:
-            return Rendered(caption=edit_in_words(edit))
+            caption = edit_in_words(edit)
+            if "pool" in provenance:
+                caption = f"is training example {same[index]} too" if index in same else ""
+            added = Rendered() if pool is None else pool(index)
+            return replace(added, caption=f"{added.caption} {caption}".strip())
         changed = render(split, edit["index"])
         if not isinstance(changed, Rendered):
             return changed
@@ -200,15 +226,18 @@ def _query(
     predictions: Sequence[str] | None,
     k: int,
     names: Sequence[str],
+    words: Wording,
 ) -> QueryView:
     values, k = scores.values[row], min(k, scores.num_scored)
     tails = {"proponent": scores.proponents(row, k), "opponent": scores.opponents(row, k)}
+    if words.helps < 0:  # an example that would lower a loss has a negative score
+        tails = {"proponent": tails["opponent"], "opponent": tails["proponent"]}
     strongest = max(float(tail.abs().max()) for _, tail in tails.values())
     labels = relabelled(provenance)
-    lists, series, totals = {}, [], []
+    lists, series, totals, shown = {}, [], [], {}
     for kind, (indices, tail) in tails.items():
         # With few examples the tails overlap: each list keeps its own sign only.
-        sign = 1 if kind == "proponent" else -1
+        sign = words.helps if kind == "proponent" else -words.helps
         indices, tail = indices[sign * tail > 0], tail[sign * tail > 0]
         parts = None
         if scores.by_segment is not None and len(indices):
@@ -218,21 +247,47 @@ def _query(
         tokens = None if scores.by_token is None else scores.by_token[row, indices].tolist()
         members = None if scores.members is None else scores.members[:, row, indices].T.tolist()
         lists[kind] = listing(
-            render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels, members
+            render,
+            indices.tolist(),
+            tail.tolist(),
+            kind,
+            strongest,
+            parts,
+            tokens,
+            labels,
+            members,
+            words.helps,
         )
+        shown[kind] = indices
         if len(indices):
             same_sign = values[sign * values > 0].double()
             share = float(tail.double().sum() / same_sign.sum())
             total = number(float(same_sign.sum()), signed=True)
             totals.append((kind, len(same_sign), total, f"{share:.0%}"))
+    query_tokens = None
+    if scores.by_query_token is not None:
+        query_tokens = scores.by_query_token[row][:, shown["proponent"]].sum(1).tolist()
     predictions = predictions or provenance.get("predictions", [])
     measurements = provenance.get("measurements", [])
     told = [len(values) == scores.num_queries for values in (predictions, measurements)]
     return QueryView(
         row,
-        arrange((example(render, "query", query_indices(scores, provenance)[row], "large"),)),
+        arrange(
+            (
+                example(
+                    render,
+                    "query",
+                    query_indices(scores, provenance)[row],
+                    "large",
+                    query_tokens,
+                    helps=words.helps,
+                ),
+            )
+        ),
         shorten(str(predictions[row]), 200) if told[0] else "",
-        one_line(measurements[row]) if told[1] else "",
+        words.measured(measurements[row])
+        if told[1] and words.sign < 0
+        else (one_line(measurements[row]) if told[1] else ""),
         tuple(totals),
         lists["proponent"],
         lists["opponent"],

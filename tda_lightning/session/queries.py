@@ -40,6 +40,13 @@ class QueryGradients:
         products = [self._block_dot(name, gradient) for name, gradient in gradients.items()]
         return torch.stack(products).sum(0)
 
+    def dense(self) -> dict[str, Tensor]:
+        """By block, [query, groups, rows, columns]."""
+        return {
+            name: torch.cat([query.dense(slice(None)) for query in queries])
+            for name, queries in self._batches.items()
+        }
+
     def _block_dot(self, name: str, gradient: Gradient) -> Tensor:
         """By the cheaper exact way: Gram matrices of the factors, or dense queries."""
         queries = self._batches[name]

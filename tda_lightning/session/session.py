@@ -30,6 +30,7 @@ from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
+from tda_lightning.session.query_rows import QueryRows
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
@@ -123,9 +124,13 @@ class Session:
         batch_size: examples per batch.
         loaded: the checkpoint whose weights the module holds.
         pace: shows progress; in a dry run it shortens every walk and measures it.
+        whole: the same with whole queries, where they are taken apart.
         prefix: of the titles of walks, where a run has several stages.
         edits: what the columns are about; None: the removal of each training example.
         asked: what is measured of the queries; None: the task's own measurement.
+        by_token: whether the terms of training examples are scored too.
+        rows: the tokens of queries, where these are taken apart: each is then a query of its own,
+            and ``num_query`` counts them.
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
@@ -151,6 +156,9 @@ class Session:
     prefix: str = ""
     edits: EditSet | None = None
     asked: Measurement | None = None
+    by_token: bool = False
+    rows: QueryRows | None = None
+    whole: Session | None = None
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
@@ -160,6 +168,7 @@ class Session:
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
+    _by_token: Tensor | None = None
 
     @property
     def blocks(self) -> list[Block]:
@@ -412,6 +421,89 @@ class Session:
             self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
         self._self_influence.index_add_(0, examples, values.to(self._self_influence))
 
+    def on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Matrices [query, groups, rows, columns] by block as tensors [query, *shape] by
+        parameter."""
+        return {
+            name: tensor
+            for block in self.blocks
+            for name, tensor in block.tensors(matrices[block.name]).items()
+        }
+
+    def add_terms(
+        self,
+        batch: Batch,
+        directions: Mapping[str, Tensor],
+        first_query: int = 0,
+        factor: float | Tensor = 1.0,
+        used: Span | None = None,
+    ) -> None:
+        """Add the scores of the single terms (tokens) of a batch of :meth:`walk_columns` at the
+        weights in place: ``factor`` times the inner products of their gradients with
+        ``directions``, which are what scores multiply gradients with.
+
+        Args:
+            directions: [query, *shape] by parameter.
+            factor: a number, or one for each example [batch].
+            used: see :meth:`add`.
+        """
+        if self.rows is not None:
+            summed = {name: self.rows.summed(own, first_query) for name, own in directions.items()}
+            directions = {name: own for name, (own, _) in summed.items()}
+            first_query = next(first for _, first in summed.values())
+        values = self._term_products(batch, directions)
+        factors = torch.as_tensor(factor, dtype=values.dtype, device=values.device)
+        factors = factors.expand(len(batch.columns))
+        if used is not None and (weights := batch.weights(used)) is not None:
+            factors = factors * weights
+        if batch.signs is not None:
+            factors = factors * batch.signs
+        total = self._term_scores(values.shape[2])
+        rows = total[first_query : first_query + len(values), :, : values.shape[2]]
+        rows.index_add_(1, batch.columns, values * factors[:, None])
+
+    def _term_products(self, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
+        def terms(module: nn.Module, data: object, examples: Tensor) -> Tensor:
+            if batch.noise is None:
+                with seeded_examples(_TRAINING, examples):
+                    return self.task.loss_terms(module, data)[0]
+            with seeded_examples(_TRAINING, examples, own_noise=False), batch.noise.drawn():
+                return self.task.loss_terms(module, data)[0]
+
+        draws = range(1) if batch.noise is not None else self.each_draw()
+        found = [
+            self.engine.term_products(terms, batch.data, batch.examples, directions) for _ in draws
+        ]
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
+
+    def _term_scores(self, length: int) -> Tensor:
+        """Where scores of terms are added up, for examples of up to ``length`` terms."""
+        own = self._by_token
+        if own is None or own.shape[2] < length:
+            queries = self.num_query if self.rows is None else self.rows.num_query
+            columns = self.num_train if self.edits is None else len(self.edits)
+            size = queries * columns * length * self.dtype.itemsize
+            if size > free_memory():
+                raise ValueError(
+                    f"Scores by token of {queries} queries, {columns} training examples and "
+                    f"{length} positions take {size / 2**30:.1f} GiB, and "
+                    f"{free_memory() / 2**30:.1f} GiB are free. Ask for fewer queries at a time."
+                )
+            longer = torch.zeros(queries, columns, length, dtype=self.dtype, device=self.device)
+            if own is not None:
+                longer[:, :, : own.shape[2]] = own
+            self._by_token = own = longer
+        return own
+
+    def finish_by_token(self) -> None:
+        """Hand the scores by token of all processes to the scores, if any were added."""
+        rank, world = rank_and_world()
+        lengths = torch.zeros(world, device=self.device)
+        lengths[rank] = 0 if self._by_token is None else self._by_token.shape[2]
+        longest = int(self.reduce(lengths).max())
+        if longest:
+            self.scores.set_by_token(self.reduce(self._term_scores(longest)).cpu())
+
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""
         own = self._self_influence
@@ -498,14 +590,29 @@ class Session:
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
-        asked = self.asked
+        asked, rows = self.asked, self.rows
+        if rows is not None:
+            place = rows.position.to(examples.device)[examples]
+            examples = rows.query.to(examples.device)[examples]
 
         def measured() -> Tensor:
+            if rows is not None:
+                terms = self.measured_terms(module, batch, examples)[0]
+                return terms.gather(1, place[:, None]).squeeze(1)
             if asked is None:
                 return self.task.measurement(module, batch)
             return asked.measure(self.task, module, batch, examples)
 
         return self._mean(measured, MEASURED_SEED, examples)
+
+    def measured_terms(
+        self, module: nn.Module, batch: object, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers [query, position] whose gradients sum to that of each query's measurement, and
+        which positions they are of."""
+        if self.asked is None:
+            return self.task.measurement_terms(module, batch)
+        return self.asked.terms(self.task, module, batch, queries)
 
     def each_draw(self) -> Iterator[int]:
         """Numbers of the draws; what is drawn in the meantime is that draw's."""

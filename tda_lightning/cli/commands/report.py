@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
-from tda_lightning.cli.recorded_run import run_folder
+from tda_lightning.cli.recorded_run import pool_of, run_folder
 from tda_lightning.cli.run_config import FILE_NAME, build, load_config
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
@@ -37,6 +37,14 @@ def report(config: DictConfig) -> None:
             "query": data.query_dataset,
             "render": data.render,
         }
+        if (asked_pool := provenance.get("config", {}).get("pool")) is not None:
+            settings = {
+                "data": config.data,
+                "pool": asked_pool,
+                "trust_config": config.trust_config,
+            }
+            pool = pool_of(settings, load_config(folder))
+            examples["pool"] = lambda index: pool.data.render(pool.split, index)
     path = write_report(
         scores,
         config.output or source.with_suffix(".html"),

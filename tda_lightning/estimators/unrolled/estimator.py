@@ -126,7 +126,8 @@ class Unrolled:
         replay = Replay(trajectory, session.module, session.task, session.examples)
         with replay.as_trained():
             layers = moving_layers(session.module)
-        require_exact(replay, session, layers, self.token_weights)
+        by_position = self.token_weights or session.by_token
+        require_exact(replay, session, layers, by_position)
         session.recorded_draws = True
         checkpoints = sorted(trajectory.checkpoints)
         segments = list(zip(checkpoints, checkpoints[1:], strict=False))
@@ -157,7 +158,7 @@ class Unrolled:
                         range(own_first, own_last),
                         unfinished.tensors,
                         room=budget // 4,
-                        by_position=self.token_weights,
+                        by_position=by_position,
                     )
                     if unfinished.tensors is not None:
                         certificate.restore(unfinished.tensors)
@@ -175,7 +176,7 @@ class Unrolled:
                     reverse.finish()
                     growths.append(reverse.growth())
                     by_token = reverse.add_tokens_to(by_token)
-        if self.token_weights:
+        if by_position:
             assert by_token is not None
             session.scores.set_by_token(session.reduce(by_token))
         for unfinished in rounds:
@@ -274,6 +275,8 @@ class Unrolled:
             del settings[name]
         key = digest(
             {
+                **({"by_token": True} if session.by_token else {}),
+                **({} if session.rows is None else {"rows": session.rows.position}),
                 "model and data": session.cache_key([trajectory.last_step]),
                 "settings": json.dumps(settings, sort_keys=True, default=repr),
                 "run": facts.settings.get("run_id"),
