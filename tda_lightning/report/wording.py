@@ -46,8 +46,8 @@ def wording(provenance: Provenance) -> Wording:
     doing = "adding one" if pool else "removing one"
     helped, hurt = (better, worse) if pool else (worse, better)
     effects = {
-        "proponent": f"{doing} is predicted to {helped} {quantity} by the size of its score",
-        "opponent": f"{doing} is predicted to {hurt} {quantity} by the size of its score",
+        "proponent": f"{doing} is predicted to {helped} {quantity} by its score",
+        "opponent": f"{doing} is predicted to {hurt} {quantity} by its score",
     }
     headings = {"proponent": "Strongest proponents", "opponent": "Strongest opponents"}
     totals = {"proponent": "proponents", "opponent": "opponents"}

@@ -329,19 +329,27 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_asked_is_refused_in_words(name):
     asked, text = REFUSED[name]
-    run, module, data = train(TEXTS, SGD)
-    inputs, labels = queries_of(TEXTS)
-    labels = labels.clone()
+    module, (inputs, labels) = TEXTS.build(), TEXTS.batch(3)
     labels[0, 0] = 3
+
+    def ask():
+        asked.check(3)
+        asked.measure(CaseTask(TEXTS.kind), module, (inputs, labels), torch.arange(3))
+
     with pytest.raises(ValueError, match=text):
+        ask()
+
+
+def test_settings_are_checked_for_the_queries_at_hand():
+    run, module, data = train(CLASSES, SGD)
+    with pytest.raises(ValueError, match="target has 2 entries, and there are 3 queries"):
         attribute(
-            TEXTS,
+            CLASSES,
             run,
             module,
             data,
             TracIn(),
-            queries=(inputs, labels),
-            measurement=asked,
+            measurement=Probability(target=[1, 2]),
             self_influence=False,
         )
 
