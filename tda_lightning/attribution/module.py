@@ -21,6 +21,7 @@ from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
+from tda_lightning.attribution.quiet import without_device_lines
 from tda_lightning.attribution.sessions import (
     open_members,
     open_session,
@@ -50,6 +51,7 @@ from tda_lightning.measurements import Measurement, as_measurement
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
+from tda_lightning.records.gradient_errors import GradientErrors
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import (
@@ -338,7 +340,7 @@ class AttributionModule(LightningModule):
     @_again_where_unseen
     def check(
         self, train: object, query: object, examples: int = 8, measurement: Asked = None
-    ) -> dict[str, float]:
+    ) -> GradientErrors:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
@@ -351,7 +353,7 @@ class AttributionModule(LightningModule):
             ValueError: they do not make up what the step returns.
         """
         require_attributable(examples)
-        errors: dict[str, float] = {}
+        errors = GradientErrors()
         sets = training_sets(train, self.stages[-1].run + 1)
         with in_eval_mode(self._attributed_modules):
             training = ExampleSource.of(sets[-1], examples, "training")
@@ -451,7 +453,7 @@ class AttributionModule(LightningModule):
         """``work`` in every process of the trainer, on its devices; its result."""
         self._work, self._result = work, None
         try:
-            with _gradients_in_predict(trainer):
+            with _gradients_in_predict(trainer), without_device_lines():
                 trainer.predict(self, _OneBatch(), return_predictions=False)  # type: ignore[arg-type]
             return self._result
         finally:
@@ -687,14 +689,15 @@ class _OneBatch:
 
 def quiet_trainer() -> Trainer:
     """One device, and nothing said by Lightning: walks have progress bars of their own."""
-    return Trainer(
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        inference_mode=False,
-    )
+    with without_device_lines():
+        return Trainer(
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,
+        )
 
 
 def _sink(

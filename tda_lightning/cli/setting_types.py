@@ -16,6 +16,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "by_token": (str | None, "by_token=train"),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
+    "compare": (Sequence[str] | None, "compare=[other.h5]"),
     "damping": (float | None, ""),
     "directions": (int, ""),
     "estimators": (Mapping, ""),
@@ -24,6 +25,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "fraction": (float, ""),
     "k": (int, ""),
     "leave_out": (int | None, ""),
+    "max_megabytes": (float, ""),
     "members": (int, ""),
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
@@ -61,6 +63,8 @@ def require_setting_types(config: DictConfig) -> None:
         if name not in config or OmegaConf.is_missing(config, name):
             continue
         value = config[name]
+        if name == "k" and value is None and "table" in config:  # tda export: all pairs
+            continue
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         require_type(name, plain, hint, example)
         if name in _POSITIVE and value < 1:

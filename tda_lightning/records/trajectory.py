@@ -6,6 +6,7 @@ test builds one from dictionaries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.display import fact_lines, html_facts, listed
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.files import StoreFunction
 
@@ -72,7 +74,7 @@ class Facts:
             object.__setattr__(self, "stages", (StageFact(0, tuple(self.parameters)),))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Steps:
     """The optimizer steps in order, one row each: row t is step t + 1.
 
@@ -116,6 +118,10 @@ class Steps:
     def __len__(self) -> int:
         return len(self.epoch)
 
+    def __repr__(self) -> str:
+        uses = len(self.examples)
+        return f"Steps({len(self)} steps, {len(self.example_offsets) - 1} batches, {uses} examples)"
+
     def between(self, start: int, stop: int) -> Steps:
         """Rows ``start`` to ``stop`` as a table of their own, whose offsets count from 0."""
         batches = self.batch_offsets[start : stop + 1]
@@ -142,7 +148,7 @@ class Steps:
         return [self.examples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """The state after ``step`` optimizer steps.
 
@@ -162,6 +168,12 @@ class Checkpoint:
     buffers: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]] | None = None
     random: Mapping[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"step {self.step}", f"{len(self.parameters)} parameters"]
+        parts += [f"{len(self.buffers)} other tensors"]
+        parts += [] if self.optimizer is None else ["optimizer state"]
+        return f"Checkpoint({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -239,7 +251,7 @@ class StageStatistics(Mapping[tuple[int, int], Statistics]):
         return len(self._intervals)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """A recorded run.
 
@@ -272,6 +284,31 @@ class Trajectory:
     steps_before: Mapping[str, int] = field(default_factory=dict)
     data_weights: Tensor | None = None
     what_if: MutableMapping[str, Trajectory] = field(default_factory=dict)
+
+    def _facts(self) -> dict[str, object]:
+        facts, settings = self.facts, self.facts.settings
+        size = sum(math.prod(fact.shape) for fact in facts.parameters.values())
+        shown: dict[str, object] = {
+            "model": settings.get("module", "not known"),
+            "optimizer": facts.optimizer,
+            "steps": len(self.steps),
+            "checkpoints": listed([f"{step}" for step in sorted(self.checkpoints)]),
+            "trained parameters": f"{size} in {len(facts.parameters)} tensors",
+            "training examples": facts.num_examples or "not known",
+        }
+        if len(facts.stages) > 1:
+            shown["stages begin after steps"] = listed([stage.start for stage in facts.stages])
+        if len(self.statistics):
+            shown["curvature statistics"] = f"of {len(self.statistics)} intervals"
+        if self.data_weights is not None:
+            shown["what-if run"] = f"mean weight {float(self.data_weights.mean()):.3g}"
+        return shown
+
+    def __repr__(self) -> str:
+        return fact_lines(f"Trajectory {self.path or 'in memory'}", self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"Trajectory {self.path or 'in memory'}", self._facts())
 
     def merged_statistics(self, start: int, stop: int) -> Statistics:
         """Sums of the statistics of every interval that ends in ``start`` < step <= ``stop``.

@@ -31,7 +31,7 @@ from tda_lightning.tasks.example_parts import (
     Site,
     UnreadableLossError,
 )
-from tda_lightning.tasks.example_seeds import seeded_examples
+from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.loss_terms import joined_terms, terms_of
@@ -218,7 +218,12 @@ class TrainingStepTask(AttributionTask):
             return
         with restored(module, "modes"), unchanged_randomness():
             module.eval()
-            together = self._held_alike(module, batch, reader.batch)
+            # Whatever the step draws otherwise, here an example draws the same in both.
+            examples = active_examples()
+            if examples is None:
+                examples = torch.arange(reader.batch)
+            with seeded_examples(active_seed(), examples):
+                together = self._held_alike(module, batch, reader.batch)
             alone = torch.cat(
                 batches.each_alone(batch, lambda one: self._held_alike(module, one, 1))
             )
