@@ -75,8 +75,10 @@ def class_outputs(task: AttributionTask, module: nn.Module, batch: Batch) -> Cla
             "Expected a loss with one cross entropy or binary cross entropy, whose logits "
             f"probabilities are made of, got {found}. {_ADVICE}"
         )
-    found = _of_loss(known[0], count)
-    return found if torch.is_grad_enabled() else replace(found, logits=found.logits.detach())
+    outputs = _of_loss(known[0], count)
+    if torch.is_grad_enabled():
+        return outputs
+    return replace(outputs, logits=outputs.logits.detach())
 
 
 def _of_loss(weighted: WeightedLoss, count: int) -> ClassOutputs:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.report.charts import number
-from tda_lightning.report.examples import shorten
+from tda_lightning.report.kept import shorten
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,6 @@ class Wording:
     headings: dict[str, str]
     effects: dict[str, str]
     totals: dict[str, str]
-
-    def measured(self, measurement: float) -> str:
-        """The quantity of a query in figures, from its measurement."""
-        return number(self.sign * measurement)
 
 
 def wording(provenance: Provenance) -> Wording:

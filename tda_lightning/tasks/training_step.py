@@ -445,7 +445,7 @@ class TrainingStepTask(AttributionTask):
             # Of a sum beside a mean, a batch of one has another share than a full batch.
             constant = not self._varying and not (self._summed and self._averages)
             compare_with_plain_steps(
-                self, run_training_step, module, batch, self._alone, some, constant
+                self, run_training_step, module, batch, batches.each_alone, some, constant
             )
 
     def average(
