@@ -89,7 +89,7 @@ class RecordedRun:
     @cached_property
     def measurement(self) -> Measurement | None:
         """What was asked about the queries; None: the task's own measurement."""
-        return measurement_of(self.config.measurement, self.data)
+        return measurement_of(self.config.get("measurement"), self.data)
 
     @property
     def end(self) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tda_lightning.cli import main
 from tda_lightning.cli.question import measurement_of, require_harmless, text_positions
 from tda_lightning.cli.run_config import build, load_config
 
+CONF = Path(__file__).parents[2] / "conf"
 SENTENCES = [
     "the cat sat on the mat",
     "a dog sat on a rug",
@@ -126,6 +129,27 @@ WRONG = {
 def test_what_cannot_be_asked_is_refused_in_words(settings, capsys):
     assert ask(*settings.split(), "scores=x.h5") == 1
     assert WRONG[settings] in capsys.readouterr().err
+
+
+NEEDED = {
+    "contrast": {"foil": 1},
+    "reward": {"rewards": [1.0, 2.0]},
+    "function": {"function": "torch.nn.functional.relu"},
+    "of_outputs": {"function": "torch.nn.functional.relu"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "measurement").glob("*")))
+def test_each_file_makes_its_measurement_and_names_its_settings(name):
+    node = OmegaConf.load(CONF / "measurement" / f"{name}.yaml")
+    named = {key for key in node if key != "_target_"}
+    made = measurement_of(OmegaConf.merge(node, NEEDED.get(name, {})), None)
+    positions = {"text"} if "span" in named else set()
+    assert {field.name for field in dataclasses.fields(made)} | positions == named
+    if name in NEEDED:
+        (missing,) = NEEDED[name]
+        with pytest.raises(ValueError, match=rf"needs measurement\.{missing}=\.\.\., got none"):
+            measurement_of(node, None)
 
 
 def test_words_of_a_text_are_found(run):

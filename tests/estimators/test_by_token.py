@@ -162,12 +162,12 @@ def test_an_unchanged_step_has_tokens_on_both_sides(alone):
     data, queries = texts(10, seed=0), texts(3, seed=7)
     module = Step(TEXTS.build())
 
-    def loss(module, batch):
-        return module.training_step(batch, 0)
+    def loss(module, one):
+        return F.cross_entropy(module.gpt(one[0][None])[0], one[1])
 
-    batches = [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
+    batches = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     run = oracles.record_run(
-        module, loss, data, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), batches, (3,)
+        module, loss, data, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), batches
     )
     task = TrainingStepTask()
     if alone:
@@ -253,7 +253,7 @@ def test_a_token_of_a_query_counts_as_a_query_of_its_own(runs, name, estimator):
 
 def test_both_sides_at_once(runs):
     run, module, data = runs["sgd"]
-    for estimator in (TracIn(), Source(num_segments=2, order="recorded")):
+    for estimator in (TracIn(), InfluenceFunction("identity", damping=1.0)):
         both = scored(run, module, data, estimator, by_token="both")
         train = scored(run, module, data, estimator, by_token="train")
         query = scored(run, module, data, estimator, by_token="query")
@@ -293,7 +293,7 @@ def test_only_candidates_have_tokens(runs, tmp_path):
 
 def test_several_rounds_of_queries_and_a_file_are_the_same(runs, tmp_path, monkeypatch):
     run, module, data = runs["adam"]
-    estimator = Source(num_segments=2)
+    estimator = InfluenceFunction(relative_damping=0.5)
     whole = scored(run, module, data, estimator, by_token="both")
     monkeypatch.setattr("tda_lightning.session.session.memory_budget", lambda: 1)
     path = str(tmp_path / "scores.h5")

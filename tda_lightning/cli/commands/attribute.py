@@ -77,7 +77,7 @@ def attribute(config: DictConfig) -> None:
             edits=_relabels(config.relabel),
             draws=config.draws,
             keep=config.keep,
-            measurement=measurement_of(config.measurement, data),
+            measurement=measurement_of(config.get("measurement"), data),
             by_token=config.by_token,
             pool=None if config.pool is None else pool_of(config, run_config).dataset,
         )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from tda_lightning.attribution.matching import require_same_data
@@ -183,16 +183,18 @@ def _complete_measurement(config: DictConfig, first: Provenance) -> None:
         ValueError: in a way that only loss can be measured.
     """
     asked = first.get("config", {}).get("measurement")
-    if config.measurement is None and asked is not None:
+    given = config.get("measurement")
+    if given is None and asked is not None:
         require_harmless(asked, config.trust_config)
-        config.measurement = asked
+        with open_dict(config):
+            config.measurement = given = asked
     elsewhere = config.protocol == "pbrf" or config.removal is not None or config.token_removal
-    if config.measurement is not None and elsewhere:
+    if given is not None and elsewhere:
         raise ValueError(
             "protocol=pbrf and removal= measure the task's own measurement, and these scores are "
             "of another one. Evaluate them by retraining on subsets."
         )
-    if "measurement" in first and config.measurement is None:
+    if "measurement" in first and given is None:
         raise ValueError(
             f"The scores are about {first['measurement']['quantity']}, which this command does not "
             "know how to measure: give measurement=..., as in tda attribute."

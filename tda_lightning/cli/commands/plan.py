@@ -56,7 +56,7 @@ def plan(config: DictConfig) -> None:
                 self_influence=config.self_influence,
                 draws=config.draws,
                 keep=config.keep,
-                measurement=measurement_of(config.measurement, data),
+                measurement=measurement_of(config.get("measurement"), data),
             )
         except (UnsupportedTrainingError, ValueError) as error:
             if single:
