@@ -16,7 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
+from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
@@ -127,8 +129,15 @@ class AttributionModule(LightningModule):
         task: the training loss and the measurement; None for the module's own ``training_step``.
         fresh: names of modules or parameters that a later trajectory initialised anew under a
             name and shape that the one before it has too.
+        at_step: the model that is asked about: that after so many optimizer steps, for which there
+            is a recorded checkpoint. Everything is as if training had ended there. None: the last.
+            Of several trajectories in order of training it is a step of the last one.
+        ckpt: the same by a file that Lightning's ``ModelCheckpoint`` saved during the run, or
+            ``"best"``: the best one by the metric that it monitored. Its weights are taken from the
+            file where the recorder has none of that step.
 
     Raises:
+        FileNotFoundError: there is no such file.
         TrajectoryNotFoundError: the folder holds no trajectory.
         TrajectoryFormatError: a file of it is damaged or of another format version.
         TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
@@ -146,25 +155,31 @@ class AttributionModule(LightningModule):
         estimator: Estimator,
         task: AttributionTask | Sequence[AttributionTask | None] | None = None,
         fresh: Sequence[str] = (),
+        at_step: int | None = None,
+        ckpt: str | PathLike[str] | None = None,
     ):
         super().__init__()
         require_constructible(module, trajectory, estimator, task, fresh)
         if isinstance(trajectory, str | PathLike) and is_ensemble(trajectory):
             trajectory = Ensemble.load(trajectory)
+        trajectory = asked_about(trajectory, at_step, ckpt)
         staged = isinstance(estimator, StagedEstimator)
         self.members = [
             # A task remembers what it saw of its run's batches.
             set_up(module, run, copy.deepcopy(task), fresh, staged)
             for run in _ensemble_runs(module, trajectory, task)
         ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
+        for stages in self.members:
+            for stage in stages:
+                require_answerable(stage.trajectory, estimator)
         self.stages = self.members[0]
         facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
         self._ensemble = None if facts is None else facts.kind
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source for several trajectories, or "
-                "give the last one only."
+                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
+                "several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None

@@ -3,6 +3,7 @@
 from tda_lightning.estimators.base import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.fastif import FastInfluence
 from tda_lightning.estimators.influence import InfluenceFunction
+from tda_lightning.estimators.multi_stage import MultiStageInfluence
 from tda_lightning.estimators.source.estimator import Source
 from tda_lightning.estimators.tracin import TracIn
 from tda_lightning.estimators.trak import TRAK
@@ -14,6 +15,7 @@ __all__ = [
     "Estimator",
     "FastInfluence",
     "InfluenceFunction",
+    "MultiStageInfluence",
     "Source",
     "StagedEstimator",
     "TracIn",

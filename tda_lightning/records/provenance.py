@@ -304,6 +304,7 @@ class Provenance(TypedDict, total=False):
     statistics: Statistics | list[Statistics | None]  # recorded in training, if they were used
     leading_directions: Count | list[Count]  # eigenvectors that SOURCE keeps exactly
     damping: Damping
+    proximity: list[float | None]  # multi-stage influence: of each stage
     solver: SolverRecord
     matrix_free: MatrixFreeRecord
     # Its replay (exact unrolling)
