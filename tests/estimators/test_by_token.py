@@ -165,9 +165,9 @@ def test_an_unchanged_step_has_tokens_on_both_sides(alone):
     def loss(module, one):
         return F.cross_entropy(module.gpt(one[0][None])[0], one[1])
 
-    batches = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    batches = [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]]]
     run = oracles.record_run(
-        module, loss, data, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), batches
+        module, loss, data, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), batches, ()
     )
     task = TrainingStepTask()
     if alone:
@@ -214,7 +214,7 @@ QUERIES = {
 }
 
 
-@pytest.mark.parametrize("name", QUERIES)
+@pytest.mark.parametrize("name", ["loss", pytest.param("span", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -304,6 +304,7 @@ def test_several_rounds_of_queries_and_a_file_are_the_same(runs, tmp_path, monke
     assert torch.equal(loaded.by_query_token, apart.by_query_token[1:3])
 
 
+@pytest.mark.slow
 def test_the_mean_over_runs_is_taken_by_token(runs):
     first, module, data = runs["sgd"]
     second = recorded(sgd(lr=0.03))[0]
