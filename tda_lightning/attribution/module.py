@@ -20,6 +20,7 @@ from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
 from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.dry_run import DryRun, dry_run
+from tda_lightning.attribution.graph_sources import NodeSource, by_node
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
@@ -42,6 +43,8 @@ from tda_lightning.edits import (
     Addition,
     Edit,
     EditSet,
+    GraphEdit,
+    GraphEditSet,
     additions,
     pool_notes,
     pool_record,
@@ -73,6 +76,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
+from tda_lightning.session.edited_graphs import direct_terms
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.scores_file import ScoreFile
@@ -214,7 +218,7 @@ class AttributionModule(LightningModule):
         self_influence: bool | None = None,
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
-        edits: Sequence[Edit] | None = None,
+        edits: Sequence[Edit | GraphEdit] | None = None,
         draws: int | None = None,
         keep: float = 1.0,
         measurement: Asked = None,
@@ -299,6 +303,7 @@ class AttributionModule(LightningModule):
         for member in self.members:
             for stage in member:
                 require_same_data(stage.trajectory, examples[stage.run])
+        recorded, examples, queries = by_node(self.members, examples, queries)
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -309,11 +314,20 @@ class AttributionModule(LightningModule):
             added = self._pool(pool, edits)
             edits = edits if added is None else added
             edit_set = self._edit_set(edits, examples)
+            if isinstance(edit_set, GraphEditSet) and keep < 1:
+                raise UnsupportedTrainingError(
+                    "keep is a share of the training examples that would stay, and edits of a "
+                    "graph change the graph: ask about them with keep=1."
+                )
+            if isinstance(edit_set, GraphEditSet) and by_token is not None:
+                raise UnsupportedTrainingError(
+                    "Edits of a graph have no scores by token: leave out by_token."
+                )
             question = as_measurement(measurement)
             _require_askable(question, self_influence)
             own_self = self._wants_self_influence(self_influence, question) and edits is None
             own_self = own_self and by_token not in ("query", "both")
-            asked = asked_runs(self.members, examples, keep, draws)
+            asked = asked_runs(recorded, examples, keep, draws)
             draws = draws if keep == 1 else None
             opened = open_members(
                 asked.runs, examples, queries, own_self, edit_set, draws, question, by_token
@@ -341,6 +355,11 @@ class AttributionModule(LightningModule):
                 if added is not None:
                     made["pool"] = pool_record(added, examples[-1])
                     made["notes"] = [*pool_notes(made["pool"]), *made["notes"]]
+                if isinstance(examples[-1], NodeSource):
+                    asked_nodes = {"train": examples[-1], "query": queries}
+                    made["nodes"] = {
+                        name: own.dataset.nodes.tolist() for name, own in asked_nodes.items()
+                    }
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -374,8 +393,9 @@ class AttributionModule(LightningModule):
             training = ExampleSource.of(sets[-1], examples, "training")
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
+            (stages,), (training,), queries = by_node([self.stages[-1:]], [training], queries)
             session = open_session(
-                self.stages[-1],
+                stages[-1],
                 training,
                 queries,
                 self_influence=False,
@@ -435,16 +455,17 @@ class AttributionModule(LightningModule):
             examples = ExampleSource.of(train, batch_size, "training")
             queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
             require_same_data(self.trajectory, examples)
+            members, (examples,), queries = by_node(self.members, [examples], queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 runs, seconds = len(self.members), 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(self.members, [examples], draws)
+                    runs, seconds = seconds_of_runs(members, [examples], draws)
                     draws = None
                 question = as_measurement(measurement)
                 _require_askable(question, self_influence)
                 (stage,) = open_stages(
-                    self.stages,
+                    members[0],
                     [examples],
                     queries,
                     self._wants_self_influence(self_influence, question),
@@ -556,6 +577,8 @@ class AttributionModule(LightningModule):
                 session.finish_self_influence()
                 session.finish_by_token()
                 _require_tokens(session, sink, self.estimator)
+            if isinstance(session.edits, GraphEditSet):
+                sink.set_direct(direct_terms(session))
         else:
             assert isinstance(self.estimator, StagedEstimator) and counts is not None
             for number, stage in enumerate(stages):
@@ -618,8 +641,8 @@ class AttributionModule(LightningModule):
         return additions(pool.dataset if isinstance(pool, DataLoader) else pool)
 
     def _edit_set(
-        self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
-    ) -> EditSet | None:
+        self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]
+    ) -> EditSet | GraphEditSet | None:
         if edits is None:
             return None
         if len(self.stages) > 1:
@@ -627,7 +650,20 @@ class AttributionModule(LightningModule):
                 f"edits belong to one training set, and the run has {len(self.stages)} stages. "
                 "Attribute each of them, Trajectory.load(path).stages(), with its own edits."
             )
-        return EditSet(edits, examples[0])
+        of_graph = [isinstance(edit, GraphEdit) for edit in edits]
+        if not any(of_graph):
+            return EditSet(cast(Sequence[Edit], edits), examples[0])
+        if not all(of_graph):
+            raise ValueError(
+                "edits are of the graph or of single examples, got both. Ask for them one by one."
+            )
+        if not isinstance(examples[0], NodeSource):
+            raise UnsupportedTrainingError(
+                f"{type(edits[0]).__name__} is an edit of the graph that a run was trained on, and "
+                "this training set is none: expected one graph with a mask of training nodes "
+                "(task=None), or tda_lightning.tasks.NodeTask."
+            )
+        return GraphEditSet(cast(Sequence[GraphEdit], edits), examples[0])
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from tda_lightning.attribution.cache_key import digest_of
 from tda_lightning.attribution.member_modules import require_masked
 from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
-from tda_lightning.edits import EditSet
+from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
@@ -44,7 +44,7 @@ def open_members(
     examples: Sequence[ExampleSource],
     queries: ExampleSource,
     self_influence: bool,
-    edits: EditSet | None = None,
+    edits: EditSet | GraphEditSet | None = None,
     draws: int | None = None,
     asked: Measurement | None = None,
     by_token: str | None = None,

@@ -293,6 +293,7 @@ class Provenance(TypedDict, total=False):
     sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
+    nodes: dict[str, list[int]]  # of one graph: ids of the training nodes ("train") and the queries
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
     pool: PoolRecord  # columns are the additions of its examples
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1

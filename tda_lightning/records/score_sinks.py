@@ -37,6 +37,9 @@ class ScoreSink(Protocol):
     def set_by_query_token(self, values: Tensor) -> None:
         """Keep the scores of single tokens of the queries, [query, position, train]."""
 
+    def set_direct(self, values: Tensor) -> None:
+        """Keep the direct terms of edits, [query, edit], and add them to the scores."""
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
 
@@ -74,6 +77,10 @@ class StageSink:
     def set_by_query_token(self, values: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Scores by token belong to the scores of all stages together.")
+
+    def set_direct(self, values: Tensor) -> None:
+        """Refused: edits are of one training set."""
+        raise ValueError("Direct terms belong to the scores of all stages together.")
 
     def set_candidates(self, candidates: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
@@ -130,6 +137,10 @@ class QueryTokenSink:
     def set_by_query_token(self, values: Tensor) -> None:
         """Refused: they are what is gathered here."""
         raise ValueError("Scores by query token are gathered from the rows.")
+
+    def set_direct(self, values: Tensor) -> None:
+        """Refused: edits of a graph have no tokens."""
+        raise ValueError("Edits of a graph have no scores by token.")
 
     def set_candidates(self, candidates: Tensor) -> None:
         """Those of a query's first token are those of all."""
@@ -194,6 +205,12 @@ class MemberSink:
         """Add a share to the mean."""
         self.sink.set_by_query_token(self._mean(self.sink.by_query_token, values))
 
+    def set_direct(self, values: Tensor) -> None:
+        """Add the member's own to its scores, and a share to the mean."""
+        assert self.sink.members is not None
+        self.sink.members[self.number] += values.to(self.sink.values) / self.runs
+        self.sink.direct = self._mean(self.sink.direct, values)
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Refused: every member has candidates of its own."""
         raise ValueError(
@@ -229,6 +246,7 @@ class MemorySink:
     """
 
     members: Tensor | None = None
+    direct: Tensor | None = None
 
     def __init__(
         self,
@@ -332,6 +350,15 @@ class MemorySink:
             require_finite_query_tokens(values)
         self.by_query_token = values.detach().to("cpu", self.values.dtype)
 
+    def set_direct(self, values: Tensor) -> None:
+        """Keep the direct terms of edits, [query, edit], and add them to the scores."""
+        if values.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape {list(self.values.shape)} of the scores, got "
+                f"{list(values.shape)}."
+            )
+        self.direct = values.detach().to("cpu", self.values.dtype)
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten.
 
@@ -358,6 +385,7 @@ class MemorySink:
             self.candidates,
             self.members,
             self.by_query_token,
+            self.direct,
         )
 
     def abort(self) -> None:
@@ -368,6 +396,8 @@ class MemorySink:
             # Row by row, because the twin of this class works on files larger than memory.
             for query in range(len(self.values)):
                 torch.sum(self.by_segment[:, query], dim=0, out=self.values[query])
+        if self.direct is not None:
+            self.values += self.direct
 
 
 def _keep_candidates(tokens: Tensor, candidates: Tensor) -> None:

@@ -52,8 +52,8 @@ class Scores:
 
     Attributes:
         values: [query, train]; float32, or float64 for a module in float64.
-        by_segment: [segment, query, train], which sums to ``values`` over the segments; None
-            for an estimator without segments.
+        by_segment: [segment, query, train], which sums to ``values`` over the segments (with
+            ``direct``, to ``through_weights``); None for an estimator without segments.
         self_influence: [train], the score of each training example as its own query; None when
             it was not computed.
         by_token: [query, train, position], the score of each term of a training example's loss
@@ -67,6 +67,8 @@ class Scores:
         by_query_token: [query, position, train], the score of each token that a query's
             measurement is made of, which sums to ``values`` over positions; None when it was not
             asked for.
+        direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
+            own neighbourhood at unchanged weights; None for other columns.
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -79,6 +81,7 @@ class Scores:
     candidates: Tensor | None = None
     members: Tensor | None = None
     by_query_token: Tensor | None = None
+    direct: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -123,6 +126,11 @@ class Scores:
                 f"members must have the shape [2 or more members, {queries}, {train}] of values, "
                 f"got {list(self.members.shape)}."
             )
+        if self.direct is not None and self.direct.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape [{queries}, {train}] of values, got "
+                f"{list(self.direct.shape)}."
+            )
         if self.candidates is None:
             require_finite(self.values)
         else:
@@ -135,6 +143,12 @@ class Scores:
             require_finite_tokens(self.by_token)
         if self.by_query_token is not None and self.candidates is None:
             require_finite_query_tokens(self.by_query_token)
+
+    @property
+    def through_weights(self) -> Tensor:
+        """The part of ``values`` that comes by way of the weights, [query, train]: all but
+        ``direct``."""
+        return self.values if self.direct is None else self.values - self.direct
 
     @property
     def num_queries(self) -> int:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.edits import EditSet
+from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import TrajectoryMismatchError
@@ -27,6 +27,7 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.edited_graphs import edit_gradients
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
@@ -43,6 +44,7 @@ from tda_lightning.tasks.recorded_noise import RecordedNoise
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
+_EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
 
 
 @dataclass
@@ -154,7 +156,7 @@ class Session:
     loaded: LoadedCheckpoint = field(default_factory=LoadedCheckpoint)
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
-    edits: EditSet | None = None
+    edits: EditSet | GraphEditSet | None = None
     asked: Measurement | None = None
     by_token: bool = False
     rows: QueryRows | None = None
@@ -273,6 +275,9 @@ class Session:
         if self.edits is None:
             yield from self.walk(title, step, order)
             return
+        if isinstance(self.edits, GraphEditSet):
+            yield from self._walk_graph_edits(self.edits, title, step, order)
+            return
         rank, world = rank_and_world()
         edits, terms = self.edits, self.edits.terms
         if order is None:
@@ -303,6 +308,28 @@ class Session:
                 signs.to(self.device),
                 places=places,
             )
+
+    def _walk_graph_edits(
+        self,
+        edits: GraphEditSet,
+        title: str,
+        step: int | None,
+        order: Sequence[Sequence[int]] | None,
+    ) -> Iterator[Batch]:
+        rank, world = rank_and_world()
+        source = edits.column_source
+        if order is None:
+            fitting = _EDIT_BYTES // self.gradient_bytes(1)
+            size = max(1, min(fitting, self.batch_size, len(edits) // world))
+            order = [range(at, min(at + size, len(edits))) for at in range(0, len(edits), size)]
+        if step is not None:
+            self.load(step)
+        own = list(enumerate(order))[rank::world]
+        title = self.prefix + title
+        for position, columns, data in self.pace.walk(title, source, self.module, own):
+            # Every step uses the graph, so an edit counts as often as an average example.
+            nobody = torch.full_like(columns, -1)
+            yield Batch(self, data, columns, position, columns, nobody, places=columns.cpu())
 
     def uses(self, index: int) -> list[int]:
         """What :meth:`walk_columns` reads for a use of training example ``index``: itself, or the
@@ -525,7 +552,10 @@ class Session:
     def train_gradients(
         self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
     ) -> ExampleGradients:
-        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        """Per-example gradients of the training loss; of a batch of the run with what it drew. Of
+        edits of a graph, what they change of the training set's."""
+        if isinstance(batch, EditedGraphs):
+            return edit_gradients(self, batch)
         if noise is None:
             return self.engine.gradients(self.train_loss, batch, examples)
 

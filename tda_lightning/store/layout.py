@@ -87,6 +87,8 @@ be mapped::
     by_query_token              the same type [query, position, train], likewise
     members                     the same type [member, query, train], of an ensemble, whose mean is
                                 values; absent for a single run
+    direct                      the same type [query, train]; of edits of a graph, the part of
+                                values at unchanged weights; absent for other columns
     candidates                  int64 [query, k], the training examples that were scored for each
                                 query, nearest first; absent where all were scored
     provenance                  JSON text []: how the scores were made

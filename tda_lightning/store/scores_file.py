@@ -26,7 +26,7 @@ from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_da
 
 _ARRAYS = (
     *("values", "by_segment", "self_influence", "by_token", "candidates", "members"),
-    "by_query_token",
+    *("by_query_token", "direct"),
 )
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
@@ -100,6 +100,7 @@ def read_scores(
             candidates=_read(path, file, "candidates", (rows,), False),
             members=_read(path, file, "members", (slice(None), rows), mapped),
             by_query_token=_read(path, file, "by_query_token", (rows,), mapped),
+            direct=_read(path, file, "direct", (rows,), mapped),
         )
 
 
