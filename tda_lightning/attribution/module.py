@@ -630,7 +630,7 @@ class AttributionModule(LightningModule):
         return measurement is None and self_influence_by_default(self.estimator)
 
     @staticmethod
-    def _pool(pool: object, edits: Sequence[Edit] | None) -> list[Addition] | None:
+    def _pool(pool: object, edits: Sequence[object] | None) -> list[Addition] | None:
         if pool is None:
             return None
         if edits is not None:
