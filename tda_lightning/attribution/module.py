@@ -65,6 +65,7 @@ from tda_lightning.records.score_sinks import (
     QueryTokenSink,
     ScoreSink,
     StageSink,
+    TimestepSink,
 )
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
@@ -340,8 +341,11 @@ class AttributionModule(LightningModule):
             several = len(self.members) if len(self.members) > 1 else asked.draws
             members = several if several > 1 else None
             columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
-            sizes = ((session.whole or session).num_query, columns, segments)
-            sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
+            parts = session.num_parts
+            _require_whole(session, question, by_token)
+            sizes = ((session.whole or session).num_query // parts, columns, segments)
+            timesteps = parts if session.task.kept_parts is not None else None
+            sink = _sink(sizes, session.dtype, (members, timesteps), scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
                     estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
@@ -520,14 +524,20 @@ class AttributionModule(LightningModule):
                 MemberSink(sink, number // runs, by_segment, runs, apart)
                 for number in range(len(opened))
             ]
+        combined: ScoreSink = sink
+        if sink.by_timestep is not None:
+            share = 0.0 if apart else 1 / len(opened)
+            combined = TimestepSink(sink, sink)
+            parts = [TimestepSink(part, sink, share) for part in parts]
         if apart:
-            estimated = self._score_together([stages[-1].session for stages in opened], sink, parts)
+            sessions = [stages[-1].session for stages in opened]
+            estimated = self._score_together(sessions, combined, parts)
         else:
             estimated = [
                 self._score(stages, part, own)
                 for stages, part, own in zip(opened, parts, counts, strict=True)
             ]
-        for matrix in (sink.values, sink.by_segment, sink.members):
+        for matrix in (sink.values, sink.by_segment, sink.members, sink.by_timestep):
             if matrix is not None:
                 matrix.copy_(opened[0][-1].session.reduce(matrix))
         return estimated
@@ -613,7 +623,7 @@ class AttributionModule(LightningModule):
             )
 
     def _score_together(
-        self, sessions: Sequence[Session], sink: MemorySink, parts: Sequence[ScoreSink]
+        self, sessions: Sequence[Session], sink: ScoreSink, parts: Sequence[ScoreSink]
     ) -> list[Provenance]:
         """Run an estimator on several runs that it puts together in its own way."""
         assert isinstance(self.estimator, EnsembleEstimator)
@@ -692,6 +702,15 @@ def _no_self(measurement: Measurement | None, by_token: str | None) -> str:
     return _NO_SELF if measurement is None else _NO_SELF_MEASURED
 
 
+def _require_whole(session: Session, measurement: object, by_token: str | None) -> None:
+    """Refuse other questions to a task whose measurement has parts of its own (timesteps)."""
+    if session.num_parts > 1 and (measurement is not None or by_token in ("query", "both")):
+        raise UnsupportedTrainingError(
+            f"{type(session.task).__name__} measures queries in {session.num_parts} parts of its "
+            "own (timesteps): leave out measurement= and by_token=, or give a task without them."
+        )
+
+
 def _require_tokens(session: Session, sink: ScoreSink, estimator: Estimator) -> None:
     """Check that an estimator that is none of ours has scored the tokens that were asked for."""
     own = sink.sink if isinstance(sink, MemberSink) else sink
@@ -754,21 +773,21 @@ def quiet_trainer() -> Trainer:
 def _sink(
     sizes: tuple[int, int, int | None],
     dtype: torch.dtype,
-    members: int | None,
+    kept: tuple[int | None, int | None],
     path: str | None,
     overwrite: bool,
     trainer: Trainer,
 ) -> MemorySink:
-    """Where the scores go: memory, or the file at ``path``."""
+    """Where the scores go: memory, or the file at ``path``; ``kept``: members and timesteps."""
     if path is None:
-        return MemorySink(*sizes, dtype, members)
+        return MemorySink(*sizes, dtype, *kept)
     if trainer.world_size > 1:
         # Saved at the end by one process; whether it can be is known before the work.
         Processes.of(trainer).by_first(
-            lambda: ScoreFile(path, *sizes, dtype, members, overwrite).abort()
+            lambda: ScoreFile(path, *sizes, dtype, *kept, overwrite).abort()
         )
-        return MemorySink(*sizes, dtype, members)
-    return ScoreFile(path, *sizes, dtype, members, overwrite)
+        return MemorySink(*sizes, dtype, *kept)
+    return ScoreFile(path, *sizes, dtype, *kept, overwrite)
 
 
 def _ensemble_runs(module: object, trajectory: object, task: object) -> list[Trajectory]:

@@ -24,7 +24,7 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
 from tda_lightning.session.query_rows import QueryRows, RowExamples
-from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
+from tda_lightning.session.session import LoadedCheckpoint, Session, Stage, part_indices
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
@@ -136,6 +136,8 @@ def open_session(
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
     examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
+    kept = task.kept_parts
+    parts = 1 if kept is None else len(kept)
     session = Session(
         module=module,
         task=task,
@@ -143,9 +145,10 @@ def open_session(
         engine=engine,
         scores=MemorySink(0, 0),
         num_train=len(examples),
-        num_query=len(queries),
+        num_query=len(queries) * parts,
+        num_parts=parts,
         examples=examples,
-        queries=lambda start, stop: _query_batches(queries, start, stop, module),
+        queries=lambda start, stop: _measured_batches(queries, start, stop, module, kept),
         cache_key=lambda steps: digest_of(session, steps, batch, indices),
         self_influence=self_influence,
         batch_size=examples.batch_size,
@@ -275,6 +278,25 @@ def _loaded(
 ) -> tuple[object, Tensor]:
     batch, indices = next(iter(source.indexed([chosen])))
     return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
+
+
+def _measured_batches(
+    queries: ExampleSource,
+    start: int,
+    stop: int,
+    module: nn.Module,
+    parts: Sequence[int] | None,
+) -> Iterator[tuple[object, Tensor]]:
+    """Queries from ``start`` to ``stop``; where parts of their measurement are kept, all queries
+    come once for each part."""
+    if parts is None:
+        yield from _query_batches(queries, start, stop, module)
+        return
+    count = len(queries)
+    for part in range(start // count, -(-stop // count)):
+        first, last = max(start - part * count, 0), min(stop - part * count, count)
+        for batch, indices in _query_batches(queries, first, last, module):
+            yield batch, part_indices(indices, part)
 
 
 def _query_batches(

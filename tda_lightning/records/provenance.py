@@ -316,6 +316,7 @@ class Provenance(TypedDict, total=False):
     model: str  # class name
     task: dict[str, object]  # class and settings
     draws: Count  # of the noise in a loss, over which it is averaged
+    timesteps: list[Count]  # of by_timestep, where a diffusion model was measured at each
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars

@@ -69,6 +69,9 @@ class Scores:
             asked for.
         direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
             own neighbourhood at unchanged weights; None for other columns.
+        by_timestep: [timestep, query, train], the scores of a diffusion model's measurement at each
+            timestep (``provenance["timesteps"]``), whose mean is ``values``; None where they were
+            not asked for (``DiffusionTask(by_timestep=True)``).
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -82,6 +85,7 @@ class Scores:
     members: Tensor | None = None
     by_query_token: Tensor | None = None
     direct: Tensor | None = None
+    by_timestep: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -96,6 +100,13 @@ class Scores:
             raise ValueError(
                 f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
                 f"{list(self.by_segment.shape)}."
+            )
+        if self.by_timestep is not None and (
+            self.by_timestep.ndim != 3 or self.by_timestep.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_timestep must have the shape [timestep, {queries}, {train}] of values, got "
+                f"{list(self.by_timestep.shape)}."
             )
         if self.self_influence is not None and self.self_influence.shape != (train,):
             raise ValueError(
@@ -314,7 +325,16 @@ class Scores:
         by_token = None if self.by_token is None else self.by_token[:, columns]
         tokens = self.by_query_token
         by_query_token = None if tokens is None else tokens[:, :, columns]
-        return Scores(values, by_segment, own, provenance, by_token, by_query_token=by_query_token)
+        by_timestep = None if self.by_timestep is None else self.by_timestep[:, :, columns]
+        return Scores(
+            values,
+            by_segment,
+            own,
+            provenance,
+            by_token,
+            by_query_token=by_query_token,
+            by_timestep=by_timestep,
+        )
 
     def __len__(self) -> int:
         return self.num_queries
@@ -345,6 +365,7 @@ class Scores:
             None if self.by_token is None else self.by_token[kept],
             None if self.candidates is None else self.candidates[kept],
             None if self.members is None else self.members[:, kept],
+            by_timestep=None if self.by_timestep is None else self.by_timestep[:, kept],
         )
 
     def _row(self, query: int) -> QueryScores:

@@ -39,12 +39,14 @@ from tda_lightning.tasks import (
     numbered_draw,
     seeded_examples,
 )
+from tda_lightning.tasks.loss_calls import inside_transform
 from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
 _EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
+_PART = 1 << 32  # part p of the measurement of query q has the index q + (p + 1) _PART
 
 
 @dataclass
@@ -136,6 +138,8 @@ class Session:
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        num_parts: parts of the measurement that are scored as queries of their own, part after part
+            (the timesteps of a diffusion model); 1: none.
         no_recorded_draws: why not, where the estimator asked for them.
         check_seconds: that planning and checking losses and gradients took.
         draws: over how many draws of them losses and their gradients are averaged.
@@ -167,6 +171,7 @@ class Session:
     check_seconds: float = 0.0
     no_recorded_draws: str | None = None
     draws: int = 1
+    num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
@@ -416,6 +421,11 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def whole_queries(self) -> Iterator[tuple[object, Tensor]]:
+        """All queries as (batch, indices), each with its whole measurement."""
+        for batch, indices in self.queries(0, self.num_query // self.num_parts):
+            yield batch, own_indices(indices)
+
     def query_gradients(self, first: int, last: int) -> QueryGradients:
         """Measurement gradients of the queries ``first`` to ``last`` at the weights in place."""
         return QueryGradients.of(
@@ -561,13 +571,27 @@ class Session:
 
         def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
             with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
-                return self.task.train_loss(module, part)
+                return self.task.loss_as_drawn(module, part)
 
         return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the measurement."""
-        return self.engine.gradients(self.measurement, batch, examples)
+        """Per-example gradients of the measurement, or of the parts of it that ``examples`` name
+        (:func:`part_indices`)."""
+        loss = self._part if _are_parts(examples) else self.measurement
+        return self.engine.gradients(loss, batch, examples)
+
+    def measurement_terms(self, batch: object, examples: Tensor) -> Iterator[ExampleGradients]:
+        """Per-example gradients of the terms that :meth:`measurement` is the mean of: its parts
+        (timesteps) at each draw of its noise."""
+        parts = self.task.measured_parts
+        named = [examples]
+        if parts > 1 and not _are_parts(examples):
+            named = [part_indices(examples, number) for number in range(parts)]
+        for _ in self.each_draw():
+            for indices in named:
+                loss = self._part_once if _are_parts(indices) else self._measured_once
+                yield self.engine.gradients(loss, batch, indices)
 
     def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
@@ -619,21 +643,27 @@ class Session:
         return self._mean(lambda: self.task.train_loss(module, batch), _TRAINING, examples)
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
-        asked, rows = self.asked, self.rows
-        if rows is not None:
-            place = rows.position.to(examples.device)[examples]
-            examples = rows.query.to(examples.device)[examples]
+        """The measurement of each example, [batch], or the parts of it that ``examples`` name; the
+        mean over ``draws`` of its noise."""
+        if self.asked is None and not inside_transform() and _are_parts(examples):
+            return self._part(module, batch, examples)
+        return self._mean(
+            lambda: self._measured(module, batch, examples), MEASURED_SEED, self._queries(examples)
+        )
 
-        def measured() -> Tensor:
-            if rows is not None:
-                terms = self.measured_terms(module, batch, examples)[0]
-                return terms.gather(1, place[:, None]).squeeze(1)
-            if asked is None:
-                return self.task.measurement(module, batch)
-            return asked.measure(self.task, module, batch, examples)
+    def _queries(self, examples: Tensor) -> Tensor:
+        """The queries that rows are of, where queries are taken apart; otherwise as given."""
+        return examples if self.rows is None else self.rows.query.to(examples.device)[examples]
 
-        return self._mean(measured, MEASURED_SEED, examples)
+    def _measured(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
+        """The measurement with one draw of its noise, from the seeds that are active."""
+        if self.rows is not None:
+            terms = self.measured_terms(module, batch, self._queries(examples))[0]
+            place = self.rows.position.to(examples.device)[examples]
+            return terms.gather(1, place[:, None]).squeeze(1)
+        if self.asked is None:
+            return self.task.measurement(module, batch)
+        return self.asked.measure(self.task, module, batch, examples)
 
     def measured_terms(
         self, module: nn.Module, batch: object, queries: Tensor
@@ -681,6 +711,20 @@ class Session:
             notes.append(f"The measurement draws random numbers: it is the mean {mean} query.")
         return notes
 
+    def _part(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
+        own, part = indices % _PART, indices // _PART - 1
+        return self._mean(
+            lambda: self.task.measurement_part(module, batch, part), MEASURED_SEED, own
+        )
+
+    def _part_once(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
+        with seeded_examples(MEASURED_SEED, indices % _PART):
+            return self.task.measurement_part(module, batch, indices // _PART - 1)
+
+    def _measured_once(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
+        with seeded_examples(MEASURED_SEED, self._queries(examples)):
+            return self._measured(module, batch, examples)
+
     def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
         losses = []
         for _ in self.each_draw():
@@ -720,6 +764,20 @@ def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object
     changed = task.relabelled(batch, labels)
     inherit(batch, changed)
     return changed
+
+
+def part_indices(examples: Tensor, part: int) -> Tensor:
+    """Indices that name a part of the measurement of each of ``examples``."""
+    return examples + (part + 1) * _PART
+
+
+def own_indices(indices: Tensor) -> Tensor:
+    """The examples that :func:`part_indices` were made of; others stay."""
+    return indices % _PART
+
+
+def _are_parts(indices: Tensor) -> bool:
+    return bool((indices >= _PART).any())
 
 
 def memory_budget() -> int:

@@ -26,7 +26,7 @@ from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_da
 
 _ARRAYS = (
     *("values", "by_segment", "self_influence", "by_token", "candidates", "members"),
-    *("by_query_token", "direct"),
+    *("by_query_token", "direct", "by_timestep"),
 )
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
@@ -101,6 +101,7 @@ def read_scores(
             members=_read(path, file, "members", (slice(None), rows), mapped),
             by_query_token=_read(path, file, "by_query_token", (rows,), mapped),
             direct=_read(path, file, "direct", (rows,), mapped),
+            by_timestep=_read(path, file, "by_timestep", (slice(None), rows), mapped),
         )
 
 
@@ -229,6 +230,7 @@ class ScoreFile(MemorySink):
         num_segments: when given, each block belongs to a segment and ``values`` is their sum.
         dtype: float32 or float64.
         num_members: when given, each block belongs to a member of an ensemble.
+        num_timesteps: when given, scores are also kept by timestep.
         overwrite: replace an existing file. It stays whole until :meth:`finish`.
 
     Raises:
@@ -244,6 +246,7 @@ class ScoreFile(MemorySink):
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
         num_members: int | None = None,
+        num_timesteps: int | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -261,6 +264,8 @@ class ScoreFile(MemorySink):
             shapes["by_segment"] = (num_segments, num_queries, num_train)
         if num_members is not None:
             shapes["members"] = (num_members, num_queries, num_train)
+        if num_timesteps is not None:
+            shapes["by_timestep"] = (num_timesteps, num_queries, num_train)
         try:
             with hdf5_file(self._part, "w") as file:
                 put_header(file, SCORES, _WITHOUT_CANDIDATES)
