@@ -198,7 +198,7 @@ def test_an_unchanged_step_has_tokens_on_both_sides(alone):
             own = [u for u in range(4) if queries[1][query, u] != IGNORED]
             measured = sum(gradient(*queries, query, u) for u in own) / len(own)
             for example, place in counted.nonzero().tolist():
-                term = gradient(*data, example, place) / (counted.sum() / 10)
+                term = gradient(*data, example, place) / (float(counted.sum()) / 10)
                 expected[query, example, place] += rate * float(measured @ term) / 10
     assert relative(found.by_token, expected) < EXACT
 
