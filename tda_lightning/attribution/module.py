@@ -46,9 +46,11 @@ from tda_lightning.edits import (
     GraphEdit,
     GraphEditSet,
     additions,
+    document_removals,
     pool_notes,
     pool_record,
 )
+from tda_lightning.edits.documents import holds_documents
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
@@ -245,7 +247,8 @@ class AttributionModule(LightningModule):
             provenance: what the caller has to say of how the scores were made, added to ours.
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
                 the predicted change of the measurement if edit e were made. There is no
-                self-influence then.
+                self-influence then. None: of packed rows, which name the document of each
+                position under ``example_ids``, the removal of every document.
             draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
                 mixup): scores are of its mean over so many seeded draws for each example. None:
                 the task's own number, 1 where nothing was set. With ``keep`` below 1: the number
@@ -313,6 +316,8 @@ class AttributionModule(LightningModule):
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             added = self._pool(pool, edits)
+            if edits is None and added is None and by_token not in ("train", "both"):
+                edits = self._documents(examples)
             edits = edits if added is None else added
             edit_set = self._edit_set(edits, examples)
             if isinstance(edit_set, GraphEditSet) and keep < 1:
@@ -649,6 +654,15 @@ class AttributionModule(LightningModule):
                 "Addition(example) is the edit that adds an example."
             )
         return additions(pool.dataset if isinstance(pool, DataLoader) else pool)
+
+    def _documents(self, examples: Sequence[ExampleSource]) -> Sequence[Edit] | None:
+        """The removals of documents where the rows of the training set hold several each; None for
+        those of rows."""
+        dataset = examples[0].dataset
+        by_token = getattr(self.estimator, "token_weights", False)
+        if len(self.stages) > 1 or by_token or not len(examples[0]):
+            return None
+        return document_removals(dataset) if holds_documents(dataset[0]) else None
 
     def _edit_set(
         self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]

@@ -9,7 +9,7 @@ only measures, is known to the session alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
+from tda_lightning.gradients.rows import touched_rows
 from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
@@ -174,8 +175,9 @@ class Session:
     num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
-    _self_influence: Tensor | None = None
-    _by_token: Tensor | None = None
+    # Of all restrictions together.
+    _self_influence: list[Tensor] = field(default_factory=list)
+    _by_token: list[Tensor] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[Block]:
@@ -301,7 +303,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
-            used_as = [edits.edits[column].index for column in columns]
+            used_as = [edits.used_with(place) for place in places.tolist()]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
@@ -421,6 +423,32 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def factored_bytes(self, copies: int) -> int:
+        """The same where a block whose rows are looked up takes the rows that an example touches
+        alone, with room for queries that touch twice as many as the first training examples."""
+        scalars = 0
+        for block in self.blocks:
+            rows = self.engine.rows_each.get(block.name)
+            # Values, and with them the example and the row.
+            own = block.size if rows is None else 2 * rows * (block.shape[2] + 4)
+            scalars += min(own, block.size)
+        return copies * scalars * self.dtype.itemsize
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> Session:
+        """The same session with some rows alone, ascending, of blocks whose rows are looked up.
+
+        Nothing is lost where the other rows meet no query: they take no part in any score.
+        """
+        return replace(self, engine=self.engine.restricted(rows))
+
+    def query_rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Which rows the queries ``first`` to ``last`` touch at the weights in place, of blocks
+        whose rows are looked up."""
+        return touched_rows(
+            self.measurement_gradients(batch, indices).blocks
+            for batch, indices in self.queries(first, last)
+        )
+
     def whole_queries(self) -> Iterator[tuple[object, Tensor]]:
         """All queries as (batch, indices), each with its whole measurement."""
         for batch, indices in self.queries(0, self.num_query // self.num_parts):
@@ -440,6 +468,15 @@ class Session:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
             yield self.examples.batch(indices, self.module), indices.to(self.device)
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows, ascending, that any process has."""
+        if rank_and_world()[1] == 1:
+            return rows
+        parts: list[Tensor] = [rows] * rank_and_world()[1]
+        torch.distributed.all_gather_object(parts, rows.cpu())
+        united: Tensor = torch.cat(parts).unique()
+        return united.to(rows.device)
+
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
         if rank_and_world()[1] == 1:
@@ -454,18 +491,25 @@ class Session:
         """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
         if used is not None and (weights := self.weights(examples, used)) is not None:
             values = values * weights
-        if self._self_influence is None:
-            self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
-        self._self_influence.index_add_(0, examples, values.to(self._self_influence))
+        if not self._self_influence:
+            zeros = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+            self._self_influence.append(zeros)
+        (own,) = self._self_influence
+        own.index_add_(0, examples, values.to(own))
 
     def on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Matrices [query, groups, rows, columns] by block as tensors [query, *shape] by
         parameter."""
-        return {
-            name: tensor
-            for block in self.blocks
-            for name, tensor in block.tensors(matrices[block.name]).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for block in self.blocks:
+            for name, own in block.tensors(matrices[block.name]).items():
+                if block.chosen is not None:  # the other rows meet no query
+                    shape = self.module.get_parameter(name).shape
+                    whole = own.new_zeros(len(own), *shape)
+                    whole[:, block.chosen] = own
+                    own = whole
+                tensors[name] = own
+        return tensors
 
     def add_terms(
         self,
@@ -515,7 +559,7 @@ class Session:
 
     def _term_scores(self, length: int) -> Tensor:
         """Where scores of terms are added up, for examples of up to ``length`` terms."""
-        own = self._by_token
+        own = self._by_token[0] if self._by_token else None
         if own is None or own.shape[2] < length:
             queries = self.num_query if self.rows is None else self.rows.num_query
             columns = self.num_train if self.edits is None else len(self.edits)
@@ -529,21 +573,22 @@ class Session:
             longer = torch.zeros(queries, columns, length, dtype=self.dtype, device=self.device)
             if own is not None:
                 longer[:, :, : own.shape[2]] = own
-            self._by_token = own = longer
+            self._by_token[:] = [longer]
+            own = longer
         return own
 
     def finish_by_token(self) -> None:
         """Hand the scores by token of all processes to the scores, if any were added."""
         rank, world = rank_and_world()
         lengths = torch.zeros(world, device=self.device)
-        lengths[rank] = 0 if self._by_token is None else self._by_token.shape[2]
+        lengths[rank] = self._by_token[0].shape[2] if self._by_token else 0
         longest = int(self.reduce(lengths).max())
         if longest:
             self.scores.set_by_token(self.reduce(self._term_scores(longest)).cpu())
 
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""
-        own = self._self_influence
+        own = self._self_influence[0] if self._self_influence else None
         added = self.reduce(torch.tensor([float(own is not None)], device=self.device))
         if not bool(added):
             return
