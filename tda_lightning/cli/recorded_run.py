@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from tda_lightning.cli.command import not_null
 from tda_lightning.cli.own_data import OwnData, as_attributed
@@ -76,7 +76,7 @@ def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]
         raise ValueError(f"pool.split must be train or query, got {split!r}.")
     changed = config.copy()
     with open_dict(changed):
-        changed.data = OmegaConf.merge(config.data, changes)
+        changed.data = {**not_null(config.data), **changes}
     return Pool(load_data(changed, run_config), split)
 
 
