@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
+    "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
     "inspect": ("show what is in a trajectory, its size, and whether it is whole", "trajectory"),
@@ -41,6 +42,7 @@ For example:
     tda attribute  trajectory=runs/digits estimator=source
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
+    tda unlearn    runs/digits 'remove=[3,17]'
     tda report     scores=runs/digits/scores/source.h5
     tda export     runs/digits/scores/source.h5 k=50
     tda inspect    runs/digits
