@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.attribution.graph_sources import NodeSource
-from tda_lightning.curvature import as_matrices
 from tda_lightning.edits import EditedGraphs, EditSet, GraphEdit, GraphEditSet
 from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.estimators.inverse import fit_inverse
+from tda_lightning.estimators.queries import directions
 from tda_lightning.gradients import Dense, ExampleGradients
 from tda_lightning.session.session import Session
 
@@ -72,23 +72,15 @@ def moved_weights(
 ) -> nn.Module:
     """A copy of the module with the weights that the edits are predicted to lead to."""
     session.load(session.trajectory.last_step)
-    change = _gradient_change(session, edits)
+    delta = _gradient_change(session, edits)
     held = {item.name: getattr(session, item.name) for item in fields(Session)}
-    asked = _OneDirection(**{**held, "queries": _one_query, "num_query": 1}, given=change)
+    asked = _OneDirection(**{**held, "queries": _one_query, "num_query": 1}, given=delta)
     responses = fit_inverse(estimator, asked).responses(0, 1, 1)
-    matrices = {}
-    for name, response in responses.items():
-        spectrum = response.spectrum
-        matrices[name] = response.values if spectrum is None else spectrum.lift(response.values)
-    if not matrices.keys() <= {block.name for block in session.blocks}:  # all parameters in a row
-        (row,) = matrices.values()
-        matrices = as_matrices(session.blocks, row.reshape(1, -1))
     moved = copy.deepcopy(session.module)
     with torch.no_grad():
-        for block in session.blocks:
-            for name, tensor in block.tensors(matrices[block.name][0]).items():
-                parameter = moved.get_parameter(name)
-                parameter.add_((tensor / session.num_train).to(parameter))
+        for name, change in directions(session, responses).items():
+            parameter = moved.get_parameter(name)
+            parameter.add_((change[0] / session.num_train).to(parameter))
     return moved
 
 

@@ -4,6 +4,7 @@ from tda_lightning.estimators.base import EnsembleEstimator, Estimator, StagedEs
 from tda_lightning.estimators.fastif import FastInfluence
 from tda_lightning.estimators.influence import InfluenceFunction
 from tda_lightning.estimators.multi_stage import MultiStageInfluence
+from tda_lightning.estimators.retrac import Retrac
 from tda_lightning.estimators.source.estimator import Source
 from tda_lightning.estimators.tracin import TracIn
 from tda_lightning.estimators.trak import TRAK
@@ -16,6 +17,7 @@ __all__ = [
     "FastInfluence",
     "InfluenceFunction",
     "MultiStageInfluence",
+    "Retrac",
     "Source",
     "StagedEstimator",
     "TracIn",

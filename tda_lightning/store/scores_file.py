@@ -24,9 +24,14 @@ from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES
 from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_dataset, to_json
 
-_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members", "direct")
+_ARRAYS = (
+    *("values", "by_segment", "self_influence", "by_token", "candidates", "members"),
+    *("by_query_token", "direct", "by_timestep"),
+)
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
+# What has no score where an example is no candidate.
+_OF_CANDIDATES = ("values", "by_token", "by_query_token")
 # Provenance entries with one item per query, which are cut along with the rows.
 _PER_QUERY = ("predictions", "measurements", "query_indices")
 
@@ -94,7 +99,9 @@ def read_scores(
             by_token=_read(path, file, "by_token", (rows,), mapped),
             candidates=_read(path, file, "candidates", (rows,), False),
             members=_read(path, file, "members", (slice(None), rows), mapped),
+            by_query_token=_read(path, file, "by_query_token", (rows,), mapped),
             direct=_read(path, file, "direct", (rows,), mapped),
+            by_timestep=_read(path, file, "by_timestep", (slice(None), rows), mapped),
         )
 
 
@@ -150,7 +157,8 @@ def _read(
     array = dataset[rows]
     _require_checksum(path, name, _row_checksums(array), file, rows)
     # Scores check the values of candidates themselves.
-    if not np.isfinite(array).all() and not (name == "values" and has(file, "candidates")):
+    unscored = name in _OF_CANDIDATES and has(file, "candidates")
+    if not np.isfinite(array).all() and not unscored:
         raise ValueError(f"{name!r} is not finite")
     return torch.from_numpy(array)
 
@@ -222,6 +230,7 @@ class ScoreFile(MemorySink):
         num_segments: when given, each block belongs to a segment and ``values`` is their sum.
         dtype: float32 or float64.
         num_members: when given, each block belongs to a member of an ensemble.
+        num_timesteps: when given, scores are also kept by timestep.
         overwrite: replace an existing file. It stays whole until :meth:`finish`.
 
     Raises:
@@ -237,6 +246,7 @@ class ScoreFile(MemorySink):
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
         num_members: int | None = None,
+        num_timesteps: int | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -247,12 +257,15 @@ class ScoreFile(MemorySink):
         self.by_segment = None
         self.self_influence = None
         self.by_token = None
+        self.by_query_token = None
         self.candidates = None
         shapes: dict[str, tuple[int, ...]] = {"values": (num_queries, num_train)}
         if num_segments is not None:
             shapes["by_segment"] = (num_segments, num_queries, num_train)
         if num_members is not None:
             shapes["members"] = (num_members, num_queries, num_train)
+        if num_timesteps is not None:
+            shapes["by_timestep"] = (num_timesteps, num_queries, num_train)
         try:
             with hdf5_file(self._part, "w") as file:
                 put_header(file, SCORES, _WITHOUT_CANDIDATES)

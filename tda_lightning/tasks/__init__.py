@@ -3,6 +3,7 @@
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.classification import ClassificationTask
+from tda_lightning.tasks.diffusion import DiffusionTask
 from tda_lightning.tasks.example_seeds import MEASURED_SEED, numbered_draw, seeded_examples
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.graphs import GraphTask
@@ -30,6 +31,7 @@ __all__ = [
     "MEASURED_SEED",
     "AttributionTask",
     "ClassificationTask",
+    "DiffusionTask",
     "GraphTask",
     "LanguageModelingTask",
     "NodeBatch",

@@ -91,7 +91,7 @@ def test_edits_of_a_graph_move_the_weights_as_the_formula_says(name: str, run: A
 def test_unlearned_weights_come_close_to_those_of_training_again(run: Any) -> None:
     graph, module, trajectory = run
     train = graph["train_mask"].nonzero().squeeze(1)
-    edit = RemoveFeatures([int(train[7])], columns=[2])  # a small change: the formula is its limit
+    edit = RemoveFeatures([0], columns=[2])  # a small change: the formula is its limit
     estimator = InfluenceFunction("exact", damping=0.0)
     attribution = AttributionModule(module, trajectory, estimator, NodeTask())
     moved = attribution.unlearned(loader_of(graph), [edit])
@@ -107,7 +107,7 @@ def test_unlearned_weights_come_close_to_those_of_training_again(run: Any) -> No
         {"loss": lambda own: float(F.cross_entropy(own(graph)[held_out], graph["y"][held_out]))},
         seconds=(1.0, 3.0),
     )
-    assert report.recovered > 0.85
+    assert report.recovered > 0.95
     before, after, wanted = report.measures["loss"]
     assert abs(after - wanted) < 0.5 * abs(before - wanted)
     assert report.speedup == 3.0
