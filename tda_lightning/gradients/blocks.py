@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.composite import Rows, Sum
+from tda_lightning.gradients.composite import Sum
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.records.errors import EngineError
 
 
@@ -33,6 +34,7 @@ class Block:
         row: True when all parameters lie end to end in one row.
         transposed: True when the weight is stored as [columns, rows].
         stacked: True when the weight is stored as [groups, rows, columns], or transposed so.
+        chosen: the rows of the parameters that it is restricted to, ascending; None: all of them.
     """
 
     name: str
@@ -43,6 +45,13 @@ class Block:
     row: bool = False
     transposed: bool = False
     stacked: bool = False
+    chosen: Tensor | None = field(default=None, compare=False)
+
+    def restricted(self, rows: Tensor) -> Block:
+        """The block of some rows alone, of a weight whose rows are looked up."""
+        assert self.groups == 1 and not self.row and not self.transposed and self.chosen is None
+        shapes = tuple((len(rows), *shape[1:]) for shape in self.shapes)
+        return replace(self, shapes=shapes, chosen=rows)
 
     @property
     def size(self) -> int:
@@ -62,11 +71,16 @@ class Block:
         return (self.groups, rows, self.size // (self.groups * rows))
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors of the parameters' shapes, any leading axes -> [..., groups, rows, columns]."""
+        """Tensors of the parameters' shapes, any leading axes -> [..., groups, rows, columns].
+
+        A restricted block takes the tensors of whole parameters, or its own rows of them.
+        """
         parts = []
         for position, (name, shape) in enumerate(zip(self.parameters, self.shapes, strict=True)):
             tensor = tensors[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
+            if self.chosen is not None and tensor.shape[len(lead)] != len(self.chosen):
+                tensor = tensor.index_select(len(lead), self.chosen.to(tensor.device))
             if self.transposed and position == 0:
                 tensor = tensor.mT
             parts.append(tensor.reshape((*lead, *self.shape[:2], -1)))

@@ -82,6 +82,10 @@ class Gradient(ABC):
         )
         return left, right, sides[1].trace(right)
 
+    def add_squares(self, total: Tensor, left: Basis, right: Basis) -> None:
+        """Add :meth:`sum_of_squares` to ``total``, in its precision."""
+        total += self.sum_of_squares(left, right)
+
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
         (total,) = _totals(

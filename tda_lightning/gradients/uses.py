@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.blocks import Block, BlockParts, block_name
-from tda_lightning.gradients.composite import Rows
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.layout import Layout, RowOwners
+from tda_lightning.gradients.rows import Rows
 
 
 @dataclass(frozen=True)
