@@ -437,7 +437,5 @@ def _check_losses(losses: Tensor, examples: Tensor) -> None:
         position = int(bad.nonzero()[0])
         raise NonFiniteError(
             f"The loss of example {int(examples[position])} is {float(losses[position].detach())}. "
-            "Attribution needs finite losses: look at this example, or use an earlier checkpoint. "
-            "Where the loss ignores all labels of an example (-100), its mean is 0/0: leave the "
-            "example out."
+            "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )

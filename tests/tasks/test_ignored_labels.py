@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from tda_lightning import AttributionModule, TrajectoryRecorder
 from tda_lightning.estimators import TracIn
-from tda_lightning.records.errors import NonFiniteError
 from tests.attributing import quiet
 from tests.edits.test_documents import LENGTH, WORDS, Words
 from tests.runs import trainer
@@ -36,5 +35,5 @@ def test_all_ignored(tmp_path: Path) -> None:
     scores = attribution.attribute(loader, DataLoader(rows(), 2), trainer=quiet())
     assert not scores.values[:, 1].any()
     assert scores.values[:, 0].all()
-    with pytest.raises(NonFiniteError, match="ignores all labels of an example"):
+    with pytest.raises(ValueError, match="Query 2 has no label that counts"):
         attribution.attribute(loader, DataLoader(rows(2), 2), trainer=quiet())
