@@ -123,6 +123,10 @@ class Joined(Gradient):
         ]
         return torch.stack(own).sum(0)
 
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        parts = [block.weighted_sums(weights).flatten(1) for block in self.blocks]
+        return torch.cat(parts, dim=1)[:, None, None]
+
 
 class Scaled(Gradient):
     """Gradients multiplied elementwise by ``scale`` [groups, rows, columns]: h * g, the

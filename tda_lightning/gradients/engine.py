@@ -68,6 +68,7 @@ class GradientEngine:
 
     Attributes:
         notes: what a reader of the scores should know about these gradients.
+        widest: scalars that an example has in the largest output of a layer.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
@@ -89,6 +90,7 @@ class GradientEngine:
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
+        self.widest = 1
 
     @property
     def blocks(self) -> list[Block]:
@@ -235,6 +237,7 @@ class GradientEngine:
             )
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
+        self.widest = max([1, *(u.output_shape.numel() // len(examples) for u in capture.uses)])
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)

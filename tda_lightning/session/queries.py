@@ -48,5 +48,6 @@ class QueryGradients:
         ):
             return torch.cat([gradient.gram(query) for query in queries])  # type: ignore[arg-type]
         if name not in self._dense:
-            self._dense[name] = torch.cat([query.dense(slice(None)) for query in queries])
+            dense = torch.cat([query.dense(slice(None)) for query in queries])
+            self._dense[name] = gradient.arranged(dense)
         return gradient.dot(self._dense[name])

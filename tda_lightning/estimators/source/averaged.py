@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tda_lightning.curvature import Spectrum
+from tda_lightning.curvature import Spectrum, as_matrices
+from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import Response, dot
 from tda_lightning.estimators.source.schedule import chunks
 from tda_lightning.estimators.source.segments import (
@@ -30,23 +31,28 @@ def cross(
     del inside
     for step in steps:
         for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
-            values = dot(responses, segment.units(batch.gradients))
+            gradients = segment.units(batch.gradients) if WHOLE in responses else batch.gradients
+            values = dot(responses, gradients)
             share = 1 / (session.num_train * len(steps))
             session.add(number, batch, values * share, first_query, used=segment.used)
     return crossing
 
 
 def _responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
-    """What the queries ask of the segment's examples."""
+    """What the queries ask of the segment's examples: by unit of curvature, or by block where they
+    are back on the parameters."""
     meetings = segment.session.num_train * len(segment.steps.checkpoints)
-    responses = {}
+    responses: dict[str, Response] = {}
     for name, adjoint in inside.items():
         spectrum = segment.spectra[name]
         if isinstance(spectrum, Spectrum) and name not in segment.geometry.scale:
             response = combined(segment.transfers[name].response, adjoint)
             responses[name] = Response(response, spectrum, meetings)
-        else:
-            responses[name] = Response(segment.response(name, adjoint), None, meetings)
+            continue
+        by_block = {name: segment.response(name, adjoint)}
+        if name == WHOLE:
+            by_block = as_matrices(segment.session.blocks, by_block[name][..., 0, 0, :])
+        responses |= {block: Response(own, None, meetings) for block, own in by_block.items()}
     return responses
 
 
