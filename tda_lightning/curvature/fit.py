@@ -17,7 +17,7 @@ identity no curvature
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from tda_lightning.gradients import (
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.session import Batch, Session, Span
+from tda_lightning.session.session import Batch, Session, Span, memory_budget
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -133,6 +133,7 @@ def fit_curvature(
         spectra = _fit_kfac(walks, dense_side)
     else:
         if bases is None:
+            # The second of the two walks finds the gradients of the first.
             bases = _fit_bases(walks, dense_side)
         on_device = {
             name: (placed(left, *place), placed(right, *place))
@@ -194,7 +195,9 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
 def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor]]:
     """Second moments of both sides, and the positions of an example, by unit."""
     sums = _Sums(walks)
-    for name, gradient, weights in walks.fisher_gradients("covariances"):
+    for name, gradient, weights in walks.fisher_gradients(
+        "covariances", keep=walks.kind == "ekfac"
+    ):
         sums.add(name, gradient.covariances(side_forms(gradient, dense_side), weights))
     return sums.means()
 
@@ -210,6 +213,7 @@ class _Walks:
     seed: int
     title: str
     used: Span | None
+    _kept: list[_Drawn] = field(default_factory=list)
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
@@ -221,15 +225,38 @@ class _Walks:
         """What each example of a batch counts by; None: 1."""
         return batch.curvature_weights(self.used)
 
-    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient, Tensor | None]]:
-        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights)."""
+    def fisher_gradients(
+        self, what: str, keep: bool = False
+    ) -> Iterator[tuple[str, Gradient, Tensor | None]]:
+        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights).
+
+        Args:
+            keep: for the next walk, which then reads no data and runs no model, where they fit
+                into memory.
+        """
+        session = self.session
+        batches = session.num_train * len(self.steps) * session.draws // session.num_processes
+        room = 4 * session.engine.held * batches
+        if self._kept:
+            total = max(len(self._kept), -(-batches // session.walk_size))
+            drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)
+        else:
+            drawn = self._drawn(what)
+        keep = keep and room <= memory_budget()
+        for one in drawn:
+            if keep:
+                self._kept.append(one)
+            for name, gradient in one.gradients.items():
+                yield name, gradient, one.weights
+
+    def _drawn(self, what: str) -> Iterator[_Drawn]:
+        session = self.session
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
-            seed, session, weights = self.seed + step, self.session, self.weights(batch)
+            seed, weights = self.seed + step, self.weights(batch)
             for _ in session.each_draw():
                 gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-                for name, gradient in self.scaled(gradients, step).items():
-                    yield name, gradient, weights
+                yield _Drawn(self.scaled(gradients, step), weights)
 
     def scaled(self, gradients: Mapping[str, Gradient], step: int) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -238,6 +265,14 @@ class _Walks:
             name: scaled(gradient, scale.get(name))
             for name, gradient in units(self.kind, gradients).items()
         }
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Scaled Fisher gradients of a batch by unit, and what its examples count by."""
+
+    gradients: dict[str, Gradient]
+    weights: Tensor | None
 
 
 class _Sums:

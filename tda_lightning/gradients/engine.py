@@ -69,6 +69,7 @@ class GradientEngine:
     Attributes:
         notes: what a reader of the scores should know about these gradients.
         widest: scalars that an example has in the largest output of a layer.
+        held: scalars that an example's factored gradients hold in memory.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
@@ -90,7 +91,7 @@ class GradientEngine:
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
-        self.widest = 1
+        self.widest = self.held = 1
 
     @property
     def blocks(self) -> list[Block]:
@@ -237,11 +238,13 @@ class GradientEngine:
             )
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
-        self.widest = max([1, *(u.output_shape.numel() // len(examples) for u in capture.uses)])
+        sizes = [use.output_shape.numel() // len(examples) for use in capture.uses]
+        self.widest = max([1, *sizes])
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
             odd, _ = _apart(capture.uses, self._otherwise(capture, losses) | shared)
+        self.held = sum(sizes) + sum(use.input_scalars for use in capture.uses) // len(examples)
         seen = {ref.name for use in capture.uses for ref in use.refs}
         if unseen := set(self.names) - seen - set(odd):
             plain = self.plain_gradient(loss, batch, examples)
@@ -251,6 +254,7 @@ class GradientEngine:
         if wrong := self._wrong(errors):
             self._plan(capture, [*self._generic, *wrong])
             errors = self._errors(loss, batch, examples)
+        self.held += sum(math.prod(self._shapes[name]) for name in self._generic)
         if wrong := self._wrong(errors):
             name = wrong[0]
             raise EngineError(

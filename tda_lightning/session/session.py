@@ -249,9 +249,7 @@ class Session:
         rank, world = rank_and_world()
         if order is None:
             # Small enough that no process goes without a batch.
-            order = self.examples.batches(
-                size=min(self.walk_size, max(1, self.num_train // world))
-            )
+            order = self.examples.batches(size=min(self.walk_size, max(1, self.num_train // world)))
         if step is not None:
             self.load(step)
         own = list(enumerate(order))[rank::world]
