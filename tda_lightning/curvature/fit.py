@@ -17,7 +17,7 @@ identity no curvature
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -133,7 +133,6 @@ def fit_curvature(
         spectra = _fit_kfac(walks, dense_side)
     else:
         if bases is None:
-            # The second of the two walks finds the gradients of the first.
             bases = _fit_bases(walks, dense_side)
         on_device = {
             name: (placed(left, *place), placed(right, *place))
@@ -202,7 +201,7 @@ def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor
     return sums.means()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Walks:
     """The walks that fit one curvature; see :func:`fit_curvature` for the fields."""
 
@@ -213,7 +212,7 @@ class _Walks:
     seed: int
     title: str
     used: Span | None
-    _kept: list[_Drawn] = field(default_factory=list)
+    _kept: list[_Drawn] | None = None
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
@@ -235,19 +234,23 @@ class _Walks:
                 into memory.
         """
         session = self.session
-        batches = session.num_train * len(self.steps) * session.draws // session.num_processes
-        room = 4 * session.engine.held * batches
-        if self._kept:
-            total = max(len(self._kept), -(-batches // session.walk_size))
-            drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)
-        else:
+        count = session.num_train * len(self.steps) * session.draws // session.num_processes
+        room = session.dtype.itemsize * session.engine.held * count
+        if self._kept is None:
             drawn = self._drawn(what)
-        keep = keep and room <= memory_budget()
+        else:
+            total = max(len(self._kept), -(-count // session.walk_size))
+            drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)
+        keep = keep and session.device.type == "cpu" and room <= memory_budget()
+        # All processes keep theirs, or none does: they walk together.
+        lacking = torch.tensor([float(not keep)], device=session.device)
+        kept: list[_Drawn] | None = None if bool(session.reduce(lacking)) else []
         for one in drawn:
-            if keep:
-                self._kept.append(one)
+            if kept is not None:
+                kept.append(one)
             for name, gradient in one.gradients.items():
                 yield name, gradient, one.weights
+        self._kept = kept
 
     def _drawn(self, what: str) -> Iterator[_Drawn]:
         session = self.session

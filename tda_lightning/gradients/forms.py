@@ -228,7 +228,7 @@ class Outer(Gradient):
         return groups * self.positions * cost
 
     def dot(self, queries: Tensor) -> Tensor:
-        count, groups, height, width = queries.shape
+        count, groups, height, _ = queries.shape
         if not self._meets_factors(count):
             # Transposed: patches have their positions innermost, and of two such factors the
             # product is twice as fast with the wider one in front.

@@ -39,20 +39,23 @@ def cross(
 
 
 def _responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
-    """What the queries ask of the segment's examples: by unit of curvature, or by block where they
-    are back on the parameters."""
+    """What the queries ask of the segment's examples: by unit of curvature, or by block where the
+    unit of leading directions takes all blocks together."""
     meetings = segment.session.num_train * len(segment.steps.checkpoints)
     responses: dict[str, Response] = {}
     for name, adjoint in inside.items():
         spectrum = segment.spectra[name]
-        if isinstance(spectrum, Spectrum) and name not in segment.geometry.scale:
-            response = combined(segment.transfers[name].response, adjoint)
+        response = combined(segment.transfers[name].response, adjoint)
+        if name in segment.geometry.scale:
+            by_unit = {name: segment.response(name, adjoint)}
+            if name == WHOLE:
+                by_unit = as_matrices(segment.session.blocks, by_unit[name][..., 0, 0, :])
+            responses |= {unit: Response(own, None, meetings) for unit, own in by_unit.items()}
+        elif isinstance(spectrum, Spectrum):
             responses[name] = Response(response, spectrum, meetings)
-            continue
-        by_block = {name: segment.response(name, adjoint)}
-        if name == WHOLE:
-            by_block = as_matrices(segment.session.blocks, by_block[name][..., 0, 0, :])
-        responses |= {block: Response(own, None, meetings) for block, own in by_block.items()}
+        else:
+            for block, (basis, own) in spectrum.in_blocks(response).items():
+                responses[block] = Response(own, basis, meetings)
     return responses
 
 
