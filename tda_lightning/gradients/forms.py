@@ -107,6 +107,11 @@ class Gradient(ABC):
         flat, chunks = queries.flatten(1), self.chunks(fewest=_MET_TOGETHER)
         return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in chunks], dim=1)
 
+    def dot_and_squares(self, queries: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`dot`, and :meth:`weighted_squares` on the parameters' own axes, from the same
+        dense gradients where they are formed."""
+        return self.dot(queries), self.weighted_squares(None, None, weight)
+
     def arranged(self, queries: Tensor) -> Tensor:
         """The same queries, in the order in memory that :meth:`dot` reads without a copy."""
         return queries.contiguous()
@@ -230,13 +235,8 @@ class Outer(Gradient):
     def dot(self, queries: Tensor) -> Tensor:
         count, groups, height, _ = queries.shape
         if not self._meets_factors(count):
-            # Transposed: patches have their positions innermost, and of two such factors the
-            # product is twice as fast with the wider one in front.
-            flat, parts = queries.mT.flatten(1), []
-            for rows in self.chunks(fewest=_MET_TOGETHER):
-                dense = self.inputs(rows).mT @ self.outputs[rows]
-                parts.append(flat @ dense.flatten(1).T)
-            return torch.cat(parts, dim=1)
+            flat = queries.mT.flatten(1)
+            return torch.cat([flat @ dense.T for dense in self._columns_first()], dim=1)
         # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
         flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
         parts = []
@@ -246,6 +246,23 @@ class Outer(Gradient):
             products = (inputs @ flat).unflatten(2, (count, height)) @ outputs.unsqueeze(3)
             parts.append(products.squeeze(3).sum(0).T)
         return torch.cat(parts, dim=1)
+
+    def dot_and_squares(self, queries: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.positions == 1:
+            return super().dot_and_squares(queries, weight)
+        flat, weights = queries.mT.flatten(1), weight.mT.flatten()
+        products, squares = [], []
+        for dense in self._columns_first():
+            products.append(flat @ dense.T)
+            squares.append(dense.square_() @ weights)
+        return torch.cat(products, dim=1), torch.cat(squares)
+
+    def _columns_first(self) -> Iterator[Tensor]:
+        """Chunks of dense gradients, transposed and flat, that are met by queries: patches have
+        their positions innermost, and of two such factors the product is twice as fast with the
+        wider one in front."""
+        for rows in self.chunks(fewest=_MET_TOGETHER):
+            yield (self.inputs(rows).mT @ self.outputs[rows]).flatten(1)
 
     def arranged(self, queries: Tensor) -> Tensor:
         if self._meets_factors(len(queries)):

@@ -37,17 +37,44 @@ class QueryGradients:
 
     def dot(self, gradients: Mapping[str, Gradient]) -> Tensor:
         """Inner products with training examples' gradients, summed over blocks: [query, batch]."""
-        products = [self._block_dot(name, gradient) for name, gradient in gradients.items()]
+        products = [
+            self._gram(name, gradient)
+            if self._by_gram(name, gradient)
+            else gradient.dot(self._dense_of(name, gradient))
+            for name, gradient in gradients.items()
+        ]
         return torch.stack(products).sum(0)
 
-    def _block_dot(self, name: str, gradient: Gradient) -> Tensor:
-        """By the cheaper exact way: Gram matrices of the factors, or dense queries."""
-        queries = self._batches[name]
-        if isinstance(gradient, Outer) and all(
-            isinstance(query, Outer) and gradient.gram_is_cheaper(query) for query in queries
-        ):
-            return torch.cat([gradient.gram(query) for query in queries])  # type: ignore[arg-type]
+    def dot_and_squares(
+        self, gradients: Mapping[str, Gradient], weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`dot`, and the sum of each example's own squares times ``weights`` [groups, rows,
+        columns] by block: [batch]."""
+        products, squares = [], []
+        for name, gradient in gradients.items():
+            if self._by_gram(name, gradient):
+                products.append(self._gram(name, gradient))
+                squares.append(gradient.weighted_squares(None, None, weights[name]))
+            else:
+                queries = self._dense_of(name, gradient)
+                product, own = gradient.dot_and_squares(queries, weights[name])
+                products.append(product)
+                squares.append(own)
+        return torch.stack(products).sum(0), torch.stack(squares).sum(0)
+
+    def _by_gram(self, name: str, gradient: Gradient) -> bool:
+        """Whether products of Gram matrices of the factors are cheaper than dense queries."""
+        return isinstance(gradient, Outer) and all(
+            isinstance(query, Outer) and gradient.gram_is_cheaper(query)
+            for query in self._batches[name]
+        )
+
+    def _gram(self, name: str, gradient: Gradient) -> Tensor:
+        assert isinstance(gradient, Outer)
+        return torch.cat([gradient.gram(q) for q in self._batches[name] if isinstance(q, Outer)])
+
+    def _dense_of(self, name: str, gradient: Gradient) -> Tensor:
         if name not in self._dense:
-            dense = torch.cat([query.dense(slice(None)) for query in queries])
+            dense = torch.cat([query.dense(slice(None)) for query in self._batches[name]])
             self._dense[name] = gradient.arranged(dense)
-        return gradient.dot(self._dense[name])
+        return self._dense[name]
