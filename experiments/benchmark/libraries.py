@@ -64,6 +64,10 @@ def tracin_tda_lightning(work: Work, folder: Path) -> Job:
     return _ours(work, folder, TracIn(), self_influence=False)
 
 
+def tracin_self_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, TracIn(), self_influence=True)
+
+
 def source_tda_lightning(work: Work, folder: Path) -> Job:
     return _ours(work, folder, Source(num_segments=3), self_influence=False)
 
@@ -232,7 +236,8 @@ JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
     ("tracin", "captum"): tracin_captum,
     ("ekfac", "floor"): floor_of_one,
     ("tracin", "floor"): floor_of_all,
-    ("source", "floor"): floor_of_all,
+    ("tracin+self", "tda-lightning"): tracin_self_tda_lightning,
+    ("source blocks", "floor"): floor_of_all,
     ("source blocks", "tda-lightning"): source_blocks_tda_lightning,
     ("source", "tda-lightning"): source_tda_lightning,
     ("source+self", "tda-lightning"): source_self_tda_lightning,
