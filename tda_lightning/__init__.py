@@ -24,8 +24,8 @@ _HOMES = {
     "TrajectoryRecorder": "tda_lightning.recording",
 }
 
-# Records may not import the store, which stands above them.
-files.import_store = lambda: import_module("tda_lightning.store")
+# Records may not import the store and the exports, which stand above them.
+files.import_folder = lambda folder: import_module(f"tda_lightning.{folder}")
 
 
 def __getattr__(name: str) -> Any:

@@ -178,6 +178,25 @@ def _in_place(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.f[2](hidden * (1 + 0.3 * torch.empty_like(hidden).uniform_(-1, 1)))
 
 
+class _Schedule:
+    """Tables that no module knows of, as noise schedulers have them."""
+
+    def __init__(self) -> None:
+        self.kept = torch.linspace(0.95, 0.05, 11)
+
+
+def _from_tables(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    noise, time = torch.randn_like(x), torch.randint(0, 11, (len(x),))
+    kept = m.schedule.kept.to(x)[time].flatten()[:, None]
+    noisy = kept.sqrt() * x + (1 - kept).sqrt() * noise
+    return m.f(torch.cat([noisy, m.times(time)], 1)), noise
+
+
+def _chosen_rows(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = x.abs().sum(1) < 1e3
+    return _input_noise(m, x, y)[chosen], y[chosen]
+
+
 def _shared_time(x: Tensor) -> Tensor:
     return torch.randint(0, 10, (1,)).double().expand(len(x))
 
@@ -187,6 +206,19 @@ NOISE: dict[str, Noise] = {
     "mixup": Noise(**_mixup(_torch_beta)),
     "mixup, weight from numpy": Noise(**_mixup(lambda: float(np.random.beta(0.4, 0.4)))),  # noqa: NPY002
     "diffusion": Noise(**_diffusion(lambda x: torch.randint(0, 10, (len(x),)).double())),
+    "diffusion, from tables": Noise(
+        lambda m, x, y: F.mse_loss(*_from_tables(m, x, y)),
+        lambda m, x, y: (lambda z, t: (z - t).square().mean(1))(*_from_tables(m, x, y)),
+        {
+            "f": lambda: _mlp(FEATURES + 2, FEATURES),
+            "times": lambda: nn.Embedding(11, 2),
+            "schedule": _Schedule,  # type: ignore[dict-item]
+        },
+    ),
+    "rows chosen by data": Noise(
+        lambda m, x, y: F.cross_entropy(*_chosen_rows(m, x, y)),
+        lambda m, x, y: _cross_entropy(*_chosen_rows(m, x, y)),
+    ),
     "diffusion, one time for a batch": Noise(**_diffusion(_shared_time)),
     "vae": Noise(
         _vae,
@@ -229,6 +261,8 @@ NOISE: dict[str, Noise] = {
 BY_EXAMPLE = [  # those whose noise is each example's own
     "noisy inputs",
     "diffusion",
+    "diffusion, from tables",
+    "rows chosen by data",
     "vae",
     "masked inputs",
     "reparametrised outputs",
@@ -366,9 +400,12 @@ def unrolled(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tenso
     return -torch.stack(rows)
 
 
-def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
+def tracin(
+    module: NoisyNet, run: Trajectory, queries: TensorDataset, directions: bool = False
+) -> Tensor:
     """Every use at the checkpoint after it, with what it drew, by plain autograd, one example
-    after the other; rates are constant."""
+    after the other; rates are constant. Or of the directions of all gradients, which is in no unit:
+    ReTrac."""
     x, y = data().tensors
     scores = torch.zeros(len(queries), TRAIN, dtype=torch.float64)
     before, states = 0, iter(module.states)
@@ -382,6 +419,9 @@ def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
 
                 with drawing(next(states)):
                     own = gradients(module, run, step, rows)
+                if directions:
+                    measured, own = (F.normalize(rows, dim=1) for rows in (measured, own))
+                    own = own * TRAIN
                 share = 1 / len(chosen) / int(run.steps.accumulation[row])
                 scores.index_add_(1, chosen, RATE / (1 - MOMENTUM) * share * measured @ own.T)
         before = step

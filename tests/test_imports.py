@@ -28,9 +28,11 @@ HOMES = {
     "jinja2": {"report"},
     "lightning": {"recording", "attribution", "ensembles", "examples", "cli"},
     "omegaconf": {"cli"},
+    "pandas": {"exports", "records"},  # in records for typing only
     "peft": {"attribution"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},
+    "xarray": {"exports", "records"},
 }
 
 

@@ -33,7 +33,7 @@ ROWS = (
     ("cnn", "source", 6, (OURS,)),
     ("cnn", "source+self", 6, (OURS,)),
 )
-# (what, its row, the row it is compared with, whether the ratio should be at least or at most that).
+# (what, its row, the row it is compared with, whether to be at least or at most this).
 RATIOS = (
     ("EK-FAC: kronfluence / ours", "mlp ekfac kronfluence", f"mlp ekfac {OURS}", ">=", 10.0),
     ("EK-FAC: ours / floor", f"mlp ekfac {OURS}", "mlp ekfac floor", "<=", 1.1),

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
+    "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
     "inspect": ("show what is in a trajectory, its size, and whether it is whole", "trajectory"),
 }
 
@@ -41,6 +42,7 @@ For example:
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda report     scores=runs/digits/scores/source.h5
+    tda export     runs/digits/scores/source.h5 k=50
     tda inspect    runs/digits
 
 Settings are Hydra overrides: `tda COMMAND --help` lists them, `tda COMMAND --cfg job` shows the

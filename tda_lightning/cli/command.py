@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tda_lightning.cli.setting_types import require_setting_types
 
+# Settings that make other scores, which the names of files tell apart.
+_NAMING = ("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws=", "at_step=", "ckpt=")
+
 Command = Callable[[DictConfig], None]
 _FAILURES = (
     ArithmeticError,
@@ -101,7 +104,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="))
+        if override.startswith(_NAMING)
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

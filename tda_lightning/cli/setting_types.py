@@ -13,8 +13,11 @@ from tda_lightning.runtime.setting_types import require_type
 _TYPES: dict[str, tuple[Any, str]] = {
     "alpha": (float | None, ""),
     "at": (Sequence[int] | None, "at=[300] for the checkpoint at step 300"),
+    "at_step": (int | None, ""),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
+    "ckpt": (str | None, ""),
+    "compare": (Sequence[str] | None, "compare=[other.h5]"),
     "damping": (float | None, ""),
     "directions": (int, ""),
     "estimators": (Mapping, ""),
@@ -23,6 +26,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "fraction": (float, ""),
     "k": (int, ""),
     "leave_out": (int | None, ""),
+    "max_megabytes": (float, ""),
     "members": (int, ""),
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
@@ -59,6 +63,8 @@ def require_setting_types(config: DictConfig) -> None:
         if name not in config or OmegaConf.is_missing(config, name):
             continue
         value = config[name]
+        if name == "k" and value is None and "table" in config:  # tda export: all pairs
+            continue
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         require_type(name, plain, hint, example)
         if name in _POSITIVE and value < 1:

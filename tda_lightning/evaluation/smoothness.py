@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from tda_lightning.evaluation.linear_datamodeling import draw_subsets, rank_correlation
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain_each
+from tda_lightning.records.display import fact_lines, html_facts
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import State
 from tda_lightning.runtime.loading import ExampleSource
@@ -113,7 +114,7 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Smoothness:
     """How smooth a run is in its data weights.
 
@@ -141,6 +142,22 @@ class Smoothness:
     noise: float
     replays: int
     seconds: float
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "metasmoothness": self.metasmoothness,
+            "halfway": self.halfway,
+            "near": self.near,
+            "landing error": self.landing_error,
+            "noise": self.noise,
+            "advice": self.advice,
+        }
+
+    def __repr__(self) -> str:
+        return fact_lines(f"Smoothness of a run ({self.replays} replays)", self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"Smoothness of a run ({self.replays} replays)", self._facts())
 
     @property
     def verdict(self) -> Verdict:

@@ -3,7 +3,7 @@ recorded run needs its own."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -46,6 +46,15 @@ class Describing(Protocol):
 
     def describe(self, outputs: Tensor) -> list[str]:
         """What the model predicts for each query, given its outputs [query, ...]."""
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A data module that says by what its examples can be grouped."""
+
+    def group_columns(self, split: str) -> Mapping[str, Sequence[object]]:
+        """One value for each example of ``split`` ("train" or "query"), by the name of the column;
+        "class" or "label" is what the model should predict."""
 
 
 @runtime_checkable

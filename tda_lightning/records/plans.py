@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tda_lightning.records.display import html_rows
 from tda_lightning.runtime.formatting import readable_bytes, readable_time
 
 
@@ -25,7 +26,7 @@ class PassPlan:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttributionPlan:
     """How long (seconds) and how large (bytes) an attribution is expected to be on this machine.
 
@@ -108,6 +109,13 @@ class AttributionPlan:
             lines.append(f"  {group.title}: {each}{readable_time(group.seconds)}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *lines = str(self).split("\n")
+        rows = [line.strip().rpartition(": ")[::2] for line in lines]
+        return html_rows(("what", "time"), rows, head)
+
 
 @dataclass(frozen=True)
 class PlanItem:
@@ -131,7 +139,7 @@ class PlanItem:
         return None if self.bytes is None or self.count is None else self.bytes * self.count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecordingPlan:
     """What a recording will take, in bytes; None is not known.
 
@@ -163,6 +171,33 @@ class RecordingPlan:
     def checkpoint_bytes(self) -> int | None:
         """One checkpoint with everything that the recorder is to keep in it."""
         return _sum([item.bytes for item in self.disk if item.in_checkpoint])
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [
+            (where, item.name, _readable(item.total))
+            for where, items in (("disk", self.disk), ("memory", self.memory))
+            for item in items
+        ]
+
+    def _title(self) -> str:
+        steps = "an unknown number of" if self.steps is None else self.steps
+        kept = "" if self.checkpoints is None else f", {self.checkpoints} checkpoints"
+        return (
+            f"Recording of {steps} steps{kept}: disk {_readable(self.disk_bytes)}, memory "
+            f"{_readable(self.memory_bytes)}"
+        )
+
+    def __repr__(self) -> str:
+        rows = [f"  {where}: {name}, {size}" for where, name, size in self._rows()]
+        return "\n".join([self._title(), *rows, *(f"  {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        note = " ".join([f"{self._title()}.", *self.notes])
+        return html_rows(("where", "what", "size"), self._rows(), note)
+
+
+def _readable(size: int | None) -> str:
+    return "not known" if size is None else readable_bytes(size)
 
 
 def _sum(sizes: Sequence[int | None]) -> int | None:

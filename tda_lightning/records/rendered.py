@@ -1,4 +1,4 @@
-"""What an example looks like to a reader: a picture, a text or a row of a table."""
+"""What an example looks like to a reader: a picture, a sound, a text or a row of a table."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Rendered:
         pieces: the text in pieces, each with the position of its term in the example's loss, or
             None if it has none; shaded where there are scores of single terms
             (``Scores.by_token``).
+        sound: samples [sample] or [channel, sample], as floats in -1 to 1 or as integers, and their
+            number per second; the first seconds become a player.
     """
 
     caption: str = ""
@@ -30,6 +32,7 @@ class Rendered:
     text: str | None = None
     row: Mapping[str, object] | None = None
     pieces: Sequence[tuple[str, int | None]] | None = None
+    sound: tuple[Tensor | np.ndarray, int] | None = None
 
 
 class Renderer(Protocol):

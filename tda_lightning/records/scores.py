@@ -7,18 +7,28 @@ proponent. The factor 1/N is included, so scores compare directly with leave-one
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
+from tda_lightning.records.display import fact_lines, html_facts
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.files import StoreFunction
-from tda_lightning.records.provenance import Provenance, require_well_formed
+from tda_lightning.records.provenance import Provenance, require_well_formed, well_formed
+from tda_lightning.records.query_choice import chosen_queries, no_query
+from tda_lightning.records.query_scores import QueryScores, query_rows
+from tda_lightning.records.ranking import ranked
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+_SHOWN = 5  # queries in a notebook
 
 
 class GroupScores(NamedTuple):
@@ -33,14 +43,17 @@ class GroupScores(NamedTuple):
     values: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """Scores of every training example for every query.
 
+    ``scores[3]`` is one query (:class:`~tda_lightning.records.query_scores.QueryScores`);
+    ``scores[2:5]``, ``scores[[0, 7]]`` and ``scores[mask]`` are scores of several.
+
     Attributes:
         values: [query, train]; float32, or float64 for a module in float64.
-        by_segment: [segment, query, train], which sums to ``values`` over the segments; None
-            for an estimator without segments.
+        by_segment: [segment, query, train], which sums to ``values`` over the segments (with
+            ``direct``, to ``through_weights``); None for an estimator without segments.
         self_influence: [train], the score of each training example as its own query; None when
             it was not computed.
         by_token: [query, train, position], the score of each term of a training example's loss
@@ -51,6 +64,11 @@ class Scores:
             was scored.
         members: [member, query, train], the scores of each run of an ensemble, whose mean is
             ``values``; None for a single run.
+        direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
+            own neighbourhood at unchanged weights; None for other columns.
+        by_timestep: [timestep, query, train], the scores of a diffusion model's measurement at each
+            timestep (``provenance["timesteps"]``), whose mean is ``values``; None where they were
+            not asked for (``DiffusionTask(by_timestep=True)``).
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -62,6 +80,8 @@ class Scores:
     by_token: Tensor | None = None
     candidates: Tensor | None = None
     members: Tensor | None = None
+    direct: Tensor | None = None
+    by_timestep: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -76,6 +96,13 @@ class Scores:
             raise ValueError(
                 f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
                 f"{list(self.by_segment.shape)}."
+            )
+        if self.by_timestep is not None and (
+            self.by_timestep.ndim != 3 or self.by_timestep.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_timestep must have the shape [timestep, {queries}, {train}] of values, got "
+                f"{list(self.by_timestep.shape)}."
             )
         if self.self_influence is not None and self.self_influence.shape != (train,):
             raise ValueError(
@@ -98,6 +125,11 @@ class Scores:
                 f"members must have the shape [2 or more members, {queries}, {train}] of values, "
                 f"got {list(self.members.shape)}."
             )
+        if self.direct is not None and self.direct.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape [{queries}, {train}] of values, got "
+                f"{list(self.direct.shape)}."
+            )
         if self.candidates is None:
             require_finite(self.values)
         else:
@@ -109,6 +141,12 @@ class Scores:
             require_finite_tokens(self.by_token)
 
     @property
+    def through_weights(self) -> Tensor:
+        """The part of ``values`` that comes by way of the weights, [query, train]: all but
+        ``direct``."""
+        return self.values if self.direct is None else self.values - self.direct
+
+    @property
     def num_queries(self) -> int:
         """Rows of ``values``."""
         return self.values.shape[0]
@@ -117,6 +155,12 @@ class Scores:
     def num_train(self) -> int:
         """Columns of ``values``."""
         return self.values.shape[1]
+
+    @property
+    def query_indices(self) -> list[int]:
+        """Position of each query in the query set: 0, 1, ... unless some were chosen."""
+        known = well_formed(self.provenance).get("query_indices", [])
+        return known if len(known) == self.num_queries else list(range(self.num_queries))
 
     @property
     def num_scored(self) -> int:
@@ -195,23 +239,9 @@ class Scores:
 
     def _ranked(self, query: int, k: int, descending: bool) -> tuple[Tensor, Tensor]:
         if not 0 <= query < self.num_queries:
-            raise IndexError(
-                f"Query {query} does not exist: the scores hold {self.num_queries} queries, "
-                f"numbered from 0."
-            )
-        if not 1 <= k <= self.num_scored:
-            of = "training examples" if self.candidates is None else "candidates of a query"
-            more = "" if self.candidates is None else " The other examples have no score."
-            raise ValueError(
-                f"k must be between 1 and the number of {of}, {self.num_scored}; got {k}.{more}"
-            )
-        row = self.values[query]
-        scored = None if self.candidates is None else self.candidates[query].sort().values
-        # A stable sort, not topk: ties must not depend on the machine.
-        ordered, places = (row if scored is None else row[scored]).sort(
-            descending=descending, stable=True
-        )
-        return (places if scored is None else scored[places])[:k], ordered[:k]
+            raise IndexError(no_query(query, self.num_queries))
+        candidates = None if self.candidates is None else self.candidates[query]
+        return ranked(self.values[query], candidates, k, descending)
 
     def by_group(self, train_groups: Sequence[Hashable] | Tensor) -> GroupScores:
         """Sum the columns of ``values`` by the caller's labels: class, source, author, shard.
@@ -278,7 +308,127 @@ class Scores:
         if by_segment is not None and "segments" in provenance:
             provenance["segments"] = provenance["segments"][segments]
         by_token = None if self.by_token is None else self.by_token[:, columns]
-        return Scores(values, by_segment, own, provenance, by_token)
+        by_timestep = None if self.by_timestep is None else self.by_timestep[:, :, columns]
+        return Scores(values, by_segment, own, provenance, by_token, by_timestep=by_timestep)
+
+    def __len__(self) -> int:
+        return self.num_queries
+
+    def __iter__(self) -> Iterator[QueryScores]:
+        return (self._row(query) for query in range(self.num_queries))
+
+    @overload
+    def __getitem__(self, query: int) -> QueryScores: ...
+
+    @overload
+    def __getitem__(self, query: slice | Sequence[int] | Tensor) -> Scores: ...
+
+    def __getitem__(self, query: int | slice | Sequence[int] | Tensor) -> QueryScores | Scores:
+        """One query, or the scores of several: a slice, a list of rows, or a mask over queries.
+
+        Raises:
+            IndexError: there is no such query.
+        """
+        kept = chosen_queries(query, self.num_queries)
+        if isinstance(kept, int):
+            return self._row(kept)
+        return Scores(
+            self.values[kept],
+            None if self.by_segment is None else self.by_segment[:, kept],
+            self.self_influence,
+            _of_queries(self.provenance, kept.tolist(), self.query_indices),
+            None if self.by_token is None else self.by_token[kept],
+            None if self.candidates is None else self.candidates[kept],
+            None if self.members is None else self.members[:, kept],
+            by_timestep=None if self.by_timestep is None else self.by_timestep[:, kept],
+        )
+
+    def _row(self, query: int) -> QueryScores:
+        made = well_formed(self.provenance)
+        measured, said = made.get("measurements", []), made.get("predictions", [])
+        return QueryScores(
+            self.query_indices[query],
+            self.values[query],
+            None if self.by_segment is None else self.by_segment[:, query],
+            None if self.by_token is None else self.by_token[query],
+            None if self.candidates is None else self.candidates[query],
+            None if self.members is None else self.members[:, query],
+            measured[query] if len(measured) == self.num_queries else None,
+            said[query] if len(said) == self.num_queries else None,
+        )
+
+    def _facts(self) -> dict[str, object]:
+        made = well_formed(self.provenance)
+        facts: dict[str, object] = {
+            key: made[key]
+            for key in ("estimator", "question", "trajectory", "model", "sizes", "created")
+            if key in made
+        }
+        if self.by_segment is not None:
+            facts["segments"] = len(self.by_segment)
+        if self.members is not None:
+            facts["runs of an ensemble"] = len(self.members)
+        if self.candidates is not None:
+            facts["candidates of each query"] = self.num_scored
+        if self.by_token is not None:
+            facts["by token"] = f"up to {self.by_token.shape[2]} positions"
+        if self.self_influence is not None:
+            facts["self-influence"] = "yes"
+        if notes := made.get("notes"):
+            facts["notes"] = f"{len(notes)}, in provenance['notes']"
+        return facts
+
+    def _title(self) -> str:
+        columns = "edits" if "edits" in self.provenance else "training examples"
+        return f"Scores of {self.num_train} {columns} for {self.num_queries} queries"
+
+    def __repr__(self) -> str:
+        return fact_lines(self._title(), self._facts())
+
+    def _repr_html_(self) -> str:
+        shown = [self._row(query) for query in range(min(_SHOWN, self.num_queries))]
+        return html_facts(self._title(), self._facts()) + query_rows(shown, self.num_queries)
+
+    def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
+        """A table with a row for each query and training example (long form).
+
+        Columns: ``query``, its position in the query set; ``train``, or ``edit`` where the columns
+        of the scores are edits; ``rank``, 1 for the most helpful; ``score``; ``spread`` in an
+        ensemble; ``segment_1``, ``segment_2``, ... in an estimator with segments. Rows are ordered
+        by query and rank. Examples without a score have no row. ``frame.attrs`` holds the
+        provenance.
+
+        Args:
+            k: of each query only the ``k`` most helpful and the ``k`` most harmful examples; None:
+                all.
+
+        Raises:
+            ImportError: pandas is not installed.
+            ValueError: ``k`` is below 1.
+        """
+        return _to_pandas(self, k)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """All tensors as one labelled data set with dimensions ``query``, ``train``, ``segment``,
+        ``position`` and ``member``; what is known of queries and segments are coordinates, the
+        provenance is in the attributes. ``to_netcdf`` can write it.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        return _to_xarray(self)
+
+    def to_parquet(
+        self, path: str | PathLike[str], k: int | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the table of :meth:`to_pandas` to a Parquet file, some queries at a time.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` was not asked for.
+            ImportError: pyarrow is not installed.
+            ValueError: ``k`` is below 1.
+        """
+        _to_parquet(self, path, k, overwrite)
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the scores to one HDF5 file (described in ``tda_lightning.store.layout``).
@@ -312,6 +462,31 @@ _write_scores: StoreFunction[[Scores, str | PathLike[str], bool], None]
 _write_scores = StoreFunction("write_scores")
 _read_scores: StoreFunction[[str | PathLike[str], slice | None, bool], Scores]
 _read_scores = StoreFunction("read_scores")
+_to_pandas: StoreFunction[[Scores, int | None], pandas.DataFrame]
+_to_pandas = StoreFunction("to_pandas", "exports")
+_to_xarray: StoreFunction[[Scores], xarray.Dataset]
+_to_xarray = StoreFunction("to_xarray", "exports")
+_to_parquet: StoreFunction[[Scores, str | PathLike[str], int | None, bool], None]
+_to_parquet = StoreFunction("to_parquet", "exports")
+
+
+def _of_queries(provenance: Provenance, rows: list[int], before: list[int]) -> Provenance:
+    """The provenance of some of the queries: entries of one each are chosen likewise."""
+    made = well_formed(provenance)
+    kept = _rows_of(provenance, rows, len(before))
+    if "members" in made:
+        kept["members"] = [_rows_of(member, rows, len(before)) for member in made["members"]]
+    kept["query_indices"] = [before[row] for row in rows]
+    return cast(Provenance, kept)
+
+
+def _rows_of(record: Mapping[str, object], rows: list[int], count: int) -> dict[str, object]:
+    kept = dict(record)
+    for key in ("measurements", "predictions"):
+        values = kept.get(key)
+        if isinstance(values, list) and len(values) == count:
+            kept[key] = [values[row] for row in rows]
+    return kept
 
 
 def require_finite(

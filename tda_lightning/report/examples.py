@@ -6,15 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from tda_lightning.records.rendered import Rendered, Renderer
 from tda_lightning.report.charts import Chart, number, sparkline
-from tda_lightning.report.pictures import picture
+from tda_lightning.report.kept import KeptExamples, shorten
 
-_PIXELS = {"large": 112, "small": 64}
-_LETTERS = {"large": 1500, "small": 320}
+_LETTERS = {"query": 1500, "train": 320}
 _COLUMNS = 14
 
 
@@ -33,8 +28,10 @@ class Example:
     """One example and, unless it is a query, its score."""
 
     index: int
+    key: str  # names it to the page's script
     caption: str
     image: str | None
+    sound: str | None
     shape: tuple[int, int]  # width and height in which the picture is shown
     text: str | None
     row: Mapping[str, str] | None
@@ -68,53 +65,44 @@ class Listing:
 
 
 def example(
-    render: Renderer,
+    kept: KeptExamples,
     split: str,
     index: int,
-    size: str,
     tokens: Sequence[float] | None = None,
     **score: Any,
 ) -> Example:
-    """Example ``index`` of ``split`` in the ``size`` "large" or "small".
+    """Example ``index`` of ``split``.
 
     Args:
         tokens: score of each term of its loss.
     """
-    rendered = render(split, index)
-    if not isinstance(rendered, Rendered):
-        raise TypeError(
-            f"render({split!r}, {index}) must return a tda_lightning.report.Rendered, got "
-            f"{type(rendered).__name__}."
-        )
-    image, shape = None, (0, 0)
-    if rendered.image is not None:
-        image, width, height = picture(rendered.image, _PIXELS[size])
-        # Small pictures are enlarged to the size of the others, by the browser.
-        scale = _PIXELS[size] / max(width, height)
-        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-    row = rendered.row
+    look = kept.in_section(split, index)
     return Example(
         index,
-        shorten(rendered.caption, 60),
-        image,
-        shape,
-        None if rendered.text is None else shorten(rendered.text, _LETTERS[size]),
-        None if row is None else {str(name): _cell(value) for name, value in row.items()},
-        pieces=_pieces(rendered, tokens),
+        f"{split}-{index}",
+        look.caption,
+        look.image,
+        look.sound,
+        look.shape,
+        None if look.text is None else shorten(look.text, _LETTERS[split]),
+        look.row,
+        pieces=_pieces(look.pieces, tokens),
         **score,
     )
 
 
-def _pieces(rendered: Rendered, tokens: Sequence[float] | None) -> tuple[Piece, ...]:
+def _pieces(
+    pieces: Sequence[tuple[str, int | None]] | None, tokens: Sequence[float] | None
+) -> tuple[Piece, ...]:
     """A text with the scores of its terms; nothing where they do not fit it."""
-    if tokens is None or rendered.pieces is None:
+    if tokens is None or pieces is None:
         return ()
-    positions = [position for _, position in rendered.pieces if position is not None]
+    positions = [position for _, position in pieces if position is not None]
     if any(not 0 <= position < len(tokens) for position in positions):
         return ()
     strongest = max((abs(tokens[position]) for position in positions), default=0.0)
-    shown, left = [], _LETTERS["large"]  # where it is shaded, most of a text may matter
-    for text, position in rendered.pieces:
+    shown, left = [], _LETTERS["query"]  # where it is shaded, most of a text may matter
+    for text, position in pieces:
         if len(text) > left:
             shown.append(Piece("…"))
             break
@@ -130,7 +118,7 @@ def _pieces(rendered: Rendered, tokens: Sequence[float] | None) -> tuple[Piece, 
 
 
 def listing(
-    render: Renderer,
+    kept: KeptExamples,
     indices: Sequence[int],
     values: Sequence[float],
     kind: str,
@@ -155,10 +143,9 @@ def listing(
     tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
     examples = tuple(
         example(
-            render,
+            kept,
             "train",
             index,
-            "small",
             score=number(value, kind != "suspect", among=strongest or None),
             kind=kind,
             share=100 * abs(value) / strongest if strongest else 0.0,
@@ -195,17 +182,3 @@ def arrange(examples: tuple[Example, ...]) -> Listing:
     if any(entry.text is not None for entry in examples):
         return Listing("texts", examples)
     return Listing("indices", examples)
-
-
-def shorten(text: str, letters: int) -> str:
-    """``text``, cut with an ellipsis where it is longer than ``letters``."""
-    text = str(text)
-    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
-        value = value.item()
-    if isinstance(value, float):
-        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-    return shorten(str(value), 40)

@@ -1,15 +1,18 @@
 """Writes the report: collects what the page shows and fills the template.
 
 Scores, data, provenance and file names are untrusted text: the template escapes all of it, and the
-page's own policy forbids running or loading anything.
+page's own policy forbids loading anything and running anything but its own script, by its digest.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,9 +22,12 @@ from tda_lightning.records.provenance import EditRecord, Provenance, well_formed
 from tda_lightning.records.rendered import Rendered, Renderer
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.report.agreement import require_comparable
 from tda_lightning.report.charts import Chart, bar_chart, line_chart, number
+from tda_lightning.report.columns import Column, Columns, group, guess, raw_labels
 from tda_lightning.report.dataset_renderer import DatasetRenderer
-from tda_lightning.report.examples import Example, Listing, arrange, example, listing, shorten
+from tda_lightning.report.examples import Example, Listing, arrange, example, listing
+from tda_lightning.report.kept import KeptExamples
 from tda_lightning.report.provenance_rows import (
     one_line,
     query_indices,
@@ -29,8 +35,15 @@ from tda_lightning.report.provenance_rows import (
     segment_bounds,
     segment_names,
 )
+from tda_lightning.report.query_order import Judged, judge
 from tda_lightning.report.statements import edit_in_words, relabelled, statements
+from tda_lightning.report.workbench import as_script, keep_examples, workbench
 from tda_lightning.store.atomic_write import replacing
+
+_SHOWN = 12  # queries with a section of their own
+_OVERHEAD = 250_000  # bytes of the page that are neither numbers nor examples
+# In the order in which they need each other.
+_SCRIPTS = ("base", "numbers", "marks", "example", "queries", "triage", "groups", "compare", "main")
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class QueryView:
     row: int
     shown: Listing  # the query itself, as a list of one
     prediction: str
+    wrong: bool
     measurement: str
     totals: tuple[tuple[str, int, str, str], ...]  # kind, examples, their sum, share shown below
     proponents: Listing
@@ -65,9 +79,16 @@ def write_report(
     k: int = 8,
     num_suspects: int = 24,
     title: str = "Training data attribution",
+    columns: Columns | None = None,
+    query_columns: Columns | None = None,
+    compare: Mapping[str, Scores] | None = None,
+    max_megabytes: float = 10.0,
 ) -> Path:
-    """Write the scores as one HTML file that needs neither network nor JavaScript.
+    """Write the scores as one HTML file that needs no network.
 
+    In a browser that runs its script the page is a workbench: queries are searched and sorted,
+    training examples are marked as wrong, right or to be relabelled, and the marks are exported.
+    Without scripts it shows the queries asked for and the most suspicious training examples.
     Without data sets and without ``render``, examples are shown by their indices.
 
     Args:
@@ -80,17 +101,25 @@ def write_report(
         trajectory: the recorded run, for its learning-rate curve.
         predictions: what the model predicts for each query; by default
             ``scores.provenance["predictions"]``.
-        queries: rows of the scores to show; by default the first 12.
-        k: number of proponents, and of opponents, shown for each query.
-        num_suspects: length of the ranking by self-influence.
+        queries: rows of the scores to show without scripts, and first; by default 12 with wrong
+            predictions or, after these, the largest measurements.
+        k: number of proponents, and of opponents, shown for each query at first.
+        num_suspects: length of the ranking by self-influence without scripts.
         title: heading of the page.
+        columns: values by which training examples are grouped, one for each, by the name of the
+            column; "class" or "label" is what the model should predict. By default the labels of
+            ``train``, where they can be read.
+        query_columns: likewise for each query of ``query``.
+        compare: other scores of the same queries and training examples, by name.
+        max_megabytes: size of the page, in MiB. Pictures, sounds and texts beyond it are left out.
 
     Returns:
         The path of the file.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
-        ValueError: data sets or predictions of another length than the scores.
+        ValueError: data sets, columns or predictions of another length than the scores, or scores
+            that cannot be compared.
         IndexError: there is no such query.
     """
     path = Path(path)
@@ -101,40 +130,121 @@ def write_report(
     )
     provenance = well_formed(scores.provenance)
     _require_lengths(scores, provenance, train, query, predictions)
-    if queries is None:
-        queries = range(min(12, scores.num_queries))
-    if any(not 0 <= row < scores.num_queries for row in queries):
+    require_comparable(scores, compare or {})
+    if queries is not None and any(not 0 <= row < scores.num_queries for row in queries):
         raise IndexError(
             f"queries must lie in 0 to {scores.num_queries - 1}, the rows of the scores; got "
             f"{list(queries)}."
         )
-    if k < 1 or num_suspects < 1:
-        raise ValueError(f"k and num_suspects must be positive, got {k} and {num_suspects}.")
+    if k < 1 or num_suspects < 1 or not max_megabytes > 0:
+        raise ValueError(
+            f"k, num_suspects and max_megabytes must be positive, got {k}, {num_suspects} and "
+            f"{max_megabytes}."
+        )
+    positions = query_indices(scores, provenance)
+    class_names = getattr(render, "class_names", None)
+    grouped = _columns(
+        scores,
+        positions,
+        guess(train, class_names) if columns is None else columns,
+        guess(query, class_names) if query_columns is None else query_columns,
+        edited="edits" in provenance,
+    )
     render = render or DatasetRenderer(train, query)
     if edits := provenance.get("edits"):
         render = _edited(render, edits)
+    label = grouped[0] if grouped and grouped[0].is_label else None
+    judged = judge(scores, provenance, label, predictions)
+    shown = list(judged.order(scores.num_queries)[:_SHOWN] if queries is None else queries)
     names = segment_names(scores, provenance)
+    max_bytes = max_megabytes * 2**20
+    work = workbench(
+        scores,
+        provenance,
+        judged,
+        grouped,
+        shown=shown,
+        k=min(k, scores.num_scored),
+        segments=names,
+        labels=_label_values(label, train),
+        others=compare or {},
+        max_bytes=max_bytes,
+    )
+    kept = KeptExamples(render, max_bytes - work.size - _OVERHEAD)
+    views = [_query(scores, provenance, row, kept, judged, k, names) for row in shown]
+    suspects = _suspects(scores, kept, num_suspects)
+    work.numbers["examples"] = keep_examples(work, kept, positions, len(shown), k)
+    work.numbers["leftOut"] = kept.left_out
     rates = None if trajectory is None else _learning_rate_chart(scores, provenance, trajectory)
-    template = _environment().get_template("page.html.j2")
-    html = template.render(
-        title=title,
-        scores=scores,
-        estimator=provenance.get("estimator", ""),
-        segment_names=names,
-        queries=[_query(scores, provenance, row, render, predictions, k, names) for row in queries],
-        suspects=_suspects(scores, render, num_suspects),
-        self_influence=_self_influence_chart(scores),
-        learning_rate=rates,
-        provenance=rows(scores, provenance),
-        notes=provenance.get("notes", []),
-        trust=statements(scores, provenance),
-        what_if="what_if" in provenance,
+    script = page_script()
+    html = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            scores=scores,
+            estimator=provenance.get("estimator", ""),
+            segment_names=names,
+            queries=views,
+            suspects=suspects,
+            self_influence=_self_influence_chart(scores),
+            learning_rate=rates,
+            provenance=rows(scores, provenance),
+            notes=provenance.get("notes", []),
+            trust=statements(scores, provenance),
+            what_if="what_if" in provenance,
+            script=script,
+            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            data=as_script(work.numbers),
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         # UTF-8 cannot encode lone surrogates, which text from data may contain.
         part.write_bytes(html.replace("\0", "").encode("utf-8", "replace"))
     return path
+
+
+def _columns(
+    scores: Scores, positions: Sequence[int], train: Columns, query: Columns, edited: bool
+) -> list[Column]:
+    """The columns of training examples, and of those queries that were scored."""
+    if edited:  # the columns of the scores are edits, not examples
+        return []
+    for name, values in train.items():
+        if len(values) != scores.num_train:
+            raise ValueError(
+                f"columns must hold one value for each of the {scores.num_train} training "
+                f"examples, got {len(values)} in {name!r}."
+            )
+    last = max(positions, default=-1)
+    for name, values in query.items():
+        if len(values) <= last:
+            raise ValueError(
+                f"query_columns must hold one value for each query of the data set, of which query "
+                f"{last} was scored; got {len(values)} in {name!r}."
+            )
+    return group(train, query, positions)
+
+
+def _label_values(label: Column | None, train: object) -> dict[str, object]:
+    """The labels of the training set by their names; empty where names and labels do not match."""
+    raw = None if label is None else raw_labels(train)
+    if label is None or raw is None or len(raw) != len(label.train):
+        return {}
+    values: dict[str, object] = {}
+    for place, value in zip(label.train.tolist(), raw, strict=True):
+        if values.setdefault(label.groups[place], value) != value:
+            return {}
+    return values
+
+
+@functools.cache
+def page_script() -> str:
+    """The page's own script, of several files."""
+    folder = files("tda_lightning.report") / "templates" / "workbench"
+    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    return '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
 
 
 def _require_lengths(
@@ -196,8 +306,8 @@ def _query(
     scores: Scores,
     provenance: Provenance,
     row: int,
-    render: Renderer,
-    predictions: Sequence[str] | None,
+    kept: KeptExamples,
+    judged: Judged,
     k: int,
     names: Sequence[str],
 ) -> QueryView:
@@ -218,21 +328,19 @@ def _query(
         tokens = None if scores.by_token is None else scores.by_token[row, indices].tolist()
         members = None if scores.members is None else scores.members[:, row, indices].T.tolist()
         lists[kind] = listing(
-            render, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels, members
+            kept, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels, members
         )
         if len(indices):
             same_sign = values[sign * values > 0].double()
             share = float(tail.double().sum() / same_sign.sum())
             total = number(float(same_sign.sum()), signed=True)
             totals.append((kind, len(same_sign), total, f"{share:.0%}"))
-    predictions = predictions or provenance.get("predictions", [])
-    measurements = provenance.get("measurements", [])
-    told = [len(values) == scores.num_queries for values in (predictions, measurements)]
     return QueryView(
         row,
-        arrange((example(render, "query", query_indices(scores, provenance)[row], "large"),)),
-        shorten(str(predictions[row]), 200) if told[0] else "",
-        one_line(measurements[row]) if told[1] else "",
+        arrange((example(kept, "query", query_indices(scores, provenance)[row]),)),
+        judged.predictions[row] if judged.predictions else "",
+        bool(judged.wrong and judged.wrong[row]),
+        one_line(judged.measurements[row]) if judged.measurements else "",
         tuple(totals),
         lists["proponent"],
         lists["opponent"],
@@ -240,14 +348,14 @@ def _query(
     )
 
 
-def _suspects(scores: Scores, render: Renderer, count: int) -> Listing | None:
+def _suspects(scores: Scores, kept: KeptExamples, count: int) -> Listing | None:
     if scores.self_influence is None:
         return None
     ordered, indices = scores.self_influence.sort(descending=True, stable=True)
     count = min(count, scores.num_train)
     values = ordered[:count].tolist()
     strongest = max(map(abs, values), default=0.0)
-    return listing(render, indices[:count].tolist(), values, "suspect", strongest)
+    return listing(kept, indices[:count].tolist(), values, "suspect", strongest)
 
 
 def _self_influence_chart(scores: Scores) -> Chart | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.scores import Scores
-from tda_lightning.report.examples import shorten
+from tda_lightning.report.kept import shorten
 
 _FIRST = ("estimator", "curvature", "fisher", "trajectory", "task", "segments", "created")
 _LAST = ("versions", "command", "config")

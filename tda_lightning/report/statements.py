@@ -15,7 +15,7 @@ from tda_lightning.records.provenance import (
 )
 from tda_lightning.records.scores import Scores
 from tda_lightning.report.charts import number
-from tda_lightning.report.examples import shorten
+from tda_lightning.report.kept import shorten
 from tda_lightning.report.provenance_rows import one_line
 
 _LISTED = 12  # names in a sentence; of more, their number is given

@@ -24,7 +24,8 @@ from tda_lightning.tasks.batches import Batch
 Step: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 # What a function gives for each example of a batch, in a batch of one.
 Singles: TypeAlias = Callable[
-    [Batch, Callable[[Batch], tuple[Tensor, Tensor, Tensor]]], list[tuple[Tensor, Tensor, Tensor]]
+    [Batch, Callable[[Batch], tuple[Tensor, Tensor, Tensor] | None]],
+    list[tuple[Tensor, Tensor, Tensor] | None],
 ]
 
 # Far above rounding, far below what a lost or doubled term makes.
@@ -93,12 +94,17 @@ def _difference(
         alone: list[Tensor] = []
         parts_alone: list[Tensor] = []
 
-        def of_single(one: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        following = iter(range(count))
+
+        def of_single(one: Batch) -> tuple[Tensor, Tensor, Tensor] | None:
+            if next(following) not in numbers:
+                return None
             part = task.batch_loss(module, one)[1].sum()
             return step(module, one) - part, task.train_loss(module, one).sum(), part
 
-        for number, (left, loss, part) in enumerate(singles(batch, of_single)):
-            if number in numbers:
+        for number, single in enumerate(singles(batch, of_single)):
+            if single is not None:
+                left, loss, part = single
                 rest.append(left)
                 mine.append(losses[number])
                 alone.append(loss)

@@ -116,9 +116,7 @@ class StepGraph(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self._nodes: dict[int, Node] = {}
         self._order = 0
-        plain = [value for part in module.modules() for value in vars(part).values()]
-        constants = [value for value in plain if isinstance(value, Tensor)]
-        for tensor in (*module.parameters(), *module.buffers(), *constants):
+        for tensor in (*module.parameters(), *module.buffers(), *_constants(module)):
             self._nodes[id(tensor)] = Node("", None, (), {}, tensor, None, False, 0)
 
     def __enter__(self) -> StepGraph:
@@ -281,6 +279,7 @@ _PICKING = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutiv
             "_pack_padded_sequence"}  # fmt: skip
 _ALONG = {"index_select", "gather", "take_along_dim", "index_add", "scatter", "scatter_add",
           "repeat_interleave"}  # fmt: skip
+_LOOKUPS = {"index_select", "gather", "take_along_dim"}
 
 
 def _positional(
@@ -294,6 +293,20 @@ def _positional(
     return args, named
 
 
+def _constants(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that parts of the module hold as plain attributes, and those of objects that they
+    hold: the tables of a noise scheduler."""
+    held = [value for part in module.modules() for value in vars(part).values()]
+    inside = [vars(value).values() for value in held if _holds_values(value)]
+    for value in (*held, *(value for values in inside for value in values)):
+        if isinstance(value, Tensor):
+            yield value
+
+
+def _holds_values(value: object) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type))
+
+
 def _draws(func: Callable[..., Any]) -> bool:
     return func in RULES and "drop" not in getattr(func, "__name__", "")
 
@@ -303,11 +316,21 @@ def _moves(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     if name in _PICKING:
         return True
     if name in _ALONG:
-        return kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0
+        if kwargs.get("dim", args[1] if len(args) > 1 else 0) != 0:
+            return False
+        return name not in _LOOKUPS or not _is_constant(args[0])
     if name not in ("__getitem__", "__setitem__"):
         return False
     first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-    return isinstance(first, Node) and first.of_data
+    if not isinstance(first, Node) or not first.of_data:
+        return False
+    # A table that is no data, looked up by number, has a row for each number, in their order.
+    looked_up = name == "__getitem__" and first.value.dtype not in (torch.bool, torch.uint8)
+    return not (looked_up and _is_constant(args[0]))
+
+
+def _is_constant(operand: Any) -> bool:
+    return isinstance(operand, Node) and not operand.of_data
 
 
 def call_again(node: Node, values: Mapping[int, Tensor]) -> Tensor:

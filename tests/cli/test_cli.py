@@ -267,7 +267,7 @@ def test_runs_of_a_sweep_get_a_folder_each(tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    commands = ("train", "plan", "attribute", "check", "evaluate", "report", "inspect")
+    commands = ("train", "plan", "attribute", "check", "evaluate", "report", "export", "inspect")
     assert all(f"tda {command}" in out for command in commands)
     assert main([]) == 2
 
@@ -283,6 +283,7 @@ def test_help(capsys):
         ("attribute trajectory=nowhere", 1, "No trajectory in nowhere"),
         ("check", 1, "Expected trajectory, got none. For example: tda check trajectory=FOLDER"),
         ("report", 1, "Expected scores, got none. For example: tda report scores=FILE"),
+        ("export", 1, "Expected scores, got none. For example: tda export scores=FILE"),
         ("report nowhere.h5", 1, "There is no scores file at nowhere.h5"),
         ("inspect (no)[where]", 1, "No trajectory in (no)[where]"),
     ],
@@ -294,6 +295,44 @@ def test_wrong_calls_are_answered_in_words(command, status, message, tmp_path, m
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_checkpoint_is_asked_about(run, capsys):
+    command = ["attribute", "runs/digits", "estimator=tracin", "at_step=2"]
+    assert main(command) == 0
+    made = Scores.load(run / "scores" / "tracin-at_step-2.h5")
+    assert made.provenance["steps"] == 2 and made.provenance["config"]["at_step"] == 2
+    assert main(["plan", "runs/digits", "estimator=tracin", "at_step=2"]) == 0
+    capsys.readouterr()
+    for wrong, said in (
+        ("at_step=9", "Recorded checkpoints are at steps 1, 2, 3, 4"),
+        ("ckpt=best", "had none with monitor"),
+        ("ckpt=none.ckpt", "no checkpoint at none.ckpt"),
+    ):
+        assert main(["attribute", "runs/digits", "estimator=tracin", wrong]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_scores_are_exported(run, capsys):
+    pandas = pytest.importorskip("pandas")
+    file = "runs/digits/scores/source.h5"
+    assert main(["export", file, "k=2", "format=csv"]) == 0
+    assert "source.csv" in capsys.readouterr().out
+    table = pandas.read_csv(run / "scores" / "source.csv")
+    best = table[table["rank"] == 1].train.tolist()
+    assert best == Scores.load(file).values.argmax(1).tolist() and len(table) == 12
+    assert main(["export", file, "k=2", "format=csv"]) == 1
+    assert "replace it with overwrite=true" in capsys.readouterr().err
+    assert main(["export", file, "table=training", "output=own.csv"]) == 0
+    assert len(pandas.read_csv("own.csv")) == 60
+    for wrong, said in (
+        ("format=xlsx", "one of parquet, csv, nc; got 'xlsx'"),
+        ("k=0", "k must be at least 1"),
+        ("table=all", "table must be one of pairs, training"),
+        ("output=new.nc k=3", "netCDF holds all tensors"),
+    ):
+        assert main(["export", file, *wrong.split()]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_an_existing_trajectory_is_kept(run, capsys):

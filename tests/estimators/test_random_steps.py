@@ -18,7 +18,14 @@ from tests import noisy
 from tests.attributing import quiet
 
 QUERIES = noisy.data(3, seed=5)
-FAST = ("checkpointed", "mixup, weight from numpy", "vae", "dropout besides")
+FAST = (
+    "checkpointed",
+    "mixup, weight from numpy",
+    "vae",
+    "dropout besides",
+    "diffusion, from tables",
+    "rows chosen by data",
+)
 NAMES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in noisy.NOISE

@@ -1,9 +1,11 @@
 """The report: complete in itself, true to the scores, and deaf to what the data tells it to do."""
 
 import dataclasses
+import hashlib
+import json
 import struct
 import zlib
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,11 +17,13 @@ from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Facts, Steps, Trajectory
 from tda_lightning.report import DatasetRenderer, Rendered, write_report
 from tda_lightning.report.charts import bar_chart, line_chart, number, ticks
+from tda_lightning.report.page import page_script
 from tda_lightning.report.pictures import picture
 
 HOSTILE = (
     "</title></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\ud800\0"
 )
+DATA = ("data:image/png;base64,", "data:audio/wav;base64,", "#")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -29,7 +33,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.elements, self.attributes, self.ids, self.text = [], [], [], ""
-        self._open = []
+        self.scripts, self._open = [], []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -50,17 +54,30 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self._open:
+        if "script" in self._open:
+            self.scripts.append(data)
+        elif "style" not in self._open:
             self.text += data
 
+    @property
+    def numbers(self):
+        """What the page's script works with."""
+        return json.loads(self.scripts[0])
+
     def require_harmless(self):
-        """No script, no handler, nothing fetched from anywhere."""
-        banned = {"script", "iframe", "object", "embed", "link", "base", "form", "foreignobject"}
+        """No script but its own, no handler, nothing fetched from anywhere."""
+        assert len(self.scripts) == self.elements.count("script") == 2
+        assert isinstance(self.numbers, dict)
+        assert self.scripts[1] == page_script()
+        digest = b64encode(hashlib.sha256(page_script().encode()).digest()).decode()
+        (policy,) = (value for name, value in self.attributes if "default-src" in str(value))
+        assert f"script-src 'sha256-{digest}';" in policy
+        banned = {"iframe", "object", "embed", "link", "base", "form", "foreignobject"}
         assert banned.isdisjoint(self.elements)
         assert all(not name.startswith("on") for name, _ in self.attributes)
         for name, value in self.attributes:
             if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-                assert value.startswith(("data:image/png;base64,", "#")), value
+                assert value.startswith(DATA), value
         style = self.source.split("<style>")[1].split("</style>")[0]
         assert "url(" not in style
         assert "@import" not in style
@@ -161,11 +178,15 @@ class TestPage:
         assert "the fourth" in page.text
         assert "ten" in page.text
 
-    def test_is_small(self, tmp_path):
+    @pytest.mark.parametrize("megabytes", [1.0, 3.0])
+    def test_keeps_to_its_size(self, megabytes, tmp_path):
         scores = Scores(torch.randn(8, 40), self_influence=torch.rand(40))
         noise = torch.randint(0, 256, (40, 3, 300, 200), dtype=torch.uint8)
-        path = write_report(scores, tmp_path / "r.html", train=noise, query=noise[:8])
-        assert path.stat().st_size < 2e6
+        path = write_report(
+            scores, tmp_path / "r.html", train=noise, query=noise[:8], max_megabytes=megabytes
+        )
+        assert megabytes / 3 < path.stat().st_size / 2**20 < megabytes
+        assert Page(path).numbers["leftOut"] == (megabytes < 2)
 
     def test_provenance_in_no_agreed_form(self, scores, tmp_path):
         scores.provenance.update(
@@ -478,7 +499,7 @@ class TestBadInput:
             ({"query": list(range(3))}, ValueError, "query set has 3 .* about query 3"),
             ({"predictions": ["a"]}, ValueError, "each of the 4 queries, got 1"),
             ({"queries": [4]}, IndexError, r"0 to 3, the rows of the scores; got \[4\]"),
-            ({"k": 0}, ValueError, "must be positive, got 0 and 24"),
+            ({"k": 0}, ValueError, "must be positive, got 0, 24 and 10.0"),
             ({"render": lambda split, index: "a"}, TypeError, "must return a .*Rendered, got str"),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from tda_lightning.cli.command import clear_errors, not_null, required
 from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.run_config import FILE_NAME, build, load_config
+from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
@@ -37,6 +39,9 @@ def report(config: DictConfig) -> None:
             "query": data.query_dataset,
             "render": data.render,
         }
+        if isinstance(data, Grouped):
+            examples["columns"] = data.group_columns("train")
+            examples["query_columns"] = data.group_columns("query")
     path = write_report(
         scores,
         config.output or source.with_suffix(".html"),
@@ -45,9 +50,18 @@ def report(config: DictConfig) -> None:
         k=config.k,
         num_suspects=config.num_suspects,
         title=config.title,
+        compare=_others(config.compare),
+        max_megabytes=config.max_megabytes,
         **examples,
     )
     print(f"Report: {path}")
+
+
+def _others(paths: Sequence[str] | None) -> dict[str, Scores]:
+    """Scores to compare with, by the names of their files."""
+    names = [Path(path).stem for path in paths or []]
+    alike = len(set(names)) < len(names)
+    return {path if alike else Path(path).stem: Scores.load(path) for path in paths or []}
 
 
 def _scored_trajectory(config: DictConfig, scores: Path, provenance: Provenance) -> Path | None:

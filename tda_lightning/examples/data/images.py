@@ -99,6 +99,15 @@ class ImageData(DataModule):
         """The likeliest class of each query and its probability."""
         return predicted_classes(outputs, self.classes)
 
+    def group_columns(self, split: str) -> dict[str, list[str]]:
+        """The class of each example, and of training examples whether it was replaced."""
+        _, labels = self.dataset(split)[:]
+        columns = {"class": [self.classes[label] for label in labels.tolist()]}
+        if split == "train" and len(self.flipped):
+            flipped = set(self.flipped.tolist())
+            columns["flipped"] = ["yes" if n in flipped else "no" for n in range(len(labels))]
+        return columns
+
     def render(self, split: str, index: int) -> Rendered:
         _, label = self.dataset(split)[index]
         caption = self.classes[int(label)]

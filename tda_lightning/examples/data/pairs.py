@@ -156,6 +156,17 @@ class MNLIData(DataModule):
         """The likeliest class of each pair and its probability."""
         return predicted_classes(outputs, CLASSES)
 
+    def group_columns(self, split: str) -> dict[str, list[str]]:
+        """The class of each pair, and where it comes from."""
+        self.dataset(split)
+        pairs = self.pairs[split]
+        return {
+            "class": [CLASSES[LABELS[pair.gold_label]] for pair in pairs],
+            "gold label": [pair.gold_label for pair in pairs],
+            "heuristic": [pair.heuristic or "none" for pair in pairs],
+            "origin": [pair.origin or "MNLI" for pair in pairs],
+        }
+
     def documents(self, split: str) -> list[list[str]]:
         """The words of premise and hypothesis."""
         self.dataset(split)

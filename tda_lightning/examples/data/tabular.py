@@ -83,6 +83,11 @@ class ConcreteData(DataModule):
         predicted = outputs[:, 0].double() * self._target_std + self._target_mean
         return [f"{self.columns[-1]} {value:.4g}" for value in predicted.tolist()]
 
+    def group_columns(self, split: str) -> dict[str, list[float]]:
+        """The numbers of the file by the names of their columns, in their own units."""
+        self.setup()
+        return dict(zip(self.columns, self._rows[split].T.tolist(), strict=True))
+
     def render(self, split: str, index: int) -> Rendered:
         self.setup()
         values = self._rows[split][index].tolist()
