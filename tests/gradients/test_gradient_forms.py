@@ -17,6 +17,7 @@ from tda_lightning.gradients import (
     Reflections,
     SideForm,
     forms,
+    moments,
     scaled,
 )
 from tda_lightning.gradients.composite import Rows, Scaled, Sum
@@ -114,6 +115,7 @@ def chunking(request, monkeypatch) -> None:
     if request.param != "whole":
         monkeypatch.setattr(forms, "CHUNK_SCALARS", 1)
         monkeypatch.setattr(forms, "_MET_TOGETHER", 1)
+        monkeypatch.setattr(moments, "_STRIP", 2)
 
 
 @pytest.mark.usefixtures("chunking")
