@@ -184,10 +184,12 @@ class EditRecord(_EditKind, total=False):
         kind: its class.
         index: of the training example that it changes; absent where it changes none.
         label: the example's other label.
+        document: the document whose tokens count nothing.
     """
 
     index: Count
     label: object
+    document: Count
 
 
 class MemberRecord(TypedDict, total=False):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients import Gradient, Outer, scaled
+from tda_lightning.gradients import Gradient, Outer, Rows, scaled
 
 
 class QueryGradients:
@@ -16,6 +16,7 @@ class QueryGradients:
     def __init__(self, batches: Mapping[str, list[Gradient]]) -> None:
         self._batches = batches
         self._dense: dict[str, Tensor] = {}
+        self._rows: dict[str, Rows | None] = {}
 
     @staticmethod
     def of(batches: Iterable[Mapping[str, Gradient]]) -> QueryGradients:
@@ -37,12 +38,12 @@ class QueryGradients:
 
     def dot(self, gradients: Mapping[str, Gradient]) -> Tensor:
         """Inner products with training examples' gradients, summed over blocks: [query, batch]."""
-        products = [
-            self._gram(name, gradient)
-            if self._by_gram(name, gradient)
-            else gradient.dot(self._dense_of(name, gradient))
-            for name, gradient in gradients.items()
-        ]
+        products = []
+        for name, gradient in gradients.items():
+            product = self._factored_dot(name, gradient)
+            if product is None:
+                product = gradient.dot(self._dense_of(name, gradient))
+            products.append(product)
         return torch.stack(products).sum(0)
 
     def dot_and_squares(
@@ -52,26 +53,35 @@ class QueryGradients:
         columns] by block: [batch]."""
         products, squares = [], []
         for name, gradient in gradients.items():
-            if self._by_gram(name, gradient):
-                products.append(self._gram(name, gradient))
-                squares.append(gradient.weighted_squares(None, None, weights[name]))
-            else:
+            product = self._factored_dot(name, gradient)
+            if product is None:
                 queries = self._dense_of(name, gradient)
                 product, own = gradient.dot_and_squares(queries, weights[name])
-                products.append(product)
-                squares.append(own)
+            else:
+                own = gradient.weighted_squares(None, None, weights[name])
+            products.append(product)
+            squares.append(own)
         return torch.stack(products).sum(0), torch.stack(squares).sum(0)
 
-    def _by_gram(self, name: str, gradient: Gradient) -> bool:
-        """Whether products of Gram matrices of the factors are cheaper than dense queries."""
-        return isinstance(gradient, Outer) and all(
-            isinstance(query, Outer) and gradient.gram_is_cheaper(query)
-            for query in self._batches[name]
-        )
+    def _factored_dot(self, name: str, gradient: Gradient) -> Tensor | None:
+        """Entry by entry where few rows are touched, or by Gram matrices of the factors where these
+        are cheaper than dense queries; else None."""
+        queries = self._batches[name]
+        if rows := self._rows_of(name):
+            return rows.met_by(gradient)
+        if isinstance(gradient, Outer) and all(
+            isinstance(query, Outer) and gradient.gram_is_cheaper(query) for query in queries
+        ):
+            return torch.cat([gradient.gram(query) for query in queries])  # type: ignore[arg-type]
+        return None
 
-    def _gram(self, name: str, gradient: Gradient) -> Tensor:
-        assert isinstance(gradient, Outer)
-        return torch.cat([gradient.gram(q) for q in self._batches[name] if isinstance(q, Outer)])
+    def _rows_of(self, name: str) -> Rows | None:
+        """All queries of a block together, where they touch few of its rows."""
+        if name not in self._rows:
+            parts = [query for query in self._batches[name] if isinstance(query, Rows)]
+            sparse = len(parts) == len(self._batches[name])
+            self._rows[name] = Rows.stacked(parts) if sparse else None
+        return self._rows[name]
 
     def _dense_of(self, name: str, gradient: Gradient) -> Tensor:
         if name not in self._dense:
