@@ -234,12 +234,12 @@ class _Walks:
                 into memory.
         """
         session = self.session
-        count = session.num_train * len(self.steps) * session.draws // session.num_processes
-        room = session.dtype.itemsize * session.engine.held * count
+        own, times = session.num_train // session.num_processes, len(self.steps) * session.draws
+        room = session.dtype.itemsize * session.engine.held * own * times
         if self._kept is None:
             drawn = self._drawn(what)
         else:
-            total = max(len(self._kept), -(-count // session.walk_size))
+            total = max(len(self._kept), times * -(-own // session.walk_size))
             drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)
         keep = keep and session.device.type == "cpu" and room <= memory_budget()
         # All processes keep theirs, or none does: they walk together.
