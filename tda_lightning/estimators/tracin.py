@@ -80,10 +80,14 @@ class TracIn:
             for first, last in session.query_rounds(session.factored_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
+                directions = session.on_parameters(queries.dense()) if session.by_token else {}
                 for batch in uses_since(session, draws, start, step):
                     with_self = session.self_influence and first == 0
                     values, own = _products(queries, batch, weights, with_self)
                     session.add(number, batch, values / session.num_train, first, used)
+                    if session.by_token:
+                        share = 1 / session.num_train
+                        session.add_terms(batch, directions, first, share, used)
                     if own is not None:
                         if batch.signs is not None:
                             own = own * batch.signs

@@ -46,6 +46,13 @@ class QueryGradients:
             products.append(product)
         return torch.stack(products).sum(0)
 
+    def dense(self) -> dict[str, Tensor]:
+        """By block, [query, groups, rows, columns]."""
+        return {
+            name: torch.cat([query.dense(slice(None)) for query in queries])
+            for name, queries in self._batches.items()
+        }
+
     def dot_and_squares(
         self, gradients: Mapping[str, Gradient], weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
