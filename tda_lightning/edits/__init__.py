@@ -20,6 +20,7 @@ from tda_lightning.edits.graph_edits import (
     RemoveFeatures,
     RemoveNodes,
 )
+from tda_lightning.edits.pool import additions, pool_notes, pool_record
 
 __all__ = [
     "AddEdges",
@@ -37,6 +38,9 @@ __all__ = [
     "RemoveNodes",
     "Replace",
     "Term",
+    "additions",
     "document_removals",
+    "pool_notes",
+    "pool_record",
     "sum_by_document",
 ]
