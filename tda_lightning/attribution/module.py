@@ -243,7 +243,8 @@ class AttributionModule(LightningModule):
                 the loader's order. For several trajectories a list of one each, whose columns
                 follow one another (:meth:`Scores.stage`), or one for all.
             query: what to explain, a ``Dataset`` or a ``DataLoader``.
-            batch_size: examples per batch where a data set was given.
+            batch_size: examples per batch where a data set was given; walks over wide layers
+                take fewer on a CPU.
             trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
                 by default one device.
             scores_path: stream the scores to this HDF5 file instead of holding them in memory.
