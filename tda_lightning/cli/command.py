@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tda_lightning.cli.setting_types import require_setting_types
 
 Command = Callable[[DictConfig], None]
+# Settings of an attribution that name its file.
+_NAMED = ("estimator.", "solver=", "solver.", "relabel=", "edits=", "keep=", "draws=")
 _FAILURES = (
     ArithmeticError,
     ImportError,
@@ -101,7 +103,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws="))
+        if override.startswith(_NAMED)
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

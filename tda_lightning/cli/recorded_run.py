@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import not_null
+from tda_lightning.cli.edited_data import build_data
 from tda_lightning.cli.run_config import build
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.ensemble import Ensemble, folder_within
@@ -25,7 +26,7 @@ def load_parts(
     config: DictConfig, run_config: DictConfig
 ) -> tuple[AttributedData, LightningModule, AttributionTask | None]:
     """Data, module and task as recorded, with the changes that a command asks for."""
-    data = build(run_config.data, config.trust_config, **not_null(config.data))
+    data = build_data(run_config, config.trust_config, **not_null(config.data))
     # The weights are in the trajectory, and nothing is going to train.
     changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
     module = build(run_config.model, config.trust_config, **changes)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import not_null
+from tda_lightning.cli.edited_data import build_data
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.cli.trainers import SILENT
@@ -157,10 +158,10 @@ class RecordedRun:
     def _reordered_data(self, seed: int) -> AttributedData:
         if isinstance(self.data, Reorderable):
             return self.data.reordered(seed)  # nothing is read again
-        recorded, changes = self.run_config.data, not_null(self.config.data)
-        if "seed" in recorded:
+        changes = not_null(self.config.data)
+        if "seed" in self.run_config.data:
             changes["seed"] = seed
-        return build(recorded, self.config.trust_config, **changes)
+        return build_data(self.run_config, self.config.trust_config, **changes)
 
     def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""
@@ -170,7 +171,8 @@ class RecordedRun:
             return {"damping": total_damping(self.trajectory, self.config.damping)}
         settings: Any = OmegaConf.to_container(self.run_config, resolve=True)
         data = {k: v for k, v in settings["data"].items() if k not in _NOT_OF_THE_ALGORITHM}
-        return {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
+        made = {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
+        return made | ({"drop": settings["drop"]} if settings.get("drop") else {})
 
 
 def _fresh_trainer(node: DictConfig | None, trust: bool, changes: Mapping[str, object]) -> Trainer:

@@ -6,5 +6,16 @@ others; a new kind of edit is a class with ``index`` and ``terms``.
 
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
+from tda_lightning.edits.edits_file import load_edits, save_edits
 
-__all__ = ["Addition", "Edit", "EditSet", "Relabel", "Removal", "Replace", "Term"]
+__all__ = [
+    "Addition",
+    "Edit",
+    "EditSet",
+    "Relabel",
+    "Removal",
+    "Replace",
+    "Term",
+    "load_edits",
+    "save_edits",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tda_lightning.cli.command import (
 from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.cli.trainers import configured_trainer
-from tda_lightning.edits import Relabel
+from tda_lightning.edits import Relabel, Removal, load_edits
 from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
@@ -56,6 +57,7 @@ def attribute(config: DictConfig) -> None:
         recorded = Trajectory.load(run_folder(folder))
     if predictions := _predictions(module, data, recorded):
         provenance["predictions"] = predictions
+    edits = _edits(config, len(data.train_dataset))
     train, query = sources(data, config.batch_size)
     try:
         scores = attribution.attribute(
@@ -67,7 +69,7 @@ def attribute(config: DictConfig) -> None:
             self_influence=config.self_influence,
             overwrite=config.overwrite,
             provenance=provenance,
-            edits=_relabels(config.relabel),
+            edits=edits,
             draws=config.draws,
             keep=config.keep,
         )
@@ -78,8 +80,17 @@ def attribute(config: DictConfig) -> None:
         resume = " Run the same command again to resume." if unfinished else ""
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
-    what = "training examples" if config.relabel is None else "other labels"
+    what = "edits" if config.edits else "other labels" if config.relabel else "training examples"
     print(f"Scored {scores.num_train} {what} for {scores.num_queries} queries: {target}")
+
+
+def _edits(config: DictConfig, num_train: int) -> Sequence[Removal | Relabel] | None:
+    """The edits that ``edits=FILE`` or ``relabel={INDEX: LABEL}`` asks for."""
+    if config.edits is None:
+        return _relabels(config.relabel)
+    if config.relabel is not None:
+        raise ValueError("Give edits=FILE or relabel={INDEX: LABEL}, not both.")
+    return load_edits(config.edits, num_train)
 
 
 def _relabels(labels: DictConfig | None) -> list[Relabel] | None:

@@ -16,6 +16,7 @@ from tda_lightning.cli.command import (
     required,
 )
 from tda_lightning.cli.commands.train import output_folder
+from tda_lightning.cli.edited_data import apply_drop
 from tda_lightning.cli.plan_tables import (
     attribution_plan_table,
     comparison_table,
@@ -72,6 +73,7 @@ def plan_recording(config: DictConfig) -> None:
     """Show how much disk space and memory recording a training run will take."""
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
+    data = apply_drop(config, data)
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
     plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)

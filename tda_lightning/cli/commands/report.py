@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
+from tda_lightning.cli.edited_data import build_data
 from tda_lightning.cli.recorded_run import run_folder
-from tda_lightning.cli.run_config import FILE_NAME, build, load_config
+from tda_lightning.cli.run_config import FILE_NAME, load_config
 from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
@@ -33,7 +34,7 @@ def report(config: DictConfig) -> None:
         # The queries are those of the attribution, perhaps fewer or others than were recorded.
         asked = provenance.get("config", {}).get("data", {})
         changes = {**not_null(asked), **not_null(config.data)}
-        data = build(load_config(folder).data, config.trust_config, **changes)
+        data = build_data(load_config(folder), config.trust_config, **changes)
         examples = {
             "train": data.train_dataset,
             "query": data.query_dataset,

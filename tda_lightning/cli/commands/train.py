@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, file_name
+from tda_lightning.cli.edited_data import apply_drop
 from tda_lightning.cli.run_config import save_config
 from tda_lightning.cli.trainers import configured_trainer
 
@@ -22,6 +23,7 @@ def train(config: DictConfig) -> None:
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
     data.setup()  # finds missing files before anything is written
+    data = apply_drop(config, data)
     seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.model, _convert_="all")
     recorder = instantiate(config.recorder, _convert_="all")
@@ -39,7 +41,11 @@ def train(config: DictConfig) -> None:
     metrics = "".join(
         f", {name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
     )
-    print(f"Recorded {trainer.global_step} steps in {config.output}{metrics}")
+    left_out = ""
+    if config.drop is not None:
+        out, labels = len(config.drop.left_out), len(config.drop.relabelled)
+        left_out = f", without {out} training examples and with {labels} other labels"
+    print(f"Recorded {trainer.global_step} steps in {config.output}{left_out}{metrics}")
 
 
 def output_folder(config: DictConfig) -> Path:

@@ -38,10 +38,10 @@ function compareTab() {
       h("div", { class: "side-by-side" }, DATA.agreement.map((other) => queryAgreement(other.rank, other.name))),
       h("h3", {}, "Where they differ most", h("small", {}, "training examples among the ten strongest of one file, by the difference of their ranks")),
       h("div", { class: "scroll" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["query", "example", "label", "score here", "rank here", "score there", "rank there", "scores"].map((name) => h("th", { class: name === "label" || name === "scores" ? null : "numeric" }, name)))),
+        h("thead", {}, h("tr", {}, ["query", "example", "label", "score here", "rank here", "score there", "rank there", DATA.others.length > 1 ? "scores" : null].filter(Boolean).map((name) => h("th", { class: name === "label" || name === "scores" ? null : "numeric" }, name)))),
         h("tbody", {}, differences().map((entry) => h("tr", {},
           h("td", { class: "numeric" }, h("a", { href: `#query-${entry.row}` }, queries.index[entry.row])), h("td", { class: "numeric" }, link(entry.index)), h("td", { class: "data" }, captionOf("train", entry.index)),
-          h("td", { class: "numeric" }, number(entry.scores[0], true)), h("td", { class: "numeric" }, count(entry.ranks[0] + 1)), h("td", { class: "numeric" }, number(entry.scores[1], true)), h("td", { class: "numeric" }, count(entry.ranks[1] + 1)), h("td", { class: "data" }, entry.name)))))));
+          h("td", { class: "numeric" }, number(entry.scores[0], true)), h("td", { class: "numeric" }, count(entry.ranks[0] + 1)), h("td", { class: "numeric" }, number(entry.scores[1], true)), h("td", { class: "numeric" }, count(entry.ranks[1] + 1)), DATA.others.length > 1 ? h("td", { class: "data" }, entry.name) : null))))));
   }
   if (DATA.members) {
     const values = DATA.listed.map((row) => (listOf(row) || {}).agreement ?? null);

@@ -20,15 +20,15 @@ function matrixTable(group, trainColumn, queryColumn) {
   const largest = Math.max(...Array.from(values, Math.abs), 0);
   const sizes = new Array(queryColumn.groups.length).fill(0);
   queryColumn.query.forEach((place) => { sizes[place] += 1; });
-  return h("div", { class: "scroll" }, h("table", { class: "matrix" },
-    h("caption", {}, `Rows: queries by ${queryColumn.name}, mean of each group. Columns: training examples by ${trainColumn.name}, their scores summed. Removing the whole column's group is predicted to change the row's measurement by this much, to first order.`),
+  const said = h("p", { class: "faint prose" }, `Rows: queries by ${queryColumn.name}, mean of each group. Columns: training examples by ${trainColumn.name}, their scores summed. Removing the column’s whole group is predicted to change the row’s measurement by this much, to first order.`);
+  return [said, h("div", { class: "scroll" }, h("table", { class: "matrix" },
     h("thead", {}, h("tr", {}, h("td", {}), trainColumn.groups.map((name) => h("th", { scope: "col", class: "data" }, h("span", {}, name))))),
     h("tbody", {}, queryColumn.groups.map((name, row) => (sizes[row] ? h("tr", {}, h("th", { scope: "row", class: "data" }, name),
       trainColumn.groups.map((other, column) => {
         const value = values[row * width + column];
         const share = largest ? Math.abs(value) / largest : 0;
         return h("td", { class: `numeric ${value >= 0 ? "positive" : "negative"}`, style: { "--share": `${Math.round(100 * share)}%` }, title: `${name} ← ${other}` }, number(value, true, largest));
-      })) : null)))));
+      })) : null)))))];
 }
 
 function regionTable(rows) {

@@ -12,7 +12,8 @@ const queryTexts = once(() => Array.from({ length: DATA.numQueries }, (_, row) =
 const known = (values) => values && values.length > 0;
 
 function querySorts() {
-  const sorts = [["order", "wrong, then worst first"], ["row", "by number"]];
+  const judged = queries.wrong.length ? "wrong, then worst first" : known(queries.measurement) ? "worst first" : null;
+  const sorts = judged ? [["order", judged], ["row", "by number"]] : [["order", "by number"]];
   if (known(queries.measurement)) sorts.push(["loss", "largest measurement first"], ["best", "smallest measurement first"]);
   if (labelColumn && labelColumn.query) sorts.push(["label", "by label"]);
   if (known(queries.spread)) sorts.push(["spread", "largest spread of the ensemble first"]);
@@ -242,7 +243,7 @@ function showQuery(row) {
   const sorts = [["score", "strongest first"]];
   if (DATA.members) sorts.push(["stable", "most stable over the ensemble first"]);
   if (DATA.others.length) sorts.push(["differ", "largest difference in rank first"]);
-  const options = sorts.length > 1 ? h("p", { class: "tools" }, select("order of training examples", sorts, listState.sort, (sort) => { listState.sort = sort; showTails(row); }),
+  const options = sorts.length > 1 ? h("p", { class: "tools" }, select("order of proponents and opponents", sorts, listState.sort, (sort) => { listState.sort = sort; showTails(row); }),
     DATA.members ? h("label", {}, h("input", { type: "checkbox", checked: listState.stable, on: { change: (event) => { listState.stable = event.target.checked; showTails(row); } } }), " one sign in all runs") : null) : null;
   fill(panel,
     h("h2", {}, `Query ${queries.index[row]}`, " ", h("a", { class: "self", href: `#query-${row}`, "aria-label": "link to this query" }, "¶")),

@@ -2,6 +2,8 @@
 
 const triageState = { text: "", sort: "", groups: {}, only: "", suggested: "", shown: 0, order: [] };
 
+const PAGE_OF_CARDS = 24;
+
 const TRIAGE_SORTS = [
   ["selfInfluence", "self-influence"],
   ["disagreement", "label disagreement"],
@@ -21,38 +23,40 @@ function triageOrder(sort) {
   return triageOrders.get(sort);
 }
 
-const texts = new Map();
-function textOfTrain(index) {
-  if (!texts.has(index)) {
-    const entry = DATA.examples[`train-${index}`];
-    texts.set(index, entry ? [entry.caption, entry.text || "", entry.row ? Object.entries(entry.row).flat().join(" ") : ""].join(" ").toLowerCase() : "");
-  }
-  return texts.get(index);
-}
+const keptTexts = once(() => {
+  const found = new Map();
+  for (const [key, entry] of Object.entries(DATA.examples))
+    if (key.startsWith("train-"))
+      found.set(Number(key.slice(6)), [entry.caption, entry.text || "", entry.row ? Object.entries(entry.row).flat().join(" ") : ""].join(" ").toLowerCase());
+  return found;
+});
 
-function matches(place, word) {
-  const index = train.index[place];
-  if (word[0] === "#") return String(index) === word.slice(1);
-  if (String(index) === word || textOfTrain(index).includes(word)) return true;
-  const entry = marks.get(index);
-  return Boolean(entry && `${entry.mark} ${entry.label} ${entry.note}`.toLowerCase().includes(word));
+// What a word finds: groups by their names, and single examples by number, looks or mark. Asked
+// once for a word, so that a keystroke costs one pass over plain arrays.
+function finds(word) {
+  const groups = columns.map((column) => Uint8Array.from(column.groups, (group) => group.toLowerCase().includes(word)));
+  const single = new Set();
+  const asked = /^#?\d+$/.test(word) ? Number(word.replace("#", "")) : -1;
+  if (asked >= 0) single.add(asked);
+  if (word[0] !== "#") for (const [index, text] of keptTexts()) if (text.includes(word)) single.add(index);
+  for (const [index, entry] of marks) if (`${entry.mark} ${entry.label} ${entry.note}`.toLowerCase().includes(word)) single.add(index);
+  return { groups: groups.map((flags, at) => [columns[at].train, flags]).filter(([, flags]) => flags.includes(1)), single };
 }
 
 function filterTriage() {
-  const words = triageState.text.toLowerCase().split(/\s+/).filter(Boolean);
-  // Which groups have a word in their names is asked once, not for every example.
-  const named = words.map((word) => columns.map((column) => column.groups.map((group) => group.toLowerCase().includes(word))));
-  const wanted = columns.map((column) => triageState.groups[column.name] ?? "");
-  const suggested = triageState.suggested === "" ? null : Number(triageState.suggested);
-  triageState.order = triageOrder(triageState.sort).filter((place) => {
-    for (let number_ = 0; number_ < columns.length; number_ += 1)
-      if (wanted[number_] !== "" && columns[number_].train[place] !== Number(wanted[number_])) return false;
-    if (suggested !== null && train.suggested[place] !== suggested) return false;
-    if (triageState.only) {
-      const mark = (marks.get(train.index[place]) || {}).mark || "";
-      if (triageState.only === "marked" ? !marks.has(train.index[place]) : triageState.only === "unmarked" ? mark : mark !== triageState.only) return false;
-    }
-    return words.every((word, number_) => columns.some((column, at) => named[number_][at][column.train[place]]) || matches(place, word));
+  const found = triageState.text.toLowerCase().split(/\s+/).filter(Boolean).map(finds);
+  const wanted = columns.map((column) => [column.train, triageState.groups[column.name] ?? ""]).filter(([, value]) => value !== "").map(([values, value]) => [values, Number(value)]);
+  if (triageState.suggested !== "") wanted.push([train.suggested, Number(triageState.suggested)]);
+  const { only } = triageState;
+  const order = triageOrder(triageState.sort);
+  if (!found.length && !wanted.length && !only) { triageState.order = order; return; }
+  triageState.order = order.filter((place) => {
+    for (const [values, value] of wanted) if (values[place] !== value) return false;
+    for (const { groups, single } of found)
+      if (!groups.some(([values, flags]) => flags[values[place]]) && !single.has(train.index[place])) return false;
+    if (!only) return true;
+    const mark = (marks.get(train.index[place]) || {}).mark || "";
+    return only === "marked" ? marks.has(train.index[place]) : only === "unmarked" ? !mark : mark === only;
   });
 }
 
@@ -67,7 +71,7 @@ function triageSaid(place) {
 function showTriage(more) {
   const list = document.getElementById("triage-list");
   if (!more) { triageState.shown = 0; list.replaceChildren(); }
-  const next = Array.from(triageState.order.slice(triageState.shown, triageState.shown + 40));
+  const next = Array.from(triageState.order.slice(triageState.shown, triageState.shown + PAGE_OF_CARDS));
   list.append(...next.map((place) => card(train.index[place], triageSaid(place))));
   triageState.shown += next.length;
   document.getElementById("triage-count").textContent = `${count(triageState.order.length)} of ${plural(DATA.numTrain, "training example")}`;
@@ -131,5 +135,5 @@ function triageTab() {
       DATA.edits ? null : select("marks", [["", "all marks"], ["marked", "marked"], ["unmarked", "unmarked"], ["wrong", "wrong"], ["relabel", "relabel"], ["keep", "keep"]], "", (only) => changeTriage({ only }))),
     h("p", { class: "faint", id: "triage-count", role: "status" }),
     h("ol", { class: "items wide-items", id: "triage-list" }),
-    button("40 more", () => showTriage(true), { id: "more-triage", class: "more" }));
+    button("more training examples", () => showTriage(true), { id: "more-triage", class: "more" }));
 }
