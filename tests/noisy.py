@@ -400,9 +400,12 @@ def unrolled(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tenso
     return -torch.stack(rows)
 
 
-def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
+def tracin(
+    module: NoisyNet, run: Trajectory, queries: TensorDataset, directions: bool = False
+) -> Tensor:
     """Every use at the checkpoint after it, with what it drew, by plain autograd, one example
-    after the other; rates are constant."""
+    after the other; rates are constant. Or of the directions of all gradients, which is in no unit:
+    ReTrac."""
     x, y = data().tensors
     scores = torch.zeros(len(queries), TRAIN, dtype=torch.float64)
     before, states = 0, iter(module.states)
@@ -416,6 +419,9 @@ def tracin(module: NoisyNet, run: Trajectory, queries: TensorDataset) -> Tensor:
 
                 with drawing(next(states)):
                     own = gradients(module, run, step, rows)
+                if directions:
+                    measured, own = (F.normalize(rows, dim=1) for rows in (measured, own))
+                    own = own * TRAIN
                 share = 1 / len(chosen) / int(run.steps.accumulation[row])
                 scores.index_add_(1, chosen, RATE / (1 - MOMENTUM) * share * measured @ own.T)
         before = step

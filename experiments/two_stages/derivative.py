@@ -36,6 +36,7 @@ def derivative(
     stages: Sequence[TensorDataset],
     queries: TensorDataset,
     subsets: Tensor,
+    weights: Sequence[float] = (1.0, 1.0),
 ) -> Tensor:
     """Predicted change of each query's loss when what a subset leaves out of stage 1 goes.
 
@@ -45,6 +46,8 @@ def derivative(
         stages: the training sets.
         queries: measured after the last stage.
         subsets: which examples of stage 1 each keeps, bool [subset, train].
+        weights: of every example of each stage, where the derivative is taken; below 1 the runs
+            are trained again with them on the way.
 
     Returns:
         float [query, subset].
@@ -54,7 +57,7 @@ def derivative(
     moved = {name: tensor.new_zeros(len(subsets), *tensor.shape) for name, tensor in at.items()}
     changes = -(~subsets).to(next(iter(at.values())).dtype)
     with SlowProgress("Derivative of both stages", sum(run.num_steps for run in runs)) as progress:
-        for number, (run, data) in enumerate(zip(runs, stages, strict=True)):
+        for number, (run, data, weight) in enumerate(zip(runs, stages, weights, strict=True)):
             own = changes if number == 0 else changes.new_zeros(len(subsets), len(data))
             buffer = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
             moved_buffer = {name: torch.zeros_like(tensor) for name, tensor in moved.items()}
@@ -62,7 +65,7 @@ def derivative(
                 (batch,) = run.steps.batches(row)
                 rate = float(run.steps.learning_rate[row, 0])
                 momentum = float(run.steps.hyperparameters["momentum"][row, 0])
-                slope, turned = _gradients(module, data, batch, at, moved, own[:, batch])
+                slope, turned = _gradients(module, data, batch, at, moved, own[:, batch], weight)
                 for name in at:
                     buffer[name] = momentum * buffer[name] + slope[name]
                     moved_buffer[name] = momentum * moved_buffer[name] + turned[name]
@@ -85,15 +88,17 @@ def _gradients(
     at: Named,
     moved: Named,
     changes: Tensor,
+    weight: float,
 ) -> tuple[Named, Named]:
-    """Gradient of a batch, and how it changes with the weights and the examples' weights."""
+    """Gradient of a batch whose examples have one weight, and how it changes with the parameters
+    and with the examples' weights."""
     inputs, labels = data[batch]
 
     def loss(parameters: Named, weights: Tensor) -> Tensor:
         outputs = functional_call(module, parameters, (inputs,))
         return (weights * F.cross_entropy(outputs, labels, reduction="none")).mean()
 
-    slope, whole = grad(loss), torch.ones(len(batch), dtype=changes.dtype)
+    slope, whole = grad(loss), torch.full((len(batch),), weight, dtype=changes.dtype)
 
     def turned(change: Named, weights: Tensor) -> Named:
         return jvp(slope, (at, whole), (change, weights))[1]

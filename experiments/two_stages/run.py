@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from experiments.two_stages import results, setting, table
 from experiments.two_stages.derivative import derivative
 from experiments.two_stages.results import keep
-from experiments.two_stages.scores import DAMPINGS, DEFAULT_DAMPING, estimators
+from experiments.two_stages.scores import DAMPINGS, DEFAULT_DAMPING, HALF, estimators
 from experiments.two_stages.setting import network
 from experiments.two_stages.truth import SUBSETS, ground_truth, replayed
 from tda_lightning import Trajectory
@@ -82,7 +82,13 @@ def scored(
         name: lambda score=score: kept_sums(score(), subsets)
         for name, score in estimators(runs, data).items()
     }
-    work["exact"] = lambda: -derivative(runs, network(1), data.stages, data.queries, subsets)
+
+    def exact(*weights: float) -> Tensor:
+        return -derivative(runs, network(1), data.stages, data.queries, subsets, weights)
+
+    work["exact"] = lambda: exact(1, 1)
+    work["exact at half"] = lambda: exact(HALF, HALF)
+    work["exact at half of stage 1"] = lambda: exact(HALF, 1)
     found = {}
     for name, predict in work.items():
         path = folder / f"{name.replace(' ', '_')}.npz"

@@ -13,11 +13,12 @@ from torch.utils.data import ConcatDataset
 from experiments.two_stages.setting import Data, network
 from experiments.two_stages.truth import TASK
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import InfluenceFunction, MultiStageInfluence, Source, TracIn
 from tda_lightning.evaluation.baselines import last_checkpoint, last_layer_cosine, random_scores
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # times the layer's mean eigenvalue
 DEFAULT_DAMPING = 0.1
+HALF = 0.5  # as many of the examples stay
 
 
 def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[], Tensor]]:
@@ -26,16 +27,16 @@ def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[],
     queries, together = data.queries, ConcatDataset(data.stages)
     end = runs[1].checkpoints[runs[1].last_step].parameters
 
-    def through_stages(estimator: Any) -> Tensor:
-        return attribute(estimator, list(runs), list(data.stages))
+    def through_stages(estimator: Any, keep: float = 1) -> Tensor:
+        return attribute(estimator, list(runs), list(data.stages), keep)
 
-    def attribute(estimator: Any, run: Any, train: Any) -> Tensor:
+    def attribute(estimator: Any, run: Any, train: Any, keep: float = 1) -> Tensor:
         fresh = [replace(one, curvature={}) for one in (run if isinstance(run, list) else [run])]
         module = AttributionModule(network(1), fresh, estimator, TASK)
         quiet = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
         )
-        found = module.attribute(train, queries, trainer=quiet, self_influence=False)
+        found = module.attribute(train, queries, trainer=quiet, self_influence=False, keep=keep)
         return found.values[:, : len(data.stages[0])]
 
     def influence(damping: float, combined: bool) -> Tensor:
@@ -57,6 +58,15 @@ def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[],
         "source_blocks": lambda: through_stages(Source(leading_directions=0)),
         "recorded": lambda: through_stages(Source(order="recorded")),
         "recorded_blocks": lambda: through_stages(Source(order="recorded", leading_directions=0)),
+    }
+    for damping in DAMPINGS:
+        found[f"multi_stage {damping:g}"] = lambda d=damping: through_stages(
+            MultiStageInfluence(relative_damping=d)
+        )
+    found |= {
+        "source at half": lambda: through_stages(Source(), HALF),
+        "source_blocks at half": lambda: through_stages(Source(leading_directions=0), HALF),
+        "recorded at half": lambda: through_stages(Source(order="recorded"), HALF),
     }
     for kind, combined in (("influence", False), ("influence_both", True)):
         for damping in DAMPINGS:

@@ -24,10 +24,16 @@ HERE = Path(__file__).parent
 PROTOCOLS = {"single_run": "single run", "algorithm": "algorithm"}
 TITLES = {
     "exact": "exact derivative of both stages",
+    "exact at half of stage 1": "the same where stage 1 has weights of 1/2",
+    "exact at half": "the same where both stages have weights of 1/2",
     "recorded": "SOURCE, recorded order",
+    "recorded at half": "SOURCE, recorded order, keep=0.5",
     "source": "SOURCE",
+    "source at half": "SOURCE, keep=0.5",
     "recorded_blocks": "SOURCE, recorded order, blocks",
     "source_blocks": "SOURCE, blocks",
+    "source_blocks at half": "SOURCE, blocks, keep=0.5",
+    "multi_stage": "multi-stage influence function",
     "influence": "influence function",
     "influence_both": "influence function, both sets",
     "tracin": "TracIn, stage 1",
@@ -36,7 +42,7 @@ TITLES = {
     "last_layer": "last-layer cosine",
     "random": "random",
 }
-DAMPED = ("influence", "influence_both")
+DAMPED = ("multi_stage", "influence", "influence_both")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from tda_lightning import estimators
+from tda_lightning.edits import GraphEdit
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.setting_types import require_type
@@ -84,7 +85,8 @@ def require_attributable(
     if not isinstance(edits, Sequence) or isinstance(edits, str):
         raise TypeError(f"edits must be a list, such as edits=[Removal(3)]; got {edits!r}.")
     for edit in edits:
-        if isinstance(edit, type) or not callable(getattr(edit, "terms", None)):
+        known = isinstance(edit, GraphEdit) or callable(getattr(edit, "terms", None))
+        if isinstance(edit, type) or not known:
             raise TypeError(
                 f"edits must hold edits (tda_lightning.edits), such as Removal(3); got {edit!r}."
             )

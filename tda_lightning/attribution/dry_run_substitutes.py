@@ -198,6 +198,9 @@ class DiscardedScores(MemorySink):
     def set_self_influence(self, values: Tensor) -> None:
         pass
 
+    def set_direct(self, values: Tensor) -> None:
+        pass
+
     def set_candidates(self, candidates: Tensor) -> None:
         pass
 

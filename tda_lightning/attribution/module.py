@@ -15,8 +15,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
+from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.dry_run import DryRun, dry_run
+from tda_lightning.attribution.graph_sources import NodeSource, by_node
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
 from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
@@ -35,7 +38,7 @@ from tda_lightning.attribution.what_if import (
     question_of,
     seconds_of_runs,
 )
-from tda_lightning.edits import Edit, EditSet
+from tda_lightning.edits import Edit, EditSet, GraphEdit, GraphEditSet
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
@@ -45,7 +48,13 @@ from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingEr
 from tda_lightning.records.gradient_errors import GradientErrors
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.score_sinks import MemberSink, MemorySink, ScoreSink, StageSink
+from tda_lightning.records.score_sinks import (
+    MemberSink,
+    MemorySink,
+    ScoreSink,
+    StageSink,
+    TimestepSink,
+)
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -56,6 +65,7 @@ from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
+from tda_lightning.session.edited_graphs import direct_terms
 from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.store.scores_file import ScoreFile
@@ -106,8 +116,15 @@ class AttributionModule(LightningModule):
         task: the training loss and the measurement; None for the module's own ``training_step``.
         fresh: names of modules or parameters that a later trajectory initialised anew under a
             name and shape that the one before it has too.
+        at_step: the model that is asked about: that after so many optimizer steps, for which there
+            is a recorded checkpoint. Everything is as if training had ended there. None: the last.
+            Of several trajectories in order of training it is a step of the last one.
+        ckpt: the same by a file that Lightning's ``ModelCheckpoint`` saved during the run, or
+            ``"best"``: the best one by the metric that it monitored. Its weights are taken from the
+            file where the recorder has none of that step.
 
     Raises:
+        FileNotFoundError: there is no such file.
         TrajectoryNotFoundError: the folder holds no trajectory.
         TrajectoryFormatError: a file of it is damaged or of another format version.
         TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
@@ -125,25 +142,31 @@ class AttributionModule(LightningModule):
         estimator: Estimator,
         task: AttributionTask | Sequence[AttributionTask | None] | None = None,
         fresh: Sequence[str] = (),
+        at_step: int | None = None,
+        ckpt: str | PathLike[str] | None = None,
     ):
         super().__init__()
         require_constructible(module, trajectory, estimator, task, fresh)
         if isinstance(trajectory, str | PathLike) and is_ensemble(trajectory):
             trajectory = Ensemble.load(trajectory)
+        trajectory = asked_about(trajectory, at_step, ckpt)
         staged = isinstance(estimator, StagedEstimator)
         self.members = [
             # A task remembers what it saw of its run's batches.
             set_up(module, run, copy.deepcopy(task), fresh, staged)
             for run in _ensemble_runs(module, trajectory, task)
         ] or [set_up(module, trajectory, task, fresh, staged)]  # type: ignore[arg-type]
+        for stages in self.members:
+            for stage in stages:
+                require_answerable(stage.trajectory, estimator)
         self.stages = self.members[0]
         facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
         self._ensemble = None if facts is None else facts.kind
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source for several trajectories, or "
-                "give the last one only."
+                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
+                "several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None
@@ -178,7 +201,7 @@ class AttributionModule(LightningModule):
         self_influence: bool | None = None,
         overwrite: bool = False,
         provenance: Mapping[str, object] | None = None,
-        edits: Sequence[Edit] | None = None,
+        edits: Sequence[Edit | GraphEdit] | None = None,
         draws: int | None = None,
         keep: float = 1.0,
     ) -> Scores:
@@ -242,6 +265,7 @@ class AttributionModule(LightningModule):
         for member in self.members:
             for stage in member:
                 require_same_data(stage.trajectory, examples[stage.run])
+        recorded, examples, queries = by_node(self.members, examples, queries)
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
             raise ValueError(
@@ -250,8 +274,13 @@ class AttributionModule(LightningModule):
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
             edit_set = self._edit_set(edits, examples)
+            if isinstance(edit_set, GraphEditSet) and keep < 1:
+                raise UnsupportedTrainingError(
+                    "keep is a share of the training examples that would stay, and edits of a "
+                    "graph change the graph: ask about them with keep=1."
+                )
             own_self = self._wants_self_influence(self_influence) and edits is None
-            asked = asked_runs(self.members, examples, keep, draws)
+            asked = asked_runs(recorded, examples, keep, draws)
             draws = draws if keep == 1 else None
             opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
             counts = [self._segment_counts(stages) for stages in opened]
@@ -262,8 +291,10 @@ class AttributionModule(LightningModule):
             several = len(self.members) if len(self.members) > 1 else asked.draws
             members = several if several > 1 else None
             columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
-            sizes = (session.num_query, columns, segments)
-            sink = _sink(sizes, session.dtype, members, scores_path, overwrite, runner)
+            parts = session.num_parts
+            sizes = (session.num_query // parts, columns, segments)
+            timesteps = parts if session.task.kept_parts is not None else None
+            sink = _sink(sizes, session.dtype, (members, timesteps), scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
                     estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
@@ -274,6 +305,11 @@ class AttributionModule(LightningModule):
                     made["notes"].append(_NO_SELF)
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
+                if isinstance(examples[-1], NodeSource):
+                    asked_nodes = {"train": examples[-1], "query": queries}
+                    made["nodes"] = {
+                        name: own.dataset.nodes.tolist() for name, own in asked_nodes.items()
+                    }
                 made["seconds"] = round(time.monotonic() - began, 3)
                 # Of all threads of this process; it leaves out what else the machine was busy with.
                 made["processor_seconds"] = round(time.process_time() - worked, 3)
@@ -305,7 +341,8 @@ class AttributionModule(LightningModule):
             training = ExampleSource.of(sets[-1], examples, "training")
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
-            session = open_session(self.stages[-1], training, queries, self_influence=False)
+            (stages,), (training,), queries = by_node([self.stages[-1:]], [training], queries)
+            session = open_session(stages[-1], training, queries, self_influence=False)
             asked = replace(queries, example=session.examples.example).checked(session.module)
             sides = (session.examples, session.train_loss), (asked, session.measurement)
             for source, loss in sides:
@@ -359,14 +396,15 @@ class AttributionModule(LightningModule):
             examples = ExampleSource.of(train, batch_size, "training")
             queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
             require_same_data(self.trajectory, examples)
+            members, (examples,), queries = by_node(self.members, [examples], queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 runs, seconds = len(self.members), 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(self.members, [examples], draws)
+                    runs, seconds = seconds_of_runs(members, [examples], draws)
                     draws = None
                 (stage,) = open_stages(
-                    self.stages,
+                    members[0],
                     [examples],
                     queries,
                     self._wants_self_influence(self_influence),
@@ -420,14 +458,20 @@ class AttributionModule(LightningModule):
                 MemberSink(sink, number // runs, by_segment, runs, apart)
                 for number in range(len(opened))
             ]
+        combined: ScoreSink = sink
+        if sink.by_timestep is not None:
+            share = 0.0 if apart else 1 / len(opened)
+            combined = TimestepSink(sink, sink)
+            parts = [TimestepSink(part, sink, share) for part in parts]
         if apart:
-            estimated = self._score_together([stages[-1].session for stages in opened], sink, parts)
+            sessions = [stages[-1].session for stages in opened]
+            estimated = self._score_together(sessions, combined, parts)
         else:
             estimated = [
                 self._score(stages, part, own)
                 for stages, part, own in zip(opened, parts, counts, strict=True)
             ]
-        for matrix in (sink.values, sink.by_segment, sink.members):
+        for matrix in (sink.values, sink.by_segment, sink.members, sink.by_timestep):
             if matrix is not None:
                 matrix.copy_(opened[0][-1].session.reduce(matrix))
         return estimated
@@ -475,6 +519,8 @@ class AttributionModule(LightningModule):
             session.scores = sink
             estimated = self.estimator.score(session)
             session.finish_self_influence()
+            if isinstance(session.edits, GraphEditSet):
+                sink.set_direct(direct_terms(session))
         else:
             assert isinstance(self.estimator, StagedEstimator) and counts is not None
             for number, stage in enumerate(stages):
@@ -484,7 +530,7 @@ class AttributionModule(LightningModule):
         return estimated
 
     def _score_together(
-        self, sessions: Sequence[Session], sink: MemorySink, parts: Sequence[ScoreSink]
+        self, sessions: Sequence[Session], sink: ScoreSink, parts: Sequence[ScoreSink]
     ) -> list[Provenance]:
         """Run an estimator on several runs that it puts together in its own way."""
         assert isinstance(self.estimator, EnsembleEstimator)
@@ -499,8 +545,8 @@ class AttributionModule(LightningModule):
         return self_influence_by_default(self.estimator) if asked is None else asked
 
     def _edit_set(
-        self, edits: Sequence[Edit] | None, examples: Sequence[ExampleSource]
-    ) -> EditSet | None:
+        self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]
+    ) -> EditSet | GraphEditSet | None:
         if edits is None:
             return None
         if len(self.stages) > 1:
@@ -508,7 +554,20 @@ class AttributionModule(LightningModule):
                 f"edits belong to one training set, and the run has {len(self.stages)} stages. "
                 "Attribute each of them, Trajectory.load(path).stages(), with its own edits."
             )
-        return EditSet(edits, examples[0])
+        of_graph = [isinstance(edit, GraphEdit) for edit in edits]
+        if not any(of_graph):
+            return EditSet(cast(Sequence[Edit], edits), examples[0])
+        if not all(of_graph):
+            raise ValueError(
+                "edits are of the graph or of single examples, got both. Ask for them one by one."
+            )
+        if not isinstance(examples[0], NodeSource):
+            raise UnsupportedTrainingError(
+                f"{type(edits[0]).__name__} is an edit of the graph that a run was trained on, and "
+                "this training set is none: expected one graph with a mask of training nodes "
+                "(task=None), or tda_lightning.tasks.NodeTask."
+            )
+        return GraphEditSet(cast(Sequence[GraphEdit], edits), examples[0])
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:
@@ -557,21 +616,21 @@ def quiet_trainer() -> Trainer:
 def _sink(
     sizes: tuple[int, int, int | None],
     dtype: torch.dtype,
-    members: int | None,
+    kept: tuple[int | None, int | None],
     path: str | None,
     overwrite: bool,
     trainer: Trainer,
 ) -> MemorySink:
-    """Where the scores go: memory, or the file at ``path``."""
+    """Where the scores go: memory, or the file at ``path``; ``kept``: members and timesteps."""
     if path is None:
-        return MemorySink(*sizes, dtype, members)
+        return MemorySink(*sizes, dtype, *kept)
     if trainer.world_size > 1:
         # Saved at the end by one process; whether it can be is known before the work.
         Processes.of(trainer).by_first(
-            lambda: ScoreFile(path, *sizes, dtype, members, overwrite).abort()
+            lambda: ScoreFile(path, *sizes, dtype, *kept, overwrite).abort()
         )
-        return MemorySink(*sizes, dtype, members)
-    return ScoreFile(path, *sizes, dtype, members, overwrite)
+        return MemorySink(*sizes, dtype, *kept)
+    return ScoreFile(path, *sizes, dtype, *kept, overwrite)
 
 
 def _ensemble_runs(module: object, trajectory: object, task: object) -> list[Trajectory]:

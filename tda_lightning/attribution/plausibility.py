@@ -11,6 +11,7 @@ from torch import Tensor
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Session
 
+UNITLESS = "no unit"  # how the sizes of scores begin that are in no unit of the measurement
 _CHECKPOINTS = 6  # at which queries are measured
 # Ranges of the measurement that the size of a score may take, where sizes are predicted and where
 # they are not: those of damped influence functions are 10 to 100 times too large as a rule.
@@ -30,7 +31,7 @@ def earlier_measurements(session: Session) -> list[float]:
             if step == session.trajectory.last_step:
                 continue
             session.load(step)
-            for batch, indices in session.queries(0, session.num_query):
+            for batch, indices in session.whole_queries():
                 values += session.measurement(session.module, batch, indices).tolist()
             if step not in loaded:
                 session.forget(step)
@@ -50,6 +51,8 @@ def beyond_range(parts: Sequence[Tensor], made: Provenance) -> Provenance:
         parts: [query, train] each; their sum is the scores.
     """
     least, most = made.get("measured_range", (0.0, 0.0))
+    if made.get("sizes", "").startswith(UNITLESS):
+        return {}
     ranks = made.get("sizes", "").startswith("ranks")
     times = _BEYOND_OF_RANKS if ranks else _BEYOND
     limit = times * (most - least)

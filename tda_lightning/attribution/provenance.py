@@ -44,7 +44,7 @@ def run_provenance(
     """
     session = stages[-1].session
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
-    measured = measured_queries(session, recorded)
+    measured, kept = measured_queries(session, recorded), session.task.kept_parts
     beyond = beyond_range(scores, {**estimated, **measured})
     notes = [
         *session.task.notes,
@@ -77,6 +77,7 @@ def run_provenance(
         **beyond,
         **_several_stages(stages, counts),
         **({"draws": session.draws} if session.noise or session.measured_noise else {}),
+        **({} if kept is None else {"timesteps": list(kept)}),
         "notes": notes,
     }
 
@@ -95,7 +96,7 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     measurements: list[float] = []
     predictions: list[str] | None = []
     with torch.no_grad():
-        for batch, indices in session.queries(0, session.num_query):
+        for batch, indices in session.whole_queries():
             measurements += session.measurement(session.module, batch, indices).tolist()
             with seeded_examples(MEASURED_SEED, indices):
                 words = session.task.prediction(session.module, batch)

@@ -15,14 +15,14 @@ from tda_lightning.attribution.cache_key import digest_of
 from tda_lightning.attribution.member_modules import require_masked
 from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
-from tda_lightning.edits import EditSet
+from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
-from tda_lightning.session.session import LoadedCheckpoint, Session, Stage
+from tda_lightning.session.session import LoadedCheckpoint, Session, Stage, part_indices
 from tda_lightning.tasks import (
     AttributionTask,
     TrainingStepTask,
@@ -41,7 +41,7 @@ def open_members(
     examples: Sequence[ExampleSource],
     queries: ExampleSource,
     self_influence: bool,
-    edits: EditSet | None = None,
+    edits: EditSet | GraphEditSet | None = None,
     draws: int | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
@@ -105,6 +105,8 @@ def open_session(
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
     examples, queries = examples.checked(module), queries.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
+    kept = task.kept_parts
+    parts = 1 if kept is None else len(kept)
     session = Session(
         module=module,
         task=task,
@@ -112,9 +114,10 @@ def open_session(
         engine=engine,
         scores=MemorySink(0, 0),
         num_train=len(examples),
-        num_query=len(queries),
+        num_query=len(queries) * parts,
+        num_parts=parts,
         examples=examples,
-        queries=lambda start, stop: _query_batches(queries, start, stop, module),
+        queries=lambda start, stop: _measured_batches(queries, start, stop, module, kept),
         cache_key=lambda steps: digest_of(session, steps, batch, indices),
         self_influence=self_influence,
         batch_size=examples.batch_size,
@@ -241,6 +244,25 @@ def _loaded(
 ) -> tuple[object, Tensor]:
     batch, indices = next(iter(source.indexed([chosen])))
     return source.placed(batch, module, indices), indices.to(next(module.parameters()).device)
+
+
+def _measured_batches(
+    queries: ExampleSource,
+    start: int,
+    stop: int,
+    module: nn.Module,
+    parts: Sequence[int] | None,
+) -> Iterator[tuple[object, Tensor]]:
+    """Queries from ``start`` to ``stop``; where parts of their measurement are kept, all queries
+    come once for each part."""
+    if parts is None:
+        yield from _query_batches(queries, start, stop, module)
+        return
+    count = len(queries)
+    for part in range(start // count, -(-stop // count)):
+        first, last = max(start - part * count, 0), min(stop - part * count, count)
+        for batch, indices in _query_batches(queries, first, last, module):
+            yield batch, part_indices(indices, part)
 
 
 def _query_batches(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tda_lightning.attribution.answerable import with_own_parameters
 from tda_lightning.attribution.matching import attributed_parameters, require_same_parameters
 from tda_lightning.attribution.member_modules import member_module
 from tda_lightning.gradients import GradientEngine
@@ -81,6 +82,7 @@ def set_up(
                 f"got {len(given)}."
             )
     loaded = [one if isinstance(one, Trajectory) else Trajectory.load(str(one)) for one in runs]
+    loaded = [with_own_parameters(run, own) for own, run in zip(modules, loaded, strict=True)]
     modules = [member_module(own, run) for own, run in zip(modules, loaded, strict=True)]
     found: list[StageSetup] = []
     used: set[int] = set()

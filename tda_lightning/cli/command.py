@@ -18,9 +18,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tda_lightning.cli.setting_types import require_setting_types
 
+# Settings that make other scores, which the names of files tell apart.
+_NAMING = (
+    "estimator.",
+    "solver=",
+    "solver.",
+    "relabel=",
+    "edits=",
+    "keep=",
+    "draws=",
+    "at_step=",
+    "ckpt=",
+)
+
 Command = Callable[[DictConfig], None]
-# Settings of an attribution that name its file.
-_NAMED = ("estimator.", "solver=", "solver.", "relabel=", "edits=", "keep=", "draws=")
 _FAILURES = (
     ArithmeticError,
     ImportError,
@@ -103,7 +114,7 @@ def estimator_name() -> str:
     settings = [
         override.removeprefix("estimator.")
         for override in hydra.overrides.task
-        if override.startswith(_NAMED)
+        if override.startswith(_NAMING)
     ]
     return file_name([str(hydra.runtime.choices["estimator"]), *settings])
 

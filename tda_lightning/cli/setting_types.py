@@ -13,8 +13,10 @@ from tda_lightning.runtime.setting_types import require_type
 _TYPES: dict[str, tuple[Any, str]] = {
     "alpha": (float | None, ""),
     "at": (Sequence[int] | None, "at=[300] for the checkpoint at step 300"),
+    "at_step": (int | None, ""),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
+    "ckpt": (str | None, ""),
     "compare": (Sequence[str] | None, "compare=[other.h5]"),
     "damping": (float | None, ""),
     "directions": (int, ""),

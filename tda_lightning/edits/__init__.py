@@ -1,19 +1,35 @@
 """Edits of the training set: what the columns of scores are about.
 
 By default column n is the removal of training example n. ``attribute(..., edits=[...])`` asks for
-others; a new kind of edit is a class with ``index`` and ``terms``.
+others; a new kind of edit is a class with ``index`` and ``terms``. Of a run on one graph, edits of
+the graph (``graph_edits.py``) can be asked about instead.
 """
 
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
 from tda_lightning.edits.edits_file import load_edits, save_edits
+from tda_lightning.edits.graph_edit_set import EditedGraphs, GraphEditSet
+from tda_lightning.edits.graph_edits import (
+    AddEdges,
+    GraphEdit,
+    RemoveEdges,
+    RemoveFeatures,
+    RemoveNodes,
+)
 
 __all__ = [
+    "AddEdges",
     "Addition",
     "Edit",
     "EditSet",
+    "EditedGraphs",
+    "GraphEdit",
+    "GraphEditSet",
     "Relabel",
     "Removal",
+    "RemoveEdges",
+    "RemoveFeatures",
+    "RemoveNodes",
     "Replace",
     "Term",
     "load_edits",

@@ -29,7 +29,10 @@ def require_layer(module: nn.Module, layer: str) -> None:
 
 
 def read_features(
-    module: nn.Module, layer: str | None, forward: Callable[[], int]
+    module: nn.Module,
+    layer: str | None,
+    forward: Callable[[], int],
+    nodes: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """Features of the examples of one batch, and the name of their layer.
 
@@ -38,6 +41,7 @@ def read_features(
         layer: its outputs are the features; None: the *inputs* of the last linear layer
             (``torch.nn.Linear``) called, the hidden features that a classifier's head sees.
         forward: runs the model on the batch and returns the number of examples.
+        nodes: where the batch is a graph, which of its nodes the examples are.
 
     Returns:
         float32 [example, feature], and the layer's name. Sequences [example, position, feature]
@@ -63,6 +67,8 @@ def read_features(
         )
     name, found = seen[-1]
     in_last_axis = isinstance(module.get_submodule(name), nn.Linear)
+    if nodes is not None and isinstance(found, Tensor) and found.dim():
+        found = found[nodes]
     # Detached: a task may need a graph for its losses, whatever is asked.
     return _rows(found, size, name, in_last_axis).detach(), name
 

@@ -61,7 +61,7 @@ class TracIn:
 
     def segment_count(self, session: Session) -> int:
         """One segment for each checkpoint after the initial weights."""
-        return len(_intervals(session))
+        return len(checkpoint_intervals(session))
 
     def score(self, session: Session) -> Provenance:
         """Compare gradients at every checkpoint.
@@ -72,14 +72,14 @@ class TracIn:
         """
         require_rates(session.trajectory)
         draws = RecordedDraws.of(session)
-        for number, (start, step) in enumerate(_intervals(session)):
-            weights = _weights(session, start, step)
+        for number, (start, step) in enumerate(checkpoint_intervals(session)):
+            weights = rates_by_block(session, start, step)
             # Recorded batches hold each example as often as it was drawn.
             used = (start, step) if draws is None else None
             for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
-                for batch in _uses(session, draws, start, step):
+                for batch in uses_since(session, draws, start, step):
                     values = queries.dot(batch.gradients) / session.num_train
                     session.add(number, batch, values, first, used)
                     if session.self_influence and first == 0:
@@ -90,9 +90,10 @@ class TracIn:
                         session.add_self_influence(batch.examples, own, used)
         return {
             "sizes": SIZES,
-            "checkpoints": [step for _, step in _intervals(session)],
-            "segments": [[start, step] for start, step in _intervals(session)],
-            "notes": clipping_notes(session.trajectory, _neglected(session)) + use_notes(session),
+            "checkpoints": [step for _, step in checkpoint_intervals(session)],
+            "segments": [[start, step] for start, step in checkpoint_intervals(session)],
+            "notes": clipping_notes(session.trajectory, neglected_clipping(session))
+            + use_notes(session),
         }
 
     def stage_segment_counts(self, stages: Sequence[Stage]) -> list[int]:
@@ -112,18 +113,24 @@ class TracIn:
         notes = [NO_SELF]
         for number, stage in enumerate(stages, start=1):
             notes += [f"Stage {number}: {note}" for note in self.score(stage.session)["notes"]]
-            for start, step in _intervals(stage.session):
+            for start, step in checkpoint_intervals(stage.session):
                 checkpoints.append(stage.first_step + step)
                 segments.append([stage.first_step + start, stage.first_step + step])
         record: Provenance = {"checkpoints": checkpoints, "segments": segments, "notes": notes}
         return {"sizes": SIZES, **record}
 
 
-def _uses(session: Session, draws: RecordedDraws | None, start: int, step: int) -> Iterator[Batch]:
+def uses_since(
+    session: Session,
+    draws: RecordedDraws | None,
+    start: int,
+    step: int,
+    name: str = "TracIn",
+) -> Iterator[Batch]:
     """The training set at checkpoint ``step``. Of a loss that draws random numbers, the recorded
     batches since the checkpoint before: an example's gradient is the sum over its uses, each with
     what it drew and with its share in its step."""
-    title, rows = f"TracIn, step {step}", range(start, step)
+    title, rows = f"{name}, step {step}", range(start, step)
     if draws is None:
         yield from session.walk_columns(title, step)
         return
@@ -143,13 +150,13 @@ def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
     ).sum(0)
 
 
-def _intervals(session: Session) -> list[tuple[int, int]]:
+def checkpoint_intervals(session: Session) -> list[tuple[int, int]]:
     """(step of the checkpoint before, step) of every checkpoint after the initial weights."""
     steps = [step for step in sorted(session.trajectory.checkpoints) if step > 0]
     return list(zip([0, *steps], steps, strict=False))
 
 
-def _weights(session: Session, start: int, stop: int) -> dict[str, Tensor]:
+def rates_by_block(session: Session, start: int, stop: int) -> dict[str, Tensor]:
     """w_c of every parameter, by block: [groups, rows, columns]."""
     trajectory = session.trajectory
     sums = applied_rates(trajectory, slice(start, stop)).sum(0)
@@ -160,7 +167,7 @@ def _weights(session: Session, start: int, stop: int) -> dict[str, Tensor]:
     return {block.name: block.matrix(filled).to(session.device) for block in session.blocks}
 
 
-def _neglected(session: Session) -> str | None:
+def neglected_clipping(session: Session) -> str | None:
     """Why clipping is left out of the formula; None where it is not."""
     rule = rule_if_known(session.trajectory)
     if rule is None:

@@ -12,6 +12,7 @@ from tda_lightning.estimators.features import read_features
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
 from tda_lightning.session.session import Session
+from tda_lightning.tasks import NodeBatch
 
 _FORMAT = 1  # part of the key: raise it when the meaning of cached features changes
 _ROWS = 1 << 16  # of features that go over processes at a time
@@ -81,7 +82,10 @@ def _read(
     what = "query" if loss == session.measurement else "training example"
     with torch.no_grad():
         values, name = read_features(
-            session.module, layer, lambda: len(loss(session.module, batch, examples))
+            session.module,
+            layer,
+            lambda: len(loss(session.module, batch, examples)),
+            batch.nodes if isinstance(batch, NodeBatch) else None,
         )
     values = values.cpu()
     place = f"{'inputs' if layer is None else 'outputs'} of {name or 'the model'}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.projection import Projection
 from tda_lightning.estimators.use_notes import use_notes
@@ -202,6 +203,11 @@ class TRAK:
         self, session: Session, directions: Projection, features: list[_Features]
     ) -> Iterator[_Features]:
         """The features of what is scored: of the training examples, or of the edits' terms."""
+        if isinstance(session.edits, GraphEditSet):
+            raise UnsupportedTrainingError(
+                "TRAK has a feature for each training example, and edits of a graph are none. Use "
+                "InfluenceFunction, Source, Unrolled or TracIn."
+            )
         if session.edits is not None:
             for batch in session.walk_columns("TRAK, edits", session.trajectory.last_step):
                 yield _train_features(session, directions, batch)
@@ -349,7 +355,8 @@ def _mean_slopes(sessions: Sequence[Session]) -> tuple[Tensor, Tensor]:
     """Means over the members of the derivatives by the output: of the loss of all that is scored
     (this process's part of it), and of the queries' measurements."""
     first = sessions[0]
-    count = first.num_train if first.edits is None else len(first.edits.terms)
+    terms = first.edits.terms if isinstance(first.edits, EditSet) else None
+    count = first.num_train if terms is None else len(terms)
     train = torch.zeros(count, dtype=first.dtype)
     query = torch.zeros(first.num_query, dtype=first.dtype)
     for session in sessions:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,12 @@ from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
+from tda_lightning.gradients.shared_graph import gradients_of_each
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
+from tda_lightning.tasks.node_batch import NodeBatch
 
 Losses = Callable[[nn.Module, Batch, Tensor], Iterable[Tensor]]
 
@@ -121,6 +123,9 @@ class GradientEngine:
             EngineError: the loss of an example alone is not its loss in the batch.
             NonFiniteError: a loss is not finite.
         """
+        if isinstance(batch, NodeBatch):
+            yield from self._of_nodes(losses, batch, examples)
+            return
         blocks, count = self.blocks, len(examples)
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
@@ -141,6 +146,23 @@ class GradientEngine:
                 use.widen()
             gradients = assemble(blocks, uses, count, generic)
             yield ExampleGradients(loss.detach(), self._hooked(gradients))
+
+    def _of_nodes(
+        self, losses: Losses, batch: NodeBatch, examples: Tensor
+    ) -> Iterator[ExampleGradients]:
+        """The same for nodes of one graph, whose losses share all rows of every layer. A node that
+        stands in the batch several times (in several recorded steps) is differentiated once."""
+        parameters = {name: self.module.get_parameter(name) for name in self.names}
+        each, place = batch.nodes.unique(return_inverse=True)
+        first = torch.empty_like(each).scatter_(0, place, torch.arange(len(place)).to(each))
+        own, chosen = replace(batch, nodes=each), examples[first]
+        with parameters_frozen(self.module, self.names), torch.enable_grad():
+            for loss in losses(self.module, own, chosen):
+                _check_losses(loss, chosen)
+                rows = gradients_of_each(loss, parameters)
+                rows = {name: values[place] for name, values in rows.items()}
+                gradients = assemble(self.blocks, [], len(examples), rows)
+                yield ExampleGradients(loss.detach()[place], self._hooked(gradients))
 
     @property
     def masked(self) -> list[str]:
@@ -235,6 +257,9 @@ class GradientEngine:
             )
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
+        if isinstance(batch, NodeBatch):
+            self._blocks = plan_blocks(self._shapes, capture.uses, seen_both_ways(capture.uses))
+            return self._checked(loss, batch, examples)
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
@@ -247,7 +272,10 @@ class GradientEngine:
         errors = self._errors(loss, batch, examples)
         if wrong := self._wrong(errors):
             self._plan(capture, [*self._generic, *wrong])
-            errors = self._errors(loss, batch, examples)
+        return self._checked(loss, batch, examples)
+
+    def _checked(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
+        errors = self._errors(loss, batch, examples)
         if wrong := self._wrong(errors):
             name = wrong[0]
             raise EngineError(

@@ -76,6 +76,18 @@ class Checkpoints(Observer):
         return {"checkpoints": tuple(self.steps), "state_kept": self._last_has_optimizer}
 
 
+def best_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
+    """The best checkpoint that a ``ModelCheckpoint`` of the trainer has saved so far, by the metric
+    it monitors; None where none does."""
+    for callback in trainer.checkpoint_callbacks:
+        path, monitor = (getattr(callback, n, None) for n in ("best_model_path", "monitor"))
+        if path and monitor:
+            score = getattr(callback, "best_model_score", None)
+            score = None if score is None else float(score)
+            return {"path": str(path), "monitor": str(monitor), "score": score}
+    return None
+
+
 def read_checkpoint(
     step: int,
     module: nn.Module,

@@ -42,11 +42,10 @@ from tda_lightning.recording.step_table import StepTable
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.errors import RecordingError, TrajectoryError, TrajectoryFormatError
-from tda_lightning.records.trajectory import Facts
+from tda_lightning.records.trajectory import Facts, facts_up_to
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
-from tda_lightning.store.reader import facts_up_to
 from tda_lightning.store.writer import TrajectoryWriter
 
 
@@ -383,8 +382,12 @@ class RecordedRun:
 
     # The end.
 
-    def finish(self) -> None:
-        """The run ends here, at the end of a step."""
+    def finish(self, best: Mapping[str, Any] | None = None) -> None:
+        """The run ends here, at the end of a step.
+
+        Args:
+            best: what is known of the best checkpoint that Lightning saved, for the facts.
+        """
         if self.facts is None:
             return
         self.keep_state()
@@ -392,6 +395,8 @@ class RecordedRun:
         if self.facts is not None:
             facts = facts_up_to(self.facts, self.num_steps)
             settings = {**facts.settings, "skipped_steps": self._steps.skipped}
+            if best is not None:
+                settings["best_checkpoint"] = dict(best)
             with self._disk():
                 self._writer.write_facts(replace(facts, settings=settings))
                 self._writer.finish()

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.recording.checkpoints import evenly_spaced
+from tda_lightning.recording.checkpoints import best_checkpoint, evenly_spaced
 from tda_lightning.recording.checks import require_one_optimizer, require_supported
 from tda_lightning.recording.curvature_statistics import online_curvature, require_uncompiled
 from tda_lightning.recording.fit_preview import StepCount, count_steps
@@ -336,7 +336,7 @@ class TrajectoryRecorder(Callback):
             self._run.record()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.finish()
+        self._run.finish(best_checkpoint(trainer))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -35,7 +35,7 @@ FORMAT = 2
 # Settings that may differ between two starts of one run. Of the groups' settings, rates among
 # them, those applied are in the steps table.
 _OF_ONE_START = {"run_id", "created", "fits", "changes", "indices"}
-_OF_ONE_START |= {"planned_checkpoints", "optimizer_groups"}
+_OF_ONE_START |= {"planned_checkpoints", "optimizer_groups", "best_checkpoint"}
 
 
 @dataclass(frozen=True)

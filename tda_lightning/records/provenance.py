@@ -264,6 +264,7 @@ class Provenance(TypedDict, total=False):
     sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
+    nodes: dict[str, list[int]]  # of one graph: ids of the training nodes ("train") and the queries
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
@@ -274,6 +275,7 @@ class Provenance(TypedDict, total=False):
     statistics: Statistics | list[Statistics | None]  # recorded in training, if they were used
     leading_directions: Count | list[Count]  # eigenvectors that SOURCE keeps exactly
     damping: Damping
+    proximity: list[float | None]  # multi-stage influence: of each stage
     solver: SolverRecord
     matrix_free: MatrixFreeRecord
     # Its replay (exact unrolling)
@@ -284,6 +286,7 @@ class Provenance(TypedDict, total=False):
     model: str  # class name
     task: dict[str, object]  # class and settings
     draws: Count  # of the noise in a loss, over which it is averaged
+    timesteps: list[Count]  # of by_timestep, where a diffusion model was measured at each
     steps: Count  # of the optimizer
     num_train: Count
     trained_parameters: Count  # scalars

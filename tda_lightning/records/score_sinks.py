@@ -33,6 +33,9 @@ class ScoreSink(Protocol):
     def set_by_token(self, values: Tensor) -> None:
         """Keep the scores of single terms, [query, train, position]."""
 
+    def set_direct(self, values: Tensor) -> None:
+        """Keep the direct terms of edits, [query, edit], and add them to the scores."""
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten."""
 
@@ -66,6 +69,10 @@ class StageSink:
     def set_by_token(self, values: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Scores by token belong to the scores of all stages together.")
+
+    def set_direct(self, values: Tensor) -> None:
+        """Refused: edits are of one training set."""
+        raise ValueError("Direct terms belong to the scores of all stages together.")
 
     def set_candidates(self, candidates: Tensor) -> None:
         """Refused: one stage's examples are not all of them."""
@@ -119,6 +126,12 @@ class MemberSink:
         """Add a share to the mean."""
         self.sink.set_by_token(self._mean(self.sink.by_token, values))
 
+    def set_direct(self, values: Tensor) -> None:
+        """Add the member's own to its scores, and a share to the mean."""
+        assert self.sink.members is not None
+        self.sink.members[self.number] += values.to(self.sink.values) / self.runs
+        self.sink.direct = self._mean(self.sink.direct, values)
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Refused: every member has candidates of its own."""
         raise ValueError(
@@ -141,6 +154,67 @@ class MemberSink:
         self.sink.abort()
 
 
+@dataclass(frozen=True)
+class TimestepSink:
+    """Takes the scores of parts of a measurement (timesteps), row by row as if they were queries,
+    and adds them to the ``by_timestep`` of ``whole`` and a share to the mean in ``sink``.
+
+    Attributes:
+        sink: of one run; ``whole`` itself, or a part of it.
+        whole: the scores of all runs.
+        share: of this run in ``by_timestep``.
+    """
+
+    sink: ScoreSink
+    whole: MemorySink
+    share: float = 1.0
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add rows; row t * queries + q is query q at timestep t."""
+        kept = self.whole.by_timestep
+        assert kept is not None
+        timesteps, queries = kept.shape[:2]
+        row, last = first_query, first_query + len(values)
+        while row < last:
+            timestep, query = divmod(row, queries)
+            stop = min(last, (timestep + 1) * queries)
+            block = values[row - first_query : stop - first_query]
+            self.sink.add(segment, train_indices, block / timesteps, query)
+            own = (block * self.share).detach().to("cpu", kept.dtype)
+            _add_columns(kept[timestep, query : query + len(block)], train_indices.cpu(), own)
+            row = stop
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """As it is: it is of whole measurements."""
+        self.sink.set_self_influence(values)
+
+    def set_by_token(self, values: Tensor) -> None:
+        """The mean over timesteps."""
+        assert self.whole.by_timestep is not None
+        self.sink.set_by_token(values.unflatten(0, self.whole.by_timestep.shape[:2]).mean(0))
+
+    def set_direct(self, values: Tensor) -> None:
+        """Refused: a graph has no timesteps."""
+        raise ValueError("Direct terms belong to edits of a graph, which has no timesteps.")
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Refused: a query has other candidates at every timestep."""
+        raise ValueError(
+            "FastInfluence scores other candidates at every timestep, so there are no scores "
+            "by_timestep. Use InfluenceFunction, or by_timestep=False."
+        )
+
+    def finish(self, provenance: Provenance) -> Scores:
+        """The finished scores."""
+        return self.sink.finish(provenance)
+
+    def abort(self) -> None:
+        """Give up the scores."""
+        self.sink.abort()
+
+
 class MemorySink:
     """Scores gathered in memory; every entry starts at zero.
 
@@ -151,9 +225,12 @@ class MemorySink:
         dtype: float32 or float64.
         num_members: when given, each block belongs to a member of an ensemble, and ``values`` is
             the mean over the members.
+        num_timesteps: when given, scores are also kept by timestep (:class:`TimestepSink`).
     """
 
     members: Tensor | None = None
+    direct: Tensor | None = None
+    by_timestep: Tensor | None = None
 
     def __init__(
         self,
@@ -162,6 +239,7 @@ class MemorySink:
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
         num_members: int | None = None,
+        num_timesteps: int | None = None,
     ) -> None:
         shape = (num_queries, num_train)
         self.values = torch.zeros(shape, dtype=dtype)
@@ -173,6 +251,8 @@ class MemorySink:
         self.candidates: Tensor | None = None
         if num_members is not None:
             self.members = torch.zeros(num_members, *shape, dtype=dtype)
+        if num_timesteps is not None:
+            self.by_timestep = torch.zeros(num_timesteps, *shape, dtype=dtype)
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -239,6 +319,15 @@ class MemorySink:
         require_finite_tokens(values)
         self.by_token = values.detach().to("cpu", self.values.dtype)
 
+    def set_direct(self, values: Tensor) -> None:
+        """Keep the direct terms of edits, [query, edit], and add them to the scores."""
+        if values.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape {list(self.values.shape)} of the scores, got "
+                f"{list(values.shape)}."
+            )
+        self.direct = values.detach().to("cpu", self.values.dtype)
+
     def set_candidates(self, candidates: Tensor) -> None:
         """Score these alone, int64 [query, k]: whatever is added to others is forgotten.
 
@@ -264,6 +353,8 @@ class MemorySink:
             self.by_token,
             self.candidates,
             self.members,
+            self.direct,
+            self.by_timestep,
         )
 
     def abort(self) -> None:
@@ -274,6 +365,8 @@ class MemorySink:
             # Row by row, because the twin of this class works on files larger than memory.
             for query in range(len(self.values)):
                 torch.sum(self.by_segment[:, query], dim=0, out=self.values[query])
+        if self.direct is not None:
+            self.values += self.direct
 
 
 def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:

@@ -52,8 +52,8 @@ class Scores:
 
     Attributes:
         values: [query, train]; float32, or float64 for a module in float64.
-        by_segment: [segment, query, train], which sums to ``values`` over the segments; None
-            for an estimator without segments.
+        by_segment: [segment, query, train], which sums to ``values`` over the segments (with
+            ``direct``, to ``through_weights``); None for an estimator without segments.
         self_influence: [train], the score of each training example as its own query; None when
             it was not computed.
         by_token: [query, train, position], the score of each term of a training example's loss
@@ -64,6 +64,11 @@ class Scores:
             was scored.
         members: [member, query, train], the scores of each run of an ensemble, whose mean is
             ``values``; None for a single run.
+        direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
+            own neighbourhood at unchanged weights; None for other columns.
+        by_timestep: [timestep, query, train], the scores of a diffusion model's measurement at each
+            timestep (``provenance["timesteps"]``), whose mean is ``values``; None where they were
+            not asked for (``DiffusionTask(by_timestep=True)``).
         provenance: how the scores were made (``tda_lightning.records.provenance``), as JSON can
             hold it. A caller may add keys.
     """
@@ -75,6 +80,8 @@ class Scores:
     by_token: Tensor | None = None
     candidates: Tensor | None = None
     members: Tensor | None = None
+    direct: Tensor | None = None
+    by_timestep: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -89,6 +96,13 @@ class Scores:
             raise ValueError(
                 f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
                 f"{list(self.by_segment.shape)}."
+            )
+        if self.by_timestep is not None and (
+            self.by_timestep.ndim != 3 or self.by_timestep.shape[1:] != self.values.shape
+        ):
+            raise ValueError(
+                f"by_timestep must have the shape [timestep, {queries}, {train}] of values, got "
+                f"{list(self.by_timestep.shape)}."
             )
         if self.self_influence is not None and self.self_influence.shape != (train,):
             raise ValueError(
@@ -111,6 +125,11 @@ class Scores:
                 f"members must have the shape [2 or more members, {queries}, {train}] of values, "
                 f"got {list(self.members.shape)}."
             )
+        if self.direct is not None and self.direct.shape != self.values.shape:
+            raise ValueError(
+                f"direct must have the shape [{queries}, {train}] of values, got "
+                f"{list(self.direct.shape)}."
+            )
         if self.candidates is None:
             require_finite(self.values)
         else:
@@ -120,6 +139,12 @@ class Scores:
             require_finite_self_influence(self.self_influence)
         if self.by_token is not None:
             require_finite_tokens(self.by_token)
+
+    @property
+    def through_weights(self) -> Tensor:
+        """The part of ``values`` that comes by way of the weights, [query, train]: all but
+        ``direct``."""
+        return self.values if self.direct is None else self.values - self.direct
 
     @property
     def num_queries(self) -> int:
@@ -283,7 +308,8 @@ class Scores:
         if by_segment is not None and "segments" in provenance:
             provenance["segments"] = provenance["segments"][segments]
         by_token = None if self.by_token is None else self.by_token[:, columns]
-        return Scores(values, by_segment, own, provenance, by_token)
+        by_timestep = None if self.by_timestep is None else self.by_timestep[:, :, columns]
+        return Scores(values, by_segment, own, provenance, by_token, by_timestep=by_timestep)
 
     def __len__(self) -> int:
         return self.num_queries
@@ -314,6 +340,7 @@ class Scores:
             None if self.by_token is None else self.by_token[kept],
             None if self.candidates is None else self.candidates[kept],
             None if self.members is None else self.members[:, kept],
+            by_timestep=None if self.by_timestep is None else self.by_timestep[:, kept],
         )
 
     def _row(self, query: int) -> QueryScores:

@@ -7,6 +7,7 @@ test builds one from dictionaries.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.display import fact_lines, html_facts, listed
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.files import StoreFunction
+
+# The setting that marks a run put together from checkpoints (``Trajectory.from_checkpoints``).
+FROM_CHECKPOINTS = "from_checkpoints"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,19 @@ class Facts:
     def __post_init__(self) -> None:
         if not self.stages:
             object.__setattr__(self, "stages", (StageFact(0, tuple(self.parameters)),))
+
+
+def facts_up_to(facts: Facts, num_steps: int) -> Facts:
+    """The facts without stages that have no recorded step, and without what only they would train.
+
+    A stage is recorded at its start, and the run may have been killed right after.
+    """
+    stages = tuple(stage for stage in facts.stages if stage.start < max(num_steps, 1))
+    if stages == facts.stages:
+        return facts
+    trained = {name for stage in stages for name in stage.parameters}
+    parameters = {name: fact for name, fact in facts.parameters.items() if name in trained}
+    return replace(facts, parameters=parameters, stages=stages)
 
 
 @dataclass(frozen=True, repr=False)
@@ -332,6 +350,78 @@ class Trajectory:
         """
         return _open_trajectory(path)
 
+    @staticmethod
+    def from_checkpoints(
+        checkpoints: Sequence[str | PathLike[str] | Mapping[str, Tensor]],
+        learning_rates: float | Sequence[float] | None = None,
+        optimizer: Optimizer | str | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> Trajectory:
+        """A run of which only checkpoints were kept, for people who did not record it.
+
+        Influence functions, FastIF and TRAK ask the last checkpoint; TracIn and
+        ``Source(order="average")`` ask all of them, and need ``learning_rates``, Source also
+        ``optimizer``. Which examples were in which batch is not known: every example counts as used
+        equally often. Whatever follows the run itself (exact unrolling, the recorded order,
+        ``keep`` below 1, retraining) is refused. Nothing is unpickled: files are loaded with
+        ``weights_only=True``.
+
+        Args:
+            checkpoints: in order of training: state dicts of the module, files of them
+                (``torch.save(module.state_dict(), ...)``), or Lightning's ``.ckpt`` files. They
+                need not begin with the initial weights.
+            learning_rates: the rate in the steps up to each checkpoint since the one before it
+                (or since the start), or one for all. None: the rate that Lightning's files have;
+                without any, estimators that need it refuse the run.
+            optimizer: made as in training, for its settings (momentum, weight decay), which all its
+                parameter groups must share; which parameters it holds does not matter. Or its name
+                (``"SGD"``), where Lightning's files have the settings. None: not known.
+            steps: the number of optimizer steps before each checkpoint, increasing; 0 for the
+                initial weights. None: as Lightning's files have it. A single checkpoint needs none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the checkpoints do not belong to one run, or something is missing that
+                cannot be guessed.
+
+        References:
+            | Estimating Training Data Influence by Tracing Gradient Descent (Pruthi et al., 2020),
+              section 3.2, TracInCP
+            | https://arxiv.org/abs/2002.08484
+        """
+        return _from_checkpoints(checkpoints, learning_rates, optimizer, steps)
+
+    def until(self, step: int, saved: Checkpoint | None = None) -> Trajectory:
+        """The run up to a checkpoint: what it would be had training ended there.
+
+        Args:
+            step: of a recorded checkpoint, from 1; or of ``saved``.
+            saved: the state after ``step`` steps from elsewhere, for a step that has no checkpoint.
+
+        Raises:
+            ValueError: there is no checkpoint at that step.
+        """
+        recorded = sorted(self.checkpoints)
+        known = step in recorded or saved is not None
+        if not known or not 1 <= step <= len(self.steps):
+            raise ValueError(
+                f"There is no recorded checkpoint at step {step!r}. Recorded checkpoints are at "
+                f"steps {listed([one for one in recorded if one])}. Ask for one of them, or record "
+                "more often (num_checkpoints, every_n_steps, every_n_epochs); a file that "
+                "Lightning saved in between can be given as ckpt=FILE."
+            )
+        facts = facts_up_to(self.facts, step)
+        held: Mapping[int, Checkpoint] = self.checkpoints
+        if saved is not None and step not in recorded:
+            held = ChainMap({step: saved}, self.checkpoints)  # type: ignore[arg-type]
+        return replace(
+            self,
+            facts=facts,
+            steps=self.steps.between(0, step),
+            checkpoints=StageCheckpoints(held, 0, step, tuple(facts.parameters)),
+            statistics=StageStatistics(self.statistics, 0, step),
+        )
+
     @property
     def num_steps(self) -> int:
         """Recorded optimizer steps."""
@@ -451,3 +541,13 @@ def require_one_stage(trajectory: Trajectory) -> None:
 
 _open_trajectory: StoreFunction[[str | PathLike[str]], Trajectory]
 _open_trajectory = StoreFunction("open_trajectory")
+_from_checkpoints: StoreFunction[
+    [
+        Sequence[str | PathLike[str] | Mapping[str, Tensor]],
+        float | Sequence[float] | None,
+        Optimizer | str | None,
+        Sequence[int] | None,
+    ],
+    Trajectory,
+]
+_from_checkpoints = StoreFunction("from_checkpoints", "recording.from_checkpoints")

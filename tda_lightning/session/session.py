@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.edits import EditSet
+from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
@@ -26,6 +26,7 @@ from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.edited_graphs import edit_gradients
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
@@ -36,11 +37,14 @@ from tda_lightning.tasks import (
     numbered_draw,
     seeded_examples,
 )
+from tda_lightning.tasks.loss_calls import inside_transform
 from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
+_EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
+_PART = 1 << 32  # part p of the measurement of query q has the index q + (p + 1) _PART
 
 
 @dataclass
@@ -127,6 +131,8 @@ class Session:
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
+        num_parts: parts of the measurement that are scored as queries of their own, part after part
+            (the timesteps of a diffusion model); 1: none.
         no_recorded_draws: why not, where the estimator asked for them.
         check_seconds: that planning and checking losses and gradients took.
         draws: over how many draws of them losses and their gradients are averaged.
@@ -147,13 +153,14 @@ class Session:
     loaded: LoadedCheckpoint = field(default_factory=LoadedCheckpoint)
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
-    edits: EditSet | None = None
+    edits: EditSet | GraphEditSet | None = None
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
     check_seconds: float = 0.0
     no_recorded_draws: str | None = None
     draws: int = 1
+    num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
     _self_influence: Tensor | None = None
@@ -256,6 +263,9 @@ class Session:
         if self.edits is None:
             yield from self.walk(title, step, order)
             return
+        if isinstance(self.edits, GraphEditSet):
+            yield from self._walk_graph_edits(self.edits, title, step, order)
+            return
         rank, world = rank_and_world()
         edits, terms = self.edits, self.edits.terms
         if order is None:
@@ -286,6 +296,28 @@ class Session:
                 signs.to(self.device),
                 places=places,
             )
+
+    def _walk_graph_edits(
+        self,
+        edits: GraphEditSet,
+        title: str,
+        step: int | None,
+        order: Sequence[Sequence[int]] | None,
+    ) -> Iterator[Batch]:
+        rank, world = rank_and_world()
+        source = edits.column_source
+        if order is None:
+            fitting = _EDIT_BYTES // self.gradient_bytes(1)
+            size = max(1, min(fitting, self.batch_size, len(edits) // world))
+            order = [range(at, min(at + size, len(edits))) for at in range(0, len(edits), size)]
+        if step is not None:
+            self.load(step)
+        own = list(enumerate(order))[rank::world]
+        title = self.prefix + title
+        for position, columns, data in self.pace.walk(title, source, self.module, own):
+            # Every step uses the graph, so an edit counts as often as an average example.
+            nobody = torch.full_like(columns, -1)
+            yield Batch(self, data, columns, position, columns, nobody, places=columns.cpu())
 
     def uses(self, index: int) -> list[int]:
         """What :meth:`walk_columns` reads for a use of training example ``index``: itself, or the
@@ -372,6 +404,11 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def whole_queries(self) -> Iterator[tuple[object, Tensor]]:
+        """All queries as (batch, indices), each with its whole measurement."""
+        for batch, indices in self.queries(0, self.num_query // self.num_parts):
+            yield batch, own_indices(indices)
+
     def query_gradients(self, first: int, last: int) -> QueryGradients:
         """Measurement gradients of the queries ``first`` to ``last`` at the weights in place."""
         return QueryGradients.of(
@@ -425,19 +462,36 @@ class Session:
     def train_gradients(
         self, batch: object, examples: Tensor, noise: RecordedNoise | None = None
     ) -> ExampleGradients:
-        """Per-example gradients of the training loss; of a batch of the run with what it drew."""
+        """Per-example gradients of the training loss; of a batch of the run with what it drew. Of
+        edits of a graph, what they change of the training set's."""
+        if isinstance(batch, EditedGraphs):
+            return edit_gradients(self, batch)
         if noise is None:
             return self.engine.gradients(self.train_loss, batch, examples)
 
         def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
             with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
-                return self.task.train_loss(module, part)
+                return self.task.loss_as_drawn(module, part)
 
         return self.engine.gradients(recorded, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
-        """Per-example gradients of the measurement."""
-        return self.engine.gradients(self.measurement, batch, examples)
+        """Per-example gradients of the measurement, or of the parts of it that ``examples`` name
+        (:func:`part_indices`)."""
+        loss = self._part if _are_parts(examples) else self.measurement
+        return self.engine.gradients(loss, batch, examples)
+
+    def measurement_terms(self, batch: object, examples: Tensor) -> Iterator[ExampleGradients]:
+        """Per-example gradients of the terms that :meth:`measurement` is the mean of: its parts
+        (timesteps) at each draw of its noise."""
+        parts = self.task.measured_parts
+        named = [examples]
+        if parts > 1 and not _are_parts(examples):
+            named = [part_indices(examples, number) for number in range(parts)]
+        for _ in self.each_draw():
+            for indices in named:
+                loss = self._part_once if _are_parts(indices) else self._measured_once
+                yield self.engine.gradients(loss, batch, indices)
 
     def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
@@ -489,7 +543,10 @@ class Session:
         return self._mean(lambda: self.task.train_loss(module, batch), _TRAINING, examples)
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The measurement of each example, [batch]; the mean over ``draws`` of its noise."""
+        """The measurement of each example, [batch], or the parts of it that ``examples`` name; the
+        mean over ``draws`` of its noise."""
+        if not inside_transform() and _are_parts(examples):
+            return self._part(module, batch, examples)
         return self._mean(lambda: self.task.measurement(module, batch), MEASURED_SEED, examples)
 
     def each_draw(self) -> Iterator[int]:
@@ -528,6 +585,20 @@ class Session:
         if self.measured_noise:
             notes.append(f"The measurement draws random numbers: it is the mean {mean} query.")
         return notes
+
+    def _part(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
+        own, part = indices % _PART, indices // _PART - 1
+        return self._mean(
+            lambda: self.task.measurement_part(module, batch, part), MEASURED_SEED, own
+        )
+
+    def _part_once(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
+        with seeded_examples(MEASURED_SEED, indices % _PART):
+            return self.task.measurement_part(module, batch, indices // _PART - 1)
+
+    def _measured_once(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
+        with seeded_examples(MEASURED_SEED, examples):
+            return self.task.measurement(module, batch)
 
     def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
         losses = []
@@ -568,6 +639,20 @@ def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object
     changed = task.relabelled(batch, labels)
     inherit(batch, changed)
     return changed
+
+
+def part_indices(examples: Tensor, part: int) -> Tensor:
+    """Indices that name a part of the measurement of each of ``examples``."""
+    return examples + (part + 1) * _PART
+
+
+def own_indices(indices: Tensor) -> Tensor:
+    """The examples that :func:`part_indices` were made of; others stay."""
+    return indices % _PART
+
+
+def _are_parts(indices: Tensor) -> bool:
+    return bool((indices >= _PART).any())
 
 
 def memory_budget() -> int:

@@ -85,6 +85,10 @@ be mapped::
     by_token                    the same type [query, train, position]; absent when not asked for
     members                     the same type [member, query, train], of an ensemble, whose mean is
                                 values; absent for a single run
+    direct                      the same type [query, train]; of edits of a graph, the part of
+                                values at unchanged weights; absent for other columns
+    by_timestep                 the same type [timestep, query, train], of a diffusion model, whose
+                                mean is values; absent when not asked for
     candidates                  int64 [query, k], the training examples that were scored for each
                                 query, nearest first; absent where all were scored
     provenance                  JSON text []: how the scores were made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -18,6 +18,7 @@ from tda_lightning.records.trajectory import (
     StageFact,
     Steps,
     Trajectory,
+    facts_up_to,
 )
 from tda_lightning.runtime.random_states import require_restorable
 from tda_lightning.store import layout
@@ -126,19 +127,6 @@ def read_data_weights(root: Path, facts: Facts) -> Tensor | None:
                 f"{facts.num_examples} training examples"
             )
         return weights
-
-
-def facts_up_to(facts: Facts, num_steps: int) -> Facts:
-    """The facts without stages that have no recorded step, and without what only they would train.
-
-    A stage is recorded at its start, and the run may have been killed right after.
-    """
-    stages = tuple(stage for stage in facts.stages if stage.start < max(num_steps, 1))
-    if stages == facts.stages:
-        return facts
-    trained = {name for stage in stages for name in stage.parameters}
-    parameters = {name: fact for name, fact in facts.parameters.items() if name in trained}
-    return replace(facts, parameters=parameters, stages=stages)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,8 @@ from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES
 from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_dataset, to_json
 
-_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members")
+_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members", "direct",
+           "by_timestep")  # fmt: skip
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
 # Provenance entries with one item per query, which are cut along with the rows.
@@ -94,6 +95,8 @@ def read_scores(
             by_token=_read(path, file, "by_token", (rows,), mapped),
             candidates=_read(path, file, "candidates", (rows,), False),
             members=_read(path, file, "members", (slice(None), rows), mapped),
+            direct=_read(path, file, "direct", (rows,), mapped),
+            by_timestep=_read(path, file, "by_timestep", (slice(None), rows), mapped),
         )
 
 
@@ -221,6 +224,7 @@ class ScoreFile(MemorySink):
         num_segments: when given, each block belongs to a segment and ``values`` is their sum.
         dtype: float32 or float64.
         num_members: when given, each block belongs to a member of an ensemble.
+        num_timesteps: when given, scores are also kept by timestep.
         overwrite: replace an existing file. It stays whole until :meth:`finish`.
 
     Raises:
@@ -236,6 +240,7 @@ class ScoreFile(MemorySink):
         num_segments: int | None = None,
         dtype: torch.dtype = torch.float32,
         num_members: int | None = None,
+        num_timesteps: int | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -252,6 +257,8 @@ class ScoreFile(MemorySink):
             shapes["by_segment"] = (num_segments, num_queries, num_train)
         if num_members is not None:
             shapes["members"] = (num_members, num_queries, num_train)
+        if num_timesteps is not None:
+            shapes["by_timestep"] = (num_timesteps, num_queries, num_train)
         try:
             with hdf5_file(self._part, "w") as file:
                 put_header(file, SCORES, _WITHOUT_CANDIDATES)

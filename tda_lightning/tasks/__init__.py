@@ -3,9 +3,12 @@
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.classification import ClassificationTask
+from tda_lightning.tasks.diffusion import DiffusionTask
 from tda_lightning.tasks.example_seeds import MEASURED_SEED, numbered_draw, seeded_examples
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
+from tda_lightning.tasks.node_batch import NodeBatch, Nodes
+from tda_lightning.tasks.nodes import NodeTask
 from tda_lightning.tasks.regression import RegressionTask
 from tda_lightning.tasks.step_noise import noise_of, restarted_by, watching_noise
 from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
@@ -27,7 +30,11 @@ __all__ = [
     "MEASURED_SEED",
     "AttributionTask",
     "ClassificationTask",
+    "DiffusionTask",
     "LanguageModelingTask",
+    "NodeBatch",
+    "NodeTask",
+    "Nodes",
     "RegressionTask",
     "TrainingStepTask",
     "as_task",

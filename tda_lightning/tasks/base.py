@@ -78,6 +78,27 @@ class AttributionTask(ABC):
         """What is explained for each query, [batch]; smaller when the model does better."""
         return self.train_loss(module, batch)
 
+    def measurement_part(self, module: nn.Module, batch: Batch, part: Tensor) -> Tensor:
+        """One of the measurements that :meth:`measurement` is the mean of (the timesteps of a
+        diffusion model), by its number for each query, int64 [batch]: [batch]."""
+        raise NotImplementedError(f"{type(self).__name__} has a measurement in one part.")
+
+    @property
+    def measured_parts(self) -> int:
+        """How many measurements :meth:`measurement` is the mean of."""
+        return 1
+
+    @property
+    def kept_parts(self) -> Sequence[int] | None:
+        """Timesteps whose scores are kept one by one (``Scores.by_timestep``), one for each part of
+        the measurement; None: the mean alone."""
+        return None
+
+    def loss_as_drawn(self, module: nn.Module, batch: Batch) -> Tensor:
+        """:meth:`train_loss` of a batch of the run with the random numbers that the run drew: for a
+        task that draws others than the module's ``training_step``, that of the step."""
+        return self.train_loss(module, batch)
+
     def share(self, size: int) -> float:
         """Weight of one example's ``train_loss`` in the loss of a training batch of ``size``."""
         return 1 / size

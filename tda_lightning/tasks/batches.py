@@ -14,6 +14,7 @@ from tda_lightning.runtime.layouts import cut, first_axis, stacked, unstacked
 from tda_lightning.runtime.origins import origin_of, rule_of
 from tda_lightning.runtime.structures import parts, tensors, with_parts
 from tda_lightning.tasks.example_seeds import active_examples
+from tda_lightning.tasks.node_batch import NodeBatch
 
 Batch: TypeAlias = Any  # what the loader gives, of any structure
 Inputs: TypeAlias = Sequence[object] | Mapping[str, object]  # positional, or by name
@@ -92,7 +93,7 @@ def call(module: nn.Module, inputs: Inputs) -> Tensor:
         if len(inputs) != 1:
             return unwrap(module(**inputs))
         inputs = list(inputs.values())
-    if len(inputs) == 1 and _required_arguments(module) > 1:
+    if len(inputs) == 1 and required_arguments(module) > 1:
         (only,) = inputs
         if isinstance(only, Mapping):
             return unwrap(module(**only))
@@ -120,8 +121,10 @@ def unwrap(outputs: object) -> Tensor:
 
 
 def num_examples(batch: Batch) -> int:
-    """Number of examples: those of the active seeds, those that the batch was read with, or else
-    the length of its first tensor's first axis."""
+    """Number of examples: the nodes that are meant, those of the active seeds, those that the batch
+    was read with, or else the length of its first tensor's first axis."""
+    if isinstance(batch, NodeBatch):
+        return len(batch)
     examples = active_examples()
     if examples is not None:
         return len(examples)
@@ -148,6 +151,8 @@ def take(batch: Batch, index: int, size: int) -> Batch:
     """
     if size == 1:
         return batch
+    if isinstance(batch, NodeBatch):
+        return batch.take(index)
     origin = origin_of(batch)
     if origin is not None:
         return origin.single(batch, index)
@@ -183,7 +188,8 @@ def _rebuilt(batch: Batch, values: list[object]) -> Batch:
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def _required_arguments(module: nn.Module) -> int:
+def required_arguments(module: nn.Module) -> int:
+    """How many arguments its ``forward`` must be given."""
     parameters = inspect.signature(module.forward).parameters.values()
     return sum(
         parameter.default is parameter.empty

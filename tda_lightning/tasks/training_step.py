@@ -34,6 +34,7 @@ from tda_lightning.tasks.example_parts import (
 from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.node_batch import NodeBatch
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
@@ -195,8 +196,8 @@ class TrainingStepTask(AttributionTask):
         the batch with those of its examples alone, in eval mode and once for a batch."""
         if not (reader.moved and self._training_step) or inside_transform():
             return
-        if reader.batch == 1 or self._mixed:
-            return
+        if reader.batch == 1 or self._mixed or isinstance(batch, NodeBatch):
+            return  # a mask has the same rows, of which more or fewer are chosen
         name = digest(batch)
         if name in self._known_batches:
             return
@@ -570,6 +571,8 @@ def _differ(values: Iterable[Tensor | None]) -> bool:
 
 def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
     """The loss that ``training_step`` returns for the batch, as a tensor or under ``"loss"``."""
+    if isinstance(batch, NodeBatch):
+        batch = batch.as_graph()
     step = getattr(module, "training_step", None)
     if not callable(step):
         raise ValueError(

@@ -273,6 +273,33 @@ def test_fsdp_scores_are_those_of_one_process(scored: Any) -> None:
                 assert relative(own, alone.self_influence) < 1e-5
 
 
+AT_HALF = [(run, name) for run in ("sgd", "adamw") for name in ("source", "tracin", "unrolled")]
+
+
+def score_at_half(rank: int, root: Path) -> list[Any]:
+    """Scores in a what-if run, which one process trains and both read."""
+    trainer = {"strategy": "ddp", "devices": 2}
+    return [
+        attribute(root / run, ESTIMATORS[name], quiet(**trainer), keep=0.5).values
+        for run, name in AT_HALF
+    ]
+
+
+def test_what_if_runs_are_those_of_one_process(scored: Any, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for run in ("sgd", "adamw"):
+        shutil.copytree(scored[0] / run, root / run)
+    found = results(score_at_half, root)
+    for run in ("sgd", "adamw"):
+        assert len([*(root / run / "what_if").iterdir()]) == 2  # one for each of the two tasks
+    for each in found:
+        for (run, name), values in zip(AT_HALF, each, strict=True):
+            alone = attribute(scored[0] / run, ESTIMATORS[name], quiet(), keep=0.5)
+            assert relative(values, alone.values.double()) < 1e-5
+            whole = scored[1][0][run, name][0]
+            assert relative(values, whole.double()) > 1e-3  # another question than that
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path

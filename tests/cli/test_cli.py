@@ -297,6 +297,22 @@ def test_wrong_calls_are_answered_in_words(command, status, message, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_an_earlier_checkpoint_is_asked_about(run, capsys):
+    command = ["attribute", "runs/digits", "estimator=tracin", "at_step=2"]
+    assert main(command) == 0
+    made = Scores.load(run / "scores" / "tracin-at_step-2.h5")
+    assert made.provenance["steps"] == 2 and made.provenance["config"]["at_step"] == 2
+    assert main(["plan", "runs/digits", "estimator=tracin", "at_step=2"]) == 0
+    capsys.readouterr()
+    for wrong, said in (
+        ("at_step=9", "Recorded checkpoints are at steps 1, 2, 3, 4"),
+        ("ckpt=best", "had none with monitor"),
+        ("ckpt=none.ckpt", "no checkpoint at none.ckpt"),
+    ):
+        assert main(["attribute", "runs/digits", "estimator=tracin", wrong]) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_scores_are_exported(run, capsys):
     pandas = pytest.importorskip("pandas")
     file = "runs/digits/scores/source.h5"

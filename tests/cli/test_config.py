@@ -22,7 +22,12 @@ CHOICES = [
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
 # Models that take sizes from their data set.
-DATA = {"wikitext2_gpt": "wikitext2", "mnli_encoder": "mnli", "mnli_pretrained": "mnli"}
+DATA = {
+    "wikitext2_gpt": "wikitext2",
+    "mnli_encoder": "mnli",
+    "mnli_pretrained": "mnli",
+    "cifar10_diffusers": "cifar10_outliers",
+}
 FILES = (path.relative_to(CONF / "experiment") for path in (CONF / "experiment").rglob("*.yaml"))
 EXPERIMENTS = sorted(path.with_suffix("").as_posix() for path in FILES)
 
@@ -52,6 +57,8 @@ def test_choices_can_be_made_and_name_every_argument(command, group, name):
         with pytest.raises(InstantiationException, match=r"data\.tokenizer=FOLDER"):
             instantiate(config[group], _convert_="all")
         return
+    if name == "cifar10_diffusers":
+        pytest.importorskip("diffusers")
     made = instantiate(config[group], _convert_="all")
     if (group, name) != ("task", "none"):
         assert made is not None

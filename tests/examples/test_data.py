@@ -14,6 +14,7 @@ from tda_lightning.examples.data import (
     FashionMNISTData,
     MNISTData,
     MNLIData,
+    OutlierImages,
     WikiText2Data,
 )
 
@@ -139,6 +140,37 @@ def test_npz_files(root):
     np.savez(root / "cifar10" / "other.npz", x_train=np.zeros(1))
     with pytest.raises(ValueError, match="has no array x_test, y_test, y_train"):
         CIFAR10Data(root=str(root), file="other.npz").setup()
+
+
+def test_outliers_come_last(root):
+    labels = root / "mnist" / "train-labels-idx1-ubyte.gz"
+    digit = int(gzip.decompress(labels.read_bytes())[-1])
+    test_labels = gzip.decompress((root / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    _write_idx(
+        root / "mnist" / "t10k-labels-idx1-ubyte.gz",
+        np.full(len(test_labels) - 8, digit, np.uint8),
+    )
+    options = {"root": str(root), "file": "tiny.npz", "digit": digit, "size": 8}
+    data = OutlierImages(category="bird", num_outliers=1, num_query=2, **options)
+    assert [len(data.dataset(split)) for split in ("train", "query")] == [2, 2]
+    for split in ("train", "query"):
+        assert data.is_outlier(split).tolist() == [False, True]
+    bird, digits = (data.train_dataset[n][0] for n in (0, 1))
+    assert bird.shape == digits.shape == (3, 8, 8)
+    raw = CIFAR10Data(root=str(root), file="tiny.npz").read()[0].images[2]
+    assert float(bird[1, 0, 0]) == pytest.approx(raw[:4, :4, 1].mean() / 127.5 - 1, abs=1e-5)
+    assert torch.equal(digits[0], digits[2])  # grey
+    assert bool((digits[:, 0, 0] < 0).all())  # the padding is black
+    assert data.render("query", 1).caption == f"MNIST {digit}"
+    assert data.render("train", 0).image.shape == (8, 8, 3)
+    for wrong, message in (
+        ({"size": 5}, "size must divide 32, got 5"),
+        ({"digit": 10}, "digit must be in 0 to 9"),
+        ({"category": "plane"}, "category must be one of airplane"),
+        ({"num_query": 3}, "num_query must be even"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OutlierImages(**{**options, **wrong})
 
 
 def test_csv_files_are_scaled_by_the_training_rows(root):

@@ -14,10 +14,13 @@ from tda_lightning.examples.models import (
     GPT,
     MLP,
     Classifier,
+    Denoiser,
     Encoder,
     LanguageModel,
+    NoiseSchedule,
     Regressor,
     ResNet9,
+    UNet,
     constant,
     cosine,
     linear,
@@ -66,6 +69,31 @@ def test_resnet9_normalises_by_frozen_statistics_in_eval():
     alone = torch.cat([network(image[None]) for image in images])
     torch.testing.assert_close(network(images), alone)
     assert alone.shape == (3, 10)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_sampling_leads_to_what_the_denoiser_believes_in(predicts):
+    """A network that knows the only image there is: every sample is that image."""
+    schedule = NoiseSchedule(50, last=0.3, prediction_type=predicts)
+    image = torch.linspace(-0.9, 0.9, 16).view(1, 1, 4, 4)
+
+    class Knows(nn.Module):
+        def forward(self, noisy, timesteps):
+            kept = schedule.alphas_cumprod.float()[timesteps].view(-1, 1, 1, 1)
+            noise = (noisy - kept.sqrt() * image) / (1 - kept).sqrt()
+            return schedule.target(image, noise, timesteps)
+
+    sampled = Denoiser(Knows(), schedule).sample(torch.randn(3, 1, 4, 4), steps=10)
+    torch.testing.assert_close(sampled, image.expand(3, 1, 4, 4), atol=1e-4, rtol=1e-4)
+
+
+def test_unet_keeps_sizes_and_refuses_widths_without_groups():
+    network = UNet(channels=2, widths=(8, 16, 24), groups=8, heads=2)
+    assert network(torch.randn(3, 2, 8, 8), torch.tensor([0, 5, 9])).shape == (3, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"widths must be multiples of groups=8, got \[8, 12\]"):
+        UNet(widths=[8, 12])
+    with pytest.raises(ValueError, match="prediction_type must be"):
+        NoiseSchedule(prediction_type="sample")
 
 
 @pytest.mark.parametrize("tied", [False, True])

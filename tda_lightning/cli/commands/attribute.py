@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
+from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import (
     clear_errors,
@@ -34,7 +35,7 @@ def attribute(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda attribute trajectory=FOLDER"))
     target = Path(config.scores or folder / "scores" / f"{estimator_name()}.h5")
     require_usable_solver(config)
-    trajectory = load_recorded(folder)
+    trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
     run_config = load_config(run_folder(folder))
     if target.exists() and not config.overwrite:  # before anything is loaded
         raise FileExistsError(
@@ -55,6 +56,7 @@ def attribute(config: DictConfig) -> None:
     recorded = trajectory
     if isinstance(recorded, Ensemble):
         recorded = Trajectory.load(run_folder(folder))
+        recorded = recorded if config.at_step is None else recorded.until(config.at_step)
     if predictions := _predictions(module, data, recorded):
         provenance["predictions"] = predictions
     edits = _edits(config, len(data.train_dataset))

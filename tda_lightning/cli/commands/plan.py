@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import (
     clear_errors,
@@ -34,7 +35,7 @@ def plan(config: DictConfig) -> None:
     """Show how long attributions of a trajectory will take on this machine, and how large they
     will be."""
     folder = Path(required(config, "trajectory", "tda plan trajectory=FOLDER"))
-    trajectory = load_recorded(folder)
+    trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
     data, module, task = load_parts(config, load_config(run_folder(folder)))
     trainer = configured_trainer(config.trainer)
     single = "estimator" in config

@@ -29,7 +29,7 @@ from tda_lightning.estimators.queries import query_gradients
 from tda_lightning.estimators.source.segments import Adjoint, FittedSegment, with_components
 from tda_lightning.gradients import ExampleGradients
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.session import Batch, Session, Stage
+from tda_lightning.session.session import Batch, Session, Span, Stage
 
 # Adjoints of single parameters by name, [component, query, *shape].
 NamedAdjoint: TypeAlias = "dict[str, Tensor]"
@@ -97,16 +97,51 @@ def coupled(
         frozen: at the segment's end.
         seed: of the sampled labels.
     """
-    session = stage.wide
-    u = _by_wide_block(stage, by_name(stage.session, segment.grouping, response))
-    products = {name: torch.zeros_like(adjoint[0]) for name, adjoint in frozen.items()}
-    for step in segment.steps.checkpoints:
-        title = f"{segment.title}: coupling to frozen parameters, step {step}"
-        for batch in session.walk(title, step):
-            for gradients in _gauss_newton(session, batch, segment.kind, seed + step):
+    u = by_name(stage.session, segment.grouping, response)
+    steps, title, used = segment.steps.checkpoints, segment.title, segment.used
+    products = frozen_products(stage, u, steps, title, segment.kind, seed, used)
+    carried = {}
+    for name, product in products.items():
+        adjoint = frozen[name].clone()
+        adjoint[0] -= product
+        carried[name] = adjoint
+    return carried
+
+
+def frozen_products(
+    stage: Stage,
+    response: Mapping[str, Tensor],
+    steps: Sequence[int],
+    title: str,
+    curvature: str,
+    seed: int,
+    used: Span,
+) -> dict[str, Tensor]:
+    """H_FT u by name of the frozen parameters, [query, *shape]: a mean over checkpoints.
+
+    Args:
+        response: u by name of the trained parameters, [query, *shape].
+        steps: the checkpoints.
+        title: for progress bars.
+        curvature: ``exact``, or any other kind: sampled labels.
+        seed: of those.
+        used: the steps whose use of examples weighs them.
+    """
+    session, count = stage.wide, len(next(iter(response.values())))
+    u = _by_wide_block(stage, response)
+    shapes = {
+        name: shape
+        for block in session.blocks
+        for name, shape in zip(block.parameters, block.shapes, strict=True)
+    }
+    some = next(iter(response.values()))
+    products = {name: some.new_zeros(count, *shapes[name]) for name in stage.frozen}
+    for step in steps:
+        for batch in session.walk(f"{title}: coupling to frozen parameters, step {step}", step):
+            for gradients in _gauss_newton(session, batch, curvature, seed + step):
                 dots = [gradients.blocks[name].dot(own) for name, own in u.items()]
                 inner = torch.stack(dots).sum(0)
-                if (weights := batch.curvature_weights(segment.used)) is not None:
+                if (weights := batch.curvature_weights(used)) is not None:
                     inner = inner * weights
                 for block in session.blocks:
                     if not products.keys() & set(block.parameters):
@@ -114,13 +149,9 @@ def coupled(
                     product = block.tensors(gradients.blocks[block.name].weighted_sums(inner))
                     for name in product.keys() & products.keys():
                         products[name] += product[name]
-    count = session.num_train * len(segment.steps.checkpoints) * session.draws
-    carried = {}
-    for name in stage.frozen:  # in the same order in every process
-        adjoint = frozen[name].clone()
-        adjoint[0] -= session.reduce(products[name]) / count
-        carried[name] = adjoint
-    return carried
+    total = session.num_train * len(steps) * session.draws
+    # In the same order in every process.
+    return {name: session.reduce(product) / total for name, product in products.items()}
 
 
 def _by_wide_block(stage: Stage, response: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from tda_lightning.edits import EditSet
+from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.estimators.unrolled.batch_statistics import moving_layers
 from tda_lightning.estimators.unrolled.certificate import Certificate
 from tda_lightning.estimators.unrolled.refusals import require_exact
@@ -348,8 +348,10 @@ def _state(reverse: ReverseSweeps, certificate: Certificate) -> dict[str, Tensor
     return {**reverse.tensors(), **certificate.tensors()}
 
 
-def _terms_digest(edits: EditSet) -> str:
+def _terms_digest(edits: EditSet | GraphEditSet) -> str:
     """Digest of what the edits put in place of what."""
+    if isinstance(edits, GraphEditSet):
+        return digest(edits.records())
     return digest(
         [
             [column, term.sign, term.index, term.example, list(term.labels)]

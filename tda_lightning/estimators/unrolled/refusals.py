@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from tda_lightning.edits import GraphEditSet
 from tda_lightning.optimizers import require_formula
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
@@ -75,6 +76,14 @@ def require_exact(
             "edits change an example's whole loss, and token_weights splits its score by the "
             "terms of the old one: ask for one of them at a time."
         )
+    if isinstance(session.edits, GraphEditSet):
+        if moving:
+            raise UnsupportedTrainingError(
+                "An edit of the graph changes the statistics of its normalisation "
+                f"({', '.join(list(moving)[:3])}), which is not followed through the steps. Use "
+                "Source, InfluenceFunction or TracIn for it."
+            )
+        return
     replaced = [edit for edit in session.edits.edits if any(t.index is None for t in edit.terms())]
     if moving and replaced:
         raise UnsupportedTrainingError(

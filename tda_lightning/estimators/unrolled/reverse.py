@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tda_lightning.edits import Term
+from tda_lightning.edits import GraphEditSet, Term
 from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
 from tda_lightning.estimators.unrolled.batch_statistics import measurement_adjoints
 from tda_lightning.estimators.unrolled.derivatives import (
@@ -20,6 +20,7 @@ from tda_lightning.estimators.unrolled.derivatives import (
     is_out_of_memory,
     queries_at_once,
 )
+from tda_lightning.estimators.unrolled.graph_edits import edit_products
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
 from tda_lightning.replay.prepared import require_task_loss
@@ -27,6 +28,7 @@ from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.session import Session, relabelled
+from tda_lightning.tasks import NodeBatch
 
 
 class _Change(NamedTuple):
@@ -144,6 +146,8 @@ class ReverseSweeps:
                 graph = self._graph(state.row, examples, draws)
                 losses.append(graph.loss)
                 self._add(graph, examples, u)
+                if isinstance(self.session.edits, GraphEditSet):
+                    self._add_graph_edits(self.session.edits, state.row, examples, draws, u)
         first = next(iter(state.parameters.values()))
         found = sum(losses) / len(losses)
         require_task_loss(state.row + 1, found, state.loss, first.dtype, "Exact unrolling")
@@ -251,7 +255,7 @@ class ReverseSweeps:
         own: list[_Change] = []
         other: list[_Change] = []
         edits = self.session.edits
-        if edits is None:
+        if edits is None or isinstance(edits, GraphEditSet):
             return own, other
         for position, index in enumerate(examples.tolist()):
             for number in edits.positions_of(index):
@@ -324,6 +328,8 @@ class ReverseSweeps:
         if self.session.edits is None:
             values.index_add_(1, columns, parts.to(values), alpha=-1)
             return
+        if isinstance(self.session.edits, GraphEditSet):
+            return
         own, other = self._changes(columns)
         # In the order of the variants.
         other = [change for terms in _variants(other) for change in _of_variant(other, terms)]
@@ -332,6 +338,20 @@ class ReverseSweeps:
                 signs = torch.tensor([c.term.sign for c in changes]).to(values)
                 places = torch.tensor([c.column for c in changes], device=values.device)
                 values.index_add_(1, places, signs * products.to(values), alpha=-1)
+
+    def _add_graph_edits(
+        self,
+        edits: GraphEditSet,
+        row: int,
+        examples: Tensor,
+        draws: Draws | None,
+        u: Mapping[str, Tensor],
+    ) -> None:
+        """Add what edits of the graph change in this batch's gradient."""
+        batch = self._fetched(examples, draws, {})
+        assert isinstance(batch, NodeBatch)
+        found = edit_products(edits, self.replay, self.session.task, batch, examples, draws, u)
+        self._values -= found.to(self._values) / int(self.replay.trajectory.steps.accumulation[row])
 
     def _add_tokens(self, rows: slice, columns: Tensor, parts: Tensor) -> None:
         length = parts.shape[2]

@@ -2,6 +2,7 @@
 
 from tda_lightning.examples.data.base import DataModule
 from tda_lightning.examples.data.images import CIFAR10Data, DigitsData, FashionMNISTData, MNISTData
+from tda_lightning.examples.data.outliers import OutlierImages
 from tda_lightning.examples.data.pairs import MNLIData
 from tda_lightning.examples.data.tabular import ConcreteData
 from tda_lightning.examples.data.text import WikiText2Data
@@ -14,5 +15,6 @@ __all__ = [
     "FashionMNISTData",
     "MNISTData",
     "MNLIData",
+    "OutlierImages",
     "WikiText2Data",
 ]

@@ -11,18 +11,22 @@ from tda_lightning.examples.models.modules import (
 from tda_lightning.examples.models.networks import CNN, MLP, ResNet9
 from tda_lightning.examples.models.pretrained import Pretrained
 from tda_lightning.examples.models.schedules import constant, cosine, linear, one_cycle
+from tda_lightning.examples.models.unet import Denoiser, NoiseSchedule, UNet
 
 __all__ = [
     "CNN",
     "GPT",
     "MLP",
     "Classifier",
+    "Denoiser",
     "Encoder",
     "LanguageModel",
+    "NoiseSchedule",
     "Pretrained",
     "Regressor",
     "ResNet9",
     "TrainedModule",
+    "UNet",
     "constant",
     "cosine",
     "linear",
