@@ -36,6 +36,15 @@ def test_from_marks_to_scores_and_to_another_training(tmp_path, monkeypatch, cap
     assert main(["attribute", "runs/digits", "edits=edits.json", "relabel={3: 7}"]) == 1
     assert "not both" in capsys.readouterr().err
 
+    both = "compare=[runs/digits/scores/tracin-edits-edits.json.h5]"
+    assert main(["report", "runs/digits/scores/tracin.h5", both]) == 1
+    assert "expected [3, 60], got [3, 2]" in capsys.readouterr().err
+    both = "compare=[runs/digits/scores/tracin.h5]"
+    assert main(["report", "runs/digits/scores/tracin.h5", both, "max_megabytes=1.0"]) == 0
+    page = tmp_path / "runs" / "digits" / "scores" / "tracin.html"
+    assert '"others":["tracin"]' in page.read_text(encoding="utf-8")
+    assert page.stat().st_size < 2**20
+
     # Another training, which remembers what it left out when the file is gone.
     assert main(["train", *TINY, "output=runs/second", "drop=edits.json"]) == 0
     assert "without 1 training examples and with 1 other labels" in capsys.readouterr().out

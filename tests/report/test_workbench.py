@@ -162,6 +162,8 @@ def test_marks_leave_and_come_back(page, workbench, tmp_path):
     assert triaged(page) == [n for n in order if n % 2 == 1][:24]
     first, second, third = triaged(page)[:3]
     page.click(f"#triage-list [data-train='{first}'] .mark.wrong")
+    pressed = page.get_attribute(f"#triage-list [data-train='{first}'] .mark.wrong", "aria-pressed")
+    assert pressed == "true"
     # By the keyboard: the next one is relabelled, with a note that a spreadsheet might run.
     page.focus(f"#triage-list [data-train='{first}']")
     page.keyboard.press("j")
