@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset
@@ -84,5 +85,11 @@ def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[],
 
 def as_if_on(data: Any, run: Trajectory) -> Trajectory:
     """The run as if it had been trained on ``data``: what an estimator that knows nothing of stages
-    is given, the final model with the examples in question."""
-    return replace(run, facts=replace(run.facts, num_examples=len(data), fingerprint=None))
+    is given, the final model with the examples in question, all used evenly."""
+    steps = replace(
+        run.steps,
+        examples=run.steps.examples[:0],
+        example_offsets=torch.zeros_like(run.steps.example_offsets),
+    )
+    facts = replace(run.facts, num_examples=len(data), fingerprint=None)
+    return replace(run, facts=facts, steps=steps)

@@ -38,7 +38,8 @@ from tda_lightning.attribution.what_if import (
     question_of,
     seconds_of_runs,
 )
-from tda_lightning.edits import Edit, EditSet, GraphEdit, GraphEditSet
+from tda_lightning.edits import Edit, EditSet, GraphEdit, GraphEditSet, document_removals
+from tda_lightning.edits.documents import holds_documents
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
@@ -224,7 +225,8 @@ class AttributionModule(LightningModule):
             provenance: what the caller has to say of how the scores were made, added to ours.
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
                 the predicted change of the measurement if edit e were made. There is no
-                self-influence then.
+                self-influence then. None: of packed rows, which name the document of each
+                position under ``example_ids``, the removal of every document.
             draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
                 mixup): scores are of its mean over so many seeded draws for each example. None:
                 the task's own number, 1 where nothing was set. With ``keep`` below 1: the number
@@ -273,6 +275,7 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
+            edits = self._documents(examples) if edits is None else edits
             edit_set = self._edit_set(edits, examples)
             if isinstance(edit_set, GraphEditSet) and keep < 1:
                 raise UnsupportedTrainingError(
@@ -543,6 +546,15 @@ class AttributionModule(LightningModule):
 
     def _wants_self_influence(self, asked: bool | None) -> bool:
         return self_influence_by_default(self.estimator) if asked is None else asked
+
+    def _documents(self, examples: Sequence[ExampleSource]) -> Sequence[Edit] | None:
+        """The removals of documents where the rows of the training set hold several each; None for
+        those of rows."""
+        dataset = examples[0].dataset
+        by_token = getattr(self.estimator, "token_weights", False)
+        if len(self.stages) > 1 or by_token or not len(examples[0]):
+            return None
+        return document_removals(dataset) if holds_documents(dataset[0]) else None
 
     def _edit_set(
         self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]

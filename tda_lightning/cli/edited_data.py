@@ -14,9 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from tda_lightning.cli.run_config import build
 from tda_lightning.edits import Relabel, Removal, load_edits
 from tda_lightning.records.rendered import Rendered
+from tda_lightning.report.columns import raw_labels
 
 _LABEL_KEYS = ("label", "labels", "y", "target", "targets")
 _LABEL_COLUMNS = ("label", "class")
@@ -76,14 +76,26 @@ def apply_drop(config: DictConfig, data: Any) -> Any:
     """The data module without what ``drop=FILE`` names, which the configuration then lists."""
     if config.drop is None:
         return data
-    drop = read_drop(config.drop, len(data.train_dataset))
+    drop = read_drop(config.drop, len(_whole(data)))
     config.drop = {"left_out": list(drop.left_out), "relabelled": dict(drop.relabelled or {})}
     return without(data, drop)
 
 
-def build_data(run_config: DictConfig, trust: bool, **changes: Any) -> Any:
+def _whole(data: Any) -> Any:
+    """The training set of a data module, from its loader where it has no ``train_dataset``."""
+    if _names_its_training_set(type(data)):
+        return data.train_dataset
+    data.prepare_data()
+    data.setup("fit")
+    return data.train_dataloader().dataset
+
+
+def _names_its_training_set(kind: type) -> bool:
+    return isinstance(getattr(kind, "train_dataset", None), property)
+
+
+def as_trained(run_config: DictConfig, data: Any) -> Any:
     """The data module of a recorded configuration, without what its training left out."""
-    data = build(run_config.data, trust, **changes)
     setting: Any = OmegaConf.to_container(run_config.get("drop") or OmegaConf.create({}))
     if not setting:
         return data
@@ -100,6 +112,14 @@ class EditedExamples(Dataset[object]):
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    @property
+    def labels(self) -> list[Any] | None:
+        """The labels as they are now; None where they cannot be read at once."""
+        whole = raw_labels(self.dataset)
+        if whole is None:
+            return None
+        return [self.relabelled.get(index, whole[index]) for index in self.kept]
 
     def __getitem__(self, position: int) -> object:
         index = self.kept[position]
@@ -143,19 +163,27 @@ def without(data: Any, drop: Drop) -> Any:
     methods: dict[str, Any] = {}
     edited: dict[int, EditedExamples] = {}
 
-    def train_dataset(self: Any) -> EditedExamples:
-        whole = own.train_dataset.__get__(self)
+    def changed(whole: Any) -> EditedExamples:
         if id(whole) not in edited:
             edited[id(whole)] = EditedExamples(whole, drop.kept(len(whole)), drop.relabelled or {})
         return edited[id(whole)]
 
+    def examples_of(self: Any) -> EditedExamples:
+        if _names_its_training_set(own):
+            return changed(own.train_dataset.__get__(self))
+        return changed(own.train_dataloader(self).dataset)
+
     def train_dataloader(self: Any) -> DataLoader[object]:
-        return _over(own.train_dataloader(self), self.train_dataset)
+        loader = own.train_dataloader(self)
+        # The loader may be over the property of this class already.
+        if isinstance(loader.dataset, EditedExamples):
+            return loader
+        return _over(loader, changed(loader.dataset))
 
     def render(self: Any, split: str, index: int) -> Rendered:
         if split != "train":
             return own.render(self, split, index)
-        examples = self.train_dataset
+        examples = examples_of(self)
         whole = examples.kept[index]
         shown = own.render(self, split, whole)
         if whole not in examples.relabelled:
@@ -165,23 +193,21 @@ def without(data: Any, drop: Drop) -> Any:
 
     def documents(self: Any, split: str) -> Sequence[Any]:
         listed = own.documents(self, split)
-        return listed if split != "train" else [listed[index] for index in self.train_dataset.kept]
+        return listed if split != "train" else [listed[index] for index in examples_of(self).kept]
 
     def group_columns(self: Any, split: str) -> dict[str, list[object]]:
         columns = own.group_columns(self, split)
         if split != "train":
             return columns
-        return {name: _kept_column(name, c, self.train_dataset) for name, c in columns.items()}
+        examples = examples_of(self)
+        return {name: _kept_column(name, given, examples) for name, given in columns.items()}
 
-    methods["train_dataset"] = property(train_dataset)
+    if _names_its_training_set(own):
+        methods["train_dataset"] = property(examples_of)
     methods["train_dataloader"] = train_dataloader
     for method in (render, documents, group_columns):
         if hasattr(own, method.__name__):
             methods[method.__name__] = method
-    if not isinstance(getattr(own, "train_dataset", None), property):
-        raise ValueError(
-            f"drop needs a data module with a property train_dataset, {own.__name__} has none."
-        )
     data.__class__ = type(own.__name__, (own,), {**methods, "__module__": own.__module__})
     return data
 
@@ -206,8 +232,6 @@ def _label(item: Any) -> object:
 
 def _over(loader: Any, examples: EditedExamples) -> DataLoader[object]:
     """A loader like ``loader`` over other examples."""
-    if loader.dataset is examples:
-        return loader
     sampler = getattr(loader, "sampler", None)
     if type(sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import not_null
-from tda_lightning.cli.edited_data import build_data
-from tda_lightning.cli.run_config import build
+from tda_lightning.cli.edited_data import as_trained
+from tda_lightning.cli.own_data import OwnData, as_attributed
+from tda_lightning.cli.own_module import build_module
+from tda_lightning.cli.run_config import build, trusts
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.ensemble import Ensemble, folder_within
 from tda_lightning.records.trajectory import Trajectory
@@ -26,20 +29,43 @@ def load_parts(
     config: DictConfig, run_config: DictConfig
 ) -> tuple[AttributedData, LightningModule, AttributionTask | None]:
     """Data, module and task as recorded, with the changes that a command asks for."""
-    data = build_data(run_config, config.trust_config, **not_null(config.data))
+    data = load_data(config, run_config)
     # The weights are in the trajectory, and nothing is going to train.
-    changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
-    module = build(run_config.model, config.trust_config, **changes)
+    module = build_module(run_config, trusts(config), config.get("model", {}), trained=False)
     if "task" in config:
         task = instantiate(config.task, _convert_="all")
     else:
-        task = build(run_config.get("task"), config.trust_config)
+        task = build(run_config.get("task"), trusts(config))
     if "keep" not in config and (draws := config.get("draws")) is not None:
         if draws < 1:
             raise ValueError(f"draws must be at least 1 or null, got {draws}.")
         task = as_task(task)
         task.draws = draws
     return data, module, task
+
+
+def load_data(
+    config: DictConfig, run_config: DictConfig, changes: Mapping[str, Any] | None = None
+) -> AttributedData:
+    """The data as recorded, with the changes that a command asks for.
+
+    Args:
+        changes: further ones, which come first.
+    """
+    asked = {**(changes or {}), **not_null(config.data)}
+    kind = str(run_config.data.get("_target_"))
+    if kind.startswith("tda_lightning.examples.data."):
+        data: AttributedData = as_trained(
+            run_config, build(run_config.data, trusts(config), **asked)
+        )
+        return data
+    # Which queries there are is not for a plain data module to know.
+    chosen = {name: asked.pop(name) for name in ("queries", "num_query") if name in asked}
+    own = as_trained(run_config, build(run_config.data, trusts(config), **asked))
+    if chosen and not isinstance(as_attributed(own), OwnData):
+        own = build(run_config.data, trusts(config), **asked, **chosen)
+        return as_attributed(as_trained(run_config, own))
+    return as_attributed(own, **chosen)
 
 
 def load_recorded(folder: Path) -> Trajectory | Ensemble:
@@ -65,7 +91,8 @@ def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
 def sources(data: AttributedData, batch_size: int) -> tuple[ExampleSource, ExampleSource]:
     """Training set and queries, made into batches as the data module's loaders make them, with its
     transfer hooks."""
-    hooks = data if is_data_module(data) else None
+    own = data.own if isinstance(data, OwnData) else data
+    hooks = own if is_data_module(own) else None
 
     def source(dataset: Any, loader: object, what: str) -> ExampleSource:
         own = ExampleSource.of(loader, batch_size, what, hooks)

@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import not_null
-from tda_lightning.cli.edited_data import build_data
+from tda_lightning.cli.edited_data import as_trained
+from tda_lightning.cli.own_data import OwnData
+from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
-from tda_lightning.cli.run_config import build, load_config
+from tda_lightning.cli.run_config import build, run_configuration, trusts
 from tda_lightning.cli.trainers import SILENT
 from tda_lightning.evaluation import (
     FreshTraining,
@@ -34,7 +36,7 @@ from tda_lightning.tasks import AttributionTask
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
 # Where the data are, their order and the queries are not part of the algorithm.
-_NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "num_workers")
+_NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "queries", "num_workers")
 
 
 class Outcome(NamedTuple):
@@ -66,7 +68,7 @@ class RecordedRun:
     def load(config: DictConfig) -> RecordedRun:
         """The run that ``tda evaluate`` is asked about."""
         folder = Path(config.trajectory)
-        trajectory, run_config = Trajectory.load(str(folder)), load_config(folder)
+        trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
         data, module, task = load_parts(config, run_config)
         module.to(replay_device(config.device, trajectory))
         return RecordedRun(trajectory, data, module, task, run_config, config)
@@ -147,11 +149,12 @@ class RecordedRun:
     def fresh(self, seed: int, **trainer: object) -> FreshTraining:
         """Trainer, module and data as ``tda train`` would build them with this seed, but for other
         settings of the trainer."""
-        trust = self.config.trust_config
+        trust = trusts(self.config)
         data = self._reordered_data(seed)
-        data.setup()
+        if not isinstance(self.data, OwnData):
+            data.setup()  # of a plain one, Lightning does it
         seed_everything(seed, workers=True, verbose=False)
-        module = build(self.run_config.model, trust)
+        module = build_module(self.run_config, trust)
         made = _fresh_trainer(self.run_config.get("trainer"), trust, trainer)
         return FreshTraining(made, module, data)
 
@@ -161,7 +164,11 @@ class RecordedRun:
         changes = not_null(self.config.data)
         if "seed" in self.run_config.data:
             changes["seed"] = seed
-        return build_data(self.run_config, self.config.trust_config, **changes)
+        if isinstance(self.data, OwnData):
+            changes = {n: v for n, v in changes.items() if n not in ("queries", "num_query")}
+        return as_trained(
+            self.run_config, build(self.run_config.data, trusts(self.config), **changes)
+        )
 
     def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""

@@ -184,7 +184,7 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
     sums = _Sums(walks)
     for name, gradient, weights in walks.fisher_gradients(what):
         rooted = gradient if weights is None else example_scaled(gradient, weights.sqrt())
-        sums.add(name, [rooted.sum_of_squares(*bases.get(name, (None, None)))])
+        sums.add_squares(name, rooted, *bases.get(name, (None, None)))
     return {
         name: Spectrum(*bases.get(name, (None, None)), squares)
         for name, (squares,) in sums.means().items()
@@ -256,6 +256,14 @@ class _Sums:
             exact if sums is None else [a + b for a, b in zip(sums, exact, strict=True)]
         )
 
+    def add_squares(self, name: str, gradient: Gradient, left: Basis, right: Basis) -> None:
+        """Add the squares of a unit's coordinates; of few rows, to those rows alone."""
+        if name not in self._sums:
+            place = self._walks.session.device
+            shape = gradient.shape[1:]
+            self._sums[name] = [torch.zeros(shape, dtype=torch.float64, device=place)]
+        gradient.add_squares(self._sums[name][0], left, right)
+
     def means(self) -> dict[str, list[Tensor]]:
         """Sums over processes, divided by the number of examples and checkpoints."""
         session, steps = self._walks.session, self._walks.steps
@@ -303,6 +311,9 @@ def cache_key(
         "sampled": session.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
+    chosen = {b.name: b.chosen for b in session.blocks if b.chosen is not None}
+    if chosen:
+        description["rows"] = chosen
     if used is not None and (weights := session.example_weights(used)) is not None:
         description["weights"] = weights
     if (weights := session.trajectory.data_weights) is not None:

@@ -35,7 +35,7 @@ from tda_lightning.session.session import Session, Span
 # Rounds of power iteration before the one that takes the eigenvalues: Gauss-Newton spectra fall
 # fast, and the directions of one segment are a good start for the next.
 _ROUNDS, _ROUNDS_FROM_START = 2, 1
-_SAMPLE = 8  # examples for each direction, in each of the two samples
+_SAMPLE = 16  # examples for each direction, in each of the two samples: 8 cost fidelity
 
 
 @dataclass(frozen=True)

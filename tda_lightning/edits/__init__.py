@@ -5,6 +5,11 @@ others; a new kind of edit is a class with ``index`` and ``terms``. Of a run on 
 the graph (``graph_edits.py``) can be asked about instead.
 """
 
+from tda_lightning.edits.documents import (
+    DocumentRemoval,
+    document_removals,
+    sum_by_document,
+)
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
 from tda_lightning.edits.edits_file import load_edits, save_edits
@@ -20,6 +25,7 @@ from tda_lightning.edits.graph_edits import (
 __all__ = [
     "AddEdges",
     "Addition",
+    "DocumentRemoval",
     "Edit",
     "EditSet",
     "EditedGraphs",
@@ -32,6 +38,8 @@ __all__ = [
     "RemoveNodes",
     "Replace",
     "Term",
+    "document_removals",
     "load_edits",
     "save_edits",
+    "sum_by_document",
 ]

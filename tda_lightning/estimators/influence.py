@@ -107,7 +107,7 @@ class InfluenceFunction:
         inverse = fit_inverse(self, session)
         count = session.num_train if candidates is None else len(candidates.unique())
         with_self = session.self_influence and candidates is None
-        for first, last in session.query_rounds(session.gradient_bytes(inverse.copies)):
+        for first, last in session.query_rounds(inverse.query_bytes):
             responses = inverse.responses(first, last, count)
             order = None if candidates is None else _batches(session, candidates[first:last])
             for batch in session.walk_columns("influence function", step, order):

@@ -76,7 +76,7 @@ class TracIn:
             weights = rates_by_block(session, start, step)
             # Recorded batches hold each example as often as it was drawn.
             used = (start, step) if draws is None else None
-            for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
+            for first, last in session.query_rounds(session.factored_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
                 for batch in uses_since(session, draws, start, step):

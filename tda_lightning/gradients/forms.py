@@ -82,6 +82,10 @@ class Gradient(ABC):
         )
         return left, right, sides[1].trace(right)
 
+    def add_squares(self, total: Tensor, left: Basis, right: Basis) -> None:
+        """Add :meth:`sum_of_squares` to ``total``, in its precision."""
+        total += self.sum_of_squares(left, right)
+
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
         (total,) = _totals(
@@ -172,8 +176,8 @@ class Outer(Gradient):
     """Sums over positions of outer products, D_n = sum_t b_nt a_nt^T.
 
     ``inputs(rows)`` gives a [chunk, groups, positions, columns] (unfolded only when asked for),
-    ``outputs`` is b [batch, groups, positions, rows]. ``filled`` [batch] says how many of an
-    example's positions are there at all; None: every one.
+    ``outputs`` is b [batch, groups, positions, rows]. ``filled`` [batch, groups] says how many of
+    an example's positions are there at all; None: every one.
     """
 
     factored = True
@@ -244,14 +248,15 @@ class Outer(Gradient):
             )
             for rows in self.chunks(groups * self.positions * (height + width))
         )
-        return left, right, left.new_full((groups,), self.samples(weights))
+        return left, right, self.samples(weights).to(left)
 
-    def samples(self, weights: Tensor | None = None) -> float:
-        """Positions of all examples, each times its example's weight [batch]."""
+    def samples(self, weights: Tensor | None = None) -> Tensor:
+        """Positions of all examples, each times its example's weight [batch]: [groups]."""
         if self.filled is not None:
-            filled = self.filled if weights is None else self.filled * weights
-            return float(filled.sum())
-        return self.positions * (self.batch if weights is None else float(weights.sum()))
+            filled = self.filled if weights is None else self.filled * weights[:, None]
+            return filled.sum(0)
+        examples = self.batch if weights is None else float(weights.sum())
+        return self.outputs.new_full((self.shape[1],), self.positions * examples)
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:

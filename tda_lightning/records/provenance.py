@@ -140,6 +140,17 @@ class Certificate(TypedDict):
     tolerance: float  # relative difference allowed
 
 
+class Directions(TypedDict):
+    """Directions that were carried back through a run in place of queries."""
+
+    kept: Count
+    probes: Count  # carried back besides, to measure what is left out
+    queries: Count  # whose scores are made of them
+    tolerance: float  # of what is left out of a query's gradient, relative to its length
+    relative_error: float  # of a query's scores, root mean square; the median over queries
+    error_bound: float  # of any query's scores, relative to their length; 99.9% sure
+
+
 class BeyondRange(TypedDict):
     """Scores far beyond the range of the measurement over the run."""
 
@@ -184,10 +195,12 @@ class EditRecord(_EditKind, total=False):
         kind: its class.
         index: of the training example that it changes; absent where it changes none.
         label: the example's other label.
+        document: the document whose tokens count nothing.
     """
 
     index: Count
     label: object
+    document: Count
 
 
 class MemberRecord(TypedDict, total=False):
@@ -280,6 +293,7 @@ class Provenance(TypedDict, total=False):
     matrix_free: MatrixFreeRecord
     # Its replay (exact unrolling)
     certificate: Certificate
+    directions: Directions
     replayed_steps: Pair
     # The run
     trajectory: str | list[str]  # folder, or "in memory"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients import Gradient, Outer, scaled
+from tda_lightning.gradients import Gradient, Outer, Rows, scaled
 
 
 class QueryGradients:
@@ -16,6 +16,7 @@ class QueryGradients:
     def __init__(self, batches: Mapping[str, list[Gradient]]) -> None:
         self._batches = batches
         self._dense: dict[str, Tensor] = {}
+        self._rows: dict[str, Rows | None] = {}
 
     @staticmethod
     def of(batches: Iterable[Mapping[str, Gradient]]) -> QueryGradients:
@@ -40,9 +41,20 @@ class QueryGradients:
         products = [self._block_dot(name, gradient) for name, gradient in gradients.items()]
         return torch.stack(products).sum(0)
 
+    def _rows_of(self, name: str) -> Rows | None:
+        """All queries of a block together, where they touch few of its rows."""
+        if name not in self._rows:
+            parts = [query for query in self._batches[name] if isinstance(query, Rows)]
+            sparse = len(parts) == len(self._batches[name])
+            self._rows[name] = Rows.stacked(parts) if sparse else None
+        return self._rows[name]
+
     def _block_dot(self, name: str, gradient: Gradient) -> Tensor:
-        """By the cheaper exact way: Gram matrices of the factors, or dense queries."""
+        """By the cheaper exact way: entry by entry where few rows are touched, by Gram matrices of
+        the factors, or with dense queries."""
         queries = self._batches[name]
+        if rows := self._rows_of(name):
+            return rows.met_by(gradient)
         if isinstance(gradient, Outer) and all(
             isinstance(query, Outer) and gradient.gram_is_cheaper(query) for query in queries
         ):

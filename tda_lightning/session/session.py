@@ -9,7 +9,7 @@ only measures, is known to the session alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
+from tda_lightning.gradients.rows import touched_rows
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
@@ -163,7 +164,7 @@ class Session:
     num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
-    _self_influence: Tensor | None = None
+    _self_influence: list[Tensor] = field(default_factory=list)  # of all restrictions together
 
     @property
     def blocks(self) -> list[Block]:
@@ -284,7 +285,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
-            used_as = [edits.edits[column].index for column in columns]
+            used_as = [edits.used_with(place) for place in places.tolist()]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
@@ -404,6 +405,32 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def factored_bytes(self, copies: int) -> int:
+        """The same where a block whose rows are looked up takes the rows that an example touches
+        alone, with room for queries that touch twice as many as the first training examples."""
+        scalars = 0
+        for block in self.blocks:
+            rows = self.engine.rows_each.get(block.name)
+            # Values, and with them the example and the row.
+            own = block.size if rows is None else 2 * rows * (block.shape[2] + 4)
+            scalars += min(own, block.size)
+        return copies * scalars * self.dtype.itemsize
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> Session:
+        """The same session with some rows alone, ascending, of blocks whose rows are looked up.
+
+        Nothing is lost where the other rows meet no query: they take no part in any score.
+        """
+        return replace(self, engine=self.engine.restricted(rows))
+
+    def query_rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Which rows the queries ``first`` to ``last`` touch at the weights in place, of blocks
+        whose rows are looked up."""
+        return touched_rows(
+            self.measurement_gradients(batch, indices).blocks
+            for batch, indices in self.queries(first, last)
+        )
+
     def whole_queries(self) -> Iterator[tuple[object, Tensor]]:
         """All queries as (batch, indices), each with its whole measurement."""
         for batch, indices in self.queries(0, self.num_query // self.num_parts):
@@ -423,6 +450,15 @@ class Session:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
             yield self.examples.batch(indices, self.module), indices.to(self.device)
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows, ascending, that any process has."""
+        if rank_and_world()[1] == 1:
+            return rows
+        parts: list[Tensor] = [rows] * rank_and_world()[1]
+        torch.distributed.all_gather_object(parts, rows.cpu())
+        united: Tensor = torch.cat(parts).unique()
+        return united.to(rows.device)
+
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
         if rank_and_world()[1] == 1:
@@ -437,13 +473,15 @@ class Session:
         """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
         if used is not None and (weights := self.weights(examples, used)) is not None:
             values = values * weights
-        if self._self_influence is None:
-            self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
-        self._self_influence.index_add_(0, examples, values.to(self._self_influence))
+        if not self._self_influence:
+            zeros = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+            self._self_influence.append(zeros)
+        (own,) = self._self_influence
+        own.index_add_(0, examples, values.to(own))
 
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""
-        own = self._self_influence
+        own = self._self_influence[0] if self._self_influence else None
         added = self.reduce(torch.tensor([float(own is not None)], device=self.device))
         if not bool(added):
             return

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
-from tda_lightning.cli.edited_data import Drop, build_data, read_drop, without
-from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.edited_data import Drop, as_trained, read_drop, without
+from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.edits import Relabel, Removal, save_edits
 from tda_lightning.examples.data import DigitsData
 
@@ -49,7 +49,8 @@ def test_from_marks_to_scores_and_to_another_training(tmp_path, monkeypatch, cap
     assert main(["train", *TINY, "output=runs/second", "drop=edits.json"]) == 0
     assert "without 1 training examples and with 1 other labels" in capsys.readouterr().out
     (tmp_path / "edits.json").unlink()
-    data = build_data(load_config("runs/second"), False)
+    config = load_config("runs/second")
+    data = as_trained(config, build(config.data, False))
     assert len(data.train_dataset) == 59
     assert torch.equal(data.train_dataset[3][0], digits().train_dataset[4][0])
     assert int(data.train_dataset[4][1]) == other
@@ -92,8 +93,15 @@ class Own:
         return DataLoader(self.examples, batch_size=2, **self.options)
 
 
-def test_a_loader_over_the_whole_data_set():
-    data = without(Own(), Drop((0, 2), {3: 7}))
+class Plain(Own):
+    """One that names no training set."""
+
+    train_dataset = None
+
+
+@pytest.mark.parametrize("kind", [Own, Plain])
+def test_a_loader_over_the_whole_data_set(kind):
+    data = without(kind(), Drop((0, 2), {3: 7}))
     (batch,) = list(data.train_dataloader())
     assert batch[0].flatten().tolist() == [1, 3]
     assert batch[1].tolist() == [1, 7]
@@ -119,4 +127,5 @@ def test_groups_follow_new_labels():
     column = data.group_columns("train")["class"]
     assert len(column) == 59
     assert column[4] == str(other) != str(label)
+    assert data.train_dataset.labels[4] == other
     assert data.group_columns("query") == whole.group_columns("query")

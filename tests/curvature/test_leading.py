@@ -142,7 +142,7 @@ def test_samples_of_a_large_training_set(monkeypatch: pytest.MonkeyPatch) -> Non
     run.curvature.clear()
     attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
     # Two rounds and the eigenvalues in the first segment, one round less in the second.
-    assert sum(read) == (3 + 2) * 8 * 4
+    assert sum(read) == (3 + 2) * 16 * 4
     read.clear()
     attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
     assert not read  # kept

@@ -19,8 +19,9 @@ from tda_lightning.gradients import (
     forms,
     scaled,
 )
-from tda_lightning.gradients.composite import Rows, Scaled, Sum
+from tda_lightning.gradients.composite import Scaled, Sum
 from tda_lightning.gradients.moments import AXES, FULL, random_test_matrix
+from tda_lightning.gradients.rows import Rows
 
 BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
 

@@ -21,7 +21,7 @@ from tda_lightning.cli.command import (
     required,
 )
 from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.edits import Relabel, Removal, load_edits
 from tda_lightning.records.data_module import AttributedData, Describing
@@ -36,7 +36,7 @@ def attribute(config: DictConfig) -> None:
     target = Path(config.scores or folder / "scores" / f"{estimator_name()}.h5")
     require_usable_solver(config)
     trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
-    run_config = load_config(run_folder(folder))
+    run_config = run_configuration(config, run_folder(folder))
     if target.exists() and not config.overwrite:  # before anything is loaded
         raise FileExistsError(
             f"{target} already holds scores, which are kept. Choose another file with "

@@ -9,9 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
-from tda_lightning.cli.edited_data import build_data
-from tda_lightning.cli.recorded_run import run_folder
-from tda_lightning.cli.run_config import FILE_NAME, load_config
+from tda_lightning.cli.recorded_run import load_data, run_folder
+from tda_lightning.cli.run_config import FILE_NAME, run_configuration
 from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
@@ -30,11 +29,11 @@ def report(config: DictConfig) -> None:
     folder = _scored_trajectory(config, source, provenance)
     trajectory = None if folder is None else Trajectory.load(str(folder))
     examples: dict[str, Any] = {}
-    if folder is not None and (folder / FILE_NAME).is_file():
+    given = config.get("config") is not None
+    if folder is not None and (given or (folder / FILE_NAME).is_file()):
         # The queries are those of the attribution, perhaps fewer or others than were recorded.
         asked = provenance.get("config", {}).get("data", {})
-        changes = {**not_null(asked), **not_null(config.data)}
-        data = build_data(load_config(folder), config.trust_config, **changes)
+        data = load_data(config, run_configuration(config, folder), not_null(asked))
         examples = {
             "train": data.train_dataset,
             "query": data.query_dataset,

@@ -16,6 +16,7 @@ from tda_lightning.estimators.source.segments import (
     examples_as_queries,
 )
 from tda_lightning.estimators.source.spectral import combined
+from tda_lightning.gradients.rows import restricted, touched_rows
 
 
 def cross(
@@ -55,21 +56,24 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
     session, last = segments[-1].session, segments[-1]
     for batch in session.walk("self-influence"):
         measured = last.measurement_gradients(batch)
+        rows = {n: own for n, own in touched_rows([measured]).items() if n in last.looked_up}
+        measured |= {name: restricted(measured[name], own) for name, own in rows.items()}
+        near = [segment.restricted(rows) for segment in segments]
         trained = {
             step: segment.gradients(batch, step)
-            for segment in segments
+            for segment in near
             for step in segment.steps.checkpoints
         }
         for name, gradient in measured.items():
-            for rows in chunks(slice(0, len(batch.examples)), gradient.cost_per_example):
-                examples = batch.examples[rows]
+            for part in chunks(slice(0, len(batch.examples)), gradient.cost_per_example):
+                examples = batch.examples[part]
                 values = torch.zeros(len(examples), dtype=session.dtype, device=session.device)
-                for segment, adjoint in examples_as_queries(segments, name, gradient, rows):
+                for segment, adjoint in examples_as_queries(near, name, gradient, part):
                     response = combined(segment.transfers[name].response, adjoint)
                     for step in segment.steps.checkpoints:
-                        own = segment.coordinates(name, trained[step][name], rows)
+                        own = segment.coordinates(name, trained[step][name], part)
                         products = (response * own).flatten(1).sum(1)
                         if (weights := batch.weights(segment.used)) is not None:
-                            products = products * weights[rows]
+                            products = products * weights[part]
                         values += products / len(segment.steps.checkpoints)
                 session.add_self_influence(examples, values / session.num_train)

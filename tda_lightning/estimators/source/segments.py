@@ -8,7 +8,7 @@ plain gradient descent (docs/methods.md, "SOURCE for Adam").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -78,6 +78,14 @@ class Geometry:
     scale: dict[str, Tensor]
     decay: dict[str, Tensor]
     still: dict[str, Tensor]
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> Geometry:
+        """Of some rows of some units alone."""
+
+        def chosen(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: own[:, rows[n]] if n in rows else own for n, own in values.items()}
+
+        return Geometry(self.time, chosen(self.scale), chosen(self.decay), chosen(self.still))
 
     def inverse(self, name: str) -> Tensor:
         """1 / h, and 0 where h = 0."""
@@ -229,6 +237,38 @@ class FittedSegment:
     couples: bool
     bounded: set[int] = field(default_factory=set)
     draws: RecordedDraws | None = None
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> FittedSegment:
+        """The segment for queries that touch these rows, ascending, of blocks whose rows are
+        looked up, and no others: as no eigenvector mixes rows, the others take no part."""
+        if not rows:
+            return self
+        curvature = {
+            name: own.restricted(rows[name]) if name in rows and isinstance(own, Spectrum) else own
+            for name, own in self.curvature.items()
+        }
+        session, geometry = self.session.restricted(rows), self.geometry.restricted(rows)
+        out = replace(self, session=session, geometry=geometry, curvature=curvature)
+        spectra = dict(self.spectra)
+        for name, own in rows.items():
+            spectrum = spectra[name]
+            assert isinstance(spectrum, Spectrum)
+            spectra[name] = spectrum.restricted(own)
+        vars(out).update(spectra=spectra)
+        if self.rule.linear or not self.single_steps:  # the others have no transfer
+            transfers = dict(self.transfers)
+            for name, own in rows.items():
+                response, carry = transfers[name].response, transfers[name].carry
+                transfers[name] = Transfer(response[..., own, :], carry[..., own, :])
+            vars(out).update(transfers=transfers)
+        return out
+
+    @property
+    def looked_up(self) -> list[str]:
+        """Units whose rows are looked up and not mixed by curvature."""
+        rows_each = self.session.engine.rows_each
+        spectra = ((name, own) for name, own in self.curvature.items() if name in rows_each)
+        return [n for n, own in spectra if isinstance(own, Spectrum) and own.left is None]
 
     @property
     def title(self) -> str:

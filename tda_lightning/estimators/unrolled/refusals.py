@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tda_lightning.edits import GraphEditSet
+from tda_lightning.edits import DocumentRemoval, GraphEditSet
 from tda_lightning.optimizers import require_formula
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
@@ -84,6 +84,12 @@ def require_exact(
                 "Source, InfluenceFunction or TracIn for it."
             )
         return
+    if any(isinstance(edit, DocumentRemoval) for edit in session.edits.edits):
+        raise UnsupportedTrainingError(
+            "The rows hold several documents, and exact unrolling splits a row's loss by its "
+            "positions: ask for Unrolled(token_weights=True), whose columns are the rows, and add "
+            "up scores.by_token with tda_lightning.edits.sum_by_document."
+        )
     replaced = [edit for edit in session.edits.edits if any(t.index is None for t in edit.terms())]
     if moving and replaced:
         raise UnsupportedTrainingError(
