@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from tda_lightning.cli.command import not_null
 from tda_lightning.cli.edited_data import as_trained
@@ -42,6 +42,43 @@ def load_parts(
         task = as_task(task)
         task.draws = draws
     return data, module, task
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples that were not in training.
+
+    Attributes:
+        data: the data module that has them.
+        split: "train" or "query": which part of it they are.
+    """
+
+    data: AttributedData
+    split: str
+
+    @property
+    def dataset(self) -> Any:
+        """The examples."""
+        return self.data.train_dataset if self.split == "train" else self.data.query_dataset
+
+
+def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]) -> Pool:
+    """The pool that ``pool={KEY: VALUE}`` names: the recorded data with other settings.
+
+    Args:
+        asked: these settings; ``split`` is that of the data.
+
+    Raises:
+        ValueError: an unknown part of the data.
+    """
+    changes = {str(key): value for key, value in asked.items()}
+    split = str(changes.pop("split", "train"))
+    if split not in ("train", "query"):
+        raise ValueError(f"pool.split must be train or query, got {split!r}.")
+    changed = config.copy()
+    with open_dict(changed):
+        changed.data = {**not_null(config.data), **changes}
+    return Pool(load_data(changed, run_config), split)
 
 
 def load_data(

@@ -17,6 +17,7 @@ from tda_lightning.cli.command import not_null
 from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.own_data import OwnData
 from tda_lightning.cli.own_module import build_module
+from tda_lightning.cli.question import measurement_of
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import build, run_configuration, trusts
 from tda_lightning.cli.trainers import SILENT
@@ -29,6 +30,7 @@ from tda_lightning.evaluation import (
     retrain_from_scratch,
 )
 from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.data_module import AttributedData, Reorderable
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -87,6 +89,11 @@ class RecordedRun:
         """The queries."""
         return self._sources[1]
 
+    @cached_property
+    def measurement(self) -> Measurement | None:
+        """What was asked about the queries; None: the task's own measurement."""
+        return measurement_of(self.config.get("measurement"), self.data)
+
     @property
     def end(self) -> dict[str, Tensor]:
         """Weights and buffers at the last checkpoint."""
@@ -99,7 +106,13 @@ class RecordedRun:
         if self.config.protocol == "pbrf":  # responses to single examples are tiny
             module, queries = in_double(module, queries)
         return measure(
-            module, self.task, self.end, queries, self.config.batch_size, self.trajectory
+            module,
+            self.task,
+            self.end,
+            queries,
+            self.config.batch_size,
+            self.trajectory,
+            self.measurement,
         )
 
     def outcomes(
@@ -113,7 +126,13 @@ class RecordedRun:
         began, queries = time.monotonic(), self.queries
         for state in self._states(kept, seeds):
             measurements = measure(
-                self.module, self.task, state, queries, self.config.batch_size, self.trajectory
+                self.module,
+                self.task,
+                state,
+                queries,
+                self.config.batch_size,
+                self.trajectory,
+                self.measurement,
             )
             predicted = None
             if classes:

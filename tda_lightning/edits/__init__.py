@@ -21,6 +21,7 @@ from tda_lightning.edits.graph_edits import (
     RemoveFeatures,
     RemoveNodes,
 )
+from tda_lightning.edits.pool import additions, pool_notes, pool_record
 
 __all__ = [
     "AddEdges",
@@ -38,8 +39,11 @@ __all__ = [
     "RemoveNodes",
     "Replace",
     "Term",
+    "additions",
     "document_removals",
     "load_edits",
+    "pool_notes",
+    "pool_record",
     "save_edits",
     "sum_by_document",
 ]

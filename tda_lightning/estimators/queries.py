@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Spectrum, units
+from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.curvature.products import as_matrices
 from tda_lightning.gradients import Gradient, Rows
 from tda_lightning.gradients.basis import inverse, turning_cost
 from tda_lightning.gradients.forms import CHUNK_SCALARS
@@ -90,6 +92,12 @@ class Response:
             gradient = gradient.in_basis(self.spectrum.left, self.spectrum.right)
         return gradient.dot(self.values)
 
+    def lifted(self) -> Tensor:
+        """On the parameters, dense: [query, groups, rows, columns]."""
+        if isinstance(self.values, Rows):
+            return self._on_parameters(self.values).dense(slice(None))
+        return self.values if self.spectrum is None else self.spectrum.lift(self.values)
+
     def _on_parameters(self, rows: Rows) -> Rows:
         if self.spectrum is not None:
             assert self.spectrum.left is None
@@ -112,6 +120,18 @@ class Response:
             for part in values.split(max(1, CHUNK_SCALARS // (groups * rows * columns))):
                 part.copy_(self.spectrum.lift(part))
             self.spectrum = None
+
+
+def directions(session: Session, responses: Mapping[str, Response]) -> dict[str, Tensor]:
+    """Responses by unit as tensors [query, *shape] by parameter, for ``Session.add_terms``."""
+    return unit_directions(session, {name: own.lifted() for name, own in responses.items()})
+
+
+def unit_directions(session: Session, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of matrices [query, groups, rows, columns] on the parameters, by unit."""
+    if WHOLE in units:
+        units = as_matrices(session.blocks, units[WHOLE][:, 0, 0])
+    return session.on_parameters(units)
 
 
 def dot(responses: Mapping[str, Response], gradients: Mapping[str, Gradient]) -> Tensor:

@@ -79,9 +79,13 @@ class TracIn:
             for first, last in session.query_rounds(session.factored_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
+                directions = session.on_parameters(queries.dense()) if session.by_token else {}
                 for batch in uses_since(session, draws, start, step):
                     values = queries.dot(batch.gradients) / session.num_train
                     session.add(number, batch, values, first, used)
+                    if session.by_token:
+                        share = 1 / session.num_train
+                        session.add_terms(batch, directions, first, share, used)
                     if session.self_influence and first == 0:
                         own = _self_products(batch, weights)
                         if batch.signs is not None:

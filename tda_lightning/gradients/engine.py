@@ -37,6 +37,7 @@ from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
 from tda_lightning.gradients.rows import Rows, restricted
 from tda_lightning.gradients.shared_graph import gradients_of_each
+from tda_lightning.gradients.term_products import term_products
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -249,6 +250,22 @@ class GradientEngine:
             found = torch.autograd.grad(total, parameters, materialize_grads=True)
         gradients = [g.to_dense() if g.is_sparse else g for g in found]
         return dict(zip(self.names, gradients, strict=True))
+
+    def term_products(
+        self, terms: Loss, batch: Batch, examples: Tensor, directions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Inner products of the gradients of single terms of losses with ``directions``:
+        [direction, batch, position] (``term_products.py``).
+
+        Args:
+            terms: maps (module, batch, examples) to the terms [batch, position].
+            directions: [direction, *shape] by parameter.
+        """
+        held = {
+            name: direction * self._kept[name] if name in self._kept else direction
+            for name, direction in directions.items()
+        }
+        return term_products(self.module, lambda: terms(self.module, batch, examples), held)
 
     def discover(
         self, loss: Loss, batch: Batch, examples: Tensor, one_by_one: bool = False

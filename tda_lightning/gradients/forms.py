@@ -111,7 +111,8 @@ class Gradient(ABC):
         """sum_n weights_kn D_n for weights [count, batch]: [count, groups, rows, columns]."""
         total = weights.new_zeros(len(weights), math.prod(self.shape[1:]))
         for rows in self.chunks():
-            total.addmm_(weights[:, rows], self.dense(rows).flatten(1))
+            # Under autocast a product made in here may come in half precision.
+            total.addmm_(weights[:, rows], self.dense(rows).flatten(1).to(total))
         return total.unflatten(1, self.shape[1:])
 
     def mean(self) -> Tensor:

@@ -112,6 +112,11 @@ class RecordedRun:
         ]
 
     @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints written so far, the initial weights included."""
+        return len(self._checkpoints.steps)
+
+    @property
     def num_steps(self) -> int:
         """Steps recorded, on disk or not."""
         return self._steps.num_steps

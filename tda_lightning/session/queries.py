@@ -41,6 +41,13 @@ class QueryGradients:
         products = [self._block_dot(name, gradient) for name, gradient in gradients.items()]
         return torch.stack(products).sum(0)
 
+    def dense(self) -> dict[str, Tensor]:
+        """By block, [query, groups, rows, columns]."""
+        return {
+            name: torch.cat([query.dense(slice(None)) for query in queries])
+            for name, queries in self._batches.items()
+        }
+
     def _rows_of(self, name: str) -> Rows | None:
         """All queries of a block together, where they touch few of its rows."""
         if name not in self._rows:

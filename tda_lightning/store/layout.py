@@ -84,7 +84,9 @@ be mapped::
     values                      float32 or float64 [query, train]; NaN where there is no score
     by_segment                  the same type [segment, query, train]; absent without segments
     self_influence              the same type [train]; absent when not computed
-    by_token                    the same type [query, train, position]; absent when not asked for
+    by_token                    the same type [query, train, position]; absent when not asked for;
+                                NaN where there is no score
+    by_query_token              the same type [query, position, train], likewise
     members                     the same type [member, query, train], of an ensemble, whose mean is
                                 values; absent for a single run
     direct                      the same type [query, train]; of edits of a graph, the part of

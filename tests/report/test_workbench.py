@@ -317,3 +317,16 @@ def test_hostile_texts_stay_texts(browser, form, tmp_path):
     assert HOSTILE in page.inner_text("dialog")
     page.close()
     assert problems == []
+
+
+def test_an_addition_helps_where_its_score_is_negative(browser, tmp_path):
+    scores = Scores(torch.tensor([[-2.0, 1.0, -1.0]]))
+    scores.provenance["pool"] = {"size": 3, "in_training": 0, "same": []}
+    scores.provenance["edits"] = [{"kind": "Addition"}] * 3
+    page = browser.new_page()
+    page.goto(write_report(scores, tmp_path / "report.html").as_uri())
+    items = page.query_selector_all("#tail-proponent li")
+    assert [item.get_attribute("data-train") for item in items] == ["0", "2"]
+    assert page.inner_text("#tail-proponent h3").startswith("Would help most")
+    assert page.locator(".mark-buttons").count() == 0  # they are not in training
+    page.close()

@@ -20,10 +20,17 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
-from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
+from tda_lightning.cli.question import measurement_of
+from tda_lightning.cli.recorded_run import (
+    load_parts,
+    load_recorded,
+    pool_of,
+    run_folder,
+    sources,
+)
 from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
-from tda_lightning.edits import Relabel, Removal, load_edits
+from tda_lightning.edits import Relabel, Removal, load_edits, pool_notes
 from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
@@ -74,6 +81,9 @@ def attribute(config: DictConfig) -> None:
             edits=edits,
             draws=config.draws,
             keep=config.keep,
+            measurement=measurement_of(config.get("measurement"), data),
+            by_token=config.by_token,
+            pool=None if config.pool is None else pool_of(config, run_config, config.pool).dataset,
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.
@@ -83,6 +93,10 @@ def attribute(config: DictConfig) -> None:
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
     what = "edits" if config.edits else "other labels" if config.relabel else "training examples"
+    if config.pool is not None:
+        what = "examples of the pool"
+        for note in pool_notes(scores.provenance["pool"]):
+            print(note)
     print(f"Scored {scores.num_train} {what} for {scores.num_queries} queries: {target}")
 
 

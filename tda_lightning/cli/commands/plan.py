@@ -24,6 +24,7 @@ from tda_lightning.cli.plan_tables import (
     comparison_table,
     recording_plan_table,
 )
+from tda_lightning.cli.question import measurement_of
 from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
 from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
@@ -58,6 +59,7 @@ def plan(config: DictConfig) -> None:
                 self_influence=config.self_influence,
                 draws=config.draws,
                 keep=config.keep,
+                measurement=measurement_of(config.get("measurement"), data),
             )
         except (UnsupportedTrainingError, ValueError) as error:
             if single:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
-from tda_lightning.cli.recorded_run import load_data, run_folder
+from tda_lightning.cli.recorded_run import load_data, pool_of, run_folder
 from tda_lightning.cli.run_config import FILE_NAME, run_configuration
 from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
@@ -39,6 +39,9 @@ def report(config: DictConfig) -> None:
             "query": data.query_dataset,
             "render": data.render,
         }
+        if (asked_pool := provenance.get("config", {}).get("pool")) is not None:
+            pool = pool_of(config, run_configuration(config, folder), asked_pool)
+            examples["pool"] = lambda index: pool.data.render(pool.split, index)
         if isinstance(data, Grouped):
             examples["columns"] = data.group_columns("train")
             examples["query_columns"] = data.group_columns("query")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tda_lightning.curvature import Spectrum
-from tda_lightning.estimators.queries import Response, dot
+from tda_lightning.estimators.queries import Response, directions, dot
 from tda_lightning.estimators.source.schedule import chunks
 from tda_lightning.estimators.source.segments import (
     Adjoint,
@@ -27,6 +27,7 @@ def cross(
     session, steps = segment.session, segment.steps.checkpoints
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
     responses = _responses(segment, inside)
+    tokens = directions(session, responses) if session.by_token else {}
     crossing = segment.crossing(adjoint, inside)
     del inside
     for step in steps:
@@ -34,6 +35,8 @@ def cross(
             values = dot(responses, segment.units(batch.gradients))
             share = 1 / (session.num_train * len(steps))
             session.add(number, batch, values * share, first_query, used=segment.used)
+            if session.by_token:
+                session.add_terms(batch, tokens, first_query, share, segment.used)
     return crossing
 
 

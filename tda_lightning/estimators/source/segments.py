@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import DeflatedSpectrum, Spectrum, unit_matrices, units
 from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators.queries import unit_directions
 from tda_lightning.estimators.source.felt import felt
 from tda_lightning.estimators.source.schedule import Load, recorded_batches, recorded_loads
 from tda_lightning.estimators.source.spectral import (
@@ -324,11 +325,27 @@ class FittedSegment:
     @cached_property
     def scored_loads(self) -> list[Load]:
         """The uses that are scored: the same, or those of the examples that edits change."""
-        session = self.session
-        if session.edits is None:
-            return self.loads
-        size, share = session.batch_size, session.task.share
-        return recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+        session, loads = self.session, self.loads
+        if session.edits is not None:
+            size, share = session.batch_size, session.task.share
+            loads = recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+        # What gradients are multiplied by differs from step to step: terms are scored by it.
+        return [part for load in loads for part in load.by_step()] if session.by_token else loads
+
+    def add_terms(
+        self, batch: Batch, load: Load, taken: Mapping[str, Tensor], first_query: int
+    ) -> None:
+        """Add the scores of the terms of a load of one step.
+
+        Args:
+            taken: minus what the step's gradients are multiplied by, on the parameters: [query,
+                groups, rows, columns] by unit.
+        """
+        directions = unit_directions(self.session, {name: -own for name, own in taken.items()})
+        for step, share in zip(load.interval, load.end_shares(), strict=True):
+            if bool((share != 0).any()):
+                self.session.load(step)
+                self.session.add_terms(batch, directions, first_query, share)
 
     def walk(self, title: str, loads: Sequence[Load], scored: bool = True) -> Iterator[Batch]:
         """The examples of some loads; ``scored``: they are ``scored_loads``."""

@@ -136,7 +136,8 @@ class Unrolled:
         replay = Replay(trajectory, session.module, session.task, session.examples)
         with replay.as_trained():
             layers = moving_layers(session.module)
-        require_exact(replay, session, layers, self.token_weights)
+        by_position = self.token_weights or session.by_token
+        require_exact(replay, session, layers, by_position)
         session.recorded_draws = True
         checkpoints = sorted(trajectory.checkpoints)
         segments = list(zip(checkpoints, checkpoints[1:], strict=False))
@@ -168,7 +169,7 @@ class Unrolled:
                         range(own_first, own_last),
                         unfinished.tensors,
                         room=budget // 4,
-                        by_position=self.token_weights,
+                        by_position=by_position,
                         tolerance=self.query_tolerance,
                     )
                     if unfinished.tensors is not None:
@@ -188,7 +189,7 @@ class Unrolled:
                     growths.append(reverse.growth())
                     truncated.append(reverse.directions)
                     by_token = reverse.add_tokens_to(by_token)
-        if self.token_weights:
+        if by_position:
             assert by_token is not None
             session.scores.set_by_token(session.reduce(by_token))
         for unfinished in rounds:
@@ -289,6 +290,8 @@ class Unrolled:
             del settings[name]
         key = digest(
             {
+                **({"by_token": True} if session.by_token else {}),
+                **({} if session.rows is None else {"rows": session.rows.position}),
                 "model and data": session.cache_key([trajectory.last_step]),
                 "settings": json.dumps(settings, sort_keys=True, default=repr),
                 "run": facts.settings.get("run_id"),
@@ -296,6 +299,7 @@ class Unrolled:
                 "states": rule_of(trajectory).states,
                 "steps": [trajectory.steps.examples, trajectory.steps.learning_rate],
                 "edits": None if edits is None else _terms_digest(edits),
+                **({} if session.asked is None else {"measurement": session.asked.settings()}),
                 "queries": [first, last, *map(digest, session.queries(first, last))],
             }
         )

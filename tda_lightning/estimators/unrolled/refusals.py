@@ -50,8 +50,8 @@ def require_exact(
         )
     if token_weights and session.num_processes > 1:
         raise ValueError(
-            f"token_weights are gathered in one process, got {session.num_processes}. Give a "
-            "trainer with devices=1."
+            "Scores by token of exact unrolling (token_weights) are gathered in one process, got "
+            f"{session.num_processes}. Give a trainer with devices=1."
         )
     if task.layers is not None:
         raise UnsupportedTrainingError(
@@ -73,8 +73,8 @@ def require_exact(
     session.edits.require_in_batches("exact unrolling")
     if token_weights:
         raise ValueError(
-            "edits change an example's whole loss, and token_weights splits its score by the "
-            "terms of the old one: ask for one of them at a time."
+            "edits change an example's whole loss, and token_weights (by_token) splits its score "
+            "by the terms of the old one: ask for one of them at a time."
         )
     if isinstance(session.edits, GraphEditSet):
         if moving:

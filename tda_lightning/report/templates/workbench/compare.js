@@ -45,7 +45,7 @@ function compareTab() {
   }
   if (DATA.members) {
     const values = DATA.listed.map((row) => (listOf(row) || {}).agreement ?? null);
-    const stable = DATA.listed.map((row) => { const list = listOf(row); let all = 0, same = 0; list.score.forEach((score, place) => { if (score > 0) { all += 1; same += list.sameSign[place] === DATA.members; } }); return all ? same / all : null; });
+    const stable = DATA.listed.map((row) => { const list = listOf(row); let all = 0, same = 0; list.score.forEach((score, place) => { if (HELPS * score > 0) { all += 1; same += list.sameSign[place] === DATA.members; } }); return all ? same / all : null; });
     parts.push(h("h2", {}, "Agreement between the runs of the ensemble"),
       h("dl", { class: "facts-of" }, fact("runs", DATA.members), fact("rank correlation between runs, mean over queries", two(mean(values))),
         fact("proponents with one sign in all runs, of those listed", percent(mean(stable)))),

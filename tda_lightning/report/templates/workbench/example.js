@@ -51,7 +51,7 @@ function shaded(pieces, terms) {
     const value = sizes[number_];
     if (!value) return text;
     return h("span", {
-      class: `token ${value > 0 ? "proponent" : "opponent"}`, title: number(value, true, strongest),
+      class: `token ${kindOf(value)}`, title: number(value, true, strongest),
       style: { "--share": `${(100 * Math.abs(value)) / strongest}%` },
     }, text);
   });
@@ -78,7 +78,7 @@ function sparkline(parts, tallest) {
     "aria-label": `by segment: ${parts.map((part) => number(part, true)).join(", ")}` },
     parts.map((part, place) => {
       const size = tallest ? (Math.min(Math.abs(part), tallest) / tallest) * middle : 0;
-      return svg("rect", { class: part >= 0 ? "proponent" : "opponent", x: place * slot, width: 0.8 * slot, y: part >= 0 ? middle - size : middle, height: Math.max(size, 0.5) });
+      return svg("rect", { class: kindOf(part), x: place * slot, width: 0.8 * slot, y: part >= 0 ? middle - size : middle, height: Math.max(size, 0.5) });
     }),
     svg("line", { class: "axis", x1: 0, x2: width, y1: middle, y2: middle }));
 }

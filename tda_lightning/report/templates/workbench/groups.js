@@ -9,8 +9,8 @@ function groupTable(name, names, sums, parts) {
   return h("div", { class: "scroll" }, h("table", { class: "sums" },
     h("thead", {}, h("tr", {}, h("th", { class: "data" }, name), h("th", { class: "numeric" }, "sum of scores"), h("th", {}), parts ? h("th", {}, "when") : null)),
     h("tbody", {}, order.map((place) => h("tr", {},
-      h("td", { class: "data" }, names[place]), h("td", { class: `numeric ${sums[place] >= 0 ? "proponent" : "opponent"}` }, number(sums[place], true, largest)),
-      h("td", { class: "bar" }, h("span", { class: `meter ${sums[place] >= 0 ? "proponent" : "opponent"}` }, h("span", { style: { width: `${largest ? (100 * Math.abs(sums[place])) / largest : 0}%` } }))),
+      h("td", { class: "data" }, names[place]), h("td", { class: `numeric ${kindOf(sums[place])}` }, number(sums[place], true, largest)),
+      h("td", { class: "bar" }, h("span", { class: `meter ${kindOf(sums[place])}` }, h("span", { style: { width: `${largest ? (100 * Math.abs(sums[place])) / largest : 0}%` } }))),
       parts ? h("td", {}, sparkline(parts[place], tallest)) : null)))));
 }
 
@@ -27,14 +27,14 @@ function matrixTable(group, trainColumn, queryColumn) {
       trainColumn.groups.map((other, column) => {
         const value = values[row * width + column];
         const share = largest ? Math.abs(value) / largest : 0;
-        return h("td", { class: `numeric ${value >= 0 ? "positive" : "negative"}`, style: { "--share": `${Math.round(100 * share)}%` }, title: `${name} ← ${other}` }, number(value, true, largest));
+        return h("td", { class: `numeric ${HELPS * value >= 0 ? "positive" : "negative"}`, style: { "--share": `${Math.round(100 * share)}%` }, title: `${name} ← ${other}` }, number(value, true, largest));
       })) : null)))))];
 }
 
 function regionTable(rows) {
   const withWrong = rows.some((row) => row.wrong !== null), withLoss = rows.some((row) => row.measurement !== null);
   return h("div", { class: "scroll" }, h("table", { class: "regions" },
-    h("thead", {}, h("tr", {}, ["group", "queries", "training examples", withWrong ? "wrong" : null, withLoss ? "measurement" : null, "sum of positive scores", "effective proponents", ""].filter((name) => name !== null).map((name, place) => h("th", { class: place ? "numeric" : null }, name)))),
+    h("thead", {}, h("tr", {}, ["group", "queries", "training examples", withWrong ? "wrong" : null, withLoss ? "measurement" : null, "sum of scores that help", "effective proponents", ""].filter((name) => name !== null).map((name, place) => h("th", { class: place ? "numeric" : null }, name)))),
     h("tbody", {}, rows.map((row) => h("tr", { class: row.few_and_weak ? "few" : null },
       h("td", { class: "data" }, row.group), h("td", { class: "numeric" }, count(row.queries)), h("td", { class: "numeric" }, count(row.training)),
       withWrong ? h("td", { class: "numeric" }, row.wrong === null ? "–" : percent(row.wrong)) : null,
@@ -64,7 +64,7 @@ function showGroups() {
   const names = [...new Set(DATA.regions.map((row) => row.column))];
   if (names.length) {
     parts.push(h("h2", {}, "Regions of the queries that the training set hardly covers"),
-      h("p", { class: "prose" }, "A group of queries is under-represented where its proponents are few and weak: where both the sum of a query’s positive scores and their effective number (k equal ones count k) are below half of the median over the groups. Weakest first."));
+      h("p", { class: "prose" }, "A group of queries is under-represented where its proponents are few and weak: where both the sum of a query’s scores that help and their effective number (k equal ones count k) are below half of the median over the groups. Weakest first."));
     for (const name of names) parts.push(h("h3", { class: "data" }, `by ${name}`), regionTable(DATA.regions.filter((row) => row.column === name)));
   }
   fill(place, parts);

@@ -2,6 +2,12 @@
 
 const DATA = JSON.parse(document.getElementById("numbers").textContent);
 
+// The sign of a score that helps: of additions it is negative.
+const HELPS = DATA.words.helps;
+// The quantity asked about; a measurement is smaller when the model does better.
+const QUANTITY = DATA.words.quantity === "the measurement" ? "measurement" : DATA.words.quantity;
+const kindOf = (value) => (HELPS * value >= 0 ? "proponent" : "opponent");
+
 const ARRAYS = { i2: Int16Array, i4: Int32Array, f4: Float32Array };
 
 function unpack(packed) {

@@ -14,7 +14,7 @@ const known = (values) => values && values.length > 0;
 function querySorts() {
   const judged = queries.wrong.length ? "wrong, then worst first" : known(queries.measurement) ? "worst first" : null;
   const sorts = judged ? [["order", judged], ["row", "by number"]] : [["order", "by number"]];
-  if (known(queries.measurement)) sorts.push(["loss", "largest measurement first"], ["best", "smallest measurement first"]);
+  if (known(queries.measurement)) sorts.push(["loss", "worst first"], ["best", "best first"]);
   if (labelColumn && labelColumn.query) sorts.push(["label", "by label"]);
   if (known(queries.spread)) sorts.push(["spread", "largest spread of the ensemble first"]);
   sorts.push(["weak", "weakest proponents first"]);
@@ -66,7 +66,7 @@ function queryLine(row) {
       h("span", { class: "words" },
         h("span", { class: "first" }, h("b", {}, `#${index}`), " ", label ? h("span", { class: "data" }, label) : null, wrong ? h("span", { class: "wrong-mark" }, " ✗ wrong") : null),
         h("span", { class: "second data" }, text ? text.slice(0, 90) : queries.predictions[row] ? `predicted ${queries.predictions[row]}` : "")),
-      known(queries.measurement) ? h("span", { class: "numeric" }, number(queries.measurement[row])) : null));
+      known(queries.measurement) ? h("span", { class: "numeric" }, number(DATA.words.sign * queries.measurement[row])) : null));
 }
 
 function showQueryList(more) {
@@ -99,7 +99,7 @@ function histogram(list, shown) {
         if (!size) return null;
         const tall = Math.max(1, (Math.sqrt(size) / most) * (bottom - top));
         const middle = ((place + 0.5) / counts.length) * 2 - 1;
-        return svg("rect", { class: middle > 0.02 ? "proponent" : middle < -0.02 ? "opponent" : "neutral", x: left + place * slot, width: 0.85 * slot, y: bottom - tall, height: tall },
+        return svg("rect", { class: Math.abs(middle) < 0.02 ? "neutral" : kindOf(middle), x: left + place * slot, width: 0.85 * slot, y: bottom - tall, height: tall },
           svg("title", {}, `${count(size)} examples near ${number(middle * largest, true, largest)}`));
       }),
       svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
@@ -119,7 +119,7 @@ function bySegment(sums, caption, kinds) {
   return h("figure", { class: "when" },
     svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": caption },
       sums.map((parts, series) => parts.map((value, place) =>
-        svg("rect", { class: kinds ? kinds[series] : value >= 0 ? "proponent" : "opponent", x: left + slot * (place + 0.5) + thick * (series - sums.length / 2), width: 0.92 * thick, y: Math.min(y(0), y(value)), height: Math.max(Math.abs(y(value) - y(0)), 0.5) },
+        svg("rect", { class: kinds ? kinds[series] : kindOf(value), x: left + slot * (place + 0.5) + thick * (series - sums.length / 2), width: 0.92 * thick, y: Math.min(y(0), y(value)), height: Math.max(Math.abs(y(value) - y(0)), 0.5) },
           svg("title", {}, `${names[place]}: ${number(value, true)}`)))),
       svg("line", { class: "axis", x1: left, x2: right, y1: y(0), y2: y(0) }),
       names.map((name, place) => (place % every ? null : svg("text", { x: left + slot * (place + 0.5), y: height - 8, "text-anchor": "middle" }, name)))),
@@ -139,7 +139,7 @@ function entryOf(list, place) {
 }
 
 function entriesOf(list, kind) {
-  const sign = kind === "proponent" ? 1 : -1;
+  const sign = kind === "proponent" ? HELPS : -HELPS;
   const entries = Array.from(list.index, (_, place) => entryOf(list, place)).filter((entry) => sign * entry.score > 0);
   const measures = {
     score: (entry) => -Math.abs(entry.score),
@@ -169,11 +169,10 @@ function showList(row, list, kind) {
   const tallest = list.segments ? Math.max(...Array.from(list.segments, Math.abs)) : 0;
   const shown = entries.slice(0, listState[kind]);
   const more = entries.length - shown.length;
-  const what = kind === "proponent" ? "raise" : "lower";
   const section = h("section", { class: "tail", id: `tail-${kind}`, "aria-label": `${kind}s` },
-    h("h3", { class: kind }, kind === "proponent" ? "Strongest proponents" : "Strongest opponents", h("small", {}, `removing one is predicted to ${what} the measurement by its score`)),
+    h("h3", { class: kind }, DATA.words.headings[kind], h("small", { class: "data" }, DATA.words.effects[kind])),
     shown.length ? h("ol", { class: "items" }, shown.map((entry) => card(entry.index, saidOf(entry, kind, strongest, tallest), entry.terms)))
-      : h("p", { class: "faint" }, listState.stable ? "None has one sign in all runs." : `No training example has a ${kind === "proponent" ? "positive" : "negative"} score for this query.`),
+      : h("p", { class: "faint" }, listState.stable ? "None has one sign in all runs." : `No ${DATA.words.examples} has a ${kind === (HELPS > 0 ? "proponent" : "opponent") ? "positive" : "negative"} score for this query.`),
     more > 0 ? button(`${Math.min(more, 24)} more`, () => { listState[kind] += 24; showTails(row); }, { class: "more" }) : null);
   section.shownScores = shown.map((entry) => entry.score);
   section.shownSegments = shown.map((entry) => entry.segments).filter(Boolean);
@@ -234,8 +233,8 @@ function showQuery(row) {
   const facts = h("dl", { class: "facts-of" },
     queries.predictions[row] ? fact("prediction", [h("span", { class: "data strong" }, queries.predictions[row]), wrong === 1 ? [" ", h("span", { class: "chip wrong-mark" }, "wrong")] : null]) : null,
     labelOf("query", row) ? fact("label", h("span", { class: "data" }, labelOf("query", row))) : null,
-    known(queries.measurement) ? fact("measurement", number(queries.measurement[row])) : null,
-    fact("sum of all positive scores", number(queries.strength[row], true)),
+    known(queries.measurement) ? fact(h("span", { class: "data" }, QUANTITY), number(DATA.words.sign * queries.measurement[row])) : null,
+    fact("sum of all scores that help", number(HELPS * queries.strength[row], true)),
     fact("effective number of proponents", number(queries.proponents[row])),
     known(queries.spread) ? fact("spread of the ensemble", `${percent(queries.spread[row])} of the scores`) : null,
     list && list.agreement !== undefined && list.agreement !== null ? fact("rank correlation between runs", list.agreement.toFixed(2)) : null,

@@ -17,7 +17,7 @@ function triageOrder(sort) {
   if (!triageOrders.has(sort)) {
     const order = Int32Array.from({ length: train.index.length }, (_, place) => place);
     const values = train[sort];
-    const sign = sort === "net" || sort === "index" ? 1 : -1;
+    const sign = sort === "net" ? HELPS : sort === "index" ? 1 : -1;
     triageOrders.set(sort, order.sort((one, two) => sign * (values[one] - values[two]) || one - two));
   }
   return triageOrders.get(sort);
