@@ -109,16 +109,19 @@ class Response:
 
     def _settle(self, gradient: Gradient, values: Tensor) -> None:
         self._settled = True
-        if self.spectrum is None:
-            return
+        if self.spectrum is not None:
+            self._choose_basis(gradient, self.spectrum, values)
+        self.values = gradient.arranged(values)
+
+    def _choose_basis(self, gradient: Gradient, spectrum: Spectrum, values: Tensor) -> None:
         queries, groups, rows, columns = values.shape
-        left, right = self.spectrum.left, self.spectrum.right
+        left, right = spectrum.left, spectrum.right
         cost = turning_cost(left, rows) + turning_cost(right, columns)
         lifting = queries * groups * rows * columns * cost
         if lifting <= self.meetings * gradient.rotation_cost(left, right):
             # In place, a few at a time: one copy of the queries is enough.
             for part in values.split(max(1, CHUNK_SCALARS // (groups * rows * columns))):
-                part.copy_(self.spectrum.lift(part))
+                part.copy_(spectrum.lift(part))
             self.spectrum = None
 
 

@@ -73,6 +73,8 @@ class GradientEngine:
 
     Attributes:
         notes: what a reader of the scores should know about these gradients.
+        widest: scalars that an example has in the largest output of a layer.
+        held: scalars that an example's factored gradients hold in memory.
         rows_each: of blocks whose rows are looked up, how many of them an example of the first
             batch touched, by name.
     """
@@ -96,6 +98,7 @@ class GradientEngine:
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
+        self.widest = self.held = 1
         self.rows_each: dict[str, int] = {}
         self._restriction: Mapping[str, Tensor] = {}
 
@@ -295,9 +298,12 @@ class GradientEngine:
             )
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
-        if isinstance(batch, NodeBatch):
+        sizes = [use.output_shape.numel() // len(examples) for use in capture.uses]
+        self.held = sum(sizes) + sum(use.input_scalars for use in capture.uses) // len(examples)
+        if isinstance(batch, NodeBatch):  # all nodes run for any
             self._blocks = plan_blocks(self._shapes, capture.uses, seen_both_ways(capture.uses))
             return self._checked(loss, batch, examples)
+        self.widest = max([1, *sizes])
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
@@ -314,6 +320,7 @@ class GradientEngine:
 
     def _checked(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
         errors = self._errors(loss, batch, examples)
+        self.held += sum(math.prod(self._shapes[name]) for name in self._generic)
         if wrong := self._wrong(errors):
             name = wrong[0]
             raise EngineError(

@@ -100,6 +100,12 @@ class Use(WatchedOutput, ABC):
         return (-1,)
 
     @property
+    def input_scalars(self) -> int:
+        """Of what the call was given and is kept."""
+        values = (getattr(self, item.name) for item in fields(self) if item.init)
+        return sum(value.numel() for value in values if isinstance(value, Tensor))
+
+    @property
     def storage(self) -> Storage:
         """How the weight is stored."""
         return Storage()

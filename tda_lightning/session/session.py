@@ -46,6 +46,10 @@ from tda_lightning.tasks.recorded_noise import RecordedNoise
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
+# On a CPU, a layer's output of more scalars than these does not stay near the processor from one
+# operation to the next, and above twice as many glibc asks the kernel for new pages every time.
+_OUTPUT_SCALARS = 1 << 22
+_FEWEST = 32  # examples that matrix products want together
 _EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
 _PART = 1 << 32  # part p of the measurement of query q has the index q + (p + 1) _PART
 
@@ -126,7 +130,7 @@ class Session:
         cache_key: digest of everything that curvature at some steps depends on besides its own
             settings: weights, data, task and code.
         self_influence: whether training examples are to be scored for themselves.
-        batch_size: examples per batch.
+        batch_size: examples per batch, at most.
         loaded: the checkpoint whose weights the module holds.
         pace: shows progress; in a dry run it shortens every walk and measures it.
         whole: the same with whole queries, where they are taken apart.
@@ -201,6 +205,17 @@ class Session:
         return own if own == torch.float64 else torch.float32
 
     @property
+    def walk_size(self) -> int:
+        """Examples that a walk in no given order takes at a time: ``batch_size``, or fewer on a
+        CPU where the outputs of a layer would be so large that more examples take longer each.
+
+        Nothing but time and memory depends on it, unless the loss draws noise for whole batches.
+        """
+        if self.device.type != "cpu" or self.noise:
+            return self.batch_size
+        return min(self.batch_size, max(_FEWEST, _OUTPUT_SCALARS // self.engine.widest))
+
+    @property
     def measures_loss(self) -> bool:
         """Whether the measurement is the training loss, so that one pass serves both."""
         return self.asked is None and self.task.measures_loss
@@ -255,14 +270,12 @@ class Session:
             title: a few words for the progress bar.
             step: load the weights of this checkpoint first; None: those in place.
             order: batches of example indices; None: every example once, in batches of
-                ``batch_size``.
+                ``walk_size``.
         """
         rank, world = rank_and_world()
         if order is None:
             # Small enough that no process goes without a batch.
-            order = self.examples.batches(
-                size=min(self.batch_size, max(1, self.num_train // world))
-            )
+            order = self.examples.batches(size=min(self.walk_size, max(1, self.num_train // world)))
         if step is not None:
             self.load(step)
         own = list(enumerate(order))[rank::world]
@@ -288,7 +301,7 @@ class Session:
         rank, world = rank_and_world()
         edits, terms = self.edits, self.edits.terms
         if order is None:
-            size = min(self.batch_size, max(1, len(terms) // world))
+            size = min(self.walk_size, max(1, len(terms) // world))
             order = edits.source.batches(size=size)
         if step is not None:
             self.load(step)

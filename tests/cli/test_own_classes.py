@@ -122,6 +122,7 @@ def test_a_configuration_of_lightning_cli(project, capsys):
     assert "add config=FILE" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_application_in_the_shape_of_the_template(tmp_path, monkeypatch):
     """Trained by its own script, attributed from its own configuration."""
     app = tmp_path / "app"

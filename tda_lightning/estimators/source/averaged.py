@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tda_lightning.curvature import Spectrum
+from tda_lightning.curvature import Spectrum, as_matrices
+from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import Response, directions, dot
 from tda_lightning.estimators.source.schedule import chunks
 from tda_lightning.estimators.source.segments import (
@@ -32,7 +33,8 @@ def cross(
     del inside
     for step in steps:
         for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
-            values = dot(responses, segment.units(batch.gradients))
+            gradients = segment.units(batch.gradients) if WHOLE in responses else batch.gradients
+            values = dot(responses, gradients)
             share = 1 / (session.num_train * len(steps))
             session.add(number, batch, values * share, first_query, used=segment.used)
             if session.by_token:
@@ -41,16 +43,23 @@ def cross(
 
 
 def _responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
-    """What the queries ask of the segment's examples."""
+    """What the queries ask of the segment's examples: by unit of curvature, or by block where the
+    unit of leading directions takes all blocks together."""
     meetings = segment.session.num_train * len(segment.steps.checkpoints)
-    responses = {}
+    responses: dict[str, Response] = {}
     for name, adjoint in inside.items():
         spectrum = segment.spectra[name]
-        if isinstance(spectrum, Spectrum) and name not in segment.geometry.scale:
-            response = combined(segment.transfers[name].response, adjoint)
+        response = combined(segment.transfers[name].response, adjoint)
+        if name in segment.geometry.scale:
+            by_unit = {name: segment.response(name, adjoint)}
+            if name == WHOLE:
+                by_unit = as_matrices(segment.session.blocks, by_unit[name][..., 0, 0, :])
+            responses |= {unit: Response(own, None, meetings) for unit, own in by_unit.items()}
+        elif isinstance(spectrum, Spectrum):
             responses[name] = Response(response, spectrum, meetings)
         else:
-            responses[name] = Response(segment.response(name, adjoint), None, meetings)
+            for block, (basis, own) in spectrum.in_blocks(response).items():
+                responses[block] = Response(own, basis, meetings)
     return responses
 
 
