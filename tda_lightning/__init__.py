@@ -9,17 +9,26 @@ from tda_lightning.records import files
 
 if TYPE_CHECKING:
     from tda_lightning.attribution.module import AttributionModule
+    from tda_lightning.live import TdaReport
     from tda_lightning.recording import TrajectoryRecorder
     from tda_lightning.records.ensemble import Ensemble
     from tda_lightning.records.scores import Scores
     from tda_lightning.records.trajectory import Trajectory
 
-__all__ = ["AttributionModule", "Ensemble", "Scores", "Trajectory", "TrajectoryRecorder"]
+__all__ = [
+    "AttributionModule",
+    "Ensemble",
+    "Scores",
+    "TdaReport",
+    "Trajectory",
+    "TrajectoryRecorder",
+]
 
 _HOMES = {
     "AttributionModule": "tda_lightning.attribution.module",
     "Ensemble": "tda_lightning.records.ensemble",
     "Scores": "tda_lightning.records.scores",
+    "TdaReport": "tda_lightning.live",
     "Trajectory": "tda_lightning.records.trajectory",
     "TrajectoryRecorder": "tda_lightning.recording",
 }

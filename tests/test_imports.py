@@ -26,7 +26,7 @@ HOMES = {
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
-    "lightning": {"recording", "attribution", "ensembles", "examples", "cli"},
+    "lightning": {"recording", "attribution", "ensembles", "live", "examples", "cli"},
     "omegaconf": {"cli"},
     "pandas": {"exports", "records"},  # in records for typing only
     "peft": {"attribution"},

@@ -7,7 +7,7 @@ CPU in float32 with the same batch size, and ends with the scores [query, train]
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,17 @@ def tracin_tda_lightning(work: Work, folder: Path) -> Job:
     return _ours(work, folder, TracIn(), self_influence=False)
 
 
+def tracin_self_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, TracIn(), self_influence=True)
+
+
 def source_tda_lightning(work: Work, folder: Path) -> Job:
     return _ours(work, folder, Source(num_segments=3), self_influence=False)
+
+
+def source_blocks_tda_lightning(work: Work, folder: Path) -> Job:
+    estimator = Source(num_segments=3, leading_directions=0)
+    return _ours(work, folder, estimator, self_influence=False)
 
 
 def source_self_tda_lightning(work: Work, folder: Path) -> Job:
@@ -182,6 +191,40 @@ def tracin_captum(work: Work, folder: Path) -> Job:
     return job
 
 
+def _floor(work: Work, folder: Path, steps: Sequence[int]) -> Job:
+    """What no method that compares every example with every query goes without: a forward and a
+    backward pass over the training set at each checkpoint, and one dense product of the queries
+    with the examples' gradients."""
+    train, _ = work.data()
+    network = work.network().eval()
+    size = sum(parameter.numel() for parameter in network.parameters())
+    queries = torch.randn(work.num_query, size)
+    gradients = torch.randn(min(work.batch_size, work.num_train), size)
+
+    def job() -> Tensor:
+        scores = torch.zeros(work.num_query, work.num_train)
+        for step in steps:
+            network.load_state_dict(_weights(folder, step))
+            for start in range(0, work.num_train, work.batch_size):
+                rows = slice(start, start + work.batch_size)
+                inputs, labels = train[rows]
+                network.zero_grad()
+                F.cross_entropy(network(inputs), labels, reduction="sum").backward()
+                scores[:, rows] += queries @ gradients[: len(labels)].T
+        return scores
+
+    return job
+
+
+def floor_of_one(work: Work, folder: Path) -> Job:
+    return _floor(work, folder, [Trajectory.load(str(folder)).last_step])
+
+
+def floor_of_all(work: Work, folder: Path) -> Job:
+    recorded = sorted(step for step in Trajectory.load(str(folder)).checkpoints if step > 0)
+    return _floor(work, folder, recorded)
+
+
 JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
     ("ekfac", "tda-lightning"): ekfac_tda_lightning,
     ("ekfac", "kronfluence"): ekfac_kronfluence,
@@ -191,6 +234,11 @@ JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
     ("empirical", "kronfluence"): empirical_kronfluence,
     ("tracin", "tda-lightning"): tracin_tda_lightning,
     ("tracin", "captum"): tracin_captum,
+    ("ekfac", "floor"): floor_of_one,
+    ("tracin", "floor"): floor_of_all,
+    ("tracin+self", "tda-lightning"): tracin_self_tda_lightning,
+    ("source blocks", "floor"): floor_of_all,
+    ("source blocks", "tda-lightning"): source_blocks_tda_lightning,
     ("source", "tda-lightning"): source_tda_lightning,
     ("source+self", "tda-lightning"): source_self_tda_lightning,
 }

@@ -19,24 +19,50 @@ OURS = "tda-lightning"
 # (work, job, checkpoints of the recorded run, libraries). The repeats are rounds over all rows, so
 # that whatever else the machine does meets all libraries alike.
 ROWS = (
-    ("mlp", "ekfac", 3, (OURS, "kronfluence")),
+    ("mlp", "ekfac", 3, (OURS, "floor", "kronfluence")),
     ("mlp", "ekfac+self", 3, (OURS, "kronfluence")),
     ("mlp", "tracin", 3, (OURS, "captum")),
-    ("mlp", "source", 6, (OURS,)),
-    ("mlp", "source+self", 6, (OURS,)),
-    ("cnn", "ekfac", 3, (OURS, "kronfluence")),
+    ("mlp", "source blocks", 3, (OURS, "floor")),
+    ("mlp", "source", 3, (OURS,)),
+    ("mlp", "source+self", 3, (OURS,)),
+    ("cnn", "ekfac", 3, (OURS, "floor", "kronfluence")),
     ("cnn", "ekfac+self", 3, (OURS, "kronfluence")),
-    ("cnn", "tracin", 3, (OURS, "captum")),
+    ("cnn", "tracin", 3, (OURS, "floor", "captum")),
+    ("cnn", "tracin+self", 3, (OURS,)),
+    ("cnn", "source blocks", 6, (OURS, "floor")),
     ("cnn", "source", 6, (OURS,)),
     ("cnn", "source+self", 6, (OURS,)),
 )
+# (what, its row, the row it is compared with, whether to be at least or at most this).
+RATIOS = (
+    ("EK-FAC: kronfluence / ours", "mlp ekfac kronfluence", f"mlp ekfac {OURS}", ">=", 10.0),
+    ("EK-FAC: ours / floor", f"mlp ekfac {OURS}", "mlp ekfac floor", "<=", 1.1),
+    ("EK-FAC: kronfluence / ours", "cnn ekfac kronfluence", f"cnn ekfac {OURS}", ">=", 3.5),
+    ("EK-FAC: ours / floor", f"cnn ekfac {OURS}", "cnn ekfac floor", "<=", 2.0),
+    ("TracIn: captum / ours", "cnn tracin captum", f"cnn tracin {OURS}", ">=", 1.5),
+    ("TracIn: ours / floor", f"cnn tracin {OURS}", "cnn tracin floor", "<=", 1.3),
+    ("TracIn: with / without self-influence", f"cnn tracin+self {OURS}", f"cnn tracin {OURS}",
+     "<=", 1.15),
+    ("EK-FAC: with / without self-influence", f"cnn ekfac+self {OURS}", f"cnn ekfac {OURS}",
+     "<=", 1.15),
+    ("EK-FAC: with / without self-influence", f"mlp ekfac+self {OURS}", f"mlp ekfac {OURS}",
+     "<=", 1.15),
+    ("kronfluence's EK-FAC / our SOURCE", "mlp ekfac kronfluence", f"mlp source {OURS}", ">=", 2.0),
+    ("SOURCE: default / blocks alone", f"mlp source {OURS}", f"mlp source blocks {OURS}",
+     "<=", 1.5),
+    ("SOURCE / EK-FAC, ours", f"cnn source {OURS}", f"cnn ekfac {OURS}", "<=", 4.0),
+    ("SOURCE: default / blocks alone", f"cnn source {OURS}", f"cnn source blocks {OURS}",
+     "<=", 1.5),
+)  # fmt: skip
 # The same estimator without randomness on either side: the scores should be the same.
 AGREEMENT = (("mlp", "empirical", 3, "kronfluence"), ("cnn", "empirical", 3, "kronfluence"))
 TITLES = {
     "ekfac": "EK-FAC factors + scores",
     "ekfac+self": "the same + self-influence",
     "tracin": "TracIn, 3 checkpoints",
-    "source": "SOURCE, 3 segments, 6 checkpoints",
+    "tracin+self": "the same + self-influence",
+    "source blocks": "SOURCE, 3 segments, blocks alone",
+    "source": "SOURCE, 3 segments",
     "source+self": "the same + self-influence",
 }
 
@@ -107,6 +133,22 @@ def table(results: dict[str, list[Found]]) -> str:
     return "\n".join(lines)
 
 
+def ratios(results: dict[str, list[Found]]) -> str:
+    """Ratios of the medians of rows that were measured in this run, wall and processor time."""
+    lines = ["| work | ratio | wall | processor | should be |", "|---|---|---|---|---|"]
+    for title, above, below, sense, bound in RATIOS:
+        if above not in results or below not in results:
+            continue
+        wall, cpu = (
+            statistics.median(run[key] for run in results[above])
+            / statistics.median(run[key] for run in results[below])
+            for key in ("seconds", "cpu_seconds")
+        )
+        work = above.split()[0]
+        lines.append(f"| {work} | {title} | {wall:.2f} | {cpu:.2f} | {sense} {bound:g} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
@@ -129,6 +171,8 @@ def main() -> None:
                 results.setdefault(f"{work} {job} {library}", []).append(found)
                 (arguments.folder / "results.json").write_text(json.dumps(results, indent=1))
     print(table(results))
+    print()
+    print(ratios(results))
     if not arguments.only:
         print("\n| work | scores against | correlation of all | lowest of a query | slope |")
         print("|---|---|---|---|---|")

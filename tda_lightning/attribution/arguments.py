@@ -16,6 +16,8 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.setting_types import require_type
 from tda_lightning.tasks import AttributionTask
 
+BY_TOKEN = ("train", "query", "both")
+
 
 def require_constructible(
     module: object, trajectory: object, estimator: object, task: object, fresh: object
@@ -48,6 +50,7 @@ def require_attributable(
     edits: object = None,
     draws: object = None,
     keep: object = 1.0,
+    by_token: object = None,
 ) -> None:
     """Refuse arguments of another kind than ``attribute`` takes.
 
@@ -62,6 +65,11 @@ def require_attributable(
     if int(batch_size) < 1:  # type: ignore[call-overload]
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     require_type("keep", keep, float)
+    if by_token not in (None, *BY_TOKEN):
+        raise ValueError(
+            "by_token must be 'train' (the tokens of training examples), 'query' (those of the "
+            f"queries), 'both' or None; got {by_token!r}."
+        )
     if not 0 < keep <= 1:  # type: ignore[operator]
         raise ValueError(
             f"keep is the share of the training data that would stay: expected more than 0 and at "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from torch import nn
 
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.compiled import plain_parameters
+from tda_lightning.runtime.compiled import plain_buffers, plain_parameters
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
@@ -45,8 +48,52 @@ def require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:
             parts.append(f"of another shape: {', '.join(reshaped)}")
         raise TrajectoryMismatchError(
             f"The module's parameters are not the recorded ones: {'; '.join(parts)}. Build the "
-            "module as it was trained."
+            "module as it was trained"
+            + (
+                ", with its adapters apart from the base (not merged by merge_and_unload)."
+                if any("lora_" in name for name in missing)
+                else "."
+            )
         )
+
+
+def require_same_base(module: nn.Module, trajectory: Trajectory) -> None:
+    """Refuse a module whose frozen weights are not those that the run was trained on.
+
+    Checkpoints of a run that trained little on a large base hold no copy of it.
+    """
+    base = trajectory.facts.base
+    own = {**plain_parameters(module), **plain_buffers(module)}
+    missing = [name for name in base if name not in own]
+    known = _digests.setdefault(module, {})
+    differing = []
+    for name, recorded in base.items():
+        if name in missing:
+            continue
+        tensor = own[name]
+        # Members of an ensemble share one module: its base is read once.
+        state = (tensor.data_ptr(), tensor._version, tensor.dtype)
+        if name not in known or known[name][0] != state:
+            known[name] = (state, digest(tensor.detach()))
+        if known[name][1] != recorded:
+            differing.append(name)
+    if missing or differing:
+        parts = [
+            f"{len(names)} of {len(base)} {what}, as {', '.join(names[:3])}"
+            for names, what in ((missing, "are not in the module"), (differing, "differ"))
+            if names
+        ]
+        raise TrajectoryMismatchError(
+            "The module's frozen base weights are not those that the run was trained on: "
+            f"{' and '.join(parts)}. The trajectory holds what was trained alone and knows the "
+            "base by its fingerprint. Build the module on the very base weights of the training, "
+            "in the same precision, with no adapter merged into them (merge_adapter, "
+            "merge_and_unload)."
+        )
+
+
+# Of base weights, by module and name: where a tensor was when it was read, and its digest.
+_digests: WeakKeyDictionary[nn.Module, dict[str, tuple[object, str]]] = WeakKeyDictionary()
 
 
 def attributed_parameters(trajectory: Trajectory, task: AttributionTask) -> list[str]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
@@ -38,10 +39,22 @@ from tda_lightning.attribution.what_if import (
     question_of,
     seconds_of_runs,
 )
-from tda_lightning.edits import Edit, EditSet, GraphEdit, GraphEditSet
+from tda_lightning.edits import (
+    Addition,
+    Edit,
+    EditSet,
+    GraphEdit,
+    GraphEditSet,
+    additions,
+    document_removals,
+    pool_notes,
+    pool_record,
+)
+from tda_lightning.edits.documents import holds_documents
 from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
+from tda_lightning.measurements import Measurement, as_measurement
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
@@ -51,6 +64,7 @@ from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import (
     MemberSink,
     MemorySink,
+    QueryTokenSink,
     ScoreSink,
     StageSink,
     TimestepSink,
@@ -77,6 +91,12 @@ _NO_SELF = (
     "No self-influence: with this estimator it takes longer than the scores. Ask for it by "
     "self_influence=True."
 )
+_NO_SELF_MEASURED = (
+    "No self-influence: the measurement was chosen for the queries. Ask for it by "
+    "self_influence=True, which measures every training example so."
+)
+ByToken: TypeAlias = Literal["train", "query", "both"] | None
+Asked: TypeAlias = "Measurement | Callable[[nn.Module, Any], Tensor] | None"
 _SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
 
 
@@ -204,6 +224,9 @@ class AttributionModule(LightningModule):
         edits: Sequence[Edit | GraphEdit] | None = None,
         draws: int | None = None,
         keep: float = 1.0,
+        measurement: Asked = None,
+        by_token: ByToken = None,
+        pool: object = None,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -214,7 +237,8 @@ class AttributionModule(LightningModule):
                 the loader's order. For several trajectories a list of one each, whose columns
                 follow one another (:meth:`Scores.stage`), or one for all.
             query: what to explain, a ``Dataset`` or a ``DataLoader``.
-            batch_size: examples per batch where a data set was given.
+            batch_size: examples per batch where a data set was given; walks over wide layers
+                take fewer on a CPU.
             trainer: runs the passes: its devices, strategy (``ddp`` or one device) and precision;
                 by default one device.
             scores_path: stream the scores to this HDF5 file instead of holding them in memory.
@@ -224,7 +248,8 @@ class AttributionModule(LightningModule):
             provenance: what the caller has to say of how the scores were made, added to ours.
             edits: what to score instead of every removal (``tda_lightning.edits``): column e is
                 the predicted change of the measurement if edit e were made. There is no
-                self-influence then.
+                self-influence then. None: of packed rows, which name the document of each
+                position under ``example_ids``, the removal of every document.
             draws: for a loss or a measurement that draws random numbers (a VAE, a diffusion model,
                 mixup): scores are of its mean over so many seeded draws for each example. None:
                 the task's own number, 1 where nothing was set. With ``keep`` below 1: the number
@@ -237,6 +262,22 @@ class AttributionModule(LightningModule):
                 data would leave (``draws=0``: without), and in an ensemble, which asks about
                 training anew, at ``keep`` times the rates. With ``draws``, and for Muon, at random
                 subsets with weights 1 and 0, averaged.
+            measurement: what to ask about each query (``tda_lightning.measurements``), or a
+                function (module, batch) -> [batch], smaller when the model does better; None: the
+                task's own, its loss by default. A positive score always says that the example
+                helped: that without it a probability, a logit or a contrast would be smaller by so
+                much, or a loss larger. There is self-influence only where it is asked for.
+            by_token: also score single tokens: ``"train"``, the terms of each training example's
+                loss (``Scores.by_token``, [query, train, position]); ``"query"``, the tokens that
+                each query's measurement is made of (``Scores.by_query_token``, [query, position,
+                train]); or ``"both"``. Both sum to ``values`` over positions. The former costs a
+                Jacobian-vector product for each query and batch, the latter makes a query of each
+                token.
+            pool: examples that were not in training, a data set with items like those of the
+                training set: column n is the predicted change of the measurement if example n of
+                the pool were added (``Addition``), so that the most negative would help most
+                (:meth:`Scores.opponents`). Those that are in the training set as well are counted
+                in ``provenance["pool"]``.
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
@@ -256,7 +297,9 @@ class AttributionModule(LightningModule):
             edits,
             draws,
             keep,
+            by_token,
         )
+        self._require_by_token(by_token, self_influence)
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -273,16 +316,29 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
+            added = self._pool(pool, edits)
+            if edits is None and added is None and by_token not in ("train", "both"):
+                edits = self._documents(examples)
+            edits = edits if added is None else added
             edit_set = self._edit_set(edits, examples)
             if isinstance(edit_set, GraphEditSet) and keep < 1:
                 raise UnsupportedTrainingError(
                     "keep is a share of the training examples that would stay, and edits of a "
                     "graph change the graph: ask about them with keep=1."
                 )
-            own_self = self._wants_self_influence(self_influence) and edits is None
+            if isinstance(edit_set, GraphEditSet) and by_token is not None:
+                raise UnsupportedTrainingError(
+                    "Edits of a graph have no scores by token: leave out by_token."
+                )
+            question = as_measurement(measurement)
+            _require_askable(question, self_influence)
+            own_self = self._wants_self_influence(self_influence, question) and edits is None
+            own_self = own_self and by_token not in ("query", "both")
             asked = asked_runs(recorded, examples, keep, draws)
             draws = draws if keep == 1 else None
-            opened = open_members(asked.runs, examples, queries, own_self, edit_set, draws)
+            opened = open_members(
+                asked.runs, examples, queries, own_self, edit_set, draws, question, by_token
+            )
             counts = [self._segment_counts(stages) for stages in opened]
             (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
             session = opened[0][-1].session
@@ -292,7 +348,8 @@ class AttributionModule(LightningModule):
             members = several if several > 1 else None
             columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
             parts = session.num_parts
-            sizes = (session.num_query // parts, columns, segments)
+            _require_whole(session, question, by_token)
+            sizes = ((session.whole or session).num_query // parts, columns, segments)
             timesteps = parts if session.task.kept_parts is not None else None
             sink = _sink(sizes, session.dtype, (members, timesteps), scores_path, overwrite, runner)
             try:
@@ -302,9 +359,12 @@ class AttributionModule(LightningModule):
                 if self._ensemble is not None:
                     made = {**made, **of_kind(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
-                    made["notes"].append(_NO_SELF)
+                    made["notes"].append(_no_self(question, by_token))
                 if edit_set is not None:
                     made["edits"] = edit_set.records()
+                if added is not None:
+                    made["pool"] = pool_record(added, examples[-1])
+                    made["notes"] = [*pool_notes(made["pool"]), *made["notes"]]
                 if isinstance(examples[-1], NodeSource):
                     asked_nodes = {"train": examples[-1], "query": queries}
                     made["nodes"] = {
@@ -322,7 +382,9 @@ class AttributionModule(LightningModule):
         return scores
 
     @_again_where_unseen
-    def check(self, train: object, query: object, examples: int = 8) -> GradientErrors:
+    def check(
+        self, train: object, query: object, examples: int = 8, measurement: Asked = None
+    ) -> GradientErrors:
         """Compare the engine with plain autograd, example by example, on this model and data
         (those of the last stage, where there are several).
 
@@ -342,7 +404,13 @@ class AttributionModule(LightningModule):
             require_data_module(self.trajectory.facts, training)
             queries = ExampleSource.of(query, examples, "query", training.data_module)
             (stages,), (training,), queries = by_node([self.stages[-1:]], [training], queries)
-            session = open_session(stages[-1], training, queries, self_influence=False)
+            session = open_session(
+                stages[-1],
+                training,
+                queries,
+                self_influence=False,
+                asked=as_measurement(measurement),
+            )
             asked = replace(queries, example=session.examples.example).checked(session.module)
             sides = (session.examples, session.train_loss), (asked, session.measurement)
             for source, loss in sides:
@@ -369,6 +437,7 @@ class AttributionModule(LightningModule):
         self_influence: bool | None = None,
         draws: int | None = None,
         keep: float = 1.0,
+        measurement: Asked = None,
     ) -> AttributionPlan:
         """How long and large :meth:`attribute` will be here, in one process; nothing is written.
         Of an ensemble the first member stands for all.
@@ -403,12 +472,15 @@ class AttributionModule(LightningModule):
                 if keep < 1:
                     runs, seconds = seconds_of_runs(members, [examples], draws)
                     draws = None
+                question = as_measurement(measurement)
+                _require_askable(question, self_influence)
                 (stage,) = open_stages(
                     members[0],
                     [examples],
                     queries,
-                    self._wants_self_influence(self_influence),
+                    self._wants_self_influence(self_influence, question),
                     draws=draws,
+                    asked=question,
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
                 work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
@@ -516,9 +588,11 @@ class AttributionModule(LightningModule):
         """Run the estimator on one run."""
         if len(stages) == 1:
             session = stages[0].session
-            session.scores = sink
-            estimated = self.estimator.score(session)
-            session.finish_self_influence()
+            with _taken_apart(session, sink):
+                estimated = self.estimator.score(session)
+                session.finish_self_influence()
+                session.finish_by_token()
+                _require_tokens(session, sink, self.estimator)
             if isinstance(session.edits, GraphEditSet):
                 sink.set_direct(direct_terms(session))
         else:
@@ -528,6 +602,31 @@ class AttributionModule(LightningModule):
                 stage.session.scores = StageSink(sink, first, stage.columns.start)
             estimated = self.estimator.score_stages(stages)
         return estimated
+
+    def _require_by_token(self, by_token: str | None, self_influence: bool | None) -> None:
+        """Refuse scores by token where they are not known.
+
+        Raises:
+            UnsupportedTrainingError: over several stages; of TRAK over several runs.
+            ValueError: self-influence is asked for as well.
+        """
+        if by_token is None:
+            return
+        if len(self.stages) > 1:
+            raise UnsupportedTrainingError(
+                f"Scores by token are of one stage of training, got {len(self.stages)}. Attribute "
+                "each of them, Trajectory.load(path).stages()."
+            )
+        if len(self.members) > 1 and isinstance(self.estimator, EnsembleEstimator):
+            raise UnsupportedTrainingError(
+                f"{type(self.estimator).__name__} puts the members of an ensemble together in its "
+                "own way, which has no parts by token. Attribute the members one by one."
+            )
+        if self_influence and by_token != "train":
+            raise ValueError(
+                "by_token takes queries apart, and self_influence has no queries: ask for one of "
+                "them at a time."
+            )
 
     def _score_together(
         self, sessions: Sequence[Session], sink: ScoreSink, parts: Sequence[ScoreSink]
@@ -541,8 +640,30 @@ class AttributionModule(LightningModule):
             session.finish_self_influence()
         return estimated
 
-    def _wants_self_influence(self, asked: bool | None) -> bool:
-        return self_influence_by_default(self.estimator) if asked is None else asked
+    def _wants_self_influence(self, asked: bool | None, measurement: Measurement | None) -> bool:
+        if asked is not None:
+            return asked
+        return measurement is None and self_influence_by_default(self.estimator)
+
+    @staticmethod
+    def _pool(pool: object, edits: Sequence[object] | None) -> list[Addition] | None:
+        if pool is None:
+            return None
+        if edits is not None:
+            raise ValueError(
+                "pool and edits both say what the columns are about: give one of them. "
+                "Addition(example) is the edit that adds an example."
+            )
+        return additions(pool.dataset if isinstance(pool, DataLoader) else pool)
+
+    def _documents(self, examples: Sequence[ExampleSource]) -> Sequence[Edit] | None:
+        """The removals of documents where the rows of the training set hold several each; None for
+        those of rows."""
+        dataset = examples[0].dataset
+        by_token = getattr(self.estimator, "token_weights", False)
+        if len(self.stages) > 1 or by_token or not len(examples[0]):
+            return None
+        return document_removals(dataset) if holds_documents(dataset[0]) else None
 
     def _edit_set(
         self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]
@@ -587,6 +708,57 @@ def _parts(sink: MemorySink) -> list[Sequence[Tensor]]:
     if sink.members is not None:
         return [[own] for own in sink.members]
     return [[sink.values] if sink.by_segment is None else list(sink.by_segment)]
+
+
+def _no_self(measurement: Measurement | None, by_token: str | None) -> str:
+    """Why there is no self-influence where nobody asked for it or against it."""
+    if by_token in ("query", "both"):
+        return "No self-influence: the queries were taken apart into tokens."
+    return _NO_SELF if measurement is None else _NO_SELF_MEASURED
+
+
+def _require_whole(session: Session, measurement: object, by_token: str | None) -> None:
+    """Refuse other questions to a task whose measurement has parts of its own (timesteps)."""
+    if session.num_parts > 1 and (measurement is not None or by_token in ("query", "both")):
+        raise UnsupportedTrainingError(
+            f"{type(session.task).__name__} measures queries in {session.num_parts} parts of its "
+            "own (timesteps): leave out measurement= and by_token=, or give a task without them."
+        )
+
+
+def _require_tokens(session: Session, sink: ScoreSink, estimator: Estimator) -> None:
+    """Check that an estimator that is none of ours has scored the tokens that were asked for."""
+    own = sink.sink if isinstance(sink, MemberSink) else sink
+    if session.by_token and getattr(own, "by_token", None) is None:
+        raise UnsupportedTrainingError(
+            f"{type(estimator).__name__} does not score single tokens: it must call "
+            "session.add_terms where session.by_token is set."
+        )
+
+
+@contextmanager
+def _taken_apart(session: Session, sink: ScoreSink) -> Iterator[None]:
+    """Scores go to ``sink``; where queries are taken apart, those of their tokens too."""
+    session.scores, rows = sink, session.rows
+    if rows is None:
+        yield
+        return
+    columns = session.num_train if session.edits is None else len(session.edits)
+    tokens = torch.zeros(rows.num_query, rows.length, columns, dtype=session.dtype)
+    session.scores = QueryTokenSink(sink, rows.query, rows.position, tokens)
+    yield
+    whole = session.reduce(tokens.to(session.device))
+    sink.set_by_query_token(whole)
+
+
+def _require_askable(measurement: Measurement | None, self_influence: bool | None) -> None:
+    """Refuse self-influence by a measurement that training examples do not have."""
+    if measurement is None or not self_influence or not (own := measurement.each_own):
+        return
+    raise ValueError(
+        f"self_influence measures every training example, and the measurement's {own[0]} is given "
+        "for each query. Leave out self_influence."
+    )
 
 
 class _OneBatch:

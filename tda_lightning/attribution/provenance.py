@@ -76,6 +76,7 @@ def run_provenance(
         **measured,
         **beyond,
         **_several_stages(stages, counts),
+        **({} if session.asked is None else {"measurement": session.asked.record()}),
         **({"draws": session.draws} if session.noise or session.measured_noise else {}),
         **({} if kept is None else {"timesteps": list(kept)}),
         "notes": notes,
@@ -89,6 +90,7 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     Args:
         recorded: the run whose final model it is; None: the session's own.
     """
+    session = session.whole or session
     earlier = earlier_measurements(session)
     if recorded is not None:
         session = replace(session, trajectory=recorded, _checkpoints={}, _weights={})
@@ -98,8 +100,10 @@ def measured_queries(session: Session, recorded: Trajectory | None = None) -> Pr
     with torch.no_grad():
         for batch, indices in session.whole_queries():
             measurements += session.measurement(session.module, batch, indices).tolist()
-            with seeded_examples(MEASURED_SEED, indices):
-                words = session.task.prediction(session.module, batch)
+            words = None
+            if session.asked is None or session.asked.takes_loss:
+                with seeded_examples(MEASURED_SEED, indices):
+                    words = session.task.prediction(session.module, batch)
             predictions = None if words is None or predictions is None else predictions + words
     found: Provenance = {"measurements": measurements, **measured_range(earlier + measurements)}
     if predictions is not None:

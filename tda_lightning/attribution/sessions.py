@@ -17,13 +17,16 @@ from tda_lightning.attribution.processes import written_by_first
 from tda_lightning.attribution.stages import StageSetup, widened
 from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import EngineError, UnsupportedTrainingError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
+from tda_lightning.session.query_rows import QueryRows, RowExamples
 from tda_lightning.session.session import LoadedCheckpoint, Session, Stage, part_indices
 from tda_lightning.tasks import (
+    MEASURED_SEED,
     AttributionTask,
     TrainingStepTask,
     noise_of,
@@ -43,17 +46,42 @@ def open_members(
     self_influence: bool,
     edits: EditSet | GraphEditSet | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
+    by_token: str | None = None,
 ) -> list[list[Stage]]:
     """:func:`open_stages` of every member of an ensemble, or of the one run."""
     loaded: dict[nn.Module, LoadedCheckpoint] = {}
     opened = [
-        open_stages(setups, examples, queries, self_influence, loaded, draws) for setups in members
+        open_stages(setups, examples, queries, self_influence, loaded, draws, asked)
+        for setups in members
     ]
     for stages in opened:
         if edits is not None:
             edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
+        stages[-1].session.by_token = by_token in ("train", "both")
+        if by_token in ("query", "both"):
+            take_queries_apart(stages[-1].session, queries)
     return opened
+
+
+def take_queries_apart(session: Session, queries: ExampleSource) -> None:
+    """Make every token of the queries a query of its own.
+
+    Raises:
+        ValueError: the measurement is of no single tokens.
+    """
+    chosen: list[Tensor] = []
+    with torch.no_grad():
+        for batch, indices in session.queries(0, session.num_query):
+            with seeded_examples(MEASURED_SEED, indices):
+                chosen += session.measured_terms(session.module, batch, indices)[1]
+    rows = QueryRows.of(chosen)
+    source = queries.checked(session.module)
+    source = source.with_dataset(RowExamples(source.dataset, rows, source.keys))
+    session.whole = replace(session)
+    session.rows, session.num_query = rows, len(rows)
+    session.queries = lambda start, stop: _query_batches(source, start, stop, session.module)
 
 
 def open_stages(
@@ -63,6 +91,7 @@ def open_stages(
     self_influence: bool,
     loaded: dict[nn.Module, LoadedCheckpoint] | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
 ) -> list[Stage]:
     """The stages as an estimator sees them.
 
@@ -70,6 +99,7 @@ def open_stages(
         examples: the training set of each recorded run.
         loaded: what each module holds, shared by all who load checkpoints into it.
         draws: over how many draws of their noise losses are averaged; None: ``task.draws``.
+        asked: what is measured of the queries; None: the task's own measurement.
     """
     self_influence = self_influence and len(setups) == 1
     loaded = {} if loaded is None else loaded
@@ -77,7 +107,7 @@ def open_stages(
     for number, setup in enumerate(setups, start=1):
         source = examples[setup.run]
         holder = loaded.setdefault(setup.module, LoadedCheckpoint())
-        session = wide = open_session(setup, source, queries, self_influence, holder, draws)
+        session = wide = open_session(setup, source, queries, self_influence, holder, draws, asked)
         session.prefix = f"stage {number}, " if len(setups) > 1 else ""
         if setup.frozen:
             wide = widened(session, setup.frozen, *first_batch(source, _FIRST, setup.module))
@@ -96,6 +126,7 @@ def open_session(
     self_influence: bool,
     loaded: LoadedCheckpoint | None = None,
     draws: int | None = None,
+    asked: Measurement | None = None,
 ) -> Session:
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
@@ -122,12 +153,15 @@ def open_session(
         self_influence=self_influence,
         batch_size=examples.batch_size,
         loaded=loaded or LoadedCheckpoint(),
+        asked=asked,
     )
+    if asked is not None:
+        asked.check(len(queries))
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
     session.noise = _noise_of(session.train_loss, module, examples, batch, indices)
     session.measured_noise = session.noise
-    if not task.measures_loss:
+    if not session.measures_loss:
         some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
         session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
     trainer = stand_in_of(module)

@@ -8,7 +8,7 @@ one stage and the start of the next, else the stages are not one training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.answerable import with_own_parameters
-from tda_lightning.attribution.matching import attributed_parameters, require_same_parameters
+from tda_lightning.attribution.matching import (
+    attributed_parameters,
+    require_same_base,
+    require_same_parameters,
+)
 from tda_lightning.attribution.member_modules import member_module
 from tda_lightning.gradients import GradientEngine
 from tda_lightning.optimizers import rule_if_known
 from tda_lightning.records.errors import EngineError, TrajectoryMismatchError
-from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime.compiled import plain_parameters, uncompiled
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource, is_data_module
 from tda_lightning.session.session import Session
 from tda_lightning.tasks import AttributionTask, as_task
@@ -109,6 +114,7 @@ def _stage(
 ) -> StageSetup:
     trained = attributed_parameters(trajectory, task)
     if not before:
+        require_same_base(module, trajectory)
         return StageSetup(module, task, trajectory, tuple(trained), (), (), run, 0)
     last = before[-1]
     theirs, own = plain_parameters(last.module), plain_parameters(module)
@@ -126,7 +132,9 @@ def _stage(
             "nothing could pass from one to the other. Give the trajectories in the order of "
             "training, and modules that name shared parameters alike."
         )
+    trajectory = _with_base_of(last.trajectory, trajectory, module, shared)
     require_continuous(last.trajectory, trajectory, shared, len(before))
+    require_same_base(module, trajectory)
     frozen = [name for name in shared if name not in trajectory.facts.parameters]
     require_still(trajectory, frozen, len(before) + 1)
     carried = [name for name in shared if name in trained or name in frozen]
@@ -134,6 +142,43 @@ def _stage(
     return StageSetup(
         module, task, trajectory, tuple(trained), tuple(frozen), tuple(carried), run, first
     )
+
+
+def _with_base_of(
+    before: Trajectory, after: Trajectory, module: nn.Module, names: Sequence[str]
+) -> Trajectory:
+    """A stage on a frozen base that is the end of the stage before it, with that base."""
+    end = before.checkpoints[before.last_step]
+    own = plain_parameters(module)
+    ends = {
+        n: value.to(own[n].dtype)  # a later stage may be in another precision
+        for n, value in {**end.buffers, **end.parameters}.items()
+        if n in own and n in names
+    }
+    base = dict(after.facts.base)
+    shared = {n: value for n, value in ends.items() if base.get(n) == digest(value.detach())}
+    if not shared:
+        return after
+    facts = replace(after.facts, base={n: own for n, own in base.items() if n not in shared})
+    return replace(after, facts=facts, checkpoints=_OnBase(after.checkpoints, shared))
+
+
+@dataclass(frozen=True, eq=False)
+class _OnBase(Mapping[int, Checkpoint]):
+    """Checkpoints of adapters with tensors of the base."""
+
+    adapters: Mapping[int, Checkpoint]
+    base: Mapping[str, Tensor]
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        own = self.adapters[step]
+        return replace(own, buffers={**self.base, **own.buffers})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
 
 
 def require_continuous(
@@ -149,6 +194,13 @@ def require_continuous(
     ends = {**end.buffers, **end.parameters}
     starts = {**start.buffers, **start.parameters}
     for name in names:
+        if name in after.facts.base:
+            raise TrajectoryMismatchError(
+                f"{name} at the end of stage {number} (step {before.last_step}) is not the frozen "
+                f"weight that stage {number + 1} was trained on: they are not consecutive stages "
+                "of one training. Give trajectories of which each starts from the last weights of "
+                "the one before."
+            )
         if name not in starts or name not in ends:
             where = f"stage {number}" if name not in ends else f"stage {number + 1}"
             raise TrajectoryMismatchError(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from tda_lightning.cli.own_classes import import_from_here, with_own_classes
+
 # What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
@@ -19,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
+    "init": ("write a small project to start from, with a module and data of one's own", None),
     "inspect": ("show what is in a trajectory, its size, and whether it is whole", "trajectory"),
 }
 
@@ -62,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tda-lightning {version('tda-lightning')}")
         return 0
     command, *rest = given
+    if command == "init":
+        from tda_lightning.cli.commands.init import init
+
+        return init(rest)
     if command not in COMMANDS:
         print(
             f"tda: there is no command {command!r}. Commands: {', '.join(COMMANDS)}. "
@@ -69,7 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    named = [_FLAGS.get((command, text), text) for text in _name_first(command, rest)]
+    try:
+        given = with_own_classes(rest) if command in ("train", "plan") else rest
+    except ValueError as error:
+        print(f"tda {command}: {error}", file=sys.stderr)
+        return 2
+    named = [_FLAGS.get((command, text), text) for text in _name_first(command, given)]
     if command == "plan" and not any(text.startswith(_PLANS_ATTRIBUTION) for text in named):
         return _run("plan_recording", named, settings="train")
     return _run(command, named)
@@ -99,6 +111,7 @@ def _run(command: str, arguments: list[str], settings: str | None = None) -> int
 
     from hydra_plugins.tda_lightning_searchpath import conf_directory
 
+    import_from_here()
     # One module per command: `tda inspect` waits neither for Lightning nor for the estimators.
     module = import_module(f"tda_lightning.cli.commands.{command.partition('_')[0]}")
     function: Callable[[Any], None] = getattr(module, command)

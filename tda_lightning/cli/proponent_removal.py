@@ -81,7 +81,7 @@ def requested_removals(
         if not scored:
             raise ValueError(
                 "token_removal leaves out the tokens that scores name, and none are of tokens. For "
-                "some: tda attribute estimator=unrolled estimator.token_weights=true"
+                "some: tda attribute estimator=unrolled by_token=train"
             )
         totals = {name: num_tokens(own) for name, own in scored.items()}
         ks = {n: removed_counts(config.token_removal, totals[n], "token_removal") for n in scored}

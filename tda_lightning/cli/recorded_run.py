@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from tda_lightning.cli.command import not_null
-from tda_lightning.cli.run_config import build
+from tda_lightning.cli.own_data import OwnData, as_attributed
+from tda_lightning.cli.own_module import build_module
+from tda_lightning.cli.run_config import build, trusts
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.ensemble import Ensemble, folder_within
 from tda_lightning.records.trajectory import Trajectory
@@ -25,20 +28,78 @@ def load_parts(
     config: DictConfig, run_config: DictConfig
 ) -> tuple[AttributedData, LightningModule, AttributionTask | None]:
     """Data, module and task as recorded, with the changes that a command asks for."""
-    data = build(run_config.data, config.trust_config, **not_null(config.data))
+    data = load_data(config, run_config)
     # The weights are in the trajectory, and nothing is going to train.
-    changes = {**config.get("model", {}), "optimizer": None, "scheduler": None}
-    module = build(run_config.model, config.trust_config, **changes)
+    module = build_module(run_config, trusts(config), config.get("model", {}), trained=False)
     if "task" in config:
         task = instantiate(config.task, _convert_="all")
     else:
-        task = build(run_config.get("task"), config.trust_config)
+        task = build(run_config.get("task"), trusts(config))
     if "keep" not in config and (draws := config.get("draws")) is not None:
         if draws < 1:
             raise ValueError(f"draws must be at least 1 or null, got {draws}.")
         task = as_task(task)
         task.draws = draws
     return data, module, task
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples that were not in training.
+
+    Attributes:
+        data: the data module that has them.
+        split: "train" or "query": which part of it they are.
+    """
+
+    data: AttributedData
+    split: str
+
+    @property
+    def dataset(self) -> Any:
+        """The examples."""
+        return self.data.train_dataset if self.split == "train" else self.data.query_dataset
+
+
+def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]) -> Pool:
+    """The pool that ``pool={KEY: VALUE}`` names: the recorded data with other settings.
+
+    Args:
+        asked: these settings; ``split`` is that of the data.
+
+    Raises:
+        ValueError: an unknown part of the data.
+    """
+    changes = {str(key): value for key, value in asked.items()}
+    split = str(changes.pop("split", "train"))
+    if split not in ("train", "query"):
+        raise ValueError(f"pool.split must be train or query, got {split!r}.")
+    changed = config.copy()
+    with open_dict(changed):
+        changed.data = {**not_null(config.data), **changes}
+    return Pool(load_data(changed, run_config), split)
+
+
+def load_data(
+    config: DictConfig, run_config: DictConfig, changes: Mapping[str, Any] | None = None
+) -> AttributedData:
+    """The data as recorded, with the changes that a command asks for.
+
+    Args:
+        changes: further ones, which come first.
+    """
+    asked = {**(changes or {}), **not_null(config.data)}
+    kind = str(run_config.data.get("_target_"))
+    if kind.startswith("tda_lightning.examples.data."):
+        data: AttributedData = build(run_config.data, trusts(config), **asked)
+        return data
+    # Which queries there are is not for a plain data module to know.
+    chosen = {name: asked.pop(name) for name in ("queries", "num_query") if name in asked}
+    own = build(run_config.data, trusts(config), **asked)
+    if chosen and not isinstance(as_attributed(own), OwnData):
+        own = build(run_config.data, trusts(config), **asked, **chosen)
+        return as_attributed(own)
+    return as_attributed(own, **chosen)
 
 
 def load_recorded(folder: Path) -> Trajectory | Ensemble:
@@ -64,7 +125,8 @@ def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:
 def sources(data: AttributedData, batch_size: int) -> tuple[ExampleSource, ExampleSource]:
     """Training set and queries, made into batches as the data module's loaders make them, with its
     transfer hooks."""
-    hooks = data if is_data_module(data) else None
+    own = data.own if isinstance(data, OwnData) else data
+    hooks = own if is_data_module(own) else None
 
     def source(dataset: Any, loader: object, what: str) -> ExampleSource:
         own = ExampleSource.of(loader, batch_size, what, hooks)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import command_line
@@ -21,6 +22,7 @@ from tda_lightning.evaluation import (
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.ground_truth import RECORDED_SEED
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.digests import digest
 
 
 def retrained_subsets(run: RecordedRun, path: Path) -> GroundTruth:
@@ -63,8 +65,10 @@ def truth_name(config: DictConfig) -> str:
     """Name of the file without its suffix; each way to draw subsets has a file of its own."""
     if config.protocol == "pbrf":
         return f"pbrf-{config.damping:g}-{config.seed}"
+    asked = OmegaConf.to_container(config.measurement) if config.get("measurement") else None
+    suffix = "" if asked is None else f"-{digest(json.dumps(asked, sort_keys=True))[:8]}"
     drawn = f"{config.alpha:g}" if config.leave_out is None else f"leave_out-{config.leave_out}"
-    return f"{config.protocol}-{drawn}-{config.seed}"
+    return f"{config.protocol}-{drawn}-{config.seed}{suffix}"
 
 
 def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:

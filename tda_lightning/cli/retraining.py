@@ -14,8 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import not_null
+from tda_lightning.cli.own_data import OwnData
+from tda_lightning.cli.own_module import build_module
+from tda_lightning.cli.question import measurement_of
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
-from tda_lightning.cli.run_config import build, load_config
+from tda_lightning.cli.run_config import build, run_configuration, trusts
 from tda_lightning.cli.trainers import SILENT
 from tda_lightning.evaluation import (
     FreshTraining,
@@ -26,6 +29,7 @@ from tda_lightning.evaluation import (
     retrain_from_scratch,
 )
 from tda_lightning.evaluation.proximal_bregman import in_double, total_damping
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.data_module import AttributedData, Reorderable
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -33,7 +37,7 @@ from tda_lightning.tasks import AttributionTask
 
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer")
 # Where the data are, their order and the queries are not part of the algorithm.
-_NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "num_workers")
+_NOT_OF_THE_ALGORITHM = ("root", "seed", "num_query", "queries", "num_workers")
 
 
 class Outcome(NamedTuple):
@@ -65,7 +69,7 @@ class RecordedRun:
     def load(config: DictConfig) -> RecordedRun:
         """The run that ``tda evaluate`` is asked about."""
         folder = Path(config.trajectory)
-        trajectory, run_config = Trajectory.load(str(folder)), load_config(folder)
+        trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
         data, module, task = load_parts(config, run_config)
         module.to(replay_device(config.device, trajectory))
         return RecordedRun(trajectory, data, module, task, run_config, config)
@@ -84,6 +88,11 @@ class RecordedRun:
         """The queries."""
         return self._sources[1]
 
+    @cached_property
+    def measurement(self) -> Measurement | None:
+        """What was asked about the queries; None: the task's own measurement."""
+        return measurement_of(self.config.get("measurement"), self.data)
+
     @property
     def end(self) -> dict[str, Tensor]:
         """Weights and buffers at the last checkpoint."""
@@ -96,7 +105,13 @@ class RecordedRun:
         if self.config.protocol == "pbrf":  # responses to single examples are tiny
             module, queries = in_double(module, queries)
         return measure(
-            module, self.task, self.end, queries, self.config.batch_size, self.trajectory
+            module,
+            self.task,
+            self.end,
+            queries,
+            self.config.batch_size,
+            self.trajectory,
+            self.measurement,
         )
 
     def outcomes(
@@ -110,7 +125,13 @@ class RecordedRun:
         began, queries = time.monotonic(), self.queries
         for state in self._states(kept, seeds):
             measurements = measure(
-                self.module, self.task, state, queries, self.config.batch_size, self.trajectory
+                self.module,
+                self.task,
+                state,
+                queries,
+                self.config.batch_size,
+                self.trajectory,
+                self.measurement,
             )
             predicted = None
             if classes:
@@ -146,11 +167,12 @@ class RecordedRun:
     def fresh(self, seed: int, **trainer: object) -> FreshTraining:
         """Trainer, module and data as ``tda train`` would build them with this seed, but for other
         settings of the trainer."""
-        trust = self.config.trust_config
+        trust = trusts(self.config)
         data = self._reordered_data(seed)
-        data.setup()
+        if not isinstance(self.data, OwnData):
+            data.setup()  # of a plain one, Lightning does it
         seed_everything(seed, workers=True, verbose=False)
-        module = build(self.run_config.model, trust)
+        module = build_module(self.run_config, trust)
         made = _fresh_trainer(self.run_config.get("trainer"), trust, trainer)
         return FreshTraining(made, module, data)
 
@@ -160,7 +182,9 @@ class RecordedRun:
         recorded, changes = self.run_config.data, not_null(self.config.data)
         if "seed" in recorded:
             changes["seed"] = seed
-        return build(recorded, self.config.trust_config, **changes)
+        if isinstance(self.data, OwnData):
+            changes = {n: v for n, v in changes.items() if n not in ("queries", "num_query")}
+        return build(recorded, trusts(self.config), **changes)
 
     def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""

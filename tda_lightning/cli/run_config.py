@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tda_lightning.cli.command import command_line
+from tda_lightning.cli.own_config import read_own_config
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
 
 FILE_NAME = "config.yaml"
@@ -50,6 +51,20 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def run_configuration(config: DictConfig, folder: str | Path) -> DictConfig:
+    """The configuration that says what the run in ``folder`` was trained with: the one that a
+    command is given (``config=FILE``), or else the recorded one."""
+    if config.get("config") is not None:
+        return read_own_config(config.config)
+    return load_config(folder)
+
+
+def trusts(config: DictConfig) -> bool:
+    """Whether a command may build classes from anywhere: where it is told so, and of a
+    configuration that it is given by name."""
+    return bool(config.trust_config) or config.get("config") is not None
+
+
 def load_config(folder: str | Path) -> DictConfig:
     """The configuration that the trajectory in ``folder`` was trained with.
 
@@ -61,7 +76,8 @@ def load_config(folder: str | Path) -> DictConfig:
     if not path.is_file():
         raise TrajectoryNotFoundError(
             f"Expected {path}, which tda train writes next to the trajectory. For a run recorded "
-            "by your own script, use tda_lightning.AttributionModule with your model and data."
+            "by your own script, add config=FILE, the configuration of LightningCLI or of your own "
+            "Hydra application, or use tda_lightning.AttributionModule with your model and data."
         )
     try:
         config = OmegaConf.load(path)

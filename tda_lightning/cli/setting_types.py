@@ -16,6 +16,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "at_step": (int | None, ""),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
     "batch_size": (int, ""),
+    "by_token": (str | None, "by_token=train"),
     "ckpt": (str | None, ""),
     "compare": (Sequence[str] | None, "compare=[other.h5]"),
     "damping": (float | None, ""),
@@ -31,6 +32,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
     "overwrite": (bool, ""),
+    "pool": (Mapping | None, "pool={subset_seed: 1} for the training set that this seed draws"),
     "processes": (int, ""),
     "queries": (
         Sequence[int] | None,

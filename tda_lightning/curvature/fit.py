@@ -36,7 +36,7 @@ from tda_lightning.gradients import (
 from tda_lightning.gradients.basis import placed
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.session import Batch, Session, Span
+from tda_lightning.session.session import Batch, Session, Span, memory_budget
 
 Sides = tuple[Basis, Basis]
 Bases = Mapping[str, Sides]  # eigenvectors of rows and columns, by unit
@@ -184,7 +184,7 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
     sums = _Sums(walks)
     for name, gradient, weights in walks.fisher_gradients(what):
         rooted = gradient if weights is None else example_scaled(gradient, weights.sqrt())
-        sums.add(name, [rooted.sum_of_squares(*bases.get(name, (None, None)))])
+        sums.add_squares(name, rooted, *bases.get(name, (None, None)))
     return {
         name: Spectrum(*bases.get(name, (None, None)), squares)
         for name, (squares,) in sums.means().items()
@@ -194,12 +194,14 @@ def _fit_eigenvalues(walks: _Walks, bases: Bases, what: str) -> dict[str, Spectr
 def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor]]:
     """Second moments of both sides, and the positions of an example, by unit."""
     sums = _Sums(walks)
-    for name, gradient, weights in walks.fisher_gradients("covariances"):
+    for name, gradient, weights in walks.fisher_gradients(
+        "covariances", keep=walks.kind == "ekfac"
+    ):
         sums.add(name, gradient.covariances(side_forms(gradient, dense_side), weights))
     return sums.means()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Walks:
     """The walks that fit one curvature; see :func:`fit_curvature` for the fields."""
 
@@ -210,6 +212,7 @@ class _Walks:
     seed: int
     title: str
     used: Span | None
+    _kept: list[_Drawn] | None = None
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
@@ -221,15 +224,42 @@ class _Walks:
         """What each example of a batch counts by; None: 1."""
         return batch.curvature_weights(self.used)
 
-    def fisher_gradients(self, what: str) -> Iterator[tuple[str, Gradient, Tensor | None]]:
-        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights)."""
+    def fisher_gradients(
+        self, what: str, keep: bool = False
+    ) -> Iterator[tuple[str, Gradient, Tensor | None]]:
+        """Scaled Fisher gradients of every batch by unit, as (unit, gradient, weights).
+
+        Args:
+            keep: for the next walk, which then reads no data and runs no model, where they fit
+                into memory.
+        """
+        session = self.session
+        own, times = session.num_train // session.num_processes, len(self.steps) * session.draws
+        room = session.dtype.itemsize * session.engine.held * own * times
+        if self._kept is None:
+            drawn = self._drawn(what)
+        else:
+            total = max(len(self._kept), times * -(-own // session.walk_size))
+            drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)
+        keep = keep and session.device.type == "cpu" and room <= memory_budget()
+        # All processes keep theirs, or none does: they walk together.
+        lacking = torch.tensor([float(not keep)], device=session.device)
+        kept: list[_Drawn] | None = None if bool(session.reduce(lacking)) else []
+        for one in drawn:
+            if kept is not None:
+                kept.append(one)
+            for name, gradient in one.gradients.items():
+                yield name, gradient, one.weights
+        self._kept = kept
+
+    def _drawn(self, what: str) -> Iterator[_Drawn]:
+        session = self.session
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
-            seed, session, weights = self.seed + step, self.session, self.weights(batch)
+            seed, weights = self.seed + step, self.weights(batch)
             for _ in session.each_draw():
                 gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-                for name, gradient in self.scaled(gradients, step).items():
-                    yield name, gradient, weights
+                yield _Drawn(self.scaled(gradients, step), weights)
 
     def scaled(self, gradients: Mapping[str, Gradient], step: int) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -238,6 +268,14 @@ class _Walks:
             name: scaled(gradient, scale.get(name))
             for name, gradient in units(self.kind, gradients).items()
         }
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Scaled Fisher gradients of a batch by unit, and what its examples count by."""
+
+    gradients: dict[str, Gradient]
+    weights: Tensor | None
 
 
 class _Sums:
@@ -255,6 +293,14 @@ class _Sums:
         self._sums[name] = (
             exact if sums is None else [a + b for a, b in zip(sums, exact, strict=True)]
         )
+
+    def add_squares(self, name: str, gradient: Gradient, left: Basis, right: Basis) -> None:
+        """Add the squares of a unit's coordinates; of few rows, to those rows alone."""
+        if name not in self._sums:
+            place = self._walks.session.device
+            shape = gradient.shape[1:]
+            self._sums[name] = [torch.zeros(shape, dtype=torch.float64, device=place)]
+        gradient.add_squares(self._sums[name][0], left, right)
 
     def means(self) -> dict[str, list[Tensor]]:
         """Sums over processes, divided by the number of examples and checkpoints."""
@@ -303,6 +349,9 @@ def cache_key(
         "sampled": session.task.can_sample,
         "blocks": [[b.name, *b.parameters, *b.shape] for b in session.blocks],
     }
+    chosen = {b.name: b.chosen for b in session.blocks if b.chosen is not None}
+    if chosen:
+        description["rows"] = chosen
     if used is not None and (weights := session.example_weights(used)) is not None:
         description["weights"] = weights
     if (weights := session.trajectory.data_weights) is not None:

@@ -216,13 +216,19 @@ class DeflatedSpectrum:
         whole = torch.cat([_as_rows(part) for part in parts], dim=-1)
         return torch.cat([leading, whole - leading @ self.turned], dim=-1)
 
-    def lift(self, coordinates: Tensor) -> Tensor:
-        """From coordinates back to the parameters."""
+    def in_blocks(self, coordinates: Tensor) -> dict[str, tuple[Spectrum, Tensor]]:
+        """From coordinates to those in each block's own basis, with which it is one: V is
+        (V U) U^T."""
         count = len(self.vectors)
         leading, rest = coordinates[..., :count], coordinates[..., count:]
-        parts = [spectrum.lift(part) for spectrum, part in self._by_block(rest)]
-        remainder = torch.cat([_as_rows(part) for part in parts], dim=-1)
-        return (leading - rest @ self.turned.T) @ self.vectors + remainder
+        whole = rest + (leading - rest @ self.turned.T) @ self.turned
+        own = zip(self.blocks, self._by_block(whole), strict=True)
+        return {block.name: part for block, part in own}
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        """From coordinates back to the parameters."""
+        own = self.in_blocks(coordinates).values()
+        return torch.cat([_as_rows(spectrum.lift(part)) for spectrum, part in own], dim=-1)
 
     def shifted(self, diagonal: Tensor) -> DeflatedSpectrum:
         """With ``diagonal`` (weight decay) added, up to its projection on the basis."""

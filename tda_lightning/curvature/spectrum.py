@@ -59,6 +59,11 @@ class Spectrum:
             return Spectrum(None, vectors[None].to(own), values.to(own)[None, None])
         return Spectrum(self.left, self.right, self.eigenvalues + self.project_diagonal(diagonal))
 
+    def restricted(self, rows: Tensor) -> Spectrum:
+        """Of some rows alone, where no eigenvector mixes rows."""
+        assert self.left is None
+        return Spectrum(None, self.right, self.eigenvalues[:, rows])
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Spectrum:
         """The same spectrum on a device, in a precision."""
         left, right = (placed(basis, device, dtype) for basis in (self.left, self.right))

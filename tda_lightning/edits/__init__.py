@@ -5,6 +5,11 @@ others; a new kind of edit is a class with ``index`` and ``terms``. Of a run on 
 the graph (``graph_edits.py``) can be asked about instead.
 """
 
+from tda_lightning.edits.documents import (
+    DocumentRemoval,
+    document_removals,
+    sum_by_document,
+)
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
 from tda_lightning.edits.graph_edit_set import EditedGraphs, GraphEditSet
@@ -15,10 +20,12 @@ from tda_lightning.edits.graph_edits import (
     RemoveFeatures,
     RemoveNodes,
 )
+from tda_lightning.edits.pool import additions, pool_notes, pool_record
 
 __all__ = [
     "AddEdges",
     "Addition",
+    "DocumentRemoval",
     "Edit",
     "EditSet",
     "EditedGraphs",
@@ -31,4 +38,9 @@ __all__ = [
     "RemoveNodes",
     "Replace",
     "Term",
+    "additions",
+    "document_removals",
+    "pool_notes",
+    "pool_record",
+    "sum_by_document",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from tda_lightning.edits.documents import DocumentRemoval, require_own_labels
 from tda_lightning.edits.edits import Edit, Term
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import EditRecord
@@ -43,13 +44,19 @@ class EditSet:
             _TermExamples(source.dataset, [term for _, term in self.terms], source.keys)
         )
         self._by_index: dict[int, list[int]] = {}
-        for position, (column, _) in enumerate(self.terms):
-            index = self.edits[column].index
+        for position in range(len(self.terms)):
+            index = self.used_with(position)
             if index is not None:
                 self._by_index.setdefault(index, []).append(position)
 
     def __len__(self) -> int:
         return len(self.edits)
+
+    def used_with(self, position: int) -> int | None:
+        """The training example whose uses the term at ``position`` goes with; None for those of an
+        average one."""
+        column, term = self.terms[position]
+        return self.edits[column].index if term.used_with is None else term.used_with
 
     def positions_of(self, index: int) -> list[int]:
         """Positions of the terms that go with a use of training example ``index``."""
@@ -61,8 +68,9 @@ class EditSet:
         Raises:
             UnsupportedTrainingError: names the edit.
         """
-        for column, edit in enumerate(self.edits):
-            if edit.index is None:
+        for position, (column, _) in enumerate(self.terms):
+            edit = self.edits[column]
+            if self.used_with(position) is None:
                 raise UnsupportedTrainingError(
                     f"Edit {column}, {type(edit).__name__}, changes no example of the recorded "
                     f"batches, and {question} follows those alone. Use "
@@ -76,6 +84,8 @@ class EditSet:
             record: EditRecord = {"kind": type(edit).__name__}
             if edit.index is not None:
                 record["index"] = edit.index
+            if isinstance(edit, DocumentRemoval):
+                record["document"] = edit.document
             for term in edit.terms():
                 for label in term.labels:
                     record["label"] = _plain(label)
@@ -92,6 +102,9 @@ class EditSet:
                 )
             if term.index is None:
                 _require_same_form(source, term.example, name)
+        first = next((edit for edit in self.edits if isinstance(edit, DocumentRemoval)), None)
+        if first is not None:
+            require_own_labels(first.pieces[0][1], source.join([first.pieces[0][1]]))
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,15 @@ class Term:
         example: in the form of the data set's items.
         labels: the label that takes the place of the example's own, as the only element; empty for
             its own.
+        used_with: the training example whose uses in training it goes with; None: the edit's own
+            ``index``.
     """
 
     sign: float
     index: int | None = None
     example: object = None
     labels: tuple[object, ...] = ()
+    used_with: int | None = None
 
 
 class Edit(Protocol):

@@ -30,8 +30,8 @@ from tda_lightning.ensembles.folder import (
     require_room,
     waiting,
 )
+from tda_lightning.ensembles.recorder import AdapterRecorder
 from tda_lightning.ensembles.seeds import diverged, say, seeded
-from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.ensemble import Ensemble, MemberFact
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.trajectory import Trajectory
@@ -119,7 +119,7 @@ def adapt_member(root: Path, member: MemberFact, make: Callable[[int], FreshTrai
         last = run.checkpoints[run.last_step]
         load_tensors(training.module, {**last.buffers, **last.parameters})
         module, layers = adapted(training.module, settings["rank"], settings["layers"])
-        recorder = TrajectoryRecorder(
+        recorder = AdapterRecorder(
             folder,
             num_checkpoints=max(1, len(run.checkpoints) - 1),
             overwrite=True,

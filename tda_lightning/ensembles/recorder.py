@@ -10,6 +10,14 @@ from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.trajectory import Trajectory
 
 
+class AdapterRecorder(TrajectoryRecorder):
+    """Records adapters together with the base under them, which is the end of another run."""
+
+    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+        super().__init__(Path(path), **options)
+        self._run.holds_base = True
+
+
 class MemberRecorder(TrajectoryRecorder):
     """Records a run as another one was recorded: checkpoints after the same steps, optimizer states
     and curvature where the other has them.

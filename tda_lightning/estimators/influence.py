@@ -11,7 +11,7 @@ from tda_lightning.curvature import units
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.inverse import fit_inverse
 from tda_lightning.estimators.inverse_settings import check_inverse
-from tda_lightning.estimators.queries import dot
+from tda_lightning.estimators.queries import directions, dot
 from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.runtime.setting_types import require_types
@@ -107,12 +107,15 @@ class InfluenceFunction:
         inverse = fit_inverse(self, session)
         count = session.num_train if candidates is None else len(candidates.unique())
         with_self = session.self_influence and candidates is None
-        for first, last in session.query_rounds(session.gradient_bytes(inverse.copies)):
+        for first, last in session.query_rounds(inverse.query_bytes):
             responses = inverse.responses(first, last, count)
             order = None if candidates is None else _batches(session, candidates[first:last])
+            tokens = directions(session, responses) if session.by_token else {}
             for batch in session.walk_columns("influence function", step, order):
                 values = dot(responses, units(inverse.kind, batch.gradients)) / session.num_train
                 session.add(None, batch, values, first, used=(0, step))
+                if session.by_token:
+                    session.add_terms(batch, tokens, first, 1 / session.num_train, (0, step))
                 if with_self and inverse.knows_own and first == 0:
                     own = inverse.own(batch.measurement_gradients, batch.gradients)
                     own = own / session.num_train

@@ -21,12 +21,12 @@ class Inverse(Protocol):
 
     Attributes:
         kind: of the units that responses are by, for ``units(kind, gradients)``.
-        copies: dense gradients that each query takes in memory at a time.
+        query_bytes: that each query takes in memory at a time.
         knows_own: whether ``own`` is there; otherwise it would take a solve for each example.
     """
 
     kind: str
-    copies: int
+    query_bytes: int
     knows_own: bool
 
     def responses(self, first: int, last: int, meetings: int) -> dict[str, Response]:

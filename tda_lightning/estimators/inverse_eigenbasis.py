@@ -18,8 +18,8 @@ from tda_lightning.estimators.inverse_settings import (
     relative_damping,
 )
 from tda_lightning.estimators.pairs import paired
-from tda_lightning.estimators.queries import Response, query_gradients
-from tda_lightning.gradients import Gradient
+from tda_lightning.estimators.queries import Response, query_coordinates
+from tda_lightning.gradients import Gradient, Rows
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Session
 
@@ -27,7 +27,6 @@ from tda_lightning.session.session import Session
 class EigenbasisInverse:
     """Curvature of the last checkpoint in an eigenbasis, inverted eigenvalue by eigenvalue."""
 
-    copies = 2
     knows_own = True
 
     def __init__(self, settings: InverseSettings, session: Session) -> None:
@@ -44,15 +43,22 @@ class EigenbasisInverse:
                     "exist. Give a positive damping."
                 )
             self.damped[name] = damped
+        dense = self.kind == "exact"
+        self.query_bytes = (session.gradient_bytes if dense else session.factored_bytes)(copies=2)
 
     def responses(self, first: int, last: int, meetings: int) -> dict[str, Response]:
         """See :class:`~tda_lightning.estimators.inverse.Inverse`."""
         self.session.load(self.session.trajectory.last_step)
-        coordinates = query_gradients(self.session, self.kind, first, last, self.damped)
-        return {
-            name: Response(values.div_(self.damped[name].eigenvalues), self.damped[name], meetings)
-            for name, values in coordinates.items()
-        }
+        coordinates = query_coordinates(self.session, self.kind, first, last, self.damped)
+        responses = {}
+        for name, values in coordinates.items():
+            damped = self.damped[name]
+            if isinstance(values, Rows):
+                divided = values.with_values(values.values / damped.eigenvalues[0, values.index])
+                responses[name] = Response(divided, damped, meetings)
+            else:
+                responses[name] = Response(values.div_(damped.eigenvalues), damped, meetings)
+        return responses
 
     def own(self, measured: Mapping[str, Gradient], trained: Mapping[str, Gradient]) -> Tensor:
         """See :class:`~tda_lightning.estimators.inverse.Inverse`."""

@@ -41,7 +41,7 @@ class SolverInverse:
 
     def __init__(self, settings: InverseSettings, solver: Solver, session: Session) -> None:
         self.settings, self.solver, self.session = settings, solver, session
-        self.copies = solver.copies
+        self.query_bytes = session.gradient_bytes(solver.copies)
         spectra = final_curvature(settings, session) if solver.preconditioned else {}
         (decay,) = decay_by_unit(session, "exact").values()
         absolute = absolute_damping(settings, session.trajectory)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature import Spectrum
-from tda_lightning.gradients import Gradient
+from tda_lightning.gradients import Gradient, Rows
 
 
 def paired(
@@ -17,6 +17,8 @@ def paired(
     right = None if spectrum is None else spectrum.right
     if measured is trained:
         return trained.weighted_squares(left, right, weight)
+    if isinstance(measured, Rows) and isinstance(trained, Rows) and left is None:
+        return measured.paired(trained, right, weight)
     parts = []
     for rows in trained.chunks():
         product = measured.rotated(rows, left, right) * trained.rotated(rows, left, right)

@@ -69,6 +69,20 @@ class Projection:
             )
         return Projection(dimension, sides)
 
+    def combined(self, coordinates: Tensor, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """The gradients whose inner products are those of ``coordinates`` [query, dimension] with
+        the coordinates of others: P^T c, [query, groups, rows, columns] by block."""
+        if self.sides is None:
+            parts = coordinates.split([block.size for block in blocks], dim=1)
+            return {
+                block.name: part.unflatten(1, block.shape)
+                for block, part in zip(blocks, parts, strict=True)
+            }
+        return {
+            name: torch.einsum("qk,grk,gck->qgrc", coordinates, left, right)
+            for name, (left, right) in self.sides.items()
+        }
+
     def coordinates(self, gradients: Mapping[str, Gradient]) -> Tensor:
         """Of every example, [batch, dimension]."""
         if self.sides is None:

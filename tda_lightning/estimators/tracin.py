@@ -14,6 +14,7 @@ from tda_lightning.estimators.use_notes import use_notes
 from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.replay.recorded_draws import RecordedDraws
+from tda_lightning.session.queries import QueryGradients
 from tda_lightning.session.session import Batch, Session, Stage
 
 NO_SELF = (
@@ -76,14 +77,18 @@ class TracIn:
             weights = rates_by_block(session, start, step)
             # Recorded batches hold each example as often as it was drawn.
             used = (start, step) if draws is None else None
-            for first, last in session.query_rounds(session.gradient_bytes(copies=1)):
+            for first, last in session.query_rounds(session.factored_bytes(copies=1)):
                 session.load(step)
                 queries = session.query_gradients(first, last).scaled(weights)
+                directions = session.on_parameters(queries.dense()) if session.by_token else {}
                 for batch in uses_since(session, draws, start, step):
-                    values = queries.dot(batch.gradients) / session.num_train
-                    session.add(number, batch, values, first, used)
-                    if session.self_influence and first == 0:
-                        own = _self_products(batch, weights)
+                    with_self = session.self_influence and first == 0
+                    values, own = _products(queries, batch, weights, with_self)
+                    session.add(number, batch, values / session.num_train, first, used)
+                    if session.by_token:
+                        share = 1 / session.num_train
+                        session.add_terms(batch, directions, first, share, used)
+                    if own is not None:
                         if batch.signs is not None:
                             own = own * batch.signs
                         own = own / session.num_train
@@ -140,14 +145,19 @@ def uses_since(
         yield replace(batch, signs=torch.full_like(batch.examples, own, dtype=session.dtype))
 
 
-def _self_products(batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
-    """Weighted inner products of each example's own two gradients: [batch]."""
-    return torch.stack(
-        [
-            paired(batch.measurement_gradients[name], gradient, None, weights[name])
-            for name, gradient in batch.gradients.items()
-        ]
-    ).sum(0)
+def _products(
+    queries: QueryGradients, batch: Batch, weights: Mapping[str, Tensor], with_self: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Inner products with the queries, [query, batch], and the weighted ones of each example's own
+    two gradients, [batch]; None where they are not asked for."""
+    gradients = batch.gradients
+    if not with_self:
+        return queries.dot(gradients), None
+    measured = batch.measurement_gradients
+    if measured is gradients:
+        return queries.dot_and_squares(gradients, weights)
+    own = [paired(measured[name], one, None, weights[name]) for name, one in gradients.items()]
+    return queries.dot(gradients), torch.stack(own).sum(0)
 
 
 def checkpoint_intervals(session: Session) -> list[tuple[int, int]]:

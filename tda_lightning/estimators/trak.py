@@ -156,6 +156,12 @@ class TRAK:
                     measured_slopes = slopes if found.measured is None else measured_slopes
                 own = measured_slopes * slopes * leverage
                 session.add_self_influence(batch.examples, own, used)
+        if session.by_token:
+            # df/dtheta dl/df is the gradient of the loss, of which that of every term is a part.
+            mixed = (responses.T.to(session.dtype)) * query_slopes[:, None]
+            tokens = session.on_parameters(directions.combined(mixed, session.blocks))
+            for batch in session.walk_columns("TRAK, tokens", step):
+                session.add_terms(batch, tokens, used=used)
         notes = clipping_notes(session.trajectory, "the formula looks at the final weights alone")
         return {
             "sizes": SIZES,
@@ -379,7 +385,7 @@ def _places(batch: Batch) -> Tensor:
 
 def _measures_output(session: Session) -> bool:
     """Whether the measurement is the loss, and so a function of the output."""
-    return session.task.measures_loss and not session.measured_noise
+    return session.measures_loss and not session.measured_noise
 
 
 def _require_function_of_output(

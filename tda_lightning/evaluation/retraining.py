@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.evaluation.stacked_replay import replay_stacked
+from tda_lightning.measurements import Measurement
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.errors import NonFiniteError, UnseenBatchError
@@ -42,6 +43,7 @@ from tda_lightning.tasks import (
     seeded_examples,
     watching_noise,
 )
+from tda_lightning.tasks.example_seeds import active_examples
 
 Result = TypeVar("Result")
 
@@ -182,6 +184,7 @@ def measure(
     queries: object,
     batch_size: int = 256,
     trajectory: Trajectory | None = None,
+    measurement: Measurement | None = None,
 ) -> Tensor:
     """Measurement of every query under ``state``, in eval mode: [query].
 
@@ -191,12 +194,17 @@ def measure(
     Args:
         trajectory: of the run that ends in ``state``, for a ``training_step`` that reads its epoch,
             step or rates.
+        measurement: what was asked about (``tda_lightning.measurements``); None: the task's own.
     """
     source, given = ExampleSource.of(queries, batch_size, "query"), as_task(task)
 
     def measured(chosen: AttributionTask) -> Tensor:
         def read(batch: object) -> Tensor:
-            return chosen.measurement(module, batch).detach()
+            if measurement is None:
+                return chosen.measurement(module, batch).detach()
+            indices = active_examples()
+            assert indices is not None
+            return measurement.measure(chosen, module, batch, indices).detach()
 
         each_draw = []
         for number in range(chosen.draws):

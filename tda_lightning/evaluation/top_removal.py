@@ -161,7 +161,7 @@ def require_tokens(scores: Scores) -> Tensor:
     if scores.by_token is None:
         raise ValueError(
             "These scores are of whole examples: expected some of single tokens (by_token), from "
-            "Unrolled(token_weights=True)."
+            "attribute(by_token='train')."
         )
     return scores.by_token
 

@@ -6,6 +6,7 @@ from tda_lightning.gradients.composite import Joined, example_scaled, scaled
 from tda_lightning.gradients.engine import ExampleGradients, GradientEngine
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
 from tda_lightning.gradients.moments import SideForm
+from tda_lightning.gradients.rows import Rows
 
 __all__ = [
     "Basis",
@@ -17,6 +18,7 @@ __all__ = [
     "Joined",
     "Outer",
     "Reflections",
+    "Rows",
     "SideForm",
     "example_scaled",
     "matmul_sides",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.composite import Rows, Sum
+from tda_lightning.gradients.composite import Sum
 from tda_lightning.gradients.forms import Dense, Gradient, Outer
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.records.errors import EngineError
 
 
@@ -32,6 +33,8 @@ class Block:
         bias_column: True when the last parameter is the last column.
         row: True when all parameters lie end to end in one row.
         transposed: True when the weight is stored as [columns, rows].
+        stacked: True when the weight is stored as [groups, rows, columns], or transposed so.
+        chosen: the rows of the parameters that it is restricted to, ascending; None: all of them.
     """
 
     name: str
@@ -41,6 +44,14 @@ class Block:
     bias_column: bool = False
     row: bool = False
     transposed: bool = False
+    stacked: bool = False
+    chosen: Tensor | None = field(default=None, compare=False)
+
+    def restricted(self, rows: Tensor) -> Block:
+        """The block of some rows alone, of a weight whose rows are looked up."""
+        assert self.groups == 1 and not self.row and not self.transposed and self.chosen is None
+        shapes = tuple((len(rows), *shape[1:]) for shape in self.shapes)
+        return replace(self, shapes=shapes, chosen=rows)
 
     @property
     def size(self) -> int:
@@ -52,15 +63,24 @@ class Block:
         """[groups, rows, columns]."""
         if self.row:
             return (1, 1, self.size)
-        rows = self.shapes[0][1] if self.transposed else self.shapes[0][0] // self.groups
+        first = self.shapes[0]
+        if self.stacked or self.transposed:
+            rows = first[-1] if self.transposed else first[-2]
+        else:
+            rows = first[0] // self.groups
         return (self.groups, rows, self.size // (self.groups * rows))
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors of the parameters' shapes, any leading axes -> [..., groups, rows, columns]."""
+        """Tensors of the parameters' shapes, any leading axes -> [..., groups, rows, columns].
+
+        A restricted block takes the tensors of whole parameters, or its own rows of them.
+        """
         parts = []
         for position, (name, shape) in enumerate(zip(self.parameters, self.shapes, strict=True)):
             tensor = tensors[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
+            if self.chosen is not None and tensor.shape[len(lead)] != len(self.chosen):
+                tensor = tensor.index_select(len(lead), self.chosen.to(tensor.device))
             if self.transposed and position == 0:
                 tensor = tensor.mT
             parts.append(tensor.reshape((*lead, *self.shape[:2], -1)))
@@ -114,7 +134,7 @@ class BlockParts:
     ) -> None:
         """Add sums over positions of outer products, as in :class:`Outer`."""
         name = self._owner[weight].name
-        every = outputs.new_full(outputs.shape[:1], outputs.shape[2], dtype=torch.int64)
+        every = outputs.new_full(outputs.shape[:2], outputs.shape[2], dtype=torch.int64)
         self._filled[name].append(every if filled is None else filled)
         self._columns[name].append(columns)
         self._outputs[name].append(outputs)

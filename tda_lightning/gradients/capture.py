@@ -8,14 +8,13 @@ the graph at which its output's gradient will arrive: a backward pass to those e
 time on weight gradients that would be thrown away.
 
 A layer that is asked once for all examples (an embedding of positions, looked up with ``arange``)
-has one output for the batch. Where it is added to what each example has, the gradient of the sum
-is that of its output for each example.
+has one output for the batch. Where it is broadcast to what each example has, the gradient of the
+result is that of its output for each example (``shared_outputs.py``).
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 from tda_lightning.gradients.fused_layers import FUSED
 from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
+from tda_lightning.gradients.parameter_views import ParameterViews
+from tda_lightning.gradients.shared_outputs import SharedOutput, SharedOutputs
 from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
 from tda_lightning.records.errors import EngineError
 
@@ -41,10 +42,15 @@ _METADATA = frozenset(
 _VALUE_GETTERS = frozenset(
     getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 )
-# Calls that broadcast one operand to the other, and calls that leave a tensor as it is but for
-# leading axes of length 1.
-_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
-_VIEWS = frozenset(("unsqueeze", "view", "reshape", "__getitem__", "contiguous"))
+_ATTENTION = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in (
+            ("query", None), ("key", None), ("value", None), ("attn_mask", None),
+            ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False),
+        )
+    ]
+)  # fmt: skip
 # Casts, which may be to a coarser precision than the module's.
 _CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16"))
 
@@ -76,7 +82,9 @@ class Capture(TorchFunctionMode):
         self.watched: list[WatchedOutput] = []
         self.generic: set[str] = set()
         self.twice: set[str] = set()
-        self._outputs: dict[int, tuple[weakref.ref[Tensor], Use]] = {}  # of uses, by id
+        self._shared = SharedOutputs()
+        self._replaced: set[Use] = set()  # by uses for every example
+        self._views = ParameterViews(self.ref)
 
     @property
     def uses(self) -> list[Use]:
@@ -101,6 +109,8 @@ class Capture(TorchFunctionMode):
             self.generic.update(self.twice)
         names = Counter(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
+            if func is F.scaled_dot_product_attention:
+                args, kwargs = self.with_own_biases(args, kwargs)
             output = func(*args, **kwargs)
             if func.__name__ in _CASTS:
                 self._note_precision(output)
@@ -109,9 +119,14 @@ class Capture(TorchFunctionMode):
             return output
         if func is F.embedding_bag:
             _require_no_norm(args, kwargs, self.trained)
-        use = None
-        if (describe := OPERATIONS.get(func)) is not None:
-            with torch.no_grad():
+        if (view := self._views.made_by(func, args)) is not None:
+            output = func(*args, **kwargs)
+            self._views.note(output, view)
+            return output
+        with torch.no_grad():
+            use: Use | None = self._views.describe(func, args, kwargs)
+            describe = None if use or self._views.among(args) else OPERATIONS.get(func)
+            if describe is not None:
                 use = describe(self.ref, *args, **kwargs)
         # A parameter fed in as an input (learned queries) has no native form.
         self.generic.update(names - Counter(ref.name for ref in (use.refs if use else ())))
@@ -168,34 +183,43 @@ class Capture(TorchFunctionMode):
             self.generic.update(ref.name for ref in use.refs)
         elif use.refs and output.requires_grad:
             use.output_shape = output.shape
-            self._outputs[id(output)] = (weakref.ref(output), use)
+            self._shared.add(use, output)
             self.watch(use, output)
 
     def _follow(self, name: str, given: Sequence[object], output: Tensor) -> None:
-        """Note the sum that the output of a use is broadcast to."""
-        if name not in _SUMS and name not in _VIEWS:
-            return
-        for value in given:
-            entry = self._outputs.get(id(value))
-            if entry is None or entry[0]() is not value:
-                continue
-            use = entry[1]
-            shape = use.output_shape
-            lead = output.shape[: max(0, output.dim() - len(shape))]
-            if name in _VIEWS and output.shape[len(lead) :] == shape and lead.numel() == 1:
-                self._outputs[id(output)] = (weakref.ref(output), use)
-            elif name in _SUMS and output.shape != shape and len(given) == 2:
-                self.broadcast(use, output)
+        """Note what the output of a use is broadcast to."""
+        for shared in self._shared.follow(name, given, output):
+            self.broadcast(shared, output)
 
-    def broadcast(self, use: Use, output: Tensor) -> None:
-        """Put the use as if it were called for every example in the place of ``use``, whose output
-        was broadcast to ``output``. If it is used elsewhere too, its gradients do not add up, and
+    def broadcast(self, shared: SharedOutput, output: Tensor) -> None:
+        """Put uses as if they were called for every example in the place of one whose output was
+        broadcast to ``output``. If it is used elsewhere too, its gradients do not add up, and
         it has no native form (``GradientEngine.discover``)."""
-        expanded = use.expanded(output.detach())
-        if expanded is None or use not in self.watched:
+        expanded = shared.for_each_example(output)
+        if expanded is None:
             return
-        expanded.gradient, expanded.edge = None, get_gradient_edge(output)
-        self.watched[self.watched.index(use)] = expanded
+        expanded.edge = get_gradient_edge(output)
+        if shared.use in self._replaced:  # in the layer before
+            self.watched.append(expanded)
+        elif shared.use in self.watched:
+            self.watched[self.watched.index(shared.use)] = expanded
+            self._replaced.add(shared.use)
+
+    def with_own_biases(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The arguments of an attention with a bias for each example where one use's output is the
+        bias of all: its gradient for each is seen in no output."""
+        given = _ATTENTION.bind(*args, **kwargs)
+        bias, query, key = (given.arguments.get(name) for name in ("attn_mask", "query", "key"))
+        shared = self._shared.get(bias)
+        if shared is None or not isinstance(query, Tensor) or not isinstance(key, Tensor):
+            return args, kwargs
+        own = shared.value.expand(*query.shape[:-1], key.shape[-2])
+        if own.shape != shared.value.shape:
+            self.broadcast(shared, own)
+        given.arguments["attn_mask"] = own
+        return given.args, given.kwargs
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         """Have the gradient of ``output`` arrive at ``watched``."""
@@ -224,7 +248,7 @@ class Capture(TorchFunctionMode):
             outputs, inputs, gradients, retain_graph=True, allow_unused=True
         )
         for watched, gradient in zip(self.watched, arrived, strict=False):
-            watched.gradient = gradient
+            watched.arrive(gradient)
         return list(arrived[len(self.watched) :])
 
     def forget(self) -> None:
@@ -238,6 +262,8 @@ class Capture(TorchFunctionMode):
             if isinstance(value, Tensor):
                 if id(value) in self.trained:
                     yield self.trained[id(value)]
+                elif (view := self._views.get(value)) is not None:
+                    yield view.ref.name
             elif isinstance(value, (list, tuple)):
                 yield from self._names(value)
 

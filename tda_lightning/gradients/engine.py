@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +35,9 @@ from tda_lightning.gradients.moving import opaque
 from tda_lightning.gradients.parameter_hooks import kept_entries
 from tda_lightning.gradients.reached import used_otherwise
 from tda_lightning.gradients.refusals import require_fixed_tables, why_apart
+from tda_lightning.gradients.rows import Rows, restricted
 from tda_lightning.gradients.shared_graph import gradients_of_each
+from tda_lightning.gradients.term_products import term_products
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime.module_state import doubled, in_double
@@ -70,6 +73,10 @@ class GradientEngine:
 
     Attributes:
         notes: what a reader of the scores should know about these gradients.
+        widest: scalars that an example has in the largest output of a layer.
+        held: scalars that an example's factored gradients hold in memory.
+        rows_each: of blocks whose rows are looked up, how many of them an example of the first
+            batch touched, by name.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]):
@@ -91,13 +98,23 @@ class GradientEngine:
         self._kept = {name: mask for name, mask in kept.items() if mask is not None}
         self._eps = 0.0  # of the coarsest precision in the last batch
         self.notes: list[str] = []
+        self.widest = self.held = 1
+        self.rows_each: dict[str, int] = {}
+        self._restriction: Mapping[str, Tensor] = {}
 
     @property
     def blocks(self) -> list[Block]:
         """The parameter blocks; known after :meth:`discover`."""
         if not self._blocks:
             raise RuntimeError("Call discover() with a first batch before asking for the blocks.")
-        return self._blocks
+        rows = self._restriction
+        return [b.restricted(rows[b.name]) if b.name in rows else b for b in self._blocks]
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> GradientEngine:
+        """The same engine with some rows alone, ascending, of blocks whose rows are looked up."""
+        engine = copy.copy(self)
+        engine._restriction = rows
+        return engine
 
     @property
     def generic(self) -> list[str]:
@@ -123,10 +140,12 @@ class GradientEngine:
             EngineError: the loss of an example alone is not its loss in the batch.
             NonFiniteError: a loss is not finite.
         """
+        if not self._blocks:
+            raise RuntimeError("Call discover() with a first batch before asking for gradients.")
         if isinstance(batch, NodeBatch):
             yield from self._of_nodes(losses, batch, examples)
             return
-        blocks, count = self.blocks, len(examples)
+        blocks, count = self._blocks, len(examples)
         capture, values = self._watched(losses, batch, examples)
         for number, loss in enumerate(values):
             shared = self._axes.locate(capture, loss)
@@ -145,7 +164,7 @@ class GradientEngine:
             for use in uses:
                 use.widen()
             gradients = assemble(blocks, uses, count, generic)
-            yield ExampleGradients(loss.detach(), self._hooked(gradients))
+            yield ExampleGradients(loss.detach(), self._asked_for(gradients))
 
     def _of_nodes(
         self, losses: Losses, batch: NodeBatch, examples: Tensor
@@ -161,17 +180,23 @@ class GradientEngine:
                 _check_losses(loss, chosen)
                 rows = gradients_of_each(loss, parameters)
                 rows = {name: values[place] for name, values in rows.items()}
-                gradients = assemble(self.blocks, [], len(examples), rows)
-                yield ExampleGradients(loss.detach()[place], self._hooked(gradients))
+                gradients = assemble(self._blocks, [], len(examples), rows)
+                yield ExampleGradients(loss.detach()[place], self._asked_for(gradients))
 
     @property
     def masked(self) -> list[str]:
         """Names of the parameters of which hooks leave some entries as they are."""
         return list(self._kept)
 
+    def _asked_for(self, gradients: dict[str, Gradient]) -> dict[str, Gradient]:
+        """What hooks leave of the gradients, in the rows that are asked for."""
+        gradients = self._hooked(gradients)
+        chosen = self._restriction.items()
+        return gradients | {name: restricted(gradients[name], rows) for name, rows in chosen}
+
     def _hooked(self, gradients: dict[str, Gradient]) -> dict[str, Gradient]:
         """The gradients that hooks on the parameters leave."""
-        for block in self.blocks if self._kept else ():
+        for block in self._blocks if self._kept else ():
             if any(name in self._kept for name in block.parameters):
                 ones = {n: torch.ones_like(self.module.get_parameter(n)) for n in block.parameters}
                 kept = block.matrix({n: self._kept.get(n, one) for n, one in ones.items()})
@@ -229,6 +254,22 @@ class GradientEngine:
         gradients = [g.to_dense() if g.is_sparse else g for g in found]
         return dict(zip(self.names, gradients, strict=True))
 
+    def term_products(
+        self, terms: Loss, batch: Batch, examples: Tensor, directions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Inner products of the gradients of single terms of losses with ``directions``:
+        [direction, batch, position] (``term_products.py``).
+
+        Args:
+            terms: maps (module, batch, examples) to the terms [batch, position].
+            directions: [direction, *shape] by parameter.
+        """
+        held = {
+            name: direction * self._kept[name] if name in self._kept else direction
+            for name, direction in directions.items()
+        }
+        return term_products(self.module, lambda: terms(self.module, batch, examples), held)
+
     def discover(
         self, loss: Loss, batch: Batch, examples: Tensor, one_by_one: bool = False
     ) -> dict[str, float]:
@@ -257,9 +298,12 @@ class GradientEngine:
             )
         capture, values = self._watched(lambda *a: [loss(*a)], batch, examples)
         losses = next(values)
-        if isinstance(batch, NodeBatch):
+        sizes = [use.output_shape.numel() // len(examples) for use in capture.uses]
+        self.held = sum(sizes) + sum(use.input_scalars for use in capture.uses) // len(examples)
+        if isinstance(batch, NodeBatch):  # all nodes run for any
             self._blocks = plan_blocks(self._shapes, capture.uses, seen_both_ways(capture.uses))
             return self._checked(loss, batch, examples)
+        self.widest = max([1, *sizes])
         odd = list(self.names)
         if not one_by_one:
             shared = self._axes.locate(capture, losses)
@@ -276,6 +320,7 @@ class GradientEngine:
 
     def _checked(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
         errors = self._errors(loss, batch, examples)
+        self.held += sum(math.prod(self._shapes[name]) for name in self._generic)
         if wrong := self._wrong(errors):
             name = wrong[0]
             raise EngineError(
@@ -310,6 +355,11 @@ class GradientEngine:
 
     def _errors_as_is(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
         gradients = self.gradients(loss, batch, examples)
+        self.rows_each = {
+            name: -(-len(gradient.index) // gradient.batch)
+            for name, gradient in gradients.blocks.items()
+            if isinstance(gradient, Rows)
+        }
         # Others than those that the layouts were observed with.
         weights = irregular_weights(len(examples), gradients.losses, seed=1)
         plain = self.plain_gradient(loss, batch, examples, weights)

@@ -18,8 +18,11 @@ from tda_lightning.gradients.basis import Basis, matmul_sides, turned, turning_c
 from tda_lightning.gradients.moments import SideForm
 
 # Working memory of one chunk of dense gradients, in scalars: large enough for efficient matrix
-# products, small enough to stay out of the way of the model itself.
-CHUNK_SCALARS = 1 << 24
+# products, small enough to stay out of the way of the model itself. Of glibc, blocks of more than
+# 32 MiB come from the kernel anew each time, which writes zeros into them page by page.
+CHUNK_SCALARS = 1 << 23
+# A chunk that meets dense queries holds so many examples at least: each reads all queries.
+_MET_TOGETHER = 16
 
 
 class Gradient(ABC):
@@ -42,10 +45,11 @@ class Gradient(ABC):
         """Scalars of working memory for one dense example."""
         return self.shape[1] * self.shape[2] * self.shape[3]
 
-    def chunks(self, scalars_per_example: int | None = None) -> Iterator[slice]:
-        """Slices of the examples that keep within ``CHUNK_SCALARS`` of working memory."""
+    def chunks(self, scalars_per_example: int | None = None, fewest: int = 1) -> Iterator[slice]:
+        """Slices of the examples that keep within ``CHUNK_SCALARS`` of working memory, or hold
+        ``fewest``."""
         per_example = max(1, scalars_per_example or self.cost_per_example)
-        size = max(1, CHUNK_SCALARS // per_example)
+        size = max(fewest, CHUNK_SCALARS // per_example)
         for start in range(0, self.batch, size):
             yield slice(start, min(start + size, self.batch))
 
@@ -82,6 +86,10 @@ class Gradient(ABC):
         )
         return left, right, sides[1].trace(right)
 
+    def add_squares(self, total: Tensor, left: Basis, right: Basis) -> None:
+        """Add :meth:`sum_of_squares` to ``total``, in its precision."""
+        total += self.sum_of_squares(left, right)
+
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         """Sum over examples of (left^T D_n right)^2: [groups, rows, columns]."""
         (total,) = _totals(
@@ -100,14 +108,24 @@ class Gradient(ABC):
 
     def dot(self, queries: Tensor) -> Tensor:
         """Inner products with dense queries [query, groups, rows, columns]: [query, batch]."""
-        flat = queries.flatten(1)
-        return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in self.chunks()], dim=1)
+        flat, chunks = queries.flatten(1), self.chunks(fewest=_MET_TOGETHER)
+        return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in chunks], dim=1)
+
+    def dot_and_squares(self, queries: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`dot`, and :meth:`weighted_squares` on the parameters' own axes, from the same
+        dense gradients where they are formed."""
+        return self.dot(queries), self.weighted_squares(None, None, weight)
+
+    def arranged(self, queries: Tensor) -> Tensor:
+        """The same queries, in the order in memory that :meth:`dot` reads without a copy."""
+        return queries.contiguous()
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
         """sum_n weights_kn D_n for weights [count, batch]: [count, groups, rows, columns]."""
         total = weights.new_zeros(len(weights), math.prod(self.shape[1:]))
         for rows in self.chunks():
-            total.addmm_(weights[:, rows], self.dense(rows).flatten(1))
+            # Under autocast a product made in here may come in half precision.
+            total.addmm_(weights[:, rows], self.dense(rows).flatten(1).to(total))
         return total.unflatten(1, self.shape[1:])
 
     def mean(self) -> Tensor:
@@ -172,8 +190,8 @@ class Outer(Gradient):
     """Sums over positions of outer products, D_n = sum_t b_nt a_nt^T.
 
     ``inputs(rows)`` gives a [chunk, groups, positions, columns] (unfolded only when asked for),
-    ``outputs`` is b [batch, groups, positions, rows]. ``filled`` [batch] says how many of an
-    example's positions are there at all; None: every one.
+    ``outputs`` is b [batch, groups, positions, rows]. ``filled`` [batch, groups] says how many of
+    an example's positions are there at all; None: every one.
     """
 
     factored = True
@@ -220,9 +238,10 @@ class Outer(Gradient):
         return groups * self.positions * cost
 
     def dot(self, queries: Tensor) -> Tensor:
-        count, groups, height, width = queries.shape
-        if self.positions > 1 or count >= width:
-            return super().dot(queries)
+        count, groups, height, _ = queries.shape
+        if not self._meets_factors(count):
+            flat = queries.mT.flatten(1)
+            return torch.cat([flat @ dense.T for dense in self._columns_first()], dim=1)
         # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
         flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
         parts = []
@@ -232,6 +251,44 @@ class Outer(Gradient):
             products = (inputs @ flat).unflatten(2, (count, height)) @ outputs.unsqueeze(3)
             parts.append(products.squeeze(3).sum(0).T)
         return torch.cat(parts, dim=1)
+
+    def dot_and_squares(self, queries: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.positions == 1:
+            return super().dot_and_squares(queries, weight)
+        flat, weights = queries.mT.flatten(1), weight.mT.flatten()
+        products, squares = [], []
+        for dense in self._columns_first():
+            products.append(flat @ dense.T)
+            squares.append(dense.square_() @ weights)
+        return torch.cat(products, dim=1), torch.cat(squares)
+
+    def _columns_first(self) -> Iterator[Tensor]:
+        """Chunks of dense gradients, transposed and flat, that are met by queries: patches have
+        their positions innermost, and of two such factors the product is twice as fast with the
+        wider one in front."""
+        for rows in self.chunks(fewest=_MET_TOGETHER):
+            yield (self.inputs(rows).mT @ self.outputs[rows]).flatten(1)
+
+    def arranged(self, queries: Tensor) -> Tensor:
+        if self._meets_factors(len(queries)):
+            return queries.contiguous()
+        return queries.mT.contiguous().mT
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        count, (_, groups, height, width) = len(weights), self.shape
+        if not self._meets_factors(count):
+            return super().weighted_sums(weights)
+        # One product of w b with a for all sums: no gradient is formed.
+        total = weights.new_zeros(groups, count * height, width)
+        for rows in self.chunks(count * groups * height + groups * width):
+            outputs = self.outputs[rows].squeeze(2).transpose(0, 1)
+            weighted = weights[:, rows].T[:, :, None] * outputs[:, :, None]
+            total.baddbmm_(weighted.flatten(2).mT, self.inputs(rows).squeeze(2).transpose(0, 1))
+        return total.unflatten(1, (count, height)).transpose(0, 1)
+
+    def _meets_factors(self, count: int) -> bool:
+        """Whether so many dense tensors are better met by one factor after the other."""
+        return self.positions == 1 and count < self.shape[3]
 
     def covariances(
         self, sides: tuple[SideForm, SideForm], weights: Tensor | None = None
@@ -244,14 +301,15 @@ class Outer(Gradient):
             )
             for rows in self.chunks(groups * self.positions * (height + width))
         )
-        return left, right, left.new_full((groups,), self.samples(weights))
+        return left, right, self.samples(weights).to(left)
 
-    def samples(self, weights: Tensor | None = None) -> float:
-        """Positions of all examples, each times its example's weight [batch]."""
+    def samples(self, weights: Tensor | None = None) -> Tensor:
+        """Positions of all examples, each times its example's weight [batch]: [groups]."""
         if self.filled is not None:
-            filled = self.filled if weights is None else self.filled * weights
-            return float(filled.sum())
-        return self.positions * (self.batch if weights is None else float(weights.sum()))
+            filled = self.filled if weights is None else self.filled * weights[:, None]
+            return filled.sum(0)
+        examples = self.batch if weights is None else float(weights.sum())
+        return self.outputs.new_full((self.shape[1],), self.positions * examples)
 
     def sum_of_squares(self, left: Basis, right: Basis) -> Tensor:
         if self.positions > 1:

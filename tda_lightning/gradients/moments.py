@@ -45,7 +45,7 @@ class SideForm:
             columns = samples.permute(1, 3, 0, 2).flatten(2)
             flat = columns.transpose(1, 2)
         if self.kind == "full":
-            return columns @ flat
+            return _gram(columns, flat)
         omega = _cached_test_matrix(flat.shape[2], self.rank, flat.device, flat.dtype)
         diagonal = samples.square().sum((0, 2)).unsqueeze(2)
         return torch.cat([columns @ (flat @ omega), diagonal], dim=2)
@@ -58,6 +58,21 @@ class SideForm:
 
 
 FULL, AXES = SideForm("full"), SideForm("axes")
+_STRIP = 128  # rows: a moment of five strips takes 15 of 25 products of strips
+
+
+def _gram(columns: Tensor, flat: Tensor) -> Tensor:
+    """columns @ flat of ``flat`` [groups, samples, width] and its transpose: strips of rows from
+    the diagonal on, mirrored."""
+    groups, width, _ = columns.shape
+    if width <= _STRIP:
+        return columns @ flat
+    out = columns.new_empty(groups, width, width)
+    for start in range(0, width, _STRIP):
+        strip = slice(start, start + _STRIP)
+        out[:, strip, start:] = columns[:, strip] @ flat[:, :, start:]
+        out[:, start + _STRIP :, strip] = out[:, strip, start + _STRIP :].mT
+    return out
 
 
 def random_test_matrix(width: int, rank: int) -> Tensor:

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.layout import Layout, candidates, owners
+from tda_lightning.gradients.shared_outputs import SharedOutput
 from tda_lightning.gradients.uses import Use, WatchedOutput, assemble
 
 _MANY = 16  # examples: batch norm couples fewer by about their own size
@@ -58,7 +58,7 @@ class Observer(Capture):
         self.listen = listen
         self._fused: list[_FusedCall] = []
         self.couples = False
-        self._broadcast: dict[Use, WatchedOutput] = {}  # the sums that outputs are broadcast to
+        self._broadcast: dict[Use, list[Use]] = {}  # where their outputs are broadcast to
 
     def __torch_function__(  # type: ignore[override]
         self,
@@ -72,16 +72,28 @@ class Observer(Capture):
             self.couples = bool(given.get("training"))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def broadcast(self, use: Use, output: Tensor) -> None:
-        """Watch the sum as well: which of the two counts is known when gradients have arrived."""
-        if use not in self._broadcast:
-            self._broadcast[use] = WatchedOutput()
-            self.watch(self._broadcast[use], output)
+    def broadcast(self, shared: SharedOutput, output: Tensor) -> None:
+        """Watch the result as well: which of the two counts is known when gradients have
+        arrived."""
+        expanded = shared.for_each_example(output)
+        if expanded is not None:
+            self._broadcast.setdefault(shared.use, []).append(expanded)
+            self.watch(expanded, output)
+
+    @property
+    def uses(self) -> list[Use]:
+        others = {use for own in self._broadcast.values() for use in own}
+        return [use for use in super().uses if use not in others]
+
+    def with_own_biases(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        return args, kwargs  # another shape might be computed in another way
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         super().watch(watched, output)
         if self.listen:
-            output.register_hook(partial(setattr, watched, "gradient"))
+            output.register_hook(watched.arrive)
 
     def fused(
         self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
@@ -116,7 +128,12 @@ class Observer(Capture):
     def reached(self) -> list[Use]:
         """Every use that a gradient has reached, those inside fused layers too, in float32 or
         wider."""
-        uses = [self._for_each_example(use) for use in self.uses if use.gradient is not None]
+        uses = [
+            own
+            for use in self.uses
+            if use.gradient is not None
+            for own in self._for_each_example(use)
+        ]
         for call in self._fused:
             uses += _replayed(call, self.trained)
         for use in uses:
@@ -125,17 +142,18 @@ class Observer(Capture):
             use.widen()
         return uses
 
-    def _for_each_example(self, use: Use) -> Use:
-        """The use with the gradients of the examples that its output was broadcast to; itself
-        where it was not, or not only there."""
-        whole = self._broadcast.get(use)
-        if whole is None or whole.gradient is None or use.gradient is None:
-            return use
-        summed = whole.gradient.sum_to_size(use.gradient.shape)
+    def _for_each_example(self, use: Use) -> Sequence[Use]:
+        """The use with the gradients of the examples that its output was broadcast to, as often as
+        it was; itself where it was not, or not only there."""
+        own = [other for other in self._broadcast.get(use, ()) if other.gradient is not None]
+        if not own or use.gradient is None:
+            return [use]
+        shape = use.gradient.shape
+        summed = torch.stack([o.gradient.sum_to_size(shape) for o in own if o.gradient is not None])
         allowed = torch.finfo(summed.dtype).eps ** 0.5
-        if (summed - use.gradient).norm() > allowed * use.gradient.norm():
-            return use
-        return use.expanded(whole.gradient) or use
+        if (summed.sum(0) - use.gradient).norm() > allowed * use.gradient.norm():
+            return [use]
+        return own
 
 
 def _replayed(call: _FusedCall, trained: Mapping[int, str]) -> list[Use]:

@@ -111,6 +111,15 @@ def _embedding(
     return Embedding(trained, None, input, padding_idx)
 
 
+def _lookup(ref: Refs, input: Tensor, index: object) -> Use | None:
+    """Rows of a trained matrix by a tensor of their numbers: an embedding without a layer."""
+    if ref(input) is None or input.dim() != 2 or not isinstance(index, Tensor):
+        return None
+    if index.dtype != torch.int64 or index.dim() == 0:
+        return None
+    return Embedding(ref(input), None, index % len(input), None)
+
+
 def _norm(func: Callable[..., Tensor]) -> Callable[..., Use | None]:
     """normalized * weight + bias of the layer ``func``.
 
@@ -196,6 +205,7 @@ OPERATIONS: dict[object, Callable[..., Use | None]] = {
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution
     ),
     F.embedding: _embedding,
+    Tensor.__getitem__: _lookup,
     **{
         func: _expansion(func)
         for func in (Tensor.expand, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)

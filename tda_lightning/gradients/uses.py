@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.blocks import Block, BlockParts, block_name
-from tda_lightning.gradients.composite import Rows
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.layout import Layout, RowOwners
+from tda_lightning.gradients.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,36 @@ class Ref:
         return F.pad(outputs, (self.start, self.height - self.stop))
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a parameter holds the matrices of a layer: a stack of ``stack`` [rows, columns], or
+    [columns, rows]; 0 for a matrix that is no stack."""
+
+    stack: int = 0
+    transposed: bool = False
+
+
 @dataclass(eq=False)
 class WatchedOutput:
-    """An output of the forward pass, and the gradient that has arrived at its edge of the graph."""
+    """An output of the forward pass, and the gradient that has arrived at its edge of the graph.
+
+    Attributes:
+        order: of the output's axes in ``gradient``; None: its own.
+        kept: which entries of the gradient count, broadcast against it; None: all.
+    """
 
     edge: GradientEdge = field(init=False)
     gradient: Tensor | None = field(init=False, default=None)
+    order: tuple[int, ...] | None = field(init=False, default=None)
+    kept: Tensor | None = field(init=False, default=None)
+
+    def arrive(self, gradient: Tensor | None) -> None:
+        """Take the gradient of the output."""
+        if gradient is not None and self.kept is not None:
+            gradient = gradient * self.kept
+        if gradient is not None and self.order is not None:
+            gradient = gradient.permute(self.order)
+        self.gradient = gradient
 
 
 @dataclass(eq=False)
@@ -74,6 +98,17 @@ class Use(WatchedOutput, ABC):
     def channel_axes(self) -> tuple[int, ...]:
         """Axes of the output that hold no examples."""
         return (-1,)
+
+    @property
+    def input_scalars(self) -> int:
+        """Of what the call was given and is kept."""
+        values = (getattr(self, item.name) for item in fields(self) if item.init)
+        return sum(value.numel() for value in values if isinstance(value, Tensor))
+
+    @property
+    def storage(self) -> Storage:
+        """How the weight is stored."""
+        return Storage()
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -151,7 +186,10 @@ class MatrixProduct(Use):
             has_column = parts.block(weight.name).bias_column
             columns = self.columns(batch, constant if has_column else None)
             used = self.used(batch)
-            filled = None if used is None else used.sum(1) * (outputs.shape[2] // used.shape[1])
+            filled = None
+            if used is not None:
+                rows = used.sum(1) * (outputs.shape[2] // used.shape[1])
+                filled = rows[:, None].expand(outputs.shape[:2])
             parts.add_outer(weight.name, columns, weight.padded(outputs), filled)
 
 
@@ -190,6 +228,10 @@ class Linear(MatrixProduct):
 class Product(Linear):
     """inputs @ weight + bias, along the last axis, as in the ``Conv1D`` of GPT-2: a linear layer
     whose weight is stored as [inputs, outputs]."""
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(transposed=True)
 
 
 @dataclass(eq=False)
@@ -368,10 +410,10 @@ def _join(uses: Sequence[Use]) -> Use:
 
 def seen_both_ways(uses: Iterable[Use]) -> set[str]:
     """Weights that are used as they are stored and transposed: no block has room for both."""
-    ways: dict[str, set[bool]] = defaultdict(set)
+    ways: dict[str, set[Storage]] = defaultdict(set)
     for use in uses:
         if use.weight is not None:
-            ways[use.weight.name].add(isinstance(use, Product))
+            ways[use.weight.name].add(use.storage)
     return {name for name, own in ways.items() if len(own) > 1}
 
 
@@ -410,15 +452,18 @@ def plan_blocks(
         parameters = (name, joined[name]) if name in joined else (name,)
         last = last_use.get(name)
         row = len(shape) < 2 or (last is not None and last.row)
+        storage = Storage() if last is None else last.storage
+        groups = last.groups if isinstance(last, Convolution) else max(1, storage.stack)
         blocks.append(
             Block(
                 name=block_name(name),
                 parameters=parameters,
                 shapes=tuple(shapes[parameter] for parameter in parameters),
-                groups=last.groups if isinstance(last, Convolution) else 1,
+                groups=groups,
                 bias_column=not row and len(parameters) == 2,
                 row=row,
-                transposed=isinstance(last, Product),
+                transposed=storage.transposed,
+                stacked=storage.stack > 0,
             )
         )
     return blocks

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
-from tda_lightning.gradients.composite import Rows, first_examples
+from tda_lightning.gradients.composite import first_examples
 from tda_lightning.gradients.example_axes import irregular_weights
 from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observer import Layouts, observed_layouts, training_gradients
 from tda_lightning.gradients.observer import Observer as CallObserver
 from tda_lightning.gradients.parameter_hooks import kept_entries
+from tda_lightning.gradients.rows import Rows
 from tda_lightning.gradients.uses import plan_blocks, seen_both_ways
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.observer import Observer
@@ -469,7 +470,7 @@ class CurvatureStatistics(Observer):
 def _samples(gradient: Gradient) -> tuple[float, float]:
     """Vectors that the covariances of the two sides are sums over."""
     if isinstance(gradient, Outer):
-        return (gradient.samples(),) * 2
+        return (float(gradient.samples().sum()) / gradient.shape[1],) * 2
     if isinstance(gradient, Rows):
         return (float(len(gradient.index)),) * 2
     return float(gradient.batch * gradient.shape[3]), float(gradient.batch * gradient.shape[2])

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.recording.base_weights import base_digests, without_base
 from tda_lightning.recording.checkpoints import Checkpoints
 from tda_lightning.recording.checks import (
     indices_ended,
@@ -43,6 +44,7 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.errors import RecordingError, TrajectoryError, TrajectoryFormatError
 from tda_lightning.records.trajectory import Facts, facts_up_to
+from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
@@ -78,6 +80,7 @@ class RecordedRun:
         self._is_due, self._warn = is_due, warn
         self.facts: Facts | None = None
         self.planned: frozenset[int] = frozenset()
+        self.holds_base = False  # whether checkpoints hold a frozen base
         self.final: RecorderState | None = None
         self.ended: Mapping[str, Any] = {}
         self.parts: dict[str, Any] = {}
@@ -107,6 +110,11 @@ class RecordedRun:
             *([] if self._curvature is None else [self._curvature]),
             self._checkpoints,
         ]
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints written so far, the initial weights included."""
+        return len(self._checkpoints.steps)
 
     @property
     def num_steps(self) -> int:
@@ -190,8 +198,11 @@ class RecordedRun:
         }
         facts = read_facts(trainer, self._trained, num_examples(data), marks, settings)
         initial = self._checkpoints.read(0, with_optimizer=bool(self._save_optimizer))
+        frozen = set(plain_parameters(self._trained.module)) - set(self._trained.ever)
+        if not self.holds_base:
+            facts = replace(facts, base=first(base_digests, initial, frozen))
         first(self.lock.acquire)
-        self._writer.begin(facts, initial, overwrite=overwrite)
+        self._writer.begin(facts, without_base(initial, facts.base), overwrite=overwrite)
         self.facts = facts
 
     def _resume(self, trainer: Trainer, state: RecorderState, again: bool) -> None:
@@ -225,6 +236,7 @@ class RecordedRun:
         # A module may configure the optimizer that it had before: then its state goes on.
         fit = {"new_fit": again, "new_optimizer": again and not trained.optimizer.state}
         facts = continued_facts(recorded, now, step, self.planned, **fit)
+        facts = self._with_trained_base(facts)
         if facts != recorded:
             self._writer.write_facts(facts)
         if len(state.rows):
@@ -320,9 +332,22 @@ class RecordedRun:
         # The state at a stage's start comes first: a stage without it could not be read.
         self.record(last=True)
         if self.facts is not None:
-            self._change_facts(self._trained.begin_stage(self.facts, self.num_steps))
+            facts = self._trained.begin_stage(self.facts, self.num_steps)
+            with self._disk():
+                facts = self._with_trained_base(facts)
+            self._change_facts(facts)
             for observer in self._observers:
                 observer.begin_stage()
+
+    def _with_trained_base(self, facts: Facts) -> Facts:
+        """The facts where a part of the frozen base is trained from now on, and is recorded."""
+        unfrozen = sorted(set(facts.base) & set(facts.parameters))
+        if not unfrozen:
+            return facts
+        module = plain_parameters(self._trained.module)
+        self._writer.keep_base({name: module[name] for name in unfrozen})
+        base = {name: own for name, own in facts.base.items() if name not in unfrozen}
+        return replace(facts, base=base)
 
     def drop(self) -> None:
         """The gradients of the step under way are thrown away."""

@@ -25,6 +25,7 @@ from tda_lightning.recording.checkpoints import best_checkpoint, evenly_spaced
 from tda_lightning.recording.checks import require_one_optimizer, require_supported
 from tda_lightning.recording.curvature_statistics import online_curvature, require_uncompiled
 from tda_lightning.recording.fit_preview import StepCount, count_steps
+from tda_lightning.recording.logged import RecordingLog
 from tda_lightning.recording.plan import plan_recording
 from tda_lightning.recording.recorded_run import RecordedRun
 from tda_lightning.recording.resume import state_of_folder
@@ -54,6 +55,10 @@ class TrajectoryRecorder(Callback):
     process that accumulates over them; what FSDP spreads over processes is gathered for each
     checkpoint. If such a training ends by an exception, the trajectory ends at its last
     checkpoint: a process that may be gone cannot be asked for its batches.
+
+    The trainer's loggers are told after each checkpoint: ``tda/checkpoints``, ``tda/disk_bytes``,
+    ``tda/statistics_bytes`` (with ``curvature``) and ``tda/recorder_seconds``, the time spent in
+    the recorder since the fit began.
 
     Args:
         path: folder of the trajectory.
@@ -152,6 +157,7 @@ class TrajectoryRecorder(Callback):
         warn = on_error == "warn"
         self._run = RecordedRun(self.path, every, self.curvature, self._is_due, warn=warn)
         self.parts = self._run.parts
+        self._log = RecordingLog(self.path)
         self._schedule: frozenset[int] = frozenset()  # what num_checkpoints asks for
         self._idle = False
         self._restored: Mapping[str, Any] | None = None  # state in the checkpoint to resume from
@@ -271,7 +277,9 @@ class TrajectoryRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._idle:
-            self._begin(trainer)
+            self._log.restart()
+            with self._log.timed():
+                self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         restored, self._restored = self._restored, None
@@ -314,7 +322,8 @@ class TrajectoryRecorder(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._run.begin_step(optimizer)
+        with self._log.timed():
+            self._run.begin_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -324,19 +333,31 @@ class TrajectoryRecorder(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if batch is None:
-            self._run.skip_batch()  # Lightning passes over it without on_train_batch_start
-        self._run.end_batch(trainer, outputs)
+        with self._log.timed():
+            if batch is None:
+                self._run.skip_batch()  # Lightning passes over it without on_train_batch_start
+            self._run.end_batch(trainer, outputs)
+        self._tell(trainer)
 
     # The end, of an epoch and of the run.
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         every = self.every_n_epochs
         if every and (trainer.current_epoch + 1) % every == 0:
-            self._run.record()
+            with self._log.timed():
+                self._run.record()
+            self._tell(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.finish(best_checkpoint(trainer))
+        begun = self._run.facts is not None
+        with self._log.timed():
+            self._run.finish(best_checkpoint(trainer))
+        if begun:
+            self._log.log(trainer, self._run.num_checkpoints, last=True)
+
+    def _tell(self, trainer: Trainer) -> None:
+        if self._run.facts is not None:
+            self._log.log(trainer, self._run.num_checkpoints)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

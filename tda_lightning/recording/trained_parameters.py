@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tda_lightning.recording.base_weights import require_unquantised
 from tda_lightning.recording.sharded import Shards
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts, ParameterFact, StageFact
@@ -38,6 +39,7 @@ def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
             f"named_parameters() (in parameter groups {sorted(set(groups.values()))}); expected "
             "all of them there. Register them in the LightningModule."
         )
+    require_unquantised({name: parameter for name, (parameter, _) in trained.items()})
     if not trained:
         raise UnsupportedTrainingError(
             "The optimizer trains no parameter: each one it holds has requires_grad=False, "

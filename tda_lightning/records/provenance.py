@@ -140,6 +140,17 @@ class Certificate(TypedDict):
     tolerance: float  # relative difference allowed
 
 
+class Directions(TypedDict):
+    """Directions that were carried back through a run in place of queries."""
+
+    kept: Count
+    probes: Count  # carried back besides, to measure what is left out
+    queries: Count  # whose scores are made of them
+    tolerance: float  # of what is left out of a query's gradient, relative to its length
+    relative_error: float  # of a query's scores, root mean square; the median over queries
+    error_bound: float  # of any query's scores, relative to their length; 99.9% sure
+
+
 class BeyondRange(TypedDict):
     """Scores far beyond the range of the measurement over the run."""
 
@@ -184,10 +195,26 @@ class EditRecord(_EditKind, total=False):
         kind: its class.
         index: of the training example that it changes; absent where it changes none.
         label: the example's other label.
+        document: the document whose tokens count nothing.
     """
 
     index: Count
     label: object
+    document: Count
+
+
+class PoolRecord(TypedDict):
+    """The examples outside of training that columns are about.
+
+    Attributes:
+        size: how many.
+        in_training: how many of them the training set holds as well.
+        same: pairs (column, training example) of the first of those.
+    """
+
+    size: Count
+    in_training: Count
+    same: list[Pair]
 
 
 class MemberRecord(TypedDict, total=False):
@@ -251,6 +278,20 @@ class CommandConfig(TypedDict, total=False):
 
     trajectory: str
     data: dict[str, object]
+    measurement: dict[str, object]  # what is asked; absent or null for the task's own
+    pool: dict[str, object]  # changes of the data settings that give the pool
+
+
+class MeasurementRecord(TypedDict):
+    """What was asked about each query, where it is not the task's own measurement.
+
+    Attributes:
+        quantity: in words, such as "the probability of the label".
+        sign: measurement = sign x quantity; -1 where larger is better.
+    """
+
+    quantity: str
+    sign: Annotated[int, Bounds(-1, 1)]
 
 
 class Provenance(TypedDict, total=False):
@@ -261,11 +302,13 @@ class Provenance(TypedDict, total=False):
     settings: dict[str, Any]  # its fields
     question: str  # in words
     what_if: WhatIfRecord  # absent at the recorded run, where every weight is 1
+    measurement: MeasurementRecord  # absent for the task's own
     sizes: str  # whether scores predict how much a measurement changes, or only rank examples
     segments: list[Pair]  # first and last step of each
     checkpoints: list[Count] | list[list[Count]]  # steps; SOURCE has a list per segment
     nodes: dict[str, list[int]]  # of one graph: ids of the training nodes ("train") and the queries
     edits: list[EditRecord]  # what each column is about, where it is not the removal of its example
+    pool: PoolRecord  # columns are the additions of its examples
     relabel: dict[str, object]  # other labels by training index, in files of version 0.1
     candidates: CandidatesRecord  # FastIF
     projection: ProjectionRecord  # TRAK
@@ -280,6 +323,7 @@ class Provenance(TypedDict, total=False):
     matrix_free: MatrixFreeRecord
     # Its replay (exact unrolling)
     certificate: Certificate
+    directions: Directions
     replayed_steps: Pair
     # The run
     trajectory: str | list[str]  # folder, or "in memory"

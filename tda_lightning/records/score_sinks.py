@@ -13,6 +13,7 @@ from tda_lightning.records.scores import (
     Scores,
     require_candidates,
     require_finite,
+    require_finite_query_tokens,
     require_finite_self_influence,
     require_finite_tokens,
 )
@@ -32,6 +33,9 @@ class ScoreSink(Protocol):
 
     def set_by_token(self, values: Tensor) -> None:
         """Keep the scores of single terms, [query, train, position]."""
+
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Keep the scores of single tokens of the queries, [query, position, train]."""
 
     def set_direct(self, values: Tensor) -> None:
         """Keep the direct terms of edits, [query, edit], and add them to the scores."""
@@ -70,6 +74,10 @@ class StageSink:
         """Refused: one stage's examples are not all of them."""
         raise ValueError("Scores by token belong to the scores of all stages together.")
 
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Refused: one stage's examples are not all of them."""
+        raise ValueError("Scores by token belong to the scores of all stages together.")
+
     def set_direct(self, values: Tensor) -> None:
         """Refused: edits are of one training set."""
         raise ValueError("Direct terms belong to the scores of all stages together.")
@@ -85,6 +93,73 @@ class StageSink:
     def abort(self) -> None:
         """Give up the scores of all stages."""
         self.sink.abort()
+
+
+@dataclass
+class QueryTokenSink:
+    """Takes the scores of single tokens of queries, and hands their sums to ``sink``.
+
+    Attributes:
+        query: that each row belongs to, int64 [row].
+        position: of its token, int64 [row].
+        by_query_token: [query, position, train].
+    """
+
+    sink: ScoreSink
+    query: Tensor
+    position: Tensor
+    by_query_token: Tensor
+
+    def add(
+        self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
+    ) -> None:
+        """Add rows to the scores of their tokens, and to those of their queries."""
+        own, first = self._summed(values, first_query)
+        self.sink.add(segment, train_indices, own, first)
+        values = values.detach().to("cpu", self.by_query_token.dtype)
+        rows = slice(first_query, first_query + len(values))
+        columns = train_indices.cpu()
+        for query, position, row in zip(
+            self.query[rows].tolist(), self.position[rows].tolist(), values, strict=True
+        ):
+            self.by_query_token[query, position].index_add_(0, columns, row)
+
+    def set_self_influence(self, values: Tensor) -> None:
+        """It is of no query."""
+        self.sink.set_self_influence(values)
+
+    def set_by_token(self, values: Tensor) -> None:
+        """Scores of training tokens, [row, train, position] or [query, train, position]."""
+        if len(values) == len(self.query) != len(self.by_query_token):
+            values = self._summed(values, 0)[0]
+        self.sink.set_by_token(values)
+
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Refused: they are what is gathered here."""
+        raise ValueError("Scores by query token are gathered from the rows.")
+
+    def set_direct(self, values: Tensor) -> None:
+        """Refused: edits of a graph have no tokens."""
+        raise ValueError("Edits of a graph have no scores by token.")
+
+    def set_candidates(self, candidates: Tensor) -> None:
+        """Those of a query's first token are those of all."""
+        first = torch.searchsorted(self.query, torch.arange(len(self.by_query_token)))
+        self.sink.set_candidates(candidates.cpu()[first])
+
+    def finish(self, provenance: Provenance) -> Scores:
+        """The finished scores."""
+        return self.sink.finish(provenance)
+
+    def abort(self) -> None:
+        """Give up."""
+        self.sink.abort()
+
+    def _summed(self, values: Tensor, first_row: int) -> tuple[Tensor, int]:
+        own = self.query[first_row : first_row + len(values)].to(values.device)
+        first, last = int(own[0]), int(own[-1])
+        total = values.new_zeros(last + 1 - first, *values.shape[1:])
+        return total.index_add_(0, own - first, values), first
 
 
 @dataclass(frozen=True)
@@ -125,6 +200,10 @@ class MemberSink:
     def set_by_token(self, values: Tensor) -> None:
         """Add a share to the mean."""
         self.sink.set_by_token(self._mean(self.sink.by_token, values))
+
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Add a share to the mean."""
+        self.sink.set_by_query_token(self._mean(self.sink.by_query_token, values))
 
     def set_direct(self, values: Tensor) -> None:
         """Add the member's own to its scores, and a share to the mean."""
@@ -195,6 +274,10 @@ class TimestepSink:
         assert self.whole.by_timestep is not None
         self.sink.set_by_token(values.unflatten(0, self.whole.by_timestep.shape[:2]).mean(0))
 
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Refused: the parts of a query are its timesteps."""
+        raise ValueError("Scores by query token do not go with scores by timestep.")
+
     def set_direct(self, values: Tensor) -> None:
         """Refused: a graph has no timesteps."""
         raise ValueError("Direct terms belong to edits of a graph, which has no timesteps.")
@@ -248,6 +331,7 @@ class MemorySink:
         )
         self.self_influence: Tensor | None = None
         self.by_token: Tensor | None = None
+        self.by_query_token: Tensor | None = None
         self.candidates: Tensor | None = None
         if num_members is not None:
             self.members = torch.zeros(num_members, *shape, dtype=dtype)
@@ -318,6 +402,23 @@ class MemorySink:
             )
         require_finite_tokens(values)
         self.by_token = values.detach().to("cpu", self.values.dtype)
+        if self.candidates is not None:
+            _keep_candidates(self.by_token, self.candidates)
+
+    def set_by_query_token(self, values: Tensor) -> None:
+        """Keep the scores of single tokens of the queries, [query, position, train]."""
+        queries, train = self.values.shape
+        if values.ndim != 3 or (values.shape[0], values.shape[2]) != (queries, train):
+            raise ValueError(
+                f"by_query_token must have the shape [{queries}, position, {train}], got "
+                f"{list(values.shape)}."
+            )
+        if self.candidates is not None:
+            values = values.detach().cpu().clone()
+            _keep_candidates(values.transpose(1, 2), self.candidates)
+        else:
+            require_finite_query_tokens(values)
+        self.by_query_token = values.detach().to("cpu", self.values.dtype)
 
     def set_direct(self, values: Tensor) -> None:
         """Keep the direct terms of edits, [query, edit], and add them to the scores."""
@@ -353,6 +454,7 @@ class MemorySink:
             self.by_token,
             self.candidates,
             self.members,
+            self.by_query_token,
             self.direct,
             self.by_timestep,
         )
@@ -367,6 +469,14 @@ class MemorySink:
                 torch.sum(self.by_segment[:, query], dim=0, out=self.values[query])
         if self.direct is not None:
             self.values += self.direct
+
+
+def _keep_candidates(tokens: Tensor, candidates: Tensor) -> None:
+    """Make the scores [query, train, position] of those that are no candidates NaN, in place."""
+    for own, chosen in zip(tokens, candidates, strict=True):
+        others = torch.ones(len(own), dtype=torch.bool)
+        others[chosen] = False
+        own[others] = torch.nan
 
 
 def _add_columns(target: Tensor, columns: Tensor, block: Tensor) -> None:

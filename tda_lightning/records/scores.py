@@ -64,6 +64,9 @@ class Scores:
             was scored.
         members: [member, query, train], the scores of each run of an ensemble, whose mean is
             ``values``; None for a single run.
+        by_query_token: [query, position, train], the score of each token that a query's
+            measurement is made of, which sums to ``values`` over positions; None when it was not
+            asked for.
         direct: [query, train], of edits of a graph, the part of ``values`` that comes of a query's
             own neighbourhood at unchanged weights; None for other columns.
         by_timestep: [timestep, query, train], the scores of a diffusion model's measurement at each
@@ -80,6 +83,7 @@ class Scores:
     by_token: Tensor | None = None
     candidates: Tensor | None = None
     members: Tensor | None = None
+    by_query_token: Tensor | None = None
     direct: Tensor | None = None
     by_timestep: Tensor | None = None
 
@@ -116,6 +120,14 @@ class Scores:
                 f"by_token must have the shape [{queries}, {train}, position], got "
                 f"{list(self.by_token.shape)}."
             )
+        if self.by_query_token is not None and (
+            self.by_query_token.ndim != 3
+            or (self.by_query_token.shape[0], self.by_query_token.shape[2]) != (queries, train)
+        ):
+            raise ValueError(
+                f"by_query_token must have the shape [{queries}, position, {train}], got "
+                f"{list(self.by_query_token.shape)}."
+            )
         if self.members is not None and (
             self.members.ndim != 3
             or len(self.members) < 2
@@ -137,8 +149,11 @@ class Scores:
             require_scored(self.values, self.candidates)
         if self.self_influence is not None:
             require_finite_self_influence(self.self_influence)
-        if self.by_token is not None:
+        # Of candidates alone, the others have no scores by token either.
+        if self.by_token is not None and self.candidates is None:
             require_finite_tokens(self.by_token)
+        if self.by_query_token is not None and self.candidates is None:
+            require_finite_query_tokens(self.by_query_token)
 
     @property
     def through_weights(self) -> Tensor:
@@ -308,8 +323,18 @@ class Scores:
         if by_segment is not None and "segments" in provenance:
             provenance["segments"] = provenance["segments"][segments]
         by_token = None if self.by_token is None else self.by_token[:, columns]
+        tokens = self.by_query_token
+        by_query_token = None if tokens is None else tokens[:, :, columns]
         by_timestep = None if self.by_timestep is None else self.by_timestep[:, :, columns]
-        return Scores(values, by_segment, own, provenance, by_token, by_timestep=by_timestep)
+        return Scores(
+            values,
+            by_segment,
+            own,
+            provenance,
+            by_token,
+            by_query_token=by_query_token,
+            by_timestep=by_timestep,
+        )
 
     def __len__(self) -> int:
         return self.num_queries
@@ -554,6 +579,18 @@ def require_finite_tokens(values: Tensor) -> None:
             raise NonFiniteError(
                 f"The score of query {query} for position {position} of training example {example} "
                 f"is {float(rows[example, position])}. Check the data of both and the training for "
+                "divergence."
+            )
+
+
+def require_finite_query_tokens(values: Tensor) -> None:
+    """Raise an error that names the first token of a query with a score that is not finite."""
+    for query, rows in enumerate(values):
+        if not bool(rows.isfinite().all()):
+            position, example = (~rows.isfinite()).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"The score of position {position} of query {query} for training example {example} "
+                f"is {float(rows[position, example])}. Check the data of both and the training for "
                 "divergence."
             )
 

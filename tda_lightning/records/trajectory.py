@@ -65,6 +65,8 @@ class Facts:
         settings: for display only: trainer settings, scheduler, seed, module class, versions.
         stages: a stage begins where parameters are frozen or unfrozen, and with each further fit.
             By default one stage trains all parameters.
+        base: digests of the frozen weights that no checkpoint holds, by name; they are those of
+            the module that was trained.
     """
 
     parameters: Mapping[str, ParameterFact]
@@ -73,6 +75,7 @@ class Facts:
     fingerprint: Mapping[str, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[StageFact, ...] = ()
+    base: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -173,7 +176,7 @@ class Checkpoint:
     Attributes:
         step: how many.
         parameters: the trained parameters, by name.
-        buffers: all other tensors of the module, by name.
+        buffers: all other tensors of the module, by name, but for those of ``Facts.base``.
         optimizer: a parameter's state tensors under torch.optim's own names, by parameter; None
             if not recorded.
         random: states of the random generators after the step

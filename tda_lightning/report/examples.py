@@ -69,12 +69,14 @@ def example(
     split: str,
     index: int,
     tokens: Sequence[float] | None = None,
+    helps: int = 1,
     **score: Any,
 ) -> Example:
     """Example ``index`` of ``split``.
 
     Args:
         tokens: score of each term of its loss.
+        helps: sign of a score that helps.
     """
     look = kept.in_section(split, index)
     return Example(
@@ -86,13 +88,13 @@ def example(
         look.shape,
         None if look.text is None else shorten(look.text, _LETTERS[split]),
         look.row,
-        pieces=_pieces(look.pieces, tokens),
+        pieces=_pieces(look.pieces, tokens, helps),
         **score,
     )
 
 
 def _pieces(
-    pieces: Sequence[tuple[str, int | None]] | None, tokens: Sequence[float] | None
+    pieces: Sequence[tuple[str, int | None]] | None, tokens: Sequence[float] | None, helps: int
 ) -> tuple[Piece, ...]:
     """A text with the scores of its terms; nothing where they do not fit it."""
     if tokens is None or pieces is None:
@@ -111,7 +113,7 @@ def _pieces(
         if value == 0:
             shown.append(Piece(text))
             continue
-        kind = "proponent" if value > 0 else "opponent"
+        kind = "proponent" if helps * value > 0 else "opponent"
         score = number(value, signed=True, among=strongest)
         shown.append(Piece(text, kind, 100 * abs(value) / strongest, score))
     return tuple(shown)
@@ -127,6 +129,7 @@ def listing(
     tokens: Sequence[Sequence[float]] | None = None,
     labels: Mapping[str, str] | None = None,
     members: Sequence[Sequence[float]] | None = None,
+    helps: int = 1,
 ) -> Listing:
     """Training examples with their scores.
 
@@ -139,6 +142,7 @@ def listing(
         tokens: for each example the score of each term of its loss.
         labels: those that scores are about in place of removal, by index.
         members: for each example its score in each run of an ensemble.
+        helps: sign of a score that helps.
     """
     tallest = max((abs(part) for parts in segments or () for part in parts), default=0.0)
     examples = tuple(
@@ -151,6 +155,7 @@ def listing(
             share=100 * abs(value) / strongest if strongest else 0.0,
             spark=sparkline(segments[place], tallest) if segments else None,
             tokens=tokens[place] if tokens else None,
+            helps=helps,
             label=(labels or {}).get(str(index), ""),
             same_sign=_same_sign(value, members[place]) if members else "",
         )

@@ -10,10 +10,11 @@ import base64
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch.utils.data import DataLoader
@@ -37,6 +38,7 @@ from tda_lightning.report.provenance_rows import (
 )
 from tda_lightning.report.query_order import Judged, judge
 from tda_lightning.report.statements import edit_in_words, relabelled, statements
+from tda_lightning.report.wording import Wording, wording
 from tda_lightning.report.workbench import as_script, keep_examples, workbench
 from tda_lightning.store.atomic_write import replacing
 
@@ -78,6 +80,7 @@ def write_report(
     queries: Sequence[int] | None = None,
     k: int = 8,
     num_suspects: int = 24,
+    pool: object = None,
     title: str = "Training data attribution",
     columns: Columns | None = None,
     query_columns: Columns | None = None,
@@ -105,6 +108,8 @@ def write_report(
             predictions or, after these, the largest measurements.
         k: number of proponents, and of opponents, shown for each query at first.
         num_suspects: length of the ranking by self-influence without scripts.
+        pool: the examples that were scored as additions: a data set, or a function that shows
+            example ``index``.
         title: heading of the page.
         columns: values by which training examples are grouped, one for each, by the name of the
             column; "class" or "label" is what the model should predict. By default the labels of
@@ -152,7 +157,8 @@ def write_report(
     )
     render = render or DatasetRenderer(train, query)
     if edits := provenance.get("edits"):
-        render = _edited(render, edits)
+        render = _edited(render, edits, _pool_renderer(pool), provenance)
+    words = wording(provenance)
     label = grouped[0] if grouped and grouped[0].is_label else None
     judged = judge(scores, provenance, label, predictions)
     shown = list(judged.order(scores.num_queries)[:_SHOWN] if queries is None else queries)
@@ -171,7 +177,7 @@ def write_report(
         max_bytes=max_bytes,
     )
     kept = KeptExamples(render, max_bytes - work.size - _OVERHEAD)
-    views = [_query(scores, provenance, row, kept, judged, k, names) for row in shown]
+    views = [_query(scores, provenance, row, kept, judged, k, names, words) for row in shown]
     suspects = _suspects(scores, kept, num_suspects)
     work.numbers["examples"] = keep_examples(work, kept, positions, len(shown), k)
     work.numbers["leftOut"] = kept.left_out
@@ -193,6 +199,7 @@ def write_report(
             notes=provenance.get("notes", []),
             trust=statements(scores, provenance),
             what_if="what_if" in provenance,
+            words=words,
             script=script,
             script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             data=as_script(work.numbers),
@@ -273,15 +280,35 @@ def _require_lengths(
         )
 
 
-def _edited(render: Renderer, edits: Sequence[EditRecord]) -> Renderer:
-    """Shows the training example that each column's edit changes."""
+def _pool_renderer(pool: Any) -> Callable[[int], Rendered] | None:
+    if pool is None:
+        return None
+    if callable(pool) and not hasattr(pool, "__getitem__"):
+        return pool  # type: ignore[no-any-return]
+    shown = DatasetRenderer(pool.dataset if isinstance(pool, DataLoader) else pool, None)
+    return lambda index: shown("train", index)
+
+
+def _edited(
+    render: Renderer,
+    edits: Sequence[EditRecord],
+    pool: Callable[[int], Rendered] | None,
+    provenance: Provenance,
+) -> Renderer:
+    """Shows the training example that each column's edit changes, or the one that it adds."""
+    pairs = provenance["pool"]["same"] if "pool" in provenance else []
+    same = {pair[0]: pair[1] for pair in pairs}
 
     def rendered(split: str, index: int) -> Rendered:
         if split != "train":
             return render(split, index)
         edit = edits[index]
         if "index" not in edit:
-            return Rendered(caption=edit_in_words(edit))
+            caption = edit_in_words(edit)
+            if "pool" in provenance:
+                caption = f"is training example {same[index]} too" if index in same else ""
+            added = Rendered() if pool is None else pool(index)
+            return replace(added, caption=f"{added.caption} {caption}".strip())
         changed = render(split, edit["index"])
         if not isinstance(changed, Rendered):
             return changed
@@ -310,15 +337,18 @@ def _query(
     judged: Judged,
     k: int,
     names: Sequence[str],
+    words: Wording,
 ) -> QueryView:
     values, k = scores.values[row], min(k, scores.num_scored)
     tails = {"proponent": scores.proponents(row, k), "opponent": scores.opponents(row, k)}
+    if words.helps < 0:  # an example that would lower a loss has a negative score
+        tails = {"proponent": tails["opponent"], "opponent": tails["proponent"]}
     strongest = max(float(tail.abs().max()) for _, tail in tails.values())
     labels = relabelled(provenance)
-    lists, series, totals = {}, [], []
+    lists, series, totals, listed = {}, [], [], {}
     for kind, (indices, tail) in tails.items():
         # With few examples the tails overlap: each list keeps its own sign only.
-        sign = 1 if kind == "proponent" else -1
+        sign = words.helps if kind == "proponent" else -words.helps
         indices, tail = indices[sign * tail > 0], tail[sign * tail > 0]
         parts = None
         if scores.by_segment is not None and len(indices):
@@ -328,19 +358,34 @@ def _query(
         tokens = None if scores.by_token is None else scores.by_token[row, indices].tolist()
         members = None if scores.members is None else scores.members[:, row, indices].T.tolist()
         lists[kind] = listing(
-            kept, indices.tolist(), tail.tolist(), kind, strongest, parts, tokens, labels, members
+            kept,
+            indices.tolist(),
+            tail.tolist(),
+            kind,
+            strongest,
+            parts,
+            tokens,
+            labels,
+            members,
+            words.helps,
         )
+        listed[kind] = indices
         if len(indices):
             same_sign = values[sign * values > 0].double()
             share = float(tail.double().sum() / same_sign.sum())
             total = number(float(same_sign.sum()), signed=True)
             totals.append((kind, len(same_sign), total, f"{share:.0%}"))
+    query_tokens = None
+    if scores.by_query_token is not None:
+        query_tokens = scores.by_query_token[row][:, listed["proponent"]].sum(1).tolist()
+    measurement = judged.measurements[row] if judged.measurements else None
+    index = query_indices(scores, provenance)[row]
     return QueryView(
         row,
-        arrange((example(kept, "query", query_indices(scores, provenance)[row]),)),
+        arrange((example(kept, "query", index, query_tokens, words.helps),)),
         judged.predictions[row] if judged.predictions else "",
         bool(judged.wrong and judged.wrong[row]),
-        one_line(judged.measurements[row]) if judged.measurements else "",
+        "" if measurement is None else one_line(words.sign * measurement),
         tuple(totals),
         lists["proponent"],
         lists["opponent"],

@@ -9,6 +9,7 @@ from tda_lightning.records.provenance import (
     Certificate,
     DampingSensitivity,
     EditRecord,
+    PoolRecord,
     Provenance,
     SolverRecord,
     SpotCheck,
@@ -50,7 +51,9 @@ def statements(scores: Scores, provenance: Provenance) -> list[Statement]:
         _sizes(provenance.get("sizes", "")),
         _certificate(provenance.get("certificate"), provenance),
         _truncation(provenance.get("replayed_steps")),
-        _edits(provenance.get("edits", [])),
+        _asked(provenance),
+        _pool(provenance.get("pool")),
+        _edits([] if "pool" in provenance else provenance.get("edits", [])),
         _other_labels(relabelled(provenance)),
         _solver(provenance.get("solver")),
         _spot_check(trust.get("spot_check")),
@@ -79,6 +82,28 @@ def _edits(edits: list[EditRecord]) -> Statement | None:
         "The scores are about these edits of the training set, by their numbers, in place of the "
         f"removal of each example: {named}.",
     )
+
+
+def _asked(provenance: Provenance) -> Statement | None:
+    asked = provenance.get("measurement")
+    if asked is None:
+        return None
+    text = f"The scores are about {shorten(asked['quantity'], 200)}."
+    if asked["sign"] < 0:
+        text += (
+            " The measurement is minus it: without a proponent it would be smaller by the score."
+        )
+    return Statement("Measurement", text)
+
+
+def _pool(pool: PoolRecord | None) -> Statement | None:
+    if pool is None:
+        return None
+    text = f"The columns are {pool['size']:,} examples, as if each were added to the training set."
+    if not pool["in_training"]:
+        return Statement("Pool", f"{text} None of them is in it.")
+    text += f" {pool['in_training']:,} are in it already: their scores are about one more of them."
+    return Statement("Pool", text, "fair")
 
 
 def edit_in_words(edit: EditRecord) -> str:

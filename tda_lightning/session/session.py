@@ -9,7 +9,7 @@ only measures, is known to the session alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
+from tda_lightning.gradients.rows import touched_rows
+from tda_lightning.measurements import Measurement
 from tda_lightning.records.errors import TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
@@ -30,6 +32,7 @@ from tda_lightning.session.edited_graphs import edit_gradients
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
 from tda_lightning.session.queries import QueryGradients
+from tda_lightning.session.query_rows import QueryRows
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
@@ -43,6 +46,10 @@ from tda_lightning.tasks.recorded_noise import RecordedNoise
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
 _TRAINING = 0  # the seed of the noise of training losses
+# On a CPU, a layer's output of more scalars than these does not stay near the processor from one
+# operation to the next, and above twice as many glibc asks the kernel for new pages every time.
+_OUTPUT_SCALARS = 1 << 22
+_FEWEST = 32  # examples that matrix products want together
 _EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
 _PART = 1 << 32  # part p of the measurement of query q has the index q + (p + 1) _PART
 
@@ -99,7 +106,7 @@ class Batch:
     def measurement_gradients(self) -> dict[str, Gradient]:
         """The same of the measurement; the very objects of ``gradients`` where it is the loss, of
         which no noise is drawn."""
-        if self.session.task.measures_loss and not self.session.measured_noise:
+        if self.session.measures_loss and not self.session.measured_noise:
             return self.gradients
         return self.session.measurement_gradients(self.data, self.examples).blocks
 
@@ -123,11 +130,16 @@ class Session:
         cache_key: digest of everything that curvature at some steps depends on besides its own
             settings: weights, data, task and code.
         self_influence: whether training examples are to be scored for themselves.
-        batch_size: examples per batch.
+        batch_size: examples per batch, at most.
         loaded: the checkpoint whose weights the module holds.
         pace: shows progress; in a dry run it shortens every walk and measures it.
+        whole: the same with whole queries, where they are taken apart.
         prefix: of the titles of walks, where a run has several stages.
         edits: what the columns are about; None: the removal of each training example.
+        asked: what is measured of the queries; None: the task's own measurement.
+        by_token: whether the terms of training examples are scored too.
+        rows: the tokens of queries, where these are taken apart: each is then a query of its own,
+            and ``num_query`` counts them.
         noise: what kinds of random numbers the training loss draws (``watching_noise``).
         measured_noise: the same of the measurement.
         recorded_draws: whether the gradients of the training loss are those of the run's own draws.
@@ -154,6 +166,10 @@ class Session:
     pace: Pace = field(default_factory=Pace)
     prefix: str = ""
     edits: EditSet | GraphEditSet | None = None
+    asked: Measurement | None = None
+    by_token: bool = False
+    rows: QueryRows | None = None
+    whole: Session | None = None
     noise: frozenset[str] = frozenset()
     measured_noise: frozenset[str] = frozenset()
     recorded_draws: bool = False
@@ -163,7 +179,9 @@ class Session:
     num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
-    _self_influence: Tensor | None = None
+    # Of all restrictions together.
+    _self_influence: list[Tensor] = field(default_factory=list)
+    _by_token: list[Tensor] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[Block]:
@@ -185,6 +203,22 @@ class Session:
         """Type of the scores: float64 for a module in float64, else float32."""
         own = next(self.module.parameters()).dtype
         return own if own == torch.float64 else torch.float32
+
+    @property
+    def walk_size(self) -> int:
+        """Examples that a walk in no given order takes at a time: ``batch_size``, or fewer on a
+        CPU where the outputs of a layer would be so large that more examples take longer each.
+
+        Nothing but time and memory depends on it, unless the loss draws noise for whole batches.
+        """
+        if self.device.type != "cpu" or self.noise:
+            return self.batch_size
+        return min(self.batch_size, max(_FEWEST, _OUTPUT_SCALARS // self.engine.widest))
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the measurement is the training loss, so that one pass serves both."""
+        return self.asked is None and self.task.measures_loss
 
     @property
     def num_processes(self) -> int:
@@ -236,14 +270,12 @@ class Session:
             title: a few words for the progress bar.
             step: load the weights of this checkpoint first; None: those in place.
             order: batches of example indices; None: every example once, in batches of
-                ``batch_size``.
+                ``walk_size``.
         """
         rank, world = rank_and_world()
         if order is None:
             # Small enough that no process goes without a batch.
-            order = self.examples.batches(
-                size=min(self.batch_size, max(1, self.num_train // world))
-            )
+            order = self.examples.batches(size=min(self.walk_size, max(1, self.num_train // world)))
         if step is not None:
             self.load(step)
         own = list(enumerate(order))[rank::world]
@@ -269,7 +301,7 @@ class Session:
         rank, world = rank_and_world()
         edits, terms = self.edits, self.edits.terms
         if order is None:
-            size = min(self.batch_size, max(1, len(terms) // world))
+            size = min(self.walk_size, max(1, len(terms) // world))
             order = edits.source.batches(size=size)
         if step is not None:
             self.load(step)
@@ -284,7 +316,7 @@ class Session:
                 self.num_train + column if term.index is None else term.index
                 for column, term in chosen
             ]
-            used_as = [edits.edits[column].index for column in columns]
+            used_as = [edits.used_with(place) for place in places.tolist()]
             signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
             yield Batch(
                 self,
@@ -404,6 +436,32 @@ class Session:
         """Bytes of so many dense gradients."""
         return copies * self.num_parameters * self.dtype.itemsize
 
+    def factored_bytes(self, copies: int) -> int:
+        """The same where a block whose rows are looked up takes the rows that an example touches
+        alone, with room for queries that touch twice as many as the first training examples."""
+        scalars = 0
+        for block in self.blocks:
+            rows = self.engine.rows_each.get(block.name)
+            # Values, and with them the example and the row.
+            own = block.size if rows is None else 2 * rows * (block.shape[2] + 4)
+            scalars += min(own, block.size)
+        return copies * scalars * self.dtype.itemsize
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> Session:
+        """The same session with some rows alone, ascending, of blocks whose rows are looked up.
+
+        Nothing is lost where the other rows meet no query: they take no part in any score.
+        """
+        return replace(self, engine=self.engine.restricted(rows))
+
+    def query_rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Which rows the queries ``first`` to ``last`` touch at the weights in place, of blocks
+        whose rows are looked up."""
+        return touched_rows(
+            self.measurement_gradients(batch, indices).blocks
+            for batch, indices in self.queries(first, last)
+        )
+
     def whole_queries(self) -> Iterator[tuple[object, Tensor]]:
         """All queries as (batch, indices), each with its whole measurement."""
         for batch, indices in self.queries(0, self.num_query // self.num_parts):
@@ -423,6 +481,15 @@ class Session:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
             yield self.examples.batch(indices, self.module), indices.to(self.device)
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows, ascending, that any process has."""
+        if rank_and_world()[1] == 1:
+            return rows
+        parts: list[Tensor] = [rows] * rank_and_world()[1]
+        torch.distributed.all_gather_object(parts, rows.cpu())
+        united: Tensor = torch.cat(parts).unique()
+        return united.to(rows.device)
+
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
         if rank_and_world()[1] == 1:
@@ -437,13 +504,104 @@ class Session:
         """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
         if used is not None and (weights := self.weights(examples, used)) is not None:
             values = values * weights
-        if self._self_influence is None:
-            self._self_influence = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
-        self._self_influence.index_add_(0, examples, values.to(self._self_influence))
+        if not self._self_influence:
+            zeros = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+            self._self_influence.append(zeros)
+        (own,) = self._self_influence
+        own.index_add_(0, examples, values.to(own))
+
+    def on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Matrices [query, groups, rows, columns] by block as tensors [query, *shape] by
+        parameter."""
+        tensors: dict[str, Tensor] = {}
+        for block in self.blocks:
+            for name, own in block.tensors(matrices[block.name]).items():
+                if block.chosen is not None:  # the other rows meet no query
+                    shape = self.module.get_parameter(name).shape
+                    whole = own.new_zeros(len(own), *shape)
+                    whole[:, block.chosen] = own
+                    own = whole
+                tensors[name] = own
+        return tensors
+
+    def add_terms(
+        self,
+        batch: Batch,
+        directions: Mapping[str, Tensor],
+        first_query: int = 0,
+        factor: float | Tensor = 1.0,
+        used: Span | None = None,
+    ) -> None:
+        """Add the scores of the single terms (tokens) of a batch of :meth:`walk_columns` at the
+        weights in place: ``factor`` times the inner products of their gradients with
+        ``directions``, which are what scores multiply gradients with.
+
+        Args:
+            directions: [query, *shape] by parameter.
+            factor: a number, or one for each example [batch].
+            used: see :meth:`add`.
+        """
+        if self.rows is not None:
+            summed = {name: self.rows.summed(own, first_query) for name, own in directions.items()}
+            directions = {name: own for name, (own, _) in summed.items()}
+            first_query = next(first for _, first in summed.values())
+        values = self._term_products(batch, directions)
+        factors = torch.as_tensor(factor, dtype=values.dtype, device=values.device)
+        factors = factors.expand(len(batch.columns))
+        if used is not None and (weights := batch.weights(used)) is not None:
+            factors = factors * weights
+        if batch.signs is not None:
+            factors = factors * batch.signs
+        total = self._term_scores(values.shape[2])
+        rows = total[first_query : first_query + len(values), :, : values.shape[2]]
+        rows.index_add_(1, batch.columns, values * factors[:, None])
+
+    def _term_products(self, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
+        def terms(module: nn.Module, data: object, examples: Tensor) -> Tensor:
+            if batch.noise is None:
+                with seeded_examples(_TRAINING, examples):
+                    return self.task.loss_terms(module, data)[0]
+            with seeded_examples(_TRAINING, examples, own_noise=False), batch.noise.drawn():
+                return self.task.loss_terms(module, data)[0]
+
+        draws = range(1) if batch.noise is not None else self.each_draw()
+        found = [
+            self.engine.term_products(terms, batch.data, batch.examples, directions) for _ in draws
+        ]
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
+
+    def _term_scores(self, length: int) -> Tensor:
+        """Where scores of terms are added up, for examples of up to ``length`` terms."""
+        own = self._by_token[0] if self._by_token else None
+        if own is None or own.shape[2] < length:
+            queries = self.num_query if self.rows is None else self.rows.num_query
+            columns = self.num_train if self.edits is None else len(self.edits)
+            size = queries * columns * length * self.dtype.itemsize
+            if size > free_memory():
+                raise ValueError(
+                    f"Scores by token of {queries} queries, {columns} training examples and "
+                    f"{length} positions take {size / 2**30:.1f} GiB, and "
+                    f"{free_memory() / 2**30:.1f} GiB are free. Ask for fewer queries at a time."
+                )
+            longer = torch.zeros(queries, columns, length, dtype=self.dtype, device=self.device)
+            if own is not None:
+                longer[:, :, : own.shape[2]] = own
+            self._by_token[:] = [longer]
+            own = longer
+        return own
+
+    def finish_by_token(self) -> None:
+        """Hand the scores by token of all processes to the scores, if any were added."""
+        rank, world = rank_and_world()
+        lengths = torch.zeros(world, device=self.device)
+        lengths[rank] = self._by_token[0].shape[2] if self._by_token else 0
+        longest = int(self.reduce(lengths).max())
+        if longest:
+            self.scores.set_by_token(self.reduce(self._term_scores(longest)).cpu())
 
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""
-        own = self._self_influence
+        own = self._self_influence[0] if self._self_influence else None
         added = self.reduce(torch.tensor([float(own is not None)], device=self.device))
         if not bool(added):
             return
@@ -545,9 +703,34 @@ class Session:
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch], or the parts of it that ``examples`` name; the
         mean over ``draws`` of its noise."""
-        if not inside_transform() and _are_parts(examples):
+        if self.asked is None and not inside_transform() and _are_parts(examples):
             return self._part(module, batch, examples)
-        return self._mean(lambda: self.task.measurement(module, batch), MEASURED_SEED, examples)
+        return self._mean(
+            lambda: self._measured(module, batch, examples), MEASURED_SEED, self._queries(examples)
+        )
+
+    def _queries(self, examples: Tensor) -> Tensor:
+        """The queries that rows are of, where queries are taken apart; otherwise as given."""
+        return examples if self.rows is None else self.rows.query.to(examples.device)[examples]
+
+    def _measured(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
+        """The measurement with one draw of its noise, from the seeds that are active."""
+        if self.rows is not None:
+            terms = self.measured_terms(module, batch, self._queries(examples))[0]
+            place = self.rows.position.to(examples.device)[examples]
+            return terms.gather(1, place[:, None]).squeeze(1)
+        if self.asked is None:
+            return self.task.measurement(module, batch)
+        return self.asked.measure(self.task, module, batch, examples)
+
+    def measured_terms(
+        self, module: nn.Module, batch: object, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers [query, position] whose gradients sum to that of each query's measurement, and
+        which positions they are of."""
+        if self.asked is None:
+            return self.task.measurement_terms(module, batch)
+        return self.asked.terms(self.task, module, batch, queries)
 
     def each_draw(self) -> Iterator[int]:
         """Numbers of the draws; what is drawn in the meantime is that draw's."""
@@ -597,8 +780,8 @@ class Session:
             return self.task.measurement_part(module, batch, indices // _PART - 1)
 
     def _measured_once(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        with seeded_examples(MEASURED_SEED, examples):
-            return self.task.measurement(module, batch)
+        with seeded_examples(MEASURED_SEED, self._queries(examples)):
+            return self._measured(module, batch, examples)
 
     def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
         losses = []

@@ -22,7 +22,8 @@ whole; buffers and random states are those of the first process::
       trajectory.h5             kind "trajectory"
         facts                   JSON: parameters {name: {shape, dtype, group}}, optimizer,
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
-                                stages [{start, parameters [names], new_optimizer}]
+                                stages [{start, parameters [names], new_optimizer}], base {name:
+                                sha256} of frozen weights that no checkpoint holds
         data_weights            float64 [examples], of a what-if run alone: what each example's loss
                                 was multiplied by in its training
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
@@ -45,8 +46,9 @@ whole; buffers and random states are those of the first process::
           states                        [R, .]   as in a checkpoint
       checkpoints/<step>.h5     kind "checkpoint", attribute ``step``; 0 holds the initial weights
         parameters/<name>       parameters trained up to this step, in their own dtype
-        buffers/<name>          every other tensor of the module (buffers, frozen parameters);
-                                left out where it still equals the one in checkpoint 0
+        buffers/<name>          every other tensor of the module (buffers, frozen parameters) but
+                                those of the base; left out where it still equals the one in
+                                checkpoint 0
         optimizer/<name>/<state>   torch.optim's state of a parameter; absent if not recorded
         random/<generator>      states of the random generators after the step (torch, cuda<i>:
                                 uint8; python, numpy: int64 [627], the 624 words and the position
@@ -82,7 +84,9 @@ be mapped::
     values                      float32 or float64 [query, train]; NaN where there is no score
     by_segment                  the same type [segment, query, train]; absent without segments
     self_influence              the same type [train]; absent when not computed
-    by_token                    the same type [query, train, position]; absent when not asked for
+    by_token                    the same type [query, train, position]; absent when not asked for;
+                                NaN where there is no score
+    by_query_token              the same type [query, position, train], likewise
     members                     the same type [member, query, train], of an ensemble, whose mean is
                                 values; absent for a single run
     direct                      the same type [query, train]; of edits of a graph, the part of

@@ -107,6 +107,7 @@ def read_facts(root: Path) -> Facts:
                 )
                 for stage in facts.get("stages", ())
             ),
+            base=facts.get("base", {}),
         )
 
 

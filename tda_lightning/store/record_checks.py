@@ -44,6 +44,11 @@ def require_facts(text: Any) -> None:
     if prints is not None:
         _require_fingerprint(prints, count)
     _require_stages(text.get("stages", []), set(text["parameters"]))
+    base = text.get("base", {})
+    if not isinstance(base, dict) or not all(isinstance(value, str) for value in base.values()):
+        raise TypeError("base is no JSON object of digests")
+    if both := set(base) & set(text["parameters"]):
+        raise ValueError(f"{min(both)!r} is trained, and among the frozen base")
 
 
 def _require_stages(stages: object, known: set[str]) -> None:

@@ -24,10 +24,14 @@ from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES
 from tda_lightning.store.untrusted import DAMAGE, from_json, has, member, own_dataset, to_json
 
-_ARRAYS = ("values", "by_segment", "self_influence", "by_token", "candidates", "members", "direct",
-           "by_timestep")  # fmt: skip
+_ARRAYS = (
+    *("values", "by_segment", "self_influence", "by_token", "candidates", "members"),
+    *("by_query_token", "direct", "by_timestep"),
+)
 # Version 2 is for candidates only: earlier releases read version 1, and know no missing scores.
 _WITH_CANDIDATES, _WITHOUT_CANDIDATES = 2, 1
+# What has no score where an example is no candidate.
+_OF_CANDIDATES = ("values", "by_token", "by_query_token")
 # Provenance entries with one item per query, which are cut along with the rows.
 _PER_QUERY = ("predictions", "measurements", "query_indices")
 
@@ -95,6 +99,7 @@ def read_scores(
             by_token=_read(path, file, "by_token", (rows,), mapped),
             candidates=_read(path, file, "candidates", (rows,), False),
             members=_read(path, file, "members", (slice(None), rows), mapped),
+            by_query_token=_read(path, file, "by_query_token", (rows,), mapped),
             direct=_read(path, file, "direct", (rows,), mapped),
             by_timestep=_read(path, file, "by_timestep", (slice(None), rows), mapped),
         )
@@ -152,7 +157,8 @@ def _read(
     array = dataset[rows]
     _require_checksum(path, name, _row_checksums(array), file, rows)
     # Scores check the values of candidates themselves.
-    if not np.isfinite(array).all() and not (name == "values" and has(file, "candidates")):
+    unscored = name in _OF_CANDIDATES and has(file, "candidates")
+    if not np.isfinite(array).all() and not unscored:
         raise ValueError(f"{name!r} is not finite")
     return torch.from_numpy(array)
 
@@ -251,6 +257,7 @@ class ScoreFile(MemorySink):
         self.by_segment = None
         self.self_influence = None
         self.by_token = None
+        self.by_query_token = None
         self.candidates = None
         shapes: dict[str, tuple[int, ...]] = {"values": (num_queries, num_train)}
         if num_segments is not None:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from tda_lightning.records.curvature_statistics import Statistics
-from tda_lightning.records.errors import TrajectoryExistsError
+from tda_lightning.records.errors import TrajectoryExistsError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Checkpoint, Facts, Steps
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder, sync_folder
-from tda_lightning.store.hdf5 import put_array, put_json, put_tensors, writing
+from tda_lightning.store.hdf5 import (
+    get_tensors,
+    put_array,
+    put_json,
+    put_tensors,
+    reading,
+    subgroup,
+    writing,
+)
 from tda_lightning.store.reader import CheckpointFolder
 from tda_lightning.store.statistics_folder import write_statistics
 from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
 from tda_lightning.store.truncate import remove_unfinished, truncate_trajectory
+from tda_lightning.store.untrusted import has, names
 
 
 class TrajectoryWriter:
@@ -40,6 +49,7 @@ class TrajectoryWriter:
         self._data_weights = data_weights
         self._num_steps = 0
         self._initial: dict[str, str] = {}  # digests of the buffers in checkpoint 0
+        self._base: set[str] = set()  # names of the frozen weights that it lacks
         self._facts = b""  # content of the file of facts: whose folder it is
 
     @property
@@ -78,7 +88,7 @@ class TrajectoryWriter:
         for folder in (layout.STEPS_FOLDER, layout.CHECKPOINTS_FOLDER):
             make_folder(self.root / folder)
         self._num_steps = 0
-        self._remember(initial)
+        self._remember(initial, facts)
         self._write_checkpoint(initial)
         self._write_facts(facts)
 
@@ -90,10 +100,45 @@ class TrajectoryWriter:
         truncate_trajectory(self.root, facts, rows, checkpoints)
         self._num_steps = rows
         self._facts = (self.root / layout.FACTS_FILE).read_bytes()
-        self._remember(CheckpointFolder(self.root, facts)[0])
+        self._remember(CheckpointFolder(self.root, facts)[0], facts)
 
-    def _remember(self, initial: Checkpoint) -> None:
-        self._initial = {name: digest(b.detach()) for name, b in initial.buffers.items()}
+    def _remember(self, initial: Checkpoint, facts: Facts) -> None:
+        own = {name: digest(b.detach()) for name, b in initial.buffers.items()}
+        self._initial, self._base = {**facts.base, **own}, set(facts.base)
+
+    def keep_base(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors of the base into the checkpoint of the initial weights: they are trained from
+        now on.
+
+        Raises:
+            UnsupportedTrainingError: they are not as they were in the beginning.
+        """
+        self._require_there()
+        self._require_as_before({name: digest(t.detach()) for name, t in tensors.items()})
+        with reading(layout.checkpoint_file(self.root, 0), layout.CHECKPOINT) as file:
+            stored = {
+                kind: get_tensors(subgroup(file, kind))
+                for kind in (layout.PARAMETERS, layout.BUFFERS, layout.RANDOM)
+                if has(file, kind)
+            }
+            states = None
+            if has(file, layout.OPTIMIZER):
+                group = subgroup(file, layout.OPTIMIZER)
+                states = {layout.decode(n): get_tensors(subgroup(group, n)) for n in names(group)}
+        buffers = {**stored[layout.BUFFERS], **{n: t.detach() for n, t in tensors.items()}}
+        parameters, random = stored[layout.PARAMETERS], stored.get(layout.RANDOM)
+        self._write_checkpoint(Checkpoint(0, parameters, buffers, states, random))
+        self._base -= set(tensors)
+
+    def _require_as_before(self, digests: Mapping[str, str]) -> None:
+        for name, found in digests.items():
+            if name in self._base and found != self._initial[name]:
+                raise UnsupportedTrainingError(
+                    f"{name} is frozen, and expected to stay as it was when the recording began, "
+                    "but it changed: a trajectory holds no copy of a frozen base larger than what "
+                    "is trained. Load the base that the run began with, or hand what changes to "
+                    "the optimizer."
+                )
 
     def _require_there(self) -> None:
         """Check that the folder still holds this recording."""
@@ -127,10 +172,12 @@ class TrajectoryWriter:
         """Write ``checkpoint``; the steps that lead to it must be on disk."""
         assert checkpoint.step <= self._num_steps, (checkpoint.step, self._num_steps)
         self._require_there()
+        digests = {name: digest(b.detach()) for name, b in checkpoint.buffers.items()}
+        self._require_as_before(digests)
         changed = {
             name: buffer
             for name, buffer in checkpoint.buffers.items()
-            if self._initial.get(name) != digest(buffer.detach())
+            if self._initial.get(name) != digests[name]
         }
         self._write_checkpoint(replace(checkpoint, buffers=changed))
 

@@ -23,6 +23,7 @@ from tda_lightning.tasks.curved_losses import (
     weighted_losses,
 )
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.loss_terms import joined_terms, terms_of
 from tda_lightning.tasks.model_output import (
     ModelOutput,
     NoModelOutputError,
@@ -125,6 +126,31 @@ class AttributionTask(ABC):
             return terms.sum() * share, terms * share
         losses = self.train_loss(module, batch)
         return losses.sum() * self.share(len(losses)), losses * self.share(len(losses))
+
+    def loss_terms(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The terms that each example's ``train_loss`` is the sum of (the tokens of a sequence),
+        [batch, position], and whether each counts, bool [batch, position].
+
+        Raises:
+            ValueError: they are not known.
+        """
+        count = batches.num_examples(batch)
+        if self.one_by_one and count > 1:
+            return joined_terms(batches.each_alone(batch, lambda one: self.loss_terms(module, one)))
+        return terms_of(module, *self.loss_graph(module, batch), count)
+
+    def measurement_terms(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same of each query's measurement.
+
+        Raises:
+            ValueError: it is another than the loss, and its terms are not known.
+        """
+        if self.measures_loss:
+            return self.loss_terms(module, batch)
+        raise ValueError(
+            f"The tokens that the measurement of {type(self).__name__} is made of are not known. "
+            "Ask by attribute(measurement=...), or give the task measurement_terms(module, batch)."
+        )
 
     def relabelled(self, batch: Batch, labels: Mapping[int, object]) -> Batch:
         """The batch with other labels at some of its positions.

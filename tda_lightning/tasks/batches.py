@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tda_lightning.runtime.layouts import cut, first_axis, stacked, unstacked
 from tda_lightning.runtime.origins import origin_of, rule_of
 from tda_lightning.runtime.structures import parts, tensors, with_parts
-from tda_lightning.tasks.example_seeds import active_examples
+from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.node_batch import NodeBatch
 
+Result = TypeVar("Result")
 Batch: TypeAlias = Any  # what the loader gives, of any structure
 Inputs: TypeAlias = Sequence[object] | Mapping[str, object]  # positional, or by name
 
@@ -157,6 +158,19 @@ def take(batch: Batch, index: int, size: int) -> Batch:
     if origin is not None:
         return origin.single(batch, index)
     return cut(first_axis(batch, size), batch, index, size)
+
+
+def each_alone(batch: Batch, work: Callable[[Batch], Result]) -> list[Result]:
+    """``work`` of each example in a batch of one, with the noise that it has in the batch."""
+    count = num_examples(batch)
+    examples, seed = active_examples(), active_seed()
+    if examples is None:
+        examples = torch.arange(count)
+    results = []
+    for number in range(count):
+        with seeded_examples(seed, examples[number : number + 1]):
+            results.append(work(take(batch, number, count)))
+    return results
 
 
 def cut_or_read(batch: Batch, index: int) -> Batch:

@@ -272,6 +272,6 @@ def by_position_of(losses: Sequence[WeightedLoss], batch: int) -> Tensor:
         raise ValueError(
             "The terms of single positions are not known: expected standard losses of "
             "torch.nn.functional with the same number of terms for each example, got "
-            f"{lengths}. Attribute to whole examples (token_weights=False)."
+            f"{lengths}. Score whole examples (by_token=None, token_weights=False)."
         )
     return torch.stack(terms).sum(0)

@@ -34,6 +34,7 @@ from tda_lightning.tasks.example_parts import (
 from tda_lightning.tasks.example_seeds import active_examples, active_seed, seeded_examples
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
+from tda_lightning.tasks.loss_terms import joined_terms, terms_of
 from tda_lightning.tasks.node_batch import NodeBatch
 from tda_lightning.tasks.output_curvature import UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
@@ -114,7 +115,7 @@ class TrainingStepTask(AttributionTask):
 
     def train_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         if self.one_by_one and batches.num_examples(batch) > 1:
-            losses = torch.cat(self._alone(batch, lambda one: self.train_loss(module, one)))
+            losses = torch.cat(batches.each_alone(batch, lambda one: self.train_loss(module, one)))
         else:
             parts, count = self._parts(module, batch, "held" if self._training_step else "own")
             losses = self._as_trained(parts, count)
@@ -145,10 +146,25 @@ class TrainingStepTask(AttributionTask):
             return self.train_loss(module, batch)
         alone = self.one_by_one or self._measured_alone
         if alone and batches.num_examples(batch) > 1:
-            values = torch.cat(self._alone(batch, lambda one: self.measurement(module, one)))
+            values = torch.cat(batches.each_alone(batch, lambda one: self.measurement(module, one)))
         else:
             values = _sum(*self._parts(module, batch, "each"))
         return values if torch.is_grad_enabled() else values.detach()
+
+    def measurement_terms(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.measures_loss:
+            return self.loss_terms(module, batch)
+        alone = self.one_by_one or self._measured_alone
+        if alone and batches.num_examples(batch) > 1:
+            return joined_terms(
+                batches.each_alone(batch, lambda one: self.measurement_terms(module, one))
+            )
+        count = batches.num_examples(batch)
+
+        def read(total: Node) -> Tensor:
+            return _sum(self._reader(count, "each").read(total), count)
+
+        return terms_of(module, self.loss_graph(module, batch)[0], read, count)
 
     @property
     def measures_loss(self) -> bool:
@@ -209,7 +225,9 @@ class TrainingStepTask(AttributionTask):
                 examples = torch.arange(reader.batch)
             with seeded_examples(active_seed(), examples):
                 together = self._held_alike(module, batch, reader.batch)
-            alone = torch.cat(self._alone(batch, lambda one: self._held_alike(module, one, 1)))
+            alone = torch.cat(
+                batches.each_alone(batch, lambda one: self._held_alike(module, one, 1))
+            )
         eps = torch.finfo(together.dtype).eps
         if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
             self._needs_alone = True
@@ -246,24 +264,12 @@ class TrainingStepTask(AttributionTask):
             count,
         )
 
-    def _alone(self, batch: Batch, work: Callable[[Batch], Result]) -> list[Result]:
-        """``work`` of each example in a batch of one, with the noise that it has in the batch."""
-        count = batches.num_examples(batch)
-        examples, seed = active_examples(), active_seed()
-        if examples is None:
-            examples = torch.arange(count)
-        results = []
-        for number in range(count):
-            with seeded_examples(seed, examples[number : number + 1]):
-                results.append(work(batches.take(batch, number, count)))
-        return results
-
     def _batch_loss_one_by_one(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """A mass of the batch is the sum of those of its examples."""
         with silenced(module):
             whole = run_training_step(module, batch).reshape(())
         masses: dict[Site, Tensor | float] = {}
-        steps = self._alone(batch, lambda one: self._run(module, one)[1])
+        steps = batches.each_alone(batch, lambda one: self._run(module, one)[1])
         for total in steps:
             reader = self._reader(1, "own")
             own = _sum(reader.read(total), 1)
@@ -314,7 +320,7 @@ class TrainingStepTask(AttributionTask):
             return super().curved_losses(module, batch)
         own = super().curved_losses
         losses: list[CurvedLoss] = []
-        for example, parts in enumerate(self._alone(batch, lambda one: own(module, one)[0])):
+        for example, parts in enumerate(batches.each_alone(batch, lambda one: own(module, one)[0])):
             for loss in parts:
                 losses.append(replace(loss, number=len(losses), example=example))
         return losses, count
@@ -323,7 +329,7 @@ class TrainingStepTask(AttributionTask):
         if not self.one_by_one or batches.num_examples(batch) == 1:
             return super().curved_outputs(module, batch)
         own = super().curved_outputs
-        alone = self._alone(batch, lambda one: own(module, one))
+        alone = batches.each_alone(batch, lambda one: own(module, one))
         return [outputs for single in alone for outputs in single]
 
     def prediction(self, module: nn.Module, batch: Batch) -> list[str] | None:
@@ -440,7 +446,7 @@ class TrainingStepTask(AttributionTask):
             # Of a sum beside a mean, a batch of one has another share than a full batch.
             constant = not self._varying and not (self._summed and self._averages)
             compare_with_plain_steps(
-                self, run_training_step, module, batch, self._alone, some, constant
+                self, run_training_step, module, batch, batches.each_alone, some, constant
             )
 
     def average(
@@ -468,7 +474,7 @@ class TrainingStepTask(AttributionTask):
                 examples += len(indices)
                 with seeded_examples(0, indices):
                     if self.one_by_one:
-                        self._alone(batch, add)
+                        batches.each_alone(batch, add)
                     else:
                         add(batch)
         self._averages = {
@@ -507,7 +513,7 @@ class TrainingStepTask(AttributionTask):
     def _run_alone(self, module: nn.Module, batch: Batch) -> list[Node]:
         """The losses of the examples alone."""
         try:
-            return self._alone(batch, lambda one: self._run(module, one)[1])
+            return batches.each_alone(batch, lambda one: self._run(module, one)[1])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise UnsupportedTrainingError(
                 "training_step cannot be run for one example alone, so the loss of a single "

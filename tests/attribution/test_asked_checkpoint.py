@@ -24,15 +24,18 @@ from tda_lightning.records.errors import TrajectoryMismatchError
 from tests.attributing import quiet, relative
 from tests.runs import fit, loader
 
-ESTIMATORS = [
-    TracIn(),
+MORE = [
     InfluenceFunction(damping=0.1),
-    InfluenceFunction(damping="segment", statistics="recorded"),
     FastInfluence(k=3, damping=0.1),
     TRAK(projection_dimension=6, relative_damping=0.1),
-    Source(num_segments=2),
     Source(num_segments=2, order="recorded"),
+]
+ESTIMATORS = [
+    TracIn(),
+    InfluenceFunction(damping="segment", statistics="recorded"),
+    Source(num_segments=2),
     Unrolled(),
+    *(pytest.param(estimator, marks=pytest.mark.slow) for estimator in MORE),
 ]
 
 
@@ -113,6 +116,7 @@ def test_the_run_itself_is_what_is_not_cut(runs):
     assert cut.until(6).last_step == 6
 
 
+@pytest.mark.slow
 def test_keep_below_one_trains_up_to_the_checkpoint(runs, tmp_path):
     for name in ("long", "short"):
         shutil.copytree(runs / name, tmp_path / name)
@@ -125,6 +129,7 @@ def test_keep_below_one_trains_up_to_the_checkpoint(runs, tmp_path):
     assert relative(*found) < 1e-12
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_cut_member_by_member(runs):
     whole = Trajectory.load(runs / "long" / "run")
     other = replace(

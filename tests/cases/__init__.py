@@ -9,10 +9,11 @@ from tests.cases.bare import BARE
 from tests.cases.case import Case
 from tests.cases.layers import LAYERS
 from tests.cases.recurrent import RECURRENT
+from tests.cases.shared import SHARED
 from tests.cases.traps import TRAPS
 from tests.cases.wiring import WIRING
 
-CASES: list[Case] = [*LAYERS, *ATTENTION, *RECURRENT, *BARE, *WIRING, *TRAPS]
+CASES: list[Case] = [*LAYERS, *ATTENTION, *RECURRENT, *BARE, *WIRING, *SHARED, *TRAPS]
 assert len({case.name for case in CASES}) == len(CASES)
 
 __all__ = ["CASES", "Case"]

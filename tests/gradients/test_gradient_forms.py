@@ -17,10 +17,12 @@ from tda_lightning.gradients import (
     Reflections,
     SideForm,
     forms,
+    moments,
     scaled,
 )
-from tda_lightning.gradients.composite import Rows, Scaled, Sum
+from tda_lightning.gradients.composite import Scaled, Sum
 from tda_lightning.gradients.moments import AXES, FULL, random_test_matrix
+from tda_lightning.gradients.rows import Rows
 
 BATCH, GROUPS, HEIGHT, WIDTH = 5, 2, 3, 4
 
@@ -113,6 +115,8 @@ def turned(values: torch.Tensor, left, right) -> torch.Tensor:
 def chunking(request, monkeypatch) -> None:
     if request.param != "whole":
         monkeypatch.setattr(forms, "CHUNK_SCALARS", 1)
+        monkeypatch.setattr(forms, "_MET_TOGETHER", 1)
+        monkeypatch.setattr(moments, "_STRIP", 2)
 
 
 @pytest.mark.usefixtures("chunking")
@@ -124,12 +128,20 @@ def test_contractions(name) -> None:
     assert gradient.batch == BATCH
     torch.testing.assert_close(gradient.dense(slice(1, 4)), values[1:4])
     torch.testing.assert_close(gradient.mean(), values.mean(0))
-    queries = torch.randn(3, *values.shape[1:]).double()
-    expected = torch.einsum("qgij,bgij->qb", queries, values)
-    torch.testing.assert_close(gradient.dot(queries), expected)
-    weights = torch.randn(3, BATCH).double()
-    expected = torch.einsum("kb,bgij->kgij", weights, values)
-    torch.testing.assert_close(gradient.weighted_sums(weights), expected)
+    for count in (3, WIDTH + 1):  # fewer and more than an input is wide
+        queries = torch.randn(count, *values.shape[1:]).double()
+        expected = torch.einsum("qgij,bgij->qb", queries, values)
+        torch.testing.assert_close(gradient.dot(queries), expected)
+        arranged = gradient.arranged(queries)
+        torch.testing.assert_close(arranged, queries, rtol=0, atol=0)
+        torch.testing.assert_close(gradient.dot(arranged), expected)
+        weight = torch.rand(values.shape[1:]).double()
+        products, squares = gradient.dot_and_squares(arranged, weight)
+        torch.testing.assert_close(products, expected)
+        torch.testing.assert_close(squares, (values.square() * weight).flatten(1).sum(1))
+        weights = torch.randn(count, BATCH).double()
+        expected = torch.einsum("kb,bgij->kgij", weights, values)
+        torch.testing.assert_close(gradient.weighted_sums(weights), expected)
     # Nothing that was asked has changed the gradients.
     torch.testing.assert_close(gradient.dense(slice(None)), values, rtol=0, atol=0)
 

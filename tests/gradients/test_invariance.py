@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.session import session as session_module
 from tda_lightning.session.session import Session
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
@@ -47,6 +48,27 @@ def require_same(found, expected) -> None:
 def fresh(run):
     """The run without the curvature that earlier attributions kept."""
     return dataclasses.replace(run, curvature={})
+
+
+def test_walks_of_wide_layers_take_fewer_examples_at_a_time(monkeypatch) -> None:
+    run, module, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(3, 6))
+    found, walked = [], []
+    own = Session.train_gradients
+
+    def watched(session, batch, examples, noise=None):
+        walked.append(len(examples))
+        return own(session, batch, examples, noise)
+
+    monkeypatch.setattr(Session, "train_gradients", watched)
+    for scalars in (1 << 22, 1):
+        walked.clear()
+        monkeypatch.setattr(session_module, "_OUTPUT_SCALARS", scalars)
+        monkeypatch.setattr(session_module, "_FEWEST", 2)
+        found.append(
+            attribute(CLASSIFIER, fresh(run), module, data, ESTIMATORS["influence"], batch_size=5)
+        )
+        assert max(walked) == (5 if scalars > 1 else 2)
+    require_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])

@@ -59,3 +59,16 @@ def test_the_parts_of_a_sum_beside_a_mean() -> None:
     own = F.cross_entropy(module(INPUTS), LABELS, reduction="none")
     wanted = own + 4 * 0.1 * module(INPUTS).square().sum(1)
     torch.testing.assert_close(task.train_loss(module, BATCH), wanted)
+
+
+def test_a_loss_in_single_precision_of_a_model_in_double() -> None:
+    """As that of every language model of transformers: its rounding is no dependence."""
+    torch.manual_seed(0)
+    module = Step(lambda s, x, y: F.cross_entropy(s(x).float() * 1000, y)).double()
+    batch = (INPUTS.double(), LABELS)
+    task = TrainingStepTask()
+    task.prepare(module, batch)
+    own = F.cross_entropy(module(batch[0]).float() * 1000, LABELS, reduction="none")
+    torch.testing.assert_close(task.train_loss(module, batch), own, check_dtype=False)
+    with pytest.raises(UnsupportedTrainingError, match="not made of losses of single examples"):
+        Doubled().prepare(module, batch)

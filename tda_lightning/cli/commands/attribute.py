@@ -19,10 +19,17 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
-from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.question import measurement_of
+from tda_lightning.cli.recorded_run import (
+    load_parts,
+    load_recorded,
+    pool_of,
+    run_folder,
+    sources,
+)
+from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
-from tda_lightning.edits import Relabel
+from tda_lightning.edits import Relabel, pool_notes
 from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
@@ -35,7 +42,7 @@ def attribute(config: DictConfig) -> None:
     target = Path(config.scores or folder / "scores" / f"{estimator_name()}.h5")
     require_usable_solver(config)
     trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
-    run_config = load_config(run_folder(folder))
+    run_config = run_configuration(config, run_folder(folder))
     if target.exists() and not config.overwrite:  # before anything is loaded
         raise FileExistsError(
             f"{target} already holds scores, which are kept. Choose another file with "
@@ -72,6 +79,9 @@ def attribute(config: DictConfig) -> None:
             edits=_relabels(config.relabel),
             draws=config.draws,
             keep=config.keep,
+            measurement=measurement_of(config.get("measurement"), data),
+            by_token=config.by_token,
+            pool=None if config.pool is None else pool_of(config, run_config, config.pool).dataset,
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning exits without a message.
@@ -81,6 +91,10 @@ def attribute(config: DictConfig) -> None:
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
     what = "training examples" if config.relabel is None else "other labels"
+    if config.pool is not None:
+        what = "examples of the pool"
+        for note in pool_notes(scores.provenance["pool"]):
+            print(note)
     print(f"Scored {scores.num_train} {what} for {scores.num_queries} queries: {target}")
 
 

@@ -15,7 +15,7 @@ from tda_lightning.cli.ensemble_members import made_members
 from tda_lightning.cli.inspect_table import ensemble_table
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
-from tda_lightning.cli.run_config import load_config, versions
+from tda_lightning.cli.run_config import run_configuration, versions
 from tda_lightning.ensembles.dropout import RATE, mask_bytes, mask_settings
 from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
 from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
@@ -35,7 +35,7 @@ _INTERRUPTED = 130  # exit status of a command that SIGINT ends
 def ensemble(config: DictConfig) -> None:
     """Make the members of an ensemble that are not there yet."""
     run = Path(required(config, "trajectory", "tda ensemble FOLDER members=5"))
-    load_config(run)  # before anything is written
+    run_configuration(config, run)  # before anything is written
     part = parse_part(config.part)
     _require_one_process(config.kind, run)
     with_run = config.kind in ("seeds", "forks")

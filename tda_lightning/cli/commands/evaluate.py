@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from tda_lightning.attribution.matching import require_same_data
@@ -33,6 +33,7 @@ from tda_lightning.cli.proponent_removal import (
     remove_proponents,
     requested_removals,
 )
+from tda_lightning.cli.question import require_harmless
 from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
 from tda_lightning.cli.retraining import RecordedRun
@@ -170,8 +171,34 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
         config.alpha = alpha_of(scores)
     # The queries are those that were scored, perhaps fewer than were recorded.
     first = next((well_formed(judged.provenance) for judged in scores.values()), Provenance())
+    _complete_measurement(config, first)
     asked = first.get("config", {}).get("data", {})
     config.data = {**config.data, **not_null(asked), **not_null(config.data)}
+
+
+def _complete_measurement(config: DictConfig, first: Provenance) -> None:
+    """Measure retrained models as the scores were asked.
+
+    Raises:
+        ValueError: in a way that only loss can be measured.
+    """
+    asked = first.get("config", {}).get("measurement")
+    given = config.get("measurement")
+    if given is None and asked is not None:
+        require_harmless(asked, config.trust_config)
+        with open_dict(config):
+            config.measurement = given = asked
+    elsewhere = config.protocol == "pbrf" or config.removal is not None or config.token_removal
+    if given is not None and elsewhere:
+        raise ValueError(
+            "protocol=pbrf and removal= measure the task's own measurement, and these scores are "
+            "of another one. Evaluate them by retraining on subsets."
+        )
+    if "measurement" in first and given is None:
+        raise ValueError(
+            f"The scores are about {first['measurement']['quantity']}, which this command does not "
+            "know how to measure: give measurement=..., as in tda attribute."
+        )
 
 
 def _require_shapes(run: RecordedRun, scores: Mapping[str, Scores]) -> None:

@@ -16,14 +16,16 @@ from tda_lightning.cli.command import (
     require_usable_solver,
     required,
 )
-from tda_lightning.cli.commands.train import output_folder
+from tda_lightning.cli.commands.train import adopt_configuration, output_folder
+from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.plan_tables import (
     attribution_plan_table,
     comparison_table,
     recording_plan_table,
 )
+from tda_lightning.cli.question import measurement_of
 from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
@@ -35,7 +37,7 @@ def plan(config: DictConfig) -> None:
     will be."""
     folder = Path(required(config, "trajectory", "tda plan trajectory=FOLDER"))
     trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
-    data, module, task = load_parts(config, load_config(run_folder(folder)))
+    data, module, task = load_parts(config, run_configuration(config, run_folder(folder)))
     trainer = configured_trainer(config.trainer)
     single = "estimator" in config
     if single:
@@ -56,6 +58,7 @@ def plan(config: DictConfig) -> None:
                 self_influence=config.self_influence,
                 draws=config.draws,
                 keep=config.keep,
+                measurement=measurement_of(config.get("measurement"), data),
             )
         except (UnsupportedTrainingError, ValueError) as error:
             if single:
@@ -71,9 +74,10 @@ def plan(config: DictConfig) -> None:
 @clear_errors
 def plan_recording(config: DictConfig) -> None:
     """Show how much disk space and memory recording a training run will take."""
+    adopt_configuration(config)
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
-    module = instantiate(config.model, _convert_="all")
+    module = build_module(config, trust=True)
     recorder = instantiate(config.recorder, _convert_="all")
     plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)
     Console().print(recording_plan_table(plan))

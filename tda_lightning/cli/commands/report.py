@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
-from tda_lightning.cli.recorded_run import run_folder
-from tda_lightning.cli.run_config import FILE_NAME, build, load_config
+from tda_lightning.cli.recorded_run import load_data, pool_of, run_folder
+from tda_lightning.cli.run_config import FILE_NAME, run_configuration
 from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
@@ -29,16 +29,19 @@ def report(config: DictConfig) -> None:
     folder = _scored_trajectory(config, source, provenance)
     trajectory = None if folder is None else Trajectory.load(str(folder))
     examples: dict[str, Any] = {}
-    if folder is not None and (folder / FILE_NAME).is_file():
+    given = config.get("config") is not None
+    if folder is not None and (given or (folder / FILE_NAME).is_file()):
         # The queries are those of the attribution, perhaps fewer or others than were recorded.
         asked = provenance.get("config", {}).get("data", {})
-        changes = {**not_null(asked), **not_null(config.data)}
-        data = build(load_config(folder).data, config.trust_config, **changes)
+        data = load_data(config, run_configuration(config, folder), not_null(asked))
         examples = {
             "train": data.train_dataset,
             "query": data.query_dataset,
             "render": data.render,
         }
+        if (asked_pool := provenance.get("config", {}).get("pool")) is not None:
+            pool = pool_of(config, run_configuration(config, folder), asked_pool)
+            examples["pool"] = lambda index: pool.data.render(pool.split, index)
         if isinstance(data, Grouped):
             examples["columns"] = data.group_columns("train")
             examples["query_columns"] = data.group_columns("query")

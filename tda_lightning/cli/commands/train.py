@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tda_lightning.cli.command import clear_errors, file_name
+from tda_lightning.cli.own_config import read_own_config, require_class
+from tda_lightning.cli.own_module import OPTIMIZER, SCHEDULER, build_module
 from tda_lightning.cli.run_config import save_config
 from tda_lightning.cli.trainers import configured_trainer
 
@@ -19,11 +22,13 @@ from tda_lightning.cli.trainers import configured_trainer
 @clear_errors
 def train(config: DictConfig) -> None:
     """Train a model from scratch and record its trajectory."""
+    adopt_configuration(config)
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
-    data.setup()  # finds missing files before anything is written
+    if hasattr(type(data), "query_dataset"):
+        data.setup("fit")  # finds missing files before anything is written
     seed_everything(config.seed, workers=True, verbose=False)
-    module = instantiate(config.model, _convert_="all")
+    module = build_module(config, trust=True)  # what is named on the command line is trusted
     recorder = instantiate(config.recorder, _convert_="all")
     trainer = configured_trainer(config.trainer, [recorder, SaveConfig(config)], progress=True)
     try:
@@ -40,6 +45,36 @@ def train(config: DictConfig) -> None:
         f", {name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
     )
     print(f"Recorded {trainer.global_step} steps in {config.output}{metrics}")
+
+
+def adopt_configuration(config: DictConfig) -> None:
+    """Take data, model, optimizer and trainer from ``config=FILE``, where one is given; what the
+    command line says of them comes last."""
+    if config.config is None:
+        return
+    own, given = read_own_config(config.config, complete=False), HydraConfig.get().overrides.task
+    OmegaConf.set_struct(config, False)
+    for name in ("data", "model"):
+        node = config[name]
+        added = {key: node[key] for key in node if not OmegaConf.is_missing(node, key)}
+        config[name] = OmegaConf.merge(own.get(name, {}), added)
+        require_class(config, name, config.config)
+    if "trainer" in own:
+        changes = [text.lstrip("+") for text in given if text.lstrip("+").startswith("trainer.")]
+        changed = OmegaConf.from_dotlist(changes).get("trainer", {})
+        trainer: Any = OmegaConf.merge({"_target_": config.trainer._target_}, own.trainer, changed)
+        callbacks: Any = trainer.get("callbacks") or []
+        callbacks = callbacks if OmegaConf.is_list(callbacks) else [callbacks]
+        # This command brings its own.
+        trainer.callbacks = [
+            c for c in callbacks if not str(c.get("_target_")).endswith("TrajectoryRecorder")
+        ]
+        config.trainer = trainer
+    for key, name in ((OPTIMIZER, "optimizer"), (SCHEDULER, "lr_scheduler")):
+        if name in own:
+            config[key] = own[name]
+    if "seed" in own and not any(text.startswith("seed=") for text in given):
+        config.seed = own.seed
 
 
 def output_folder(config: DictConfig) -> Path:

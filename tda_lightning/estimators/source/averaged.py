@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tda_lightning.curvature import Spectrum
-from tda_lightning.estimators.queries import Response, dot
+from tda_lightning.curvature import Spectrum, as_matrices
+from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators.queries import Response, directions, dot
 from tda_lightning.estimators.source.schedule import chunks
 from tda_lightning.estimators.source.segments import (
     Adjoint,
@@ -16,6 +17,7 @@ from tda_lightning.estimators.source.segments import (
     examples_as_queries,
 )
 from tda_lightning.estimators.source.spectral import combined
+from tda_lightning.gradients.rows import restricted, touched_rows
 
 
 def cross(
@@ -26,27 +28,38 @@ def cross(
     session, steps = segment.session, segment.steps.checkpoints
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
     responses = _responses(segment, inside)
+    tokens = directions(session, responses) if session.by_token else {}
     crossing = segment.crossing(adjoint, inside)
     del inside
     for step in steps:
         for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
-            values = dot(responses, segment.units(batch.gradients))
+            gradients = segment.units(batch.gradients) if WHOLE in responses else batch.gradients
+            values = dot(responses, gradients)
             share = 1 / (session.num_train * len(steps))
             session.add(number, batch, values * share, first_query, used=segment.used)
+            if session.by_token:
+                session.add_terms(batch, tokens, first_query, share, segment.used)
     return crossing
 
 
 def _responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
-    """What the queries ask of the segment's examples."""
+    """What the queries ask of the segment's examples: by unit of curvature, or by block where the
+    unit of leading directions takes all blocks together."""
     meetings = segment.session.num_train * len(segment.steps.checkpoints)
-    responses = {}
+    responses: dict[str, Response] = {}
     for name, adjoint in inside.items():
         spectrum = segment.spectra[name]
-        if isinstance(spectrum, Spectrum) and name not in segment.geometry.scale:
-            response = combined(segment.transfers[name].response, adjoint)
+        response = combined(segment.transfers[name].response, adjoint)
+        if name in segment.geometry.scale:
+            by_unit = {name: segment.response(name, adjoint)}
+            if name == WHOLE:
+                by_unit = as_matrices(segment.session.blocks, by_unit[name][..., 0, 0, :])
+            responses |= {unit: Response(own, None, meetings) for unit, own in by_unit.items()}
+        elif isinstance(spectrum, Spectrum):
             responses[name] = Response(response, spectrum, meetings)
         else:
-            responses[name] = Response(segment.response(name, adjoint), None, meetings)
+            for block, (basis, own) in spectrum.in_blocks(response).items():
+                responses[block] = Response(own, basis, meetings)
     return responses
 
 
@@ -55,21 +68,24 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
     session, last = segments[-1].session, segments[-1]
     for batch in session.walk("self-influence"):
         measured = last.measurement_gradients(batch)
+        rows = {n: own for n, own in touched_rows([measured]).items() if n in last.looked_up}
+        measured |= {name: restricted(measured[name], own) for name, own in rows.items()}
+        near = [segment.restricted(rows) for segment in segments]
         trained = {
             step: segment.gradients(batch, step)
-            for segment in segments
+            for segment in near
             for step in segment.steps.checkpoints
         }
         for name, gradient in measured.items():
-            for rows in chunks(slice(0, len(batch.examples)), gradient.cost_per_example):
-                examples = batch.examples[rows]
+            for part in chunks(slice(0, len(batch.examples)), gradient.cost_per_example):
+                examples = batch.examples[part]
                 values = torch.zeros(len(examples), dtype=session.dtype, device=session.device)
-                for segment, adjoint in examples_as_queries(segments, name, gradient, rows):
+                for segment, adjoint in examples_as_queries(near, name, gradient, part):
                     response = combined(segment.transfers[name].response, adjoint)
                     for step in segment.steps.checkpoints:
-                        own = segment.coordinates(name, trained[step][name], rows)
+                        own = segment.coordinates(name, trained[step][name], part)
                         products = (response * own).flatten(1).sum(1)
                         if (weights := batch.weights(segment.used)) is not None:
-                            products = products * weights[rows]
+                            products = products * weights[part]
                         values += products / len(segment.steps.checkpoints)
                 session.add_self_influence(examples, values / session.num_train)

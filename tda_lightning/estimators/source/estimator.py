@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
     LeadingDirections,
+    Spectrum,
     check_dense_side,
     check_kind,
     check_statistics,
@@ -28,6 +29,13 @@ from tda_lightning.estimators.source.coupling import (
     stage_cuts,
 )
 from tda_lightning.estimators.source.felt import felt_note
+from tda_lightning.estimators.source.looked_up import (
+    curved_rows,
+    query_bytes,
+    rows_of_queries,
+    separable,
+    united,
+)
 from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
 from tda_lightning.estimators.source.segments import (
     Cross,
@@ -233,12 +241,14 @@ class Source:
     def score_stages(self, stages: Sequence[Stage]) -> Provenance:
         """Follow the queries back through one or several stages of training."""
         cuts = self._stage_cuts(stages)
-        fitted = [self.fit(stage, own) for stage, own in zip(stages, cuts, strict=True)]
+        alone = len(stages) == 1
+        fitted = [self.fit(own, cut, alone) for own, cut in zip(stages, cuts, strict=True)]
         session = stages[-1].session
-        query_bytes = max(fit.stage.wide.gradient_bytes(fit.copies) for fit in fitted)
+        query_bytes = max(fit.query_bytes() for fit in fitted)
         for first, last in session.query_rounds(query_bytes):
-            handed = final_adjoint(stages[-1], first, last)
-            for fit in reversed(fitted):
+            near = [fit.near(first, last) for fit in fitted]
+            handed = final_adjoint(near[-1].stage, first, last)
+            for fit in reversed(near):
                 adjoint, frozen = entered(fit.stage, fit.segments[-1], handed, last - first)
                 for segment in reversed(fit.segments):
                     crossing = fit.cross(fit.segments, segment.number, adjoint, first)
@@ -255,8 +265,12 @@ class Source:
             return [self.cuts()]
         return stage_cuts(self.num_segments, self.segment_steps, stages)
 
-    def fit(self, stage: Stage, cuts: int | list[int]) -> FittedStage:
-        """Choose how a stage's segments are crossed, and fit their curvature."""
+    def fit(self, stage: Stage, cuts: int | list[int], alone: bool = False) -> FittedStage:
+        """Choose how a stage's segments are crossed, and fit their curvature.
+
+        Args:
+            alone: there is no other stage.
+        """
         session, trajectory = stage.session, stage.session.trajectory
         linear, recorded_order = rule_of(trajectory).linear, self.order == "recorded"
         single_steps = recorded_order or (linear and self.momentum == "recursion")
@@ -280,14 +294,39 @@ class Source:
         draws = RecordedDraws.of(session) if recorded_order else None
         if draws is not None:
             draws.prepare("recorded draws", range(records[0].start, records[-1].stop))
-        leading = self.leading(session, len(records))
         segments: list[FittedSegment] = []
         require_formula(trajectory, "metric", "SOURCE")
         metrics = checkpoint_metrics(session)
+        blocks = [self._blockwise(session, n, steps, metrics) for n, steps in enumerate(records)]
+        curvatures = [own for _, own in blocks]
+        looked_up = separable(session, curvatures) if alone else []
+        if looked_up and self._fits_leading(session):
+            themselves, queries = session.self_influence, session.num_query
+            rows = rows_of_queries(session, looked_up, 0, queries, themselves)
+            rows = united(rows, curved_rows(looked_up, curvatures))
+            stage = replace(stage, session=session.restricted(rows))
+            stage = replace(stage, wide=stage.session)
+            if self.leading(stage.session, len(records)):
+                session, looked_up = stage.session, []
+                blocks = [
+                    (
+                        geometry.restricted(rows),
+                        {
+                            n: s.restricted(rows[n]) if n in rows and isinstance(s, Spectrum) else s
+                            for n, s in own.items()
+                        },
+                    )
+                    for geometry, own in blocks
+                ]
+        leading = self.leading(session, len(records))
         for number, steps in enumerate(records):
             before = segments[-1].curvature.get(WHOLE) if segments else None
             start = before.leading if isinstance(before, DeflatedSpectrum) else None
-            geometry, curvature = self._curvature(session, number, steps, leading, metrics, start)
+            geometry, curvature = blocks[number]
+            if leading:
+                geometry, curvature = self._with_leading(
+                    session, number, steps, leading, metrics, curvature, start
+                )
             segments.append(
                 FittedSegment(
                     session=session,
@@ -303,55 +342,74 @@ class Source:
                     draws=draws,
                 )
             )
-        return FittedStage(stage, segments, cross, copies, leading, products)
+        separate = [] if leading else looked_up
+        return FittedStage(stage, segments, cross, copies, leading, products, separate)
 
-    def _curvature(
+    def _blockwise(
+        self, session: Session, number: int, steps: Segment, metrics: Mapping[int, Metric]
+    ) -> tuple[Geometry, Mapping[str, Curvature]]:
+        """The metric of a segment, and its curvature by unit."""
+        if self.curvature == MATRIX_FREE:
+            return segment_geometry(session, steps, "exact", metrics), {}
+        used = (steps.start, steps.stop)
+        geometry = segment_geometry(session, steps, self.curvature, metrics)
+        spectra = curvature_of(
+            self.statistics,
+            self.curvature,
+            session,
+            used,
+            steps.checkpoints,
+            self._scales(session, steps, self.curvature, geometry, metrics),
+            self.seed,
+            f"segment {number + 1}",
+            self.dense_side,
+            used,
+        )
+        return geometry, spectra
+
+    def _with_leading(
         self,
         session: Session,
         number: int,
         steps: Segment,
         leading: int,
         metrics: Mapping[int, Metric],
+        spectra: Mapping[str, Curvature],
         start: LeadingDirections | None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
-        """The metric of a segment, and its curvature by unit; ``start``: the leading directions of
-        the segment before."""
-        if self.curvature == MATRIX_FREE:
-            return segment_geometry(session, steps, "exact", metrics), {}
-        title, checkpoints = f"segment {number + 1}", steps.checkpoints
-        used = (steps.start, steps.stop)
-        geometry = segment_geometry(session, steps, self.curvature, metrics)
-
-        def scales(kind: str, geometry: Geometry) -> Scales:
-            if self.order == "average" or not metrics:
-                return dict.fromkeys(checkpoints, geometry.scale)
-            # Each checkpoint's curvature in its own metric (stepwise.py).
-            return {
-                step: unit_scales(session, metrics[step].values, kind)
-                for step in checkpoints
-                if step in metrics
-            }
-
-        spectra = curvature_of(
-            self.statistics,
-            self.curvature,
-            session,
-            used,
-            checkpoints,
-            scales(self.curvature, geometry),
-            self.seed,
-            title,
-            self.dense_side,
-            used,
-        )
-        if not leading:
-            return geometry, spectra
-        # With leading directions, the unit of curvature is all parameters together.
+        """The same for all parameters together, with leading directions in front of ``spectra``;
+        ``start``: those of the segment before."""
+        title, used = f"segment {number + 1}", (steps.start, steps.stop)
         geometry = segment_geometry(session, steps, "exact", metrics)
+        scales = self._scales(session, steps, "exact", geometry, metrics)
         directions = leading_directions(
-            leading, session, checkpoints, scales("exact", geometry), self.seed, title, used, start
+            leading, session, steps.checkpoints, scales, self.seed, title, used, start
         )
-        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, spectra)}
+        blockwise = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
+        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blockwise)}
+
+    def _scales(
+        self,
+        session: Session,
+        steps: Segment,
+        kind: str,
+        geometry: Geometry,
+        metrics: Mapping[int, Metric],
+    ) -> Scales:
+        if self.order == "average" or not metrics:
+            return dict.fromkeys(steps.checkpoints, geometry.scale)
+        # Each checkpoint's curvature in its own metric (stepwise.py).
+        return {
+            step: unit_scales(session, metrics[step].values, kind)
+            for step in steps.checkpoints
+            if step in metrics
+        }
+
+    def _fits_leading(self, session: Session) -> bool:
+        """Whether leading directions may be fitted, of curvature that was itself fitted."""
+        if self.curvature not in _BLOCKWISE or self.leading_directions == 0:
+            return False
+        return not uses_statistics(self.statistics, self.curvature, session.trajectory)
 
     def leading(self, session: Session, num_segments: int) -> int:
         """How many leading directions are held for the model at hand."""
@@ -410,6 +468,7 @@ class FittedStage:
         copies: dense gradients that each query takes meanwhile.
         leading: number of leading directions.
         products: of matrix-free curvature, with their record.
+        looked_up: units of which only the rows that queries touch are followed.
     """
 
     stage: Stage
@@ -418,6 +477,33 @@ class FittedStage:
     copies: int
     leading: int
     products: MatrixFreeOrder | None
+    looked_up: Sequence[str] = ()
+
+    def near(self, first: int, last: int) -> FittedStage:
+        """The stage for the queries ``first`` to ``last``: restricted to the rows that they touch
+        (``looked_up.py``)."""
+        if not self.looked_up:
+            return self
+        session = self.stage.session
+        themselves = self._as_queries and first == 0
+        rows = rows_of_queries(session, self.looked_up, first, last, themselves)
+        segments = [segment.restricted(rows) for segment in self.segments]
+        session = segments[-1].session
+        return replace(
+            self, stage=replace(self.stage, session=session, wide=session), segments=segments
+        )
+
+    def query_bytes(self) -> int:
+        """Bytes that a query takes on its way back."""
+        session = self.stage.wide
+        if not self.looked_up or self._as_queries:
+            return session.gradient_bytes(self.copies)
+        return query_bytes(session, self.looked_up, self.copies)
+
+    @property
+    def _as_queries(self) -> bool:
+        """Whether training examples are scored for themselves along with the first queries."""
+        return self.stage.session.self_influence and self.cross is recorded.cross
 
     def notes(self) -> list[str]:
         """What a reader should know of how this run was followed."""

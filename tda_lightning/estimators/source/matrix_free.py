@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import Products, as_matrices
 from tda_lightning.curvature.fit import WHOLE
-from tda_lightning.estimators.queries import Response, dot
+from tda_lightning.estimators.queries import Response, directions, dot
 from tda_lightning.estimators.source.matrix_functions import segment_functions
 from tda_lightning.estimators.source.segments import Adjoint, Crossing, FittedSegment
 from tda_lightning.records.provenance import MatrixFreeRecord
@@ -107,10 +107,13 @@ class MatrixFreeOrder:
             name: Response(matrix.contiguous(), None, meetings)
             for name, matrix in as_matrices(session.blocks, response).items()
         }
+        tokens = directions(session, responses) if session.by_token else {}
         for step in steps:
             for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
                 values = dot(responses, batch.gradients) / meetings
                 session.add(number, batch, values, first_query, used=segment.used)
+                if session.by_token:
+                    session.add_terms(batch, tokens, first_query, 1 / meetings, segment.used)
         return Crossing(carried, {})
 
     def _multiply(self, segment: FittedSegment, vectors: Tensor) -> Tensor:

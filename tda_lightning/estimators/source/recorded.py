@@ -9,7 +9,7 @@ Gradients are interpolated between the two checkpoints around a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -59,9 +59,22 @@ def cross(
                         taken = combined(coefficients, own)
                         own_values[part] -= (taken * gradient).flatten(1).sum(1)
         session.add(number, batch, values, first_query)
+        if session.by_token:
+            segment.add_terms(batch, load, _taken(segment, u, inside), first_query)
         if with_self:
             session.add_self_influence(batch.examples, own_values)
     return segment.crossing(adjoint, inside)
+
+
+def _taken(segment: FittedSegment, u: Mapping[str, Tensor], inside: Adjoint) -> dict[str, Tensor]:
+    """What the gradients of a step are multiplied by, on the parameters: [query, groups, rows,
+    columns] by unit."""
+    return {
+        name: segment.geometry.on_parameters(
+            name, segment.spectra[name].lift(combined(coefficients, inside[name]))
+        )
+        for name, coefficients in u.items()
+    }
 
 
 def _steps_back(segment: FittedSegment) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,24 @@ class Load:
         between = (self.rows[rows] - start).double() / max(stop - start, 1)
         between, shares = (n.to(before)[:, None, None, None] for n in (between, self.shares[rows]))
         return shares * torch.lerp(before, after, between)
+
+    def by_step(self) -> list[Load]:
+        """The load cut into those of single steps."""
+        return [
+            replace(
+                self,
+                examples=self.examples[part],
+                rows=self.rows[part],
+                shares=self.shares[part],
+            )
+            for _, part in self.runs()
+        ]
+
+    def end_shares(self) -> tuple[Tensor, Tensor]:
+        """What the gradients at the two checkpoints around the steps count by, [load] each."""
+        start, stop = self.interval
+        after = self.shares * (self.rows - start).double() / max(stop - start, 1)
+        return self.shares - after, after
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """Each step with the positions of its examples."""

@@ -8,7 +8,7 @@ plain gradient descent (docs/methods.md, "SOURCE for Adam").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tda_lightning.curvature import DeflatedSpectrum, Spectrum, unit_matrices, units
 from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators.queries import unit_directions
 from tda_lightning.estimators.source.felt import felt
 from tda_lightning.estimators.source.schedule import Load, recorded_batches, recorded_loads
 from tda_lightning.estimators.source.spectral import (
@@ -78,6 +79,14 @@ class Geometry:
     scale: dict[str, Tensor]
     decay: dict[str, Tensor]
     still: dict[str, Tensor]
+
+    def restricted(self, rows: Mapping[str, Tensor]) -> Geometry:
+        """Of some rows of some units alone."""
+
+        def chosen(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: own[:, rows[n]] if n in rows else own for n, own in values.items()}
+
+        return Geometry(self.time, chosen(self.scale), chosen(self.decay), chosen(self.still))
 
     def inverse(self, name: str) -> Tensor:
         """1 / h, and 0 where h = 0."""
@@ -230,6 +239,38 @@ class FittedSegment:
     bounded: set[int] = field(default_factory=set)
     draws: RecordedDraws | None = None
 
+    def restricted(self, rows: Mapping[str, Tensor]) -> FittedSegment:
+        """The segment for queries that touch these rows, ascending, of blocks whose rows are
+        looked up, and no others: as no eigenvector mixes rows, the others take no part."""
+        if not rows:
+            return self
+        curvature = {
+            name: own.restricted(rows[name]) if name in rows and isinstance(own, Spectrum) else own
+            for name, own in self.curvature.items()
+        }
+        session, geometry = self.session.restricted(rows), self.geometry.restricted(rows)
+        out = replace(self, session=session, geometry=geometry, curvature=curvature)
+        spectra = dict(self.spectra)
+        for name, own in rows.items():
+            spectrum = spectra[name]
+            assert isinstance(spectrum, Spectrum)
+            spectra[name] = spectrum.restricted(own)
+        vars(out).update(spectra=spectra)
+        if self.rule.linear or not self.single_steps:  # the others have no transfer
+            transfers = dict(self.transfers)
+            for name, own in rows.items():
+                response, carry = transfers[name].response, transfers[name].carry
+                transfers[name] = Transfer(response[..., own, :], carry[..., own, :])
+            vars(out).update(transfers=transfers)
+        return out
+
+    @property
+    def looked_up(self) -> list[str]:
+        """Units whose rows are looked up and not mixed by curvature."""
+        rows_each = self.session.engine.rows_each
+        spectra = ((name, own) for name, own in self.curvature.items() if name in rows_each)
+        return [n for n, own in spectra if isinstance(own, Spectrum) and own.left is None]
+
     @property
     def title(self) -> str:
         """For progress bars."""
@@ -284,11 +325,27 @@ class FittedSegment:
     @cached_property
     def scored_loads(self) -> list[Load]:
         """The uses that are scored: the same, or those of the examples that edits change."""
-        session = self.session
-        if session.edits is None:
-            return self.loads
-        size, share = session.batch_size, session.task.share
-        return recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+        session, loads = self.session, self.loads
+        if session.edits is not None:
+            size, share = session.batch_size, session.task.share
+            loads = recorded_loads(session.trajectory, self.steps, size, share, session.uses)
+        # What gradients are multiplied by differs from step to step: terms are scored by it.
+        return [part for load in loads for part in load.by_step()] if session.by_token else loads
+
+    def add_terms(
+        self, batch: Batch, load: Load, taken: Mapping[str, Tensor], first_query: int
+    ) -> None:
+        """Add the scores of the terms of a load of one step.
+
+        Args:
+            taken: minus what the step's gradients are multiplied by, on the parameters: [query,
+                groups, rows, columns] by unit.
+        """
+        directions = unit_directions(self.session, {name: -own for name, own in taken.items()})
+        for step, share in zip(load.interval, load.end_shares(), strict=True):
+            if bool((share != 0).any()):
+                self.session.load(step)
+                self.session.add_terms(batch, directions, first_query, share)
 
     def walk(self, title: str, loads: Sequence[Load], scored: bool = True) -> Iterator[Batch]:
         """The examples of some loads; ``scored``: they are ``scored_loads``."""

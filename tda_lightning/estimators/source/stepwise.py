@@ -68,6 +68,8 @@ def cross(
                         gradient = load.gradients(ends, part)
                         values[:, part] -= own.flatten(1) @ gradient.flatten(1).T
             session.add(number, batch, values, first_query)
+            if session.by_token:
+                segment.add_terms(batch, load, u, first_query)
         # The first steps may have no scored use, or their batches may be another process's.
         if session.num_processes > 1 or session.edits is not None:
             for _ in steps:

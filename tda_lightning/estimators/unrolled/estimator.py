@@ -15,6 +15,7 @@ from torch import Tensor
 from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.estimators.unrolled.batch_statistics import moving_layers
 from tda_lightning.estimators.unrolled.certificate import Certificate
+from tda_lightning.estimators.unrolled.directions import PROBES, Directions
 from tda_lightning.estimators.unrolled.refusals import require_exact
 from tda_lightning.estimators.unrolled.replayed import ForwardSweeps, state_bytes
 from tda_lightning.estimators.unrolled.resume import UnfinishedRound
@@ -72,6 +73,9 @@ class Unrolled:
             replaying again; ``auto``: as many in memory as fit, the others by replaying again.
         tolerance: how far a replay may miss a recorded checkpoint, relative to how far the weights
             moved since the checkpoint before.
+        query_tolerance: how much of a query's gradient, relative to its length, may be left out so
+            that fewer directions than queries go back through the run
+            (``provenance["directions"]`` bounds what that does to scores). 0: nothing.
 
     Raises:
         ValueError: at once, for impossible settings; when scoring, for too small a budget.
@@ -101,6 +105,7 @@ class Unrolled:
     memory_budget: int | None = None
     states: str = "auto"
     tolerance: float = 1e-3
+    query_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -114,6 +119,11 @@ class Unrolled:
             raise ValueError(f"states must be one of {', '.join(STATES)}, got {self.states!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
+        if not 0 <= self.query_tolerance < 1:
+            raise ValueError(
+                f"query_tolerance is a share of a gradient's length, from 0 to below 1, got "
+                f"{self.query_tolerance}."
+            )
 
     def segment_count(self, session: Session) -> int:
         """One segment for each recorded interval between checkpoints."""
@@ -126,7 +136,8 @@ class Unrolled:
         replay = Replay(trajectory, session.module, session.task, session.examples)
         with replay.as_trained():
             layers = moving_layers(session.module)
-        require_exact(replay, session, layers, self.token_weights)
+        by_position = self.token_weights or session.by_token
+        require_exact(replay, session, layers, by_position)
         session.recorded_draws = True
         checkpoints = sorted(trajectory.checkpoints)
         segments = list(zip(checkpoints, checkpoints[1:], strict=False))
@@ -141,6 +152,7 @@ class Unrolled:
         rounds: list[UnfinishedRound] = []
         by_token: Tensor | None = None
         growths: list[Tensor] = []
+        truncated: list[Directions | None] = []
         query_bytes = _adjoint_bytes(session)
         with closing(forward):
             for first, last in session.query_rounds(query_bytes, budget // 2):
@@ -157,7 +169,8 @@ class Unrolled:
                         range(own_first, own_last),
                         unfinished.tensors,
                         room=budget // 4,
-                        by_position=self.token_weights,
+                        by_position=by_position,
+                        tolerance=self.query_tolerance,
                     )
                     if unfinished.tensors is not None:
                         certificate.restore(unfinished.tensors)
@@ -174,13 +187,16 @@ class Unrolled:
                 if reverse is not None:
                     reverse.finish()
                     growths.append(reverse.growth())
+                    truncated.append(reverse.directions)
                     by_token = reverse.add_tokens_to(by_token)
-        if self.token_weights:
+        if by_position:
             assert by_token is not None
             session.scores.set_by_token(session.reduce(by_token))
         for unfinished in rounds:
             unfinished.discard()
+        directions = self._directions(session, truncated)
         return {
+            **directions,
             "question": _QUESTION,
             "sizes": _SIZES,
             "checkpoints": checkpoints,
@@ -274,6 +290,8 @@ class Unrolled:
             del settings[name]
         key = digest(
             {
+                **({"by_token": True} if session.by_token else {}),
+                **({} if session.rows is None else {"rows": session.rows.position}),
                 "model and data": session.cache_key([trajectory.last_step]),
                 "settings": json.dumps(settings, sort_keys=True, default=repr),
                 "run": facts.settings.get("run_id"),
@@ -281,10 +299,30 @@ class Unrolled:
                 "states": rule_of(trajectory).states,
                 "steps": [trajectory.steps.examples, trajectory.steps.learning_rate],
                 "edits": None if edits is None else _terms_digest(edits),
+                **({} if session.asked is None else {"measurement": session.asked.settings()}),
                 "queries": [first, last, *map(digest, session.queries(first, last))],
             }
         )
         return UnfinishedRound(trajectory.unfinished, key)
+
+    def _directions(self, session: Session, rounds: Sequence[Directions | None]) -> Provenance:
+        """How many directions went back, and what that did to the scores of these queries."""
+        found = [own for own in rounds if own is not None]
+        if not found:
+            return {}
+        typical, bound = (
+            torch.cat(errors) for errors in zip(*(own.errors() for own in found), strict=True)
+        )
+        return {
+            "directions": {
+                "kept": sum(own.kept for own in found),
+                "probes": PROBES * len(found),
+                "queries": sum(len(own.mix) for own in found),
+                "tolerance": self.query_tolerance,
+                "relative_error": float(typical.median()),
+                "error_bound": float(bound.max()),
+            }
+        }
 
     def _notes(self, session: Session, first_row: int) -> list[str]:
         notes, last = [], session.trajectory.last_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tda_lightning.edits import GraphEditSet
+from tda_lightning.edits import DocumentRemoval, GraphEditSet
 from tda_lightning.optimizers import require_formula
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.replay.run import Replay
@@ -50,8 +50,8 @@ def require_exact(
         )
     if token_weights and session.num_processes > 1:
         raise ValueError(
-            f"token_weights are gathered in one process, got {session.num_processes}. Give a "
-            "trainer with devices=1."
+            "Scores by token of exact unrolling (token_weights) are gathered in one process, got "
+            f"{session.num_processes}. Give a trainer with devices=1."
         )
     if task.layers is not None:
         raise UnsupportedTrainingError(
@@ -73,8 +73,8 @@ def require_exact(
     session.edits.require_in_batches("exact unrolling")
     if token_weights:
         raise ValueError(
-            "edits change an example's whole loss, and token_weights splits its score by the "
-            "terms of the old one: ask for one of them at a time."
+            "edits change an example's whole loss, and token_weights (by_token) splits its score "
+            "by the terms of the old one: ask for one of them at a time."
         )
     if isinstance(session.edits, GraphEditSet):
         if moving:
@@ -84,6 +84,12 @@ def require_exact(
                 "Source, InfluenceFunction or TracIn for it."
             )
         return
+    if any(isinstance(edit, DocumentRemoval) for edit in session.edits.edits):
+        raise UnsupportedTrainingError(
+            "The rows hold several documents, and exact unrolling splits a row's loss by its "
+            "positions: ask for Unrolled(token_weights=True), whose columns are the rows, and add "
+            "up scores.by_token with tda_lightning.edits.sum_by_document."
+        )
     replaced = [edit for edit in session.edits.edits if any(t.index is None for t in edit.terms())]
     if moving and replaced:
         raise UnsupportedTrainingError(

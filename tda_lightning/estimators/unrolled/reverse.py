@@ -20,6 +20,7 @@ from tda_lightning.estimators.unrolled.derivatives import (
     is_out_of_memory,
     queries_at_once,
 )
+from tda_lightning.estimators.unrolled.directions import Directions
 from tda_lightning.estimators.unrolled.graph_edits import edit_products
 from tda_lightning.estimators.unrolled.step_states import StepState
 from tda_lightning.optimizers import rule_of
@@ -46,6 +47,7 @@ class ReverseSweeps:
         adjoint: of the optimizer's state.
         statistics: adjoints of running statistics, [query, features] by buffer name.
         by_token: [query, train, position] when asked for; None before the first step.
+        directions: what goes back instead of the queries; None: they go back themselves.
         first_query: number of the first of the queries.
     """
 
@@ -60,7 +62,9 @@ class ReverseSweeps:
         first_query: int,
         room: int,
         by_position: bool,
+        directions: Directions | None = None,
     ) -> None:
+        self.directions = directions
         self.replay, self.session, self.layers = replay, session, layers
         self.adjoint, self.statistics = adjoint, statistics
         self.first_query = first_query
@@ -84,6 +88,7 @@ class ReverseSweeps:
         *,
         room: int,
         by_position: bool,
+        tolerance: float = 0.0,
     ) -> ReverseSweeps:
         """Some queries at the end of training, or where an interrupted attribution left them.
 
@@ -92,12 +97,20 @@ class ReverseSweeps:
             tensors: what :meth:`tensors` gave; None for the end of training.
             room: bytes for the graphs of batches on an accelerator.
             by_position: score the terms of an example's loss.
+            tolerance: how far a query may be from the directions that go back in its place; 0: it
+                goes back itself.
         """
         trajectory, first = replay.trajectory, queries.start
+        directions = None if tensors is None else Directions.restored(tensors)
         if tensors is None:
             session.load(trajectory.last_step)
-            adjoint = OptimizerAdjoint(trajectory, _parameter_gradients(session, queries))
+            gradients = _parameter_gradients(session, queries)
             statistics = _statistics_gradients(session, layers, queries)
+            if tolerance and (found := Directions.of({**gradients, **statistics}, tolerance)):
+                directions, carried = found
+                gradients = {name: carried[name] for name in gradients}
+                statistics = {name: carried[name] for name in statistics}
+            adjoint = OptimizerAdjoint(trajectory, gradients)
         else:
             device = session.device
             grouped = {
@@ -123,6 +136,7 @@ class ReverseSweeps:
             first,
             room,
             by_position,
+            directions,
         )
         if tensors is not None:
             reverse.restore(tensors)
@@ -164,6 +178,8 @@ class ReverseSweeps:
         tensors["open"] = self._values  # of a segment of which the last steps are only a part
         tensors["together"] = torch.tensor(self._chunk)
         tensors["lengths"] = self._lengths
+        if self.directions is not None:
+            tensors |= self.directions.tensors()
         return tensors if self.by_token is None else {**tensors, "by_token": self.by_token}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -180,7 +196,7 @@ class ReverseSweeps:
 
     def growth(self) -> Tensor:
         """How many times longer the parameters' adjoint of each query has become on its way back:
-        [query]."""
+        [query]; of directions in their place, where there are such."""
         return self._adjoint_lengths() / self._lengths.clamp(min=torch.finfo(torch.float64).tiny)
 
     def _adjoint_lengths(self) -> Tensor:
@@ -202,7 +218,8 @@ class ReverseSweeps:
         if by_token is None:
             shape = (self.session.num_query, *self.by_token.shape[1:])
             by_token = self.by_token.new_zeros(shape)
-        by_token[self.first_query : self.first_query + self._queries] = self.by_token
+        own = self.by_token if self.directions is None else self.directions.scores(self.by_token)
+        by_token[self.first_query : self.first_query + len(own)] = own
         return by_token
 
     def _zeros(self) -> Tensor:
@@ -212,7 +229,10 @@ class ReverseSweeps:
 
     def _end_segment(self, number: int) -> None:
         columns = torch.arange(self._values.shape[1])
-        self.session.scores.add(number, columns, self._values, self.first_query)
+        values = self._values
+        if self.directions is not None:
+            values = self.directions.add(values)
+        self.session.scores.add(number, columns, values, self.first_query)
         self._finished[number] = self._values
         self._values = self._zeros()
 

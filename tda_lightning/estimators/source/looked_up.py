@@ -1,0 +1,81 @@
+"""Which rows of an embedding SOURCE must follow.
+
+An embedding's curvature in blocks is diagonal in the rows: an example looks rows up, so that the
+second moment of that side is their counts. A row that no query touches then meets nothing, in any
+segment, and is left out of adjoints, segments and gradients. Leading directions do mix rows, those
+that the curvature reaches: with them these are followed too. Either way nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import Spectrum
+from tda_lightning.estimators.source.segments import Curvature
+from tda_lightning.gradients.rows import touched_rows
+from tda_lightning.session.session import Session, memory_budget
+
+Rows = dict[str, Tensor]  # ascending, by unit
+
+
+def separable(session: Session, curvatures: Sequence[Mapping[str, Curvature]]) -> list[str]:
+    """Units whose rows are looked up and not mixed by the curvature of any segment."""
+    return [
+        name
+        for name in session.engine.rows_each
+        if all(isinstance(own.get(name), Spectrum) for own in curvatures)
+        and all(own[name].left is None for own in curvatures)  # type: ignore[union-attr]
+    ]
+
+
+def rows_of_queries(
+    session: Session, names: Sequence[str], first: int, last: int, themselves: bool
+) -> Rows:
+    """Rows that the queries ``first`` to ``last`` touch at the end of training; ``themselves``:
+    and the training examples as queries."""
+    session.load(session.trajectory.last_step)
+    rows = session.query_rows(first, last)
+    if themselves:
+        walk = session.walk("rows of examples")
+        own = touched_rows(batch.measurement_gradients for batch in walk)
+        rows = united(rows, {name: session.gathered(one) for name, one in own.items()})
+    return {name: own for name, own in rows.items() if name in names}
+
+
+def curved_rows(names: Sequence[str], curvatures: Sequence[Mapping[str, Curvature]]) -> Rows:
+    """Rows on which the curvature of any segment is not zero."""
+    return {
+        name: torch.stack([own[name].eigenvalues[0].any(-1) for own in curvatures])
+        .any(0)
+        .nonzero()[:, 0]
+        for name in names
+    }
+
+
+def united(some: Rows, others: Rows) -> Rows:
+    """The rows of both, of units that both know."""
+    return {n: torch.cat([some[n], others[n]]).unique() for n in some.keys() & others.keys()}
+
+
+def query_bytes(session: Session, names: Sequence[str], copies: int) -> int:
+    """Bytes that a query takes beside as many others as fit, each of which adds its rows."""
+    count = session.num_query
+    while count > 1 and count * _bytes_beside(session, names, copies, count) > memory_budget():
+        count //= 2
+    return _bytes_beside(session, names, copies, count)
+
+
+def _bytes_beside(session: Session, names: Sequence[str], copies: int, count: int) -> int:
+    scalars = 0
+    for block in session.blocks:
+        _, rows, columns = block.shape
+        if block.name in names:
+            # Room for queries that touch twice as many as the first training examples.
+            rows = min(rows, 2 * count * session.engine.rows_each[block.name])
+            scalars += rows * columns
+        else:
+            scalars += block.size
+    return copies * scalars * session.dtype.itemsize
