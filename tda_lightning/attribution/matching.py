@@ -12,6 +12,7 @@ from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.compiled import plain_buffers, plain_parameters
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.tokenizers import tokenizer_digests
 from tda_lightning.store import compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 
@@ -28,6 +29,14 @@ def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
             "order."
         )
     compare_fingerprints(recorded.fingerprint, dataset)
+    known = recorded.settings.get("tokenizers")
+    given = tokenizer_digests(dataset, source.collate)
+    if known and given and set(known) != set(given):
+        raise TrajectoryMismatchError(
+            "The tokenizer of the training set or its collator is not the recorded one: its "
+            f"vocabulary or special tokens differ (fingerprints {', '.join(known)} recorded, "
+            f"{', '.join(given)} given). Load the tokenizer that the run was trained with."
+        )
 
 
 def require_same_parameters(module: nn.Module, trajectory: Trajectory) -> None:

@@ -4,7 +4,7 @@ task prepared, the last checkpoint loaded."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -37,6 +37,8 @@ from tda_lightning.tasks.step_noise import UNSEEN
 
 # Examples that the engine plans and checks itself on, and that identify code in the cache's key.
 _FIRST = 32
+# The label that torch's losses, and models of transformers, ignore.
+_IGNORED = -100
 
 
 def open_members(
@@ -304,4 +306,20 @@ def _query_batches(
 ) -> Iterator[tuple[object, Tensor]]:
     device = next(module.parameters()).device
     for batch, indices in queries.indexed(queries.batches(start, stop)):
-        yield queries.placed(batch, module, indices), indices.to(device)
+        placed = queries.placed(batch, module, indices)
+        _require_labels(placed, indices)
+        yield placed, indices.to(device)
+
+
+def _require_labels(batch: object, indices: Tensor) -> None:
+    """Refuse texts of which no token is predicted: their loss is a mean of nothing."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or len(labels) != len(indices):
+        return
+    ignored = (labels == _IGNORED).flatten(1).all(1)
+    if bool(ignored.any()):
+        raise ValueError(
+            f"Query {int(indices[int(ignored.nonzero()[0])])} has no label that counts: all are "
+            f"{_IGNORED}, which losses ignore; expected at least one. Leave it out, or give it "
+            "labels."
+        )

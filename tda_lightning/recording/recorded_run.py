@@ -46,6 +46,7 @@ from tda_lightning.records.errors import RecordingError, TrajectoryError, Trajec
 from tda_lightning.records.trajectory import Facts, facts_up_to
 from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import Processes
+from tda_lightning.runtime.tokenizers import tokenizer_digests
 from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
@@ -196,6 +197,9 @@ class RecordedRun:
             "planned_checkpoints": sorted(self.planned),
             "run_id": uuid.uuid4().hex,  # touches no random generator
         }
+        collate = getattr(training_loader(trainer), "collate_fn", None)
+        if with_fingerprint and (tokenizers := tokenizer_digests(data, collate)):
+            settings["tokenizers"] = tokenizers
         facts = read_facts(trainer, self._trained, num_examples(data), marks, settings)
         initial = self._checkpoints.read(0, with_optimizer=bool(self._save_optimizer))
         frozen = set(plain_parameters(self._trained.module)) - set(self._trained.ever)

@@ -10,7 +10,17 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[2] / "conf"
-COMMANDS = ("train", "ensemble", "plan", "attribute", "check", "evaluate", "report", "inspect")
+COMMANDS = (
+    "train",
+    "ensemble",
+    "plan",
+    "attribute",
+    "check",
+    "evaluate",
+    "unlearn",
+    "report",
+    "inspect",
+)
 COMMANDS += ("export",)
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),
@@ -26,6 +36,7 @@ CHOICES = [
 # Models that take sizes from their data set.
 DATA = {
     "wikitext2_gpt": "wikitext2",
+    "gpt2_lora": "wikitext2",
     "mnli_encoder": "mnli",
     "mnli_pretrained": "mnli",
     "cifar10_diffusers": "cifar10_outliers",
@@ -64,6 +75,9 @@ def test_choices_can_be_made_and_name_every_argument(command, group, name):
         return
     if name == "cifar10_diffusers":
         pytest.importorskip("diffusers")
+    if name == "gpt2_lora":
+        pytest.importorskip("transformers")
+        pytest.importorskip("peft")
     made = instantiate(config[group], _convert_="all")
     if (group, name) != ("task", "none"):
         assert made is not None
@@ -102,6 +116,9 @@ def test_a_solver_is_the_influence_functions():
 def test_experiments_can_be_made(name, tmp_path):
     config = make("train", f"experiment={name}", f"output={tmp_path / 'run'}")
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if name == "gpt2_lora":
+        pytest.importorskip("transformers")
+        pytest.importorskip("peft")
     data, module = instantiate(config.data), instantiate(config.model, _convert_="all")
     assert data.batch_size == config.data.batch_size
     assert sum(parameter.numel() for parameter in module.parameters()) > 1000

@@ -1,5 +1,6 @@
 """Models of the examples: LightningModules in plain torch, configured by Hydra."""
 
+from tda_lightning.examples.models.adapted import AdaptedGPT2
 from tda_lightning.examples.models.encoder import Encoder
 from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.examples.models.modules import (
@@ -17,6 +18,7 @@ __all__ = [
     "CNN",
     "GPT",
     "MLP",
+    "AdaptedGPT2",
     "Classifier",
     "Denoiser",
     "Encoder",

@@ -1,0 +1,56 @@
+"""The table of ``README.md``, from the results that are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.models.run import ESTIMATORS, RESULTS
+
+README = Path(__file__).parent / "README.md"
+MARKS = ("<!-- table -->", "<!-- end of table -->")
+
+
+def table() -> str:
+    heads = (
+        "model",
+        "adapter",
+        "trained of",
+        "largest error",
+        "checkpoint",
+        *ESTIMATORS,
+        "peak memory",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        row = json.loads(path.read_text())
+        times = [row[name]["seconds"] / row["epoch_seconds"] for name in ESTIMATORS]
+        peak = max(row[name]["peak_bytes"] for name in ESTIMATORS) / 2**20
+        cells = [
+            row["model"],
+            row["adapter"],
+            f"{row['trained']:,} of {row['parameters']:,}",
+            f"{row['error']:.0e}",
+            f"{row['checkpoint_bytes'] / 1000:.0f} kB",
+            *(f"{value:.0f}" for value in times),
+            f"{peak:.0f} MiB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into the README")
+    if not parser.parse_args().write:
+        print(table())
+        return
+    text = README.read_text()
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    README.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
