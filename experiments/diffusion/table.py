@@ -61,14 +61,14 @@ def retrainings(found: dict[str, Any]) -> str:
     """Linear datamodeling scores."""
     setup, rows = found["setup"], []
     for name, (value, low, high) in found["lds"].items():
-        times = found["seconds"][name] / found["seconds"]["training"]
+        times = found["seconds"][name] / (found["seconds"]["retraining"] / setup["subsets"])
         rows.append(f"| {name} | {value:.2f} ({low:.2f} to {high:.2f}) | {times:.1f} |")
     head = (
         f"{setup['planes']} aeroplanes and {setup['zeros']} zeros of {setup['size']} x "
         f"{setup['size']} pixels, {setup['steps']} steps; losses of {setup['queries']} generated "
         f"samples over {setup['draws']} draws of the noise; {setup['subsets']} retrainings on "
         "random halves. Intervals of 95% over subsets.\n\n"
-        "| | linear datamodeling score | processor time / training's |\n|---|---|---|"
+        "| | linear datamodeling score | processor time / that of a retraining |\n|---|---|---|"
     )
     return "\n".join([head, *rows])
 

@@ -48,8 +48,8 @@ class NodeSource(ExampleSource):
 def by_node(
     members: Sequence[Sequence[StageSetup]],
     training: Sequence[ExampleSource],
-    queries: ExampleSource,
-) -> tuple[list[list[StageSetup]], list[ExampleSource], ExampleSource]:
+    queries: ExampleSource | None,
+) -> tuple[list[list[StageSetup]], list[ExampleSource], Any]:
     """Stages and data sets whose examples are nodes, where a task asks for nodes or the training
     set is one graph with a mask; all others as they are.
 
@@ -69,7 +69,7 @@ def by_node(
         for member in members
     ]
     last = sources[-1]
-    if isinstance(last, NodeSource):
+    if isinstance(last, NodeSource) and queries is not None:
         queries = _queried(tasks[len(sources) - 1], queries, last)
     return stages, sources, queries
 

@@ -32,6 +32,7 @@ from tda_lightning.attribution.sessions import (
     sample_batches,
 )
 from tda_lightning.attribution.stages import set_up, training_sets
+from tda_lightning.attribution.unlearning import edit_set_of, moved_weights
 from tda_lightning.attribution.what_if import (
     SIZES,
     AskedRuns,
@@ -51,7 +52,12 @@ from tda_lightning.edits import (
     pool_record,
 )
 from tda_lightning.edits.documents import holds_documents
-from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
+from tda_lightning.estimators import (
+    EnsembleEstimator,
+    Estimator,
+    InfluenceFunction,
+    StagedEstimator,
+)
 from tda_lightning.estimators.base import self_influence_by_default
 from tda_lightning.gradients.check import largest_errors
 from tda_lightning.measurements import Measurement, as_measurement
@@ -492,6 +498,52 @@ class AttributionModule(LightningModule):
             trained = PassPlan("what-if run, if it is not there yet", runs, steps, seconds)
             plan = replace(plan, passes=(trained, *plan.passes))
         return plan
+
+    def unlearned(
+        self,
+        train: object,
+        edits: Sequence[Edit | GraphEdit],
+        batch_size: int = 256,
+        trainer: Trainer | None = None,
+    ) -> nn.Module:
+        """A copy of the module with the weights that training with these edits, all made at once,
+        is predicted to lead to: what is removed is unlearned (docs/methods.md, "Unlearning").
+
+        :func:`tda_lightning.evaluation.compare_unlearned` says how close it comes to training
+        again.
+
+        Args:
+            train: the recorded training set, as in :meth:`attribute`.
+            edits: such as ``[Removal(3), Removal(17)]``, or edits of a graph. Losses keep their
+                denominators: what is removed has weight 0.
+
+        Raises:
+            TrajectoryMismatchError: ``train`` is not the data of the run.
+            UnsupportedTrainingError: the estimator is not ``InfluenceFunction``, or there are
+                several runs or stages.
+            ValueError: no edits, or one that does not fit.
+        """
+        require_attributable(batch_size, trainer, edits=edits)
+        if type(self.estimator) is not InfluenceFunction or len(self.members) > 1:
+            raise UnsupportedTrainingError(
+                "unlearned() moves the weights of one run by InfluenceFunction, got "
+                f"{type(self.estimator).__name__} and {len(self.members)} runs. Use "
+                "AttributionModule(module, trajectory, InfluenceFunction(...))."
+            )
+        estimator = self.estimator
+        (source,) = [
+            ExampleSource.of(data, batch_size, "training")
+            for data in training_sets(train, self.stages[-1].run + 1)
+        ]
+        require_same_data(self.trajectory, source)
+        ((stage,),), (source,), _ = by_node(self.members, [source], None)
+        runner = trainer or quiet_trainer()
+        with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
+            edit_set = edit_set_of(edits, source)
+            session = open_session(stage, source, source, self_influence=False)
+            edit_set.source = edit_set.source.checked(session.module)
+            # In a list: a module that is an attribute would become a part of this one.
+            return self._launch(runner, lambda: [moved_weights(estimator, session, edit_set)])[0]
 
     # One launch: Lightning sets up devices and processes, and one step does all the work.
 

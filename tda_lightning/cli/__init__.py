@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
+    "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
     "init": ("write a small project to start from, with a module and data of one's own", None),
@@ -44,6 +45,7 @@ For example:
     tda attribute  trajectory=runs/digits estimator=source
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
+    tda unlearn    runs/digits 'remove=[3,17]'
     tda report     scores=runs/digits/scores/source.h5
     tda export     runs/digits/scores/source.h5 k=50
     tda inspect    runs/digits

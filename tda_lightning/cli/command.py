@@ -20,7 +20,8 @@ from tda_lightning.cli.setting_types import require_setting_types
 
 # Settings that make other scores, which the names of files tell apart.
 _NAMING = (
-    *("estimator.", "solver=", "solver.", "relabel=", "keep=", "draws=", "at_step=", "ckpt="),
+    *("estimator.", "solver=", "solver.", "relabel=", "edits=", "keep=", "draws="),
+    *("at_step=", "ckpt="),
     *("measurement=", "measurement.", "pool=", "pool.", "by_token="),
 )
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, open_dict
 
 from tda_lightning.cli.command import not_null
+from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.own_data import OwnData, as_attributed
 from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.run_config import build, trusts
@@ -91,14 +92,16 @@ def load_data(
     asked = {**(changes or {}), **not_null(config.data)}
     kind = str(run_config.data.get("_target_"))
     if kind.startswith("tda_lightning.examples.data."):
-        data: AttributedData = build(run_config.data, trusts(config), **asked)
+        data: AttributedData = as_trained(
+            run_config, build(run_config.data, trusts(config), **asked)
+        )
         return data
     # Which queries there are is not for a plain data module to know.
     chosen = {name: asked.pop(name) for name in ("queries", "num_query") if name in asked}
-    own = build(run_config.data, trusts(config), **asked)
+    own = as_trained(run_config, build(run_config.data, trusts(config), **asked))
     if chosen and not isinstance(as_attributed(own), OwnData):
         own = build(run_config.data, trusts(config), **asked, **chosen)
-        return as_attributed(own)
+        return as_attributed(as_trained(run_config, own))
     return as_attributed(own, **chosen)
 
 

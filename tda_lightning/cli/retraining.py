@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from tda_lightning.cli.command import not_null
+from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.own_data import OwnData
 from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.question import measurement_of
@@ -179,12 +180,14 @@ class RecordedRun:
     def _reordered_data(self, seed: int) -> AttributedData:
         if isinstance(self.data, Reorderable):
             return self.data.reordered(seed)  # nothing is read again
-        recorded, changes = self.run_config.data, not_null(self.config.data)
-        if "seed" in recorded:
+        changes = not_null(self.config.data)
+        if "seed" in self.run_config.data:
             changes["seed"] = seed
         if isinstance(self.data, OwnData):
             changes = {n: v for n, v in changes.items() if n not in ("queries", "num_query")}
-        return build(recorded, trusts(self.config), **changes)
+        return as_trained(
+            self.run_config, build(self.run_config.data, trusts(self.config), **changes)
+        )
 
     def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""
@@ -194,7 +197,8 @@ class RecordedRun:
             return {"damping": total_damping(self.trajectory, self.config.damping)}
         settings: Any = OmegaConf.to_container(self.run_config, resolve=True)
         data = {k: v for k, v in settings["data"].items() if k not in _NOT_OF_THE_ALGORITHM}
-        return {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
+        made = {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
+        return made | ({"drop": settings["drop"]} if settings.get("drop") else {})
 
 
 def _fresh_trainer(node: DictConfig | None, trust: bool, changes: Mapping[str, object]) -> Trainer:

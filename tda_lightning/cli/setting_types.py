@@ -22,6 +22,8 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "damping": (float | None, ""),
     "directions": (int, ""),
     "estimators": (Mapping, ""),
+    "drop": (str | Sequence[str] | None, "drop=edits.json"),
+    "edits": (str | None, "edits=edits.json"),
     "epochs": (int | None, ""),
     "examples": (int, ""),
     "fraction": (float, ""),

@@ -12,6 +12,7 @@ from tda_lightning.edits.documents import (
 )
 from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.edits import Addition, Edit, Relabel, Removal, Replace, Term
+from tda_lightning.edits.edits_file import load_edits, save_edits
 from tda_lightning.edits.graph_edit_set import EditedGraphs, GraphEditSet
 from tda_lightning.edits.graph_edits import (
     AddEdges,
@@ -40,7 +41,9 @@ __all__ = [
     "Term",
     "additions",
     "document_removals",
+    "load_edits",
     "pool_notes",
     "pool_record",
+    "save_edits",
     "sum_by_document",
 ]

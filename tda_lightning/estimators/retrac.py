@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,8 @@ from tda_lightning.estimators.tracin import (
     uses_since,
 )
 from tda_lightning.estimators.use_notes import use_notes
-from tda_lightning.gradients import Dense, Gradient, example_scaled
+from tda_lightning.gradients import Dense, Gradient, Outer, example_scaled
+from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.optimizers import require_rates
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.replay.recorded_draws import RecordedDraws
@@ -91,8 +93,9 @@ class Retrac:
                     for batch, indices in session.queries(first, last)
                 ).scaled(weights)
                 for batch in uses_since(session, draws, start, step, "ReTrac"):
-                    scales = reciprocal_norms(batch.gradients)
-                    values = queries.dot(batch.gradients) * scales
+                    gradients = formed_once(batch.gradients)
+                    scales = reciprocal_norms(gradients)
+                    values = queries.dot(gradients) * scales
                     session.add(number, batch, values, first, used)
                     if session.self_influence and first == 0:
                         own = own_directions(session, batch, weights) * scales
@@ -136,6 +139,19 @@ def own_directions(session: Session, batch: Batch, weights: Mapping[str, Tensor]
             for name, gradient in batch.gradients.items()
         ]
     ).sum(0)
+
+
+def formed_once(gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+    """The gradients, dense where norms and inner products would form them, each for itself: those
+    of layers with many positions (convolutions), while they are small."""
+    out = dict(gradients)
+    for name, gradient in gradients.items():
+        if not isinstance(gradient, Outer) or gradient.positions == 1:
+            continue
+        small = gradient.batch * prod(gradient.shape[1:]) <= CHUNK_SCALARS
+        if small and not gradient.gram_is_cheaper(gradient):
+            out[name] = Dense(torch.cat([gradient.dense(rows) for rows in gradient.chunks()]))
+    return out
 
 
 def reciprocal_norms(gradients: Mapping[str, Gradient]) -> Tensor:

@@ -46,6 +46,7 @@ from tda_lightning.evaluation.top_removal import (
     token_removals,
     top_removal,
 )
+from tda_lightning.evaluation.unlearning import UnlearningReport, compare_unlearned, membership
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.ground_truth import GroundTruth
 
@@ -61,12 +62,14 @@ __all__ = [
     "RemovalAgreement",
     "Smoothness",
     "TopRemoval",
+    "UnlearningReport",
     "activation_cosine",
     "additive_ceiling",
     "agreement",
     "as_removal",
     "bm25",
     "compare_removals",
+    "compare_unlearned",
     "detection_auc",
     "difference",
     "draw_seeds",
@@ -82,6 +85,7 @@ __all__ = [
     "leave_one_out",
     "linear_datamodeling_score",
     "measure",
+    "membership",
     "num_tokens",
     "predicted_changes",
     "predicted_classes",

@@ -42,7 +42,7 @@ def require_comparable(scores: Scores, others: Mapping[str, Scores]) -> None:
             )
 
 
-def agreement(scores: Scores, other: Scores, queries: Sequence[int]) -> Agreement:
+def agreement(scores: Scores, other: Scores, queries: Sequence[int], helps: int = 1) -> Agreement:
     """Agreement for each of ``queries``, over the examples that both have scored."""
     rank, overlap = [], []
     for query in queries:
@@ -51,7 +51,9 @@ def agreement(scores: Scores, other: Scores, queries: Sequence[int]) -> Agreemen
         one, two = one[both], two[both]
         rank.append(spearman(one, two))
         top = min(_TOP, len(one))
-        shared = set(one.topk(top).indices.tolist()) & set(two.topk(top).indices.tolist())
+        shared = {*(helps * one).topk(top).indices.tolist()} & {
+            *(helps * two).topk(top).indices.tolist()
+        }
         overlap.append(len(shared) / top if top else 0.0)
     own = None
     if scores.self_influence is not None and other.self_influence is not None:

@@ -98,8 +98,8 @@ def raw_labels(dataset: object) -> list[Any] | None:
         return last.tolist() if len(dataset.tensors) > 1 and last.ndim == 1 else None
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return None
-    for name in _LABEL_NAMES:
-        listed = getattr(dataset, f"{name.rstrip('s')}s", None)
+    for name in ("labels", "targets", *_LABEL_NAMES):
+        listed = getattr(dataset, name, None) if name in ("labels", "targets") else None
         if listed is None and name in (getattr(dataset, "column_names", None) or ()):
             listed = dataset[name]
         if listed is not None and hasattr(listed, "__len__") and len(listed) == len(dataset):

@@ -88,12 +88,12 @@ def matrix(sums: Tensor, column: Column) -> Tensor:
     return means / members.bincount(minlength=len(column.groups)).clamp(min=1)[:, None]
 
 
-def proponents_in_all(scores: Scores) -> tuple[Tensor, Tensor]:
+def proponents_in_all(scores: Scores, helps: int = 1) -> tuple[Tensor, Tensor]:
     r"""For each query, the sum of its positive scores, and the effective number of its proponents,
     :math:`(\sum_n s_n)^2 / \sum_n s_n^2`: k equal ones count k."""
     strength, number = [], []
     for values in scores.values:
-        positive = torch.nan_to_num(values.double()).clamp(min=0)
+        positive = (helps * torch.nan_to_num(values.double())).clamp(min=0)
         total, square = float(positive.sum()), float(positive.square().sum())
         strength.append(total)
         number.append(total * total / square if square > 0 else 0.0)

@@ -172,6 +172,7 @@ def write_report(
         shown=shown,
         k=min(k, scores.num_scored),
         segments=names,
+        words=words,
         labels=_label_values(label, train),
         others=compare or {},
         max_bytes=max_bytes,

@@ -33,8 +33,12 @@ class Triage:
     suggested: Tensor | None
 
 
-def triage(scores: Scores, label: Column | None) -> Triage:
-    """Walks over the queries once; examples without a score count as 0."""
+def triage(scores: Scores, label: Column | None, helps: int = 1) -> Triage:
+    """Walks over the queries once; examples without a score count as 0.
+
+    Args:
+        helps: sign of a score that helps.
+    """
     harmed = torch.zeros(scores.num_train, dtype=torch.int64)
     net = torch.zeros(scores.num_train, dtype=torch.float64)
     few = max(1, math.ceil(_STRONGEST * scores.num_scored))
@@ -42,8 +46,8 @@ def triage(scores: Scores, label: Column | None) -> Triage:
     count = len(label.groups) if label is not None else 0
     by_class = torch.zeros(count if known else 0, scores.num_train, dtype=torch.float64)
     for query, values in enumerate(scores.values):
-        row = torch.nan_to_num(values.double())
-        net += row
+        row = helps * torch.nan_to_num(values.double())
+        net += helps * row
         lowest = row.topk(few, largest=False)
         harmed[lowest.indices[lowest.values < 0]] += 1
         if known and label is not None and label.query is not None:

@@ -28,6 +28,7 @@ from tda_lightning.report.kept import KeptExamples, Look
 from tda_lightning.report.provenance_rows import query_indices
 from tda_lightning.report.query_order import Judged, relative_spread
 from tda_lightning.report.triage import Triage, triage
+from tda_lightning.report.wording import Wording
 
 _LISTED = 50  # proponents, and opponents, of a query
 _DIFFERENT = 20  # further ones for which another file has its strongest scores
@@ -68,6 +69,7 @@ def workbench(
     shown: Sequence[int],
     k: int,
     segments: Sequence[str],
+    words: Wording,
     labels: Mapping[str, object],
     others: Mapping[str, Scores],
     max_bytes: float,
@@ -79,20 +81,21 @@ def workbench(
         shown: rows of the queries that the page shows in any case, first.
         k: proponents, and opponents, of which scores of single terms are kept.
         segments: names of the segments of training.
+        words: what scores of either sign are called.
         labels: the labels as the data set has them, by their names.
         others: scores to compare with, by name.
         max_bytes: size of the page.
     """
     label = columns[0] if columns and columns[0].is_label else None
-    found = triage(scores, label)
+    found = triage(scores, label, words.helps)
     order = judged.order(scores.num_queries)
     each = _bytes_of_a_list(scores, len(others))
     room = int(min(_MOST_QUERIES, _SHARE_OF_LISTS * max_bytes / each))
     listed = list(dict.fromkeys([*shown, *order]))[: max(len(shown), room)]
-    lists = {row: _list(scores, row, k, others) for row in listed}
-    strength, number = proponents_in_all(scores)
+    lists = {row: _list(scores, row, k, others, words.helps) for row in listed}
+    strength, number = proponents_in_all(scores, words.helps)
     sums = group_sums(scores, columns)
-    rows, triaged = _kept_rows(scores, found)
+    rows, triaged = _kept_rows(scores, found, words.helps)
     numbers = {
         "id": _identity(scores),
         "numTrain": scores.num_train,
@@ -102,6 +105,14 @@ def workbench(
         "members": 0 if scores.members is None else len(scores.members),
         "others": list(others),
         "edits": "edits" in provenance,
+        "words": {
+            "quantity": words.quantity,
+            "sign": words.sign,
+            "helps": words.helps,
+            "examples": "example of the pool" if words.pool else "training example",
+            "headings": words.headings,
+            "effects": words.effects,
+        },
         "columns": [
             {
                 "name": column.name,
@@ -154,7 +165,7 @@ def workbench(
         "regions": [_finite(vars(region)) for region in regions(strength, number, columns, judged)],
         "listed": listed,
         "agreement": [
-            _finite({"name": name, **vars(agreement(scores, other, listed))})
+            _finite({"name": name, **vars(agreement(scores, other, listed, words.helps))})
             for name, other in others.items()
         ],
     }
@@ -221,7 +232,7 @@ def _as_json(look: Look, enlarged: str | None) -> dict[str, Any]:
 
 
 def _list(
-    scores: Scores, row: int, k: int, others: Mapping[str, Scores]
+    scores: Scores, row: int, k: int, others: Mapping[str, Scores], helps: int
 ) -> tuple[list[int], dict[str, Any]]:
     """The strongest training examples of one query, and what is said of each."""
     values = scores.values[row]
@@ -250,7 +261,7 @@ def _list(
         entry["spread"] = packed(members[:, at].std(0) / len(members) ** 0.5, "f4")
         same = (members[:, at] * values[at].double() > 0).sum(0)
         entry["sameSign"] = packed(same, "i2")
-        top = members.topk(count, dim=1).indices
+        top = (helps * members).topk(count, dim=1).indices
         entry["inTop"] = packed((top[:, :, None] == at).any(1).sum(0), "i2")
         entry |= _finite({"agreement": agreement_of_members(scores, row)})
     if scores.by_token is not None:
@@ -273,9 +284,14 @@ def _histogram(values: Tensor) -> dict[str, Any]:
     return {"largest": largest, "counts": counts.tolist()}
 
 
-def _kept_rows(scores: Scores, found: Triage) -> tuple[Tensor, list[int]]:
+def _kept_rows(scores: Scores, found: Triage, helps: int) -> tuple[Tensor, list[int]]:
     """Training examples whose numbers are kept, in order, and those most suspicious first."""
-    measures = [scores.self_influence, found.disagreement, found.harmed.double(), -found.net]
+    measures = [
+        scores.self_influence,
+        found.disagreement,
+        found.harmed.double(),
+        -helps * found.net,
+    ]
     orders = [
         measure.argsort(descending=True, stable=True) for measure in measures if measure is not None
     ]

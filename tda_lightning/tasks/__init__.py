@@ -6,6 +6,7 @@ from tda_lightning.tasks.classification import ClassificationTask
 from tda_lightning.tasks.diffusion import DiffusionTask
 from tda_lightning.tasks.example_seeds import MEASURED_SEED, numbered_draw, seeded_examples
 from tda_lightning.tasks.gauss_newton import gauss_newton_losses, sampled_gauss_newton_loss
+from tda_lightning.tasks.graphs import GraphTask
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.node_batch import NodeBatch, Nodes
 from tda_lightning.tasks.nodes import NodeTask
@@ -31,6 +32,7 @@ __all__ = [
     "AttributionTask",
     "ClassificationTask",
     "DiffusionTask",
+    "GraphTask",
     "LanguageModelingTask",
     "NodeBatch",
     "NodeTask",

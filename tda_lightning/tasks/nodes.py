@@ -18,6 +18,18 @@ from tda_lightning.tasks.node_batch import NodeBatch
 LOSSES = ("cross_entropy", "mse", "bce")
 
 
+def standard_loss(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The losses [batch] of outputs [batch, ...], by the name of one of ``LOSSES``."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(outputs, targets, reduction="none")
+    targets = targets.to(outputs).reshape(outputs.shape)
+    if loss == "mse":
+        losses = F.mse_loss(outputs, targets, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+    return losses.reshape(len(losses), -1).mean(1)
+
+
 @dataclass
 class NodeTask(AttributionTask):
     r"""Examples are the training nodes of one graph, queries are nodes.
@@ -67,17 +79,7 @@ class NodeTask(AttributionTask):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses of some nodes, [batch], of their outputs [batch, ...]. Override for others."""
-        if self.loss == "cross_entropy":
-            return F.cross_entropy(outputs, targets, reduction="none")
-        if self.loss == "bce":
-            losses = F.binary_cross_entropy_with_logits(
-                outputs, targets.to(outputs).reshape(outputs.shape), reduction="none"
-            )
-        else:
-            losses = F.mse_loss(
-                outputs, targets.to(outputs).reshape(outputs.shape), reduction="none"
-            )
-        return losses.reshape(len(losses), -1).mean(1)
+        return standard_loss(self.loss, outputs, targets)
 
     def train_loss(self, module: nn.Module, batch: NodeBatch) -> Tensor:
         outputs = self.outputs_of_nodes(module, batch.graph)

@@ -52,6 +52,21 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]
 
 
+def test_unlearning_writes_weights_and_compares_them(run, capsys):
+    assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 0
+    out = capsys.readouterr().out
+    assert "Unlearned 2 training examples: runs/digits/unlearned.pt" in out
+    for name in ("retrained weights", "distance to the retrained", "mean loss of what was removed"):
+        assert name in out
+    moved = torch.load(run / "unlearned.pt")
+    before = Trajectory.load(str(run)).checkpoints[4].parameters
+    assert any(not torch.equal(moved[name], value) for name, value in before.items())
+    assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 1
+    assert "already holds weights" in capsys.readouterr().err
+    assert main(["unlearn", "runs/digits", "remove=three", "overwrite=true"]) == 1
+    assert "remove=[3,17]" in capsys.readouterr().err
+
+
 def test_scores_say_how_they_were_made(run):
     scores = Scores.load(run / "scores" / "source.h5")
     assert scores.values.shape == (3, 60)

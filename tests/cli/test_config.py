@@ -10,7 +10,17 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[2] / "conf"
-COMMANDS = ("train", "ensemble", "plan", "attribute", "check", "evaluate", "report", "inspect")
+COMMANDS = (
+    "train",
+    "ensemble",
+    "plan",
+    "attribute",
+    "check",
+    "evaluate",
+    "unlearn",
+    "report",
+    "inspect",
+)
 COMMANDS += ("export",)
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),

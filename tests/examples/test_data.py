@@ -60,6 +60,11 @@ def test_flipped_labels_are_remembered_and_wrong():
     shown = flipped.render("train", int(flipped.flipped[0]))
     assert "label flipped, was" in shown.caption
     assert shown.image.shape == (8, 8)
+    columns = flipped.group_columns("train")
+    assert columns["class"] == list(map(str, flipped.train_dataset.tensors[1].tolist()))
+    yes = [index for index, told in enumerate(columns["flipped"]) if told == "yes"]
+    assert yes == flipped.flipped.tolist()
+    assert list(flipped.group_columns("query")) == list(clean.group_columns("train")) == ["class"]
 
 
 def test_batches_are_shuffled_by_the_seed_alone():
@@ -185,6 +190,8 @@ def test_csv_files_are_scaled_by_the_training_rows(root):
     assert row["strength"] == 3 * row["cement"] + 1
     told = data.describe(data.query_dataset.tensors[1])
     assert told[0] == f"strength {row['strength']:g}"
+    columns = data.group_columns("query")
+    assert {name: numbers[0] for name, numbers in columns.items()} == row
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,13 @@ def test_contradicting_pairs_follow_the_others(root):
     shown = more.render("train", 3)
     assert shown.caption == "non-entailment (contradiction), contradicts a heuristic"
     assert shown.text == "Premise: A dog that a cat saw sat\nHypothesis: A cat sat"
+    columns = {name: values[3] for name, values in more.group_columns("train").items()}
+    assert columns == {
+        "class": "non-entailment",
+        "gold label": "contradiction",
+        "heuristic": "none",
+        "origin": "contradicts a heuristic",
+    }
 
 
 def test_hans_pairs_ask_the_same_question(root):

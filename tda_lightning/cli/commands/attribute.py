@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from tda_lightning.cli.recorded_run import (
 )
 from tda_lightning.cli.run_config import run_configuration
 from tda_lightning.cli.trainers import configured_trainer
-from tda_lightning.edits import Relabel, pool_notes
+from tda_lightning.edits import Relabel, Removal, load_edits, pool_notes
 from tda_lightning.records.data_module import AttributedData, Describing
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
@@ -65,6 +66,7 @@ def attribute(config: DictConfig) -> None:
         recorded = recorded if config.at_step is None else recorded.until(config.at_step)
     if predictions := _predictions(module, data, recorded):
         provenance["predictions"] = predictions
+    edits = _edits(config, len(data.train_dataset))
     train, query = sources(data, config.batch_size)
     try:
         scores = attribution.attribute(
@@ -76,7 +78,7 @@ def attribute(config: DictConfig) -> None:
             self_influence=config.self_influence,
             overwrite=config.overwrite,
             provenance=provenance,
-            edits=_relabels(config.relabel),
+            edits=edits,
             draws=config.draws,
             keep=config.keep,
             measurement=measurement_of(config.get("measurement"), data),
@@ -90,12 +92,21 @@ def attribute(config: DictConfig) -> None:
         resume = " Run the same command again to resume." if unfinished else ""
         print(f"Interrupted: {target} was not written.{resume}", file=sys.stderr)
         raise
-    what = "training examples" if config.relabel is None else "other labels"
+    what = "edits" if config.edits else "other labels" if config.relabel else "training examples"
     if config.pool is not None:
         what = "examples of the pool"
         for note in pool_notes(scores.provenance["pool"]):
             print(note)
     print(f"Scored {scores.num_train} {what} for {scores.num_queries} queries: {target}")
+
+
+def _edits(config: DictConfig, num_train: int) -> Sequence[Removal | Relabel] | None:
+    """The edits that ``edits=FILE`` or ``relabel={INDEX: LABEL}`` asks for."""
+    if config.edits is None:
+        return _relabels(config.relabel)
+    if config.relabel is not None:
+        raise ValueError("Give edits=FILE or relabel={INDEX: LABEL}, not both.")
+    return load_edits(config.edits, num_train)
 
 
 def _relabels(labels: DictConfig | None) -> list[Relabel] | None:

@@ -17,6 +17,7 @@ from tda_lightning.cli.command import (
     required,
 )
 from tda_lightning.cli.commands.train import adopt_configuration, output_folder
+from tda_lightning.cli.edited_data import apply_drop
 from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.plan_tables import (
     attribution_plan_table,
@@ -77,6 +78,7 @@ def plan_recording(config: DictConfig) -> None:
     adopt_configuration(config)
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
+    data = apply_drop(config, data)
     module = build_module(config, trust=True)
     recorder = instantiate(config.recorder, _convert_="all")
     plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from omegaconf import DictConfig, OmegaConf
 
 from tda_lightning.cli.command import clear_errors, file_name
+from tda_lightning.cli.edited_data import apply_drop
 from tda_lightning.cli.own_config import read_own_config, require_class
 from tda_lightning.cli.own_module import OPTIMIZER, SCHEDULER, build_module
 from tda_lightning.cli.run_config import save_config
@@ -27,6 +28,7 @@ def train(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     if hasattr(type(data), "query_dataset"):
         data.setup("fit")  # finds missing files before anything is written
+    data = apply_drop(config, data)
     seed_everything(config.seed, workers=True, verbose=False)
     module = build_module(config, trust=True)  # what is named on the command line is trusted
     recorder = instantiate(config.recorder, _convert_="all")
@@ -44,7 +46,11 @@ def train(config: DictConfig) -> None:
     metrics = "".join(
         f", {name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
     )
-    print(f"Recorded {trainer.global_step} steps in {config.output}{metrics}")
+    left_out = ""
+    if config.drop is not None:
+        out, labels = len(config.drop.left_out), len(config.drop.relabelled)
+        left_out = f", without {out} training examples and with {labels} other labels"
+    print(f"Recorded {trainer.global_step} steps in {config.output}{left_out}{metrics}")
 
 
 def adopt_configuration(config: DictConfig) -> None:
