@@ -312,6 +312,9 @@ def missing(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> s
     for name in tiny_table.TITLES:
         if name not in tiny:
             lines.append(f"- AdamW, exact derivatives: {tiny_table.TITLES[name]}.")
+    gone = [str(s) for s in trainings_figure.ORDER if s not in trainings_figure.found()]
+    if gone:
+        lines.append(f"- MNIST, what members cost (trainings.py): {', '.join(gone)}.")
     return "\n".join(lines) or "Nothing."
 
 

@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Checkpoint
+from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.digests import digest
 
 # Buffers of these types hold the weights of quantised layers.
@@ -22,6 +23,22 @@ _QUANTISED = {torch.int8, torch.uint8} | {
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if hasattr(torch, name)
 }
+
+
+def frozen_names(module: nn.Module, trained: Collection[str]) -> set[str]:
+    """Names of the parameters that stay as they are: not trained, and not rewritten by a layer's
+    own forward pass, as ``max_norm`` rewrites a table."""
+    rewritten = {
+        id(parameter)
+        for part in module.modules()
+        if getattr(part, "max_norm", None) is not None
+        for parameter in part.parameters(recurse=False)
+    }
+    return {
+        name
+        for name, parameter in plain_parameters(module).items()
+        if name not in trained and id(parameter) not in rewritten
+    }
 
 
 def base_digests(initial: Checkpoint, frozen: Collection[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.recording.base_weights import base_digests, without_base
+from tda_lightning.recording.base_weights import base_digests, frozen_names, without_base
 from tda_lightning.recording.checkpoints import Checkpoints
 from tda_lightning.recording.checks import (
     indices_ended,
@@ -202,7 +202,7 @@ class RecordedRun:
             settings["tokenizers"] = tokenizers
         facts = read_facts(trainer, self._trained, num_examples(data), marks, settings)
         initial = self._checkpoints.read(0, with_optimizer=bool(self._save_optimizer))
-        frozen = set(plain_parameters(self._trained.module)) - set(self._trained.ever)
+        frozen = frozen_names(self._trained.module, self._trained.ever)
         if not self.holds_base:
             facts = replace(facts, base=first(base_digests, initial, frozen))
         first(self.lock.acquire)
