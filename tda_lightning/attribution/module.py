@@ -715,6 +715,8 @@ class AttributionModule(LightningModule):
         by_token = getattr(self.estimator, "token_weights", False)
         if len(self.stages) > 1 or by_token or not len(examples[0]):
             return None
+        if examples[0].keys is not None:  # a loader that reads whole batches of a kind of its own
+            return None
         return document_removals(dataset) if holds_documents(dataset[0]) else None
 
     def _edit_set(

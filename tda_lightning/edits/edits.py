@@ -56,7 +56,7 @@ class Removal:
 
     Example:
         >>> Removal(3).terms()
-        (Term(sign=1.0, index=3, example=None, labels=()),)
+        (Term(sign=1.0, index=3, example=None, labels=(), used_with=None),)
     """
 
     index: int

@@ -54,9 +54,10 @@ class RemoveEdges:
         directed: whether (v, u) stays where (u, v) goes. An undirected graph holds both.
 
     Example:
-        >>> RemoveEdges([(0, 1)]).applied({"edge_index": torch.tensor([[0, 1, 1], [1, 0, 2]])})
-        {'edge_index': tensor([[1],
-                [2]])}
+        >>> graph = {"edge_index": torch.tensor([[0, 1, 1], [1, 0, 2]]), "num_nodes": 3}
+        >>> RemoveEdges([(0, 1)]).applied(graph)["edge_index"]
+        tensor([[1],
+                [2]])
     """
 
     edges: Sequence[tuple[int, int]]

@@ -84,7 +84,7 @@ class Capture(TorchFunctionMode):
         self.twice: set[str] = set()
         self._shared = SharedOutputs()
         self._replaced: set[Use] = set()  # by uses for every example
-        self._views = ParameterViews(self.ref)
+        self._views = ParameterViews(trained)
 
     @property
     def uses(self) -> list[Use]:

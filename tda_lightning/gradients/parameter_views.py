@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from torch import Tensor
 
 from tda_lightning.gradients.experts import Experts
 from tda_lightning.gradients.uses import Ref
-
-Refs: TypeAlias = Callable[[Tensor | None], Ref | None]
 
 _GROUPED = frozenset(
     ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -49,18 +47,24 @@ class ParameterView:
 
 
 class ParameterViews:
-    """Notes views of trained stacks of matrices, and describes what is multiplied with them."""
+    """Notes views of trained stacks of matrices, and describes what is multiplied with them.
 
-    def __init__(self, ref: Refs) -> None:
-        self._ref = ref
+    Args:
+        trained: names of the trained parameters by their ids.
+    """
+
+    # Not the capture that asks: what is in a cycle stays until the garbage collector runs, and the
+    # capture holds the inputs of all layers.
+    def __init__(self, trained: Mapping[int, str]) -> None:
+        self._trained = trained
         self._known: dict[int, tuple[weakref.ref[Tensor], ParameterView]] = {}
 
     def _stack(self, value: object) -> ParameterView | None:
         """What is known of a tensor, a trained stack itself included."""
         view = self.get(value)
         if view is None and isinstance(value, Tensor) and value.dim() == 3:
-            trained = self._ref(value)
-            return None if trained is None else ParameterView(trained, value.shape[0])
+            name, count = self._trained.get(id(value)), value.shape[0]
+            return None if name is None else ParameterView(Ref(name, 0, count, count), count)
         return view
 
     def get(self, value: object) -> ParameterView | None:

@@ -49,14 +49,21 @@ def base_digests(initial: Checkpoint, frozen: Collection[str]) -> dict[str, str]
         initial: the checkpoint of the initial weights, with all tensors of the module.
         frozen: names of the parameters that are not trained.
     """
+    base = base_of(initial.parameters, initial.buffers, frozen)
+    return {name: digest(tensor.detach()) for name, tensor in base.items()}
+
+
+def base_of(
+    trained: Mapping[str, Tensor], others: Mapping[str, Tensor], frozen: Collection[str]
+) -> dict[str, Tensor]:
+    """The base among the tensors that are not trained; nothing where it is smaller than what is
+    trained."""
     base = {
         name: tensor
-        for name, tensor in initial.buffers.items()
+        for name, tensor in others.items()
         if name in frozen or (tensor.dtype in _QUANTISED and tensor.dim() > 0)
     }
-    if _count(base) <= _count(initial.parameters):
-        return {}
-    return {name: digest(tensor.detach()) for name, tensor in base.items()}
+    return base if _count(base) > _count(trained) else {}
 
 
 def without_base(checkpoint: Checkpoint, base: Collection[str]) -> Checkpoint:

@@ -173,9 +173,8 @@ def _optimizer(
         groups = saved[-1].groups
         if not groups:
             raise ValueError(
-                f"The checkpoints do not have the settings of {name} (momentum, weight decay). "
-                "Give the optimizer as it was made for training, such as torch.optim.SGD("
-                "module.parameters(), lr=0.1, momentum=0.9)."
+                f"The checkpoints do not have the settings of {name}. Give the optimizer itself, "
+                "as it was made for training."
             )
         build: Callable[..., Optimizer] = rule.optimizer
         defaults = build([nn.Parameter(torch.zeros(1, 1))], lr=0.0).defaults

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tda_lightning.curvature.sides import limits, side_form
 from tda_lightning.gradients.moments import FULL
+from tda_lightning.recording.base_weights import base_of, frozen_names
 from tda_lightning.recording.curvature_statistics import OnlineCurvature
 from tda_lightning.recording.fit_preview import StepCount, dry_run
 from tda_lightning.recording.step_table import ROWS_IN_MEMORY
@@ -72,7 +73,10 @@ def plan_recording(
     intervals = None if checkpoints is None else list(pairwise([0, *checkpoints]))
     counting = _counting(module)
     moving = [tensor for name, tensor in run.others.items() if name in counting]
-    fixed = [tensor for name, tensor in run.others.items() if name not in counting]
+    base = base_of(run.trained, run.others, frozen_names(module, run.trained))
+    fixed = [
+        tensor for name, tensor in run.others.items() if name not in counting and name not in base
+    ]
     disk = [PlanItem(PARAMETERS, _bytes(run.trained.values()), count, in_checkpoint=True)]
     structure = _FILE + _TENSOR * (len(run.trained) + len(moving))
     if save_optimizer:

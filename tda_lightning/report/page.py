@@ -6,9 +6,7 @@ page's own policy forbids loading anything and running anything but its own scri
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +38,7 @@ from tda_lightning.report.query_order import Judged, judge
 from tda_lightning.report.statements import edit_in_words, relabelled, statements
 from tda_lightning.report.wording import Wording, wording
 from tda_lightning.report.workbench import as_script, keep_examples, workbench
+from tda_lightning.runtime.digests import script_digest
 from tda_lightning.store.atomic_write import replacing
 
 _SHOWN = 12  # queries with a section of their own
@@ -202,7 +201,7 @@ def write_report(
             what_if="what_if" in provenance,
             words=words,
             script=script,
-            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            script_digest=script_digest(script),
             data=as_script(work.numbers),
         )
     )

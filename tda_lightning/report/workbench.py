@@ -8,7 +8,6 @@ texts and rows of those that are likely to be looked at.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from tda_lightning.report.provenance_rows import query_indices
 from tda_lightning.report.query_order import Judged, relative_spread
 from tda_lightning.report.triage import Triage, triage
 from tda_lightning.report.wording import Wording
+from tda_lightning.runtime.digests import digest
 
 _LISTED = 50  # proponents, and opponents, of a query
 _DIFFERENT = 20  # further ones for which another file has its strongest scores
@@ -320,8 +320,8 @@ def _bytes_of_a_list(scores: Scores, others: int) -> int:
 
 def _identity(scores: Scores) -> str:
     """Names the scores, so that a browser finds the marks that were made on this page."""
-    first = scores.values[:1].double().numpy().tobytes()
-    return hashlib.sha256(str(tuple(scores.values.shape)).encode() + first).hexdigest()[:16]
+    first = scores.values[:1].double()
+    return digest([list(scores.values.shape), first])[:16]
 
 
 def packed(values: Tensor | np.ndarray, form: str) -> dict[str, str]:

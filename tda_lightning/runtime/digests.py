@@ -6,6 +6,7 @@ what these functions return must never change.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ def source_digest(kind: type) -> str | None:
         return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
     except (OSError, TypeError):
         return None
+
+
+def script_digest(script: str) -> str:
+    """SHA-256 of a script in base64, as a page's content security policy names it."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def integer_digest(values: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.runtime.digests import digest
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.batches import Batch
@@ -248,7 +248,7 @@ class DiffusionTask(AttributionTask):
         alphas, prediction = self._known(module)
         scheduler = type(self._scheduler(module))
         text = f"{scheduler.__qualname__} {prediction} {alphas.double().tolist()}"
-        self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._digest = digest(text)[:16]
         self._step = None
         if callable(getattr(module, "training_step", None)):
             self._step = TrainingStepTask(self.layers)

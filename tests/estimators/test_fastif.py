@@ -408,7 +408,8 @@ def test_plans(work: Any) -> None:
     assert not run.features and not run.curvature
     with watched_walks() as titles:
         scores = attribution.attribute(*sets, 4, quiet())
-    assert plan.num_passes == len(titles)
+    # Eigenvalues take the gradients of the covariances, which is a pass without a walk.
+    assert plan.num_passes == len(titles) + 1
     assert plan.features_bytes == sum(t.nbytes for t in next(iter(run.features.values())).values())
     batches = {group.title: group.batches for group in plan.passes}
     assert batches["features"] == 3
@@ -507,7 +508,7 @@ def test_a_report_says_how_many_examples_were_looked_at(partial: Scores, tmp_pat
     assert "from 2 examples" in words and "from 1 examples" in words
     plain = Scores(torch.randn(2, 6))
     page = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "scored for each" not in page
+    assert " scored for each query)" not in page
     for odd in (None, 3, {"features": 5, "metric": ["x"]}):
         scores = dataclasses.replace(partial, provenance={"candidates": odd})
         page = write_report(scores, tmp_path / "page.html").read_text(encoding="utf-8")

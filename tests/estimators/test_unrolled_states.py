@@ -129,9 +129,12 @@ def test_pieces_of_every_length(steps: int) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS["adamw"], batches=batches, checkpoints=())
     expected = unroll(MLP, run, module, data)
     least = least_of(lambda: unroll(MLP, run, module, data, Unrolled(memory_budget=1)))
+    # The first step of Adam is nearly the sign of the gradient: its derivative is the small
+    # difference of two terms, by way of which the rounding of queries in rounds grows.
+    bound = 1e-10 if steps == 1 else 1e-12
     for budget in (least, 3 * least):
         found = unroll(MLP, run, module, data, Unrolled(memory_budget=budget))
-        assert relative(found.by_segment, expected.by_segment) < 1e-12
+        assert relative(found.by_segment, expected.by_segment) < bound
 
 
 # Broken off and taken up again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tda_lightning.gradients import GradientEngine
+from tda_lightning.gradients.capture import Capture
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.tasks import TrainingStepTask
 from tests import oracles
@@ -94,6 +96,22 @@ def test_several_batches_follow_one_discovery() -> None:
         for start in range(0, 9, 4)
     ]
     require_equal({n: torch.cat([part[n] for part in parts]) for n in expected}, expected)
+
+
+def test_a_batch_is_let_go_without_the_garbage_collector() -> None:
+    """What watches the forward pass holds the inputs of all layers: in a cycle of references they
+    would pile up over batches."""
+    case = CASES[0]
+    engine = engine_of(case)
+    engine.discover(with_examples(case.loss), case.batch(6), torch.arange(6))
+    gc.collect()
+    gc.disable()
+    try:
+        dense(engine, case.loss, case.batch(6, 1))
+        left = [value for value in gc.get_objects() if isinstance(value, Capture)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_several_losses_share_one_forward_pass() -> None:

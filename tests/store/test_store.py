@@ -175,9 +175,9 @@ def test_a_bfloat16_module_is_recorded_in_its_own_precision(tmp_path: Path) -> N
 def test_what_no_step_moves_is_stored_once(tmp_path: Path) -> None:
     module = Net()
     module.register_buffer("table", torch.randn(100, 100))
-    module.frozen = torch.nn.Linear(50, 50).requires_grad_(False)
+    module.frozen = torch.nn.Linear(3, 2).requires_grad_(False)  # smaller than what is trained
     fit(tmp_path, module=module, recorder={"num_checkpoints": 2})
-    assert layout.checkpoint_file(tmp_path, 0).stat().st_size > 50_000
+    assert layout.checkpoint_file(tmp_path, 0).stat().st_size > 40_000
     assert layout.checkpoint_file(tmp_path, 12).stat().st_size < 30_000
     last = open_trajectory(tmp_path).checkpoints[12]
     assert torch.equal(last.buffers["table"], module.table)
