@@ -74,7 +74,7 @@ def run(root: str, folder: Path, epochs: int = 12, diffusers: bool = False) -> N
     if not diffusers:
         shown = [int(zeros.nonzero()[0]), 0, *range(len(held_out), len(held_out) + 4)]
         sheet = contact_sheet(data.train_dataset, queries, shown, rows, 6)
-        (RESULTS.parent / "proponents.png").write_bytes(sheet)
+        (folder / "proponents.png").write_bytes(sheet)
         write_report(rows["ReTrac"], folder / "report.html", render=_renderer(data, queries))
 
 
