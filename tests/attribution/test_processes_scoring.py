@@ -285,6 +285,7 @@ def score_at_half(rank: int, root: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_what_if_runs_are_those_of_one_process(scored: Any, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     for run in ("sgd", "adamw"):

@@ -8,7 +8,7 @@ What a call may raise is part of its contract:
 - An attribution of what was accepted: ``TrajectoryError``, ``NonFiniteError`` (extreme numbers).
 - A report of what was accepted: nothing.
 
-``TDA_FUZZ_CASES=20000`` runs more cases than the usual 2040, which are 30 of each mutation;
+``TDA_FUZZ_CASES=20000`` runs more cases than the usual 2040, which are 30 of each mutation (a third of them slow tests);
 ``TDA_FUZZ_SEED`` runs others.
 """
 
@@ -60,6 +60,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = int(os.environ.get("TDA_FUZZ_CASES", "2040"))
 PARTS = 6  # tests of their own, which several processes share
+QUICK = 4  # of them in make test
 SEED = int(os.environ.get("TDA_FUZZ_SEED", "0"))
 MUTATIONS = {**BYTES, **FOLDER, **CONTENT}
 REFUSALS = (TrajectoryError, PermissionError)
@@ -323,7 +324,9 @@ def _quick() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [*range(QUICK), *(pytest.param(n, marks=pytest.mark.slow) for n in range(QUICK, PARTS))]
+)
 def test_damaged_files_give_our_error_or_valid_data(part: int, bases: dict[str, Path]) -> None:
     chosen = cases(CASES, bases)[part * CASES // PARTS : (part + 1) * CASES // PARTS]
     with tempfile.TemporaryDirectory(dir=_quick()) as folder, warnings.catch_warnings():
