@@ -8,8 +8,8 @@ What a call may raise is part of its contract:
 - An attribution of what was accepted: ``TrajectoryError``, ``NonFiniteError`` (extreme numbers).
 - A report of what was accepted: nothing.
 
-``TDA_FUZZ_CASES=20000`` runs more cases than the usual 2040, which are 30 of each mutation (a third of them slow tests);
-``TDA_FUZZ_SEED`` runs others.
+``TDA_FUZZ_CASES=20000`` runs more cases than the usual 2040, which are 30 of each mutation, a third
+of them slow tests; ``TDA_FUZZ_SEED`` runs others.
 """
 
 from __future__ import annotations
