@@ -24,6 +24,28 @@ from tda_lightning.records.provenance import Provenance
 from tda_lightning.session.session import Session
 
 
+def damped_curvature(
+    settings: InverseSettings, session: Session, added: Mapping[str, Tensor]
+) -> dict[str, Spectrum]:
+    """The curvature of the last checkpoint with ``added`` (weight decay) and the damping, by unit.
+
+    Raises:
+        ValueError: an eigenvalue is 0, so that there is no inverse.
+    """
+    absolute = absolute_damping(settings, session.trajectory)
+    damped: dict[str, Spectrum] = {}
+    for name, spectrum in final_curvature(settings, session).items():
+        mean = spectrum.eigenvalues.mean()
+        damping = relative_damping(settings) * mean if absolute is None else absolute
+        damped[name] = spectrum.shifted(added[name] + damping)
+        if not bool((damped[name].eigenvalues > 0).all()):
+            raise ValueError(
+                f"The curvature of {name} is singular and damping is 0: the inverse does not "
+                "exist. Give a positive damping."
+            )
+    return damped
+
+
 class EigenbasisInverse:
     """Curvature of the last checkpoint in an eigenbasis, inverted eigenvalue by eigenvalue."""
 
@@ -31,18 +53,7 @@ class EigenbasisInverse:
 
     def __init__(self, settings: InverseSettings, session: Session) -> None:
         self.settings, self.session, self.kind = settings, session, settings.curvature
-        absolute = absolute_damping(settings, session.trajectory)
-        self.damped: dict[str, Spectrum] = {}
-        for name, spectrum in final_curvature(settings, session).items():
-            mean = spectrum.eigenvalues.mean()
-            damping = relative_damping(settings) * mean if absolute is None else absolute
-            damped = spectrum.shifted(decay_by_unit(session, self.kind)[name] + damping)
-            if not bool((damped.eigenvalues > 0).all()):
-                raise ValueError(
-                    f"The curvature of {name} is singular and damping is 0: the inverse does not "
-                    "exist. Give a positive damping."
-                )
-            self.damped[name] = damped
+        self.damped = damped_curvature(settings, session, decay_by_unit(session, self.kind))
         dense = self.kind == "exact"
         self.query_bytes = (session.gradient_bytes if dense else session.factored_bytes)(copies=2)
 

@@ -13,14 +13,12 @@ from tda_lightning.curvature import statistics_provenance, unit_matrices, units
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.estimators.clipping import clipping_notes
 from tda_lightning.estimators.influence import SIZES
+from tda_lightning.estimators.inverse_eigenbasis import damped_curvature
 from tda_lightning.estimators.inverse_settings import (
-    absolute_damping,
     check_inverse,
     damping_record,
     decay_by_unit,
-    final_curvature,
     last_interval,
-    relative_damping,
 )
 from tda_lightning.estimators.queries import Response, dot
 from tda_lightning.estimators.source.coupling import by_name, final_adjoint, frozen_products
@@ -208,18 +206,9 @@ class StageOptimum:
         matrices = {block.name: block.matrix(pulled) for block in session.blocks}
         pull = unit_matrices(settings.curvature, matrices)
         decay = decay_by_unit(session, settings.curvature)
-        absolute = absolute_damping(settings, session.trajectory)
-        damped = {}
-        for name, spectrum in final_curvature(settings, session).items():
-            mean = spectrum.eigenvalues.mean()
-            damping = relative_damping(settings) * mean if absolute is None else absolute
-            own = spectrum.shifted(decay[name] + pull[name] + damping)
-            if not bool((own.eigenvalues > 0).all()):
-                raise ValueError(
-                    f"The curvature of {name} is singular and damping is 0: the inverse does not "
-                    "exist. Give a positive damping."
-                )
-            damped[name] = own
+        damped = damped_curvature(
+            settings, session, {name: decay[name] + pull[name] for name in decay}
+        )
         return cls(settings, stage, damped, alpha, further)
 
     def response(self, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +236,9 @@ class StageOptimum:
         """What the stage before is asked, [query, *shape] by name."""
         session = self.stage.session
         u = by_name(session, self.settings.curvature, response)
-        handed = {name: self.proximity * u[name] for name in self.further if self.proximity}
+        handed: dict[str, Tensor] = {}
+        if self.proximity is not None:
+            handed = {name: self.proximity * u[name] for name in self.further}
         frozen = [name for name in self.stage.frozen if name in self.stage.carried]
         if frozen:
             step = session.trajectory.last_step
