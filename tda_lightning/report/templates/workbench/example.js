@@ -142,7 +142,7 @@ function enlarge(index) {
     h("header", {}, h("h2", {}, `Training example ${index}`), button("close", () => dialog.close(), { "aria-label": "close (Esc)" })),
     picture("train", index, entry && entry.enlarged ? 256 : 224), player("train", index),
     textOf(entry, Infinity), cellsOf(entry, Infinity),
-    entry ? null : h("p", { class: "faint" }, "How it looks is not kept in this page, which holds the examples most likely to be looked at."),
+    entry ? null : h("p", { class: "faint" }, "This example's content is not included, to keep the file small: only its numbers are."),
     h("p", { class: "caption data" }, captionOf("train", index)),
     h("dl", { class: "facts-of" },
       columns.map((column) => (known ? fact(column.name, h("span", { class: "data" }, column.groups[column.train[place]])) : null)),

@@ -111,7 +111,7 @@ if (DATA.leftOut) left.push("Pictures, sounds and texts of the less important ex
 if (DATA.listed.length < DATA.numQueries) left.push(`The page has the strongest training examples of ${count(DATA.listed.length)} of ${plural(DATA.numQueries, "query", "queries")}, the wrong and worst ones.`);
 if (DATA.train.index) left.push(`It has numbers of the ${count(train.index.length)} most suspicious of ${plural(DATA.numTrain, "training example")}.`);
 const keptExamples = Object.keys(DATA.examples).length;
-if (keptExamples < DATA.numTrain + DATA.numQueries && keptExamples) left.push(`It shows how ${plural(keptExamples, "example")} ${keptExamples === 1 ? "looks" : "look"}, those most likely to be looked at; of the others it has numbers and groups.`);
+if (keptExamples < DATA.numTrain + DATA.numQueries && keptExamples) left.push(`To keep this file small, it includes the content of only ${plural(keptExamples, "example")}, those you are most likely to open; for the rest it has numbers and groups.`);
 
 document.body.classList.add("with-script");
 fill(document.getElementById("workbench"),
