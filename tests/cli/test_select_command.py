@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def pairs(count):
     settings = {"min_count": 1, "sequence_length": 8}
-    return MNLIData(root=".", holdout=6, num_train=count, **settings)
+    return MNLIData(root=".", holdout=6, num_query=None, num_train=count, **settings)
 
 
 def test_from_a_pool_to_another_training(folder, capsys):
@@ -111,6 +111,8 @@ def test_files_and_pools_that_do_not_fit(folder, capsys):
     assert main(["train", *TINY]) == 0
     assert main(["select", "runs/pairs"]) == 1
     assert "Expected pool, got none" in capsys.readouterr().err
+    assert main(["select", "runs/pairs", "pool=40"]) == 1
+    assert "pool must be settings by name" in capsys.readouterr().err
     assert main(["select", "runs/pairs", "pool={split: middle}"]) == 1
     assert "pool.split must be train or query" in capsys.readouterr().err
     assert main(["select", "runs/pairs", "pool={num_train: 20}"]) == 1

@@ -39,17 +39,12 @@ def select(config: DictConfig) -> None:
     data, module, task = load_parts(config, run_config)
     module.to(replay_device(config.device, trajectory))
     train, query = sources(data, config.batch_size)
-    asked: Any = OmegaConf.to_container(config.pool, resolve=True)
-    wanted: Any = OmegaConf.to_container(config.target, resolve=True)
-    if not isinstance(asked, dict) or not isinstance(wanted, dict):
-        raise ValueError(
-            "pool and target are changes of the recorded data settings, such as "
-            f"pool={{num_train: null}}; got pool={asked!r} and target={wanted!r}."
-        )
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    asked = settings["pool"]
     target = query
-    if wanted:
-        settings = {"split": "query", **wanted}
-        target = query.with_dataset(pool_of(config, run_config, settings).dataset)
+    if config.target is not None:
+        wanted = {"split": "query", **settings["target"]}
+        target = query.with_dataset(pool_of(config, run_config, wanted).dataset)
     estimator = instantiate(config.estimator, _convert_="all")
     selection = choose(
         AttributionModule(module, trajectory, estimator, task),
