@@ -29,8 +29,10 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "examples": (int, ""),
     "extra": (str | None, "extra=runs/mnli/selection.json"),
     "fraction": (float, ""),
+    "judge": (Sequence[str] | None, "judge=[class,cardinality]"),
     "k": (int, ""),
     "leave_out": (int | None, ""),
+    "marked": (Mapping | None, "marked={origin: train}"),
     "max_megabytes": (float, ""),
     "members": (int, ""),
     "neighbours": (int, ""),
@@ -52,14 +54,22 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "seeds": (int, ""),
     "self_influence": (bool | None, ""),
     "share": (float, ""),
+    "similarity": (bool, ""),
+    "simulate": (Sequence[int] | None, "simulate=[1,5]"),
+    "simulate_queries": (int, ""),
+    "simulate_rate": (float, ""),
     "spot_check": (bool, ""),
+    "subclass": (str | None, "subclass='gold label'"),
     "threads": (int | None, ""),
     "steps": (int, ""),
     "target": (Mapping | None, "target={queries: hans} for the queries with this setting"),
     "together": (int, ""),
     "trust_config": (bool, ""),
 }
-_POSITIVE = ("batch_size", "directions", "examples", "k", "processes", "seeds", "together")
+_POSITIVE = (
+    *("batch_size", "directions", "examples", "k", "processes", "seeds", "simulate_queries"),
+    "together",
+)
 
 
 def require_setting_types(config: DictConfig) -> None:
