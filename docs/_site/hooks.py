@@ -6,6 +6,7 @@ import posixpath
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -16,11 +17,32 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from messages import all_messages  # noqa: E402
 from notebooks import as_markdown  # noqa: E402
+from reference import modules  # noqa: E402
 
 # Pages of the repository that are pages of the site under the same path.
 OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "experiments/*/README.md"]
 _LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 _CODE = re.compile(r"(^```[^`]*?^```$|^(?: {4}[^\n]*\n)+)", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the pages of the API to the navigation, and what nobody has put there under "More"."""
+    api = {"API": ["api/index.md", *({m.name: m.page} for m in modules(ROOT))]}
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs).as_posix() for path in sorted(docs.glob("*.md"))]
+    pages += [f"notebooks/{path.stem}.md" for path in sorted(docs.glob("notebooks/*.ipynb"))]
+    pages += [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("experiments/*/README.md"))]
+    listed = set(_pages(config.nav))
+    more = [page for page in pages if page not in listed]
+    config.nav = [*config.nav, api, *([{"More": more}] if more else [])]
+    return config
+
+
+def _pages(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    inner = entry if isinstance(entry, list) else entry.values()
+    return [page for each in inner for page in _pages(each)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -33,6 +55,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         text = as_markdown(notebook)
         files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=text))
+    for module in modules(ROOT):
+        files.append(File.generated(config, module.page, content=module.markdown()))
     files.append(File.generated(config, "messages.md", content=all_messages(ROOT)))
     return files
 
