@@ -20,7 +20,8 @@ from tda_lightning.estimators.unrolled.batch_statistics import (
     measurement_adjoints,
     statistics_names,
 )
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 
 @dataclass

@@ -22,7 +22,8 @@ from tda_lightning.records.provenance import Provenance
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.setting_types import require_types
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 STATES = ("auto", "memory", "disk", "recompute")
 _NO_SELF = (

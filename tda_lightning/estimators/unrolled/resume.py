@@ -12,7 +12,7 @@ from torch import Tensor
 from tda_lightning.edits import EditSet, GraphEditSet
 from tda_lightning.optimizers import rule_of
 from tda_lightning.runtime.digests import digest
-from tda_lightning.session.session import Stage
+from tda_lightning.session.stage import Stage
 
 _SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer than a second
 _FORMAT = 2  # of what is kept

@@ -27,7 +27,7 @@ from tda_lightning.estimators.unrolled.variants import Variants, add_changes
 from tda_lightning.replay.prepared import require_task_loss
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
-from tda_lightning.session.session import Stage
+from tda_lightning.session.stage import Stage
 from tda_lightning.tasks import NodeBatch
 
 

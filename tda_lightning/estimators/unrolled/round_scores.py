@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tda_lightning.estimators.unrolled.adjoints import Adjoints
 from tda_lightning.estimators.unrolled.directions import Directions
-from tda_lightning.session.session import Stage
+from tda_lightning.session.stage import Stage
 
 
 @dataclass

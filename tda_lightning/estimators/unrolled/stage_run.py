@@ -19,7 +19,8 @@ from tda_lightning.optimizers import remembers, rule_of
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.replay.run import Replay
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 _UNLIMITED = 1 << 62
 
