@@ -3,9 +3,11 @@
 from tda_lightning.reweighting.balanced import Balance, balanced_weights, imbalance
 from tda_lightning.reweighting.from_scores import predicted_change, weights_from_scores
 from tda_lightning.reweighting.projection import check_weights, project
+from tda_lightning.reweighting.weighted_training import WeightedTraining
 
 __all__ = [
     "Balance",
+    "WeightedTraining",
     "balanced_weights",
     "check_weights",
     "imbalance",
