@@ -4,6 +4,7 @@ from tda_lightning.reweighting.balanced import Balance, balanced_weights, imbala
 from tda_lightning.reweighting.from_scores import predicted_change, weights_from_scores
 from tda_lightning.reweighting.projection import check_weights, project
 from tda_lightning.reweighting.weighted_training import WeightedTraining
+from tda_lightning.reweighting.weights_file import load_weights, save_weights
 
 __all__ = [
     "Balance",
@@ -11,7 +12,9 @@ __all__ = [
     "balanced_weights",
     "check_weights",
     "imbalance",
+    "load_weights",
     "predicted_change",
     "project",
+    "save_weights",
     "weights_from_scores",
 ]

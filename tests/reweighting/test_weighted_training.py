@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.estimators import TracIn
-from tda_lightning.evaluation import landing_error, retrain
+from tda_lightning.estimators import TracIn, Unrolled
+from tda_lightning.evaluation import landing_error, measure, retrain
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tda_lightning.reweighting import WeightedTraining
+from tda_lightning.reweighting import (
+    WeightedTraining,
+    load_weights,
+    predicted_change,
+    save_weights,
+    weights_from_scores,
+)
 from tests.attributing import quiet
 
 COUNT, BATCH = 20, 6
@@ -171,6 +177,39 @@ def test_the_sampler_draws_by_weight(tmp_path: Any) -> None:
         before = loader.batch_sampler.sampler
         quiet(max_epochs=1, callbacks=[callbacks[1]]).fit(Net(), loader)
         assert loader.batch_sampler.sampler is before
+
+
+def test_the_predicted_change_is_the_derivative_of_training(tmp_path: Any) -> None:
+    train(TrajectoryRecorder(tmp_path / "run"), module=Net(dropout=0.0))
+    trajectory, queries = Trajectory.load(tmp_path / "run"), TensorDataset(*data()[:4])
+    attribution = AttributionModule(Net(dropout=0.0), trajectory, Unrolled())
+    scores = attribution.attribute(data(), queries).values
+    weights = weights_from_scores(scores, rate=0.5)
+    step = weights - 1
+
+    def measured(size: float) -> Tensor:
+        changed = retrain(trajectory, Net(dropout=0.0), None, data(), 1 + size * step)
+        return measure(Net(dropout=0.0), None, changed, queries)
+
+    near = (measured(1e-5) - measured(-1e-5)) / 2e-5
+    far = (measured(2e-5) - measured(-2e-5)) / 4e-5
+    expected = (4 * near - far) / 3
+    torch.testing.assert_close(predicted_change(scores, weights), expected, rtol=1e-7, atol=1e-10)
+    assert float(expected.mean()) < 0
+
+
+def test_weights_as_a_file(tmp_path: Any) -> None:
+    save_weights(weights(), tmp_path / "w.csv")
+    assert torch.equal(load_weights(tmp_path / "w.csv"), weights())
+    for text in ("", "index,weight\n1,2.0\n", "index,weight\n0,heavy\n", "weight\n1\n"):
+        (tmp_path / "x.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="expected the header index,weight"):
+            load_weights(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("index,weight\n0,-1.0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="negative"):
+        load_weights(tmp_path / "x.csv")
+    with pytest.raises(FileNotFoundError, match="tda reweight"):
+        load_weights(tmp_path / "y.csv")
 
 
 def test_what_cannot_be_weighted() -> None:
