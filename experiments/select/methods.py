@@ -20,7 +20,7 @@ from tda_lightning.selection.selecting import run_moved_to, score_additions
 from tda_lightning.selection.training_on import TrainingOn
 
 METHODS = ("helpful", "balanced", "harmful", "nearest", "random", "less", "anchors")
-RATES = (5e-4,)
+RATES = (5e-4, 2e-3)  # the mean of the run, and twice its largest
 REPLICAS, STEPS, ANCHORS, CHOSEN, NEIGHBOURS = 3, 10, 10, 10, 100
 SCORED = ("helpful", "balanced", "harmful")
 

@@ -48,6 +48,7 @@ def test_weights_from_words_and_columns(folder, capsys):
     assert "columns must be some of class, gold label" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # it starts the command six times
 def test_what_cannot_be(folder, capsys):
     for asked, message in (
         ("by=luck", "by must be one of scores, words, columns"),
