@@ -1,0 +1,164 @@
+"""How fast rows of an index are read and searched, on this machine.
+
+python -m experiments.index_scale.run FOLDER                # on the disk to be measured, 4 GiB
+
+Shards of the true size of an index at 1 KiB an example are written to FOLDER: random rows that
+repeat every 64 MiB, which changes nothing in the time. Then, in this order, repeated and with
+medians: reading alone, from the disk (the system's cache is dropped for these files) and from
+memory; multiplying alone, rows in memory; the search, from the disk and from memory. Times are of
+the clock where the disk is asked, of the processor where it is not. Writes results/rates.json,
+from which table.py makes the tables of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.index_scale.part import chunks, row_bytes
+from experiments.index_scale.scan import scan
+
+RESULTS = Path(__file__).parent / "results"
+EXAMPLE = 1024  # bytes
+REPEATED = 1 << 26  # bytes after which rows repeat
+KINDS = {"int8": torch.int8, "float16": torch.float16}
+QUERIES = (1, 8, 64)
+K = 10
+
+
+def main() -> None:
+    """Measure, and keep the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for the shards, which are removed at the end")
+    parser.add_argument("--gib", type=float, default=4.0)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, kind in KINDS.items():
+        paths = written(options.folder, kind, int(options.gib * (1 << 30)), options.shards)
+        try:
+            rows += measured(options.folder, paths, name, options.repeats)
+        finally:
+            for path in paths:
+                path.unlink()
+    found = {
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "gib": options.gib,
+        "shards": options.shards,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "rates.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def width_of(kind: torch.dtype) -> int:
+    """Coordinates of an example of ``EXAMPLE`` bytes."""
+    return EXAMPLE // 2 if kind == torch.float16 else EXAMPLE - 4
+
+
+def written(folder: Path, kind: torch.dtype, size: int, count: int) -> list[Path]:
+    """Shards of ``size`` bytes in all, of random rows."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(REPEATED // EXAMPLE, width_of(kind), generator=generator)
+    if kind == torch.float16:
+        raw = block.half().numpy().tobytes()
+    else:
+        scales = block.abs().amax(1, keepdim=True) / 127
+        small = (block / scales).round().to(torch.int8)
+        raw = torch.cat([scales.view(torch.int8), small], 1).numpy().tobytes()
+    assert len(raw) == REPEATED
+    repeats = max(1, size // count // REPEATED)
+    paths = []
+    for number in range(count):
+        path = folder / f"{number * repeats * REPEATED // EXAMPLE:012}.rows"
+        with open(path, "wb") as file:
+            for _ in range(repeats):
+                file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        paths.append(path)
+    return paths
+
+
+def measured(folder: Path, paths: list[Path], name: str, repeats: int) -> list[dict[str, Any]]:
+    """Rates in 1e9 bytes a second, of the clock and of the processor."""
+    kind = KINDS[name]
+    width, size = width_of(kind), sum(path.stat().st_size for path in paths)
+    assert row_bytes(width, kind) == EXAMPLE
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+
+    def note(what: str, queries: int, cold: bool, work: Callable[[], object], size: int) -> None:
+        clock, processor = [], []
+        for _ in range(repeats):
+            if cold:
+                forget(paths)
+            began, worked = time.perf_counter(), time.process_time()
+            work()
+            processor.append(size / (time.process_time() - worked) / 1e9)
+            clock.append(size / (time.perf_counter() - began) / 1e9)
+        rows.append(
+            {"kind": name, "what": what, "queries": queries, "cold": cold}
+            | {"clock": clock, "processor": processor}
+        )
+        print(
+            f"{name} {what} Q={queries} {'disk' if cold else 'memory'}: "
+            f"{statistics.median(clock):.2f} GB/s, {statistics.median(processor):.2f} GB a "
+            "processor second",
+            flush=True,
+        )
+
+    for cold in (True, False):
+        note("read", 0, cold, lambda: read(paths), size)
+    held = [
+        (first, own.clone(), None if scales is None else scales.clone())
+        for first, own, scales in chunks(str(folder), width, kind, 1, len(paths) * 4)
+    ][:8]
+    held_size = sum(len(own) for _, own, _ in held) * EXAMPLE
+    for count in QUERIES:
+        queries = torch.randn(count, width, generator=generator)
+        note("multiply", count, False, lambda q=queries: scan(held, q, K), held_size)
+        for cold in (True, False):
+            note(
+                "search",
+                count,
+                cold,
+                lambda q=queries: scan(chunks(str(folder), width, kind, 1, 1), q, K),
+                size,
+            )
+    return rows
+
+
+def read(paths: list[Path]) -> None:
+    """All bytes, one file after another."""
+    buffer = bytearray(1 << 24)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def forget(paths: list[Path]) -> None:
+    """Drop what the system keeps of these files in memory."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
