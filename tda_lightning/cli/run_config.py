@@ -1,8 +1,8 @@
 """The configuration kept beside a trajectory, and what may be built from it.
 
 Building an object calls whatever its ``_target_`` names, with any arguments: a file from elsewhere
-could run any code. So only classes of this library's data, models and tasks, and of ``torch.nn``
-and ``torch.optim``, are built unless the user allows more.
+could run any code. So only classes of this library's data, models, tasks, estimators and solvers,
+and of ``torch.nn`` and ``torch.optim``, are built unless the user allows more.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ FILE_NAME = "config.yaml"
 TRUSTED = (
     "tda_lightning.examples.data.",
     "tda_lightning.examples.models.",
+    "tda_lightning.estimators.",
+    "tda_lightning.solvers.",
     "tda_lightning.tasks.",
     "torch.nn.",
     "torch.optim.",

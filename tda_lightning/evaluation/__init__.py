@@ -34,7 +34,22 @@ from tda_lightning.evaluation.linear_datamodeling import (
     linear_datamodeling_score,
 )
 from tda_lightning.evaluation.proximal_bregman import each_response, proximal_bregman_response
+from tda_lightning.evaluation.randomised import randomised
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
+from tda_lightning.evaluation.retrieval import (
+    average_precision,
+    recall_within,
+    reciprocal_rank,
+    shared_group,
+    times_similarity,
+    top_cardinality,
+)
+from tda_lightning.evaluation.simulatability import (
+    Simulation,
+    chosen_examples,
+    fine_tuned_changes,
+    simulatability,
+)
 from tda_lightning.evaluation.smoothness import Estimate, Smoothness, smoothness
 from tda_lightning.evaluation.top_removal import (
     TopRemoval,
@@ -60,6 +75,7 @@ __all__ = [
     "Interval",
     "NothingToRankError",
     "RemovalAgreement",
+    "Simulation",
     "Smoothness",
     "TopRemoval",
     "UnlearningReport",
@@ -67,7 +83,9 @@ __all__ = [
     "additive_ceiling",
     "agreement",
     "as_removal",
+    "average_precision",
     "bm25",
+    "chosen_examples",
     "compare_removals",
     "compare_unlearned",
     "detection_auc",
@@ -75,6 +93,7 @@ __all__ = [
     "draw_seeds",
     "draw_subsets",
     "each_response",
+    "fine_tuned_changes",
     "fitted_linear_model",
     "found_within",
     "group_removal",
@@ -91,6 +110,9 @@ __all__ = [
     "predicted_classes",
     "proximal_bregman_response",
     "random_scores",
+    "randomised",
+    "recall_within",
+    "reciprocal_rank",
     "removals",
     "require_tokens",
     "retrain",
@@ -98,10 +120,14 @@ __all__ = [
     "retrain_from_scratch",
     "seed_ceiling",
     "self_loss",
+    "shared_group",
+    "simulatability",
     "slope_and_correlation",
     "smoothness",
+    "times_similarity",
     "token_numbers",
     "token_removals",
+    "top_cardinality",
     "top_removal",
     "truth_configuration",
 ]

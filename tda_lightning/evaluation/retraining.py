@@ -213,7 +213,7 @@ def measure(
                 each_draw.append(torch.cat(found))
         return torch.stack(each_draw).mean(0) if len(each_draw) > 1 else each_draw[0]
 
-    return _by_prepared(given, measured, module, state, source, trajectory)
+    return by_prepared(given, measured, module, state, source, trajectory)
 
 
 def losses(
@@ -234,10 +234,10 @@ def losses(
 
         return torch.cat(of_each_batch(read, module, state, source, trajectory=trajectory))
 
-    return _by_prepared(given, lost, module, state, source, trajectory)
+    return by_prepared(given, lost, module, state, source, trajectory)
 
 
-def _by_prepared(
+def by_prepared(
     task: AttributionTask,
     work: Callable[[AttributionTask], Tensor],
     module: nn.Module,

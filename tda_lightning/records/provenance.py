@@ -280,6 +280,7 @@ class CommandConfig(TypedDict, total=False):
     data: dict[str, object]
     measurement: dict[str, object]  # what is asked; absent or null for the task's own
     pool: dict[str, object]  # changes of the data settings that give the pool
+    estimator: dict[str, object]  # its class and settings
 
 
 class MeasurementRecord(TypedDict):

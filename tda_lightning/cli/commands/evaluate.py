@@ -24,6 +24,8 @@ from tda_lightning.cli.evaluation_table import (
     require_measurements,
     wrong_labels,
 )
+from tda_lightning.cli.judgements import check_judgements, judged_rows
+from tda_lightning.cli.judgements_table import judgements_notes, judgements_table
 from tda_lightning.cli.matched_keep import alpha_of, keep_notes
 from tda_lightning.cli.pbrf_settings import complete_pbrf_settings
 from tda_lightning.cli.proponent_removal import (
@@ -39,7 +41,14 @@ from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
 from tda_lightning.cli.run_config import versions
+from tda_lightning.cli.simulation import (
+    simulate,
+    simulation_json,
+    simulation_note,
+    simulation_table,
+)
 from tda_lightning.cli.spot_check import spot_check
+from tda_lightning.evaluation.simulatability import require_steps
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.ground_truth import PROTOCOLS
 from tda_lightning.records.provenance import Provenance, well_formed
@@ -65,6 +74,9 @@ def evaluate(config: DictConfig) -> None:
     run = RecordedRun.load(config)
     require_same_data(run.trajectory, run.train)
     _require_shapes(run, scores)
+    if config.judge is not None or config.simulate is not None:
+        _without_retraining(run, scores, asked)
+        return
 
     path = folder / GROUND_TRUTH_FOLDER / f"{truth_name(config)}.h5"
     path = Path(config.ground_truth or path)
@@ -133,6 +145,30 @@ def evaluate(config: DictConfig) -> None:
         print(f"Added to the provenance of {', '.join(map(str, files))}")
 
 
+def _without_retraining(run: RecordedRun, scores: Mapping[str, Scores], folder: Path) -> None:
+    """What ``judge`` and ``simulate`` ask for."""
+    config, console = run.config, Console()
+    table: dict[str, object] = {
+        "command": command_line(),
+        "versions": versions(),
+        "num_queries": len(run.queries),
+        "num_train": len(run.train),
+    }
+    if config.judge is not None:
+        rows = list(judged_rows(run, scores))
+        table["judgements"] = [row.as_json() for row in rows]
+        console.print(judgements_table(rows, config.judge))
+        print(judgements_notes(rows, config))
+    if config.simulate is not None:
+        simulated = simulate(run, scores)
+        table["simulatability"] = simulation_json(simulated)
+        console.print(simulation_table(simulated))
+        print(simulation_note(run))
+    output = Path(config.output or folder / "scores" / "judgements.json")
+    write_text(output, json.dumps(table, indent=1))
+    print(f"Table: {output}")
+
+
 def _score_files(config: DictConfig, folder: Path) -> list[Path]:
     """The files of scores to judge."""
     given = config.scores
@@ -162,6 +198,10 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
     removal = config.removal is not None or config.token_removal is not None
     if removal and not scores:
         raise ValueError("removal leaves out the proponents that scores name, and there are none.")
+    if config.judge is not None:
+        check_judgements(config)
+    if config.simulate is not None:
+        require_steps(list(config.simulate), config.simulate_rate)
     parse_part(config.part)
     complete_pbrf_settings(config, scores)
     if config.num_subsets is None:

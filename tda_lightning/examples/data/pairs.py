@@ -164,6 +164,7 @@ class MNLIData(DataModule):
             "class": [CLASSES[LABELS[pair.gold_label]] for pair in pairs],
             "gold label": [pair.gold_label for pair in pairs],
             "heuristic": [pair.heuristic or "none" for pair in pairs],
+            "subcase": [pair.subcase or "none" for pair in pairs],
             "origin": [pair.origin or "MNLI" for pair in pairs],
         }
 
