@@ -20,15 +20,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="that the parts were written to")
     options = parser.parse_args()
-    found, seconds, size = merged(options.folder)
+    found, seconds = merged(options.folder)
     for query, (values, indices) in enumerate(zip(found.values[0], found.indices[0], strict=True)):
         best = ", ".join(f"{i} ({v:.4g})" for i, v in zip(indices.tolist(), values, strict=True))
         print(f"query {query}: {best}")
-    print(f"{size / 1e9:.2f} GB; the slowest part took {seconds:.2f} s")
+    print(f"{found.rows:,} rows; the slowest part took {seconds:.2f} s")
 
 
-def merged(folder: str) -> tuple[Strongest, float, int]:
-    """The strongest of all parts, the seconds of the slowest one, and bytes read in all.
+def merged(folder: str) -> tuple[Strongest, float]:
+    """The strongest of all parts, and the seconds of the slowest one.
 
     Raises:
         ValueError: a part is missing.
@@ -49,7 +49,8 @@ def merged(folder: str) -> tuple[Strongest, float, int]:
     found = Strongest(queries, k)
     for part in parts:
         found.merge(torch.from_numpy(part["values"]), torch.from_numpy(part["indices"]))
-    return found, max(float(part["seconds"]) for part in parts), sum(int(p["bytes"]) for p in parts)
+        found.rows += int(part["rows"])
+    return found, max(float(part["seconds"]) for part in parts)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import h5py
 import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-from experiments.index_scale.scan import chunks_of, scan
+from experiments.index_scale.scan import Chunk, Rows, scan
 from tda_lightning.cli.retraining_cache import parse_part
 
 CONF = str(Path(__file__).parent / "conf")
@@ -33,17 +34,16 @@ CONF = str(Path(__file__).parent / "conf")
 def main(config: DictConfig) -> None:
     """Search this part of the shards and write what was found."""
     torch.set_num_threads(config.threads)
-    search(config.shards, config.output, config.part, config.queries, config.kind, config.k)
+    search(config.shards, config.output, config.part, config.queries, config.k)
 
 
-def search(shards: str, output: str, part: str, queries: str, kind: str, k: int) -> None:
+def search(shards: str, output: str, part: str, queries: str, k: int) -> None:
     """Search a part of the shards; the arguments are the settings of ``conf/part.yaml``."""
     with fsspec.open(queries, "rb") as file:
         asked = torch.from_numpy(np.load(io.BytesIO(file.read()))).float()
     number, count = parse_part(part) or (1, 1)
-    type_ = getattr(torch, kind)
     began = time.perf_counter()
-    found = scan(chunks(shards, asked.shape[1], type_, number, count), asked, k)
+    found = scan(chunks(shards, number, count), asked, k)
     seconds = time.perf_counter() - began
     written = io.BytesIO()
     np.savez(
@@ -51,7 +51,7 @@ def search(shards: str, output: str, part: str, queries: str, kind: str, k: int)
         values=found.values.numpy(),
         indices=found.indices.numpy(),
         seconds=seconds,
-        bytes=found.rows * row_bytes(asked.shape[1], type_),
+        rows=found.rows,
     )
     system, root = fsspec.core.url_to_fs(output)
     system.makedirs(root, exist_ok=True)
@@ -59,29 +59,26 @@ def search(shards: str, output: str, part: str, queries: str, kind: str, k: int)
     print(f"Part {number} of {count}: {found.rows} rows in {seconds:.2f} s")
 
 
-def row_bytes(width: int, kind: torch.dtype) -> int:
-    """Bytes of one example: its coordinates, and a scale where they are int8."""
-    return width * kind.itemsize + 4 * (kind == torch.int8)
-
-
-def chunks(
-    folder: str, width: int, kind: torch.dtype, number: int, count: int
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The rows of every ``count``-th shard of a folder, from the ``number``-th on.
-
-    Shards are named by the index of their first row: ``00000000.rows``.
-    """
+def chunks(folder: str, number: int, count: int) -> Iterator[Chunk]:
+    """The rows of every ``count``-th shard of an index, from the ``number``-th on."""
     system, root = fsspec.core.url_to_fs(folder)
-    names = sorted(system.glob(f"{root}/*.rows"))
-    size = row_bytes(width, kind)
-    for name in names[number - 1 :: count]:
-        first = int(Path(name).stem)
-        rows = system.size(name) // size
+    for name in sorted(system.glob(f"{root}/shards/*.h5"))[number - 1 :: count]:
         with system.open(name, "rb", block_size=1 << 24, cache_type="readahead") as file:
-            # On a local disk past Python's own buffer, which would copy everything once more.
-            raw = getattr(file, "raw", file)
-            for start, own, scales in chunks_of(raw, width, kind, (0, rows)):
-                yield first + start, own, scales
+            # A local file past Python's own buffer, which would copy everything once more.
+            yield from rows_of(file).chunks(getattr(file, "raw", file))
+
+
+def rows_of(file: Any) -> Rows:
+    """What an open shard holds (tda_lightning/store/layout.py); its codes are not read yet."""
+    with h5py.File(file, "r") as shard:
+        codes = shard["codes"]
+        return Rows(
+            codes.id.get_offset(),
+            int(shard.attrs["first"]),
+            codes.shape[1],
+            {"int8": torch.int8, "float16": torch.float16}[codes.dtype.name],
+            torch.from_numpy(shard["scales"][:]),
+        )
 
 
 if __name__ == "__main__":

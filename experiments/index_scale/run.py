@@ -13,6 +13,7 @@ from which table.py makes the tables of the README.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,15 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tda_lightning.index.rounding import rounded, width_of
+from tda_lightning.store.index_files import write_shard
 
-from experiments.index_scale.part import chunks, row_bytes
+from experiments.index_scale.part import chunks
 from experiments.index_scale.scan import scan
+from tda_lightning.store.layout import shard_file
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = 1024  # bytes
 REPEATED = 1 << 26  # bytes after which rows repeat
-KINDS = {"int8": torch.int8, "float16": torch.float16}
+KINDS = ("int8", "float16")
 QUERIES = (1, 8, 64)
 K = 10
 
@@ -47,8 +52,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, kind in KINDS.items():
-        paths = written(options.folder, kind, int(options.gib * (1 << 30)), options.shards)
+    for name in KINDS:
+        paths = written(options.folder, name, int(options.gib * (1 << 30)), options.shards)
         try:
             rows += measured(options.folder, paths, name, options.repeats)
         finally:
@@ -65,40 +70,26 @@ def main() -> None:
     (RESULTS / "rates.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def width_of(kind: torch.dtype) -> int:
-    """Coordinates of an example of ``EXAMPLE`` bytes."""
-    return EXAMPLE // 2 if kind == torch.float16 else EXAMPLE - 4
-
-
-def written(folder: Path, kind: torch.dtype, size: int, count: int) -> list[Path]:
-    """Shards of ``size`` bytes in all, of random rows."""
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(REPEATED // EXAMPLE, width_of(kind), generator=generator)
-    if kind == torch.float16:
-        raw = block.half().numpy().tobytes()
-    else:
-        scales = block.abs().amax(1, keepdim=True) / 127
-        small = (block / scales).round().to(torch.int8)
-        raw = torch.cat([scales.view(torch.int8), small], 1).numpy().tobytes()
-    assert len(raw) == REPEATED
+def written(folder: Path, dtype: str, size: int, count: int) -> list[Path]:
+    """Shards of about ``size`` bytes in all, of random rows."""
+    rows = REPEATED // EXAMPLE
+    width = width_of(EXAMPLE, dtype)
+    block = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    codes, scales = rounded(block, dtype)
     repeats = max(1, size // count // REPEATED)
     paths = []
     for number in range(count):
-        path = folder / f"{number * repeats * REPEATED // EXAMPLE:012}.rows"
-        with open(path, "wb") as file:
-            for _ in range(repeats):
-                file.write(raw)
-            file.flush()
+        first = number * repeats * rows
+        write_shard(folder, first, np.tile(codes, (repeats, 1)), np.tile(scales, repeats), "")
+        paths.append(shard_file(folder, first, first + repeats * rows))
+        with open(paths[-1], "rb") as file:
             os.fsync(file.fileno())
-        paths.append(path)
     return paths
 
 
 def measured(folder: Path, paths: list[Path], name: str, repeats: int) -> list[dict[str, Any]]:
     """Rates in 1e9 bytes a second, of the clock and of the processor."""
-    kind = KINDS[name]
-    width, size = width_of(kind), sum(path.stat().st_size for path in paths)
-    assert row_bytes(width, kind) == EXAMPLE
+    width, size = width_of(EXAMPLE, name), sum(path.stat().st_size for path in paths)
     generator = torch.Generator().manual_seed(1)
     rows = []
 
@@ -125,9 +116,9 @@ def measured(folder: Path, paths: list[Path], name: str, repeats: int) -> list[d
     for cold in (True, False):
         note("read", 0, cold, lambda: read(paths), size)
     held = [
-        (first, own.clone(), None if scales is None else scales.clone())
-        for first, own, scales in chunks(str(folder), width, kind, 1, len(paths) * 4)
-    ][:8]
+        (first, own.clone(), scales)
+        for first, own, scales in itertools.islice(chunks(str(folder), 1, 1), 8)
+    ]
     held_size = sum(len(own) for _, own, _ in held) * EXAMPLE
     for count in QUERIES:
         queries = torch.randn(count, width, generator=generator)
@@ -137,7 +128,7 @@ def measured(folder: Path, paths: list[Path], name: str, repeats: int) -> list[d
                 "search",
                 count,
                 cold,
-                lambda q=queries: scan(chunks(str(folder), width, kind, 1, 1), q, K),
+                lambda q=queries: scan(chunks(str(folder), 1, 1), q, K),
                 size,
             )
     return rows

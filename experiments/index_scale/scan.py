@@ -1,6 +1,6 @@
 """One pass over rows of an index: read, multiply, keep the strongest.
 
-Rows are int8 with a scale each, or float16. They are widened to float32 in blocks that stay in the
+Rows are int8 or float16 with a scale each. They are widened to float32 in blocks that stay in the
 processor's cache: widening a whole chunk at once writes four times its bytes to memory and reads
 them again, which takes several times as long as the product.
 """
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Index of the first row, codes [row, width], scales [row].
+Chunk = tuple[int, Tensor, Tensor]
 BLOCK = 256  # rows that are multiplied at a time
 
 
@@ -56,11 +59,11 @@ class Strongest:
         self.indices = numbers.gather(2, order)
 
 
-def scan(chunks: Iterable[tuple[int, Tensor, Tensor | None]], queries: Tensor, k: int) -> Strongest:
+def scan(chunks: Iterable[Chunk], queries: Tensor, k: int) -> Strongest:
     """The strongest of all rows.
 
     Args:
-        chunks: (index of the first row, rows [row, width], scales [row] or None).
+        chunks: what :meth:`Rows.chunks` gives.
         queries: float32 [query, width].
     """
     found = Strongest(len(queries), k)
@@ -73,52 +76,66 @@ def scan(chunks: Iterable[tuple[int, Tensor, Tensor | None]], queries: Tensor, k
             own = wide[: len(block)]
             own.copy_(block)
             torch.mm(own, columns, out=scores[start : start + BLOCK])
-        if scales is not None:
-            scores *= scales[:, None]
-        found.add(first, scores)
+        found.add(first, scores * scales[:, None])
     return found
 
 
-def chunks_of(
-    file: Any, width: int, kind: torch.dtype, rows: tuple[int, int], bytes_at_once: int = 1 << 24
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The rows from ``rows[0]`` to ``rows[1]`` of a shard, read one after another; each chunk is
-    good until the next one is asked for.
+@dataclass(frozen=True)
+class Rows:
+    """Rows that lie in one piece in a file: row n stands for ``scales[n] * codes[n]``.
 
-    A shard is its rows without anything between them, each preceded by a float32 scale where
-    ``kind`` is int8.
-
-    Args:
-        file: open for reading, of any kind that has ``seek`` and ``readinto``.
+    Attributes:
+        offset: bytes before the first one.
+        first: index of the first one.
+        width: numbers in each.
+        dtype: int8 or float16.
+        scales: float32 [row].
     """
-    scaled = kind == torch.int8
-    size = width * kind.itemsize + 4 * scaled
-    each = max(BLOCK, bytes_at_once // size // BLOCK * BLOCK)
-    buffers = [memoryview(bytearray(each * size)) for _ in range(2)]
-    file.seek(rows[0] * size)
 
-    def read(place: int, first: int) -> memoryview:
-        view = buffers[place % 2][: min(each, rows[1] - first) * size]
-        got = 0
-        while got < len(view):
-            part = file.readinto(view[got:])
-            if not part:
-                raise EOFError(f"The shard ends at row {first + got // size}, not at {rows[1]}.")
-            got += part
-        return view
+    offset: int
+    first: int
+    width: int
+    dtype: torch.dtype
+    scales: Tensor
 
-    # The next chunk is read while this one is multiplied: the slower of the two takes the time.
-    with ThreadPoolExecutor(1) as reader:
-        starts = range(rows[0], rows[1], each)
-        ahead = reader.submit(read, 0, rows[0]) if starts else None
-        for place, first in enumerate(starts):
-            assert ahead is not None
-            view = ahead.result()
-            if place + 1 < len(starts):
-                ahead = reader.submit(read, place + 1, starts[place + 1])
-            raw = torch.frombuffer(view, dtype=torch.uint8).view(-1, size)
-            if scaled:
-                scales = raw[:, :4].contiguous().view(torch.float32)[:, 0]
-                yield first, raw[:, 4:].view(torch.int8), scales
-            else:
-                yield first, raw.view(kind), None
+    @property
+    def bytes(self) -> int:
+        """Of the codes and scales."""
+        return len(self.scales) * (self.width * self.dtype.itemsize + 4)
+
+    def chunks(self, file: Any, bytes_at_once: int = 1 << 24) -> Iterator[Chunk]:
+        """Codes and scales, read one after another; each chunk is good until the next one is asked
+        for.
+
+        Args:
+            file: open for reading, of any kind that has ``seek`` and ``readinto``.
+
+        Raises:
+            EOFError: the file ends before the rows do.
+        """
+        size, count = self.width * self.dtype.itemsize, len(self.scales)
+        each = max(BLOCK, bytes_at_once // size // BLOCK * BLOCK)
+        buffers = [memoryview(bytearray(min(each, count) * size)) for _ in range(2)]
+        file.seek(self.offset)
+
+        def read(place: int) -> memoryview:
+            view = buffers[place % 2][: min(each, count - place * each) * size]
+            got = 0
+            while got < len(view):
+                part = file.readinto(view[got:])
+                if not part:
+                    row = self.first + place * each + got // size
+                    raise EOFError(f"The shard ends at row {row}, not at {self.first + count}.")
+                got += part
+            return view
+
+        # The next chunk is read while this one is multiplied: the slower of the two takes the time.
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(read, 0)
+            for place in range(-(-count // each)):
+                view = ahead.result()
+                if (place + 1) * each < count:
+                    ahead = reader.submit(read, place + 1)
+                codes = torch.frombuffer(view, dtype=self.dtype).view(-1, self.width)
+                start = place * each
+                yield self.first + start, codes, self.scales[start : start + len(codes)]

@@ -40,9 +40,10 @@ def load_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         together = f"up to {row['batch']}" if row["batch"] > 1 else "no"
         each = row["processor_seconds"] / row["searches"]
+        rate = row["searches"] / row["seconds"]
         lines.append(
-            f"| {row['clients']} | {together} | {row['walks']} for {row['searches']} | {each:.4f} | "
-            f"{row['searches'] / row['seconds']:.1f} | {row['median']:.3f} s | {row['p95']:.3f} s |"
+            f"| {row['clients']} | {together} | {row['walks']} for {row['searches']} | "
+            f"{each:.4f} | {rate:.1f} | {row['median']:.3f} s | {row['p95']:.3f} s |"
         )
     return "\n".join(lines)
 

@@ -30,6 +30,9 @@ class Found:
 class Searcher(Protocol):
     """Finds the strongest examples for queries."""
 
+    def during(self, work: Callable[[], None]) -> None:
+        """Do all of a thread's work with the run open around it."""
+
     def search(self, questions: Sequence[Question], k: int) -> Sequence[Found]:
         """``k`` proponents and opponents for each of several questions that have measurement and
         rerank in common."""
@@ -81,8 +84,9 @@ class Service:
             limits, self.sizes["query"], self.sizes["train"], self._form or reason, class_number
         )
         self._worker: Worker[_Job, dict[str, object]] = Worker(
-            self._answer, _alike, limits.batch, limits.seconds / 4
+            self._answer, _alike, limits.batch, limits.seconds / 4, searcher.during
         )
+        self._worker.wait_until_open()
 
     def ask(self, question: Question) -> Future[dict[str, object]]:
         """The answer to a question, when it is there."""

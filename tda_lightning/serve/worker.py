@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 A = TypeVar("A")
@@ -39,6 +40,7 @@ class Worker(Generic[J, A]):
         most: jobs that are answered together.
         seconds: that a batch should take at most: fewer jobs make up one where they have taken
             longer so far.
+        around: runs all of the thread's work, with what it needs open around it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Worker(Generic[J, A]):
         key: Callable[[J], Hashable],
         most: int,
         seconds: float,
+        around: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._answer = answer
         self._key = key
@@ -57,8 +60,14 @@ class Worker(Generic[J, A]):
         self._changed = threading.Condition()
         self._stopping = False
         # A daemon: a search that takes hours does not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name="tda serve", daemon=True)
+        self._begun: Future[None] = Future()
+        work = self._work if around is None else partial(around, self._work)
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
+
+    def wait_until_open(self) -> None:
+        """Wait until the first job can be answered; the error of what is around it."""
+        self._begun.result()
 
     def submit(self, job: J) -> Future[A]:
         """The future answer; cancel it where nobody waits for it any more."""
@@ -87,7 +96,16 @@ class Worker(Generic[J, A]):
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            if self._begun.done():
+                raise
+            self._begun.set_exception(error)
+
     def _work(self) -> None:
+        self._begun.set_result(None)
         while True:
             with self._changed:
                 while not self._waiting and not self._stopping:

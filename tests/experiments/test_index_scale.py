@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from tda_lightning.index.rounding import rounded
+from tda_lightning.store.index_files import write_shard
 
-from experiments.index_scale.scan import chunks_of, scan
+fsspec = pytest.importorskip("fsspec")
+from experiments.index_scale.merge import merged  # noqa: E402
+from experiments.index_scale.part import chunks, rows_of, search  # noqa: E402
+from experiments.index_scale.scan import scan  # noqa: E402
 
 WIDTH, ROWS, SHARDS = 60, 700, 3
 
 
 @pytest.fixture(params=["int8", "float16"])
-def store(request):
-    """Shards as bytes by the index of their first row, their kind, and all rows in float64."""
+def store(request, tmp_path):
+    """The folder of an index of some shards, and all their rows in float64."""
     generator = torch.Generator().manual_seed(0)
-    shards, dense = {}, []
+    dense = []
     for number in range(SHARDS):
-        count = ROWS + 13 * number
-        first = sum(map(len, dense))
-        rows = torch.randn(count, WIDTH, generator=generator)
-        if request.param == "float16":
-            raw = rows.half()
-            dense.append(raw.double())
-            shards[first] = raw.numpy().tobytes()
-            continue
-        scales = rows.abs().amax(1, keepdim=True) / 127
-        small = (rows / scales).round().to(torch.int8)
-        dense.append(small.double() * scales.double())
-        shards[first] = torch.cat([scales.view(torch.int8), small], 1).numpy().tobytes()
-    return shards, getattr(torch, request.param), torch.cat(dense)
+        rows = torch.randn(ROWS + 13 * number, WIDTH, generator=generator)
+        codes, scales = rounded(rows, request.param)
+        write_shard(tmp_path, sum(map(len, dense)), codes, scales, "")
+        dense.append(torch.from_numpy(codes * scales.astype(np.float64)[:, None]))
+    return tmp_path, torch.cat(dense)
 
 
 def expected(dense, queries, k):
@@ -45,38 +48,54 @@ def require_same(found, dense, queries, k):
     torch.testing.assert_close(found.values.double(), values, rtol=1e-5, atol=1e-5)
 
 
-def test_one_pass_finds_the_strongest(store, tmp_path):
-    shards, kind, dense = store
-    (tmp_path / "rows").write_bytes(b"".join(shards.values()))
+def test_one_pass_finds_the_strongest(store):
+    folder, dense = store
     queries = torch.randn(4, WIDTH)
-    with open(tmp_path / "rows", "rb", buffering=0) as file:
-        found = scan(chunks_of(file, WIDTH, kind, (0, len(dense)), 40_000), queries, 7)
+    found = scan(chunks(str(folder), 1, 1), queries, 7)
     require_same(found, dense, queries, 7)
     assert found.rows == len(dense)
-    with open(tmp_path / "rows", "rb") as file, pytest.raises(EOFError, match="ends at row"):
-        scan(chunks_of(file, WIDTH, kind, (0, len(dense) + 1)), queries, 7)
+    (shard, *_) = sorted(folder.glob("shards/*.h5"))
+    with open(shard, "rb", buffering=0) as file:
+        rows = rows_of(file)
+        found = scan(rows.chunks(file, 40_000), queries, 7)
+        require_same(found, dense[:ROWS], queries, 7)
+        cut = io.BytesIO(shard.read_bytes()[: rows.offset + 9000])
+        with pytest.raises(EOFError, match=f"not at {ROWS}"):
+            scan(rows.chunks(cut, 40_000), queries, 7)
 
 
 def test_parts_in_an_object_store_are_merged(store):
     """fsspec's own store in memory stands for one over the network."""
-    fsspec = pytest.importorskip("fsspec")
-    from experiments.index_scale.merge import merged
-    from experiments.index_scale.part import search
-
-    shards, kind, dense = store
-    name = str(kind).removeprefix("torch.")
+    folder, dense = store
     system = fsspec.filesystem("memory")
-    for first, raw in shards.items():
-        system.pipe(f"/index-{name}/{first:08}.rows", raw)
+    name = folder.name
+    system.put(str(folder / "shards"), f"/{name}/shards", recursive=True)
     queries = torch.randn(3, WIDTH)
-    with system.open(f"/index-{name}/queries.npy", "wb") as file:
+    with system.open(f"/{name}/queries.npy", "wb") as file:
         np.save(file, queries.numpy())
-    asked = {"kind": name, "k": 5, "queries": f"memory://index-{name}/queries.npy"}
+    asked = {"k": 5, "queries": f"memory://{name}/queries.npy"}
     for part in ("1/2", "2/2"):
-        search(f"memory://index-{name}", f"memory://found-{name}", part, **asked)
+        search(f"memory://{name}", f"memory://{name}/found", part, **asked)
         if part == "1/2":
             with pytest.raises(ValueError, match="1 parts of 2"):
-                merged(f"memory://found-{name}")
-    found, seconds, size = merged(f"memory://found-{name}")
+                merged(f"memory://{name}/found")
+    found, seconds = merged(f"memory://{name}/found")
     require_same(found, dense, queries, 5)
-    assert seconds > 0 and size == sum(map(len, shards.values()))
+    assert seconds > 0 and found.rows == len(dense)
+
+
+@pytest.mark.slow
+def test_hydra_s_launchers_share_a_search(store, tmp_path):
+    """``part=1/2,2/2`` as two processes of joblib; Ray and Slurm take the same sweep."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    folder, dense = store
+    queries = torch.randn(3, WIDTH)
+    np.save(tmp_path / "queries.npy", queries.numpy())
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "experiments.index_scale.part", "--multirun", "part=1/2,2/2"]
+    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"shards={folder}", "k=5"]
+    command += [f"queries={tmp_path}/queries.npy", f"output={tmp_path}/found"]
+    command += [f"hydra.sweep.dir={tmp_path}/sweep"]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    found, _ = merged(f"{tmp_path}/found")
+    require_same(found, dense, queries, 5)

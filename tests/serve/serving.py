@@ -48,6 +48,9 @@ class Known:
         self.seconds = seconds
         self.train = self.own.train_dataset.tensors[0].flatten(1).double()
 
+    def during(self, work: Callable[[], None]) -> None:
+        work()
+
     def search(self, questions: Sequence[Question], k: int) -> list[Found]:
         time.sleep(self.seconds)
         return [self.found(question, k) for question in questions]

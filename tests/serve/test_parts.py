@@ -305,3 +305,12 @@ def test_those_who_wait_are_told_that_it_stops():
     with pytest.raises(Stopped):
         worker.submit(3).result(1)
     assert worker.stop(5)
+
+
+def test_what_cannot_be_opened_is_told():
+    def around(work):
+        raise OSError("no index")
+
+    worker = Worker(list, lambda job: 0, 1, 10, around)
+    with pytest.raises(OSError, match="no index"):
+        worker.wait_until_open()
