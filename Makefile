@@ -1,5 +1,6 @@
 # make demo     the main job: train, attribute three ways, report (digits, about two minutes)
 # make test     lint, types, tests
+# make test-all the same with the slow tests: every combination of every table of cases (hours)
 # make setup    only the environment
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint format clean
+.PHONY: demo test test-all setup lint format clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+test-all: setup lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
