@@ -1,5 +1,6 @@
 # make demo     the main job: train, attribute three ways, report (digits, about two minutes)
 # make test     lint, types, tests
+# make docs     the site, in site/
 # make test-all the same with the slow tests: every combination of every table of cases (hours)
 # make setup    only the environment
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all setup lint format clean
+.PHONY: demo test test-all docs setup lint format clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -23,6 +24,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The site: site/index.html. With its search: $(BIN)/mkdocs serve"
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -39,5 +44,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs/demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache
