@@ -67,14 +67,14 @@ class QuestionReader:
     Args:
         limits: for k, rerank.
         num_query: queries that can be asked about by their index.
-        num_train: training examples.
+        num_rows: examples that are searched.
         form: of a query that comes with the request; or why there is none.
         class_number: the number of a class or token that is named by a word.
     """
 
     limits: Limits
     num_query: int
-    num_train: int
+    num_rows: int
     form: Form | str
     class_number: Callable[[str, str], int]
 
@@ -104,7 +104,7 @@ class QuestionReader:
                 400, f"rerank must be 0, or at least k = {k} as k examples are taken of them."
             )
         measurement, asked = self._measurement(given.get("measurement"))
-        k, rerank = min(k, self.num_train), min(rerank, self.num_train)
+        k, rerank = min(k, self.num_rows), min(rerank, self.num_rows)
         return Question(index, item, name, k, rerank, measurement, asked)
 
     def _query(self, given: object) -> tuple[int | None, Any, dict[str, object]]:

@@ -2,48 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Subset
 
 from tda_lightning.index import AttributionIndex
+from tda_lightning.index.asking import Asker
+from tda_lightning.index.opened import in_session, training_source
+from tda_lightning.index.reranking import reranked
+from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.loading import ExampleSource, Keys, one_key
 from tda_lightning.serve.questions import Question
 from tda_lightning.serve.refusal import Refusal
 from tda_lightning.serve.service import Found
+from tda_lightning.session.session import Session
 
 
-@dataclass(frozen=True)
 class IndexSearcher:
-    """Searches an index.
+    """Searches an index, with model, run and curvature opened once.
 
     Args:
         index: with the attribution and the training set that it was built with.
         queries: the query set, and how its items become batches.
         batch_size: examples at a time.
+        trainer: whose device the searches run on.
     """
 
-    index: AttributionIndex
-    queries: ExampleSource
-    batch_size: int
+    def __init__(
+        self, index: AttributionIndex, queries: ExampleSource, batch_size: int, trainer: Any = None
+    ) -> None:
+        if index.attribution is None:
+            raise ValueError("The index must be opened with its attribution and training set.")
+        self.index = index
+        self.queries = queries
+        self.num_rows = index.num_examples
+        self._attribution = index.attribution
+        self._train = training_source(index.attribution, index.train, batch_size)
+        self._trainer = trainer
+        self._asker: Asker | None = None
+
+    def during(self, work: Callable[[], None]) -> None:
+        """Do all of a thread's work with the run open around it."""
+
+        def inside(session: Session) -> None:
+            estimator = self._attribution.estimator
+            self._asker = Asker(estimator, self.index.compression, session)
+            work()
+
+        some = self.queries.with_dataset(Subset(self.queries.dataset, [0]))
+        in_session(self._attribution, self._train, some, inside, self._trainer)
 
     def search(self, questions: Sequence[Question], k: int) -> list[Found]:
         """``k`` proponents and opponents for each of several questions that have measurement and
-        rerank in common.
+        rerank in common; :meth:`AttributionIndex.search` finds the same.
 
         Raises:
             Refusal: an example came with a request, and the data set makes its batches itself.
         """
-        asked = AskedExamples.of(questions, self.queries)
-        found = self.index.search(
-            self.queries.with_dataset(asked),
-            k,
-            measurement=questions[0].measurement,
-            rerank=questions[0].rerank,
-            batch_size=self.batch_size,
-        )
+        assert self._asker is not None
+        measurement, rerank = questions[0].measurement, questions[0].rerank
+        queries = self.queries.with_dataset(AskedExamples.of(questions, self.queries))
+        asked = self._asker.encode_others(queries, measurement)
+        if not bool(asked.isfinite().all()):
+            raise NonFiniteError("The gradient of the query is NaN or infinite.")
+        found = self.index.search_encoded(asked, max(k, rerank))
+        if rerank:
+            found = reranked(self._attribution, self._train, queries, found, k, rerank, measurement)
         return [
             Found(
                 _pairs(found.indices[row], found.values[row]),

@@ -28,7 +28,13 @@ class Found:
 
 
 class Searcher(Protocol):
-    """Finds the strongest examples for queries."""
+    """Finds the strongest examples for queries.
+
+    Attributes:
+        num_rows: examples that are searched: the training set, and those that were appended.
+    """
+
+    num_rows: int
 
     def during(self, work: Callable[[], None]) -> None:
         """Do all of a thread's work with the run open around it."""
@@ -81,7 +87,7 @@ class Service:
         self._looks = Looks(data.render)
         self._form, reason = _form(data.query_dataset)
         self.reader = QuestionReader(
-            limits, self.sizes["query"], self.sizes["train"], self._form or reason, class_number
+            limits, self.sizes["query"], searcher.num_rows, self._form or reason, class_number
         )
         self._worker: Worker[_Job, dict[str, object]] = Worker(
             self._answer, _alike, limits.batch, limits.seconds / 4, searcher.during
@@ -113,6 +119,7 @@ class Service:
             "status": "ok",
             "run": self.name,
             "train": self.sizes["train"],
+            "searched": self._searcher.num_rows,
             "queries": self.sizes["query"],
             **self.facts,
             "example": self._form.words if self._form else None,

@@ -45,6 +45,7 @@ class Known:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.own = data()
+        self.num_rows = NUM_TRAIN
         self.seconds = seconds
         self.train = self.own.train_dataset.tensors[0].flatten(1).double()
 

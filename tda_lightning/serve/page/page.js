@@ -56,14 +56,16 @@ const readable = (score) =>
     ? Math.abs(score).toPrecision(4) : Math.abs(score).toExponential(2));
 
 async function list(kind, found, strongest, mine) {
-  const looks = await Promise.all(found.map((one) => ask(`examples/${one.index}`)));
+  // Examples that were appended to the index are not in the training set, which has the pictures.
+  const looks = await Promise.all(found.map((one) =>
+    one.index < health.train ? ask(`examples/${one.index}`) : { caption: "appended" }));
   if (mine !== latest) return;
   const pictures = looks.some((one) => one.image);
   const items = found.map((one, place) => {
     const score = make("span", { className: `score ${kind}`, textContent: readable(one.score) });
     const bar = meter((100 * Math.abs(one.score)) / strongest);
     bar.classList.add(kind);
-    const number = make("span", { className: "faint", textContent: `training example ${one.index}` });
+    const number = make("span", { className: "faint", textContent: `example ${one.index}` });
     if (pictures) return make("li", {}, ...look(looks[place]), score, bar, number);
     return make("li", {}, make("div", { className: "side" }, score, bar),
       make("div", {}, ...look(looks[place]), make("p", { className: "faint" }, number)));
@@ -118,7 +120,7 @@ async function search(query) {
     at("asked").textContent = `of ${name}, asked about ${answer.measurement}`;
     at("answer").hidden = false;
     const rescored = answer.reranked ? `, ${answer.reranked} rescored exactly` : "";
-    say(`Searched ${health.train.toLocaleString("en")} training examples in ${answer.seconds.toFixed(3)} s${rescored}.`);
+    say(`Searched ${health.searched.toLocaleString("en")} training examples in ${answer.seconds.toFixed(3)} s${rescored}.`);
   } catch (error) {
     if (mine === latest) say(error.message, true);
   }
