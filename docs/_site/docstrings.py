@@ -35,7 +35,8 @@ def as_markdown(text: str) -> str:
         'See `a.b`:'
     """
     text = _BLOCK.sub(_formula, text)
-    text = _INLINE.sub(lambda match: convert(" ".join(match[1].split())), text)
+    # In a span, since Markdown would take a formula at the start of a line for a paragraph.
+    text = _INLINE.sub(lambda m: f"<span>{convert(' '.join(m[1].split()))}</span>", text)
     text = _ROLE.sub(r"`\1`", text)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     return re.sub(r"^( *)\| ", r"\1- ", text, flags=re.MULTILINE)

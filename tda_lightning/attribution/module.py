@@ -357,14 +357,8 @@ class AttributionModule(LightningModule):
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
-            UnsupportedTrainingError: there are several stages; each is planned by itself.
             ValueError: an empty set, an impossible setting.
         """
-        if len(self.stages) > 1:
-            raise UnsupportedTrainingError(
-                f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
-                "for each of them, Trajectory.load(path).stages(), with its own module and data."
-            )
         require_attributable(
             batch_size, trainer, self_influence=self_influence, draws=draws, keep=keep
         )
@@ -372,33 +366,35 @@ class AttributionModule(LightningModule):
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
             pace = DryRun(memory)
-            examples = ExampleSource.of(train, batch_size, "training")
-            queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
-            require_same_data(self.trajectory, examples)
-            members, (examples,), queries = by_node(self.members, [examples], queries)
+            sets = training_sets(train, self.stages[-1].run + 1)
+            examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
+            queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
+            for stage in self.stages:
+                require_same_data(stage.trajectory, examples[stage.run])
+            members, examples, queries = by_node(self.members, examples, queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 runs, seconds = len(self.members), 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(members, [examples], draws)
+                    runs, seconds = seconds_of_runs(members, examples, draws)
                     draws = None
                 question = as_measurement(measurement)
                 require_askable(question, self_influence)
-                (stage,) = open_stages(
+                stages = open_stages(
                     members[0],
-                    [examples],
+                    examples,
                     queries,
                     wants_self_influence(self.estimator, self_influence, question),
                     draws=draws,
                     asked=question,
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
-                work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
+                work = functools.partial(dry_run, self.estimator, stages, pace, runs > 1)
                 plan = self._launch(runner, work)
         if runs > 1:
-            plan = plan.repeated(runs, stage.session.dtype.itemsize)
+            plan = plan.repeated(runs, stages[-1].session.dtype.itemsize)
         if keep < 1:
-            steps = runs * self.trajectory.last_step
+            steps = runs * sum(stage.trajectory.last_step for stage in self.stages)
             trained = PassPlan("what-if run, if it is not there yet", runs, steps, seconds)
             plan = replace(plan, passes=(trained, *plan.passes))
         return plan

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The text of ``tda --help``."""
     lines = [f"    tda {name:<10} {does}" for name, (does, _) in COMMANDS.items()]
-    return USAGE.format(usage="\n".join(lines))
+    return USAGE.replace("{usage}", "\n".join(lines))
 
 
 def _name_first(command: str, arguments: list[str]) -> list[str]:
