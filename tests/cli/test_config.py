@@ -21,7 +21,7 @@ COMMANDS = (
     "report",
     "inspect",
 )
-COMMANDS += ("export", "select", "reweight")
+COMMANDS += ("export", "select", "serve", "reweight")
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),
     "attribute": ("estimator", "task", "solver"),
