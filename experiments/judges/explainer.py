@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from experiments.judges.quanda_modules import enter_quanda
-from tda_lightning import AttributionModule, Trajectory
+from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.evaluation import randomised
+from tda_lightning.runtime.digests import digest
 from tda_lightning.tasks import AttributionTask
 
 enter_quanda()
@@ -26,7 +27,10 @@ class RecordedExplainer(Explainer):  # type: ignore[misc]
     """One estimator over one recorded run.
 
     What depends on curvature alone is fitted by the first :meth:`explain`; a further one walks over
-    the training set only. Scores have quanda's sign: a proponent's are positive.
+    the training set only, and of queries that were explained before it costs nothing. A walk for
+    many queries costs little more than one for a few: with ``expected``, the first
+    :meth:`explain` scores all of these, and further ones look them up. Scores have quanda's sign: a
+    proponent's are positive.
 
     Args:
         model: as it was trained, whatever its weights.
@@ -40,6 +44,7 @@ class RecordedExplainer(Explainer):  # type: ignore[misc]
         loss: a task of ``tda_lightning.tasks``.
         keep: share of the data that would stay (``AttributionModule.attribute``).
         batch_size: training examples at a time.
+        expected: inputs and targets of queries that are going to be explained.
     """
 
     accepted_tasks: ClassVar[list[str]] = ["image_classification", "text_classification"]
@@ -57,6 +62,7 @@ class RecordedExplainer(Explainer):  # type: ignore[misc]
         loss: AttributionTask,
         keep: float = 1.0,
         batch_size: int = 256,
+        expected: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(model, train_dataset, task, None, checkpoints_load_func)
         if checkpoints is not None:
@@ -65,20 +71,30 @@ class RecordedExplainer(Explainer):  # type: ignore[misc]
         self.recorded = train_dataset
         self.keep, self.batch_size = keep, batch_size
         self.attribution = AttributionModule(model, trajectory, estimator, loss)
+        self.expected = [] if expected is None else list(zip(*expected, strict=True))
+        self.explained: dict[str, Tensor] = {}
 
     def explain(self, test_data: Tensor, targets: Tensor | list[int]) -> Tensor:
         """Scores [query, train] for the loss of ``targets``, which need not be the labels."""
-        queries = TensorDataset(test_data, torch.as_tensor(targets))
-        return self._scores(queries, self_influence=False).values
+        asked = list(zip(test_data.cpu(), torch.as_tensor(targets).cpu(), strict=True))
+        if any(digest(query) not in self.explained for query in asked):
+            every = {digest(query): query for query in [*asked, *self.expected]}
+            new = {key: query for key, query in every.items() if key not in self.explained}
+            queries = TensorDataset(
+                *(torch.stack(part) for part in zip(*new.values(), strict=True))
+            )
+            self.explained |= zip(new, self._scores(queries, False).values, strict=True)
+        return torch.stack([self.explained[digest(query)] for query in asked])
 
     @cache_result  # type: ignore[untyped-decorator]
     def self_influence(self, batch_size: int = 32) -> Tensor:
         """Of each training example, for its own label: [train]."""
-        found = self._scores(self._one_query(), self_influence=True).self_influence
+        one = TensorDataset(*(torch.as_tensor(part)[None] for part in self.recorded[0]))
+        found = self._scores(one, self_influence=True).self_influence
         assert found is not None
         return found
 
-    def _scores(self, queries: Dataset, self_influence: bool) -> Any:
+    def _scores(self, queries: Dataset, self_influence: bool) -> Scores:
         return self.attribution.attribute(
             self.recorded,
             queries,
@@ -87,11 +103,6 @@ class RecordedExplainer(Explainer):  # type: ignore[misc]
             self_influence=self_influence,
             keep=self.keep,
         )
-
-    def _one_query(self) -> TensorDataset:
-        """Self-influence needs none, and an attribution needs one."""
-        first = self.recorded[0]
-        return TensorDataset(*(torch.as_tensor(part)[None] for part in first))
 
 
 def with_weights(

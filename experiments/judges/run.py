@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.judges import dattri_metrics as compared
-from experiments.judges import methods, quanda_metrics, setting
+from experiments.judges import methods, names, quanda_metrics, setting
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli.command import quiet_lightning
 from tda_lightning.evaluation import draw_subsets, retrain_each, times_similarity
@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--data-root", required=True, help="folder of the data sets")
     parser.add_argument("--problems", nargs="*", default=list(setting.PROBLEMS))
-    parser.add_argument("--methods", nargs="*", default=list(methods.METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(names.METHODS))
     parser.add_argument("--folder", type=Path, default=Path("runs/judges"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +83,8 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
         found = kept[title] = torch.load(file, weights_only=True)
         judge(notes, title, problem, model, found["values"], found["self_influence"])
         if name == "clean":
-            seconds = {part: round(found[part], 2) for part in ("first", "second", "self")}
+            parts = ("first", "second", "again", "self")
+            seconds = {part: round(found[part], 2) for part in parts}
             notes.once(f"{title}: seconds", lambda s=seconds: s)
             if title != "SOURCE, keep=0.5":  # trains the run again, from its first weights
                 work = (method, problem, model, found["values"], folder)
@@ -92,7 +93,7 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
                     lambda w=work: quanda_metrics.randomised_model(*w),
                 )
     cosines = methods.similarity(model, problem)
-    for title in methods.OURS:
+    for title in names.OURS:
         if title in kept:
             values = times_similarity(Scores(kept[title]["values"]), cosines).values
             judge(notes, f"{title} x similarity", problem, model, values, None)

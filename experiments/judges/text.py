@@ -29,7 +29,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.judges import methods, quanda_metrics
+from experiments.judges import methods, names, quanda_metrics
 from experiments.judges.date_lm import factual_attribution, filtering
 from experiments.judges.run import RESULTS, Notes
 from experiments.judges.setting import Problem
@@ -45,7 +45,7 @@ from tda_lightning.tasks import ClassificationTask
 NUM_MNLI, HIDDEN, ASKED = 3000, 5, 2  # the latter two of each pattern
 EPOCHS, BATCH_SIZE, RATE, SEED = 4, 32, 1e-3, 0
 HEAD = "network.head"
-THEIRS = ("CaptumTracInCPFast", "TRAK", methods.BASELINE)
+THEIRS = ("CaptumTracInCPFast", "TRAK", names.BASELINE)
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,14 @@ def main() -> None:
     cosines = last_layer_cosine(model, task, end, data.problem.train, data.problem.query).values
     rows = {"embedding similarity": cosines}
     rows["BM25"] = bm25(data.train_words, data.query_words).values
-    for name in (*methods.OURS, *THEIRS):
+    for name in (*names.OURS, *THEIRS):
         file = folder / f"{name}.pt"
         if not file.exists():
             print(f"text: {name}", flush=True)
             method = methods.method(name, run, model, folder / "cache", HEAD)
             torch.save(methods.explained(method, model, data.problem), file)
         rows[name] = torch.load(file, weights_only=True)["values"]
-    for name in methods.OURS:
+    for name in names.OURS:
         rows[f"{name} x similarity"] = times_similarity(Scores(rows[name]), cosines).values
     for name, values in rows.items():
         notes.once(name, lambda v=values: judged(v, data, model))
