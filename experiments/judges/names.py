@@ -1,4 +1,4 @@
-"""What is judged: our estimators with their share of the data, and wrappers that come with quanda."""
+"""What is judged: our estimators, with the share of the data that stays, and others' wrappers."""
 
 from __future__ import annotations
 
