@@ -1,5 +1,7 @@
 # make demo     the main job: train, attribute three ways, report (digits, about two minutes)
 # make test     lint, types, tests
+# make test-all the same with the slow tests: every combination of every table of cases (hours)
+# make docs     the site, in site/
 # make setup    only the environment
 
 PYTHON ?= python3
@@ -7,18 +9,32 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint format clean
+# What Python has compiled is kept: the tests start dozens of processes, and compiling torch and
+# lightning anew takes each of them 10 s.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test pytest test-all docs setup lint format clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
 
-test: setup lint
+test: setup
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+test-all: setup lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The site: site/index.html. With its search: $(BIN)/mkdocs serve"
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -35,5 +51,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs/demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site runs/demo .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from tda_lightning.records import files
 
 if TYPE_CHECKING:
     from tda_lightning.attribution.module import AttributionModule
+    from tda_lightning.index import AttributionIndex
     from tda_lightning.live import TdaReport
     from tda_lightning.recording import TrajectoryRecorder
     from tda_lightning.records.ensemble import Ensemble
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tda_lightning.records.trajectory import Trajectory
 
 __all__ = [
+    "AttributionIndex",
     "AttributionModule",
     "Ensemble",
     "Scores",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AttributionIndex": "tda_lightning.index",
     "AttributionModule": "tda_lightning.attribution.module",
     "Ensemble": "tda_lightning.records.ensemble",
     "Scores": "tda_lightning.records.scores",

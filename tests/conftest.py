@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -20,6 +21,16 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERRO
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
+# Thousands of tests and all that they import live until the end: looking through them for garbage,
+# again and again, took a tenth of the time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
+
+
 def fsync(file: int) -> None:
     """Check the file only: no test cuts the power, and a real fsync takes up to 10 ms."""
     os.fstat(file)  # a closed file is still an error
@@ -32,5 +43,29 @@ os.fsync = fsync
 LONGEST = ("test_damaged_files_give_our_error_or_valid_data", "test_no_kill_loses_anything")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name not in LONGEST)
+    tables: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for table in tables.values():
+        quick = [item for item in table if item.get_closest_marker("slow") is None]
+        for item in set(quick) - set(covering(quick)):
+            item.add_marker(pytest.mark.slow)
+
+
+def covering(table: list[pytest.Function]) -> list[pytest.Function]:
+    """Few cases of a test with several parameters, such as networks times optimizers, in which
+    every value of every parameter stands at least once. The other combinations are slow tests."""
+    values = {item: set(enumerate(item.callspec._idlist)) for item in table}
+    if not table or len(next(iter(values.values()))) < 2:
+        return table
+    chosen: list[pytest.Function] = []
+    missing = set().union(*values.values())
+    while missing:
+        best = max(values, key=lambda item: len(values[item] & missing))
+        chosen.append(best)
+        missing -= values.pop(best)
+    return chosen

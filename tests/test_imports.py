@@ -183,3 +183,15 @@ def test_cited_sections_exist():
     assert cited
     missing = [(page, section) for page, section in cited if section not in headings[page]]
     assert not missing
+
+
+def test_the_walk_through_one_score_names_what_is_there():
+    section = ARCHITECTURE.split("## One score, followed")[1].split("\n## ")[0]
+    steps = re.findall(r"^\| \d\. .*\| `(\S+)` \| `(\w+)` \|$", section, flags=re.MULTILINE)
+    assert len(steps) == 8
+    apart = re.findall(r"`(\w+)`\s+in\s+`(\S+\.py)`", section)
+    assert len(apart) == 3
+    for file, function in [*steps, *[(file, function) for function, file in apart]]:
+        tree = ast.parse((ROOT / PACKAGE / file).read_text(encoding="utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert function in names, file

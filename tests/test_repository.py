@@ -15,12 +15,21 @@ def read(name):
 
 
 def test_every_supported_python_and_the_oldest_torch_are_tested():
-    (job,) = read(".github/workflows/test.yaml")["jobs"].values()
+    job = read(".github/workflows/test.yaml")["jobs"]["test"]
     runs = job["strategy"]["matrix"]["include"]
     supported = re.findall(r"Programming Language :: Python :: (3\.\d+)", PROJECT)
     assert {run["python"] for run in runs} == set(supported)
     oldest = re.search(r'"torch>=([\d.]+)"', PROJECT)[1]
     assert any(f"torch=={oldest}.*" in run["pins"] for run in runs)
+
+
+def test_the_site_is_built_with_what_the_extra_names():
+    """The workflow installs no more than the site needs, at the same versions."""
+    steps = read(".github/workflows/test.yaml")["jobs"]["docs"]["steps"]
+    (install,) = [step["run"] for step in steps if "pip install" in step.get("run", "")]
+    asked = re.findall(r"'([^']+)'", install)
+    extra = re.search(r"^docs = \[(.*?)\]", PROJECT, re.MULTILINE | re.DOTALL)[1]
+    assert asked and set(asked) <= set(re.findall(r'"([^"]+)"', extra))
 
 
 def test_one_version():

@@ -20,13 +20,15 @@ from tda_lightning.attribution.dry_run_substitutes import (
     synchronize,
 )
 from tda_lightning.attribution.provenance import measured_queries
-from tda_lightning.estimators import EnsembleEstimator, Estimator
+from tda_lightning.attribution.scoring import OpenedRuns
+from tda_lightning.estimators import EnsembleEstimator, Estimator, StagedEstimator
 from tda_lightning.records.plans import AttributionPlan, PassPlan
+from tda_lightning.records.score_sinks import StageSink
 from tda_lightning.runtime import clock
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.session.pace import Numbered, Pace, loaded_batches
-from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 T = TypeVar("T")
 
@@ -193,43 +195,44 @@ class DryRun(Pace):
 
 
 def dry_run(
-    estimator: Estimator, session: Session, pace: DryRun, in_ensemble: bool = False
+    estimator: Estimator, stages: Sequence[Stage], pace: DryRun, in_ensemble: bool = False
 ) -> AttributionPlan:
     """Score in a dry run.
 
     Args:
-        session: nothing that it finds is kept, in memory or on disk.
-        pace: whose clock has been running since the session was opened.
+        stages: of training, one or several; nothing that they find is kept, in memory or on disk.
+        pace: whose clock has been running since they were opened.
         in_ensemble: as a member of an ensemble, which may take more.
     """
-    real, on_disk = session.trajectory, session.trajectory.path is not None
-    curvature, features = (
-        MeasuredCache(real.curvature, on_disk),
-        MeasuredCache(real.features, on_disk),
-    )
-    pace.stores, pace.device = [curvature, features], session.device
-    session.trajectory = replace(
-        real, curvature=curvature, features=features, unfinished=ReadOnlyCache(real.unfinished)
-    )
+    session, kept = stages[-1].session, [_measured(stage, pace) for stage in stages]
+    pace.stores, pace.device = [store for pair in kept for store in pair], session.device
     estimator = _invertible(estimator)
-    segments = estimator.segment_count(session)
-    columns = min(session.num_train, session.batch_size)
+    counts = OpenedRuns(estimator, [stages], 1).segment_counts(stages)
+    segments = None if counts is None else sum(counts)
+    columns = min(max(stage.session.num_train for stage in stages), session.batch_size)
     sink = DiscardedScores(session.num_query, columns, segments, session.dtype)
-    session.scores, session.pace = sink, pace
     with pace.decompositions:
         if in_ensemble and isinstance(estimator, EnsembleEstimator):
+            session.scores = sink
             estimator.score_ensemble([session], sink)
-        else:
+        elif len(stages) == 1:
+            session.scores = sink
             estimator.score(session)
+        else:
+            assert isinstance(estimator, StagedEstimator) and counts is not None
+            for number, stage in enumerate(stages):
+                stage.session.scores = StageSink(sink, sum(counts[:number]), 0)
+            estimator.score_stages(stages)
     measured_queries(session)
     pace.finish()
     matrices = 1 if segments is None else 1 + segments
-    size = matrices * session.num_query * session.num_train * session.dtype.itemsize
+    num_train = stages[-1].columns.stop
+    size = matrices * session.num_query * num_train * session.dtype.itemsize
     size += sink.token_bytes
     peak = pace.memory.bytes
     return AttributionPlan(
         estimator=type(estimator).__name__,
-        num_train=session.num_train,
+        num_train=num_train,
         num_query=session.num_query,
         preparation=pace.elsewhere,
         passes=tuple(
@@ -239,10 +242,24 @@ def dry_run(
         peak_bytes=None if peak is None else peak + size,
         device_bytes=pace.memory.device_bytes,
         scores_bytes=size,
-        curvature_bytes=curvature.size,
-        features_bytes=features.size,
-        checks=session.check_seconds,
+        curvature_bytes=sum(curvature.size for curvature, _ in kept),
+        features_bytes=sum(features.size for _, features in kept),
+        checks=sum(stage.session.check_seconds for stage in stages),
     )
+
+
+def _measured(stage: Stage, pace: DryRun) -> tuple[MeasuredCache, MeasuredCache]:
+    """Let a stage keep nothing, and be timed; what it would keep as curvature and as features."""
+    real = stage.session.trajectory
+    on_disk = real.path is not None
+    curvature = MeasuredCache(real.curvature, on_disk)
+    features = MeasuredCache(real.features, on_disk)
+    trajectory = replace(
+        real, curvature=curvature, features=features, unfinished=ReadOnlyCache(real.unfinished)
+    )
+    for session in (stage.session, stage.wide):
+        session.trajectory, session.pace = trajectory, pace
+    return curvature, features
 
 
 def _rate(timed: Sequence[tuple[float, int]]) -> _Rate:
@@ -270,7 +287,8 @@ def _invertible(estimator: Estimator) -> Estimator:
 
 
 def _without_numbers(title: str) -> str:
-    return re.sub(r"\d+", "#", title)
+    # Stages of training differ in their models and data.
+    return re.sub(r"(?<!stage )(?<!\d)\d+", "#", title)
 
 
 def _without_steps(title: str) -> str:

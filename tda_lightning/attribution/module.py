@@ -5,125 +5,65 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.answerable import require_answerable
 from tda_lightning.attribution.arguments import require_attributable, require_constructible
 from tda_lightning.attribution.asked_checkpoint import asked_about
+from tda_lightning.attribution.columns import edit_set, packed_documents, pool_additions
+from tda_lightning.attribution.combinations import (
+    no_self_influence,
+    require_askable,
+    require_by_token,
+    require_graph_question,
+    require_whole,
+    wants_self_influence,
+)
 from tda_lightning.attribution.dry_run import DryRun, dry_run
+from tda_lightning.attribution.gradient_check import check_gradients
 from tda_lightning.attribution.graph_sources import NodeSource, by_node
+from tda_lightning.attribution.launch import OneBatch, gradients_in_predict, quiet_trainer
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import ensemble_provenance, of_kind, run_provenance
+from tda_lightning.attribution.provenance import of_kind, scores_provenance
 from tda_lightning.attribution.quiet import without_device_lines
-from tda_lightning.attribution.sessions import (
-    open_members,
-    open_session,
-    open_stages,
-    sample_batches,
-)
+from tda_lightning.attribution.scoring import OpenedRuns, score_runs
+from tda_lightning.attribution.sessions import open_members, open_session, open_stages
 from tda_lightning.attribution.stages import set_up, training_sets
 from tda_lightning.attribution.unlearning import edit_set_of, moved_weights
-from tda_lightning.attribution.what_if import (
-    SIZES,
-    AskedRuns,
-    asked_runs,
-    question_of,
-    seconds_of_runs,
-)
-from tda_lightning.edits import (
-    Addition,
-    Edit,
-    EditSet,
-    GraphEdit,
-    GraphEditSet,
-    additions,
-    document_removals,
-    pool_notes,
-    pool_record,
-)
-from tda_lightning.edits.documents import holds_documents
-from tda_lightning.estimators import (
-    EnsembleEstimator,
-    Estimator,
-    InfluenceFunction,
-    StagedEstimator,
-)
-from tda_lightning.estimators.base import self_influence_by_default
-from tda_lightning.gradients.check import largest_errors
+from tda_lightning.attribution.unseen_batches import again_where_unseen
+from tda_lightning.attribution.what_if import asked_runs, seconds_of_runs
+from tda_lightning.edits import Edit, GraphEdit, pool_notes, pool_record
+from tda_lightning.estimators import Estimator, InfluenceFunction, StagedEstimator
 from tda_lightning.measurements import Measurement, as_measurement
-from tda_lightning.records.data_module import require_data_module
 from tda_lightning.records.ensemble import Ensemble
-from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.gradient_errors import GradientErrors
 from tda_lightning.records.plans import AttributionPlan, PassPlan
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.score_sinks import (
-    MemberSink,
-    MemorySink,
-    QueryTokenSink,
-    ScoreSink,
-    StageSink,
-    TimestepSink,
-)
 from tda_lightning.records.scores import Scores
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import PeakMemory
 from tda_lightning.runtime.module_state import in_eval_mode
-from tda_lightning.runtime.processes import Processes, rank_and_world
+from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
-from tda_lightning.session.edited_graphs import direct_terms
-from tda_lightning.session.session import Session, Stage
 from tda_lightning.store.ensemble_file import is_ensemble
-from tda_lightning.store.scores_file import ScoreFile
-from tda_lightning.tasks import AttributionTask, numbered_draw, seeded_examples
+from tda_lightning.tasks import AttributionTask
 
 T = TypeVar("T")
-P = ParamSpec("P")
-_NO_SELF = (
-    "No self-influence: with this estimator it takes longer than the scores. Ask for it by "
-    "self_influence=True."
-)
-_NO_SELF_MEASURED = (
-    "No self-influence: the measurement was chosen for the queries. Ask for it by "
-    "self_influence=True, which measures every training example so."
-)
 ByToken: TypeAlias = Literal["train", "query", "both"] | None
 Asked: TypeAlias = "Measurement | Callable[[nn.Module, Any], Tensor] | None"
-_SURPRISES = 2  # of a task: divisors that differ between batches, and a loss made otherwise
-
-
-def _again_where_unseen(method: Callable[P, T]) -> Callable[P, T]:
-    """Begin again where a batch is made otherwise than those that were looked at first. The task
-    has noted it, and what it does then holds for all batches."""
-
-    @functools.wraps(method)
-    def again(*args: P.args, **kwargs: P.kwargs) -> T:
-        for _ in range(_SURPRISES):
-            try:
-                # A draw that an error broke off earlier numbers none of these.
-                with numbered_draw(0):
-                    return method(*args, **kwargs)
-            except UnseenBatchError:
-                if rank_and_world()[1] > 1:  # the other processes do not know of it
-                    raise
-        with numbered_draw(0):
-            return method(*args, **kwargs)
-
-    return again
 
 
 class AttributionModule(LightningModule):
@@ -216,7 +156,7 @@ class AttributionModule(LightningModule):
         """The task of the last stage."""
         return self.stages[-1].task
 
-    @_again_where_unseen
+    @again_where_unseen
     def attribute(
         self,
         train: object,
@@ -305,7 +245,7 @@ class AttributionModule(LightningModule):
             keep,
             by_token,
         )
-        self._require_by_token(by_token, self_influence)
+        require_by_token(self.estimator, self.members, by_token, self_influence)
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
@@ -322,52 +262,37 @@ class AttributionModule(LightningModule):
                 "processes: give a trainer with fewer devices."
             )
         with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
-            added = self._pool(pool, edits)
-            if edits is None and added is None and by_token not in ("train", "both"):
-                edits = self._documents(examples)
+            added = pool_additions(pool, edits)
             edits = edits if added is None else added
-            edit_set = self._edit_set(edits, examples)
-            if isinstance(edit_set, GraphEditSet) and keep < 1:
-                raise UnsupportedTrainingError(
-                    "keep is a share of the training examples that would stay, and edits of a "
-                    "graph change the graph: ask about them with keep=1."
-                )
-            if isinstance(edit_set, GraphEditSet) and by_token is not None:
-                raise UnsupportedTrainingError(
-                    "Edits of a graph have no scores by token: leave out by_token."
-                )
+            if edits is None and self._has_documents(by_token):
+                edits = packed_documents(examples[0])
+            changes = edit_set(edits, examples[0], len(self.stages))
+            require_graph_question(changes, keep, by_token)
             question = as_measurement(measurement)
-            _require_askable(question, self_influence)
-            own_self = self._wants_self_influence(self_influence, question) and edits is None
-            own_self = own_self and by_token not in ("query", "both")
+            require_askable(question, self_influence)
+            own_self = (
+                wants_self_influence(self.estimator, self_influence, question)
+                and edits is None
+                and by_token not in ("query", "both")
+            )
             asked = asked_runs(recorded, examples, keep, draws)
             draws = draws if keep == 1 else None
-            opened = open_members(
-                asked.runs, examples, queries, own_self, edit_set, draws, question, by_token
+            runs = open_members(
+                asked.runs, examples, queries, own_self, changes, draws, question, by_token
             )
-            counts = [self._segment_counts(stages) for stages in opened]
-            (shared,) = counts[:1] if all(other == counts[0] for other in counts) else [None]
-            session = opened[0][-1].session
-            segments = None if shared is None else sum(shared)
-            # A mean over seeds has an error of its own: the draws of a member only make it up.
-            several = len(self.members) if len(self.members) > 1 else asked.draws
-            members = several if several > 1 else None
-            columns = opened[0][-1].columns.stop if edit_set is None else len(edit_set)
-            parts = session.num_parts
-            _require_whole(session, question, by_token)
-            sizes = ((session.whole or session).num_query // parts, columns, segments)
-            timesteps = parts if session.task.kept_parts is not None else None
-            sink = _sink(sizes, session.dtype, (members, timesteps), scores_path, overwrite, runner)
+            opened = OpenedRuns(self.estimator, runs, asked.draws)
+            require_whole(opened.session, question, by_token)
+            sink = opened.sink(scores_path, overwrite, runner)
             try:
                 with SlowProgress(f"Attribution by {type(self.estimator).__name__}"):
-                    estimated = self._launch(runner, lambda: self._score_runs(opened, sink, counts))
-                made = self._provenance(asked, opened, counts, estimated, runner, sink)
+                    estimated = self._launch(runner, lambda: score_runs(opened, sink))
+                made = scores_provenance(opened, self.members, asked, estimated, runner, sink)
                 if self._ensemble is not None:
                     made = {**made, **of_kind(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
-                    made["notes"].append(_no_self(question, by_token))
-                if edit_set is not None:
-                    made["edits"] = edit_set.records()
+                    made["notes"].append(no_self_influence(question, by_token))
+                if changes is not None:
+                    made["edits"] = changes.records()
                 if added is not None:
                     made["pool"] = pool_record(added, examples[-1])
                     made["notes"] = [*pool_notes(made["pool"]), *made["notes"]]
@@ -387,7 +312,7 @@ class AttributionModule(LightningModule):
             Processes.of(runner).by_first(lambda: scores.save(scores_path, overwrite=overwrite))
         return scores
 
-    @_again_where_unseen
+    @again_where_unseen
     def check(
         self, train: object, query: object, examples: int = 8, measurement: Asked = None
     ) -> GradientErrors:
@@ -403,37 +328,16 @@ class AttributionModule(LightningModule):
             ValueError: they do not make up what the step returns.
         """
         require_attributable(examples)
-        errors = GradientErrors()
         sets = training_sets(train, self.stages[-1].run + 1)
+        asked = as_measurement(measurement)
         with in_eval_mode(self._attributed_modules):
-            training = ExampleSource.of(sets[-1], examples, "training")
-            require_data_module(self.trajectory.facts, training)
-            queries = ExampleSource.of(query, examples, "query", training.data_module)
-            (stages,), (training,), queries = by_node([self.stages[-1:]], [training], queries)
-            session = open_session(
-                stages[-1],
-                training,
-                queries,
-                self_influence=False,
-                asked=as_measurement(measurement),
-            )
-            asked = replace(queries, example=session.examples.example).checked(session.module)
-            sides = (session.examples, session.train_loss), (asked, session.measurement)
-            for source, loss in sides:
-                alone = "partners" not in session.noise
-                for batch, indices in sample_batches(source, examples, session.module):
-                    if source is session.examples:
-                        with seeded_examples(0, indices):
-                            session.task.check_losses(session.module, batch)
-                    found = largest_errors(session.engine, loss, batch, indices, alone)
-                    for name, error in found.items():
-                        errors[name] = max(error, errors.get(name, 0.0))
+            errors = check_gradients(self.stages[-1], sets[-1], query, examples, asked)
         rows = [(name, f"{error:.1e}") for name, error in errors.items()]
         title, columns = "Engine against plain autograd", ("layer", "largest relative error")
         print_table(title, columns, rows)
         return errors
 
-    @_again_where_unseen
+    @again_where_unseen
     def plan(
         self,
         train: object,
@@ -453,14 +357,8 @@ class AttributionModule(LightningModule):
 
         Raises:
             TrajectoryMismatchError: ``train`` is not the data of the run.
-            UnsupportedTrainingError: there are several stages; each is planned by itself.
             ValueError: an empty set, an impossible setting.
         """
-        if len(self.stages) > 1:
-            raise UnsupportedTrainingError(
-                f"plan() makes a dry run of one stage of training, got {len(self.stages)}. Plan "
-                "for each of them, Trajectory.load(path).stages(), with its own module and data."
-            )
         require_attributable(
             batch_size, trainer, self_influence=self_influence, draws=draws, keep=keep
         )
@@ -468,33 +366,35 @@ class AttributionModule(LightningModule):
             require_scorable(trainer)
         with PeakMemory() as memory, unchanged_randomness():
             pace = DryRun(memory)
-            examples = ExampleSource.of(train, batch_size, "training")
-            queries = ExampleSource.of(query, batch_size, "query", examples.data_module)
-            require_same_data(self.trajectory, examples)
-            members, (examples,), queries = by_node(self.members, [examples], queries)
+            sets = training_sets(train, self.stages[-1].run + 1)
+            examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
+            queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
+            for stage in self.stages:
+                require_same_data(stage.trajectory, examples[stage.run])
+            members, examples, queries = by_node(self.members, examples, queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
                 runs, seconds = len(self.members), 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(members, [examples], draws)
+                    runs, seconds = seconds_of_runs(members, examples, draws)
                     draws = None
                 question = as_measurement(measurement)
-                _require_askable(question, self_influence)
-                (stage,) = open_stages(
+                require_askable(question, self_influence)
+                stages = open_stages(
                     members[0],
-                    [examples],
+                    examples,
                     queries,
-                    self._wants_self_influence(self_influence, question),
+                    wants_self_influence(self.estimator, self_influence, question),
                     draws=draws,
                     asked=question,
                 )
                 # Lightning's own start is a part of the work, the greater one of a small job.
-                work = functools.partial(dry_run, self.estimator, stage.session, pace, runs > 1)
+                work = functools.partial(dry_run, self.estimator, stages, pace, runs > 1)
                 plan = self._launch(runner, work)
         if runs > 1:
-            plan = plan.repeated(runs, stage.session.dtype.itemsize)
+            plan = plan.repeated(runs, stages[-1].session.dtype.itemsize)
         if keep < 1:
-            steps = runs * self.trajectory.last_step
+            steps = runs * sum(stage.trajectory.last_step for stage in self.stages)
             trained = PassPlan("what-if run, if it is not there yet", runs, steps, seconds)
             plan = replace(plan, passes=(trained, *plan.passes))
         return plan
@@ -551,8 +451,8 @@ class AttributionModule(LightningModule):
         """``work`` in every process of the trainer, on its devices; its result."""
         self._work, self._result = work, None
         try:
-            with _gradients_in_predict(trainer), without_device_lines():
-                trainer.predict(self, _OneBatch(), return_predictions=False)  # type: ignore[arg-type]
+            with gradients_in_predict(trainer), without_device_lines():
+                trainer.predict(self, OneBatch(), return_predictions=False)  # type: ignore[arg-type]
             return self._result
         finally:
             self._work = self._result = None
@@ -565,298 +465,14 @@ class AttributionModule(LightningModule):
             self._result = self._work()
         return torch.empty(0)  # Lightning warns of a step that returns nothing
 
-    def _score_runs(
-        self,
-        opened: Sequence[Sequence[Stage]],
-        sink: MemorySink,
-        counts: Sequence[Sequence[int] | None],
-    ) -> list[Provenance]:
-        """Run the estimator on every run; each process has its share of the work, and all of the
-        scores at the end."""
-        parts: list[ScoreSink] = [sink]
-        apart = len(opened) > 1 and isinstance(self.estimator, EnsembleEstimator)
-        if sink.members is not None:
-            runs = len(opened) // len(sink.members)
-            by_segment = sink.by_segment is not None
-            parts = [
-                MemberSink(sink, number // runs, by_segment, runs, apart)
-                for number in range(len(opened))
-            ]
-        combined: ScoreSink = sink
-        if sink.by_timestep is not None:
-            share = 0.0 if apart else 1 / len(opened)
-            combined = TimestepSink(sink, sink)
-            parts = [TimestepSink(part, sink, share) for part in parts]
-        if apart:
-            sessions = [stages[-1].session for stages in opened]
-            estimated = self._score_together(sessions, combined, parts)
-        else:
-            estimated = [
-                self._score(stages, part, own)
-                for stages, part, own in zip(opened, parts, counts, strict=True)
-            ]
-        for matrix in (sink.values, sink.by_segment, sink.members, sink.by_timestep):
-            if matrix is not None:
-                matrix.copy_(opened[0][-1].session.reduce(matrix))
-        return estimated
-
-    def _provenance(
-        self,
-        asked: AskedRuns,
-        opened: Sequence[Sequence[Stage]],
-        counts: Sequence[Sequence[int] | None],
-        estimated: Sequence[Provenance],
-        runner: Trainer,
-        sink: MemorySink,
-    ) -> Provenance:
-        """How the scores of all runs together were made."""
-        parts = _parts(sink)
-        made = []
-        for number, (stages, own, part) in enumerate(zip(opened, counts, estimated, strict=True)):
-            values = parts[number * len(parts) // len(opened)]
-            recorded = None
-            if asked.what_if is not None:
-                recorded = self.members[asked.recorded[number]][-1].trajectory
-            made.append(run_provenance(self.estimator, stages, own, part, runner, values, recorded))
-        if len(self.members) > 1:
-            made = [
-                ensemble_provenance(made[first : first + asked.draws])
-                for first in range(0, len(made), asked.draws)
-            ]
-        merged = ensemble_provenance(made)
-        if asked.what_if is not None:
-            merged["what_if"] = asked.what_if
-            merged["question"] = question_of(asked.what_if)
-            if merged.get("sizes", "").startswith("predicted"):
-                merged["sizes"] = SIZES
-            if len(self.members) == 1 and "members" in merged:
-                for member, run in zip(merged["members"], asked.what_if["runs"], strict=False):
-                    member["trajectory"] = run
-        return merged
-
-    def _score(
-        self, stages: Sequence[Stage], sink: ScoreSink, counts: Sequence[int] | None
-    ) -> Provenance:
-        """Run the estimator on one run."""
-        if len(stages) == 1:
-            session = stages[0].session
-            with _taken_apart(session, sink):
-                estimated = self.estimator.score(session)
-                session.finish_self_influence()
-                session.finish_by_token()
-                _require_tokens(session, sink, self.estimator)
-            if isinstance(session.edits, GraphEditSet):
-                sink.set_direct(direct_terms(session))
-        else:
-            assert isinstance(self.estimator, StagedEstimator) and counts is not None
-            for number, stage in enumerate(stages):
-                first = sum(counts[:number])
-                stage.session.scores = StageSink(sink, first, stage.columns.start)
-            estimated = self.estimator.score_stages(stages)
-        return estimated
-
-    def _require_by_token(self, by_token: str | None, self_influence: bool | None) -> None:
-        """Refuse scores by token where they are not known.
-
-        Raises:
-            UnsupportedTrainingError: over several stages; of TRAK over several runs.
-            ValueError: self-influence is asked for as well.
-        """
-        if by_token is None:
-            return
-        if len(self.stages) > 1:
-            raise UnsupportedTrainingError(
-                f"Scores by token are of one stage of training, got {len(self.stages)}. Attribute "
-                "each of them, Trajectory.load(path).stages()."
-            )
-        if len(self.members) > 1 and isinstance(self.estimator, EnsembleEstimator):
-            raise UnsupportedTrainingError(
-                f"{type(self.estimator).__name__} puts the members of an ensemble together in its "
-                "own way, which has no parts by token. Attribute the members one by one."
-            )
-        if self_influence and by_token != "train":
-            raise ValueError(
-                "by_token takes queries apart, and self_influence has no queries: ask for one of "
-                "them at a time."
-            )
-
-    def _score_together(
-        self, sessions: Sequence[Session], sink: ScoreSink, parts: Sequence[ScoreSink]
-    ) -> list[Provenance]:
-        """Run an estimator on several runs that it puts together in its own way."""
-        assert isinstance(self.estimator, EnsembleEstimator)
-        for session, part in zip(sessions, parts, strict=True):
-            session.scores = part
-        estimated = self.estimator.score_ensemble(sessions, sink)
-        for session in sessions:
-            session.finish_self_influence()
-        return estimated
-
-    def _wants_self_influence(self, asked: bool | None, measurement: Measurement | None) -> bool:
-        if asked is not None:
-            return asked
-        return measurement is None and self_influence_by_default(self.estimator)
-
-    @staticmethod
-    def _pool(pool: object, edits: Sequence[object] | None) -> list[Addition] | None:
-        if pool is None:
-            return None
-        if edits is not None:
-            raise ValueError(
-                "pool and edits both say what the columns are about: give one of them. "
-                "Addition(example) is the edit that adds an example."
-            )
-        return additions(pool.dataset if isinstance(pool, DataLoader) else pool)
-
-    def _documents(self, examples: Sequence[ExampleSource]) -> Sequence[Edit] | None:
-        """The removals of documents where the rows of the training set hold several each; None for
-        those of rows."""
-        dataset = examples[0].dataset
-        by_token = getattr(self.estimator, "token_weights", False)
-        if len(self.stages) > 1 or by_token or not len(examples[0]):
-            return None
-        if examples[0].keys is not None:  # a loader that reads whole batches of a kind of its own
-            return None
-        return document_removals(dataset) if holds_documents(dataset[0]) else None
-
-    def _edit_set(
-        self, edits: Sequence[Edit | GraphEdit] | None, examples: Sequence[ExampleSource]
-    ) -> EditSet | GraphEditSet | None:
-        if edits is None:
-            return None
-        if len(self.stages) > 1:
-            raise UnsupportedTrainingError(
-                f"edits belong to one training set, and the run has {len(self.stages)} stages. "
-                "Attribute each of them, Trajectory.load(path).stages(), with its own edits."
-            )
-        of_graph = [isinstance(edit, GraphEdit) for edit in edits]
-        if not any(of_graph):
-            return EditSet(cast(Sequence[Edit], edits), examples[0])
-        if not all(of_graph):
-            raise ValueError(
-                "edits are of the graph or of single examples, got both. Ask for them one by one."
-            )
-        if not isinstance(examples[0], NodeSource):
-            raise UnsupportedTrainingError(
-                f"{type(edits[0]).__name__} is an edit of the graph that a run was trained on, and "
-                "this training set is none: expected one graph with a mask of training nodes "
-                "(task=None), or tda_lightning.tasks.NodeTask."
-            )
-        return GraphEditSet(cast(Sequence[GraphEdit], edits), examples[0])
+    def _has_documents(self, by_token: str | None) -> bool:
+        """Whether columns may be the documents of packed rows, where the rows hold several."""
+        weighted = getattr(self.estimator, "token_weights", False)
+        return len(self.stages) == 1 and not weighted and by_token not in ("train", "both")
 
     @property
     def _attributed_modules(self) -> list[nn.Module]:
         return list(dict.fromkeys(stage.module for member in self.members for stage in member))
-
-    def _segment_counts(self, stages: Sequence[Stage]) -> list[int] | None:
-        """Segments of each stage; None for an estimator without."""
-        if len(stages) > 1:
-            assert isinstance(self.estimator, StagedEstimator)
-            return self.estimator.stage_segment_counts(stages)
-        count = self.estimator.segment_count(stages[0].session)
-        return None if count is None else [count]
-
-
-def _parts(sink: MemorySink) -> list[Sequence[Tensor]]:
-    """For each member, tensors [query, train] whose sum is its scores."""
-    if sink.members is not None:
-        return [[own] for own in sink.members]
-    return [[sink.values] if sink.by_segment is None else list(sink.by_segment)]
-
-
-def _no_self(measurement: Measurement | None, by_token: str | None) -> str:
-    """Why there is no self-influence where nobody asked for it or against it."""
-    if by_token in ("query", "both"):
-        return "No self-influence: the queries were taken apart into tokens."
-    return _NO_SELF if measurement is None else _NO_SELF_MEASURED
-
-
-def _require_whole(session: Session, measurement: object, by_token: str | None) -> None:
-    """Refuse other questions to a task whose measurement has parts of its own (timesteps)."""
-    if session.num_parts > 1 and (measurement is not None or by_token in ("query", "both")):
-        raise UnsupportedTrainingError(
-            f"{type(session.task).__name__} measures queries in {session.num_parts} parts of its "
-            "own (timesteps): leave out measurement= and by_token=, or give a task without them."
-        )
-
-
-def _require_tokens(session: Session, sink: ScoreSink, estimator: Estimator) -> None:
-    """Check that an estimator that is none of ours has scored the tokens that were asked for."""
-    own = sink.sink if isinstance(sink, MemberSink) else sink
-    if session.by_token and getattr(own, "by_token", None) is None:
-        raise UnsupportedTrainingError(
-            f"{type(estimator).__name__} does not score single tokens: it must call "
-            "session.add_terms where session.by_token is set."
-        )
-
-
-@contextmanager
-def _taken_apart(session: Session, sink: ScoreSink) -> Iterator[None]:
-    """Scores go to ``sink``; where queries are taken apart, those of their tokens too."""
-    session.scores, rows = sink, session.rows
-    if rows is None:
-        yield
-        return
-    columns = session.num_train if session.edits is None else len(session.edits)
-    tokens = torch.zeros(rows.num_query, rows.length, columns, dtype=session.dtype)
-    session.scores = QueryTokenSink(sink, rows.query, rows.position, tokens)
-    yield
-    whole = session.reduce(tokens.to(session.device))
-    sink.set_by_query_token(whole)
-
-
-def _require_askable(measurement: Measurement | None, self_influence: bool | None) -> None:
-    """Refuse self-influence by a measurement that training examples do not have."""
-    if measurement is None or not self_influence or not (own := measurement.each_own):
-        return
-    raise ValueError(
-        f"self_influence measures every training example, and the measurement's {own[0]} is given "
-        "for each query. Leave out self_influence."
-    )
-
-
-class _OneBatch:
-    """A loader for a single step. Not a ``DataLoader`` on purpose: Lightning would put a
-    distributed sampler of its own into one."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[int]:
-        yield 0
-
-
-def quiet_trainer() -> Trainer:
-    """One device, and nothing said by Lightning: walks have progress bars of their own."""
-    with without_device_lines():
-        return Trainer(
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            inference_mode=False,
-        )
-
-
-def _sink(
-    sizes: tuple[int, int, int | None],
-    dtype: torch.dtype,
-    kept: tuple[int | None, int | None],
-    path: str | None,
-    overwrite: bool,
-    trainer: Trainer,
-) -> MemorySink:
-    """Where the scores go: memory, or the file at ``path``; ``kept``: members and timesteps."""
-    if path is None:
-        return MemorySink(*sizes, dtype, *kept)
-    if trainer.world_size > 1:
-        # Saved at the end by one process; whether it can be is known before the work.
-        Processes.of(trainer).by_first(
-            lambda: ScoreFile(path, *sizes, dtype, *kept, overwrite).abort()
-        )
-        return MemorySink(*sizes, dtype, *kept)
-    return ScoreFile(path, *sizes, dtype, *kept, overwrite)
 
 
 def _ensemble_runs(module: object, trajectory: object, task: object) -> list[Trajectory]:
@@ -870,14 +486,3 @@ def _ensemble_runs(module: object, trajectory: object, task: object) -> list[Tra
                 "Members must differ in chance alone."
             )
     return list(trajectory)
-
-
-@contextmanager
-def _gradients_in_predict(trainer: Trainer) -> Iterator[None]:
-    """``Trainer.predict`` without inference mode, which would forbid gradients."""
-    before = trainer.predict_loop.inference_mode
-    trainer.predict_loop.inference_mode = False
-    try:
-        yield
-    finally:
-        trainer.predict_loop.inference_mode = before

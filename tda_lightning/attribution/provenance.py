@@ -16,18 +16,63 @@ from tda_lightning.attribution.plausibility import (
     earlier_measurements,
     measured_range,
 )
-from tda_lightning.estimators import Estimator
+from tda_lightning.attribution.scoring import OpenedRuns, member_scores
+from tda_lightning.attribution.stages import StageSetup
+from tda_lightning.attribution.what_if import SIZES, AskedRuns, question_of
 from tda_lightning.recording.facts import package_versions
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
+from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.noise_notes import noise_notes
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 from tda_lightning.tasks import MEASURED_SEED, AttributionTask, seeded_examples
 
 
+def scores_provenance(
+    opened: OpenedRuns,
+    members: Sequence[Sequence[StageSetup]],
+    asked: AskedRuns,
+    estimated: Sequence[Provenance],
+    trainer: Trainer,
+    sink: MemorySink,
+) -> Provenance:
+    """How the scores of all runs together were made.
+
+    Args:
+        members: the stages of the recorded runs.
+        asked: the runs that were scored, which are what-if runs where a share of the data goes.
+        estimated: what the estimator says of each.
+        sink: holds the scores.
+    """
+    parts = member_scores(sink)
+    made = []
+    for number, (stages, estimate) in enumerate(zip(opened.runs, estimated, strict=True)):
+        values = parts[number * len(parts) // len(opened.runs)]
+        recorded = None
+        if asked.what_if is not None:
+            recorded = members[asked.recorded[number]][-1].trajectory
+        made.append(run_provenance(opened, stages, estimate, trainer, values, recorded))
+    if len(members) > 1:
+        made = [
+            ensemble_provenance(made[first : first + asked.draws])
+            for first in range(0, len(made), asked.draws)
+        ]
+    merged = ensemble_provenance(made)
+    if asked.what_if is not None:
+        merged["what_if"] = asked.what_if
+        merged["question"] = question_of(asked.what_if)
+        if merged.get("sizes", "").startswith("predicted"):
+            merged["sizes"] = SIZES
+        if len(members) == 1 and "members" in merged:
+            for member, run in zip(merged["members"], asked.what_if["runs"], strict=False):
+                member["trajectory"] = run
+    return merged
+
+
 def run_provenance(
-    estimator: Estimator,
+    opened: OpenedRuns,
     stages: Sequence[Stage],
-    counts: Sequence[int] | None,
     estimated: Provenance,
     trainer: Trainer,
     scores: Sequence[Tensor],
@@ -37,19 +82,18 @@ def run_provenance(
 
     Args:
         stages: of the run, one or several.
-        counts: segments of each stage; None for an estimator without.
         estimated: what the estimator says; it has the last word.
         scores: parts of them, [query, train] each, whose sum they are.
         recorded: the recorded run, where ``stages`` are its what-if run.
     """
-    session = stages[-1].session
+    session, estimator = stages[-1].session, opened.estimator
     settings: dict[str, Any] = asdict(estimator) if is_dataclass(estimator) else {}
     measured, kept = measured_queries(session, recorded), session.task.kept_parts
     beyond = beyond_range(scores, {**estimated, **measured})
     notes = [
         *session.task.notes,
         *session.engine.notes,
-        *session.noise_notes(),
+        *noise_notes(session),
         *estimated.get("notes", []),
         *beyond.get("notes", []),
     ]
@@ -75,7 +119,7 @@ def run_provenance(
         **estimated,
         **measured,
         **beyond,
-        **_several_stages(stages, counts),
+        **_several_stages(stages, opened.segment_counts(stages)),
         **({} if session.asked is None else {"measurement": session.asked.record()}),
         **({"draws": session.draws} if session.noise or session.measured_noise else {}),
         **({} if kept is None else {"timesteps": list(kept)}),

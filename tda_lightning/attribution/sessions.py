@@ -23,8 +23,10 @@ from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.session.moments import show
+from tda_lightning.session.parts import part_indices
 from tda_lightning.session.query_rows import QueryRows, RowExamples
-from tda_lightning.session.session import LoadedCheckpoint, Session, Stage, part_indices
+from tda_lightning.session.session import LoadedCheckpoint, Session
+from tda_lightning.session.stage import Stage
 from tda_lightning.tasks import (
     MEASURED_SEED,
     AttributionTask,
@@ -77,7 +79,7 @@ def take_queries_apart(session: Session, queries: ExampleSource) -> None:
     with torch.no_grad():
         for batch, indices in session.queries(0, session.num_query):
             with seeded_examples(MEASURED_SEED, indices):
-                chosen += session.measured_terms(session.module, batch, indices)[1]
+                chosen += session.losses.measured_terms(session.module, batch, indices)[1]
     rows = QueryRows.of(chosen)
     source = queries.checked(session.module)
     source = source.with_dataset(RowExamples(source.dataset, rows, source.keys))

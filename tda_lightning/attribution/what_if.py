@@ -94,12 +94,14 @@ def seconds_of_runs(
     draws: int | None,
 ) -> tuple[int, float]:
     """How many what-if runs there are, and about how long each takes to train."""
-    stage = members[0][-1]
     kind, count = _kind(members, draws)
-    with _explained():
-        seconds = seconds_of_run(
-            stage.trajectory, stage.module, stage.task, examples[stage.run], kind == "expected"
-        )
+    seconds = 0.0
+    for stage in members[0]:
+        source, expected = examples[stage.run], kind == "expected"
+        # Stages may differ in their optimizers.
+        expected = expected and weights_that_suit(stage.trajectory) == "expected"
+        with _explained():
+            seconds += seconds_of_run(stage.trajectory, stage.module, stage.task, source, expected)
     return len(members) * count, seconds
 
 

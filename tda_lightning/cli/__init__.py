@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
+    "select": ("choose examples of a pool to train on, for the sake of a target", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
     "init": ("write a small project to start from, with a module and data of one's own", None),
@@ -46,6 +47,7 @@ For example:
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda unlearn    runs/digits 'remove=[3,17]'
+    tda select     runs/mnli 'pool={num_train: null}' k=10
     tda report     scores=runs/digits/scores/source.h5
     tda export     runs/digits/scores/source.h5 k=50
     tda inspect    runs/digits
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The text of ``tda --help``."""
     lines = [f"    tda {name:<10} {does}" for name, (does, _) in COMMANDS.items()]
-    return USAGE.format(usage="\n".join(lines))
+    return USAGE.replace("{usage}", "\n".join(lines))
 
 
 def _name_first(command: str, arguments: list[str]) -> list[str]:

@@ -6,14 +6,16 @@ that is built from it sees the same training set, whatever becomes of the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
+from tda_lightning.cli.added_data import with_extra
+from tda_lightning.cli.changed_data import training_set, with_changed_training_set
 from tda_lightning.edits import Relabel, Removal, load_edits
 from tda_lightning.records.rendered import Rendered
 from tda_lightning.report.columns import raw_labels
@@ -76,30 +78,28 @@ def apply_drop(config: DictConfig, data: Any) -> Any:
     """The data module without what ``drop=FILE`` names, which the configuration then lists."""
     if config.drop is None:
         return data
-    drop = read_drop(config.drop, len(_whole(data)))
+    drop = read_drop(config.drop, len(training_set(data)))
     config.drop = {"left_out": list(drop.left_out), "relabelled": dict(drop.relabelled or {})}
     return without(data, drop)
 
 
-def _whole(data: Any) -> Any:
-    """The training set of a data module, from its loader where it has no ``train_dataset``."""
-    if _names_its_training_set(type(data)):
-        return data.train_dataset
-    data.prepare_data()
-    data.setup("fit")
-    return data.train_dataloader().dataset
+def as_trained(
+    run_config: DictConfig,
+    data: Any,
+    trust: bool = False,
+    asked: Mapping[str, object] | None = None,
+) -> Any:
+    """The data module of a recorded configuration, without what its training left out and with what
+    it added.
 
-
-def _names_its_training_set(kind: type) -> bool:
-    return isinstance(getattr(kind, "train_dataset", None), property)
-
-
-def as_trained(run_config: DictConfig, data: Any) -> Any:
-    """The data module of a recorded configuration, without what its training left out."""
+    Args:
+        trust: build classes from anywhere.
+        asked: other settings that the data module was built with.
+    """
     setting: Any = OmegaConf.to_container(run_config.get("drop") or OmegaConf.create({}))
-    if not setting:
-        return data
-    return without(data, Drop(tuple(setting["left_out"]), setting["relabelled"]))
+    if setting:
+        data = without(data, Drop(tuple(setting["left_out"]), setting["relabelled"]))
+    return with_extra(run_config, data, trust, asked or {})
 
 
 @dataclass(frozen=True)
@@ -155,61 +155,24 @@ def _with_label(item: Any, label: object, index: int) -> object:
 
 
 def without(data: Any, drop: Drop) -> Any:
-    """The same data module with a changed training set; queries stay.
+    """The same data module without what is dropped; queries stay."""
+    relabelled = drop.relabelled or {}
 
-    Its class gets a subclass: whatever else it can do, hooks included, it still can.
-    """
-    own = type(data)
-    methods: dict[str, Any] = {}
-    edited: dict[int, EditedExamples] = {}
+    def make(whole: Any) -> EditedExamples:
+        return EditedExamples(whole, drop.kept(len(whole)), relabelled)
 
-    def changed(whole: Any) -> EditedExamples:
-        if id(whole) not in edited:
-            edited[id(whole)] = EditedExamples(whole, drop.kept(len(whole)), drop.relabelled or {})
-        return edited[id(whole)]
-
-    def examples_of(self: Any) -> EditedExamples:
-        if _names_its_training_set(own):
-            return changed(own.train_dataset.__get__(self))
-        return changed(own.train_dataloader(self).dataset)
-
-    def train_dataloader(self: Any) -> DataLoader[object]:
-        loader = own.train_dataloader(self)
-        # The loader may be over the property of this class already.
-        if isinstance(loader.dataset, EditedExamples):
-            return loader
-        return _over(loader, changed(loader.dataset))
-
-    def render(self: Any, split: str, index: int) -> Rendered:
-        if split != "train":
-            return own.render(self, split, index)
-        examples = examples_of(self)
+    def shown(examples: EditedExamples, own: Callable[[int], Rendered], index: int) -> Rendered:
         whole = examples.kept[index]
-        shown = own.render(self, split, whole)
-        if whole not in examples.relabelled:
-            return shown
-        label = examples.relabelled[whole]
-        return replace(shown, caption=f"relabelled as {label}, was {shown.caption}")
+        rendered = own(whole)
+        if whole not in relabelled:
+            return rendered
+        caption = f"relabelled as {relabelled[whole]}, was {rendered.caption}"
+        return replace(rendered, caption=caption)
 
-    def documents(self: Any, split: str) -> Sequence[Any]:
-        listed = own.documents(self, split)
-        return listed if split != "train" else [listed[index] for index in examples_of(self).kept]
+    def listed(examples: EditedExamples, name: str, values: Sequence[Any]) -> list[Any]:
+        return _kept_column(name, values, examples)
 
-    def group_columns(self: Any, split: str) -> dict[str, list[object]]:
-        columns = own.group_columns(self, split)
-        if split != "train":
-            return columns
-        examples = examples_of(self)
-        return {name: _kept_column(name, given, examples) for name, given in columns.items()}
-
-    if _names_its_training_set(own):
-        methods["train_dataset"] = property(examples_of)
-    methods["train_dataloader"] = train_dataloader
-    for method in (render, documents, group_columns):
-        if hasattr(own, method.__name__):
-            methods[method.__name__] = method
-    data.__class__ = type(own.__name__, (own,), {**methods, "__module__": own.__module__})
-    return data
+    return with_changed_training_set(data, make, shown, listed, "drop")
 
 
 def _kept_column(name: str, values: Sequence[Any], examples: EditedExamples) -> list[object]:
@@ -228,23 +191,3 @@ def _label(item: Any) -> object:
         label = next((item[key] for key in _LABEL_KEYS if key in item), None)
     plain = label.tolist() if isinstance(label, torch.Tensor) else label
     return plain if isinstance(plain, int | float | str) else None
-
-
-def _over(loader: Any, examples: EditedExamples) -> DataLoader[object]:
-    """A loader like ``loader`` over other examples."""
-    sampler = getattr(loader, "sampler", None)
-    if type(sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
-        raise ValueError(
-            f"drop cannot be applied to a training loader with {type(sampler).__name__}: expected "
-            "shuffle=True or examples in order. Leave the examples out in the data module."
-        )
-    return DataLoader(
-        examples,
-        batch_size=loader.batch_size,
-        shuffle=isinstance(sampler, RandomSampler),
-        generator=loader.generator,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        drop_last=loader.drop_last,
-        pin_memory=loader.pin_memory,
-    )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
+from tda_lightning.cli.added_data import Pool, pool_from
 from tda_lightning.cli.command import not_null
 from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.own_data import OwnData, as_attributed
@@ -44,26 +45,9 @@ def load_parts(
     return data, module, task
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Examples that were not in training.
-
-    Attributes:
-        data: the data module that has them.
-        split: "train" or "query": which part of it they are.
-    """
-
-    data: AttributedData
-    split: str
-
-    @property
-    def dataset(self) -> Any:
-        """The examples."""
-        return self.data.train_dataset if self.split == "train" else self.data.query_dataset
-
-
 def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]) -> Pool:
-    """The pool that ``pool={KEY: VALUE}`` names: the recorded data with other settings.
+    """The pool that ``pool={KEY: VALUE}`` names: the recorded data with other settings, whatever
+    training left out of them or added.
 
     Args:
         asked: these settings; ``split`` is that of the data.
@@ -71,14 +55,8 @@ def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]
     Raises:
         ValueError: an unknown part of the data.
     """
-    changes = {str(key): value for key, value in asked.items()}
-    split = str(changes.pop("split", "train"))
-    if split not in ("train", "query"):
-        raise ValueError(f"pool.split must be train or query, got {split!r}.")
-    changed = config.copy()
-    with open_dict(changed):
-        changed.data = {**not_null(config.data), **changes}
-    return Pool(load_data(changed, run_config), split)
+    settings = {**not_null(config.data), **{str(key): value for key, value in asked.items()}}
+    return pool_from(run_config, settings, trusts(config))
 
 
 def load_data(
@@ -93,15 +71,16 @@ def load_data(
     kind = str(run_config.data.get("_target_"))
     if kind.startswith("tda_lightning.examples.data."):
         data: AttributedData = as_trained(
-            run_config, build(run_config.data, trusts(config), **asked)
+            run_config, build(run_config.data, trusts(config), **asked), trusts(config), asked
         )
         return data
     # Which queries there are is not for a plain data module to know.
     chosen = {name: asked.pop(name) for name in ("queries", "num_query") if name in asked}
-    own = as_trained(run_config, build(run_config.data, trusts(config), **asked))
+    trust = trusts(config)
+    own = as_trained(run_config, build(run_config.data, trust, **asked), trust, asked)
     if chosen and not isinstance(as_attributed(own), OwnData):
-        own = build(run_config.data, trusts(config), **asked, **chosen)
-        return as_attributed(as_trained(run_config, own))
+        own = build(run_config.data, trust, **asked, **chosen)
+        return as_attributed(as_trained(run_config, own, trust, asked))
     return as_attributed(own, **chosen)
 
 

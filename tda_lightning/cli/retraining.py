@@ -185,9 +185,9 @@ class RecordedRun:
             changes["seed"] = seed
         if isinstance(self.data, OwnData):
             changes = {n: v for n, v in changes.items() if n not in ("queries", "num_query")}
-        return as_trained(
-            self.run_config, build(self.run_config.data, trusts(self.config), **changes)
-        )
+        trust = trusts(self.config)
+        data = build(self.run_config.data, trust, **changes)
+        return as_trained(self.run_config, data, trust, changes)
 
     def training_settings(self) -> dict[str, object] | None:
         """The settings that decide an outcome beyond the recorded run; None for a replay."""
@@ -198,7 +198,8 @@ class RecordedRun:
         settings: Any = OmegaConf.to_container(self.run_config, resolve=True)
         data = {k: v for k, v in settings["data"].items() if k not in _NOT_OF_THE_ALGORITHM}
         made = {"data": data, "model": settings["model"], "trainer": settings.get("trainer")}
-        return made | ({"drop": settings["drop"]} if settings.get("drop") else {})
+        changed = {name: settings[name] for name in ("drop", "extra") if settings.get(name)}
+        return made | changed
 
 
 def _fresh_trainer(node: DictConfig | None, trust: bool, changes: Mapping[str, object]) -> Trainer:

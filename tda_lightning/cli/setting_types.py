@@ -12,6 +12,7 @@ from tda_lightning.runtime.setting_types import require_type
 # The type of a setting, and a value that would do. The others are checked where they are used.
 _TYPES: dict[str, tuple[Any, str]] = {
     "alpha": (float | None, ""),
+    "anchors": (int, ""),
     "at": (Sequence[int] | None, "at=[300] for the checkpoint at step 300"),
     "at_step": (int | None, ""),
     "baselines": (Sequence[str] | None, "baselines=[random]"),
@@ -26,6 +27,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "edits": (str | None, "edits=edits.json"),
     "epochs": (int | None, ""),
     "examples": (int, ""),
+    "extra": (str | None, "extra=runs/mnli/selection.json"),
     "fraction": (float, ""),
     "judge": (Sequence[str] | None, "judge=[class,cardinality]"),
     "k": (int, ""),
@@ -33,6 +35,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "marked": (Mapping | None, "marked={origin: train}"),
     "max_megabytes": (float, ""),
     "members": (int, ""),
+    "neighbours": (int, ""),
     "num_subsets": (int | None, ""),
     "num_suspects": (int, ""),
     "overwrite": (bool, ""),
@@ -44,6 +47,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     ),
     "rank": (int | None, ""),
     "rate": (float | None, ""),
+    "replicas": (int, ""),
     "relabel": (Mapping | None, "relabel={3: 7} for label 7 of example 3"),
     "scores": (str | Sequence[str] | None, ""),
     "seed": (int, ""),
@@ -57,6 +61,8 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "spot_check": (bool, ""),
     "subclass": (str | None, "subclass='gold label'"),
     "threads": (int | None, ""),
+    "steps": (int, ""),
+    "target": (Mapping | None, "target={queries: hans} for the queries with this setting"),
     "together": (int, ""),
     "trust_config": (bool, ""),
 }

@@ -148,7 +148,7 @@ def _fit_exact(walks: _Walks) -> dict[str, Spectrum]:
     sums = _Sums(walks)
     for step, batch in walks.over("Gauss-Newton"):
         weights = walks.weights(batch)
-        for _ in walks.session.each_draw():
+        for _ in walks.session.losses.each_draw():
             for gradients in walks.session.gauss_newton_gradients(batch.data, batch.examples):
                 for name, gradient in walks.scaled(gradients.blocks, step).items():
                     rows = gradient.dense(slice(None)).flatten(1)
@@ -257,7 +257,7 @@ class _Walks:
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
             seed, weights = self.seed + step, self.weights(batch)
-            for _ in session.each_draw():
+            for _ in session.losses.each_draw():
                 gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
                 yield _Drawn(self.scaled(gradients, step), weights)
 

@@ -111,7 +111,7 @@ def leading_directions(
             for batch in session.walk(walk, step, order):
                 weights = batch.curvature_weights(used)
                 scale = scales.get(step, {}).get(WHOLE)
-                for _ in session.each_draw():
+                for _ in session.losses.each_draw():
                     drawn = session.fisher_gradients(batch.data, batch.examples, seed + step)
                     gradient = scaled(units("exact", drawn.blocks)[WHOLE], scale)
                     inner = gradient.dot(vectors[:, None, None])

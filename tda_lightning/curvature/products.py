@@ -163,7 +163,7 @@ class Products:
             calls.append(_BatchCurvature(session, self.kind, values, batch, examples, weights))
         if not self._checked:
             self._check(calls)
-        products = [self._rows(calls, vectors) for _ in session.each_draw()]
+        products = [self._rows(calls, vectors) for _ in session.losses.each_draw()]
         return torch.stack(products).mean(0) if len(products) > 1 else products[0]
 
     def _check(self, calls: Sequence[_BatchCurvature]) -> None:

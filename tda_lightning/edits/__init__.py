@@ -21,7 +21,7 @@ from tda_lightning.edits.graph_edits import (
     RemoveFeatures,
     RemoveNodes,
 )
-from tda_lightning.edits.pool import additions, pool_notes, pool_record
+from tda_lightning.edits.pool import additions, known_examples, pool_notes, pool_record
 
 __all__ = [
     "AddEdges",
@@ -41,6 +41,7 @@ __all__ = [
     "Term",
     "additions",
     "document_removals",
+    "known_examples",
     "load_edits",
     "pool_notes",
     "pool_record",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tda_lightning.edits.documents import DocumentRemoval, require_own_labels
@@ -14,6 +15,25 @@ from tda_lightning.edits.edits import Edit, Term
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import EditRecord
 from tda_lightning.runtime.loading import ExampleSource, Keys, one_key
+
+
+@dataclass(frozen=True)
+class EditedRows:
+    """What a batch of the gradients that edits are made of belongs to.
+
+    Attributes:
+        columns: of the scores, int64 [batch].
+        examples: indices in the training set; from its size on, of examples from elsewhere.
+        used_as: the training examples whose uses they go with; -1 for an average one.
+        signs: what they count by, float64 [batch].
+        labels: other labels than their own, by position in the batch.
+    """
+
+    columns: Tensor
+    examples: Tensor
+    used_as: Tensor
+    signs: Tensor
+    labels: Mapping[int, object]
 
 
 class EditSet:
@@ -61,6 +81,29 @@ class EditSet:
     def positions_of(self, index: int) -> list[int]:
         """Positions of the terms that go with a use of training example ``index``."""
         return self._by_index.get(index, [])
+
+    def rows(self, places: Tensor, num_train: int) -> EditedRows:
+        """What the gradients at some positions of ``terms`` belong to.
+
+        Args:
+            places: positions, int64 [batch].
+            num_train: training examples.
+        """
+        chosen = [self.terms[place] for place in places.tolist()]
+        used_with = [self.used_with(place) for place in places.tolist()]
+        return EditedRows(
+            columns=torch.tensor([column for column, _ in chosen]),
+            # The index seeds an example's noise; those from elsewhere come after all others.
+            examples=torch.tensor(
+                [
+                    num_train + column if term.index is None else term.index
+                    for column, term in chosen
+                ]
+            ),
+            used_as=torch.tensor([-1 if index is None else index for index in used_with]),
+            signs=torch.tensor([term.sign for _, term in chosen], dtype=torch.float64),
+            labels={n: term.labels[0] for n, (_, term) in enumerate(chosen) if term.labels},
+        )
 
     def require_in_batches(self, question: str) -> None:
         """Refuse edits that no recorded batch knows of.

@@ -46,7 +46,26 @@ class GraphEdit(Protocol):
 
 
 @dataclass(frozen=True)
-class RemoveEdges:
+class _OfEdges:
+    edges: Sequence[tuple[int, int]]
+    directed: bool = False
+
+    def touched(self, graph: Any) -> Tensor:
+        """Their ends."""
+        ends: Tensor = _pairs(self.edges, graph).flatten().unique()
+        return ends
+
+    def removed(self) -> Tensor:
+        """None."""
+        return torch.empty(0, dtype=torch.int64)
+
+    def record(self) -> dict[str, object]:
+        """Its edges."""
+        return {"edges": [list(map(int, edge)) for edge in self.edges]}
+
+
+@dataclass(frozen=True)
+class RemoveEdges(_OfEdges):
     """Some edges, as pairs of node ids, are not there.
 
     Attributes:
@@ -59,9 +78,6 @@ class RemoveEdges:
         tensor([[1],
                 [2]])
     """
-
-    edges: Sequence[tuple[int, int]]
-    directed: bool = False
 
     def applied(self, graph: Any) -> Any:
         """The graph without them.
@@ -81,31 +97,15 @@ class RemoveEdges:
         kept = (~torch.isin(codes, wanted)).nonzero().squeeze(1)
         return with_edges(graph, present[:, kept], kept)
 
-    def touched(self, graph: Any) -> Tensor:
-        """Their ends."""
-        ends: Tensor = _pairs(self.edges, graph).flatten().unique()
-        return ends
-
-    def removed(self) -> Tensor:
-        """None."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def record(self) -> dict[str, object]:
-        """Its edges."""
-        return {"edges": [list(map(int, edge)) for edge in self.edges]}
-
 
 @dataclass(frozen=True)
-class AddEdges:
+class AddEdges(_OfEdges):
     """Some edges, as pairs of node ids, are there that were not.
 
     Attributes:
         edges: (from, to) each; in an adjacency matrix (row, column).
         directed: whether (v, u) is left out where (u, v) comes.
     """
-
-    edges: Sequence[tuple[int, int]]
-    directed: bool = False
 
     def applied(self, graph: Any) -> Any:
         """The graph with them.
@@ -122,19 +122,6 @@ class AddEdges:
             new = torch.cat([new, new.flip(0)], 1).unique(dim=1)
         kept = torch.cat([torch.arange(present.shape[1]), torch.full((new.shape[1],), -1)])
         return with_edges(graph, torch.cat([present, new], 1), kept.to(present.device))
-
-    def touched(self, graph: Any) -> Tensor:
-        """Their ends."""
-        ends: Tensor = _pairs(self.edges, graph).flatten().unique()
-        return ends
-
-    def removed(self) -> Tensor:
-        """None."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def record(self) -> dict[str, object]:
-        """Its edges."""
-        return {"edges": [list(map(int, edge)) for edge in self.edges]}
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,18 @@ def additions(pool: Any) -> list[Addition]:
     return [Addition(pool[index]) for index in range(len(pool))]
 
 
-def pool_record(edits: list[Addition], source: ExampleSource) -> PoolRecord:
-    """How large a pool is, and which of its examples the training set holds already."""
+def known_examples(edits: list[Addition], source: ExampleSource) -> dict[int, int]:
+    """The examples of a pool that the training set holds already: its index there, by column."""
     first: dict[str, int] = {}
     for index in range(len(source)):
         first.setdefault(digest(source.dataset[index]), index)
     own = [first.get(digest(edit.example)) for edit in edits]
-    known = [[column, index] for column, index in enumerate(own) if index is not None]
+    return {column: index for column, index in enumerate(own) if index is not None}
+
+
+def pool_record(edits: list[Addition], source: ExampleSource) -> PoolRecord:
+    """How large a pool is, and which of its examples the training set holds already."""
+    known = [[column, index] for column, index in known_examples(edits, source).items()]
     return {"size": len(edits), "in_training": len(known), "same": known[:_NAMED]}
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from tda_lightning.attribution.matching import require_same_data, require_same_parameters
 from tda_lightning.ensembles.folder import begin, diverging, judge, require_room, waiting
-from tda_lightning.ensembles.seeds import diverged, say, seeded
+from tda_lightning.ensembles.making import diverged, say
+from tda_lightning.ensembles.seeds import seeded
 from tda_lightning.recording.checkpoints import read_checkpoint
 from tda_lightning.records.ensemble import Ensemble, MemberFact
 from tda_lightning.records.errors import (

@@ -27,16 +27,14 @@ from tda_lightning.ensembles.folder import (
     diverging,
     judge,
     recording_bytes,
-    require_room,
-    waiting,
 )
+from tda_lightning.ensembles.making import make_waiting, say
 from tda_lightning.ensembles.recorder import AdapterRecorder
-from tda_lightning.ensembles.seeds import diverged, say, seeded
+from tda_lightning.ensembles.seeds import seeded
 from tda_lightning.records.ensemble import Ensemble, MemberFact
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.module_state import load_tensors
-from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.store import layout
 from tda_lightning.store.ensemble_file import read_ensemble
 from tda_lightning.store.reader import read_facts
@@ -79,15 +77,12 @@ def adapt(
         >>> ensemble = ensembles.adapt("runs/fashion", make)  # doctest: +SKIP
     """
     root = begin(run, KIND, members, adapter_settings(rank, layers), with_run=False)
-    missing = waiting(root)
-    require_room(root, missing, [recording_bytes(run)] * len(missing))
-    with SlowProgress("Training adapters", len(missing)) as progress:
-        for member in missing:
-            adapt_member(root, member, make)
-            progress.advance()
-    for line in diverged(root):
-        say(line)
-    return Ensemble.load(root)
+    return make_waiting(
+        root,
+        "Training adapters",
+        lambda _: recording_bytes(run),
+        lambda member: adapt_member(root, member, make),
+    )
 
 
 def adapter_settings(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +15,13 @@ from tda_lightning.ensembles.folder import (
     diverging,
     judge,
     recording_bytes,
-    require_room,
-    waiting,
 )
+from tda_lightning.ensembles.making import make_waiting, say
 from tda_lightning.ensembles.recorder import MemberRecorder
 from tda_lightning.recording import TrajectoryRecorder
-from tda_lightning.records.ensemble import DIVERGED, Ensemble, MemberFact
+from tda_lightning.records.ensemble import Ensemble, MemberFact
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.store import layout
 from tda_lightning.store.ensemble_file import read_ensemble
@@ -59,15 +56,12 @@ def train(
         >>> ensemble = ensembles.train("runs/fashion", make, members=5)  # doctest: +SKIP
     """
     root = begin(run, KIND, members)
-    missing = waiting(root)
-    require_room(root, missing, [recording_bytes(run)] * len(missing))
-    with SlowProgress("Training members", len(missing)) as progress:
-        for member in missing:
-            train_member(root, member, make)
-            progress.advance()
-    for line in diverged(root):
-        say(line)
-    return Ensemble.load(root)
+    return make_waiting(
+        root,
+        "Training members",
+        lambda _: recording_bytes(run),
+        lambda member: train_member(root, member, make),
+    )
 
 
 def train_member(root: Path, member: MemberFact, make: Callable[[int], FreshTraining]) -> None:
@@ -91,15 +85,6 @@ def train_member(root: Path, member: MemberFact, make: Callable[[int], FreshTrai
         judge(root, member.number)
 
 
-def diverged(root: Path) -> list[str]:
-    """A sentence about each member that diverged."""
-    return [
-        f"Member {member.number} (seed {member.seed}) diverged and is left out: {member.reason}"
-        for member in read_ensemble(root).members
-        if member.state == DIVERGED
-    ]
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Everything global is seeded within, and put back as it was."""
@@ -113,8 +98,3 @@ def seeded(seed: int) -> Iterator[None]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
-
-
-def say(line: str) -> None:
-    """To the user, beside what the caller prints."""
-    print(line, file=sys.stderr)

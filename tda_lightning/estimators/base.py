@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.score_sinks import ScoreSink
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 
 class Estimator(Protocol):

@@ -68,7 +68,7 @@ class SolverInverse:
         traces = torch.zeros(len(sizes), dtype=torch.float64, device=session.device)
         for batch in session.walk("mean eigenvalue", step):
             weights = batch.curvature_weights(used)
-            for _ in session.each_draw():
+            for _ in session.losses.each_draw():
                 gradients = batch.gradients
                 if not by_layer:
                     seed = self.settings.seed + step

@@ -27,7 +27,8 @@ from tda_lightning.optimizers import applied_rates, rule_if_known
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.runtime.setting_types import require_types
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 from tda_lightning.solvers import Solver
 
 _NO_SELF = (

@@ -15,7 +15,8 @@ from tda_lightning.optimizers import applied_rates, require_rates, rule_if_known
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.session.queries import QueryGradients
-from tda_lightning.session.session import Batch, Session, Stage
+from tda_lightning.session.session import Batch, Session
+from tda_lightning.session.stage import Stage
 
 NO_SELF = (
     "No self-influence over several stages: an example of an earlier stage has no measurement of "

@@ -22,7 +22,7 @@ class Rendered:
         row: cells of a table row, by the names of their columns.
         pieces: the text in pieces, each with the position of its term in the example's loss, or
             None if it has none; shaded where there are scores of single terms
-            (``Scores.by_token``).
+            (``Scores.by_token``). Without ``text``, they are the text.
         sound: samples [sample] or [channel, sample], as floats in -1 to 1 or as integers, and their
             number per second; the first seconds become a player.
     """
@@ -33,6 +33,10 @@ class Rendered:
     row: Mapping[str, object] | None = None
     pieces: Sequence[tuple[str, int | None]] | None = None
     sound: tuple[Tensor | np.ndarray, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.pieces is not None:
+            object.__setattr__(self, "text", "".join(piece for piece, _ in self.pieces))
 
 
 class Renderer(Protocol):

@@ -220,6 +220,8 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
     start: int
     stop: int
     names: tuple[str, ...]  # of the parameters that the stage trains
+    # Those whose states the optimizer had when the stage began; a new one starts afresh.
+    goes_on: tuple[str, ...] | None = None
 
     def __getitem__(self, step: int) -> Checkpoint:
         if not 0 <= step <= self.stop - self.start:
@@ -227,6 +229,8 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
         whole = self.run[self.start + step]
         frozen = {n: value for n, value in whole.parameters.items() if n not in self.names}
         optimizer = whole.optimizer
+        if optimizer is not None and step == 0 and self.goes_on is not None:
+            optimizer = {n: own for n, own in optimizer.items() if n in self.goes_on}
         return Checkpoint(
             step=step,
             parameters={name: whole.parameters[name] for name in self.names},
@@ -497,7 +501,7 @@ class Trajectory:
                     f"begins, got checkpoints at {sorted(self.checkpoints)}. Restore the file, or "
                     "record again."
                 )
-        parts = []
+        parts: list[Trajectory] = []
         steps_before: dict[str, int] = {}
         for stage, stop in zip(facts.stages, stops, strict=True):
             if stage.new_optimizer:
@@ -508,7 +512,13 @@ class Trajectory:
                 self,
                 facts=replace(facts, parameters=parameters, stages=(StageFact(0, names),)),
                 steps=self.steps.between(stage.start, stop),
-                checkpoints=StageCheckpoints(self.checkpoints, stage.start, stop, names),
+                checkpoints=StageCheckpoints(
+                    self.checkpoints,
+                    stage.start,
+                    stop,
+                    names,
+                    tuple(steps_before) if parts else None,
+                ),
                 statistics=StageStatistics(self.statistics, stage.start, stop),
                 steps_before=dict(steps_before),
             )

@@ -29,29 +29,23 @@ from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.edited_graphs import edit_gradients
+from tda_lightning.session.losses import Losses
 from tda_lightning.session.moments import show
 from tda_lightning.session.pace import Pace
+from tda_lightning.session.parts import are_parts, own_indices, part_indices
 from tda_lightning.session.queries import QueryGradients
 from tda_lightning.session.query_rows import QueryRows
-from tda_lightning.tasks import (
-    MEASURED_SEED,
-    AttributionTask,
-    gauss_newton_losses,
-    numbered_draw,
-    seeded_examples,
-)
-from tda_lightning.tasks.loss_calls import inside_transform
+from tda_lightning.session.totals import Totals
+from tda_lightning.tasks import AttributionTask
 from tda_lightning.tasks.recorded_noise import RecordedNoise
 
 T = TypeVar("T")
 Span = tuple[int, int]  # the steps start < t <= stop
-_TRAINING = 0  # the seed of the noise of training losses
 # On a CPU, a layer's output of more scalars than these does not stay near the processor from one
 # operation to the next, and above twice as many glibc asks the kernel for new pages every time.
 _OUTPUT_SCALARS = 1 << 22
 _FEWEST = 32  # examples that matrix products want together
 _EDIT_BYTES = 1 << 27  # of the gradients of edits that are held at once
-_PART = 1 << 32  # part p of the measurement of query q has the index q + (p + 1) _PART
 
 
 @dataclass
@@ -179,9 +173,7 @@ class Session:
     num_parts: int = 1
     _checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     _weights: dict[Span, Tensor | None] = field(default_factory=dict)
-    # Of all restrictions together.
-    _self_influence: list[Tensor] = field(default_factory=list)
-    _by_token: list[Tensor] = field(default_factory=list)
+    _totals: Totals = field(default_factory=Totals)
 
     @property
     def blocks(self) -> list[Block]:
@@ -219,6 +211,11 @@ class Session:
     def measures_loss(self) -> bool:
         """Whether the measurement is the training loss, so that one pass serves both."""
         return self.asked is None and self.task.measures_loss
+
+    @property
+    def losses(self) -> Losses:
+        """The functions whose gradients are taken."""
+        return Losses(self.task, self.asked, self.rows, self.draws)
 
     @property
     def num_processes(self) -> int:
@@ -299,33 +296,24 @@ class Session:
             yield from self._walk_graph_edits(self.edits, title, step, order)
             return
         rank, world = rank_and_world()
-        edits, terms = self.edits, self.edits.terms
+        edits = self.edits
         if order is None:
-            size = min(self.walk_size, max(1, len(terms) // world))
+            size = min(self.walk_size, max(1, len(edits.terms) // world))
             order = edits.source.batches(size=size)
         if step is not None:
             self.load(step)
         own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, places, data in self.pace.walk(title, edits.source, self.module, own):
-            chosen = [terms[place] for place in places.tolist()]
-            labels = {n: term.labels[0] for n, (_, term) in enumerate(chosen) if term.labels}
-            columns = [column for column, _ in chosen]
-            # The index seeds an example's noise; those from elsewhere come after all others.
-            examples = [
-                self.num_train + column if term.index is None else term.index
-                for column, term in chosen
-            ]
-            used_as = [edits.used_with(place) for place in places.tolist()]
-            signs = torch.tensor([term.sign for _, term in chosen], dtype=self.dtype)
+            rows = edits.rows(places, self.num_train)
             yield Batch(
                 self,
-                relabelled(self.task, data, labels) if labels else data,
-                torch.tensor(examples, device=self.device),
+                relabelled(self.task, data, rows.labels) if rows.labels else data,
+                rows.examples.to(self.device),
                 position,
-                torch.tensor(columns, device=self.device),
-                torch.tensor([-1 if n is None else n for n in used_as], device=self.device),
-                signs.to(self.device),
+                rows.columns.to(self.device),
+                rows.used_as.to(self.device),
+                rows.signs.to(self.device, self.dtype),
                 places=places,
             )
 
@@ -504,10 +492,10 @@ class Session:
         """Add to the self-influence of ``examples`` [batch]; ``used``: see :meth:`add`."""
         if used is not None and (weights := self.weights(examples, used)) is not None:
             values = values * weights
-        if not self._self_influence:
-            zeros = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
-            self._self_influence.append(zeros)
-        (own,) = self._self_influence
+        own = self._totals.self_influence
+        if own is None:
+            own = torch.zeros(self.num_train, dtype=self.dtype, device=self.device)
+            self._totals.self_influence = own
         own.index_add_(0, examples, values.to(own))
 
     def on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -557,14 +545,8 @@ class Session:
         rows.index_add_(1, batch.columns, values * factors[:, None])
 
     def _term_products(self, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
-        def terms(module: nn.Module, data: object, examples: Tensor) -> Tensor:
-            if batch.noise is None:
-                with seeded_examples(_TRAINING, examples):
-                    return self.task.loss_terms(module, data)[0]
-            with seeded_examples(_TRAINING, examples, own_noise=False), batch.noise.drawn():
-                return self.task.loss_terms(module, data)[0]
-
-        draws = range(1) if batch.noise is not None else self.each_draw()
+        terms = self.losses.train_terms(batch.noise)
+        draws = range(1) if batch.noise is not None else self.losses.each_draw()
         found = [
             self.engine.term_products(terms, batch.data, batch.examples, directions) for _ in draws
         ]
@@ -572,36 +554,22 @@ class Session:
 
     def _term_scores(self, length: int) -> Tensor:
         """Where scores of terms are added up, for examples of up to ``length`` terms."""
-        own = self._by_token[0] if self._by_token else None
-        if own is None or own.shape[2] < length:
-            queries = self.num_query if self.rows is None else self.rows.num_query
-            columns = self.num_train if self.edits is None else len(self.edits)
-            size = queries * columns * length * self.dtype.itemsize
-            if size > free_memory():
-                raise ValueError(
-                    f"Scores by token of {queries} queries, {columns} training examples and "
-                    f"{length} positions take {size / 2**30:.1f} GiB, and "
-                    f"{free_memory() / 2**30:.1f} GiB are free. Ask for fewer queries at a time."
-                )
-            longer = torch.zeros(queries, columns, length, dtype=self.dtype, device=self.device)
-            if own is not None:
-                longer[:, :, : own.shape[2]] = own
-            self._by_token[:] = [longer]
-            own = longer
-        return own
+        queries = self.num_query if self.rows is None else self.rows.num_query
+        columns = self.num_train if self.edits is None else len(self.edits)
+        return self._totals.terms(queries, columns, length, self.dtype, self.device)
 
     def finish_by_token(self) -> None:
         """Hand the scores by token of all processes to the scores, if any were added."""
         rank, world = rank_and_world()
         lengths = torch.zeros(world, device=self.device)
-        lengths[rank] = self._by_token[0].shape[2] if self._by_token else 0
+        lengths[rank] = self._totals.positions
         longest = int(self.reduce(lengths).max())
         if longest:
             self.scores.set_by_token(self.reduce(self._term_scores(longest)).cpu())
 
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""
-        own = self._self_influence[0] if self._self_influence else None
+        own = self._totals.self_influence
         added = self.reduce(torch.tensor([float(own is not None)], device=self.device))
         if not bool(added):
             return
@@ -624,19 +592,13 @@ class Session:
         edits of a graph, what they change of the training set's."""
         if isinstance(batch, EditedGraphs):
             return edit_gradients(self, batch)
-        if noise is None:
-            return self.engine.gradients(self.train_loss, batch, examples)
-
-        def recorded(module: nn.Module, part: object, indices: Tensor) -> Tensor:
-            with seeded_examples(_TRAINING, indices, own_noise=False), noise.drawn():
-                return self.task.loss_as_drawn(module, part)
-
-        return self.engine.gradients(recorded, batch, examples)
+        loss = self.losses.train if noise is None else self.losses.as_drawn(noise)
+        return self.engine.gradients(loss, batch, examples)
 
     def measurement_gradients(self, batch: object, examples: Tensor) -> ExampleGradients:
         """Per-example gradients of the measurement, or of the parts of it that ``examples`` name
-        (:func:`part_indices`)."""
-        loss = self._part if _are_parts(examples) else self.measurement
+        (:func:`~tda_lightning.session.parts.part_indices`)."""
+        loss = self.losses.part if are_parts(examples) else self.losses.measurement
         return self.engine.gradients(loss, batch, examples)
 
     def measurement_terms(self, batch: object, examples: Tensor) -> Iterator[ExampleGradients]:
@@ -644,27 +606,21 @@ class Session:
         (timesteps) at each draw of its noise."""
         parts = self.task.measured_parts
         named = [examples]
-        if parts > 1 and not _are_parts(examples):
+        if parts > 1 and not are_parts(examples):
             named = [part_indices(examples, number) for number in range(parts)]
-        for _ in self.each_draw():
+        losses = self.losses
+        for _ in losses.each_draw():
             for indices in named:
-                loss = self._part_once if _are_parts(indices) else self._measured_once
+                loss = losses.part_once if are_parts(indices) else losses.measured_once
                 yield self.engine.gradients(loss, batch, indices)
 
     def fisher_gradients(self, batch: object, examples: Tensor, seed: int) -> ExampleGradients:
         """Per-example gradients whose second moment estimates the Gauss-Newton matrix: of the
         loss under sampled labels, or of the loss itself (empirical Fisher). For one draw of the
-        loss's noise (:meth:`each_draw`), over which second moments are averaged."""
+        loss's noise (:meth:`Losses.each_draw`), over which second moments are averaged."""
 
-        def own(module: nn.Module, part: object, indices: Tensor) -> Tensor:
-            with seeded_examples(_TRAINING, indices):
-                return self.task.train_loss(module, part)
-
-        def sampled(module: nn.Module, part: object, indices: Tensor) -> Tensor:
-            with seeded_examples(seed, indices):
-                return self.task.sampled_loss(module, part)
-
-        loss = sampled if self.task.can_sample else own
+        sampled = self.task.can_sample
+        loss = self.losses.sampled(seed) if sampled else self.losses.train_once
         return self.engine.gradients(loss, batch, examples)
 
     def output_gradients(self, batch: object, examples: Tensor) -> tuple[ExampleGradients, Tensor]:
@@ -673,8 +629,7 @@ class Session:
         slopes: list[Tensor] = []
 
         def output(module: nn.Module, part: object, indices: Tensor) -> Tensor:
-            with seeded_examples(_TRAINING, indices):
-                made = self.task.model_output(module, part)
+            made = self.losses.model_output(module, part, indices)
             slopes.append(made.slopes.detach())
             return made.values
 
@@ -683,138 +638,22 @@ class Session:
 
     def output_slopes(self, batch: object, examples: Tensor) -> Tensor:
         """The derivatives alone: a forward pass."""
-        with seeded_examples(_TRAINING, examples):
-            return self.task.model_output(self.module, batch).slopes.detach()
+        return self.losses.model_output(self.module, batch, examples).slopes.detach()
 
     def gauss_newton_gradients(self, batch: object, examples: Tensor) -> Iterable[ExampleGradients]:
         """Per-example gradients whose outer products sum to the exact Gauss-Newton matrix, for one
         draw of the loss's noise."""
 
-        def factors(module: nn.Module, part: object, indices: Tensor) -> Iterable[Tensor]:
-            with seeded_examples(_TRAINING, indices):
-                return gauss_newton_losses(self.task, module, part)
-
-        return self.engine.each_gradient(factors, batch, examples)
+        return self.engine.each_gradient(self.losses.gauss_newton, batch, examples)
 
     def train_loss(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The training loss of each example, [batch]; the mean over ``draws`` of its noise."""
-        return self._mean(lambda: self.task.train_loss(module, batch), _TRAINING, examples)
+        return self.losses.train(module, batch, examples)
 
     def measurement(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
         """The measurement of each example, [batch], or the parts of it that ``examples`` name; the
         mean over ``draws`` of its noise."""
-        if self.asked is None and not inside_transform() and _are_parts(examples):
-            return self._part(module, batch, examples)
-        return self._mean(
-            lambda: self._measured(module, batch, examples), MEASURED_SEED, self._queries(examples)
-        )
-
-    def _queries(self, examples: Tensor) -> Tensor:
-        """The queries that rows are of, where queries are taken apart; otherwise as given."""
-        return examples if self.rows is None else self.rows.query.to(examples.device)[examples]
-
-    def _measured(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        """The measurement with one draw of its noise, from the seeds that are active."""
-        if self.rows is not None:
-            terms = self.measured_terms(module, batch, self._queries(examples))[0]
-            place = self.rows.position.to(examples.device)[examples]
-            return terms.gather(1, place[:, None]).squeeze(1)
-        if self.asked is None:
-            return self.task.measurement(module, batch)
-        return self.asked.measure(self.task, module, batch, examples)
-
-    def measured_terms(
-        self, module: nn.Module, batch: object, queries: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Numbers [query, position] whose gradients sum to that of each query's measurement, and
-        which positions they are of."""
-        if self.asked is None:
-            return self.task.measurement_terms(module, batch)
-        return self.asked.terms(self.task, module, batch, queries)
-
-    def each_draw(self) -> Iterator[int]:
-        """Numbers of the draws; what is drawn in the meantime is that draw's."""
-        for number in range(self.draws):
-            with numbered_draw(number):
-                yield number
-
-    def noise_notes(self) -> list[str]:
-        """What a reader of the scores should know of the noise that losses draw."""
-        notes = []
-        mean = f"over {self.draws} seeded draw{'s' * (self.draws > 1)} for each"
-        if self.noise and self.recorded_draws:
-            notes.append(
-                "The training loss draws random numbers: its gradients are those of the run's own "
-                "draws, from the recorded random states."
-            )
-        elif self.noise:
-            note = (
-                f"The training loss draws random numbers: it is the mean {mean} example "
-                "(draws=; more lessen the noise)."
-            )
-            if self.noise - {"example", "partners"}:
-                note += (
-                    " Some are drawn for a whole batch, or for places in it: a draw has the same "
-                    "values of them in every batch, so that their mean takes several."
-                )
-            if self.no_recorded_draws is not None:
-                note += f" The run's own draws cannot be had: {self.no_recorded_draws}."
-            if "partners" in self.noise:
-                note += (
-                    " An example is mixed with another of its batch: its loss is that of its row "
-                    "in a batch of the attribution."
-                )
-            notes.append(note)
-        if self.measured_noise:
-            notes.append(f"The measurement draws random numbers: it is the mean {mean} query.")
-        return notes
-
-    def _part(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
-        own, part = indices % _PART, indices // _PART - 1
-        return self._mean(
-            lambda: self.task.measurement_part(module, batch, part), MEASURED_SEED, own
-        )
-
-    def _part_once(self, module: nn.Module, batch: object, indices: Tensor) -> Tensor:
-        with seeded_examples(MEASURED_SEED, indices % _PART):
-            return self.task.measurement_part(module, batch, indices // _PART - 1)
-
-    def _measured_once(self, module: nn.Module, batch: object, examples: Tensor) -> Tensor:
-        with seeded_examples(MEASURED_SEED, self._queries(examples)):
-            return self._measured(module, batch, examples)
-
-    def _mean(self, loss: Callable[[], Tensor], seed: int, examples: Tensor) -> Tensor:
-        losses = []
-        for _ in self.each_draw():
-            with seeded_examples(seed, examples):
-                losses.append(loss())
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of several consecutive stages of training: another loss, data, head or set of trained
-    parameters. It begins with the weights that the stage before it ended with.
-
-    Attributes:
-        session: of the parameters that the stage trains. Its ``queries`` are those of the final
-            model.
-        wide: of those and the frozen ones; ``session`` itself where none is frozen.
-        frozen: parameters that an earlier stage trained and this one only uses.
-        carried: parameters of ``wide`` whose values come from the stage before.
-        run: position of the recorded run; one run has several stages where the set of trained
-            parameters changed in it, and they share its columns.
-        columns: of the stage's training set among those of the scores.
-        first_step: steps of all stages before it.
-    """
-
-    session: Session
-    wide: Session
-    frozen: tuple[str, ...]
-    carried: tuple[str, ...]
-    run: int
-    columns: range
-    first_step: int
+        return self.losses.measurement(module, batch, examples)
 
 
 def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object]) -> object:
@@ -822,20 +661,6 @@ def relabelled(task: AttributionTask, batch: object, labels: Mapping[int, object
     changed = task.relabelled(batch, labels)
     inherit(batch, changed)
     return changed
-
-
-def part_indices(examples: Tensor, part: int) -> Tensor:
-    """Indices that name a part of the measurement of each of ``examples``."""
-    return examples + (part + 1) * _PART
-
-
-def own_indices(indices: Tensor) -> Tensor:
-    """The examples that :func:`part_indices` were made of; others stay."""
-    return indices % _PART
-
-
-def _are_parts(indices: Tensor) -> bool:
-    return bool((indices >= _PART).any())
 
 
 def memory_budget() -> int:

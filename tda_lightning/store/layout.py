@@ -172,6 +172,10 @@ GROUND_TRUTH = FileKind(
     newest=1,
 )
 
+INDEX = FileKind("index", "Build the index again, in the same folder: whole shards are kept.")
+COMPRESSION = FileKind("compression", "Delete the index and build it again.")
+SHARD = FileKind("shard", INDEX.advice)
+
 # Cached tensors: each kind has a folder of its name, and a file for each key.
 CACHES = (CURVATURE, UNFINISHED, FEATURES)
 
@@ -182,6 +186,9 @@ STATISTICS_FOLDER = "statistics"
 SCORES_FOLDER = "scores"
 GROUND_TRUTH_FOLDER = "ground_truth"
 WHAT_IF_FOLDER = "what_if"
+INDEX_FILE = "index.h5"
+COMPRESSION_FILE = "compression.h5"
+SHARDS_FOLDER = "shards"
 
 FACTS = "facts"
 DATA_WEIGHTS = "data_weights"
@@ -214,6 +221,7 @@ STEP_COLUMNS = {
 # would hide the first.
 _STEP = r"(\d{8}|[1-9]\d{8,17})"
 _STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
+_SHARD_NAME = re.compile(r"(\d{12})-(\d{12})\.h5")
 _CHECKPOINT_NAME = re.compile(rf"{_STEP}\.h5", re.ASCII)
 KEY = re.compile(r"[0-9a-f]{1,128}")
 
@@ -286,6 +294,18 @@ def what_if_folders(root: Path) -> list[Path]:
     folder = root / WHAT_IF_FOLDER
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if KEY.fullmatch(path.name) and (path / FACTS_FILE).is_file()]
+
+
+def shard_file(root: Path, first: int, stop: int) -> Path:
+    """The file of the rows ``first`` to ``stop`` of an index."""
+    return root / SHARDS_FOLDER / f"{first:012d}-{stop:012d}.h5"
+
+
+def shard_files(root: Path) -> dict[tuple[int, int], Path]:
+    """The shards of an index, by rows (first, stop)."""
+    matches = [(_SHARD_NAME.fullmatch(p.name), p) for p in _files(root / SHARDS_FOLDER)]
+    found = {(int(match[1]), int(match[2])): path for match, path in matches if match}
+    return dict(sorted(found.items()))
 
 
 def recorded_files(root: Path) -> list[Path]:

@@ -18,7 +18,14 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.dry_run_substitutes import Decompositions
 from tda_lightning.cli.plan_tables import recording_plan_table
-from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import (
+    TRAK,
+    InfluenceFunction,
+    MultiStageInfluence,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.estimators.unrolled import resume
 from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.recording.plan import (
@@ -41,6 +48,7 @@ from tda_lightning.store import layout
 from tests import oracles, runs
 from tests.attributing import CaseTask, quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
+from tests.estimators.test_stages import SAME_LOSS, problem
 from tests.recording import test_online_curvature as online
 
 # Recording
@@ -433,6 +441,54 @@ def test_passes_batches_and_sizes_are_those_of_the_attribution(
     assert again.curvature_bytes == 0
     assert again.num_passes == plan.num_passes - _curvature_passes(plan)
     assert f"{plan.num_train} training examples for 3 queries" in str(plan)
+
+
+STAGED = {
+    "source": Source(1),
+    "recorded": Source(1, order="recorded"),
+    "multi-stage": MultiStageInfluence(),
+    "tracin": TracIn(),
+    "unrolled": Unrolled(),
+    "unrolled, last steps": Unrolled(last_steps=7),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("source", "unrolled") else pytest.mark.slow)
+        for name in STAGED
+    ],
+)
+def test_several_stages_are_planned(name: str) -> None:
+    """Passes, batches and sizes are those of the attribution, stage by stage."""
+    stages = problem(SAME_LOSS, frozen=name != "tracin", batches=4).stages
+    settings = {"eval_modules": [name for name, _ in stages[0].module.named_modules()]}
+    runs = [
+        dataclasses.replace(
+            stage.trajectory, facts=dataclasses.replace(stage.trajectory.facts, settings=settings)
+        )
+        for stage in stages
+    ]
+    attribution = AttributionModule(
+        [stage.module for stage in stages], runs, STAGED[name], CaseTask("regression")
+    )
+    data = [TensorDataset(*stage.data) for stage in stages]
+    queries = TensorDataset(*(part[:3] for part in stages[0].data))
+    plan = attribution.plan(data, queries, 4, quiet())
+    assert not any(run.curvature or run.unfinished for run in runs)
+    with counted() as sizes:
+        scores = attribution.attribute(data, queries, 4, quiet())
+    assert plan.num_train == 16
+    assert (plan.num_passes, plan.num_batches) == (len(sizes), sum(sizes))
+    kept = [scores.values, scores.by_segment]
+    assert plan.scores_bytes == sum(t.numel() * t.element_size() for t in kept if t is not None)
+    fitted = [tensor for run in runs for one in run.curvature.values() for tensor in one.values()]
+    assert plan.curvature_bytes == sum(t.numel() * t.element_size() for t in fitted)
+    assert {one.title.split(",")[0] for one in plan.passes} == {"stage 1", "stage 2"}
+    if name == "unrolled":
+        (trained, *_) = attribution.plan(data, queries, 4, quiet(), keep=0.5, draws=0).passes
+        assert (trained.title[:11], trained.count, trained.batches) == ("what-if run", 1, 14)
 
 
 def test_the_rounds_and_recomputations_of_exact_unrolling_are_planned(work: Any) -> None:

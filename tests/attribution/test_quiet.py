@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule
-from tda_lightning.attribution.module import quiet_trainer
+from tda_lightning.attribution.launch import quiet_trainer
 from tda_lightning.estimators import TracIn
 from tda_lightning.tasks import RegressionTask
 from tests.attributing import quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from tda_lightning.edits import Removal, document_removals, sum_by_document
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tests.attributing import quiet, relative
+from tests.oracles.unrolling import UPDATES
 from tests.runs import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 WORDS, LENGTH, RATE, STEPS = 7, 6, 0.2, 4
+ADAMW_RATE, BETAS, DECAY = 0.05, (0.8, 0.9), 0.1
 # Document 1 goes on in the next row; the last row is padded.
 IDS = [[0, 0, 0, 1, 1, 1], [1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 4, 4], [5, 5, 5, -1, -1, -1]]
 
@@ -63,13 +66,20 @@ class Words(LightningModule):
         return torch.optim.SGD(self.parameters(), RATE)
 
 
+class ByAdamW(Words):
+    """The same by AdamW."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), ADAMW_RATE, BETAS, weight_decay=DECAY)
+
+
 def loader(given: list[Any], size: int = 2) -> DataLoader[Any]:
     return DataLoader(given, size)
 
 
-def record(folder: Path) -> None:
+def record(folder: Path, module: LightningModule | None = None) -> None:
     recorder = TrajectoryRecorder(folder, num_checkpoints=2)
-    trainer(recorder).fit(Words(), loader(rows()))
+    trainer(recorder).fit(module or Words(), loader(rows()))
 
 
 def queries() -> list[dict[str, Tensor]]:
@@ -129,9 +139,24 @@ def gradients(values: Any, parameters: list[Tensor]) -> Tensor:
     return torch.stack([torch.cat([g.flatten() for g in own]) for own in each])
 
 
-def test_unrolled_documents_are_those_of_retraining(tmp_path: Path) -> None:
-    """Plain gradient descent with a weight on the losses of one document's tokens."""
-    record(tmp_path)
+Rule = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+def descend(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    return parameter - RATE * gradient
+
+
+def by_adamw(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    hyper = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": 1e-8, "weight_decay": DECAY}
+    return UPDATES["AdamW"](parameter, gradient, state, ADAMW_RATE, hyper)
+
+
+@pytest.mark.parametrize(("made", "rule"), [(Words, descend), (ByAdamW, by_adamw)])
+def test_unrolled_documents_are_those_of_retraining(
+    made: type[Words], rule: Rule, tmp_path: Path
+) -> None:
+    """Training with a weight on the losses of one document's tokens."""
+    record(tmp_path, made())
     with pytest.raises(UnsupportedTrainingError, match="token_weights=True"):
         attribute(tmp_path, Unrolled())
     scores = attribute(tmp_path, Unrolled(token_weights=True))
@@ -143,6 +168,7 @@ def test_unrolled_documents_are_those_of_retraining(tmp_path: Path) -> None:
         module = Words()
         batches = [rows()[:2], rows()[2:]] * 2
         parameters: dict[str, Any] = dict(module.named_parameters())
+        state: dict[str, dict[str, Any]] = {n: {} for n in parameters}
         for part in batches:
             batch = {n: torch.stack([row[n] for row in part]) for n in part[0]}
             ids = F.pad(batch["example_ids"], (0, 1), value=-1)[:, 1:]
@@ -154,7 +180,8 @@ def test_unrolled_documents_are_those_of_retraining(tmp_path: Path) -> None:
             loss = (losses * own).sum() / count
             gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
             parameters = {
-                n: p - RATE * g for (n, p), g in zip(parameters.items(), gradients, strict=True)
+                n: rule(p, g, state[n])
+                for (n, p), g in zip(parameters.items(), gradients, strict=True)
             }
         asked = {n: torch.stack([row[n] for row in queries()]) for n in ("input_ids", "labels")}
         return torch.func.functional_call(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import InfluenceFunction, MultiStageInfluence
+from tda_lightning.examples.models.gpt import GPT
 from tda_lightning.records.errors import UnsupportedTrainingError
-from tests.attributing import quiet, relative
-from tests.estimators.test_stages import DIFFERENT, OPTIMIZERS, Problem, problem
+from tests import oracles
+from tests.attributing import CaseTask, quiet, relative
+from tests.cases.case import Case, normal, tokens
+from tests.estimators.test_stages import DIFFERENT, OPTIMIZERS, Problem, Trained, problem
 from tests.oracles.curvature import gauss_newton
 from tests.oracles.draws import drawn_weights
 from tests.oracles.gradients import flatten, num_examples, per_example_gradients, with_state
 from tests.oracles.stages import TrainedStage, frozen_names
+from tests.processes import results
 
 DAMPING, ALPHA = 0.05, 0.3
 EXACT = MultiStageInfluence(curvature="exact", damping=DAMPING, proximity=ALPHA)
@@ -102,6 +108,102 @@ def test_both_cases_are_the_dense_formula(name: str, frozen: bool) -> None:
     assert found.provenance["proximity"] == [None, None if frozen else ALPHA]
     if frozen:
         assert relative(dense(work, coupled=False)[:, :10], truth[:, :10]) > 0.05
+
+
+# Other networks, of which stage 2 has other data
+
+
+class Tied(nn.Module):
+    """Predicts the next of a few tokens by the table that embeds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(3, 3), nn.Linear(3, 5, bias=False)
+        self.table = nn.Embedding(5, 3)
+        self.table.weight = self.head.weight
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        hidden = self.table(numbers)
+        return self.head(self.mix(hidden.cumsum(1)).tanh())
+
+
+def _convolution() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def _sequence() -> nn.Module:
+    return GPT(5, 4, width=4, depth=1, heads=2)
+
+
+NETWORKS = {
+    "convolution": (
+        Case("convolution", _convolution, normal(1, 4, 4), "classification"),
+        ("0", "1"),
+    ),
+    "sequence": (Case("sequence", _sequence, tokens(5, 3), "classification"), ("tokens", "blocks")),
+    "tied": (Case("tied", Tied, tokens(5, 3), "classification"), ("head",)),
+}
+
+
+def of_network(name: str, optimizer: str, frozen: bool) -> Problem:
+    """Both stages of one network; ``frozen``: stage 2 leaves its trunk as it is."""
+    case, trunk = NETWORKS[name]
+    module = case.build()
+    stages = []
+    for number, size in enumerate((9, 6)):
+        if stages:
+            before = stages[-1].trajectory
+            module = with_state(case.build(), before.checkpoints[before.last_step])
+            for parameter_name, parameter in module.named_parameters():
+                parameter.requires_grad_(not (frozen and parameter_name.startswith(trunk)))
+        data = case.batch(size, seed=number)
+        order = oracles.cut_batches(size, 3, epochs=2, seed=number)
+        run = oracles.record_run(
+            module, case.loss, data, lambda m: OPTIMIZERS[optimizer](Trained(m)), order, (2,)
+        )
+        stages.append(TrainedStage(run, module, case.criterion, data))
+    return Problem(stages, [CaseTask(case.kind) for _ in stages], case.batch(3, seed=9))
+
+
+QUICK = [("convolution", "sgd", True), ("tied", "adamw", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "frozen"),
+    [
+        pytest.param(*work, marks=() if work in QUICK else pytest.mark.slow)
+        for work in itertools.product(NETWORKS, ("sgd", "adamw"), (True, False))
+    ],
+)
+def test_other_networks(name: str, optimizer: str, frozen: bool) -> None:
+    work = of_network(name, optimizer, frozen)
+    found, truth = work.scores(EXACT), dense(work)
+    assert truth[:, :9].abs().max() > 1e-5
+    assert relative(found.values, truth) < 1e-8
+    assert relative(found.values[:, :9], truth[:, :9]) < 1e-8
+
+
+def score_in_each(rank: int) -> dict[bool, Tensor]:
+    found = {}
+    for frozen in (True, False):
+        work = problem(frozen=frozen, batches=4)
+        found[frozen] = work.scores(EXACT, quiet(devices=2, strategy="ddp")).values
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes() -> None:
+    both = results(score_in_each)
+    for frozen in (True, False):
+        expected = problem(frozen=frozen, batches=4).scores(EXACT).values
+        for found in both:
+            torch.testing.assert_close(found[frozen], expected)
 
 
 def test_three_stages() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Scores
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import StageFact, Trajectory
@@ -141,9 +141,10 @@ def test_the_recorded_order_is_exact_unrolling(name: str, tmp_path: Path) -> Non
     trajectory = record(tmp_path, module, Trains(plan), fits=fits)
     assert len(trajectory.facts.stages) == stages
     truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES)
-    found = scores(trajectory, module, RECORDED)
-    assert found.values.shape == (3, 8)
-    assert relative(found.values, truth) < 1e-9
+    for estimator in (RECORDED, Unrolled()):
+        found = scores(trajectory, module, estimator)
+        assert found.values.shape == (3, 8)
+        assert relative(found.values, truth) < 1e-9
     assert truth.abs().max() > 1e-2
 
 
@@ -208,8 +209,8 @@ def test_the_recorded_order_of_adam_is_exact_unrolling(name: str, tmp_path: Path
     module = Linear(adamw)
     trajectory = record(tmp_path, module, Trains(plan), fits=fits)
     truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES)
-    found = scores(trajectory, module, every_step(trajectory))
-    assert relative(found.values, truth) < 1e-9
+    for estimator in (every_step(trajectory), Unrolled()):
+        assert relative(scores(trajectory, module, estimator).values, truth) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -228,8 +229,12 @@ def test_stages_of_a_what_if_run_begin_where_the_ones_before_ended(
     for draws in (0, 1):
         at = subset_weights(8, 0.6, 1)[0] if draws else torch.full((8,), 0.6, dtype=torch.float64)
         truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES, at=at)
-        found = scores(trajectory, module, every_step(trajectory), keep=0.6, draws=draws)
-        assert relative(found.values, truth) < 1e-9
+        estimators: list[Any] = [every_step(trajectory)]
+        if name in ("fits and stages", "adamw, old moments wait"):
+            estimators.append(Unrolled())
+        for estimator in estimators:
+            found = scores(trajectory, module, estimator, keep=0.6, draws=draws)
+            assert relative(found.values, truth) < 1e-9
 
 
 def every_step(trajectory: Any) -> Source:
@@ -245,7 +250,15 @@ def test_a_last_stage_alone_goes_on_with_its_state(make: Any, tmp_path: Path) ->
     truth = unrolled_run(trajectory, module, LOSS, DATA, QUERIES, since=2)
     last = trajectory.stages()[-1]
     assert last.steps_before == dict.fromkeys(HEAD, 2)
-    assert relative(scores(last, module, every_step(last)).values, truth) < 1e-9
+    for estimator in (every_step(last), Unrolled()):
+        assert relative(scores(last, module, estimator).values, truth) < 1e-9
+
+
+def test_states_that_were_not_recorded_are_missed(tmp_path: Path) -> None:
+    module = Linear(sgd(momentum=0.9))
+    trajectory = record(tmp_path, module, Trains("h th"), fits=(2,), save_optimizer=False)
+    with pytest.raises(UnsupportedTrainingError, match="goes on with the optimizer"):
+        scores(trajectory, module, Unrolled())
 
 
 # Curvature that was recorded in training.

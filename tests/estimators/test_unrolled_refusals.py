@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tda_lightning import AttributionModule, Trajectory
+from tda_lightning import Trajectory
 from tda_lightning.estimators import Unrolled
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.tasks import RegressionTask
@@ -234,15 +234,16 @@ class Freezes(Trained):
         self.net[0].weight.requires_grad_(self.current_epoch == 0)
 
 
-def test_several_stages(tmp_path: Path) -> None:
+def test_tokens_of_several_stages(tmp_path: Path) -> None:
     network = NETWORKS["mlp"]
     made = Freezes(network.module(sgd()).net, network.losses, sgd())
     run, module, data = record(tmp_path, network, sgd(), module=made)
     assert len(run.facts.stages) == 2
-    with pytest.raises(UnsupportedTrainingError, match="stages"):
-        scores_of(run, module, data, network.data(2), network.task)
-    with pytest.raises(UnsupportedTrainingError, match="Unrolled"):
-        AttributionModule(module, run.stages(), Unrolled(), network.task)
+    work = (run, module, data, network.data(2), network.task)
+    with pytest.raises(UnsupportedTrainingError, match="one stage of training"):
+        scores_of(*work, Unrolled(token_weights=True))
+    with pytest.raises(UnsupportedTrainingError, match="one stage of training"):
+        scores_of(*work, by_token="train")
 
 
 def test_restricted_layers() -> None:

@@ -7,7 +7,8 @@ on whatever an objective multiplies by them. It is slow: the graph of the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ def retrace(
     module: nn.Module,
     objective: Objective,
     data: Batch | Callable[[Tensor], Batch],
+    before: Retraced | None = None,
 ) -> Retraced:
     """Train as recorded, every step a differentiable function of the one before.
 
@@ -115,6 +117,7 @@ def retrace(
 
     Args:
         data: all examples as tensors, or what fetches the batch of some.
+        before: the stage before this one, whose tensors of the same name and shape it took over.
     """
     fetch = data if callable(data) else lambda examples: take(data, examples)
     steps, facts, first = run.steps, run.facts, run.checkpoints[0]
@@ -124,6 +127,9 @@ def retrace(
             part.training = False
     module = with_running_norms(module)
     parameters = {n: first.parameters[n].clone().requires_grad_() for n in facts.parameters}
+    used_only: dict[str, Tensor] = {}
+    if before is not None:
+        used_only = _taken_over(before, module, parameters)
     state: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     # The fused kernels of attention can be differentiated only once.
     with unchanged_randomness(), sdpa_kernel(SDPBackend.MATH):
@@ -139,7 +145,7 @@ def retrace(
                 loss = _call(
                     module,
                     lambda m, b, e=examples, r=row: objective(m, b, e, r),
-                    parameters,
+                    {**used_only, **parameters},
                     batch,
                 )
                 total = total + loss / int(steps.accumulation[row])
@@ -156,7 +162,29 @@ def retrace(
                 parameters[name] = UPDATES[facts.optimizer](
                     parameters[name], gradient, state[name], rate, hyper
                 )
-    return Retraced(module, parameters)
+    return Retraced(module, {**used_only, **parameters})
+
+
+def _taken_over(
+    before: Retraced, module: nn.Module, parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Put what a stage took over into its own parameters and running statistics; the frozen
+    parameters among it."""
+    own = dict(module.named_parameters())
+    shared = {
+        name: tensor
+        for name, tensor in before.parameters.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    for name in shared.keys() & parameters.keys():
+        # Frozen parameters may depend on what this one was: only its own use has a gradient.
+        parameters[name] = shared[name].clone()
+    norms = dict(before.module.named_modules())
+    for name, part in module.named_modules():
+        left = norms.get(name)
+        if isinstance(part, RunningNorm) and isinstance(left, RunningNorm):
+            part.mean, part.variance = left.mean, left.variance
+    return {name: tensor for name, tensor in shared.items() if name not in parameters}
 
 
 def _clipped(gradients: dict[str, Tensor], settings: Any) -> dict[str, Tensor]:
@@ -210,6 +238,40 @@ def removals(
     return -slopes(end.measure(measurement, queries), weights).transpose(0, 1)
 
 
+@dataclass(frozen=True)
+class RetracedStage:
+    """What a stage was trained with; its losses are [batch]."""
+
+    run: Trajectory
+    module: nn.Module
+    losses: Loss
+    data: Batch | Callable[[Tensor], Batch]
+
+
+def removals_of_stages(
+    stages: Sequence[RetracedStage], measurement: Loss, queries: Batch, at: float = 1.0
+) -> list[Tensor]:
+    """:func:`removals` by the intervals of every stage, [interval, query, train] for each, where
+    all weights are ``at``."""
+    weights, end = [], None
+    for stage in stages:
+        bounds = sorted(stage.run.checkpoints)
+        shape = (len(bounds) - 1, stage.run.facts.num_examples or 0)
+        own = torch.full(shape, at, dtype=torch.float64, requires_grad=True)
+        weights.append(own)
+
+        def of_row(row: int, bounds: list[int] = bounds, own: Tensor = own) -> Tensor:
+            return own[sum(start <= row for start in bounds) - 1]
+
+        end = retrace(stage.run, stage.module, weighted(stage.losses, of_row), stage.data, end)
+    assert end is not None
+    measured = end.measure(measurement, queries)
+    rows = [
+        torch.autograd.grad(m, weights, retain_graph=True, materialize_grads=True) for m in measured
+    ]
+    return [-torch.stack(own, 1) for own in zip(*rows, strict=True)]
+
+
 def central_differences(
     measured: Callable[[Tensor], Tensor], point: Tensor, examples: list[int], width: float = 1e-5
 ) -> Tensor:
@@ -223,3 +285,11 @@ def central_differences(
             ends.append(measured(moved))
         columns.append((ends[0] - ends[1]) / (2 * width))
     return torch.stack(columns, 1)
+
+
+def finer_differences(
+    measured: Callable[[Tensor], Tensor], point: Tensor, examples: list[int], width: float = 2e-5
+) -> Tensor:
+    """Central differences of two widths, so that their errors in h^2 cancel."""
+    near, far = (central_differences(measured, point, examples, times * width) for times in (1, 2))
+    return (4 * near - far) / 3

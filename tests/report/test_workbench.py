@@ -203,7 +203,7 @@ def test_marks_leave_and_come_back(page, workbench, tmp_path):
     page.keyboard.press("2")
     assert page.inner_text("#mark-count") == "nothing is marked yet"
     page.set_input_files("#import-marks", table)
-    page.wait_for_function("document.getElementById('announced').textContent.startsWith('Read 3')")
+    page.locator("#announced", has_text="Read 3").wait_for(state="attached")
     assert json.loads(exported(page, "#export-edits").read_text())["edits"][0]["index"] == min(
         first, second
     )
@@ -214,7 +214,7 @@ def test_marks_leave_and_come_back(page, workbench, tmp_path):
     foreign = tmp_path / "foreign.json"
     foreign.write_text(json.dumps({"format": "tda-lightning edits", "num_train": 3, "edits": []}))
     page.set_input_files("#import-marks", foreign)
-    page.wait_for_function("document.getElementById('announced').textContent.includes('of 3 tr')")
+    page.locator("#announced", has_text="of 3 tr").wait_for(state="attached")
 
 
 def test_triage_orders_and_words(page, workbench):

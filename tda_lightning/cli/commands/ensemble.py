@@ -20,7 +20,7 @@ from tda_lightning.ensembles.dropout import RATE, mask_bytes, mask_settings
 from tda_lightning.ensembles.folder import begin, recording_bytes, require_room, waiting
 from tda_lightning.ensembles.forks import fork_bytes, fork_point, fork_points
 from tda_lightning.ensembles.lora import RANK, adapter_settings
-from tda_lightning.ensembles.seeds import diverged
+from tda_lightning.ensembles.making import diverged
 from tda_lightning.records.ensemble import FINISHED, MemberFact
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tda_lightning.attribution.asked_checkpoint import asked_about
 from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.added_data import apply_extra
 from tda_lightning.cli.command import (
     clear_errors,
     estimator_name,
@@ -78,7 +79,7 @@ def plan_recording(config: DictConfig) -> None:
     adopt_configuration(config)
     config.output = str(output_folder(config))
     data = instantiate(config.data, _convert_="all")
-    data = apply_drop(config, data)
+    data, _ = apply_extra(config, apply_drop(config, data))
     module = build_module(config, trust=True)
     recorder = instantiate(config.recorder, _convert_="all")
     plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)

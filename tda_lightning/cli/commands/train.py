@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from tda_lightning.cli.added_data import apply_extra
 from tda_lightning.cli.command import clear_errors, file_name
 from tda_lightning.cli.edited_data import apply_drop
 from tda_lightning.cli.own_config import read_own_config, require_class
@@ -28,7 +29,7 @@ def train(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     if hasattr(type(data), "query_dataset"):
         data.setup("fit")  # finds missing files before anything is written
-    data = apply_drop(config, data)
+    data, extra = apply_extra(config, apply_drop(config, data))
     seed_everything(config.seed, workers=True, verbose=False)
     module = build_module(config, trust=True)  # what is named on the command line is trusted
     recorder = instantiate(config.recorder, _convert_="all")
@@ -50,6 +51,8 @@ def train(config: DictConfig) -> None:
     if config.drop is not None:
         out, labels = len(config.drop.left_out), len(config.drop.relabelled)
         left_out = f", without {out} training examples and with {labels} other labels"
+    if extra:
+        left_out += f", with {extra} extra examples"
     print(f"Recorded {trainer.global_step} steps in {config.output}{left_out}{metrics}")
 
 

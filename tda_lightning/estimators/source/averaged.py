@@ -27,7 +27,7 @@ def cross(
     segment = segments[number]
     session, steps = segment.session, segment.steps.checkpoints
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
-    responses = _responses(segment, inside)
+    responses = segment_responses(segment, inside)
     tokens = directions(session, responses) if session.by_token else {}
     crossing = segment.crossing(adjoint, inside)
     del inside
@@ -42,7 +42,7 @@ def cross(
     return crossing
 
 
-def _responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
+def segment_responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
     """What the queries ask of the segment's examples: by unit of curvature, or by block where the
     unit of leading directions takes all blocks together."""
     meetings = segment.session.num_train * len(segment.steps.checkpoints)

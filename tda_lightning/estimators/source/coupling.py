@@ -29,7 +29,8 @@ from tda_lightning.estimators.queries import query_gradients
 from tda_lightning.estimators.source.segments import Adjoint, FittedSegment, with_components
 from tda_lightning.gradients import ExampleGradients
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.session.session import Batch, Session, Span, Stage
+from tda_lightning.session.session import Batch, Session, Span
+from tda_lightning.session.stage import Stage
 
 # Adjoints of single parameters by name, [component, query, *shape].
 NamedAdjoint: TypeAlias = "dict[str, Tensor]"
@@ -171,7 +172,7 @@ def _by_wide_block(stage: Stage, response: Mapping[str, Tensor]) -> dict[str, Te
 def _gauss_newton(
     session: Session, batch: Batch, curvature: str, seed: int
 ) -> Iterator[ExampleGradients]:
-    for _ in session.each_draw():
+    for _ in session.losses.each_draw():
         if curvature == "exact":
             yield from session.gauss_newton_gradients(batch.data, batch.examples)
         else:

@@ -56,7 +56,8 @@ from tda_lightning.records.provenance import Provenance
 from tda_lightning.records.trajectory import Segment
 from tda_lightning.replay.recorded_draws import RecordedDraws
 from tda_lightning.runtime.setting_types import require_types
-from tda_lightning.session.session import Session, Stage
+from tda_lightning.session.session import Session
+from tda_lightning.session.stage import Stage
 
 ORDERS = ("average", "recorded")
 MOMENTUM = ("effective_rate", "recursion")

@@ -7,11 +7,14 @@ In train mode every forward pass moves them towards the batch's statistics,
 
 and the measurement, taken in eval mode, reads them. So their adjoint ``c`` runs back through
 training too: a step hands :math:`\rho\, c` to the weights through s, and :math:`(1 - \rho)\, c` to
-the step before. torch differentiates neither the update nor the use; both are restated here.
+the step before. A later stage of training may keep the layer in eval mode: then its own loss reads
+what an earlier one left (:func:`read_statistics`). torch differentiates neither the update nor the
+use; both are restated here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,18 +85,39 @@ def _momentum(layer: _BatchNorm) -> float:
     return 1 / (int(layer.num_batches_tracked) + 1)  # a cumulative average
 
 
+@contextmanager
+def read_statistics(layers: Mapping[str, _BatchNorm]) -> Iterator[dict[str, Tensor]]:
+    """Copies of the running statistics of layers in eval mode that require gradients, by buffer
+    name; while active, the layers read these."""
+    leaves: dict[str, Tensor] = {}
+    before = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        assert layer.running_mean is not None and layer.running_var is not None
+        own = [layer.running_mean, layer.running_var]
+        own = [statistic.detach().clone().requires_grad_() for statistic in own]
+        leaves |= zip(statistics_names({name: layer}), own, strict=True)
+        layer.forward = functools.partial(_normalised, layer, *own)  # type: ignore[method-assign]
+    try:
+        yield leaves
+    finally:
+        for name, layer in layers.items():
+            del layer.forward
+            if before[name] is not None:
+                layer.__dict__["forward"] = before[name]
+
+
+def _normalised(layer: _BatchNorm, mean: Tensor, variance: Tensor, inputs: Tensor) -> Tensor:
+    shape = [1, -1, *[1] * (inputs.dim() - 2)]
+    outputs = (inputs - mean.view(shape)) / (variance + layer.eps).sqrt().view(shape)
+    if layer.weight is not None:
+        outputs = outputs * layer.weight.view(shape)
+    return outputs if layer.bias is None else outputs + layer.bias.view(shape)
+
+
 def measurement_adjoints(
     measure: Callable[[int], Tensor], layers: Mapping[str, _BatchNorm], queries: int
 ) -> dict[str, Tensor]:
-    r"""Derivatives of each query's measurement with respect to the running statistics.
-
-    With y = (x - mean) / sqrt(var + eps) w + b the derivatives are sums over what the layer sees:
-
-    .. math::
-        \frac{\partial m}{\partial mean} = -\sum \frac{\partial m}{\partial y}
-        \frac{w}{\sqrt{var + \epsilon}}, \qquad
-        \frac{\partial m}{\partial var} = -\frac12 \sum \frac{\partial m}{\partial y}
-        \frac{(x - mean)\, w}{(var + \epsilon)^{3/2}}
+    """Derivatives of each query's measurement with respect to the running statistics.
 
     Args:
         measure: query number -> its measurement, a scalar with its graph, in eval mode.
@@ -104,45 +128,11 @@ def measurement_adjoints(
         [query, features] by buffer name.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in statistics_names(layers)}
-    for query in range(queries):
-        with _seen(layers) as seen:
-            value = measure(query)
-        outputs = [output for *_, output in seen]
-        gradients = torch.autograd.grad(value, outputs, allow_unused=True)
-        own = {name: [torch.zeros(())] for name in found}
-        for (name, inputs, _), gradient in zip(seen, gradients, strict=True):
-            if gradient is not None:
-                through = _through(layers[name], inputs.detach(), gradient)
-                for kind, part in zip(statistics_names({name: layers[name]}), through, strict=True):
-                    own[kind].append(part)
-        for name, parts in own.items():
-            found[name].append(sum(parts[1:], torch.zeros_like(parts[-1])))
+    with read_statistics(layers) as leaves:
+        for query in range(queries):
+            gradients = torch.autograd.grad(
+                measure(query), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            for name, gradient in zip(leaves, gradients, strict=True):
+                found[name].append(gradient)
     return {name: torch.stack(tensors) for name, tensors in found.items()}
-
-
-@contextmanager
-def _seen(layers: Mapping[str, _BatchNorm]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Name, input and output of every use of the layers, while active."""
-    seen: list[tuple[str, Tensor, Tensor]] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, inputs, output: seen.append((name, inputs[0], output))
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _through(layer: _BatchNorm, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None and layer.running_var is not None
-    axes = [axis for axis in range(inputs.dim()) if axis != 1]
-    shape = [1, -1, *[1] * (inputs.dim() - 2)]
-    variance = layer.running_var + layer.eps
-    weight = torch.ones_like(variance) if layer.weight is None else layer.weight.detach()
-    centred = inputs - layer.running_mean.view(shape)
-    by_mean = -gradient.sum(axes) * weight / variance.sqrt()
-    by_variance = -0.5 * (gradient * centred).sum(axes) * weight / variance**1.5
-    return by_mean, by_variance

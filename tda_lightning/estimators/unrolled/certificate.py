@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ class Certificate:
         tolerance: of the difference, relative to how far the weights moved since the checkpoint
             before; above it there is an error.
         require: raises an error where a condition is not met (``Session.require``).
+        stage: number of the stage of training that is replayed, from 1; 0: the only one.
         largest: difference of a single weight.
         relative: largest distance of all weights, relative to how far they moved.
         checkpoints: steps of those that were compared.
@@ -36,6 +37,7 @@ class Certificate:
 
     tolerance: float
     require: Require
+    stage: int = 0
     largest: float = 0.0
     relative: float = 0.0
     checkpoints: set[int] = field(default_factory=set)
@@ -63,10 +65,11 @@ class Certificate:
         self.require(
             relative <= self.tolerance,  # NaN is no agreement
             TrajectoryMismatchError(
-                f"Replayed from the recorded batches, the weights after step {step} are not the "
-                f"recorded ones: they differ by {relative:.2g} of how far they moved since the "
-                f"checkpoint before, expected at most {self.tolerance:.2g}. {CAUSES} Mend that, or "
-                "raise Unrolled's tolerance and read the scores as those of a similar run."
+                f"{self._where}Replayed from the recorded batches, the weights after step {step} "
+                f"are not the recorded ones: they differ by {relative:.2g} of how far they moved "
+                f"since the checkpoint before, expected at most {self.tolerance:.2g}. {CAUSES} "
+                "Mend that, or raise Unrolled's tolerance and read the scores as those of a "
+                "similar run."
             ),
         )
         self.relative = max(self.relative, relative)
@@ -82,7 +85,7 @@ class Certificate:
         self.require(
             same or recorded != recorded,
             TrajectoryMismatchError(
-                f"Replayed, the loss of step {step} is {replayed:.6g}, recorded was "
+                f"{self._where}Replayed, the loss of step {step} is {replayed:.6g}, recorded was "
                 f"{recorded:.6g} (a difference of {replayed - recorded:.2g}, with a tolerance of "
                 f"{self.tolerance:.2g}): the replay is not the recorded run. {CAUSES}"
             ),
@@ -92,18 +95,36 @@ class Certificate:
         """What was found so far, to go on from later."""
         differences = torch.tensor([self.largest, self.relative], dtype=torch.float64)
         steps = torch.tensor(sorted(self.checkpoints), dtype=torch.int64)
-        return {"differences": differences, "compared": steps}
+        return {f"differences.{self.stage}": differences, f"compared.{self.stage}": steps}
 
     def restore(self, found: Mapping[str, Tensor]) -> None:
-        """Add what :meth:`tensors` gave."""
-        largest, relative = found["differences"].tolist()
+        """Add what :meth:`tensors` gave; nothing where the stage was not replayed."""
+        if f"compared.{self.stage}" not in found:
+            return
+        largest, relative = found[f"differences.{self.stage}"].tolist()
         self.largest, self.relative = max(self.largest, largest), max(self.relative, relative)
-        self.checkpoints.update(found["compared"].tolist())
+        self.checkpoints.update(found[f"compared.{self.stage}"].tolist())
+
+    @staticmethod
+    def of_all(parts: Sequence[Certificate]) -> Certificate:
+        """That of all stages together."""
+        return Certificate(
+            parts[0].tolerance,
+            parts[0].require,
+            largest=max(part.largest for part in parts),
+            relative=max(part.relative for part in parts),
+            # Only how many there are is told.
+            checkpoints=set(range(sum(len(part.checkpoints) for part in parts))),
+        )
 
     @property
     def bit_equal(self) -> bool:
         """Whether every weight was the recorded one, to the bit."""
         return self.largest == 0
+
+    @property
+    def _where(self) -> str:
+        return f"Stage {self.stage}: " if self.stage else ""
 
     def record(self) -> provenance.Certificate:
         """For the provenance of scores."""

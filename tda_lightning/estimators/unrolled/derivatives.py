@@ -38,6 +38,7 @@ class BatchDerivatives:
     Attributes:
         loss: of the batch, as trained.
         parameters: by name, those that the loss depends on.
+        fixed: tensors that the loss depends on and an earlier stage of training moved, by name.
         gradient: of the loss divided by the accumulation, with its graph, in the same order.
         weights: [batch], or [batch, position]: those that the run was trained with, in the graph.
         alternatives: zeros, in the graph, that weigh the losses of other examples or labels.
@@ -46,6 +47,7 @@ class BatchDerivatives:
 
     loss: float
     parameters: Parameters
+    fixed: Parameters
     gradient: Sequence[Tensor]
     weights: Tensor
     alternatives: Tensor
@@ -62,8 +64,9 @@ class BatchDerivatives:
                 changed to those before it.
 
         Returns:
-            H u plus what comes through the statistics, by parameter; for the examples [query,
-            batch] or [query, batch, position]; for the alternatives [query, alternative].
+            H u plus what comes through the statistics, by parameter and by fixed tensor (the
+            derivative of <gradient, u> by it); for the examples [query, batch] or [query, batch,
+            position]; for the alternatives [query, alternative].
         """
         names = list(self.parameters)
         outputs = list(self.gradient)
@@ -74,7 +77,8 @@ class BatchDerivatives:
                 directions.append((use.momentum * c[name]).to(statistic))
                 c[name].mul_(1 - use.momentum)
         tracked = [i for i, output in enumerate(outputs) if output.requires_grad]
-        inputs = [*self.parameters.values(), self.weights, self.alternatives]
+        moved = {**self.parameters, **self.fixed}
+        inputs = [*moved.values(), self.weights, self.alternatives]
         found = _vector_jacobian(
             [outputs[i] for i in tracked], inputs, [directions[i] for i in tracked]
         )
@@ -83,13 +87,14 @@ class BatchDerivatives:
             value.new_zeros(queries, *value.shape) if product is None else product
             for value, product in zip(inputs, found, strict=True)
         ]
-        return dict(zip(names, hessian, strict=True)), parts, alternatives
+        return dict(zip(moved, hessian, strict=True)), parts, alternatives
 
 
 def batch_derivatives(
     replay: Replay,
     task: AttributionTask,
     parameters: Parameters,
+    fixed: Parameters,
     layers: Mapping[str, _BatchNorm],
     batch: object,
     examples: Tensor,
@@ -101,7 +106,8 @@ def batch_derivatives(
     """The graph of a batch's gradient at the weights in place.
 
     Args:
-        parameters: that require gradients, by name.
+        parameters: that the gradient is taken by, by name.
+        fixed: other tensors that require gradients, by which it is differentiated too.
         layers: with running statistics that move.
         draws: where the random generators were before the forward pass.
         variants: the batch with other examples or labels at some positions, and these.
@@ -159,6 +165,7 @@ def batch_derivatives(
     return BatchDerivatives(
         float(total.detach()),
         {name: parameters[name] for name in used},
+        fixed,
         list(used.values()),
         weights,
         alternatives,

@@ -24,11 +24,14 @@ the errors of the queries' scores (divided by the lengths of their gradients) an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from tda_lightning.records.provenance import Provenance
+from tda_lightning.session.session import Session
 
 PROBES = 3  # the bound fails once in 1000 times
 _BOUND = 10 * math.sqrt(2 / math.pi)
@@ -98,11 +101,12 @@ class Directions:
         mixed: Tensor = torch.tensordot(self.mix.to(values), values[: self.kept], dims=1)
         return mixed
 
-    def add(self, values: Tensor) -> Tensor:
-        """:meth:`scores` of a segment [query, column], which counts in the error."""
+    def add(self, values: Tensor, first_column: int = 0) -> Tensor:
+        """:meth:`scores` of a segment [query, column], which counts in the error; its columns begin
+        with ``first_column`` of all."""
         mixed, rest = self.scores(values), values[self.kept :].double()
-        self.total = mixed.double() if self.total is None else self.total + mixed
-        self.probes = rest if self.probes is None else self.probes + rest
+        self.total = _added(self.total, mixed.double(), first_column)
+        self.probes = _added(self.probes, rest, first_column)
         return mixed
 
     def errors(self) -> tuple[Tensor, Tensor]:
@@ -125,3 +129,48 @@ class Directions:
         if "mix" not in tensors:
             return None
         return Directions(tensors["mix"], tensors["query_lengths"])
+
+
+def directions_record(
+    session: Session, tolerance: float, rounds: Sequence[tuple[int, Directions | None]]
+) -> Provenance:
+    """How many directions went back, and what that did to the scores of the queries, of all
+    processes together; nothing where all queries went back themselves.
+
+    Args:
+        rounds: of this process, each with the number of its first query.
+    """
+    if not tolerance:
+        return {}
+    counts = torch.zeros(3, dtype=torch.float64)
+    errors = torch.zeros(3, session.num_query, dtype=torch.float64)
+    for first, directions in rounds:
+        if directions is not None:
+            made = slice(first, first + len(directions.lengths))
+            known = torch.ones_like(directions.lengths)
+            errors[:, made] = torch.stack([*directions.errors(), known]).cpu()
+            counts += torch.tensor([directions.kept, PROBES, len(directions.lengths)])
+    kept, probes, queries = (int(n) for n in session.reduce(counts.to(session.device)))
+    typical, bound, truncated = session.reduce(errors.to(session.device))
+    if not queries:
+        return {}
+    return {
+        "directions": {
+            "kept": kept,
+            "probes": probes,
+            "queries": queries,
+            "tolerance": tolerance,
+            "relative_error": float(typical[truncated > 0].median()),
+            "error_bound": float(bound.max()),
+        }
+    }
+
+
+def _added(total: Tensor | None, values: Tensor, first_column: int) -> Tensor:
+    """A sum of segments, of which each may have columns of its own."""
+    values = torch.nn.functional.pad(values, (first_column, 0))
+    if total is None:
+        return values
+    width = max(total.shape[1], values.shape[1])
+    padded = [torch.nn.functional.pad(own, (0, width - own.shape[1])) for own in (total, values)]
+    return padded[0] + padded[1]

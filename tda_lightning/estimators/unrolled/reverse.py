@@ -1,18 +1,18 @@
-"""Reverse sweeps: the adjoints of some queries carried back through the kept states, and their
-scores."""
+"""Reverse sweeps: the adjoints of some queries carried back through the kept states of a stage of
+training, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tda_lightning.edits import GraphEditSet, Term
+from tda_lightning.edits import GraphEditSet
 from tda_lightning.estimators.unrolled.adjoint import OptimizerAdjoint
-from tda_lightning.estimators.unrolled.batch_statistics import measurement_adjoints
+from tda_lightning.estimators.unrolled.adjoints import Adjoints
+from tda_lightning.estimators.unrolled.batch_statistics import read_statistics, statistics_names
 from tda_lightning.estimators.unrolled.derivatives import (
     BatchDerivatives,
     activations_counted,
@@ -20,129 +20,72 @@ from tda_lightning.estimators.unrolled.derivatives import (
     is_out_of_memory,
     queries_at_once,
 )
-from tda_lightning.estimators.unrolled.directions import Directions
 from tda_lightning.estimators.unrolled.graph_edits import edit_products
+from tda_lightning.estimators.unrolled.round_scores import RoundScores
 from tda_lightning.estimators.unrolled.step_states import StepState
-from tda_lightning.optimizers import rule_of
+from tda_lightning.estimators.unrolled.variants import Variants, add_changes
 from tda_lightning.replay.prepared import require_task_loss
 from tda_lightning.replay.run import Draws, Replay
 from tda_lightning.runtime.module_state import load_tensors
-from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.session.session import Session, relabelled
+from tda_lightning.session.stage import Stage
 from tda_lightning.tasks import NodeBatch
 
 
-class _Change(NamedTuple):
-    """A term of an edit of the example at a position of a batch."""
-
-    position: int
-    column: int
-    term: Term
-
-
 class ReverseSweeps:
-    """Carries the adjoints of some queries back.
+    """Carries the adjoints of some queries back through a stage of training.
+
+    Args:
+        number: of the stage, from 0.
+        moving: layers whose running statistics move in it.
+        resting: layers that read running statistics which an earlier stage moved.
+        adjoints: of the queries, at the end of the stage or where an interrupted attribution left
+            them.
+        scores: of the round of queries.
+        room: bytes for the graphs of batches on an accelerator.
+        by_position: score the terms of an example's loss.
 
     Attributes:
         adjoint: of the optimizer's state.
+        frozen: adjoints of parameters that the stage uses and does not train, [query, *shape].
         statistics: adjoints of running statistics, [query, features] by buffer name.
         by_token: [query, train, position] when asked for; None before the first step.
-        directions: what goes back instead of the queries; None: they go back themselves.
-        first_query: number of the first of the queries.
     """
 
     def __init__(
         self,
+        number: int,
+        stage: Stage,
         replay: Replay,
-        session: Session,
-        layers: Mapping[str, _BatchNorm],
-        adjoint: OptimizerAdjoint,
-        statistics: dict[str, Tensor],
-        segments: Sequence[tuple[int, int]],
-        first_query: int,
-        room: int,
-        by_position: bool,
-        directions: Directions | None = None,
-    ) -> None:
-        self.directions = directions
-        self.replay, self.session, self.layers = replay, session, layers
-        self.adjoint, self.statistics = adjoint, statistics
-        self.first_query = first_query
-        self.by_token: Tensor | None = None
-        self._starts = [start for start, _ in segments]
-        self._room, self._by_position = room, by_position
-        self._queries = len(next(iter(adjoint.a.values())))
-        self._chunk = 0  # how many queries go back together; settled by the first batch
-        self._finished: dict[int, Tensor] = {}
-        self._values = self._zeros()
-        self._lengths = self._adjoint_lengths()  # at the end of training
-
-    @staticmethod
-    def open(
-        replay: Replay,
-        session: Session,
-        layers: Mapping[str, _BatchNorm],
-        segments: Sequence[tuple[int, int]],
-        queries: range,
-        tensors: Mapping[str, Tensor] | None,
+        moving: Mapping[str, _BatchNorm],
+        resting: Mapping[str, _BatchNorm],
+        adjoints: Adjoints,
+        scores: RoundScores,
         *,
         room: int,
         by_position: bool,
-        tolerance: float = 0.0,
-    ) -> ReverseSweeps:
-        """Some queries at the end of training, or where an interrupted attribution left them.
-
-        Args:
-            segments: the rows that scores are split by.
-            tensors: what :meth:`tensors` gave; None for the end of training.
-            room: bytes for the graphs of batches on an accelerator.
-            by_position: score the terms of an example's loss.
-            tolerance: how far a query may be from the directions that go back in its place; 0: it
-                goes back itself.
-        """
-        trajectory, first = replay.trajectory, queries.start
-        directions = None if tensors is None else Directions.restored(tensors)
-        if tensors is None:
-            session.load(trajectory.last_step)
-            gradients = _parameter_gradients(session, queries)
-            statistics = _statistics_gradients(session, layers, queries)
-            if tolerance and (found := Directions.of({**gradients, **statistics}, tolerance)):
-                directions, carried = found
-                gradients = {name: carried[name] for name in gradients}
-                statistics = {name: carried[name] for name in statistics}
-            adjoint = OptimizerAdjoint(trajectory, gradients)
-        else:
-            device = session.device
-            grouped = {
-                kind: {
-                    name.removeprefix(f"{kind}."): tensor.to(device)
-                    for name, tensor in tensors.items()
-                    if name.startswith(f"{kind}.")
-                }
-                for kind in ("a", "c", *(f"states.{key}" for key in rule_of(trajectory).states))
-            }
-            states: dict[str, dict[str, Tensor]] = {}
-            for key in rule_of(trajectory).states:
-                for name, tensor in grouped[f"states.{key}"].items():
-                    states.setdefault(name, {})[key] = tensor
-            adjoint, statistics = OptimizerAdjoint(trajectory, grouped["a"], states), grouped["c"]
-        reverse = ReverseSweeps(
-            replay,
-            session,
-            layers,
-            adjoint,
-            statistics,
-            segments,
-            first,
-            room,
-            by_position,
-            directions,
-        )
-        if tensors is not None:
-            reverse.restore(tensors)
+    ) -> None:
+        self.number, self.stage, self.session = number, stage, stage.session
+        self.replay, self.scores = replay, scores
+        self.moving, self.resting = moving, resting
+        trained = {name: adjoints.parameters[name] for name in replay.trajectory.facts.parameters}
+        self.adjoint = OptimizerAdjoint(replay.trajectory, trained, adjoints.states)
+        self.frozen = {name: adjoints.parameters[name] for name in stage.frozen}
+        self.statistics = adjoints.statistics
+        self.by_token: Tensor | None = None
+        self._variants = Variants(replay, self.session)
+        self._starts = sorted(replay.trajectory.checkpoints)[:-1]
+        self._room, self._by_position = room, by_position
+        self._queries = len(next(iter(trained.values())))
+        self._chunk = 0  # how many queries go back together; settled by the first batch
+        self._values = self._zeros()
         # From now on the module's weights are those of a replay, no checkpoint's.
-        session.loaded.trajectory = None
-        return reverse
+        self.session.loaded.trajectory = None
+
+    @property
+    def adjoints(self) -> Adjoints:
+        """Where the queries are."""
+        parameters = {**self.adjoint.a, **self.frozen}
+        return Adjoints(parameters, self.statistics, self.adjoint.states)
 
     def step(self, state: StepState) -> None:
         """Go back through one step."""
@@ -152,6 +95,8 @@ class ReverseSweeps:
         batches = list(zip(steps.batches(state.row), state.draws, state.counts, strict=True))
         losses = []
         with replay.as_trained():
+            for name in self.frozen:
+                replay.module.get_parameter(name).requires_grad_(True)
             for number, (examples, draws, counts) in reversed([*enumerate(batches)]):
                 replay.see(state.row, number)
                 if not self._chunk:
@@ -170,43 +115,27 @@ class ReverseSweeps:
 
     def tensors(self) -> dict[str, Tensor]:
         """The adjoints and the scores so far, to resume from."""
-        tensors = {f"a.{name}": tensor for name, tensor in self.adjoint.a.items()}
-        tensors |= {f"c.{name}": tensor for name, tensor in self.statistics.items()}
-        for name, states in self.adjoint.states.items():
-            tensors |= {f"states.{key}.{name}": tensor for key, tensor in states.items()}
-        tensors |= {f"scores.{number}": values for number, values in self._finished.items()}
+        tensors = {**self.adjoints.tensors(), **self.scores.tensors()}
+        tensors["stage"] = torch.tensor(self.number)
         tensors["open"] = self._values  # of a segment of which the last steps are only a part
         tensors["together"] = torch.tensor(self._chunk)
-        tensors["lengths"] = self._lengths
-        if self.directions is not None:
-            tensors |= self.directions.tensors()
         return tensors if self.by_token is None else {**tensors, "by_token": self.by_token}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from what :meth:`tensors` gave."""
-        for name, tensor in tensors.items():
-            if name.startswith("scores."):
-                self._values = tensor.to(self.session.device)
-                self._end_segment(int(name.removeprefix("scores.")))
+        """Resume from what :meth:`tensors` gave, adjoints and finished scores apart."""
         self._values = tensors["open"].to(self.session.device)
         self._chunk = int(tensors["together"])
-        self._lengths = tensors.get("lengths", self._lengths)
         if "by_token" in tensors:
             self.by_token = tensors["by_token"].to(self.session.device)
 
     def growth(self) -> Tensor:
-        """How many times longer the parameters' adjoint of each query has become on its way back:
-        [query]; of directions in their place, where there are such."""
-        return self._adjoint_lengths() / self._lengths.clamp(min=torch.finfo(torch.float64).tiny)
-
-    def _adjoint_lengths(self) -> Tensor:
-        rows = [a.double().reshape(len(a), -1) for a in self.adjoint.a.values()]
-        squares = [row.square().sum(1).cpu() for row in rows]
-        return torch.stack(squares).sum(0).sqrt()
+        """How many times longer the parameters' adjoint of each query has become on its way back
+        from the end of training."""
+        return self.scores.growth(self.adjoints.parameters)
 
     def finish(self) -> None:
         """Hand over the scores of a segment that was not walked to its start (last_steps)."""
-        number = len(self._starts) - 1 - len(self._finished)
+        number = len(self._starts) - 1 - self.scores.segments_of(self.number)
         if number >= 0:
             self._end_segment(number)
 
@@ -218,8 +147,9 @@ class ReverseSweeps:
         if by_token is None:
             shape = (self.session.num_query, *self.by_token.shape[1:])
             by_token = self.by_token.new_zeros(shape)
-        own = self.by_token if self.directions is None else self.directions.scores(self.by_token)
-        by_token[self.first_query : self.first_query + len(own)] = own
+        own, directions = self.by_token, self.scores.directions
+        own = own if directions is None else directions.scores(own)
+        by_token[self.scores.first_query : self.scores.first_query + len(own)] = own
         return by_token
 
     def _zeros(self) -> Tensor:
@@ -227,13 +157,8 @@ class ReverseSweeps:
         shape = (self._queries, self.session.num_train if edits is None else len(edits))
         return torch.zeros(shape, dtype=self.session.dtype, device=self.session.device)
 
-    def _end_segment(self, number: int) -> None:
-        columns = torch.arange(self._values.shape[1])
-        values = self._values
-        if self.directions is not None:
-            values = self.directions.add(values)
-        self.session.scores.add(number, columns, values, self.first_query)
-        self._finished[number] = self._values
+    def _end_segment(self, segment: int) -> None:
+        self.scores.add(self.number, segment, self._values)
         self._values = self._zeros()
 
     def _settle(self, row: int, examples: Tensor, draws: Draws | None) -> None:
@@ -250,79 +175,31 @@ class ReverseSweeps:
 
     def _graph(self, row: int, examples: Tensor, draws: Draws | None) -> BatchDerivatives:
         replay, trajectory = self.replay, self.replay.trajectory
-        batch = self._fetched(examples, draws, {})
-        variants = [
-            (self._variant(batch, examples, draws, terms), list(terms))
-            for terms in _variants(self._changes(examples)[1])
-        ]
+        batch = self._variants.fetched(examples, draws)
         trained = {name: replay.module.get_parameter(name) for name in trajectory.facts.parameters}
-        return batch_derivatives(
-            replay,
-            self.session.task,
-            trained,
-            self.layers,
-            batch,
-            examples,
-            draws,
-            int(trajectory.steps.accumulation[row]),
-            variants,
-            self._by_position,
-        )
-
-    def _changes(self, examples: Tensor) -> tuple[list[_Change], list[_Change]]:
-        """What the edits of a batch's examples take: their own gradients, and those of other
-        examples or labels in their places."""
-        own: list[_Change] = []
-        other: list[_Change] = []
-        edits = self.session.edits
-        if edits is None or isinstance(edits, GraphEditSet):
-            return own, other
-        for position, index in enumerate(examples.tolist()):
-            for number in edits.positions_of(index):
-                column, term = edits.terms[number]
-                itself = term.index == index and not term.labels
-                (own if itself else other).append(_Change(position, column, term))
-        return own, other
-
-    def _fetched(
-        self, examples: Tensor, draws: Draws | None, replaced: Mapping[int, object]
-    ) -> object:
-        """The batch, with other examples at some positions."""
-        replay = self.replay
-        with unchanged_randomness():
-            if not replaced:
-                if draws is None:
-                    return replay.fetch(examples)
-                return replay.fetched(examples, draws.fetch)[0]
-            if draws is not None:
-                draws.fetch.restore()
-            items = [
-                replaced[position] if position in replaced else replay.source.dataset[index]
-                for position, index in enumerate(examples.tolist())
-            ]
-            return replay.source.placed(replay.source.join(items), replay.module, ())
-
-    def _variant(
-        self, batch: object, examples: Tensor, draws: Draws | None, terms: Mapping[int, Term]
-    ) -> object:
-        """The batch with the examples and labels of ``terms`` at their positions."""
-        dataset = self.replay.source.dataset
-        replaced = {
-            position: term.example if term.index is None else dataset[term.index]
-            for position, term in terms.items()
-            if term.index != int(examples[position])
-        }
-        if replaced:
-            batch = self._fetched(examples, draws, replaced)
-        labels = {position: term.labels[0] for position, term in terms.items() if term.labels}
-        return relabelled(self.session.task, batch, labels) if labels else batch
+        frozen = {name: replay.module.get_parameter(name) for name in self.frozen}
+        with read_statistics(self.resting) as read:
+            return batch_derivatives(
+                replay,
+                self.session.task,
+                trained,
+                {**frozen, **read},
+                self.moving,
+                batch,
+                examples,
+                draws,
+                int(trajectory.steps.accumulation[row]),
+                self._variants.of(batch, examples, draws),
+                self._by_position,
+            )
 
     def _add(self, graph: BatchDerivatives, examples: Tensor, u: Mapping[str, Tensor]) -> None:
         """What a batch adds to scores and adjoints, for as many queries at once as fit."""
         start = 0
         while start < self._queries:
             rows = slice(start, min(start + self._chunk, self._queries))
-            statistics = {name: c[rows].clone() for name, c in self.statistics.items()}
+            moving = statistics_names(self.moving)
+            statistics = {name: self.statistics[name][rows].clone() for name in moving}
             try:
                 hessian, parts, others = graph.products(
                     {name: v[rows] for name, v in u.items()}, statistics
@@ -332,10 +209,11 @@ class ReverseSweeps:
                     raise
                 self._chunk = (self._chunk + 1) // 2
                 continue
-            for name, product in hessian.items():
-                self.adjoint.a[name][rows] += product
             for name, c in statistics.items():
                 self.statistics[name][rows] = c
+            adjoints = {**self.adjoint.a, **self.frozen, **self.statistics}
+            for name, product in hessian.items():
+                adjoints[name][rows] += product
             self._add_scores(rows, examples.to(self.session.device), parts, others)
             start = rows.stop
 
@@ -350,14 +228,9 @@ class ReverseSweeps:
             return
         if isinstance(self.session.edits, GraphEditSet):
             return
-        own, other = self._changes(columns)
-        # In the order of the variants.
-        other = [change for terms in _variants(other) for change in _of_variant(other, terms)]
-        for changes, products in ((own, parts[:, [c.position for c in own]]), (other, others)):
-            if changes:
-                signs = torch.tensor([c.term.sign for c in changes]).to(values)
-                places = torch.tensor([c.column for c in changes], device=values.device)
-                values.index_add_(1, places, signs * products.to(values), alpha=-1)
+        own, other = self._variants.changes(columns)
+        add_changes(values, own, parts[:, [change.position for change in own]])
+        add_changes(values, other, others)
 
     def _add_graph_edits(
         self,
@@ -368,7 +241,7 @@ class ReverseSweeps:
         u: Mapping[str, Tensor],
     ) -> None:
         """Add what edits of the graph change in this batch's gradient."""
-        batch = self._fetched(examples, draws, {})
+        batch = self._variants.fetched(examples, draws)
         assert isinstance(batch, NodeBatch)
         found = edit_products(edits, self.replay, self.session.task, batch, examples, draws, u)
         self._values -= found.to(self._values) / int(self.replay.trajectory.steps.accumulation[row])
@@ -382,50 +255,3 @@ class ReverseSweeps:
             longer = length - self.by_token.shape[2]
             self.by_token = torch.nn.functional.pad(self.by_token, (0, longer))
         self.by_token[rows, :, :length].index_add_(1, columns, parts, alpha=-1)
-
-
-def _variants(changes: Sequence[_Change]) -> list[dict[int, Term]]:
-    """Terms by position, in as few batches as hold one at each position."""
-    variants: list[dict[int, Term]] = []
-    for change in changes:
-        free = (terms for terms in variants if change.position not in terms)
-        terms = next(free, None)
-        if terms is None:
-            terms = {}
-            variants.append(terms)
-        terms[change.position] = change.term
-    return variants
-
-
-def _of_variant(changes: Sequence[_Change], terms: Mapping[int, Term]) -> list[_Change]:
-    """The changes that a variant holds, in its order."""
-    return [
-        next(c for c in changes if c.position == position and c.term is term)
-        for position, term in terms.items()
-    ]
-
-
-def _parameter_gradients(session: Session, queries: range) -> dict[str, Tensor]:
-    """Gradients of the measurements: [query, *shape] by parameter."""
-    parts: dict[str, list[Tensor]] = {}
-    for batch, examples in session.queries(queries.start, queries.stop):
-        gradients = session.measurement_gradients(batch, examples).blocks
-        for block in session.blocks:
-            for name, tensor in block.tensors(gradients[block.name].dense(slice(None))).items():
-                parts.setdefault(name, []).append(tensor.detach())
-    return {name: torch.cat(tensors).to(session.dtype) for name, tensors in parts.items()}
-
-
-def _statistics_gradients(
-    session: Session, layers: Mapping[str, _BatchNorm], queries: range
-) -> dict[str, Tensor]:
-    """Derivatives of the measurements with respect to running statistics: [query, features]."""
-    if not layers:
-        return {}
-
-    def measure(query: int) -> Tensor:
-        ((batch, examples),) = session.queries(queries[query], queries[query] + 1)
-        with torch.enable_grad():
-            return session.measurement(session.module, batch, examples).sum()
-
-    return measurement_adjoints(measure, layers, len(queries))

@@ -1,0 +1,86 @@
+"""``tda select``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.cli.command import clear_errors, require_usable_solver, required
+from tda_lightning.cli.recorded_run import load_parts, pool_of, replay_device, sources
+from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.selection import Selection
+from tda_lightning.selection import select as choose
+from tda_lightning.selection.selection import save_chosen
+
+
+@clear_errors
+def select(config: DictConfig) -> None:
+    """Choose examples of a pool by training on them, and write which they are."""
+    folder = Path(required(config, "trajectory", "tda select trajectory=FOLDER pool={KEY: VALUE}"))
+    required(config, "pool", f"tda select {folder} 'pool={{num_train: null}}'")
+    require_usable_solver(config)
+    base = Path(config.selection or folder / "selection")
+    table, chosen = base.with_name(f"{base.name}.csv"), base.with_name(f"{base.name}.json")
+    for file in (table, chosen):
+        if file.exists() and not config.overwrite:
+            raise FileExistsError(
+                f"{file} already holds a selection, which is kept. Choose other files with "
+                "selection=NAME, or replace them with overwrite=true."
+            )
+    trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
+    data, module, task = load_parts(config, run_config)
+    module.to(replay_device(config.device, trajectory))
+    train, query = sources(data, config.batch_size)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    asked = settings["pool"]
+    target = query
+    if config.target is not None:
+        wanted = {"split": "query", **settings["target"]}
+        target = query.with_dataset(pool_of(config, run_config, wanted).dataset)
+    estimator = instantiate(config.estimator, _convert_="all")
+    selection = choose(
+        AttributionModule(module, trajectory, estimator, task),
+        train,
+        pool_of(config, run_config, asked).dataset,
+        replace(target, batch_size=config.batch_size),
+        k=config.k,
+        steps=config.steps,
+        anchors=config.anchors,
+        neighbours=config.neighbours,
+        replicas=config.replicas,
+        rate=config.rate,
+        layer=config.layer,
+        metric=config.metric,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    selection.write_csv(table)
+    save_chosen(selection.indices, selection.num_pool, asked, chosen)
+    for note in selection.notes:
+        print(note)
+    Console().print(_replica_table(selection))
+    print(
+        f"Chose {len(selection.indices)} of {selection.num_pool} examples of the pool: {table}\n"
+        f"Train on them too: tda train ... extra={chosen}"
+    )
+
+
+def _replica_table(selection: Selection) -> Table:
+    """What training on the chosen examples did to the target."""
+    table = Table(title="Mean measurement of the target (smaller is better)")
+    for name in ("replica", "before", "after", "steps", "chosen"):
+        table.add_column(name, justify="right")
+    for replica, row in enumerate(selection.measurements.tolist()):
+        own = [choice for choice in selection.choices if choice.replica == replica]
+        steps = max((choice.step for choice in own), default=0)
+        distinct = len({choice.index for choice in own})
+        table.add_row(str(replica), f"{row[0]:.4g}", f"{row[steps]:.4g}", str(steps), str(distinct))
+    return table

@@ -1,0 +1,322 @@
+"""The index: compressed gradients of all training examples, for questions that come later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.index.build import damage_of, shard_of, write_missing
+from tda_lightning.index.compression import Compression
+from tda_lightning.index.facts import Appended, IndexFacts
+from tda_lightning.index.merging import merge_files
+from tda_lightning.index.opened import in_session, training_source
+from tda_lightning.index.preparing import opened_compression, part_of, prepared, stand_ins
+from tda_lightning.index.reranking import reranked
+from tda_lightning.index.responses import responder_of
+from tda_lightning.index.rounding import bytes_of, width_of
+from tda_lightning.index.samples import query_coordinates
+from tda_lightning.index.search import SearchResult, search
+from tda_lightning.runtime.digests import digest
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.session.session import Session
+from tda_lightning.store import fingerprint
+from tda_lightning.store.index_files import DTYPES, Shard
+from tda_lightning.store.lock import FolderLock
+
+SHARD = 4096  # rows: what is lost when a build is interrupted, and rebuilt when one is damaged
+
+
+@dataclass
+class AttributionIndex:
+    """Compressed gradients of every training example of a run, in a folder, and the means to
+    search them.
+
+    Make one by :meth:`build`, or :meth:`open` one that is there.
+
+    Attributes:
+        path: the folder.
+        facts: what it holds.
+        compression: how gradients are compressed.
+    """
+
+    path: Path
+    facts: IndexFacts
+    compression: Compression
+    attribution: AttributionModule | None = None
+    train: object = None
+
+    @classmethod
+    def build(
+        cls,
+        attribution: AttributionModule,
+        train: object,
+        path: str | PathLike[str],
+        *,
+        bytes_per_example: int = 1024,
+        part: tuple[int, int] | str | None = None,
+        batch_size: int = 256,
+        dtype: str = "int8",
+        queries: object = None,
+        shard: int = SHARD,
+        seed: int = 0,
+        like: str | PathLike[str] | None = None,
+        trainer: Any = None,
+    ) -> AttributionIndex:
+        """Compress the gradients of every training example, as the attribution's estimator would
+        compare them with queries.
+
+        If interrupted, run the same call again: shards that are whole are kept. So are those of
+        other processes, each of which can write a ``part``, at the same time or later.
+
+        Args:
+            attribution: of one run, with TracIn, InfluenceFunction or Source(order="average").
+            train: the recorded training set, as in :meth:`AttributionModule.attribute`.
+            path: the folder of the index.
+            bytes_per_example: on disk, with the scale of the row. Where there is room for all
+                coordinates, nothing is lost but precision.
+            part: (K, N), or "K/N": write the Kth of N parts alone, counted from 1.
+            dtype: of the stored numbers: int8, float16, float32 or float64.
+            queries: a sample of queries like those that will be asked; None: training examples
+                stand for them.
+            shard: examples in a file.
+            seed: of what is drawn.
+            like: another index of the run with the same settings, whose coordinates are taken: for
+                parts in folders of their own, which :meth:`merge` puts together.
+            trainer: runs it: its devices and processes, which share the shards.
+
+        Raises:
+            FileExistsError: the folder holds another index.
+            TrajectoryMismatchError: ``train`` is not the data of the run.
+            UnsupportedTrainingError: the estimator's scores are not such inner products.
+            ValueError: an impossible setting.
+            NonFiniteError: a gradient is not finite.
+        """
+        root = Path(path)
+        part_number, parts = part_of(part)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if shard < 1:
+            raise ValueError(f"shard is a number of examples, at least 1; got {shard}.")
+        width = width_of(bytes_per_example, dtype)
+        source = training_source(attribution, train, batch_size)
+        asked = stand_ins(source, queries, batch_size, seed)
+        estimator = attribution.estimator
+
+        def work(session: Session) -> tuple[IndexFacts, Compression]:
+            responder = responder_of(estimator, session)
+            steps = sorted({step for term in responder.terms for step in term.steps})
+            made_of = digest([session.cache_key(steps), repr(estimator), bytes_per_example, seed])
+            facts = IndexFacts(
+                num_train=len(source),
+                width=width,
+                dtype=dtype,
+                shard=shard,
+                terms=tuple(responder.terms),
+                compression="",
+                made_of=made_of,
+                provenance={"estimator": repr(estimator), "bytes_per_example": bytes_per_example},
+            )
+            facts, compression = prepared(
+                root, facts, session, responder, source, seed, None if like is None else Path(like)
+            )
+            rank, world = rank_and_world()
+            mine = list(facts.cut(0, facts.num_train))[part_number::parts][rank::world]
+            write_missing(root, facts, compression, session, source, mine)
+            return facts, compression
+
+        facts, compression = in_session(attribution, source, asked, work, trainer)
+        return cls(root, facts, compression, attribution, train)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | PathLike[str],
+        attribution: AttributionModule | None = None,
+        train: object = None,
+    ) -> AttributionIndex:
+        """The index in a folder.
+
+        Args:
+            attribution, train: as it was built with; for :meth:`search` and :meth:`append`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            TrajectoryFormatError: a file of it is damaged or of another format version.
+        """
+        root = Path(path)
+        facts = IndexFacts.read(root)
+        compression = opened_compression(root, facts)
+        return cls(root, facts, compression, attribution, train)
+
+    @property
+    def num_examples(self) -> int:
+        """Rows that are searched: the training set, then what was appended."""
+        return self.facts.num_examples
+
+    @property
+    def bytes_per_example(self) -> int:
+        """On disk, with the scale of the row."""
+        return bytes_of(self.facts.width, self.facts.dtype)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return dict(self.facts.provenance)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Rows (first, stop) whose shards are not there: of parts that have not been built."""
+        return [own for own in self.facts.ranges() if damage_of(self.path, self.facts, *own) == ""]
+
+    def damages(self) -> list[str]:
+        """What is wrong with each damaged shard, which is named; reads all of the index. Calling
+        :meth:`build` again makes these shards anew, and no others."""
+        found = (damage_of(self.path, self.facts, *own) for own in self.facts.ranges())
+        return [damage for damage in found if damage]
+
+    def shards(self) -> Iterator[Shard]:
+        """The shards, in order, mapped into memory.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            TrajectoryFormatError: one is damaged.
+        """
+        for first, stop in self.facts.ranges():
+            try:
+                yield shard_of(self.path, self.facts, first, stop)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error} The index is not complete: build the part that rows {first} to "
+                    f"{stop - 1} belong to, by the same call as the others."
+                ) from error
+
+    def encode(self, queries: object, *, measurement: Any = None, batch_size: int = 256) -> Tensor:
+        """What :meth:`search_encoded` compares with the rows: [query, any]."""
+        attribution, source = self._bound(batch_size)
+        asked = ExampleSource.of(queries, batch_size, "query", source.data_module)
+
+        def work(session: Session) -> Tensor:
+            responder = responder_of(attribution.estimator, session)
+            compression = self.compression.to(session.device, session.dtype)
+            return compression.asked(query_coordinates(session, responder, compression)).cpu()
+
+        return in_session(attribution, source, asked, work, measurement=measurement)
+
+    def search(
+        self,
+        queries: object,
+        k: int = 10,
+        *,
+        measurement: Any = None,
+        rerank: int = 0,
+        batch_size: int = 256,
+    ) -> SearchResult:
+        """The ``k`` strongest proponents and opponents of every query.
+
+        Args:
+            queries: a ``Dataset`` or ``DataLoader``, as in :meth:`AttributionModule.attribute`.
+            measurement: what to ask about each query, as there.
+            rerank: compute exact scores of so many best examples on either side, and choose the
+                ``k`` by them; 0: by compressed gradients alone.
+
+        Raises:
+            ValueError: no attribution or training set was given when it was opened; ``k`` or
+                ``rerank`` out of range.
+        """
+        if rerank and rerank < k:
+            raise ValueError(f"rerank must be 0 or at least k = {k}, got {rerank}.")
+        asked = self.encode(queries, measurement=measurement, batch_size=batch_size)
+        found = self.search_encoded(asked, max(k, rerank))
+        if not rerank:
+            return found
+        attribution, source = self._bound(batch_size)
+        return reranked(attribution, source, queries, found, k, rerank, measurement)
+
+    def search_encoded(self, asked: Tensor, k: int = 10) -> SearchResult:
+        """:meth:`search` for what :meth:`encode` made of queries: no model is needed."""
+        if not 1 <= k <= self.num_examples:
+            raise ValueError(
+                f"k must be between 1 and the number of examples, {self.num_examples}; got {k}."
+            )
+        best = search(self.compression, asked, self.shards(), k, 1 / self.facts.num_train)
+        return best.result(0, self.num_examples)
+
+    def append(self, more: object, *, batch_size: int = 256, trainer: Any = None) -> None:
+        """Add examples that were not in training: rows after those that are there.
+
+        If interrupted, run the same call again; until it has returned, none of them is searched.
+        Appending the data set that was appended last again changes nothing.
+
+        Args:
+            more: examples in the form of the training set's, in the same order every time.
+
+        Raises:
+            ValueError: other examples are being appended, of which some are missing.
+        """
+        attribution, source = self._bound(batch_size)
+        added = ExampleSource.of(more, batch_size, "appended", source.data_module)
+        lock = FolderLock(self.path)
+        lock.acquire()
+        try:
+            facts = IndexFacts.read(self.path)
+            own = Appended(facts.num_rows, len(added), fingerprint(added.dataset), finished=False)
+            last = facts.appended[-1] if facts.appended else None
+            if last is not None and last.same_examples(own):
+                own = last
+            elif last is not None and not last.finished:
+                raise ValueError(
+                    f"{last.count} other examples are being appended from row {last.first} on, and "
+                    "some of them are missing: append them again first."
+                )
+            else:
+                facts = replace(facts, appended=(*facts.appended, own))
+                facts.write(self.path)
+            if not own.finished:
+
+                def work(session: Session) -> None:
+                    compression = self.compression.to(session.device, session.dtype)
+                    ranges = list(facts.cut(own.first, own.first + own.count))
+                    ranges = ranges[rank_and_world()[0] :: rank_and_world()[1]]
+                    placed = added.checked(session.module)
+                    write_missing(self.path, facts, compression, session, placed, ranges, own.first)
+
+                in_session(attribution, source, added, work, trainer)
+                finished = replace(own, finished=True)
+                facts = replace(facts, appended=(*facts.appended[:-1], finished))
+                facts.write(self.path)
+            self.facts = facts
+        finally:
+            lock.release()
+
+    @classmethod
+    def merge(
+        cls, indices: Sequence[AttributionIndex | str | PathLike[str]], path: str | PathLike[str]
+    ) -> AttributionIndex:
+        """One index of parts that were built in folders of their own, from the same coordinates.
+
+        Shards are copied. If interrupted, run the same call again.
+
+        Raises:
+            ValueError: no indices, or of different runs, settings or coordinates.
+            FileExistsError: the folder holds another index.
+        """
+        opened = [own if isinstance(own, AttributionIndex) else cls.open(own) for own in indices]
+        if not opened:
+            raise ValueError("merge needs at least one index, got none.")
+        merge_files([(own.path, own.facts) for own in opened], Path(path))
+        return cls.open(path, opened[0].attribution, opened[0].train)
+
+    def _bound(self, batch_size: int) -> tuple[AttributionModule, ExampleSource]:
+        if self.attribution is None or self.train is None:
+            raise ValueError(
+                "Queries and examples go through the model: open the index with it, "
+                "AttributionIndex.open(path, attribution=..., train=...), train being the recorded "
+                "training set."
+            )
+        return self.attribution, training_source(self.attribution, self.train, batch_size)

@@ -1,0 +1,118 @@
+"""Writes the shards of an index: gradients of examples, compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tda_lightning.index.compression import Compression
+from tda_lightning.index.facts import IndexFacts
+from tda_lightning.index.responses import Term
+from tda_lightning.index.rounding import rounded
+from tda_lightning.records.errors import NonFiniteError, TrajectoryFormatError
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.pace import loaded_batches
+from tda_lightning.session.session import Session
+from tda_lightning.store.index_files import Shard, read_shard, write_shard
+from tda_lightning.store.layout import shard_file
+
+_TOGETHER = 256  # rows whose coordinates are held at a time
+
+
+def write_missing(
+    root: Path,
+    facts: IndexFacts,
+    compression: Compression,
+    session: Session,
+    source: ExampleSource,
+    ranges: Sequence[tuple[int, int]],
+    first_row: int = 0,
+) -> list[str]:
+    """Write the shards of ``ranges`` that are not there, or damaged.
+
+    Args:
+        source: the examples; row ``first_row`` of the index is its first one.
+
+    Returns:
+        What was wrong with each shard that was damaged.
+    """
+    damages: list[str] = []
+    wanted = []
+    for own in ranges:
+        damage = damage_of(root, facts, *own)
+        if damage is not None:
+            wanted.append(own)
+            damages += [damage] if damage else []
+    for first, stop in session.loop("index: shards", wanted):
+        parts = (range(at, min(at + _TOGETHER, stop)) for at in range(first, stop, _TOGETHER))
+        rows = [_rows(facts.terms, compression, session, source, own, first_row) for own in parts]
+        write_shard(root, first, *rounded(torch.cat(rows), facts.dtype), facts.compression)
+    return damages
+
+
+def damage_of(root: Path, facts: IndexFacts, first: int, stop: int) -> str | None:
+    """What is wrong with a shard: "" where it is missing, None where nothing is."""
+    try:
+        if not shard_of(root, facts, first, stop).whole:
+            path = shard_file(root, first, stop)
+            return f"{path} is damaged: its codes do not match their checksum."
+    except FileNotFoundError:
+        return ""
+    except TrajectoryFormatError as error:
+        return str(error)
+    return None
+
+
+def shard_of(root: Path, facts: IndexFacts, first: int, stop: int) -> Shard:
+    """The shard of these rows.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        TrajectoryFormatError: it is damaged.
+    """
+    path = shard_file(root, first, stop)
+    return read_shard(path, facts.compression, facts.width, facts.dtype)
+
+
+def _rows(
+    terms: Sequence[Term],
+    compression: Compression,
+    session: Session,
+    source: ExampleSource,
+    rows: range,
+    first_row: int,
+) -> Tensor:
+    """What is stored of some rows: [row, width]."""
+    size = session.walk_size
+    batches = [range(at, min(at + size, rows.stop)) for at in range(rows.start, rows.stop, size)]
+    order = [[row - first_row for row in batch] for batch in batches]
+    coordinates = []
+    for number, term in enumerate(terms):
+        total: Tensor | None = None
+        for step in term.steps:
+            session.load(step)
+            found = []
+            loaded = loaded_batches(source, session.module, list(enumerate(order)))
+            for _, examples, data in loaded:
+                # The index seeds an example's noise; those appended come after all others.
+                gradients = session.train_gradients(data, examples + first_row).blocks
+                found.append(compression.coordinates(number, gradients))
+            own = torch.cat(found)
+            total = own if total is None else total + own
+        assert total is not None
+        mean = total / len(term.steps)
+        if first_row == 0:  # others count as used evenly
+            weights = session.weights(torch.arange(rows.start, rows.stop), term.used)
+            mean = mean if weights is None else mean * weights[:, None]
+        coordinates.append(mean)
+    stored = compression.stored(torch.cat(coordinates, dim=1))
+    if not bool(stored.isfinite().all()):
+        row = int((~stored.isfinite().all(1)).nonzero()[0])
+        raise NonFiniteError(
+            f"The gradient of example {rows.start + row - first_row} is NaN or infinite at one of "
+            "the checkpoints: an index cannot hold it. Look at this example and its loss."
+        )
+    return stored

@@ -1,0 +1,56 @@
+"""What an index keeps of a gradient: so many numbers, by which inner products can be guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from tda_lightning.gradients import Gradient
+
+
+class Compression(Protocol):
+    """A way to compress gradients, and to compare them with responses.
+
+    Gradients and responses first become coordinates, by a linear map for each term
+    (``responses.py``), so that those of several checkpoints can be averaged. Of an example's
+    coordinates, those of all terms one after the other, ``width`` numbers are stored. A new kind is
+    a class that has these, listed in ``compressions.py``.
+
+    Attributes:
+        kind: its name in files.
+        degree: c times the stored numbers have c to this power times the inner products.
+        width: how many numbers are stored of an example.
+    """
+
+    kind: ClassVar[str]
+    degree: ClassVar[int]
+
+    @property
+    def width(self) -> int:
+        """How many numbers are stored of an example."""
+
+    def coordinates(self, term: int, gradients: Mapping[str, Gradient]) -> Tensor:
+        """Of a term's gradients, by block: [batch, coordinate of the term]."""
+
+    def stored(self, coordinates: Tensor) -> Tensor:
+        """What is kept of examples with these coordinates: [batch, width], all of about one size,
+        so that they can be rounded together."""
+
+    def response_coordinates(self, term: int, responses: Mapping[str, Tensor]) -> Tensor:
+        """Of a term's responses [query, groups, rows, columns], by block: [query, coordinate of
+        the term]."""
+
+    def asked(self, coordinates: Tensor) -> Tensor:
+        """What is compared with stored numbers, of queries with these coordinates: [query, any]."""
+
+    def dot(self, asked: Tensor, stored: Tensor) -> Tensor:
+        """The sums over terms of the inner products, about: [query, example]."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was drawn or fitted."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Compression:
+        """The same on a device, in a precision."""

@@ -1,0 +1,151 @@
+"""Finds the leading coordinates of an index, from a sample of examples and of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tda_lightning.index.directions import (
+    Grid,
+    Grids,
+    LeadingCoordinates,
+    coordinate_count,
+)
+from tda_lightning.index.responses import Responder
+from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
+from tda_lightning.index.sides import Side, balanced
+from tda_lightning.session.session import Session
+
+# Coordinates that compete for their place, and that principal components are taken of. More of
+# either costs time in proportion, and memory times the sample.
+GRID, MIXED = 16384, 4096
+_FLOOR = 1e-6  # of the largest component: smaller ones are noise of the sample
+
+
+def fit_directions(
+    session: Session,
+    responder: Responder,
+    width: int,
+    moments: Sequence[Mapping[str, BlockMoments]],
+    sample: Sequence[Sequence[int]],
+) -> LeadingCoordinates:
+    """The best ``width`` coordinates for the responses of the session's queries and the gradients
+    of the sample.
+
+    Args:
+        moments: of every term, by block.
+    """
+    sides = [{name: _balanced(own) for name, own in sorted(term.items())} for term in moments]
+    grids = _grids(session, sides, max(GRID, width))
+    ones = torch.ones(sum(map(coordinate_count, grids)), device=session.device)
+    unmixed = LeadingCoordinates(grids, ones, ones)
+    gradients = sample_coordinates(session, responder, unmixed, sample)
+    responses = query_coordinates(session, responder, unmixed)
+    return _mixed(grids, gradients, responses, width)
+
+
+Sides = list[dict[str, tuple[Side, Side]]]
+
+
+def _balanced(own: BlockMoments) -> tuple[Side, Side]:
+    return (
+        balanced(own.left_gradients, own.left_responses, own.sketches[0]),
+        balanced(own.right_gradients, own.right_responses, own.sketches[1]),
+    )
+
+
+def _grids(session: Session, sides: Sides, room: int) -> Grids:
+    """The coordinates that matter most, as far as the sides can tell: of direction i on the left
+    and j on the right, S_i^2 S_j^2 over the two factors' mean squares."""
+    shares: list[Tensor] = []
+    for own in sides:
+        for left, right in own.values():
+            product = left.shares[:, :, None] * right.shares[:, None, :]
+            shares.append(product / left.energy.clamp(min=1e-300)[:, None, None])
+    sizes = [share.numel() for share in shares]
+    flat = torch.cat([share.flatten() for share in shares])
+    best = torch.zeros_like(flat, dtype=torch.bool)
+    best[flat.topk(min(room, len(flat))).indices] = True
+    grids: list[dict[str, Grid]] = []
+    masks = iter(
+        mask.unflatten(0, share.shape)
+        for mask, share in zip(best.split(sizes), shares, strict=True)
+    )
+    for own in sides:
+        found = {}
+        for name, (left, right) in own.items():
+            mask = next(masks)
+            if not bool(mask.any()):
+                continue
+            _, rows, columns = mask.nonzero(as_tuple=True)
+            left, right = left.first(int(rows.max()) + 1), right.first(int(columns.max()) + 1)
+            mask = mask[:, : int(rows.max()) + 1, : int(columns.max()) + 1]
+            kept = mask.flatten().nonzero().squeeze(1)
+            place = (session.device, session.dtype)
+            found[name] = Grid(
+                (left.examples.to(*place), right.examples.to(*place)),
+                (left.responses.to(*place), right.responses.to(*place)),
+                kept.to(session.device),
+            )
+        grids.append(found)
+    return grids
+
+
+def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> LeadingCoordinates:
+    """The principal components of ``gradients`` [example, coordinate], weighed by ``responses``
+    [query, coordinate]."""
+    asked = responses.double().square().mean(0)
+    offered = gradients.double().square().mean(0)
+    shares = asked * offered
+    room = max(MIXED, width)
+    if len(shares) > room:
+        best = torch.zeros_like(shares, dtype=torch.bool)
+        best[shares.topk(room).indices] = True
+        grids, gradients = _chosen(grids, best), gradients[:, best]
+        asked, offered = asked[best], offered[best]
+    if width >= len(asked):  # each by itself
+        scale = _positive(offered).rsqrt()
+        return LeadingCoordinates(grids, scale.to(gradients), scale.reciprocal().to(gradients))
+    asked = _positive(asked).sqrt()
+    weighed = gradients.double() * asked
+    vectors, values = _principal(weighed, width)
+    values = values.clamp(min=_FLOOR * values.max()).sqrt()
+    return LeadingCoordinates(
+        grids,
+        (asked[:, None] * vectors / values).to(gradients),
+        (vectors * values / asked[:, None]).to(gradients),
+    )
+
+
+def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading eigenvectors [coordinate, count] of the second moment, and their eigenvalues."""
+    if len(rows) < rows.shape[1]:
+        values, left = torch.linalg.eigh(rows @ rows.mT / len(rows))
+        values, left = values.flip(0)[:count].clamp(min=0), left.flip(1)[:, :count]
+        scale = (values * len(rows)).clamp(min=1e-300).rsqrt()
+        return rows.mT @ left * scale, values
+    values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
+    return vectors.flip(1)[:, :count], values.flip(0)[:count].clamp(min=0)
+
+
+def _positive(squares: Tensor) -> Tensor:
+    """Mean squares, of which none is zero."""
+    return squares.clamp(min=1e-12 * float(squares.max().clamp(min=1e-300)))
+
+
+def _chosen(grids: Grids, best: Tensor) -> Grids:
+    """The grids with some of their coordinates alone."""
+    chosen, before = [], 0
+    for own in grids:
+        found = {}
+        for name, grid in own.items():
+            assert grid.kept is not None
+            mask = best[before : before + len(grid.kept)]
+            before += len(grid.kept)
+            if bool(mask.any()):
+                found[name] = replace(grid, kept=grid.kept[mask])
+        chosen.append(found)
+    return chosen

@@ -1,0 +1,162 @@
+"""Begins an index: the first process to come chooses the coordinates, the others take them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tda_lightning.index.choosing import Samples, chosen_compression
+from tda_lightning.index.compression import Compression
+from tda_lightning.index.compressions import restored
+from tda_lightning.index.facts import IndexFacts
+from tda_lightning.index.opened import sampled
+from tda_lightning.index.responses import Responder
+from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryLockedError
+from tda_lightning.runtime.digests import digest
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.session import Session
+from tda_lightning.store.index_files import copy_file, read_compression, write_compression
+from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE
+from tda_lightning.store.lock import FolderLock
+
+_WAIT = 0.2  # seconds between looks at a folder that another process is preparing
+
+
+def part_of(part: tuple[int, int] | str | None) -> tuple[int, int]:
+    """A part counted from 0, and the number of parts.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> part_of("2/4"), part_of(None)
+        ((1, 4), (0, 1))
+    """
+    if part is None:
+        return 0, 1
+    numbers = part.split("/") if isinstance(part, str) else part
+    try:
+        number, parts = (int(own) for own in numbers)
+    except (TypeError, ValueError):
+        number, parts = 0, 0
+    if not 1 <= number <= parts:
+        raise ValueError(f'part must be (K, N) or "K/N" with 1 <= K <= N, got {part!r}.')
+    return number - 1, parts
+
+
+def stand_ins(source: ExampleSource, queries: object, batch_size: int, seed: int) -> ExampleSource:
+    """The queries that coordinates are chosen for: those given, or some training examples."""
+    if queries is not None:
+        given = ExampleSource.of(queries, batch_size, "query", source.data_module)
+        return sampled(given, drawn(len(given), "asked", seed))
+    return sampled(source, drawn(len(source), "asked", seed))
+
+
+def prepared(
+    root: Path,
+    facts: IndexFacts,
+    session: Session,
+    responder: Responder,
+    source: ExampleSource,
+    seed: int,
+    like: Path | None = None,
+) -> tuple[IndexFacts, Compression]:
+    """The facts and the compression of the index in ``root``, which are made where there are none.
+
+    Args:
+        like: another index, whose compression is taken.
+
+    Raises:
+        FileExistsError: the folder holds an index of another kind.
+    """
+    lock = FolderLock(root)
+    while not (root / INDEX_FILE).exists():
+        try:
+            lock.acquire()
+        except TrajectoryLockedError:
+            time.sleep(_WAIT)
+            continue
+        try:
+            if not (root / INDEX_FILE).exists():
+                if like is None:
+                    _begin(root, facts, session, responder, source, seed)
+                else:
+                    copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
+                    replace(IndexFacts.read(like), appended=()).write(root)
+        finally:
+            lock.release()
+    there = IndexFacts.read(root)
+    if there.made_of != facts.made_of or (there.dtype, there.shard) != (facts.dtype, facts.shard):
+        raise FileExistsError(
+            f"{root} holds an index of another run or with other settings "
+            f"({there.provenance}), which is kept. Choose another folder, or delete that one."
+        )
+    return there, opened_compression(root, there).to(session.device, session.dtype)
+
+
+def _begin(
+    root: Path,
+    facts: IndexFacts,
+    session: Session,
+    responder: Responder,
+    source: ExampleSource,
+    seed: int,
+) -> None:
+    """Choose how gradients are compressed, and write it."""
+    samples = Samples(
+        _batches(session, drawn(len(source), "directions", seed)),
+        _batches(session, drawn(len(source), "components", seed)),
+        _batches(session, drawn(len(source), "judging", seed)),
+    )
+    made, agreement = chosen_compression(
+        session, responder, facts.width, facts.dtype, samples, seed
+    )
+    write_compression(root, made.kind, made.tensors())
+    provenance = {**facts.provenance, "compression": made.kind, "agreement": agreement}
+    replace(facts, width=made.width, compression=digest_of(made), provenance=provenance).write(root)
+
+
+def opened_compression(root: Path, facts: IndexFacts) -> Compression:
+    """The compression of the index in ``root``.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        TrajectoryFormatError: it is damaged, or another one.
+    """
+    compression = read_compression(root, restored)
+    if compression.width != facts.width or digest_of(compression) != facts.compression:
+        raise TrajectoryFormatError(
+            f"{root / COMPRESSION_FILE} is not the one that the index was built with: expected "
+            f"{facts.width} numbers and its digest. Delete the index and build it again."
+        )
+    return compression
+
+
+def digest_of(compression: Compression) -> str:
+    """Of all that was drawn or fitted."""
+    return digest(sorted(compression.tensors().items()))
+
+
+# Places of the samples in a random order of the examples: those that stand for queries, those that
+# compressions are judged by, and those that they are fitted to. So none is compared with itself.
+_PLACES = {"asked": (0, 256), "judging": (256, 512), "directions": (512, 1024)}
+_PLACES["components"] = (512, 4608)
+
+
+def drawn(count: int, purpose: str, seed: int) -> list[int]:
+    """The indices of a sample among ``count`` examples, ascending. Of few examples all purposes
+    have the same."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    first, stop = _PLACES[purpose]
+    if count < 2 * _PLACES["directions"][1]:
+        first, stop = 0, stop - first
+    return sorted(order[first:stop].tolist())
+
+
+def _batches(session: Session, indices: list[int]) -> list[list[int]]:
+    size = session.walk_size
+    return [indices[at : at + size] for at in range(0, len(indices), size)]

@@ -1,0 +1,104 @@
+"""The best examples of an index for some queries, exactly by what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tda_lightning.index.compression import Compression
+from tda_lightning.index.rounding import as_tensor
+from tda_lightning.store.index_files import Shard
+
+_BLOCK = 1 << 22  # numbers of a block, which stay near the processor once they are read
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The examples that help and hurt each query most, in the unit and sign of
+    :class:`~tda_lightning.Scores`: a value is the predicted growth of the query's measurement if
+    the example were removed, 1/N included, so that proponents have positive values.
+
+    Of an example that was not in training (:meth:`AttributionIndex.append`) it is that of an
+    example with its gradient that had been used as often as an average one: minus the score of its
+    :class:`~tda_lightning.edits.Addition`.
+
+    Attributes:
+        indices: of the k strongest proponents, best first, int64 [query, k]: rows of the index,
+            which are those of the training set; appended examples follow them.
+        values: theirs, [query, k].
+        opponents: of the k strongest opponents, most negative first, int64 [query, k].
+        opponent_values: theirs, [query, k].
+        reranked: examples on either side whose values were computed from their exact gradients, if
+            they are among these; 0: all values are those of compressed gradients.
+        num_examples: rows that were searched.
+    """
+
+    indices: Tensor
+    values: Tensor
+    opponents: Tensor
+    opponent_values: Tensor
+    reranked: int
+    num_examples: int
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of the tensors."""
+        return len(self.indices)
+
+
+class Best:
+    """The largest values of each query so far, and the most negative ones."""
+
+    def __init__(self, queries: int, k: int, dtype: torch.dtype) -> None:
+        self.k = k
+        self.sides = [_Side(queries, dtype, sign) for sign in (1, -1)]
+
+    def add(self, values: Tensor, first: int) -> None:
+        """Values [query, row] of the rows from ``first`` on."""
+        for side in self.sides:
+            side.add(values, first, self.k)
+
+    def result(self, reranked: int, num_examples: int) -> SearchResult:
+        """What was found."""
+        (helping, most), (hurting, least) = ((side.indices, side.found) for side in self.sides)
+        return SearchResult(helping, most, hurting, -least, reranked, num_examples)
+
+
+class _Side:
+    def __init__(self, queries: int, dtype: torch.dtype, sign: int) -> None:
+        self.sign = sign
+        self.found = torch.empty(queries, 0, dtype=dtype)  # times the sign, in falling order
+        self.indices = torch.empty(queries, 0, dtype=torch.int64)
+
+    def add(self, values: Tensor, first: int, k: int) -> None:
+        best, places = (self.sign * values).topk(min(k, values.shape[1]), dim=1)
+        found = torch.cat([self.found, best], dim=1)
+        indices = torch.cat([self.indices, places + first], dim=1)
+        # The lower index first among equal values, whatever the blocks.
+        order = indices.argsort(dim=1, stable=True)
+        found, indices = found.gather(1, order), indices.gather(1, order)
+        order = found.argsort(dim=1, descending=True, stable=True)[:, :k]
+        self.found, self.indices = found.gather(1, order), indices.gather(1, order)
+
+
+def search(
+    compression: Compression, asked: Tensor, shards: Iterable[Shard], k: int, factor: float
+) -> Best:
+    """Compare queries with every row, block by block: memory does not depend on their number.
+
+    Args:
+        asked: what :meth:`Compression.asked` makes of the queries, [query, any].
+        factor: on every product, such as 1/N.
+    """
+    best = Best(len(asked), k, asked.dtype)
+    size = max(1, _BLOCK // compression.width)
+    for shard in shards:
+        for start in range(0, len(shard.codes), size):
+            rows = as_tensor(shard.codes[start : start + size]).to(asked.dtype)
+            scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)
+            scales = scales**compression.degree * factor
+            best.add(compression.dot(asked, rows) * scales, shard.first + start)
+    return best
