@@ -2,7 +2,7 @@
 
 from tda_lightning.records.rendered import Rendered, Renderer
 from tda_lightning.report.dataset_renderer import DatasetRenderer
-from tda_lightning.report.interactions import Interactions, feature_clusters, interactions
+from tda_lightning.report.interactions import Interactions, interactions
 from tda_lightning.report.page import write_report
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Interactions",
     "Rendered",
     "Renderer",
-    "feature_clusters",
     "interactions",
     "write_report",
 ]

@@ -1,7 +1,8 @@
 """Which groups of training examples help or harm which groups of queries: a table and a picture.
 
 The second application of FastIF (Guo et al. 2021, https://arxiv.org/abs/2012.15781): groups are
-classes, subclasses, sources, or clusters of features where nothing else is known.
+classes, subclasses, sources, or clusters of features where nothing else is known
+(:func:`tda_lightning.evaluation.feature_clusters`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from tda_lightning.records.scores import Scores
@@ -143,33 +142,3 @@ def interactions(
     sums = averaged(summed.values)
     helps = averaged(positive.values) / sizes
     return Interactions(summed.labels, names, sums, sums / sizes, helps, sizes, queries)
-
-
-def feature_clusters(
-    train: Tensor, query: Tensor, count: int, seed: int = 0
-) -> tuple[list[str], list[str]]:
-    """Groups where the data have no column to group by: k-means of the training examples' features,
-    and for each query the nearest cluster.
-
-    Args:
-        train: features [train, feature], such as the inputs of the last layer.
-        query: [query, feature].
-        count: number of clusters.
-        seed: of their first centres.
-
-    Returns:
-        The name of each training example's cluster, ``cluster 1`` for the largest, and of each
-        query's.
-
-    Raises:
-        ValueError: ``count`` is not between 1 and the number of training examples.
-    """
-    if not 1 <= count <= len(train):
-        raise ValueError(f"count must be between 1 and {len(train)}, got {count}.")
-    points = train.double().cpu().numpy()
-    centres, members = kmeans2(points, count, minit="++", seed=np.random.default_rng(seed))
-    distances = torch.cdist(query.double().cpu(), torch.from_numpy(centres))
-    order = np.argsort(-np.bincount(members, minlength=count), kind="stable")
-    names = {int(place): f"cluster {rank}" for rank, place in enumerate(order, start=1)}
-    nearest = distances.argmin(1).tolist()
-    return [names[int(place)] for place in members], [names[place] for place in nearest]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tda_lightning import Scores
-from tda_lightning.report import feature_clusters, interactions
+from tda_lightning.evaluation import feature_clusters
+from tda_lightning.report import interactions
 
 VALUES = torch.tensor([[1.0, 2.0, -4.0, 0.5], [3.0, 0.0, 2.0, -1.0], [-1.0, -1.0, 6.0, 2.0]])
 TRAIN = ["cat", "cat", "dog", "<owl>"]
