@@ -23,6 +23,7 @@ MODULES = {
 
 # Libraries that are slow to import or belong to one task, and the folders that may import them.
 HOMES = {
+    "fastapi": {"serve"},
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
@@ -32,6 +33,7 @@ HOMES = {
     "peft": {"attribution"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},
+    "uvicorn": {"serve"},
     "xarray": {"exports", "records"},
 }
 
