@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tda_lightning.index.rounding import rounded, width_of
-from tda_lightning.store.index_files import write_shard
 
 from experiments.index_scale.part import chunks
 from experiments.index_scale.scan import scan
+from tda_lightning.index.rounding import rounded, width_of
+from tda_lightning.store.index_files import write_shard
 from tda_lightning.store.layout import shard_file
 
 RESULTS = Path(__file__).parent / "results"

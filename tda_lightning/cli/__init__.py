@@ -14,7 +14,7 @@ from tda_lightning.cli.own_classes import import_from_here, with_own_classes
 # What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
-    "plan": ("predict time, memory and disk space before recording or attribution", "trajectory"),
+    "plan": ("predict time, memory and disk of what a command would do", "trajectory"),
     "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if command == "plan" and rest[:1] == ["index"]:
+        return _run("plan_index", _name_first(command, rest[1:]))
     try:
         given = with_own_classes(rest) if command in ("train", "plan") else rest
     except ValueError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tda_lightning.index.rounding import rounded
 from tda_lightning.store.index_files import write_shard
 
