@@ -51,7 +51,8 @@ def words_block(results: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{data['train']} training pairs, {data['words']} words. Mean correlation of a word "
         f"with the label {data['mean_before']:.4f} at equal weights, {data['mean_after']:.4f} at "
-        f"balanced ones (largest {data['largest_before']:.3f}, {data['largest_after']:.3f}); weights up to "
+        f"balanced ones (largest {data['largest_before']:.3f}, {data['largest_after']:.3f}); "
+        "weights up to "
         f"{data['largest_weight']:.1f}, {data['zero']} of them 0, worth {data['effective']:.0f} "
         f"pairs of equal weight. {data['test']} test pairs, {data['against']} against the words; "
         f"target of the scores: {data['target']} others against the words. {len(results)} seeds.",
