@@ -11,6 +11,7 @@ from tda_lightning.evaluation.baselines import (
     self_loss,
 )
 from tda_lightning.evaluation.ceilings import Ceiling, seed_ceiling
+from tda_lightning.evaluation.clusters import feature_clusters
 from tda_lightning.evaluation.configuration import draw_seeds, truth_configuration
 from tda_lightning.evaluation.from_scratch import retrain_from_scratch
 from tda_lightning.evaluation.judgements import (
@@ -93,6 +94,7 @@ __all__ = [
     "draw_seeds",
     "draw_subsets",
     "each_response",
+    "feature_clusters",
     "fine_tuned_changes",
     "fitted_linear_model",
     "found_within",
