@@ -63,7 +63,7 @@ class AttributionIndex:
         bytes_per_example: int = 1024,
         part: tuple[int, int] | str | None = None,
         batch_size: int = 256,
-        dtype: str | None = None,
+        dtype: str | None = "int8",
         compression: str | None = None,
         queries: object = None,
         shard: int = SHARD,
