@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tda_lightning.attribution.sessions import ask
 from tda_lightning.estimators import Estimator
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.responses import responder_of
+from tda_lightning.index.samples import query_coordinates
 from tda_lightning.measurements import as_measurement
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
@@ -36,12 +36,5 @@ class Asker:
 
     def encode(self) -> Tensor:
         """The session's queries: [query, any]."""
-        parts = []
-        for first, last in self.session.query_rounds(self._responder.query_bytes):
-            by_term = {
-                number: self._compression.response_coordinates(number, found)
-                for number, found in self._responder.responses(first, last)
-            }
-            rows = torch.cat([by_term[number] for number in sorted(by_term)], dim=1)
-            parts.append(self._compression.asked(rows).cpu())
-        return torch.cat(parts)
+        coordinates = query_coordinates(self.session, self._responder, self._compression)
+        return self._compression.asked(coordinates).cpu()

@@ -129,10 +129,10 @@ def select(
             drawn = torch.randperm(len(wanted), generator=draw)[:anchors].sort().values
             near = close[drawn].unique()
             with SlowProgress(f"Replica {replica + 1}, step {step}"):
-                scores = _additions_scored(
+                scores = score_additions(
                     attribution,
                     source,
-                    _moved(trajectory, training),
+                    run_moved_to(trajectory, training),
                     wanted.with_dataset(Subset(wanted.dataset, drawn.tolist())),
                     [offered[new[place]] for place in near.tolist()],
                 )
@@ -196,7 +196,7 @@ def _new_examples(known: set[int], size: int) -> tuple[list[int], list[str]]:
     ]
 
 
-def _moved(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
+def run_moved_to(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
     """The run with the weights so far as its last checkpoint, in memory."""
     last, now = trajectory.last_step, training.where.tensors
     recorded = trajectory.checkpoints[last]
@@ -219,7 +219,7 @@ def _moved(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
     )
 
 
-def _additions_scored(
+def score_additions(
     attribution: AttributionModule,
     train: ExampleSource,
     trajectory: Trajectory,

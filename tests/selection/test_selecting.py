@@ -209,7 +209,7 @@ def test_files(run: Any, tmp_path: Any) -> None:
         examples(9, 1),
         examples(4, 2),
         k=2,
-        steps=2,
+        steps=1,
         replicas=2,
     )
     found.write_csv(tmp_path / "a.csv")

@@ -21,6 +21,7 @@ from tda_lightning.serve.application import EXTRA
 from tda_lightning.serve.searching import IndexSearcher
 from tda_lightning.serve.server import serve as serve_until_stopped
 from tda_lightning.serve.service import Service
+from tda_lightning.store.layout import INDEX_FILE
 
 
 @clear_errors
@@ -31,12 +32,7 @@ def serve(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda serve FOLDER"))
     limits = Limits(**OmegaConf.to_container(config.limits, resolve=True))  # type: ignore[arg-type]
     token = read_token(config.host, config.token_file)
-    path = Path(config.index or folder / "index")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no index in {path}. Build one first: tda index {folder}; or say where it is "
-            "with index=FOLDER."
-        )
+    path = _index_folder(folder, config.index)
     built_with = estimator_of(str(AttributionIndex.open(path).provenance.get("estimator")))
     run = load_recorded(folder)
     data, module, task = load_parts(config, run_configuration(config, folder))
@@ -53,3 +49,26 @@ def serve(config: DictConfig) -> None:
         lambda name, word: class_number(name, word, data),
     )
     serve_until_stopped(service, config.host, config.port, token)
+
+
+def _index_folder(run: Path, given: str | None) -> Path:
+    """The index that is served: the one that is named, or the only one of the run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
+    if given is not None:
+        return Path(given)
+    found = sorted(path.parent for path in (run / "index").glob(f"**/{INDEX_FILE}"))
+    if not found:
+        raise FileNotFoundError(
+            f"{run} has no index. Build one first: tda index {run}; or say where it is with "
+            "index=FOLDER."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{run} has {len(found)} indices. Choose one with index=FOLDER: "
+            f"{', '.join(map(str, found))}."
+        )
+    return found[0]
