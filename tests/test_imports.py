@@ -27,7 +27,10 @@ HOMES = {
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
-    "lightning": {"recording", "attribution", "ensembles", "live", "examples", "cli"},
+    "lightning": {
+        *("recording", "attribution", "ensembles", "live", "examples", "cli"),
+        "reweighting",
+    },
     "omegaconf": {"cli"},
     "pandas": {"exports", "records"},  # in records for typing only
     "peft": {"attribution"},

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
     "select": ("choose examples of a pool to train on, for the sake of a target", "trajectory"),
+    "reweight": ("give every training example a weight, and train again with it", "trajectory"),
     "serve": ("answer over HTTP which training examples caused what a model does", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
@@ -49,6 +50,7 @@ For example:
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda unlearn    runs/digits 'remove=[3,17]'
     tda select     runs/mnli 'pool={num_train: null}' k=10
+    tda reweight   runs/digits by=scores scores=runs/digits/scores/source.h5
     tda serve      runs/digits
     tda report     scores=runs/digits/scores/source.h5
     tda export     runs/digits/scores/source.h5 k=50
