@@ -11,8 +11,10 @@ import time
 import pytest
 
 from tda_lightning.serve import Limits
+from tda_lightning.serve.server import serve
+from tda_lightning.serve.service import Service
 from tests.serve.hostile import hostile_requests, send_raw
-from tests.serve.serving import NUM_QUERY, Known, known, reader, running
+from tests.serve.serving import NUM_QUERY, Known, class_number, data, known, reader, running
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -189,6 +191,27 @@ def test_time_room_and_a_graceful_stop():
     assert {status for status, _ in ended} <= {200, 503}
     assert status == 0 and output.endswith("Stopped.\n")
     assert "Traceback" not in errors
+
+
+class Broken(Known):
+    """Fails at every query of its own accord."""
+
+    def search(self, questions, k):
+        raise KeyError("/secret/path")
+
+
+def test_a_fault_of_the_service_is_told_to_its_log_alone():
+    def run():
+        service = Service("broken", data(), Broken(), {}, Limits(), class_number)
+        serve(service, "127.0.0.1", 0, "")
+
+    with running(run) as service:
+        answer = httpx.post(f"{service.url}/search", json={"query": {"index": 3}})
+        assert answer.status_code == 500
+        assert answer.json() == {"error": "The service failed at this request. Its log says why."}
+        assert httpx.get(f"{service.url}/examples/3").status_code == 200  # it goes on
+        status, _, errors = service.end(signal.SIGTERM)
+    assert status == 0 and "KeyError: '/secret/path'" in errors
 
 
 def test_a_token_is_demanded_and_never_told():
