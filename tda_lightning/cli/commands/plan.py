@@ -26,8 +26,8 @@ from tda_lightning.cli.plan_tables import (
     recording_plan_table,
 )
 from tda_lightning.cli.question import measurement_of
-from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.recorded_run import load_parts, load_recorded, sources
+from tda_lightning.cli.run_config import run_configuration, run_folder
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
