@@ -120,15 +120,16 @@ class TwoStages:
         trainer = options.pop("trainer", None) or quiet()
         return attribution.attribute(data, self.queries, batch_size=4, trainer=trainer, **options)
 
-    def expected(self) -> list[Tensor]:
-        """What autograd through both stages says, [interval, query, train] for each."""
+    def expected(self, at: float = 1.0) -> list[Tensor]:
+        """What autograd through both stages says where all examples have the weight ``at``,
+        [interval, query, train] for each."""
         stages = [
             RetracedStage(run, module, network.loss, fetching(data))
             for run, module, network, data in zip(
                 self.runs, self.modules, self.networks, self.data, strict=True
             )
         ]
-        return removals_of_stages(stages, self.networks[-1].loss, everything(self.queries))
+        return removals_of_stages(stages, self.networks[-1].loss, everything(self.queries), at)
 
     def retrained(self, *weights: Tensor) -> Tensor:
         """The measurements after both stages with these weights on their examples, [query]."""

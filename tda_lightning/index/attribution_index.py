@@ -8,29 +8,26 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.index.build import damage_of, shard_of, write_missing
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.compressions import restored
 from tda_lightning.index.facts import Appended, IndexFacts
 from tda_lightning.index.merging import merge_files
 from tda_lightning.index.opened import in_session, training_source
-from tda_lightning.index.preparing import part_of, prepared, stand_ins
+from tda_lightning.index.preparing import opened_compression, part_of, prepared, stand_ins
 from tda_lightning.index.reranking import reranked
 from tda_lightning.index.responses import responder_of
 from tda_lightning.index.rounding import bytes_of, width_of
+from tda_lightning.index.samples import query_coordinates
 from tda_lightning.index.search import SearchResult, search
-from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.session import Session
 from tda_lightning.store import fingerprint
-from tda_lightning.store.index_files import DTYPES, Shard, read_compression
-from tda_lightning.store.layout import COMPRESSION_FILE
+from tda_lightning.store.index_files import DTYPES, Shard
 from tda_lightning.store.lock import FolderLock
 
 SHARD = 4096  # rows: what is lost when a build is interrupted, and rebuilt when one is damaged
@@ -69,6 +66,7 @@ class AttributionIndex:
         queries: object = None,
         shard: int = SHARD,
         seed: int = 0,
+        like: str | PathLike[str] | None = None,
         trainer: Any = None,
     ) -> AttributionIndex:
         """Compress the gradients of every training example, as the attribution's estimator would
@@ -88,6 +86,9 @@ class AttributionIndex:
             queries: a sample of queries like those that will be asked; None: training examples
                 stand for them.
             shard: examples in a file.
+            seed: of what is drawn.
+            like: another index of the run with the same settings, whose coordinates are taken: for
+                parts in folders of their own, which :meth:`merge` puts together.
             trainer: runs it: its devices and processes, which share the shards.
 
         Raises:
@@ -122,7 +123,9 @@ class AttributionIndex:
                 made_of=made_of,
                 provenance={"estimator": repr(estimator), "bytes_per_example": bytes_per_example},
             )
-            facts, compression = prepared(root, facts, session, responder, source, seed)
+            facts, compression = prepared(
+                root, facts, session, responder, source, seed, None if like is None else Path(like)
+            )
             rank, world = rank_and_world()
             mine = list(facts.cut(0, facts.num_train))[part_number::parts][rank::world]
             write_missing(root, facts, compression, session, source, mine)
@@ -149,12 +152,7 @@ class AttributionIndex:
         """
         root = Path(path)
         facts = IndexFacts.read(root)
-        compression = read_compression(root, restored)
-        if compression.width != facts.width or digest(compression.tensors()) != facts.compression:
-            raise TrajectoryFormatError(
-                f"{root / COMPRESSION_FILE} is not the one that the index was built with: expected "
-                f"{facts.width} coordinates and its digest. Delete the index and build it again."
-            )
+        compression = opened_compression(root, facts)
         return cls(root, facts, compression, attribution, train)
 
     @property
@@ -206,15 +204,7 @@ class AttributionIndex:
         def work(session: Session) -> Tensor:
             responder = responder_of(attribution.estimator, session)
             compression = self.compression.to(session.device, session.dtype)
-            parts = []
-            for first, last in session.query_rounds(responder.query_bytes):
-                by_term = {
-                    number: compression.response_coordinates(number, found)
-                    for number, found in responder.responses(first, last)
-                }
-                rows = torch.cat([by_term[number] for number in sorted(by_term)], dim=1)
-                parts.append(compression.asked(rows).cpu())
-            return torch.cat(parts)
+            return compression.asked(query_coordinates(session, responder, compression)).cpu()
 
         return in_session(attribution, source, asked, work, measurement=measurement)
 

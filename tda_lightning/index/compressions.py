@@ -8,8 +8,11 @@ from torch import Tensor
 
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.directions import LeadingCoordinates
+from tda_lightning.index.factors import FactorPairs
 
-COMPRESSIONS = {LeadingCoordinates.kind: LeadingCoordinates}
+COMPRESSIONS: Mapping[str, type[LeadingCoordinates] | type[FactorPairs]] = {
+    kind.kind: kind for kind in (LeadingCoordinates, FactorPairs)
+}
 
 
 def restored(kind: str, tensors: Mapping[str, Tensor]) -> Compression:

@@ -99,5 +99,6 @@ def search(
         for start in range(0, len(shard.codes), size):
             rows = as_tensor(shard.codes[start : start + size]).to(asked.dtype)
             scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)
-            best.add(compression.dot(asked, rows) * (scales * factor), shard.first + start)
+            scales = scales**compression.degree * factor
+            best.add(compression.dot(asked, rows) * scales, shard.first + start)
     return best

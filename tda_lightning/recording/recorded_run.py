@@ -91,9 +91,9 @@ class RecordedRun:
         self._before_forward: ReplacedMethod | None = None
         self._make_observers(Processes())
 
-    def _make_observers(self, processes: Processes) -> None:
+    def _make_observers(self, processes: Processes, weights: Tensor | None = None) -> None:
         self.processes = processes
-        writer = FirstProcessWriter(TrajectoryWriter(self.path), processes)
+        writer = FirstProcessWriter(TrajectoryWriter(self.path, weights), processes)
         self._writer = cast(TrajectoryWriter, writer)
         several = "several processes" if processes.count > 1 else None
         self._indices = ExampleIndices(snapshots=several is None)
@@ -127,7 +127,10 @@ class RecordedRun:
     def attach(self, trainer: Trainer) -> None:
         """Listen to a fit whose loaders and optimizer do not exist yet."""
         self.facts = None
-        self._make_observers(Processes.of(trainer))
+        # Those of WeightedTraining (tda_lightning/reweighting).
+        found = (getattr(c, "loss_weights", None) for c in vars(trainer)["callbacks"])
+        weights = next((own for own in found if own is not None), None)
+        self._make_observers(Processes.of(trainer), weights)
         for observer in self._observers:
             observer.attach(trainer)
 

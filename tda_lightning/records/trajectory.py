@@ -294,8 +294,8 @@ class Trajectory:
             start < step <= stop.
         steps_before: in a stage of a run, how often its optimizer had stepped each parameter
             before row 0. The states of these parameters carry over; all others start afresh.
-        data_weights: of a what-if run, what the loss of each training example was multiplied by,
-            float64 [train]; None: 1.
+        data_weights: of a what-if or weighted run, what the loss of each training example was
+            multiplied by, float64 [train]; None: 1.
         what_if: of a run in memory, its what-if runs by a digest of all that determines them; in a
             folder they have folders of their own.
     """

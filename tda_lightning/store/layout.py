@@ -24,8 +24,8 @@ whole; buffers and random states are those of the first process::
                                 num_examples, fingerprint {length, "<index>": sha256}, settings,
                                 stages [{start, parameters [names], new_optimizer}], base {name:
                                 sha256} of frozen weights that no checkpoint holds
-        data_weights            float64 [examples], of a what-if run alone: what each example's loss
-                                was multiplied by in its training
+        data_weights            float64 [examples], of what-if and weighted runs alone: what each
+                                example's loss was multiplied by in training
       steps/<first>-<last>.h5   kind "steps": optimizer steps first to last (counted from 1)
         epoch                   int64   [S]
         learning_rate           float64 [S, P]   as applied; a group that was added later has

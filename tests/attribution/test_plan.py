@@ -453,7 +453,13 @@ STAGED = {
 }
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("source", "unrolled") else pytest.mark.slow)
+        for name in STAGED
+    ],
+)
 def test_several_stages_are_planned(name: str) -> None:
     """Passes, batches and sizes are those of the attribution, stage by stage."""
     stages = problem(SAME_LOSS, frozen=name != "tracin", batches=4).stages

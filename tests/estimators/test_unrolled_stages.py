@@ -103,6 +103,17 @@ def test_examples_that_both_stages_draw(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["a frozen trunk", "batch norm, frozen in eval mode", "tied"])
+def test_what_if_runs_of_recorded_stages(name: str, tmp_path: Path) -> None:
+    """``keep``, where frozen weights and running statistics are those of the what-if run before."""
+    networks, frozen, still = STAGES[name]
+    work = two_stages(tmp_path, networks, PAIRS["sgd"], frozen, still)
+    found = work.scores(Unrolled(), keep=0.6)
+    require_equal(found, work.expected(0.6))
+    assert relative(work.scores(Unrolled()).values, found.values) > 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch norm, frozen in eval mode", "tied"])
 def test_running_statistics_and_rounds_in_directions(name: str, tmp_path: Path) -> None:
     """``query_tolerance`` goes through stages: many queries of few directions."""

@@ -249,21 +249,21 @@ class RetracedStage:
 
 
 def removals_of_stages(
-    stages: Sequence[RetracedStage], measurement: Loss, queries: Batch
+    stages: Sequence[RetracedStage], measurement: Loss, queries: Batch, at: float = 1.0
 ) -> list[Tensor]:
-    """:func:`removals` by the intervals of every stage, [interval, query, train] for each."""
+    """:func:`removals` by the intervals of every stage, [interval, query, train] for each, where
+    all weights are ``at``."""
     weights, end = [], None
     for stage in stages:
         bounds = sorted(stage.run.checkpoints)
-        own = torch.ones(
-            len(bounds) - 1, stage.run.facts.num_examples, dtype=torch.float64, requires_grad=True
-        )
+        shape = (len(bounds) - 1, stage.run.facts.num_examples or 0)
+        own = torch.full(shape, at, dtype=torch.float64, requires_grad=True)
         weights.append(own)
 
-        def at(row: int, bounds: list[int] = bounds, own: Tensor = own) -> Tensor:
+        def of_row(row: int, bounds: list[int] = bounds, own: Tensor = own) -> Tensor:
             return own[sum(start <= row for start in bounds) - 1]
 
-        end = retrace(stage.run, stage.module, weighted(stage.losses, at), stage.data, end)
+        end = retrace(stage.run, stage.module, weighted(stage.losses, of_row), stage.data, end)
     assert end is not None
     measured = end.measure(measurement, queries)
     rows = [
