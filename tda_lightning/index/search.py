@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.rounding import as_tensor
+from tda_lightning.index.rounding import numbers_of
 from tda_lightning.store.index_files import Shard
 
 _BLOCK = 1 << 22  # numbers of a block, which stay near the processor once they are read
@@ -85,19 +85,26 @@ class _Side:
 
 
 def search(
-    compression: Compression, asked: Tensor, shards: Iterable[Shard], k: int, factor: float
+    compression: Compression,
+    asked: Tensor,
+    shards: Iterable[Shard],
+    dtype: str,
+    k: int,
+    factor: float,
 ) -> Best:
     """Compare queries with every row, block by block: memory does not depend on their number.
 
     Args:
         asked: what :meth:`Compression.asked` makes of the queries, [query, any].
+        dtype: of the stored numbers.
         factor: on every product, such as 1/N.
     """
     best = Best(len(asked), k, asked.dtype)
     size = max(1, _BLOCK // compression.width)
     for shard in shards:
         for start in range(0, len(shard.codes), size):
-            rows = as_tensor(shard.codes[start : start + size]).to(asked.dtype)
+            codes = shard.codes[start : start + size]
+            rows = numbers_of(codes, dtype, compression.width).to(asked.dtype)
             scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)
             scales = scales**compression.degree * factor
             best.add(compression.dot(asked, rows) * scales, shard.first + start)

@@ -52,6 +52,18 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]
 
 
+def test_an_index_is_built_in_parts_and_searched(run, capsys):
+    small = ["index", "runs/digits", "estimator=tracin", "bytes_per_example=64"]
+    assert main([*small, "part=2/2"]) == 0
+    assert main([*small, "search=true", "k=2", "rerank=5"]) == 0
+    out = capsys.readouterr().out
+    assert "Indexed 60 examples in" in out
+    assert "Best examples" in out
+    assert (run / "index" / "tracin" / "index.h5").exists()
+    assert main([*small, "bytes_per_example=32"]) == 1  # another index, which is kept
+    assert main([*small, "part=3/2"]) == 1
+
+
 def test_unlearning_writes_weights_and_compares_them(run, capsys):
     assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 0
     out = capsys.readouterr().out
