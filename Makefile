@@ -1,7 +1,7 @@
 # make demo     the main job: train, attribute three ways, report (digits, about two minutes)
 # make test     lint, types, tests
-# make docs     the site, in site/
 # make test-all the same with the slow tests: every combination of every table of cases (hours)
+# make docs     the site, in site/
 # make setup    only the environment
 
 PYTHON ?= python3
@@ -9,12 +9,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all docs setup lint format clean
+# What Python has compiled is kept: the tests start dozens of processes, and compiling torch and
+# lightning anew takes each of them 10 s.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test pytest test-all docs setup lint format clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
 
-test: setup lint
+test: setup
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: setup lint

@@ -23,15 +23,20 @@ MODULES = {
 
 # Libraries that are slow to import or belong to one task, and the folders that may import them.
 HOMES = {
+    "fastapi": {"serve"},
     "h5py": {"store"},
     "hydra": {"cli"},
     "jinja2": {"report"},
-    "lightning": {"recording", "attribution", "ensembles", "live", "examples", "cli"},
+    "lightning": {
+        *("recording", "attribution", "ensembles", "live", "examples", "cli"),
+        "reweighting",
+    },
     "omegaconf": {"cli"},
     "pandas": {"exports", "records"},  # in records for typing only
     "peft": {"attribution"},
     "rich": {"runtime", "cli", "report"},
     "scipy": {"evaluation"},
+    "uvicorn": {"serve"},
     "xarray": {"exports", "records"},
 }
 

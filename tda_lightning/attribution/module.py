@@ -374,9 +374,9 @@ class AttributionModule(LightningModule):
             members, examples, queries = by_node(self.members, examples, queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):
-                runs, seconds = len(self.members), 0.0
+                runs, trainings, seconds = len(self.members), 0, 0.0
                 if keep < 1:
-                    runs, seconds = seconds_of_runs(members, examples, draws)
+                    runs, trainings, seconds = seconds_of_runs(members, examples, draws)
                     draws = None
                 question = as_measurement(measurement)
                 require_askable(question, self_influence)
@@ -394,8 +394,8 @@ class AttributionModule(LightningModule):
         if runs > 1:
             plan = plan.repeated(runs, stages[-1].session.dtype.itemsize)
         if keep < 1:
-            steps = runs * sum(stage.trajectory.last_step for stage in self.stages)
-            trained = PassPlan("what-if run, if it is not there yet", runs, steps, seconds)
+            steps = trainings * sum(stage.trajectory.last_step for stage in self.stages)
+            trained = PassPlan("what-if run, if it is not there yet", trainings, steps, seconds)
             plan = replace(plan, passes=(trained, *plan.passes))
         return plan
 

@@ -135,13 +135,11 @@ def open_session(
     """One stage's session, with the weights of its last checkpoint in place."""
     module, task = setup.module, setup.task
     engine = GradientEngine(module, setup.trained)
-    if type(task).example is not AttributionTask.example:
-        examples, queries = (replace(one, example=task.example) for one in (examples, queries))
+    examples = _by_task(examples, task)
     show(module, setup.trajectory, setup.trajectory.last_step - 1, source=examples)
-    examples, queries = examples.checked(module), queries.checked(module)
+    examples = examples.checked(module)
     batch, indices = first_batch(examples, _FIRST, module)
     kept = task.kept_parts
-    parts = 1 if kept is None else len(kept)
     session = Session(
         module=module,
         task=task,
@@ -149,25 +147,19 @@ def open_session(
         engine=engine,
         scores=MemorySink(0, 0),
         num_train=len(examples),
-        num_query=len(queries) * parts,
-        num_parts=parts,
+        num_query=0,
+        num_parts=1 if kept is None else len(kept),
         examples=examples,
-        queries=lambda start, stop: _measured_batches(queries, start, stop, module, kept),
+        queries=lambda start, stop: (),
         cache_key=lambda steps: digest_of(session, steps, batch, indices),
         self_influence=self_influence,
         batch_size=examples.batch_size,
         loaded=loaded or LoadedCheckpoint(),
-        asked=asked,
     )
-    if asked is not None:
-        asked.check(len(queries))
     session.load(setup.trajectory.last_step)
     task.training_batch_size = setup.trajectory.batch_size
     session.noise = _noise_of(session.train_loss, module, examples, batch, indices)
-    session.measured_noise = session.noise
-    if not session.measures_loss:
-        some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
-        session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
+    queries = ask(session, queries, asked)
     trainer = stand_in_of(module)
     unknown = [] if trainer is None else trainer.unknown
     began = time.monotonic()
@@ -182,6 +174,38 @@ def open_session(
     if session.noise or session.measured_noise:
         session.draws = task.draws if draws is None else draws
     return session
+
+
+def ask(session: Session, queries: ExampleSource, asked: Measurement | None) -> ExampleSource:
+    """Ask about these queries from now on, in a session that may have been asked about others.
+
+    Args:
+        asked: what is measured of them; None: the task's own measurement.
+
+    Returns:
+        The queries as they are read.
+
+    Raises:
+        ValueError: the measurement has settings for another number of queries.
+    """
+    module, task = session.module, session.task
+    queries = _by_task(queries, task).checked(module)
+    if asked is not None:
+        asked.check(len(queries))
+    kept = task.kept_parts
+    session.asked, session.num_query = asked, len(queries) * session.num_parts
+    session.queries = lambda start, stop: _measured_batches(queries, start, stop, module, kept)
+    session.measured_noise = session.noise
+    if not session.measures_loss:
+        some, own = next(iter(_query_batches(queries, 0, min(_FIRST, len(queries)), module)))
+        session.measured_noise = _noise_of(session.measurement, module, queries, some, own)
+    return queries
+
+
+def _by_task(source: ExampleSource, task: AttributionTask) -> ExampleSource:
+    if type(task).example is AttributionTask.example:
+        return source
+    return replace(source, example=task.example)
 
 
 def _noise_of(

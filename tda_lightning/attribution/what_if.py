@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
+from tda_lightning.attribution.member_modules import DROPOUT
 from tda_lightning.attribution.stages import StageSetup
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import WhatIfRecord
@@ -71,11 +74,15 @@ def asked_runs(
     # An ensemble asks about training anew, and training on less data takes fewer steps. Weights
     # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
-    runs = [
-        _what_if_stages(stages, examples, keep, kind, number, rate)
-        for stages in members
-        for number in range(count)
-    ]
+    made: list[list[list[StageSetup]]] = []
+    for stages in members:
+        twin = next((n for n in range(len(made)) if _one_training(members[n], stages)), None)
+        if twin is None:
+            numbers = range(count)
+            made.append([_what_if_stages(stages, examples, keep, kind, n, rate) for n in numbers])
+        else:
+            made.append([_seen_by(stages, trained) for trained in made[twin]])
+    runs = [run for own in made for run in own]
     record: WhatIfRecord = {
         "keep": keep,
         "weights": kind,
@@ -92,8 +99,9 @@ def seconds_of_runs(
     members: Sequence[Sequence[StageSetup]],
     examples: Sequence[ExampleSource],
     draws: int | None,
-) -> tuple[int, float]:
-    """How many what-if runs there are, and about how long each takes to train."""
+) -> tuple[int, int, float]:
+    """How many what-if runs are scored, how many are trained for them (members that are one run
+    under dropout masks share theirs), and about how long each takes to train."""
     kind, count = _kind(members, draws)
     seconds = 0.0
     for stage in members[0]:
@@ -102,7 +110,12 @@ def seconds_of_runs(
         expected = expected and weights_that_suit(stage.trajectory) == "expected"
         with _explained():
             seconds += seconds_of_run(stage.trajectory, stage.module, stage.task, source, expected)
-    return len(members) * count, seconds
+    trained = [
+        stages
+        for number, stages in enumerate(members)
+        if not any(_one_training(other, stages) for other in members[:number])
+    ]
+    return len(members) * count, len(trained) * count, seconds
 
 
 def _kind(members: Sequence[Sequence[StageSetup]], draws: int | None) -> tuple[Kind, int]:
@@ -144,6 +157,42 @@ def _what_if_stages(
         before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
     return made
+
+
+def _one_training(stages: Sequence[StageSetup], others: Sequence[StageSetup]) -> bool:
+    """Whether two members are one run under different dropout masks. Masks are off in training, so
+    that what-if runs of theirs are the same."""
+    return len(stages) == len(others) and all(
+        DROPOUT in one.trajectory.facts.settings
+        and _without_mask(one.trajectory) == _without_mask(other.trajectory)
+        and one.trajectory.checkpoints.keys() == other.trajectory.checkpoints.keys()
+        and all(
+            _equal(one.trajectory, other.trajectory, step) for step in (0, one.trajectory.last_step)
+        )
+        for one, other in zip(stages, others, strict=True)
+    )
+
+
+def _without_mask(trajectory: Trajectory) -> dict[str, object]:
+    settings = trajectory.facts.settings
+    return {key: own for key, own in settings.items() if key not in (DROPOUT, "run_id")}
+
+
+def _equal(one: Trajectory, other: Trajectory, step: int) -> bool:
+    own, others = one.checkpoints[step].parameters, other.checkpoints[step].parameters
+    return own.keys() == others.keys() and all(torch.equal(own[n], others[n]) for n in own)
+
+
+def _seen_by(stages: Sequence[StageSetup], trained: Sequence[StageSetup]) -> list[StageSetup]:
+    """The what-if run of another member as one of this member's masks."""
+    seen = []
+    for stage, run in zip(stages, trained, strict=True):
+        mask = stage.trajectory.facts.settings[DROPOUT]
+        facts = run.trajectory.facts
+        facts = replace(facts, settings={**facts.settings, DROPOUT: mask})
+        trajectory = replace(run.trajectory, facts=facts)
+        seen.append(replace(stage, trajectory=trajectory, task=copy.deepcopy(stage.task)))
+    return seen
 
 
 @contextmanager

@@ -14,13 +14,16 @@ from tda_lightning.cli.own_classes import import_from_here, with_own_classes
 # What each command does, and the setting that a first argument without a name stands for.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train a model and record its trajectory", None),
-    "plan": ("predict time, memory and disk space before recording or attribution", "trajectory"),
+    "plan": ("predict time, memory and disk of what a command would do", "trajectory"),
     "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
+    "index": ("keep compressed gradients of all examples, to be searched later", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
     "select": ("choose examples of a pool to train on, for the sake of a target", "trajectory"),
+    "reweight": ("give every training example a weight, and train again with it", "trajectory"),
+    "serve": ("answer over HTTP which training examples caused what a model does", "trajectory"),
     "report": ("write an HTML page that shows a file of scores", "scores"),
     "export": ("write scores as Parquet, CSV or netCDF, for other tools", "scores"),
     "init": ("write a small project to start from, with a module and data of one's own", None),
@@ -44,10 +47,13 @@ For example:
     tda ensemble   runs/digits members=5
     tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
+    tda index      runs/digits search=true
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda unlearn    runs/digits 'remove=[3,17]'
     tda select     runs/mnli 'pool={num_train: null}' k=10
+    tda reweight   runs/digits by=scores scores=runs/digits/scores/source.h5
+    tda serve      runs/digits
     tda report     scores=runs/digits/scores/source.h5
     tda export     runs/digits/scores/source.h5 k=50
     tda inspect    runs/digits
@@ -80,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if command == "plan" and rest[:1] == ["index"]:
+        return _run("plan_index", _name_first(command, rest[1:]))
     try:
         given = with_own_classes(rest) if command in ("train", "plan") else rest
     except ValueError as error:

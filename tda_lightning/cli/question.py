@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tda_lightning.measurements import Measurement
+from tda_lightning.measurements.words import class_number
 from tda_lightning.records.data_module import AttributedData
 
 
@@ -58,22 +59,7 @@ def _tokens(name: str, given: Any, data: AttributedData) -> Any:
     """Numbers of classes or tokens, of which some may be words."""
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [_tokens(name, one, data) for one in given]
-    if not isinstance(given, str):
-        return given
-    data.query_dataset  # noqa: B018 (the vocabulary is known once the data are read)
-    names = getattr(data, "vocabulary", None) or getattr(data, "classes", None)
-    if not names:
-        raise ValueError(
-            f"measurement.{name}={given!r} is a word, and the data module has neither a vocabulary "
-            "nor classes: give the number of the class or token."
-        )
-    numbers: Mapping[str, int] = {str(word): number for number, word in enumerate(names)}
-    if given not in numbers:
-        raise ValueError(
-            f"measurement.{name}={given!r} is not among the {len(numbers)} words that the model "
-            "knows. Give another one, or a number."
-        )
-    return numbers[given]
+    return class_number(name, given, data) if isinstance(given, str) else given
 
 
 def text_positions(text: str, data: AttributedData) -> list[list[int]]:

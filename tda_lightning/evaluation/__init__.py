@@ -11,6 +11,7 @@ from tda_lightning.evaluation.baselines import (
     self_loss,
 )
 from tda_lightning.evaluation.ceilings import Ceiling, seed_ceiling
+from tda_lightning.evaluation.clusters import feature_clusters
 from tda_lightning.evaluation.configuration import draw_seeds, truth_configuration
 from tda_lightning.evaluation.from_scratch import retrain_from_scratch
 from tda_lightning.evaluation.judgements import (
@@ -35,6 +36,7 @@ from tda_lightning.evaluation.linear_datamodeling import (
 )
 from tda_lightning.evaluation.proximal_bregman import each_response, proximal_bregman_response
 from tda_lightning.evaluation.randomised import randomised
+from tda_lightning.evaluation.representatives import Representatives, representatives
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
 from tda_lightning.evaluation.retrieval import (
     average_precision,
@@ -75,6 +77,7 @@ __all__ = [
     "Interval",
     "NothingToRankError",
     "RemovalAgreement",
+    "Representatives",
     "Simulation",
     "Smoothness",
     "TopRemoval",
@@ -93,6 +96,7 @@ __all__ = [
     "draw_seeds",
     "draw_subsets",
     "each_response",
+    "feature_clusters",
     "fine_tuned_changes",
     "fitted_linear_model",
     "found_within",
@@ -114,6 +118,7 @@ __all__ = [
     "recall_within",
     "reciprocal_rank",
     "removals",
+    "representatives",
     "require_tokens",
     "retrain",
     "retrain_each",

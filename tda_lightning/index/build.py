@@ -19,6 +19,8 @@ from tda_lightning.session.session import Session
 from tda_lightning.store.index_files import Shard, read_shard, write_shard
 from tda_lightning.store.layout import shard_file
 
+_TOGETHER = 256  # rows whose coordinates are held at a time
+
 
 def write_missing(
     root: Path,
@@ -45,8 +47,9 @@ def write_missing(
             wanted.append(own)
             damages += [damage] if damage else []
     for first, stop in session.loop("index: shards", wanted):
-        rows = _rows(facts.terms, compression, session, source, range(first, stop), first_row)
-        write_shard(root, first, *rounded(rows, facts.dtype), facts.compression)
+        parts = (range(at, min(at + _TOGETHER, stop)) for at in range(first, stop, _TOGETHER))
+        rows = [_rows(facts.terms, compression, session, source, own, first_row) for own in parts]
+        write_shard(root, first, *rounded(torch.cat(rows), facts.dtype), facts.compression)
     return damages
 
 

@@ -21,10 +21,12 @@ class Compression(Protocol):
 
     Attributes:
         kind: its name in files.
+        degree: c times the stored numbers have c to this power times the inner products.
         width: how many numbers are stored of an example.
     """
 
     kind: ClassVar[str]
+    degree: ClassVar[int]
 
     @property
     def width(self) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import matmul_sides
+from tda_lightning.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Grid:
     Attributes:
         examples: directions of the two sides for gradients, [groups, width, count]; None: the axes.
         responses: the same for responses.
-        kept: positions among the flattened [groups, a, b].
+        kept: positions among the flattened [groups, a, b]; None: all.
     """
 
     examples: tuple[Tensor | None, Tensor | None]
     responses: tuple[Tensor | None, Tensor | None]
-    kept: Tensor
+    kept: Tensor | None
 
     def of_gradients(self, gradient: Gradient) -> Tensor:
         """[batch, coordinate]."""
@@ -53,10 +54,13 @@ class Grid:
         return self._kept(matmul_sides(self.responses[0], responses, self.responses[1]))
 
     def _kept(self, coordinates: Tensor) -> Tensor:
-        return coordinates.flatten(1)[:, self.kept]
+        flat = coordinates.flatten(1)
+        return flat if self.kept is None else flat[:, self.kept]
 
 
-Grids = Sequence[Mapping[str, Grid]]  # of every term, by block
+# Of every term by block, in the order of their names: that of a file's.
+Grids = Sequence[Mapping[str, Grid]]
+_MOST_TERMS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class LeadingCoordinates:
     mix: Tensor
     mix_responses: Tensor
     kind: ClassVar[str] = "leading"
+    degree: ClassVar[int] = 1
 
     @property
     def width(self) -> int:
@@ -103,12 +108,13 @@ class LeadingCoordinates:
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         found = {"mix": self.mix, "mix_responses": self.mix_responses}
+        found["terms"] = torch.tensor(len(self.grids))
         for term, grids in enumerate(self.grids):
             for name, grid in grids.items():
                 sides = zip(_SIDES, (*grid.examples, *grid.responses), strict=True)
-                own = {side: tensor for side, tensor in sides if tensor is not None}
-                for part, tensor in {**own, "kept": grid.kept}.items():
-                    found[f"{term} {part} {name}"] = tensor
+                for part, tensor in (*sides, ("kept", grid.kept)):
+                    if tensor is not None:
+                        found[f"{term} {part} {name}"] = tensor
         return found
 
     @classmethod
@@ -120,7 +126,7 @@ class LeadingCoordinates:
         """
         parts: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, tensor in tensors.items():
-            if key not in ("mix", "mix_responses"):
+            if key not in ("mix", "mix_responses", "terms"):
                 term, part, name = key.split(" ", 2)
                 parts.setdefault(int(term), {}).setdefault(name, {})[part] = tensor
         grids = [
@@ -130,14 +136,14 @@ class LeadingCoordinates:
                     (own.get(_SIDES[2]), own.get(_SIDES[3])),
                     own["kept"],
                 )
-                for name, own in parts[term].items()
+                for name, own in sorted(parts.get(term, {}).items())
             }
-            for term in range(len(parts))
+            for term in range(min(int(tensors["terms"]), _MOST_TERMS))
         ]
         made = cls(grids, tensors["mix"], tensors["mix_responses"])
-        count = sum(len(grid.kept) for own in grids for grid in own.values())
-        if made.mix.shape != made.mix_responses.shape or len(made.mix) != count:
-            raise ValueError(f"{count} coordinates are mixed by {tuple(made.mix.shape)}")
+        counts = sum(map(coordinate_count, grids))
+        if made.mix.shape != made.mix_responses.shape or len(made.mix) != counts:
+            raise ValueError(f"{counts} coordinates are mixed by {tuple(made.mix.shape)}")
         return made
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LeadingCoordinates:
@@ -148,6 +154,24 @@ class LeadingCoordinates:
                 for name, own in self.tensors().items()
             }
         )
+
+
+def all_coordinates(session: Session, terms: int) -> LeadingCoordinates:
+    """Every coordinate on the parameters' own axes: nothing is lost."""
+    grid = {
+        block.name: Grid(
+            (None, None), (None, None), torch.arange(block.size, device=session.device)
+        )
+        for block in sorted(session.blocks, key=lambda block: block.name)
+    }
+    count = terms * sum(block.size for block in session.blocks)
+    ones = torch.ones(count, dtype=session.dtype, device=session.device)
+    return LeadingCoordinates([grid] * terms, ones, ones)
+
+
+def coordinate_count(grids: Mapping[str, Grid]) -> int:
+    """Coordinates of a term."""
+    return sum(0 if grid.kept is None else len(grid.kept) for grid in grids.values())
 
 
 _SIDES = ("left", "right", "left_responses", "right_responses")

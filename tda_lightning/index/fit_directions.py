@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients import Gradient
-from tda_lightning.gradients.basis import matmul_sides
 from tda_lightning.index.directions import (
     Grid,
     Grids,
     LeadingCoordinates,
-    gradient_coordinates,
-    response_coordinates,
+    coordinate_count,
 )
-from tda_lightning.index.responses import Responder, Responses
-from tda_lightning.index.sides import Side, balanced, sketch
+from tda_lightning.index.responses import Responder
+from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
+from tda_lightning.index.sides import Side, balanced
 from tda_lightning.session.session import Session
 
 # Coordinates that compete for their place, and that principal components are taken of. More of
@@ -27,109 +25,36 @@ GRID, MIXED = 16384, 4096
 _FLOOR = 1e-6  # of the largest component: smaller ones are noise of the sample
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What coordinates are chosen by.
-
-    Attributes:
-        examples: training examples, as batches of indices.
-        mixing: principal components are taken over these; more than ``examples``.
-    """
-
-    examples: Sequence[Sequence[int]]
-    mixing: Sequence[Sequence[int]]
-
-
 def fit_directions(
-    session: Session, responder: Responder, width: int, samples: Samples, seed: int
+    session: Session,
+    responder: Responder,
+    width: int,
+    moments: Sequence[Mapping[str, BlockMoments]],
+    sample: Sequence[Sequence[int]],
 ) -> LeadingCoordinates:
     """The best ``width`` coordinates for the responses of the session's queries and the gradients
-    of the sample; all of them, on the parameters' own axes, where there are no more."""
-    count = len(responder.terms)
-    sizes = {block.name: block.size for block in session.blocks}
-    if width >= count * sum(sizes.values()):
-        axes = [{name: _axes(session, size) for name, size in sizes.items()}] * count
-        ones = torch.ones(count * sum(sizes.values()), dtype=session.dtype, device=session.device)
-        return LeadingCoordinates(axes, ones, ones)
-    sides = _sides(session, responder, samples.examples, seed)
+    of the sample.
+
+    Args:
+        moments: of every term, by block.
+    """
+    sides = [{name: _balanced(own) for name, own in sorted(term.items())} for term in moments]
     grids = _grids(session, sides, max(GRID, width))
-    gradients = _gradient_rows(session, responder, grids, samples.mixing)
-    responses = _response_rows(session, responder, grids)
+    ones = torch.ones(sum(map(coordinate_count, grids)), device=session.device)
+    unmixed = LeadingCoordinates(grids, ones, ones)
+    gradients = sample_coordinates(session, responder, unmixed, sample)
+    responses = query_coordinates(session, responder, unmixed)
     return _mixed(grids, gradients, responses, width)
 
 
-def _axes(session: Session, size: int) -> Grid:
-    return Grid((None, None), (None, None), torch.arange(size, device=session.device))
-
-
-# The two sides of every block in every term.
-
-Moments = dict[str, tuple[Tensor, Tensor]]
 Sides = list[dict[str, tuple[Side, Side]]]
 
 
-def _sides(
-    session: Session, responder: Responder, sample: Sequence[Sequence[int]], seed: int
-) -> Sides:
-    generator = torch.Generator().manual_seed(seed)
-    sketches = {}
-    for block in session.blocks:
-        groups, rows, columns = block.shape
-        own = (sketch(groups, width, generator) for width in (rows, columns))
-        left, right = (
-            None if one is None else one.to(session.device, session.dtype) for one in own
-        )
-        sketches[block.name] = (left, right)
-    examples = [_Moments(sketches) for _ in responder.terms]
-    asked = [_Moments(sketches) for _ in responder.terms]
-    for number, gradients in _gradients(session, responder, sample):
-        examples[number].add_gradients(gradients)
-    for number, responses in _responses(session, responder):
-        asked[number].add_responses(responses)
-    return [
-        {
-            name: (
-                balanced(own.left(name), queries.left(name), sketches[name][0]),
-                balanced(own.right(name), queries.right(name), sketches[name][1]),
-            )
-            for name in sketches
-        }
-        for own, queries in zip(examples, asked, strict=True)
-    ]
-
-
-class _Moments:
-    """Mean second moments of both sides of matrices [*, groups, rows, columns], by block."""
-
-    def __init__(self, sketches: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
-        self.sketches = sketches
-        self.sums: Moments = {}
-        self.count: dict[str, int] = {}
-
-    def add_gradients(self, gradients: Mapping[str, Gradient]) -> None:
-        for name, gradient in gradients.items():
-            for rows in gradient.chunks():
-                self._add(name, gradient.rotated(rows, *self.sketches[name]))
-
-    def add_responses(self, responses: Responses) -> None:
-        for name, own in responses.items():
-            left, right = self.sketches[name]
-            self._add(name, matmul_sides(left, own, right))
-
-    def left(self, name: str) -> Tensor:
-        return self.sums[name][0] / self.count[name]
-
-    def right(self, name: str) -> Tensor:
-        return self.sums[name][1] / self.count[name]
-
-    def _add(self, name: str, matrices: Tensor) -> None:
-        across = matrices.transpose(0, 1)  # [groups, *, rows, columns]
-        tall, wide = across.flatten(1, 2), across.mT.flatten(1, 2)
-        left, right = (wide.mT @ wide).double(), (tall.mT @ tall).double()
-        if name in self.sums:
-            left, right = left + self.sums[name][0], right + self.sums[name][1]
-        self.sums[name] = (left, right)
-        self.count[name] = self.count.get(name, 0) + len(matrices)
+def _balanced(own: BlockMoments) -> tuple[Side, Side]:
+    return (
+        balanced(own.left_gradients, own.left_responses, own.sketches[0]),
+        balanced(own.right_gradients, own.right_responses, own.sketches[1]),
+    )
 
 
 def _grids(session: Session, sides: Sides, room: int) -> Grids:
@@ -169,49 +94,6 @@ def _grids(session: Session, sides: Sides, room: int) -> Grids:
     return grids
 
 
-# What examples and queries have in these coordinates.
-
-
-def _gradient_rows(
-    session: Session, responder: Responder, grids: Grids, sample: Sequence[Sequence[int]]
-) -> Tensor:
-    """Coordinates of the sample's gradients, averaged over each term's checkpoints: [example,
-    coordinate]."""
-    by_term: list[list[Tensor]] = [[] for _ in grids]
-    for number, gradients in _gradients(session, responder, sample):
-        by_term[number].append(gradient_coordinates(grids[number], gradients))
-    parts = []
-    for term, own in zip(responder.terms, by_term, strict=True):
-        batches = len(own) // len(term.steps)
-        steps = [torch.cat(own[n * batches : (n + 1) * batches]) for n in range(len(term.steps))]
-        parts.append(torch.stack(steps).mean(0))
-    return torch.cat(parts, dim=1)
-
-
-def _response_rows(session: Session, responder: Responder, grids: Grids) -> Tensor:
-    """Coordinates of the queries' responses: [query, coordinate]."""
-    by_term: list[list[Tensor]] = [[] for _ in grids]
-    for number, responses in _responses(session, responder):
-        by_term[number].append(response_coordinates(grids[number], responses))
-    return torch.cat([torch.cat(own) for own in by_term], dim=1)
-
-
-def _gradients(
-    session: Session, responder: Responder, sample: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, Mapping[str, Gradient]]]:
-    """The number of each term with gradients of a batch of the sample, checkpoint by checkpoint."""
-    for number, term in enumerate(responder.terms):
-        for step in term.steps:
-            session.load(step)
-            for batch, examples in session.batches(sample):
-                yield number, session.train_gradients(batch, examples).blocks
-
-
-def _responses(session: Session, responder: Responder) -> Iterator[tuple[int, Responses]]:
-    for first, last in session.query_rounds(responder.query_bytes):
-        yield from responder.responses(first, last)
-
-
 def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> LeadingCoordinates:
     """The principal components of ``gradients`` [example, coordinate], weighed by ``responses``
     [query, coordinate]."""
@@ -224,7 +106,12 @@ def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> Le
         best[shares.topk(room).indices] = True
         grids, gradients = _chosen(grids, best), gradients[:, best]
         asked, offered = asked[best], offered[best]
-    if width >= len(asked):  # each by itself
+    # Of a sample, components beyond half its size are noise.
+    if width >= min(len(asked), len(gradients) // 2):
+        if len(asked) > width:
+            best = torch.zeros_like(asked, dtype=torch.bool)
+            best[(asked * offered).topk(width).indices] = True
+            grids, offered = _chosen(grids, best), offered[best]
         scale = _positive(offered).rsqrt()
         return LeadingCoordinates(grids, scale.to(gradients), scale.reciprocal().to(gradients))
     asked = _positive(asked).sqrt()
@@ -260,6 +147,7 @@ def _chosen(grids: Grids, best: Tensor) -> Grids:
     for own in grids:
         found = {}
         for name, grid in own.items():
+            assert grid.kept is not None
             mask = best[before : before + len(grid.kept)]
             before += len(grid.kept)
             if bool(mask.any()):

@@ -3,28 +3,63 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tda_lightning.index.choosing import Samples, chosen_compression
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.compressions import restored
 from tda_lightning.index.facts import IndexFacts
-from tda_lightning.index.fit_directions import Samples, fit_directions
 from tda_lightning.index.opened import sampled
 from tda_lightning.index.responses import Responder
-from tda_lightning.records.errors import TrajectoryLockedError
+from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryLockedError
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
-from tda_lightning.store.index_files import read_compression, write_compression
-from tda_lightning.store.layout import INDEX_FILE
+from tda_lightning.store.index_files import copy_file, read_compression, write_compression
+from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE
 from tda_lightning.store.lock import FolderLock
 
-# Examples that directions and principal components are found by, and that stand for queries.
-_SAMPLE, _MIXING, _ASKED = 512, 4096, 256
 _WAIT = 0.2  # seconds between looks at a folder that another process is preparing
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for of an index.
+
+    Attributes:
+        bytes_per_example: of a row, at most.
+        dtypes: of the stored numbers, from which one is chosen.
+        kinds: of compressions, likewise.
+        shard: rows in a shard.
+        seed: of what is drawn.
+        made_of: digest of the run, the task and the estimator.
+        provenance: those in words.
+    """
+
+    bytes_per_example: int
+    dtypes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shard: int
+    seed: int
+    made_of: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of all of it."""
+        numbers = (
+            self.bytes_per_example,
+            list(self.dtypes),
+            list(self.kinds),
+            self.shard,
+            self.seed,
+        )
+        return digest([*numbers, self.made_of])
 
 
 def part_of(part: tuple[int, int] | str | None) -> tuple[int, int]:
@@ -53,19 +88,22 @@ def stand_ins(source: ExampleSource, queries: object, batch_size: int, seed: int
     """The queries that coordinates are chosen for: those given, or some training examples."""
     if queries is not None:
         given = ExampleSource.of(queries, batch_size, "query", source.data_module)
-        return sampled(given, _spread(len(given), _ASKED, seed))
-    return sampled(source, _spread(len(source), _ASKED, seed))
+        return sampled(given, drawn(len(given), "asked", seed))
+    return sampled(source, drawn(len(source), "asked", seed))
 
 
 def prepared(
     root: Path,
-    facts: IndexFacts,
+    settings: Settings,
     session: Session,
     responder: Responder,
     source: ExampleSource,
-    seed: int,
+    like: Path | None = None,
 ) -> tuple[IndexFacts, Compression]:
     """The facts and the compression of the index in ``root``, which are made where there are none.
+
+    Args:
+        like: another index, whose compression is taken.
 
     Raises:
         FileExistsError: the folder holds an index of another kind.
@@ -79,33 +117,102 @@ def prepared(
             continue
         try:
             if not (root / INDEX_FILE).exists():
-                size, count = session.walk_size, len(source)
-                samples = Samples(
-                    _batches(_spread(count, _SAMPLE, seed), size),
-                    _batches(_spread(count, _MIXING, seed), size),
-                )
-                made = fit_directions(session, responder, facts.width, samples, seed)
-                write_compression(
-                    root, made.kind, made.to(torch.device("cpu"), made.mix.dtype).tensors()
-                )
-                replace(facts, width=made.width, compression=digest(made.tensors())).write(root)
+                if like is None:
+                    _begin(root, settings, session, responder, source)
+                else:
+                    copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
+                    replace(IndexFacts.read(like), appended=()).write(root)
         finally:
             lock.release()
     there = IndexFacts.read(root)
-    if there.made_of != facts.made_of or (there.dtype, there.shard) != (facts.dtype, facts.shard):
+    if there.made_of != settings.digest:
         raise FileExistsError(
-            f"{root} holds an index of another run or with other settings "
-            f"({there.provenance}), which is kept. Choose another folder, or delete that one."
+            f"{root} holds an index of another run or with other settings (made by "
+            f"{there.provenance}), which is kept. Choose another folder, or delete that one."
         )
+    return there, opened_compression(root, there).to(session.device, session.dtype)
+
+
+def _begin(
+    root: Path,
+    settings: Settings,
+    session: Session,
+    responder: Responder,
+    source: ExampleSource,
+) -> None:
+    """Choose how gradients are compressed, and write it."""
+    seed = settings.seed
+    samples = Samples(
+        _batches(session, drawn(len(source), "directions", seed)),
+        _batches(session, drawn(len(source), "components", seed)),
+        _batches(session, drawn(len(source), "judging", seed)),
+    )
+    made, dtype, agreement = chosen_compression(
+        session,
+        responder,
+        settings.bytes_per_example,
+        settings.dtypes,
+        settings.kinds,
+        samples,
+        settings.seed,
+    )
+    write_compression(root, made.kind, made.tensors())
+    provenance = {
+        **settings.provenance,
+        "bytes_per_example": settings.bytes_per_example,
+        "compression": f"{made.kind} in {dtype}",
+        "agreement": agreement,
+    }
+    IndexFacts(
+        num_train=len(source),
+        width=made.width,
+        dtype=dtype,
+        shard=settings.shard,
+        terms=tuple(responder.terms),
+        compression=digest_of(made),
+        made_of=settings.digest,
+        provenance=provenance,
+    ).write(root)
+
+
+def opened_compression(root: Path, facts: IndexFacts) -> Compression:
+    """The compression of the index in ``root``.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        TrajectoryFormatError: it is damaged, or another one.
+    """
     compression = read_compression(root, restored)
-    return there, compression.to(session.device, session.dtype)
+    if compression.width != facts.width or digest_of(compression) != facts.compression:
+        raise TrajectoryFormatError(
+            f"{root / COMPRESSION_FILE} is not the one that the index was built with: expected "
+            f"{facts.width} numbers and its digest. Delete the index and build it again."
+        )
+    return compression
 
 
-def _spread(count: int, wanted: int, seed: int) -> list[int]:
-    """Some of ``count`` indices, drawn at random, in ascending order."""
+def digest_of(compression: Compression) -> str:
+    """Of all that was drawn or fitted."""
+    return digest(sorted(compression.tensors().items()))
+
+
+# Places of the samples in a random order of the examples: those that stand for queries, those that
+# compressions are judged by, and those that they are fitted to. So none is compared with itself.
+_PLACES = {"asked": (0, 256), "judging": (256, 512), "directions": (512, 1024)}
+_PLACES["components"] = (512, 2560)
+
+
+def drawn(count: int, purpose: str, seed: int) -> list[int]:
+    """The indices of a sample among ``count`` examples, ascending. Of few examples all purposes
+    have the same."""
     generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())
+    order = torch.randperm(count, generator=generator)
+    first, stop = _PLACES[purpose]
+    if count < 2 * _PLACES["directions"][1]:
+        first, stop = 0, stop - first
+    return sorted(order[first:stop].tolist())
 
 
-def _batches(indices: list[int], size: int) -> list[list[int]]:
+def _batches(session: Session, indices: list[int]) -> list[list[int]]:
+    size = session.walk_size
     return [indices[at : at + size] for at in range(0, len(indices), size)]

@@ -47,7 +47,7 @@ from tda_lightning.records.trajectory import Facts, facts_up_to
 from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.tokenizers import tokenizer_digests
-from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
+from tda_lightning.store.fingerprints import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
 
@@ -91,9 +91,9 @@ class RecordedRun:
         self._before_forward: ReplacedMethod | None = None
         self._make_observers(Processes())
 
-    def _make_observers(self, processes: Processes) -> None:
+    def _make_observers(self, processes: Processes, weights: Tensor | None = None) -> None:
         self.processes = processes
-        writer = FirstProcessWriter(TrajectoryWriter(self.path), processes)
+        writer = FirstProcessWriter(TrajectoryWriter(self.path, weights), processes)
         self._writer = cast(TrajectoryWriter, writer)
         several = "several processes" if processes.count > 1 else None
         self._indices = ExampleIndices(snapshots=several is None)
@@ -127,7 +127,10 @@ class RecordedRun:
     def attach(self, trainer: Trainer) -> None:
         """Listen to a fit whose loaders and optimizer do not exist yet."""
         self.facts = None
-        self._make_observers(Processes.of(trainer))
+        # Those of WeightedTraining (tda_lightning/reweighting).
+        found = (getattr(c, "loss_weights", None) for c in vars(trainer)["callbacks"])
+        weights = next((own for own in found if own is not None), None)
+        self._make_observers(Processes.of(trainer), weights)
         for observer in self._observers:
             observer.attach(trainer)
 

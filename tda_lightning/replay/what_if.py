@@ -196,8 +196,8 @@ def _checked(
     losses make up the loss as trained. With the losses of its first step, rounded."""
     if trajectory.data_weights is not None:
         raise UnsupportedTrainingError(
-            "The trajectory is itself a what-if run, with weights on its examples. Give the "
-            "recorded run that it belongs to."
+            "The trajectory has weights on its examples already: it is itself a what-if run, or "
+            "was trained with WeightedTraining. Give a run with equal weights."
         )
     replay = Replay(trajectory, module, task, source)
     replay.check()

@@ -110,7 +110,7 @@ class KeptExamples:
     def _look(self, split: str, index: int) -> Look:
         key = (split, index)
         if key not in self._looks:
-            self._looks[key] = _look(self._rendered(split, index), _PIXELS[split])
+            self._looks[key] = look_of(self._rendered(split, index), _PIXELS[split])
         return self._looks[key]
 
     def _rendered(self, split: str, index: int) -> Rendered:
@@ -123,7 +123,8 @@ class KeptExamples:
         return rendered
 
 
-def _look(rendered: Rendered, pixels: int) -> Look:
+def look_of(rendered: Rendered, pixels: int) -> Look:
+    """What is kept of an example whose picture is shown in ``pixels``."""
     image, shape = None, (0, 0)
     if rendered.image is not None:
         image, width, height = picture(rendered.image, pixels)

@@ -256,11 +256,15 @@ class ExampleSource:
         """The batch of these examples on the module's device, by the transfer hooks of the data
         module and the module: the data module's where it overrides one, as in Lightning."""
         there = self._transferred(batch, module)
+        self.recognise(there, module, indices)
+        return there
+
+    def recognise(self, batch: object, module: nn.Module, indices: Tensor | Sequence[int]) -> None:
+        """Note which examples a batch on the module's device is made of, if it matters."""
         if len(indices) > 1 and (self.example is not None or not self._stacks(module)):
             chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
             reader = _Reader(weakref.ref(self), weakref.ref(module), self.example)
-            remember(there, Origin(reader, tuple(chosen)))
-        return there
+            remember(batch, Origin(reader, tuple(chosen)))
 
     def _transferred(self, batch: Any, module: nn.Module) -> Any:
         device = next(module.parameters()).device

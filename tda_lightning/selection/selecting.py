@@ -102,7 +102,8 @@ def select(
             f"{len(attribution.stages)} stages. Give the trajectory of one of them."
         )
     module, task = attribution.module, attribution.task
-    trajectory = replace(attribution.trajectory, data_weights=None)
+    trajectory = attribution.trajectory
+    equal = replace(trajectory, data_weights=None)  # recorded ones are of other examples
     if layer is not None:
         require_layer(module, layer)
     source = ExampleSource.of(train, batch_size, "training")
@@ -123,16 +124,16 @@ def select(
     states: list[Mapping[str, Tensor]] = []
     for replica in range(replicas):
         draw = torch.Generator().manual_seed(seed + replica)
-        training = TrainingOn(trajectory, module, task, candidates, rate, seed)
+        training = TrainingOn(equal, module, task, candidates, rate, seed)
         measured.append([_mean(attribution, training.where.tensors, wanted, 0)])
         for step in range(1, steps + 1):
             drawn = torch.randperm(len(wanted), generator=draw)[:anchors].sort().values
             near = close[drawn].unique()
             with SlowProgress(f"Replica {replica + 1}, step {step}"):
-                scores = _additions_scored(
+                scores = score_additions(
                     attribution,
                     source,
-                    _moved(trajectory, training),
+                    run_moved_to(trajectory, training),
                     wanted.with_dataset(Subset(wanted.dataset, drawn.tolist())),
                     [offered[new[place]] for place in near.tolist()],
                 )
@@ -196,7 +197,7 @@ def _new_examples(known: set[int], size: int) -> tuple[list[int], list[str]]:
     ]
 
 
-def _moved(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
+def run_moved_to(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
     """The run with the weights so far as its last checkpoint, in memory."""
     last, now = trajectory.last_step, training.where.tensors
     recorded = trajectory.checkpoints[last]
@@ -219,7 +220,7 @@ def _moved(trajectory: Trajectory, training: TrainingOn) -> Trajectory:
     )
 
 
-def _additions_scored(
+def score_additions(
     attribution: AttributionModule,
     train: ExampleSource,
     trajectory: Trajectory,

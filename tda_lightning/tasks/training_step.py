@@ -135,7 +135,23 @@ class TrainingStepTask(AttributionTask):
             return total.value.reshape(()), by_position_of(losses, count)
         if self.one_by_one and count > 1:
             return self._batch_loss_one_by_one(module, batch)
-        total = self._run(module, batch)[1]
+        return self._loss_and_parts(module, batch, self._run(module, batch)[1])
+
+    def loss_of_step(
+        self, module: nn.Module, batch: Batch, step: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`batch_loss` of a ``training_step`` that the trainer has called itself, once.
+
+        Args:
+            step: runs it and returns its loss.
+        """
+        with torch.enable_grad():
+            return self._loss_and_parts(module, batch, run_graph(module, step)[1])
+
+    def _loss_and_parts(
+        self, module: nn.Module, batch: Batch, total: Node
+    ) -> tuple[Tensor, Tensor]:
+        count = batches.num_examples(batch)
         reader = self._reader(count, "own")
         parts = _sum(self._read(reader, total, count), count)
         self._require_known_rows(module, batch, reader)

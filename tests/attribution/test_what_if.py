@@ -543,7 +543,7 @@ def test_a_what_if_run_is_not_asked_what_if(recorded: Any) -> None:
     again = folder, *recorded[1:]
     at_half = ask(again, TracIn())
     assert relative(at_half.values, ask(recorded, TracIn(), keep=0.5).values) < 1e-12
-    with pytest.raises(UnsupportedTrainingError, match="is itself a what-if run"):
+    with pytest.raises(UnsupportedTrainingError, match="has weights on its examples already"):
         ask(again, TracIn(), keep=0.5)
 
 

@@ -1,9 +1,7 @@
 """From a pool to another training: ``tda select``, ``tda train extra=FILE``."""
 
 import csv
-import gzip
 import json
-import random
 
 import pytest
 import torch
@@ -14,37 +12,14 @@ from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.edits import Removal, save_edits
 from tda_lightning.examples.data import MNLIData
+from tests.cli.made_up_pairs import TINY, write_pairs
 
-TINY = [
-    "experiment=mnli_encoder",
-    "name=pairs",
-    "data.root=.",
-    "data.holdout=6",
-    "data.num_query=null",
-    "data.num_train=20",
-    "data.sequence_length=8",
-    "data.min_count=1",
-    "data.batch_size=8",
-    "model.network.width=8",
-    "model.network.depth=1",
-    "model.network.heads=2",
-    "recorder.num_checkpoints=2",
-]
 SMALL = ["steps=2", "replicas=2", "anchors=3", "k=2", "estimator.curvature=identity"]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with 46 made-up pairs of sentences."""
-    draw = random.Random(0)
-    words = ["cat", "dog", "bird", "sat", "ran", "saw", "the", "a", "mat", "rug"]
-    rows = ["premise\thypothesis\tgold_label"]
-    for _ in range(46):
-        sides = [" ".join(draw.choices(words, k=3)) for _ in range(2)]
-        rows.append("\t".join([*sides, draw.choice(["entailment", "neutral"])]))
-    (tmp_path / "mnli").mkdir()
-    with gzip.open(tmp_path / "mnli" / "dev_matched.tsv.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(rows) + "\n")
+    write_pairs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

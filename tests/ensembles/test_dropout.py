@@ -175,3 +175,25 @@ class TestBadInput:
         made = ensembles.drop_out(copy, Net(), members=2, layers=["unused"])
         with pytest.raises(UnsupportedTrainingError, match="does not go through unused"):
             scores(Net(), made, TracIn())
+
+
+def test_masks_share_one_what_if_run(ensemble: Ensemble, tmp_path: Path) -> None:
+    """Masks are off in training, so half of the data would have led all members to one run."""
+    train, queries = examples(), examples(3, seed=1)
+
+    def asked(trajectory: Any) -> Any:
+        attribution = AttributionModule(Net(), trajectory, InfluenceFunction(damping=0.1))
+        return attribution.attribute(train, queries, keep=0.5, trainer=quiet())
+
+    planned = AttributionModule(Net(), ensemble, InfluenceFunction(damping=0.1)).plan(
+        train, queries, keep=0.5, trainer=quiet()
+    )
+    assert planned.passes[0].count == 1
+    found = asked(ensemble)
+    folders = [Path(str(member.path)) / "what_if" for member in ensemble]
+    assert [folder.exists() for folder in folders] == [True, False]
+    for number, member in enumerate(ensemble):
+        alone = asked(member)  # trains the second member's own
+        torch.testing.assert_close(found.member(number).values, alone.values, rtol=0, atol=0)
+    assert not torch.allclose(found.member(0).values, found.member(1).values, rtol=0.01)
+    assert folders[1].exists()

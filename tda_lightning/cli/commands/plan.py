@@ -23,12 +23,14 @@ from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.plan_tables import (
     attribution_plan_table,
     comparison_table,
+    index_plan_table,
     recording_plan_table,
 )
 from tda_lightning.cli.question import measurement_of
-from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.recorded_run import load_parts, load_recorded, sources
+from tda_lightning.cli.run_config import run_configuration, run_folder
 from tda_lightning.cli.trainers import configured_trainer
+from tda_lightning.index.plan import plan_index as planned_index
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.plans import AttributionPlan
 
@@ -84,3 +86,28 @@ def plan_recording(config: DictConfig) -> None:
     recorder = instantiate(config.recorder, _convert_="all")
     plan = recorder.plan(module, configured_trainer(config.trainer, [recorder]), data)
     Console().print(recording_plan_table(plan))
+
+
+@clear_errors
+def plan_index(config: DictConfig) -> None:
+    """Show how large an index of a run will be, and how long it takes to build and to search."""
+    folder = Path(required(config, "trajectory", "tda plan index FOLDER"))
+    run = load_recorded(folder)
+    data, module, task = load_parts(config, run_configuration(config, run_folder(folder)))
+    train, queries = sources(data, config.batch_size)
+    rate = config.read_gb_per_second
+    found = planned_index(
+        AttributionModule(module, run, instantiate(config.estimator, _convert_="all"), task),
+        train,
+        folder,
+        bytes_per_example=config.bytes_per_example,
+        dtype=config.dtype,
+        queries=queries,
+        batch_size=config.batch_size,
+        examples=config.examples,
+        read_bytes_per_second=None if rate is None else rate * 1e9,
+        machines=config.machines,
+        price_per_hour=config.price_per_hour,
+        trainer=configured_trainer(config.trainer),
+    )
+    Console().print(index_plan_table(found))
