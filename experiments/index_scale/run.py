@@ -119,6 +119,7 @@ def measured(folder: Path, paths: list[Path], name: str, repeats: int) -> list[d
         (first, own.clone(), scales)
         for first, own, scales in itertools.islice(chunks(str(folder), 1, 1), 8)
     ]
+    held *= 4  # the first chunks put much among the strongest, later ones little
     held_size = sum(len(own) for _, own, _ in held) * EXAMPLE
     for count in QUERIES:
         queries = torch.randn(count, width, generator=generator)

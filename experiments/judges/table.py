@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.judges.names import BASELINE, OURS, THEIRS
 from experiments.marked import with_block
+from tda_lightning.report import Interactions
 
 HERE = Path(__file__).parent
 LABELS = {
@@ -41,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The tables, from the kept results.")
     parser.add_argument("--write", action="store_true", help="put them into README.md")
     options = parser.parse_args()
+    groups = by_group()
     blocks = {"digits": digits(), "seconds": seconds(), "text": text(), "dattri": dattri()}
+    blocks["groups"] = "" if groups is None else groups.table()
     for block in blocks.values():
         print(block, end="\n\n")
     if options.write:
@@ -50,6 +55,8 @@ def main() -> None:
         for name, block in blocks.items():
             written = with_block(written, name, block)
         readme.write_text(written)
+        if groups is not None:
+            (HERE / "interactions.svg").write_text(groups.picture())
 
 
 def load(name: str) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def text() -> str:
     kept = load("text")
     lines = []
     for name, found in kept.items():
-        if name == "accuracy":
+        if name in ("accuracy", "interactions"):
             continue
         area, chance = found["filtering"]
         cells = [f"{area:.2f}", *(told(found[key]) for key in TEXT[1:])]
@@ -129,6 +136,18 @@ def text() -> str:
         f"{table(['', 'filtering, AUPRC', *TEXT[1:]], lines)}\n\nBy chance the area is "
         f"{chance:.3f}. Right answers: {right}."
     )
+
+
+def by_group() -> Interactions | None:
+    """Scores of sentence pairs by group of queries and of training pairs."""
+    kept = load("text").get("interactions")
+    if kept is None:
+        return None
+    numbers = {
+        name: value if name in ("train", "query") else torch.tensor(value)
+        for name, value in kept.items()
+    }
+    return Interactions(**numbers)
 
 
 def dattri() -> str:

@@ -38,13 +38,15 @@ from tda_lightning.cli.command import quiet_lightning
 from tda_lightning.cli.trainers import SILENT
 from tda_lightning.evaluation import bm25, last_layer_cosine, times_similarity
 from tda_lightning.examples.data import MNLIData
-from tda_lightning.examples.data.pairs import Pair, words
+from tda_lightning.examples.data.pairs import LABELS, Pair, words
 from tda_lightning.examples.models import Classifier, Encoder
+from tda_lightning.report import interactions
 from tda_lightning.tasks import ClassificationTask
 
 NUM_MNLI, HIDDEN, ASKED = 3000, 5, 2  # the latter two of each pattern
 EPOCHS, BATCH_SIZE, RATE, SEED = 4, 32, 1e-3, 0
 HEAD = "network.head"
+GROUPED = "EK-FAC"  # whose scores are shown by groups
 THEIRS = ("CaptumTracInCPFast", "TRAK", names.BASELINE)
 
 
@@ -57,12 +59,16 @@ class Pairs:
         sought: which training pairs follow each query's pattern, bool [query, train].
         train_words: of each training pair.
         query_words: of each query.
+        train_groups: set, heuristic and label of each training pair.
+        query_groups: of each query.
     """
 
     problem: Problem
     sought: Tensor
     train_words: Sequence[Sequence[str]]
     query_words: Sequence[Sequence[str]]
+    train_groups: Sequence[str]
+    query_groups: Sequence[str]
 
 
 def pairs(root: str) -> Pairs:
@@ -85,6 +91,8 @@ def pairs(root: str) -> Pairs:
         sought,
         [_words(pair) for pair in everything],
         [_words(hans[place]) for place in asked],
+        [_group(pair) for pair in everything],
+        [_group(hans[place]) for place in asked],
     )
 
 
@@ -94,6 +102,11 @@ def _of_each_pattern(hans: Sequence[Pair], origin: str, count: int) -> list[int]
         if pair.origin == origin:
             found.setdefault(pair.subcase, []).append(place)
     return [place for places in found.values() for place in places[:count]]
+
+
+def _group(pair: Pair) -> str:
+    label = "yes" if LABELS[pair.gold_label] == 0 else "no"
+    return f"{pair.heuristic.replace('_', ' ') or 'MNLI'}, {label}"
 
 
 def _words(pair: Pair) -> list[str]:
@@ -127,6 +140,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-root", required=True, help="folder of the data sets")
+    parser.add_argument("--methods", nargs="*", default=[*names.OURS, *THEIRS])
     parser.add_argument("--folder", type=Path, default=Path("runs/judges"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,15 +157,17 @@ def main() -> None:
     cosines = last_layer_cosine(model, task, end, data.problem.train, data.problem.query).values
     rows = {"embedding similarity": cosines}
     rows["BM25"] = bm25(data.train_words, data.query_words).values
-    for name in (*names.OURS, *THEIRS):
+    for name in options.methods:
         file = folder / f"{name}.pt"
         if not file.exists():
             print(f"text: {name}", flush=True)
             method = methods.method(name, run, model, folder / "cache", HEAD)
             torch.save(methods.explained(method, model, data.problem), file)
         rows[name] = torch.load(file, weights_only=True)["values"]
-    for name in names.OURS:
+    for name in names.OURS.keys() & rows.keys():
         rows[f"{name} x similarity"] = times_similarity(Scores(rows[name]), cosines).values
+    if GROUPED in rows:
+        notes.once("interactions", lambda: by_group(rows[GROUPED], data))
     for name, values in rows.items():
         notes.once(name, lambda v=values: judged(v, data, model))
 
@@ -171,6 +187,15 @@ def right(model: Classifier, problem: Problem) -> dict[str, float]:
         "MNLI": share(inputs[~hidden], labels[~hidden]),
         "hidden": share(inputs[hidden], labels[hidden]),
         "queries": share(*problem.query.tensors),
+    }
+
+
+def by_group(values: Tensor, data: Pairs) -> dict[str, Any]:
+    """Scores by group of queries and of training pairs, as lists."""
+    found = interactions(Scores(values), data.train_groups, data.query_groups)
+    return {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in vars(found).items()
     }
 
 

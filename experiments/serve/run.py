@@ -41,7 +41,7 @@ def main() -> None:
     for clients in CLIENTS:
         for batch in (64, 1):
             rows.append(measured(options.run, clients, batch, options.searches))
-            print(rows[-1], flush=True)
+            print({key: value for key, value in rows[-1].items() if key != "answers"}, flush=True)
     same = all(row.pop("answers") == rows[0]["answers"] for row in rows[1:])
     rows[0].pop("answers")
     if not same:
@@ -68,6 +68,7 @@ def measured(run: str, clients: int, batch: int, searches: int) -> dict[str, Any
             return asyncio.run(asked(url, service.pid, clients, batch, searches))
         finally:
             service.send_signal(signal.SIGTERM)
+            service.communicate()
 
 
 async def asked(url: str, pid: int, clients: int, batch: int, searches: int) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def _shortcut_judge(run: RecordedRun) -> Callable[[Scores], Value]:
             f"A shortcut leads to one class, and the marked examples have {len(classes)}."
         )
     (target,) = classes
+    if not isinstance(target, int):
+        raise ValueError(f"judge=shortcut compares predictions with class numbers, got {target!r}.")
     misled = torch.tensor([label != target for label in query]) & (said == target)
     return lambda own: _found(own, sought, asked & misled, "no marked query is misled")
 

@@ -36,6 +36,7 @@ from tda_lightning.evaluation.linear_datamodeling import (
 )
 from tda_lightning.evaluation.proximal_bregman import each_response, proximal_bregman_response
 from tda_lightning.evaluation.randomised import randomised
+from tda_lightning.evaluation.representatives import Representatives, representatives
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
 from tda_lightning.evaluation.retrieval import (
     average_precision,
@@ -76,6 +77,7 @@ __all__ = [
     "Interval",
     "NothingToRankError",
     "RemovalAgreement",
+    "Representatives",
     "Simulation",
     "Smoothness",
     "TopRemoval",
@@ -116,6 +118,7 @@ __all__ = [
     "recall_within",
     "reciprocal_rank",
     "removals",
+    "representatives",
     "require_tokens",
     "retrain",
     "retrain_each",

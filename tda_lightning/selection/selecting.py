@@ -102,7 +102,8 @@ def select(
             f"{len(attribution.stages)} stages. Give the trajectory of one of them."
         )
     module, task = attribution.module, attribution.task
-    trajectory = replace(attribution.trajectory, data_weights=None)
+    trajectory = attribution.trajectory
+    equal = replace(trajectory, data_weights=None)  # recorded ones are of other examples
     if layer is not None:
         require_layer(module, layer)
     source = ExampleSource.of(train, batch_size, "training")
@@ -123,7 +124,7 @@ def select(
     states: list[Mapping[str, Tensor]] = []
     for replica in range(replicas):
         draw = torch.Generator().manual_seed(seed + replica)
-        training = TrainingOn(trajectory, module, task, candidates, rate, seed)
+        training = TrainingOn(equal, module, task, candidates, rate, seed)
         measured.append([_mean(attribution, training.where.tensors, wanted, 0)])
         for step in range(1, steps + 1):
             drawn = torch.randperm(len(wanted), generator=draw)[:anchors].sort().values

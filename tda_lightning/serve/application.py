@@ -64,9 +64,7 @@ def application(service: Service, token: str) -> Application:
         return fastapi.Response(as_json(content), status, HEADERS, "application/json")
 
     def refused(request: Any, error: Exception) -> Any:
-        status, message = _told(error)
-        if status == 500:
-            _LOG.error("A request failed.", exc_info=error)
+        status, message = _told(error)  # uvicorn logs the error behind status 500
         return answered({"error": message}, status)
 
     app = fastapi.FastAPI(openapi_url=None, redirect_slashes=False)
@@ -95,7 +93,7 @@ async def _body(request: Any, most: int) -> bytes:
     """The body of a request, as long as it is no larger than ``most`` bytes."""
     announced = request.headers.get("content-length", "")
     too_large = Refusal(413, f"A request may have {most} bytes.")
-    if announced.isdigit() and int(announced[:18]) > most:
+    if announced.isdecimal() and int(announced[:18]) > most:
         raise too_large
     body = bytearray()
     async for part in request.stream():
@@ -126,6 +124,6 @@ async def _answer(
     except Stopped:
         raise Refusal(503, "The service is stopping.") from None
     except blamed as error:
-        _LOG.warning("A search failed: %s", error)
+        _LOG.warning("A search failed: %s", " ".join(str(error).split()))
         message = public_message(error) or "The model cannot be asked about this query."
         raise Refusal(400, message) from error

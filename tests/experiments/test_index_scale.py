@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from tda_lightning.index.rounding import rounded
 from tda_lightning.store.index_files import write_shard
 
 fsspec = pytest.importorskip("fsspec")
+from experiments.index_scale import table  # noqa: E402
 from experiments.index_scale.merge import merged  # noqa: E402
 from experiments.index_scale.part import chunks, rows_of, search  # noqa: E402
 from experiments.index_scale.scan import scan  # noqa: E402
+from experiments.marked import with_block  # noqa: E402
 
 WIDTH, ROWS, SHARDS = 60, 700, 3
 
@@ -100,3 +103,10 @@ def test_hydra_s_launchers_share_a_search(store, tmp_path):
     subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     found, _ = merged(f"{tmp_path}/found")
     require_same(found, dense, queries, 5)
+
+
+def test_the_readme_has_the_kept_rates():
+    rows = json.loads((table.HERE / "results" / "rates.json").read_text())["rows"]
+    text = (table.HERE / "README.md").read_text(encoding="utf-8")
+    for name, block in (("rates", table.rates(rows)), ("machines", table.machines(rows))):
+        assert with_block(text, name, block) == text

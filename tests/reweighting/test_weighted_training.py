@@ -94,8 +94,7 @@ def require_equal(found: Any, expected: Any) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("class_weights", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("class_weights", "accumulate"), [(False, 1), (True, 2)])
 def test_a_weighted_loss_is_the_replay_with_weights(
     class_weights: bool, accumulate: int, tmp_path: Any
 ) -> None:
@@ -179,6 +178,7 @@ def test_the_sampler_draws_by_weight(tmp_path: Any) -> None:
         assert loader.batch_sampler.sampler is before
 
 
+@pytest.mark.slow  # five trainings and an exact unrolling
 def test_the_predicted_change_is_the_derivative_of_training(tmp_path: Any) -> None:
     train(TrajectoryRecorder(tmp_path / "run"), module=Net(dropout=0.0))
     trajectory, queries = Trajectory.load(tmp_path / "run"), TensorDataset(*data()[:4])

@@ -1,6 +1,7 @@
 """Choosing from a pool, on least squares where the best example is known in closed form."""
 
 import csv
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,9 @@ def by_hand(
     last = trajectory.checkpoints[trajectory.last_step]
     weights = last.parameters["layer.weight"].flatten().clone()
     buffer = last.optimizer["layer.weight"]["momentum_buffer"].flatten().clone()
-    hessian = train.tensors[0].T @ train.tensors[0] / COUNT
+    own = trajectory.data_weights
+    own = torch.ones(COUNT, dtype=torch.float64) if own is None else own
+    hessian = (train.tensors[0].T * own) @ train.tensors[0] / COUNT
 
     def gradients(data: TensorDataset) -> Tensor:
         inputs, targets = data.tensors
@@ -88,8 +91,13 @@ def by_hand(
 EXACT = InfluenceFunction("exact", damping=0.0)
 
 
-def test_choices_scores_and_training_are_those_of_the_closed_form(run: Any) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_choices_scores_and_training_are_those_of_the_closed_form(run: Any, weighted: bool) -> None:
     module, trajectory, train = run
+    if weighted:  # as WeightedTraining records it
+        own = 2 * torch.rand(COUNT, generator=torch.Generator().manual_seed(6)).double()
+        run = module, replace(trajectory, data_weights=own), train
+        trajectory = run[1]
     pool, target = examples(30, 1), examples(8, 2, shift=1.0)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     found = select(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -36,6 +37,7 @@ _STRANGE: list[Any] = [
         "file:///etc/passwd",
     ),
 ]
+_EXAMPLE = [[[[0.5] * 4] * 4], 3]
 _PATHS = [
     *("/../../etc/passwd", "/examples/../../../etc/shadow", "/examples/%2e%2e%2f%2e%2e", "/.env"),
     *("//etc/passwd", "/examples/-1", "/examples/1e3", "/examples/0x10", "/examples/\u0663", "/%"),
@@ -45,18 +47,18 @@ _PATHS = [
 ]
 
 
-def _whole() -> dict[str, Any]:
+def _whole(example: Any) -> dict[str, Any]:
     return {
-        "query": {"example": [[[[0.5] * 4] * 4], 3]},
+        "query": {"example": copy.deepcopy(example)},
         "k": 3,
         "rerank": 0,
         "measurement": {"name": "contrast", "target": 1, "foil": 2, "of": "logit", "span": [0, 1]},
     }
 
 
-def _damaged(chance: random.Random) -> Any:
+def _damaged(chance: random.Random, example: Any) -> Any:
     """The whole request with one to three of its parts replaced, renamed or removed."""
-    request = _whole()
+    request = _whole(example)
     for _ in range(chance.randint(1, 3)):
         holder: Any = request
         while True:
@@ -70,7 +72,7 @@ def _damaged(chance: random.Random) -> Any:
                 continue
             change = chance.random()
             if change < 0.7:
-                holder[key] = chance.choice(_STRANGE)
+                holder[key] = copy.deepcopy(chance.choice(_STRANGE))
             elif change < 0.85 and isinstance(holder, dict):
                 holder[chance.choice(["", "x", "__class__", "path", "outputs"])] = holder.pop(key)
             else:
@@ -83,9 +85,9 @@ def _damaged(chance: random.Random) -> Any:
     return request
 
 
-def _bytes(chance: random.Random) -> bytes:
+def _bytes(chance: random.Random, example: Any) -> bytes:
     """A body that is no JSON of ours: bits turned, cut, nested, endless numbers."""
-    body = bytearray(json.dumps(_damaged(chance)).encode())
+    body = bytearray(json.dumps(_damaged(chance, example)).encode())
     kind = chance.randrange(6)
     if kind == 0:
         for _ in range(chance.randint(1, 20)):
@@ -108,23 +110,27 @@ def _bytes(chance: random.Random) -> bytes:
 
 
 def hostile_requests(
-    chance: random.Random, count: int
+    chance: random.Random, count: int, example: Any = _EXAMPLE
 ) -> Iterator[tuple[str, str, dict[str, str], bytes]]:
-    """(method, path, headers, body) of requests that deserve an answer of 400 to 499."""
+    """(method, path, headers, body) of requests that deserve an answer of 400 to 499.
+
+    Args:
+        example: that the service would take.
+    """
     own = {"Content-Type": "application/json"}
     for _ in range(count):
         kind = chance.randrange(10)
         if kind < 4:
-            yield "POST", "/search", own, json.dumps(_damaged(chance)).encode()
+            yield "POST", "/search", own, json.dumps(_damaged(chance, example)).encode()
         elif kind < 7:
-            yield "POST", "/search", own, _bytes(chance)
+            yield "POST", "/search", own, _bytes(chance, example)
         elif kind < 8:
             yield "GET", chance.choice(_PATHS), {}, b""
         elif kind < 9:
             method = chance.choice(["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"])
             yield method, chance.choice(["/search", "/health", "/examples/3"]), own, b""
         else:
-            yield "POST", "/search", _headers(chance), json.dumps(_whole()).encode()
+            yield "POST", "/search", _headers(chance), json.dumps(_whole(example)).encode()
 
 
 def _headers(chance: random.Random) -> dict[str, str]:
