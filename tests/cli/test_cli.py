@@ -166,11 +166,17 @@ def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
     ("arguments", "absent"),
     [
         (["--help"], ["torch", "hydra", "lightning"]),
-        (["inspect", "runs/digits"], ["lightning", "tda_lightning.estimators", "scipy"]),
+        (["inspect", "runs/digits"], ["torch", "lightning", "scipy"]),
+        (["report", "scores.h5"], ["lightning", "tda_lightning.estimators"]),
+        (["export", "scores.h5", "format=csv"], ["lightning", "tda_lightning.estimators"]),
     ],
 )
-def test_commands_import_only_what_they_need(run, arguments, absent):
+def test_commands_import_only_what_they_need(run, tmp_path, arguments, absent):
     """Lightning takes seconds to import, and torch more than one."""
+    if arguments[0] == "export":
+        pytest.importorskip("pandas")
+    # Scores alone: the report of a recorded run shows its data, and data modules are Lightning's.
+    Scores(torch.zeros(2, 3)).save(tmp_path / "scores.h5")
     code = (
         "import sys; from tda_lightning.cli import main; "
         f"status = main({arguments!r}); "
