@@ -51,7 +51,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         _add(files, config, path.relative_to(ROOT).as_posix(), path)
         for picture in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
             source = (path.parent / picture).resolve()
-            _add(files, config, source.relative_to(ROOT).as_posix(), source)
+            if source.exists():  # else mkdocs says which page shows a picture that is not there
+                _add(files, config, source.relative_to(ROOT).as_posix(), source)
     for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         text = as_markdown(notebook)
         files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=text))

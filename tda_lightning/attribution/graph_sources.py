@@ -14,7 +14,7 @@ from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.graphs import entry, find_mask, num_nodes
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.store.fingerprint import LENGTH
+from tda_lightning.store.fingerprints import LENGTH
 from tda_lightning.tasks import (
     AttributionTask,
     ClassificationTask,

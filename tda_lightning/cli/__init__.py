@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "plan": ("predict time, memory and disk of what a command would do", "trajectory"),
     "ensemble": ("train more runs like a recorded one, to be attributed together", "trajectory"),
     "attribute": ("score training examples for queries, from a trajectory", "trajectory"),
+    "index": ("keep compressed gradients of all examples, to be searched later", "trajectory"),
     "check": ("check that gradients are exact and derivatives can be trusted", "trajectory"),
     "evaluate": ("measure how well scores predict retraining", "trajectory"),
     "unlearn": ("move weights as if some training examples had not been there", "trajectory"),
@@ -46,6 +47,7 @@ For example:
     tda ensemble   runs/digits members=5
     tda plan       trajectory=runs/digits
     tda attribute  trajectory=runs/digits estimator=source
+    tda index      runs/digits search=true
     tda check      runs/digits
     tda evaluate   trajectory=runs/digits scores=runs/digits/scores/source.h5
     tda unlearn    runs/digits 'remove=[3,17]'

@@ -10,7 +10,6 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +46,8 @@ def clear_errors(command: Command) -> Command:
         try:
             require_setting_types(config)
             if config.get("threads"):
+                import torch
+
                 torch.set_num_threads(config.threads)
             command(config)
         except CompactHydraException as error:

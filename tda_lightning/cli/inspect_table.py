@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from tda_lightning.records.ensemble import EnsembleFacts
 from tda_lightning.runtime.formatting import readable_bytes
@@ -126,6 +126,6 @@ def _abridged(entries: list[tuple[str, FileEntry]], kind: str) -> Iterable[tuple
             yield f"{len(hidden)} more {kind}", "", readable_bytes(size)
 
 
-def _range(values: Tensor) -> str:
+def _range(values: np.ndarray) -> str:
     low, high = float(values.min()), float(values.max())
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

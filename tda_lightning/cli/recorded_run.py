@@ -19,10 +19,10 @@ from tda_lightning.cli.own_data import OwnData, as_attributed
 from tda_lightning.cli.own_module import build_module
 from tda_lightning.cli.run_config import build, trusts
 from tda_lightning.records.data_module import AttributedData
-from tda_lightning.records.ensemble import Ensemble, folder_within
+from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, is_data_module
-from tda_lightning.store.ensemble_file import is_ensemble, read_ensemble
+from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.tasks import AttributionTask, as_task
 
 
@@ -87,13 +87,6 @@ def load_data(
 def load_recorded(folder: Path) -> Trajectory | Ensemble:
     """The run in a folder, or the ensemble."""
     return Ensemble.load(folder) if is_ensemble(folder) else Trajectory.load(str(folder))
-
-
-def run_folder(folder: Path) -> Path:
-    """The folder of a recorded run: of an ensemble's folder, that of the run it was made from."""
-    if not is_ensemble(folder):
-        return folder
-    return folder_within(folder, read_ensemble(folder).run)
 
 
 def replay_device(asked: str | None, trajectory: Trajectory) -> torch.device:

@@ -22,7 +22,9 @@ from yaml import YAMLError
 
 from tda_lightning.cli.command import command_line
 from tda_lightning.cli.own_config import read_own_config
+from tda_lightning.records.ensemble import folder_within
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
+from tda_lightning.store.ensemble_file import is_ensemble, read_ensemble
 
 FILE_NAME = "config.yaml"
 TRUSTED = (
@@ -34,6 +36,13 @@ TRUSTED = (
     "torch.nn.",
     "torch.optim.",
 )
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of a recorded run: of an ensemble's folder, that of the run it was made from."""
+    if not is_ensemble(folder):
+        return folder
+    return folder_within(folder, read_ensemble(folder).run)
 
 
 def save_config(config: DictConfig, folder: str | Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.store.fingerprint import fingerprint
+from tda_lightning.store.fingerprints import fingerprint
 from tda_lightning.tasks import AttributionTask, as_task
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.index.build import damage_of, shard_of, write_missing
 from tda_lightning.index.compression import Compression
+from tda_lightning.index.compressions import COMPRESSIONS
 from tda_lightning.index.facts import Appended, IndexFacts
 from tda_lightning.index.merging import merge_files
 from tda_lightning.index.opened import in_session, training_source
-from tda_lightning.index.preparing import opened_compression, part_of, prepared, stand_ins
+from tda_lightning.index.preparing import Settings, opened_compression, part_of, prepared, stand_ins
 from tda_lightning.index.reranking import reranked
 from tda_lightning.index.responses import responder_of
 from tda_lightning.index.rounding import bytes_of, width_of
@@ -62,7 +63,8 @@ class AttributionIndex:
         bytes_per_example: int = 1024,
         part: tuple[int, int] | str | None = None,
         batch_size: int = 256,
-        dtype: str = "int8",
+        dtype: str | None = "int8",
+        compression: str | None = None,
         queries: object = None,
         shard: int = SHARD,
         seed: int = 0,
@@ -82,7 +84,10 @@ class AttributionIndex:
             bytes_per_example: on disk, with the scale of the row. Where there is room for all
                 coordinates, nothing is lost but precision.
             part: (K, N), or "K/N": write the Kth of N parts alone, counted from 1.
-            dtype: of the stored numbers: int8, float16, float32 or float64.
+            dtype: of the stored numbers: int4, int8, float16, float32 or float64; None: int4 or
+                int8, whichever agrees better with exact scores on a sample.
+            compression: "leading" coordinates, "factors" or "random" projection; None: the first or
+                the second, by the same agreement (docs/indexing.md).
             queries: a sample of queries like those that will be asked; None: training examples
                 stand for them.
             shard: examples in a file.
@@ -100,11 +105,16 @@ class AttributionIndex:
         """
         root = Path(path)
         part_number, parts = part_of(part)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        dtypes = ("int4", "int8") if dtype is None else (dtype,)
+        if not set(dtypes) <= DTYPES.keys():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}.")
         if shard < 1:
             raise ValueError(f"shard is a number of examples, at least 1; got {shard}.")
-        width = width_of(bytes_per_example, dtype)
+        if compression is not None and compression not in COMPRESSIONS:
+            known = ", ".join(COMPRESSIONS)
+            raise ValueError(f"compression must be one of {known} or None, got {compression!r}.")
+        for own in dtypes:
+            width_of(bytes_per_example, own)
         source = training_source(attribution, train, batch_size)
         asked = stand_ins(source, queries, batch_size, seed)
         estimator = attribution.estimator
@@ -112,27 +122,25 @@ class AttributionIndex:
         def work(session: Session) -> tuple[IndexFacts, Compression]:
             responder = responder_of(estimator, session)
             steps = sorted({step for term in responder.terms for step in term.steps})
-            made_of = digest([session.cache_key(steps), repr(estimator), bytes_per_example, seed])
-            facts = IndexFacts(
-                num_train=len(source),
-                width=width,
-                dtype=dtype,
-                shard=shard,
-                terms=tuple(responder.terms),
-                compression="",
-                made_of=made_of,
-                provenance={"estimator": repr(estimator), "bytes_per_example": bytes_per_example},
+            settings = Settings(
+                bytes_per_example,
+                dtypes,
+                ("leading", "factors") if compression is None else (compression,),
+                shard,
+                seed,
+                digest([session.cache_key(steps), repr(estimator)]),
+                {"estimator": repr(estimator)},
             )
-            facts, compression = prepared(
-                root, facts, session, responder, source, seed, None if like is None else Path(like)
+            facts, made = prepared(
+                root, settings, session, responder, source, None if like is None else Path(like)
             )
             rank, world = rank_and_world()
             mine = list(facts.cut(0, facts.num_train))[part_number::parts][rank::world]
-            write_missing(root, facts, compression, session, source, mine)
-            return facts, compression
+            write_missing(root, facts, made, session, source, mine)
+            return facts, made
 
-        facts, compression = in_session(attribution, source, asked, work, trainer)
-        return cls(root, facts, compression, attribution, train)
+        facts, made = in_session(attribution, source, asked, work, trainer)
+        return cls(root, facts, made, attribution, train)
 
     @classmethod
     def open(
@@ -244,7 +252,9 @@ class AttributionIndex:
             raise ValueError(
                 f"k must be between 1 and the number of examples, {self.num_examples}; got {k}."
             )
-        best = search(self.compression, asked, self.shards(), k, 1 / self.facts.num_train)
+        facts = self.facts
+        factor = 1 / facts.num_train
+        best = search(self.compression, asked, self.shards(), facts.dtype, k, factor)
         return best.result(0, self.num_examples)
 
     def append(self, more: object, *, batch_size: int = 256, trainer: Any = None) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.directions import LeadingCoordinates
 from tda_lightning.index.factors import FactorPairs
+from tda_lightning.index.random_projection import RandomProjection
 
-COMPRESSIONS: Mapping[str, type[LeadingCoordinates] | type[FactorPairs]] = {
-    kind.kind: kind for kind in (LeadingCoordinates, FactorPairs)
-}
+COMPRESSIONS: Mapping[
+    str, type[LeadingCoordinates] | type[FactorPairs] | type[RandomProjection]
+] = {kind.kind: kind for kind in (LeadingCoordinates, FactorPairs, RandomProjection)}
 
 
 def restored(kind: str, tensors: Mapping[str, Tensor]) -> Compression:

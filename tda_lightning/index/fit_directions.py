@@ -106,7 +106,12 @@ def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> Le
         best[shares.topk(room).indices] = True
         grids, gradients = _chosen(grids, best), gradients[:, best]
         asked, offered = asked[best], offered[best]
-    if width >= len(asked):  # each by itself
+    # Of a sample, components beyond half its size are noise.
+    if width >= min(len(asked), len(gradients) // 2):
+        if len(asked) > width:
+            best = torch.zeros_like(asked, dtype=torch.bool)
+            best[(asked * offered).topk(width).indices] = True
+            grids, offered = _chosen(grids, best), offered[best]
         scale = _positive(offered).rsqrt()
         return LeadingCoordinates(grids, scale.to(gradients), scale.reciprocal().to(gradients))
     asked = _positive(asked).sqrt()

@@ -95,7 +95,7 @@ def plan_index(
     folder: Path,
     *,
     bytes_per_example: int = 1024,
-    dtype: str = "int8",
+    dtype: str | None = "int8",
     queries: object = None,
     batch_size: int = 256,
     examples: int | None = None,
@@ -176,7 +176,7 @@ def _multiplied(index: AttributionIndex, asked: Tensor, rows: int) -> float:
     own = shard_of(index.path, index.facts, 0, rows)
     repeated = [own] * max(1, _SEARCHED // rows)
     began = time.perf_counter()
-    search(index.compression, asked, repeated, 10, 1.0)
+    search(index.compression, asked, repeated, index.facts.dtype, 10, 1.0)
     return len(repeated) * rows * index.bytes_per_example / (time.perf_counter() - began)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,41 @@ from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE
 from tda_lightning.store.lock import FolderLock
 
 _WAIT = 0.2  # seconds between looks at a folder that another process is preparing
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for of an index.
+
+    Attributes:
+        bytes_per_example: of a row, at most.
+        dtypes: of the stored numbers, from which one is chosen.
+        kinds: of compressions, likewise.
+        shard: rows in a shard.
+        seed: of what is drawn.
+        made_of: digest of the run, the task and the estimator.
+        provenance: those in words.
+    """
+
+    bytes_per_example: int
+    dtypes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shard: int
+    seed: int
+    made_of: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of all of it."""
+        numbers = (
+            self.bytes_per_example,
+            list(self.dtypes),
+            list(self.kinds),
+            self.shard,
+            self.seed,
+        )
+        return digest([*numbers, self.made_of])
 
 
 def part_of(part: tuple[int, int] | str | None) -> tuple[int, int]:
@@ -57,11 +94,10 @@ def stand_ins(source: ExampleSource, queries: object, batch_size: int, seed: int
 
 def prepared(
     root: Path,
-    facts: IndexFacts,
+    settings: Settings,
     session: Session,
     responder: Responder,
     source: ExampleSource,
-    seed: int,
     like: Path | None = None,
 ) -> tuple[IndexFacts, Compression]:
     """The facts and the compression of the index in ``root``, which are made where there are none.
@@ -82,41 +118,61 @@ def prepared(
         try:
             if not (root / INDEX_FILE).exists():
                 if like is None:
-                    _begin(root, facts, session, responder, source, seed)
+                    _begin(root, settings, session, responder, source)
                 else:
                     copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
                     replace(IndexFacts.read(like), appended=()).write(root)
         finally:
             lock.release()
     there = IndexFacts.read(root)
-    if there.made_of != facts.made_of or (there.dtype, there.shard) != (facts.dtype, facts.shard):
+    if there.made_of != settings.digest:
         raise FileExistsError(
-            f"{root} holds an index of another run or with other settings "
-            f"({there.provenance}), which is kept. Choose another folder, or delete that one."
+            f"{root} holds an index of another run or with other settings (made by "
+            f"{there.provenance}), which is kept. Choose another folder, or delete that one."
         )
     return there, opened_compression(root, there).to(session.device, session.dtype)
 
 
 def _begin(
     root: Path,
-    facts: IndexFacts,
+    settings: Settings,
     session: Session,
     responder: Responder,
     source: ExampleSource,
-    seed: int,
 ) -> None:
     """Choose how gradients are compressed, and write it."""
+    seed = settings.seed
     samples = Samples(
         _batches(session, drawn(len(source), "directions", seed)),
         _batches(session, drawn(len(source), "components", seed)),
         _batches(session, drawn(len(source), "judging", seed)),
     )
-    made, agreement = chosen_compression(
-        session, responder, facts.width, facts.dtype, samples, seed
+    made, dtype, agreement = chosen_compression(
+        session,
+        responder,
+        settings.bytes_per_example,
+        settings.dtypes,
+        settings.kinds,
+        samples,
+        settings.seed,
     )
     write_compression(root, made.kind, made.tensors())
-    provenance = {**facts.provenance, "compression": made.kind, "agreement": agreement}
-    replace(facts, width=made.width, compression=digest_of(made), provenance=provenance).write(root)
+    provenance = {
+        **settings.provenance,
+        "bytes_per_example": settings.bytes_per_example,
+        "compression": f"{made.kind} in {dtype}",
+        "agreement": agreement,
+    }
+    IndexFacts(
+        num_train=len(source),
+        width=made.width,
+        dtype=dtype,
+        shard=settings.shard,
+        terms=tuple(responder.terms),
+        compression=digest_of(made),
+        made_of=settings.digest,
+        provenance=provenance,
+    ).write(root)
 
 
 def opened_compression(root: Path, facts: IndexFacts) -> Compression:
@@ -143,7 +199,7 @@ def digest_of(compression: Compression) -> str:
 # Places of the samples in a random order of the examples: those that stand for queries, those that
 # compressions are judged by, and those that they are fitted to. So none is compared with itself.
 _PLACES = {"asked": (0, 256), "judging": (256, 512), "directions": (512, 1024)}
-_PLACES["components"] = (512, 4608)
+_PLACES["components"] = (512, 2560)
 
 
 def drawn(count: int, purpose: str, seed: int) -> list[int]:

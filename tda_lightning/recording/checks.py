@@ -22,7 +22,7 @@ from tda_lightning.optimizers import consequences, optimizer_name
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.processes import is_distributed
-from tda_lightning.store.fingerprint import LENGTH, compare_fingerprints
+from tda_lightning.store.fingerprints import LENGTH, compare_fingerprints
 
 
 def require_supported(trainer: Trainer, module: LightningModule) -> None:

@@ -34,7 +34,7 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.random_states import Snapshot
-from tda_lightning.store.fingerprint import num_examples
+from tda_lightning.store.fingerprints import num_examples
 
 Indices = np.ndarray  # int64 [examples]
 

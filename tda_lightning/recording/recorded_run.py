@@ -47,7 +47,7 @@ from tda_lightning.records.trajectory import Facts, facts_up_to
 from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.tokenizers import tokenizer_digests
-from tda_lightning.store.fingerprint import compare_fingerprints, fingerprint, num_examples
+from tda_lightning.store.fingerprints import compare_fingerprints, fingerprint, num_examples
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
 

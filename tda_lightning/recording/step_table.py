@@ -32,7 +32,8 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts, Steps
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.random_states import States
-from tda_lightning.store.steps_file import join_steps, widened
+from tda_lightning.store.step_arrays import widened
+from tda_lightning.store.steps_file import join_steps
 from tda_lightning.store.writer import TrajectoryWriter
 
 _UNFETCHED = 512  # rows whose scalars are still on their device
@@ -296,5 +297,5 @@ def _ratio(after: float, before: float) -> float:
 
 def _by_group(rows: Sequence[Sequence[float]], fill: float | None = None) -> Tensor:
     """Rows of groups; groups may have been added from one row to the next."""
-    parts = [torch.tensor(list(part), dtype=torch.float64) for _, part in groupby(rows, len)]
-    return widened(parts, fill) if parts else torch.zeros(0, 0, dtype=torch.float64)
+    parts = [np.array(list(part), dtype=np.float64) for _, part in groupby(rows, len)]
+    return torch.from_numpy(widened(parts, fill) if parts else np.zeros((0, 0)))

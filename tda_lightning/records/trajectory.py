@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.display import fact_lines, html_facts, listed
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.files import StoreFunction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 # The setting that marks a run put together from checkpoints (``Trajectory.from_checkpoints``).
 FROM_CHECKPOINTS = "from_checkpoints"
@@ -134,6 +134,8 @@ class Steps:
 
     def __post_init__(self) -> None:
         if self.clipping is None:
+            import torch  # here: `tda inspect` makes no record of tensors
+
             object.__setattr__(self, "clipping", torch.ones(len(self.epoch), dtype=torch.float64))
 
     def __len__(self) -> int:

@@ -14,9 +14,7 @@ among them: what the process draws from it cannot be repeated from here.
 from __future__ import annotations
 
 import ctypes
-import math
 import random
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,17 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda_lightning.runtime.random_state_forms import TWISTERS, WORDS, require_forms
+
 States = dict[str, Tensor]
 
-TWISTERS = ("python", "numpy")  # generators whose states are int64
-_WORDS = 624  # of a Mersenne twister
-_TWISTER = _WORDS + 3
 _PYTHON = 3  # the version of Python's form of a state since Python 3.2
-_CUDA = re.compile(r"cuda(0|[1-9]\d{0,3})", re.ASCII)
-_CUDA_STATE = struct.Struct("<Qq")  # seed, offset
-# Of torch: seed, left, seeded, next, the words, three numbers of the double normal and its flag,
-# the single normal and its flag.
-_TORCH_STATE = struct.Struct("<QiiQ4992x3di4xfB3x")
 
 
 @dataclass(frozen=True)
@@ -116,9 +108,9 @@ def _vector(words: np.ndarray, position: int, waiting: float | None) -> Tensor:
 
 def _unpacked(state: Tensor) -> tuple[np.ndarray, int, float | None]:
     """The reverse of :func:`_vector`."""
-    position, waits, bits = state[_WORDS:].tolist()
+    position, waits, bits = state[WORDS:].tolist()
     (number,) = struct.unpack("<d", struct.pack("<q", bits))
-    return state[:_WORDS].numpy().astype(np.uint32), position, number if waits else None
+    return state[:WORDS].numpy().astype(np.uint32), position, number if waits else None
 
 
 _last_numpy: tuple[bytes, tuple[bytes, int, float | None]] | None = None  # memory, and its state
@@ -136,7 +128,7 @@ def _numpy_twister() -> tuple[bytes, int, float | None] | None:
     if not isinstance(generator, np.random.MT19937):
         return None
     address = generator.ctypes.state_address
-    memory = ctypes.string_at(address, 4 * _WORDS + 4)  # the words and the position
+    memory = ctypes.string_at(address, 4 * WORDS + 4)  # the words and the position
     if _last_numpy is not None and _last_numpy[0] == memory and _last_numpy[1][2] is None:
         return _last_numpy[1]
     state = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -154,7 +146,7 @@ def current_states() -> States:
 def restore_states(states: Mapping[str, Tensor]) -> None:
     """Put the generators into ``states``; those of CUDA devices that are not here are passed over.
 
-    ``states`` are those of :func:`current_states`, or have passed :func:`require_restorable`.
+    ``states`` are those of :func:`current_states`, or have passed ``require_forms``.
     """
     Snapshot.of(states).restore()
 
@@ -165,55 +157,8 @@ def require_restorable(states: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError, RuntimeError: they are not such as :func:`current_states` gives.
     """
-    if not {"torch", "python"} <= states.keys():
-        raise ValueError(f"random states of {sorted(states)}, expected torch's and Python's")
-    for name, state in states.items():
-        if name in TWISTERS:
-            _require_twister(name, state)
-        elif name == "torch":
-            _require_torch(state)
-        elif _CUDA.fullmatch(name):
-            _require_cuda(name, state)
-        else:
-            raise ValueError(f"a random state of an unknown generator {name[:100]!r}")
-
-
-def _require_form(name: str, state: Tensor, dtype: torch.dtype, length: int) -> None:
-    if state.dtype != dtype or tuple(state.shape) != (length,):
-        raise ValueError(
-            f"the random state of {name} is {state.dtype} {list(state.shape)}, expected {dtype} "
-            f"[{length}]"
-        )
-
-
-def _require_twister(name: str, state: Tensor) -> None:
-    _require_form(name, state, torch.int64, _TWISTER)
-    words, (position, waits, bits) = state[:_WORDS], state[_WORDS:].tolist()
-    inside = bool(((words >= 0) & (words < 1 << 32)).all()) and 0 <= position <= _WORDS
-    # A twister that is all zero stays so, and to draw a normal number with it never ends.
-    alive = bool(words[1:].any()) or int(words[0]) >> 31
-    (number,) = struct.unpack("<d", struct.pack("<q", bits))
-    if not inside or not alive or waits not in (0, 1) or not math.isfinite(number):
-        raise ValueError(f"the random state of {name} is none of a Mersenne twister")
-
-
-def _require_torch(state: Tensor) -> None:
-    _require_form("torch", state, torch.uint8, _TORCH_STATE.size)
-    _, left, seeded, following, *numbers = _TORCH_STATE.unpack(state.numpy().tobytes())
-    x, y, rho, waits, single, single_waits = numbers
-    # torch itself does not check that the two counts lead to no word beyond the last.
-    inside = 1 <= left <= _WORDS and following <= _WORDS and left + following <= _WORDS + 1
-    flags = seeded == 1 and waits in (0, 1) and single_waits in (0, 1)
-    if not inside or not flags or not all(math.isfinite(n) for n in (x, y, rho, single)):
-        raise ValueError("the random state of torch is none of a Mersenne twister")
-    torch.Generator().set_state(state.clone())  # torch 2.13 crashes at a row of a table
-
-
-def _require_cuda(name: str, state: Tensor) -> None:
-    _require_form(name, state, torch.uint8, _CUDA_STATE.size)
-    _, offset = _CUDA_STATE.unpack(state.numpy().tobytes())
-    if offset < 0 or offset % 4:
-        raise ValueError(f"the random state of {name} has offset {offset}")
+    require_forms(states)
+    torch.Generator().set_state(states["torch"].clone())  # torch 2.13 crashes at a row of a table
 
 
 @contextmanager

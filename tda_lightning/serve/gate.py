@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -22,7 +24,9 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 
+_ALWAYS = ("/", "/health")  # take no time, and monitors ask when there are many requests
 _HEADER_BYTES = 1 << 14
+_DRAINED_BYTES, _DRAINED_SECONDS = 1 << 20, 1.0
 
 
 def as_json(content: object) -> bytes:
@@ -53,7 +57,7 @@ class Gate:
         try:
             self._require_allowed(scope)
         except Refusal as refusal:
-            await _refuse(refusal, send)
+            await _refuse(refusal, receive, send)
             return
         self._inside += 1
         try:
@@ -73,17 +77,30 @@ class Gate:
             headers.get(b"authorization", b""), self._token
         ):
             raise Refusal(401, "Show the token: Authorization: Bearer TOKEN.")
-        if self._inside >= self._waiting:
+        if self._inside >= self._waiting and scope["path"] not in _ALWAYS:
             raise Refusal(429, f"{self._inside} requests are waiting. Ask again in a moment.")
 
 
-async def _refuse(refusal: Refusal, send: Send) -> None:
+async def _drain(receive: Receive) -> None:
+    """Take what little of a request is still on its way: a connection that is closed before that
+    is reset, and the client may never see the answer."""
+    left = _DRAINED_BYTES
+    while left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
+
+
+async def _refuse(refusal: Refusal, receive: Receive, send: Send) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_drain(receive), _DRAINED_SECONDS)
     extra = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}
     headers = {
         "content-type": "application/json",
         **HEADERS,
         **extra.get(refusal.status, {}),
-        # What was sent is not read, so the connection cannot be used again.
+        # There may be more of the request, so the connection is not used again.
         "connection": "close",
     }
     await send(

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
-import torch
-from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryError, TrajectoryFormatError
 from tda_lightning.store.atomic_write import AsideFile, replacing
@@ -33,11 +31,14 @@ from tda_lightning.store.untrusted import (
     to_json,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _COMPACT_BYTES = 1 << 12  # below it, data lie inside the checksummed object header
 
 # torch dtypes that NumPy has; every other one is stored as unsigned integers of its width.
 _NUMPY = {
-    getattr(torch, name): np.dtype(name).newbyteorder("<")
+    name: np.dtype(name).newbyteorder("<")
     for name in (
         *("float64", "float32", "float16", "complex64", "complex128", "bool"),
         *("int64", "int32", "int16", "int8", "uint8"),
@@ -45,7 +46,7 @@ _NUMPY = {
 }
 _UNSIGNED = {width: np.dtype(f"<u{width}") for width in (1, 2, 4, 8)}
 # Views between equal widths go through the signed twin, which every torch release has.
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGNED = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 @contextmanager
@@ -193,13 +194,15 @@ def subgroup(group: h5py.Group, name: str) -> h5py.Group:
 
 def put_tensors(group: h5py.Group, tensors: Mapping[str, Tensor]) -> None:
     """Store every tensor exactly, in its own dtype."""
+    import torch  # here, as below: `tda inspect` reads arrays, and torch takes seconds to import
+
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
         tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         dataset = put_array(group, encode(name), _to_numpy(tensor))
-        put_text(dataset.attrs, DTYPE, str(tensor.dtype).removeprefix("torch."))
+        put_text(dataset.attrs, DTYPE, dtype_name(tensor))
 
 
 def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
@@ -207,13 +210,47 @@ def get_tensors(group: h5py.Group) -> dict[str, Tensor]:
     return {decode(name): _get_tensor(group, name) for name in names(group)}
 
 
+def get_arrays(group: h5py.Group) -> dict[str, np.ndarray | Tensor]:
+    """Read what :func:`put_tensors` stored, as arrays where NumPy has the dtype.
+
+    The others, such as bfloat16, are tensors. :func:`dtype_name` is that of either.
+    """
+    return {decode(name): _get_stored(group, name) for name in names(group)}
+
+
+def dtype_name(values: Any) -> str:
+    """The name of an array's or a tensor's dtype, as torch spells it."""
+    return str(values.dtype).removeprefix("torch.")
+
+
+def is_dtype(name: object) -> bool:
+    """Whether ``name`` is a dtype of torch."""
+    if not isinstance(name, str):
+        return False
+    if name in _NUMPY:
+        return True
+    import torch
+
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
 def _get_tensor(group: h5py.Group, name: str) -> Tensor:
+    import torch
+
+    stored = _get_stored(group, name)
+    return torch.from_numpy(stored) if isinstance(stored, np.ndarray) else stored
+
+
+def _get_stored(group: h5py.Group, name: str) -> np.ndarray | Tensor:
     dataset = own_dataset(group, name)
-    dtype = getattr(torch, get_text(dataset.attrs, DTYPE), None)
-    if not isinstance(dtype, torch.dtype):
+    stored = get_text(dataset.attrs, DTYPE)
+    if stored in _NUMPY:
+        return _values(dataset, _NUMPY[stored])
+    if not is_dtype(stored):
         raise ValueError(f"{name!r} in {group.name} has an unknown dtype")
-    if dtype in _NUMPY:
-        return torch.from_numpy(_values(dataset, _NUMPY[dtype]))
+    import torch
+
+    dtype: torch.dtype = getattr(torch, stored)
     array = _values(dataset, _UNSIGNED[dtype.itemsize])
     signed = torch.from_numpy(array.view(array.dtype.str.replace("u", "i")))
     # A tensor without axes can only be viewed in another dtype by way of an axis.
@@ -221,10 +258,12 @@ def _get_tensor(group: h5py.Group, name: str) -> Tensor:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    if tensor.dtype in _NUMPY:
+    import torch
+
+    if dtype_name(tensor) in _NUMPY:
         return tensor.numpy()
     width = tensor.dtype.itemsize
-    signed = tensor.reshape(-1).view(_SIGNED[width]).numpy()
+    signed = tensor.reshape(-1).view(getattr(torch, _SIGNED[width])).numpy()
     return signed.view(_UNSIGNED[width]).reshape(tuple(tensor.shape))
 
 

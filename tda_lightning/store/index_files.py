@@ -42,7 +42,14 @@ from tda_lightning.store.layout import (
 from tda_lightning.store.untrusted import get_integer, get_text, own_dataset, put_text
 
 T = TypeVar("T")
-DTYPES = ("int8", "float16", "float32", "float64")
+# What NumPy calls the numbers of a type; two of int4 lie in a byte.
+DTYPES = {
+    "int4": "uint8",
+    "int8": "int8",
+    "float16": "float16",
+    "float32": "float32",
+    "float64": "float64",
+}
 _CODES, _SCALES, _ABOUT = "codes", "scales", "about"
 
 
@@ -53,7 +60,7 @@ class Shard:
     Attributes:
         path: the file.
         first: number of its first row.
-        codes: [row, width].
+        codes: [row, column]: a number each, or two of int4.
         scales: float32 [row], or float64 for codes in float64.
         checksum: CRC-32 of the codes as they were written.
     """
@@ -148,9 +155,9 @@ def read_shard(path: Path, compression: str, width: int, dtype: str) -> Shard:
         if get_text(file.attrs, "compression") != compression:
             raise ValueError("it belongs to another index")
         codes = own_dataset(file, _CODES)
-        if codes.dtype != np.dtype(dtype).newbyteorder("<") or codes.ndim != 2:
+        if codes.dtype != np.dtype(DTYPES[dtype]).newbyteorder("<") or codes.ndim != 2:
             raise TypeError(f"its codes are {codes.dtype} in {codes.ndim} dimensions")
-        if codes.shape[1] != width or not len(codes):
+        if codes.shape[1] != columns_of(width, dtype) or not len(codes):
             raise ValueError(f"its codes are of shape {codes.shape}, expected width {width}")
         scales = get_array(file, _SCALES, scale_dtype(dtype))
         first = get_integer(file.attrs, "first")
@@ -159,6 +166,11 @@ def read_shard(path: Path, compression: str, width: int, dtype: str) -> Shard:
         if path.name != shard_file(path.parent, first, first + len(codes)).name:
             raise ValueError(f"it holds {len(codes)} rows from {first}")
         return Shard(path, first, _mapped(path, codes), scales, get_integer(file.attrs, "checksum"))
+
+
+def columns_of(width: int, dtype: str) -> int:
+    """Columns of the codes of so many numbers."""
+    return -(-width // 2) if dtype == "int4" else width
 
 
 def scale_dtype(dtype: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tda_lightning.records.errors import TrajectoryError
-from tda_lightning.records.trajectory import Facts, Steps
+from tda_lightning.records.trajectory import Facts
 from tda_lightning.store import layout
 from tda_lightning.store.reader import (
     CheckpointFolder,
@@ -17,6 +17,7 @@ from tda_lightning.store.reader import (
     require_trajectory,
 )
 from tda_lightning.store.statistics_folder import StatisticsFolder
+from tda_lightning.store.step_arrays import StepArrays
 from tda_lightning.store.tensor_cache import TensorCache
 
 _DAMAGED = "damaged"
@@ -36,7 +37,7 @@ class Description:
 
     path: str
     facts: Facts
-    steps: Steps | None  # None when they are damaged
+    steps: StepArrays | None  # None when they are damaged
     checkpoints: dict[int, FileEntry]
     statistics: dict[tuple[int, int], FileEntry]
     curvature: tuple[FileEntry, ...]
@@ -72,8 +73,7 @@ def describe(path: str | Path) -> Description:
     for step, file in layout.checkpoint_files(root).items():
         content = _DAMAGED
         with _noting(problems):
-            optimizer = folder[step].optimizer
-            content = "weights" if optimizer is None else "weights and optimizer"
+            content = "weights and optimizer" if folder.check(step) else "weights"
         checkpoints[step] = _entry(content, file)
     steps = None
     with _noting(problems):
@@ -84,7 +84,7 @@ def describe(path: str | Path) -> Description:
         cache = TensorCache(root, kind)
         for key in cache:
             with _noting(problems):
-                cache[key]
+                cache.check(key)
     problems.extend(
         f"{file} is unfinished: a process was stopped while it wrote. It is not read and can be "
         "deleted."
@@ -126,9 +126,8 @@ def _statistics(
     for interval in intervals:
         content = _DAMAGED
         with _noting(problems):
-            blocks = folder[interval]
-            examples = max((float(block.examples) for block in blocks.values()), default=0.0)
-            content = f"{examples:.0f} examples, {len(blocks)} blocks"
+            examples, blocks = folder.check(interval)
+            content = f"{examples:.0f} examples, {blocks} blocks"
         entries[interval] = _entry(content, files[interval])
     missing = sorted(set(steps) - {0, *(stop for _, stop in entries)})
     if missing and facts.settings.get("curvature") is not None:

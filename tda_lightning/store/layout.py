@@ -77,6 +77,25 @@ whole; buffers and random states are those of the first process::
       ground_truth/*.h5         measurements after retraining
       recording.lock            locked while a recorder writes; a file left behind means nothing
 
+**An index** of gradients is a folder, usually in a trajectory's ``index``. ``N`` rows, ``W``
+numbers in a row. Codes lie in one piece, so that they can be mapped into memory; they have a
+checksum of their own::
+
+    <index>/
+      index.h5                  kind "index"
+        about                   JSON: num_train, width, dtype, shard, terms [{steps, used}],
+                                compression (digest), made_of (digest), provenance, appended
+                                [{first, count, fingerprint, finished}]
+      compression.h5            kind "compression", attribute ``compression``: leading, factors or
+                                random
+        values/<name>           tensors of it
+      shards/<first>-<stop>.h5  kind "shard": rows first to stop, not included, counted from 0;
+                                attributes ``first``, ``compression`` and ``checksum``, the CRC-32
+                                of codes
+        codes                   int8, float16, float32, float64 [N, W], or uint8 [N, W / 2]: int4
+                                plus 8, the first in the lower half
+        scales                  float32 (float64 of codes in float64) [N]: a row is scale times code
+
 **Scores**, anywhere. Root attributes ``format`` ("tda-lightning scores") and ``format_version`` (1,
 or 2 with candidates). Arrays are contiguous and uncompressed, so that a file larger than memory can
 be mapped::

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h5py
-import torch
-from torch import Tensor
+import numpy as np
 
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.records.trajectory import (
@@ -16,19 +16,30 @@ from tda_lightning.records.trajectory import (
     Facts,
     ParameterFact,
     StageFact,
-    Steps,
     Trajectory,
     facts_up_to,
 )
-from tda_lightning.runtime.random_states import require_restorable
+from tda_lightning.runtime.random_state_forms import require_forms
 from tda_lightning.store import layout
 from tda_lightning.store.ensemble_file import is_ensemble
-from tda_lightning.store.hdf5 import get_array, get_json, get_tensors, reading, subgroup
+from tda_lightning.store.hdf5 import (
+    dtype_name,
+    get_array,
+    get_arrays,
+    get_json,
+    get_tensors,
+    reading,
+    subgroup,
+)
 from tda_lightning.store.record_checks import require_facts, require_fitting
 from tda_lightning.store.statistics_folder import StatisticsFolder
-from tda_lightning.store.steps_file import join_steps, no_steps, read_steps
+from tda_lightning.store.step_arrays import StepArrays, as_tensors, joined, no_steps
+from tda_lightning.store.steps_file import read_steps
 from tda_lightning.store.tensor_cache import TensorCache
 from tda_lightning.store.untrusted import get_integer, has, names
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def open_trajectory(path: str | Path) -> Trajectory:
@@ -49,7 +60,7 @@ def open_trajectory(path: str | Path) -> Trajectory:
     facts = facts_up_to(facts, len(steps))
     return Trajectory(
         facts=facts,
-        steps=steps,
+        steps=as_tensors(steps),
         checkpoints=CheckpointFolder(root, facts),
         curvature=TensorCache(root, layout.CURVATURE),
         unfinished=TensorCache(root, layout.UNFINISHED),
@@ -120,14 +131,16 @@ def read_data_weights(root: Path, facts: Facts) -> Tensor | None:
     with reading(root / layout.FACTS_FILE, layout.TRAJECTORY) as file:
         if not has(file, layout.DATA_WEIGHTS):
             return None
-        weights = torch.from_numpy(get_array(file, layout.DATA_WEIGHTS, "float64"))
+        weights = get_array(file, layout.DATA_WEIGHTS, "float64")
         fits = weights.shape == (facts.num_examples,) and bool((weights >= 0).all())
-        if not fits or not bool(weights.isfinite().all()):
+        if not fits or not bool(np.isfinite(weights).all()):
             raise ValueError(
                 f"{layout.DATA_WEIGHTS} must hold a number from 0 for each of "
                 f"{facts.num_examples} training examples"
             )
-        return weights
+        import torch
+
+        return torch.from_numpy(weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,16 +176,35 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         return files
 
     def __getitem__(self, step: int) -> Checkpoint:
+        from tda_lightning.runtime.random_states import require_restorable
+
+        return self._read(step, get_tensors, require_restorable)
+
+    def check(self, step: int) -> bool:
+        """Read a checkpoint's file without torch, and say whether it holds the optimizer's state.
+
+        Raises:
+            TrajectoryFormatError: it is damaged.
+        """
+        return self._read(step, get_arrays, require_forms).optimizer is not None
+
+    def _read(
+        self,
+        step: int,
+        get: Callable[[h5py.Group], dict[str, Any]],
+        require_random: Callable[[dict[str, Any]], None],
+    ) -> Checkpoint:
+        """A checkpoint of what ``get`` makes of stored tensors."""
         files = self._files()
         path, unchanged = files[step], {}
         self._require_initial()
         if step:
             with reading(files[0], layout.CHECKPOINT) as file:
-                unchanged = get_tensors(subgroup(file, layout.BUFFERS))
+                unchanged = get(subgroup(file, layout.BUFFERS))
         with reading(path, layout.CHECKPOINT) as file:
             _require_step(file, step)
             stored = [subgroup(file, name) for name in (layout.BUFFERS, layout.PARAMETERS)]
-            tensors = {**unchanged, **get_tensors(stored[0]), **get_tensors(stored[1])}
+            tensors = {**unchanged, **get(stored[0]), **get(stored[1])}
             # Sorted by the facts, which know the model's own order, while HDF5 lists names by the
             # alphabet; a parameter that is trained only later is stored with the buffers.
             parameters = {name: tensors.pop(name) for name in self.facts.parameters}
@@ -180,11 +212,11 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             optimizer = random = None
             if has(file, layout.OPTIMIZER):
                 group = subgroup(file, layout.OPTIMIZER)
-                states = {layout.decode(n): get_tensors(subgroup(group, n)) for n in names(group)}
+                states = {layout.decode(n): get(subgroup(group, n)) for n in names(group)}
                 optimizer = {name: states.get(name, {}) for name in parameters}
             if has(file, layout.RANDOM):
-                random = get_tensors(subgroup(file, layout.RANDOM))
-                require_restorable(random)
+                random = get(subgroup(file, layout.RANDOM))
+                require_random(random)
             return Checkpoint(step, parameters, tensors, optimizer, random)
 
     def __iter__(self) -> Iterator[int]:
@@ -194,10 +226,10 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         return len(self._files())
 
 
-def _require_recorded(parameters: Mapping[str, Tensor], facts: Facts) -> None:
+def _require_recorded(parameters: Mapping[str, Any], facts: Facts) -> None:
     for name, fact in facts.parameters.items():
-        shape, dtype = parameters[name].shape, parameters[name].dtype
-        if tuple(shape) != fact.shape or str(dtype).removeprefix("torch.") != fact.dtype:
+        shape, dtype = parameters[name].shape, dtype_name(parameters[name])
+        if tuple(shape) != fact.shape or dtype != fact.dtype:
             raise ValueError(f"parameter {name} is {dtype} {list(shape)}, expected {fact}")
 
 
@@ -206,7 +238,7 @@ def _require_step(file: h5py.File, step: int) -> None:
         raise ValueError(f"the checkpoint of step {stored}, expected step {step}")
 
 
-def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
+def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> StepArrays:
     """Steps 1 to ``last_step``; what was written after the last checkpoint is not looked at.
 
     Raises:
@@ -224,7 +256,7 @@ def read_recorded_steps(root: Path, facts: Facts, last_step: int) -> Steps:
     if not blocks:
         groups = 1 + max((fact.group for fact in facts.parameters.values()), default=0)
         return no_steps(groups)
-    return join_steps(blocks).between(0, last_step)
+    return joined(blocks).between(0, last_step)
 
 
 def steps_chain(root: Path, last_step: int) -> list[tuple[int, int, Path]]:

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from tda_lightning.records.errors import TrajectoryFormatError
-from tda_lightning.records.trajectory import Facts, Steps
+from tda_lightning.records.trajectory import Facts
+from tda_lightning.store.hdf5 import is_dtype
+from tda_lightning.store.step_arrays import StepArrays
 
 _MOST = 1 << 62  # numbers of a tensor, examples of a data set
 _GROUPS = 1 << 16
@@ -32,7 +34,7 @@ def require_facts(text: Any) -> None:
         whole = isinstance(shape, list) and all(_is_count(length) for length in shape)
         if not whole or math.prod(shape) > _MOST:
             raise ValueError(f"parameter {name!r} has shape {str(shape)[:100]}")
-        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if not is_dtype(dtype):
             raise ValueError(f"parameter {name!r} has dtype {str(dtype)[:100]!r}")
         if not _is_count(fact["group"], _GROUPS):
             raise ValueError(f"parameter {name!r} is in group {str(fact['group'])[:100]}")
@@ -109,7 +111,7 @@ def _is_count(value: object, most: int = _MOST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def require_values(steps: Steps) -> None:
+def require_values(steps: StepArrays) -> None:
     """Check single values of steps whose shapes are right.
 
     The loss and the gradient's norm of a run that diverged may well be NaN.
@@ -120,7 +122,7 @@ def require_values(steps: Steps) -> None:
     if len(steps) and not steps.learning_rate.shape[1]:
         raise ValueError("steps without parameter groups")
     for name, values in {"learning_rate": steps.learning_rate, **steps.hyperparameters}.items():
-        if not bool(values.isfinite().all()):
+        if not bool(np.isfinite(values).all()):
             raise ValueError(f"{name} is not finite")
     # A run that diverged has NaN here too, but no negative length.
     if bool((steps.clipping < 0).any()):
@@ -129,7 +131,7 @@ def require_values(steps: Steps) -> None:
         raise ValueError("an epoch below 0, or an accumulation below 1")
 
 
-def require_fitting(path: Path, blocks: Sequence[Steps], facts: Facts) -> None:
+def require_fitting(path: Path, blocks: Sequence[StepArrays], facts: Facts) -> None:
     """Check that files of steps fit each other and the facts.
 
     Raises:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h5py
-import torch
-from torch import Tensor
+import numpy as np
 
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.store import layout
 from tda_lightning.store.hdf5 import (
+    get_arrays,
     get_json,
-    get_tensors,
     put_json,
     put_tensors,
     reading,
@@ -24,6 +24,9 @@ from tda_lightning.store.hdf5 import (
 )
 from tda_lightning.store.record_checks import require_statistics
 from tda_lightning.store.untrusted import names, own_dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PACKED = "packed "  # before the name of a symmetric matrix that is stored as its lower triangle
 
@@ -40,12 +43,17 @@ class StatisticsFolder(Mapping[tuple[int, int], Statistics]):
         if path is None:
             raise KeyError(interval)
         with reading(path, layout.STATISTICS) as file:
-            blocks = get_json(file, layout.BLOCKS)
-            require_statistics(blocks)
-            return {
-                name: _read_block(subgroup(file, layout.encode(name)), **block)
-                for name, block in blocks.items()
-            }
+            return {name: _block(facts, arrays) for name, facts, arrays in _read_blocks(file)}
+
+    def check(self, interval: tuple[int, int]) -> tuple[float, int]:
+        """Read a file without torch: how many examples its sums are over, and its blocks.
+
+        Raises:
+            TrajectoryFormatError: it is damaged.
+        """
+        with reading(self._files()[interval], layout.STATISTICS) as file:
+            examples = [float(arrays["examples"][0]) for _, _, arrays in _read_blocks(file)]
+        return max(examples, default=0.0), len(examples)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._files())
@@ -95,31 +103,50 @@ def put_side(group: h5py.Group, name: str, side: Tensor) -> None:
 
 
 def _packed(side: Tensor) -> Tensor:
+    import torch
+
     rows = [side[:, i, : i + 1] for i in range(side.shape[1])]
     return torch.cat(rows, dim=1)
 
 
-def _unpacked(packed: Tensor, groups: int, width: int) -> Tensor:
+def _unpacked(packed: np.ndarray, groups: int, width: int) -> np.ndarray:
     count = width * (width + 1) // 2
     # Checked before memory is allocated for it.
-    if tuple(packed.shape) != (groups, count):
+    if packed.shape != (groups, count):
         raise ValueError(
             f"the triangle of a matrix has shape {list(packed.shape)}, expected {[groups, count]}"
         )
-    full, start = packed.new_zeros(groups, width, width), 0
+    full, start = np.zeros((groups, width, width), packed.dtype), 0
     for i in range(width):
         full[:, i, : i + 1] = full[:, : i + 1, i] = packed[:, start : start + i + 1]
         start += i + 1
     return full
 
 
-def _read_block(
-    group: h5py.Group, parameters: Sequence[str], shape: Sequence[int]
-) -> BlockStatistics:
+def _read_blocks(file: h5py.File) -> Iterator[tuple[str, Any, dict[str, np.ndarray]]]:
+    """Name, facts and checked sums of each block."""
+    blocks = get_json(file, layout.BLOCKS)
+    require_statistics(blocks)
+    for name, facts in blocks.items():
+        yield name, facts, _read_block(subgroup(file, layout.encode(name)), facts["shape"])
+
+
+def _block(facts: Any, arrays: Mapping[str, np.ndarray]) -> BlockStatistics:
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    groups, rows, columns = facts["shape"]
+    return BlockStatistics(tuple(facts["parameters"]), (groups, rows, columns), **tensors)
+
+
+def _read_block(group: h5py.Group, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     # They are written uncompressed, so that a tensor is no larger than its file.
     if packed := [n for n in names(group) if own_dataset(group, n).compression is not None]:
         raise ValueError(f"{packed[0]!r} in {group.name} is compressed")
-    tensors = get_tensors(group)
+    stored = get_arrays(group)
+    tensors = {name: array for name, array in stored.items() if isinstance(array, np.ndarray)}
+    if other := sorted(stored.keys() - tensors.keys()):
+        raise ValueError(f"{other[0]!r} in {group.name} is of no dtype that sums have")
     groups, rows, columns = shape
     for name, width in (("left", rows), ("right", columns)):
         if (triangle := tensors.pop(_PACKED + name, None)) is not None:
@@ -129,10 +156,10 @@ def _read_block(
         else:
             _check_side(name, tensors[name], groups, width)
     _check_values(tensors, groups)
-    return BlockStatistics(tuple(parameters), (groups, rows, columns), **tensors)
+    return tensors
 
 
-def _check_side(name: str, side: Tensor, groups: int, width: int) -> None:
+def _check_side(name: str, side: np.ndarray, groups: int, width: int) -> None:
     """Check a diagonal, or a sketch: some products of the matrix and its diagonal."""
     shape = tuple(side.shape)
     sketch = len(shape) == 3 and 2 <= shape[2] < width
@@ -140,27 +167,24 @@ def _check_side(name: str, side: Tensor, groups: int, width: int) -> None:
         raise ValueError(f"side {name} has shape {list(shape)}, expected width {width}")
 
 
-def _check_values(tensors: Mapping[str, Tensor], groups: int) -> None:
+def _check_values(tensors: Mapping[str, np.ndarray], groups: int) -> None:
     if set(tensors) != set(BlockStatistics.SUMS):
         raise ValueError(f"a block of {sorted(tensors)}, expected {sorted(BlockStatistics.SUMS)}")
     for name, length in (("count", groups), ("trace", 1), ("examples", 1), ("samples", 2)):
-        if tuple(tensors[name].shape) != (length,):
+        if tensors[name].shape != (length,):
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected [{length}]")
     for name, tensor in tensors.items():
-        if (
-            tensor.dtype not in (torch.float32, torch.float64)
-            or tensor.dtype != tensors["left"].dtype
-        ):
+        if tensor.dtype not in (np.float32, np.float64) or tensor.dtype != tensors["left"].dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}")
-        if not bool(tensor.isfinite().all()):
+        if not bool(np.isfinite(tensor).all()):
             raise ValueError(f"{name} is not all finite numbers")
         if bool((_squares(tensor) < 0).any()):
             raise ValueError(f"{name} is a sum of squares and has negative numbers")
 
 
-def _squares(tensor: Tensor) -> Tensor:
+def _squares(tensor: np.ndarray) -> np.ndarray:
     """The part of a count or of a side, in any form, that is a sum of squares."""
-    if tensor.dim() < 3:
+    if tensor.ndim < 3:
         return tensor
     square = tensor.shape[1] == tensor.shape[2]
-    return tensor.diagonal(dim1=1, dim2=2) if square else tensor[..., -1]
+    return np.diagonal(tensor, axis1=1, axis2=2) if square else tensor[..., -1]

@@ -6,16 +6,25 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tda_lightning.store import layout
 from tda_lightning.store.atomic_write import make_folder
-from tda_lightning.store.hdf5 import get_tensors, put_tensors, reading, subgroup, writing
+from tda_lightning.store.hdf5 import (
+    get_arrays,
+    get_tensors,
+    put_tensors,
+    reading,
+    subgroup,
+    writing,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
+class TensorCache(MutableMapping[str, "Mapping[str, Tensor]"]):
     """Named tensors by a hexadecimal key, one file for each key.
 
     Where the folder cannot be written to, a warning is given instead of an error, because
@@ -32,6 +41,15 @@ class TensorCache(MutableMapping[str, Mapping[str, Tensor]]):
     def __getitem__(self, key: str) -> Mapping[str, Tensor]:
         with reading(self._files()[key], self.kind) as file:
             return get_tensors(subgroup(file, layout.VALUES))
+
+    def check(self, key: str) -> None:
+        """Read a file without torch.
+
+        Raises:
+            TrajectoryFormatError: it is damaged.
+        """
+        with reading(self._files()[key], self.kind) as file:
+            get_arrays(subgroup(file, layout.VALUES))
 
     def __setitem__(self, key: str, value: Mapping[str, Tensor]) -> None:
         kind = self.kind.name

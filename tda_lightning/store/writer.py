@@ -27,7 +27,8 @@ from tda_lightning.store.hdf5 import (
 )
 from tda_lightning.store.reader import CheckpointFolder
 from tda_lightning.store.statistics_folder import write_statistics
-from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
+from tda_lightning.store.step_arrays import joined
+from tda_lightning.store.steps_file import read_steps, write_steps
 from tda_lightning.store.truncate import remove_unfinished, truncate_trajectory
 from tda_lightning.store.untrusted import has, names
 
@@ -193,7 +194,7 @@ class TrajectoryWriter:
         blocks = layout.steps_files(self.root)
         if len(blocks) < 2:
             return
-        steps = join_steps([read_steps(path, last - first + 1) for first, last, path in blocks])
+        steps = joined([read_steps(path, last - first + 1) for first, last, path in blocks])
         write_steps(self.root, 1, steps)
         for _, _, path in blocks:
             # If the process is killed here, readers skip the files that the joined one covers.

@@ -52,6 +52,18 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]
 
 
+def test_an_index_is_built_in_parts_and_searched(run, capsys):
+    small = ["index", "runs/digits", "estimator=tracin", "bytes_per_example=64"]
+    assert main([*small, "part=2/2"]) == 0
+    assert main([*small, "search=true", "k=2", "rerank=5"]) == 0
+    out = capsys.readouterr().out
+    assert "Indexed 60 examples in" in out
+    assert "Best examples" in out
+    assert (run / "index" / "tracin" / "index.h5").exists()
+    assert main([*small, "bytes_per_example=32"]) == 1  # another index, which is kept
+    assert main([*small, "part=3/2"]) == 1
+
+
 def test_unlearning_writes_weights_and_compares_them(run, capsys):
     assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 0
     out = capsys.readouterr().out
@@ -154,11 +166,17 @@ def test_exact_unrolling_from_the_plan_to_the_report(run, capsys):
     ("arguments", "absent"),
     [
         (["--help"], ["torch", "hydra", "lightning"]),
-        (["inspect", "runs/digits"], ["lightning", "tda_lightning.estimators", "scipy"]),
+        (["inspect", "runs/digits"], ["torch", "lightning", "scipy"]),
+        (["report", "scores.h5"], ["lightning", "tda_lightning.estimators"]),
+        (["export", "scores.h5", "format=csv"], ["lightning", "tda_lightning.estimators"]),
     ],
 )
-def test_commands_import_only_what_they_need(run, arguments, absent):
+def test_commands_import_only_what_they_need(run, tmp_path, arguments, absent):
     """Lightning takes seconds to import, and torch more than one."""
+    if arguments[0] == "export":
+        pytest.importorskip("pandas")
+    # Scores alone: the report of a recorded run shows its data, and data modules are Lightning's.
+    Scores(torch.zeros(2, 3)).save(tmp_path / "scores.h5")
     code = (
         "import sys; from tda_lightning.cli import main; "
         f"status = main({arguments!r}); "

@@ -21,7 +21,7 @@ COMMANDS = (
     "report",
     "inspect",
 )
-COMMANDS += ("export", "select", "serve", "reweight", "plan_index")
+COMMANDS += ("export", "select", "serve", "reweight", "index", "plan_index")
 GROUPS = {
     "train": ("data", "model", "task", "optimizer", "scheduler", "trainer", "recorder"),
     "attribute": ("estimator", "task", "solver"),

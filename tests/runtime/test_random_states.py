@@ -26,6 +26,7 @@ from tda_lightning.runtime.random_states import (
 )
 from tda_lightning.store import open_trajectory
 from tda_lightning.store.inspect import describe
+from tda_lightning.store.step_arrays import as_tensors
 from tda_lightning.store.steps_file import join_steps, read_steps, write_steps
 from tests.resumable import EpochOrder, Resumable, ResumableLoader, differences, train
 from tests.runs import Net, Numbered, adamw, fit, loader, sgd
@@ -489,7 +490,7 @@ def test_the_table_is_cut_joined_and_read_again(tmp_path: Path) -> None:
     (tmp_path / "steps").mkdir()
     for first, part in ((1, steps), (4, steps.between(1, 3)), (9, table({}))):
         path = write_steps(tmp_path, first, part)
-        found = read_steps(path, len(part))
+        found = as_tensors(read_steps(path, len(part)))
         require_same_random(found.random, part.random)
         for entry in found.random.values():
             restore_states(entry)

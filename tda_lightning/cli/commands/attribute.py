@@ -25,10 +25,9 @@ from tda_lightning.cli.recorded_run import (
     load_parts,
     load_recorded,
     pool_of,
-    run_folder,
     sources,
 )
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.run_config import run_configuration, run_folder
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.edits import Relabel, Removal, load_edits, pool_notes
 from tda_lightning.records.data_module import AttributedData, Describing

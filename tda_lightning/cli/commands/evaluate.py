@@ -36,11 +36,10 @@ from tda_lightning.cli.proponent_removal import (
     requested_removals,
 )
 from tda_lightning.cli.question import require_harmless
-from tda_lightning.cli.recorded_run import run_folder
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
-from tda_lightning.cli.run_config import versions
+from tda_lightning.cli.run_config import run_folder, versions
 from tda_lightning.cli.simulation import (
     simulate,
     simulation_json,

@@ -27,8 +27,8 @@ from tda_lightning.cli.plan_tables import (
     recording_plan_table,
 )
 from tda_lightning.cli.question import measurement_of
-from tda_lightning.cli.recorded_run import load_parts, load_recorded, run_folder, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.recorded_run import load_parts, load_recorded, sources
+from tda_lightning.cli.run_config import run_configuration, run_folder
 from tda_lightning.cli.trainers import configured_trainer
 from tda_lightning.index.plan import plan_index as planned_index
 from tda_lightning.records.errors import UnsupportedTrainingError
@@ -104,7 +104,7 @@ def plan_index(config: DictConfig) -> None:
         dtype=config.dtype,
         queries=queries,
         batch_size=config.batch_size,
-        examples=config.examples,
+        examples=config.num_examples,
         read_bytes_per_second=None if rate is None else rate * 1e9,
         machines=config.machines,
         price_per_hour=config.price_per_hour,

@@ -9,8 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tda_lightning.cli.command import clear_errors, not_null, required
-from tda_lightning.cli.recorded_run import load_data, pool_of, run_folder
-from tda_lightning.cli.run_config import FILE_NAME, run_configuration
+from tda_lightning.cli.run_config import FILE_NAME, run_configuration, run_folder
 from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.provenance import Provenance, well_formed
 from tda_lightning.records.scores import Scores
@@ -31,6 +30,9 @@ def report(config: DictConfig) -> None:
     examples: dict[str, Any] = {}
     given = config.get("config") is not None
     if folder is not None and (given or (folder / FILE_NAME).is_file()):
+        # Data modules are Lightning's; scores alone can be shown without it.
+        from tda_lightning.cli.recorded_run import load_data, pool_of
+
         # The queries are those of the attribution, perhaps fewer or others than were recorded.
         asked = provenance.get("config", {}).get("data", {})
         data = load_data(config, run_configuration(config, folder), not_null(asked))

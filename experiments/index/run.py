@@ -1,0 +1,211 @@
+"""How much of an estimator's scores an index keeps, by bytes per example and by compression.
+
+python -m experiments.index.run fashion_mnist influence --run FOLDER
+python -m experiments.index.run wikitext2_gpt source --run FOLDER
+
+The runs and the retrained models are those of experiments/fidelity: FOLDER is a run of
+``tda train experiment=fidelity/NAME``. Rows are added to results/NAME_ESTIMATOR.json one by one;
+what is there is not done again. python -m experiments.index.table --write makes tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from experiments.fidelity import kept as fidelity
+from tda_lightning import AttributionModule, Trajectory
+from tda_lightning.cli.recorded_run import load_parts, sources
+from tda_lightning.cli.run_config import load_config
+from tda_lightning.estimators import Estimator, InfluenceFunction, Source, TracIn
+from tda_lightning.evaluation.linear_datamodeling import draw_subsets
+from tda_lightning.index.choosing import Samples, fitted
+from tda_lightning.index.compression import Compression
+from tda_lightning.index.opened import in_session, sampled, training_source
+from tda_lightning.index.preparing import drawn
+from tda_lightning.index.responses import Responder, responder_of
+from tda_lightning.index.rounding import numbers_of, rounded, width_of
+from tda_lightning.index.samples import (
+    exact_scores,
+    query_coordinates,
+    sample_coordinates,
+    side_moments,
+)
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.session.session import Session
+
+RESULTS = Path(__file__).parent / "results"
+ESTIMATORS: dict[str, Estimator] = {
+    "influence": InfluenceFunction(),
+    "source": Source(),
+    "tracin": TracIn(),
+}
+BYTES = (1024, 256, 4096, 64, 16384, 65536)
+KINDS = ("factors", "leading", "random")
+DTYPES = ("int4", "int8")
+_BATCH = 256
+_TOGETHER = 1000  # examples whose coordinates are held at a time
+
+
+def main() -> None:
+    """The rows of one run and estimator."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("problem", help="a study of experiments/fidelity")
+    parser.add_argument("estimator", choices=ESTIMATORS)
+    parser.add_argument("--run", required=True, type=Path)
+    parser.add_argument("--bytes", type=int, nargs="*", default=BYTES)
+    parser.add_argument("--kinds", nargs="*", default=KINDS)
+    parser.add_argument("--dtypes", nargs="*", default=DTYPES)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    study(options)
+
+
+def study(options: argparse.Namespace) -> None:
+    """All rows that are missing."""
+    target = RESULTS / f"{options.problem}_{options.estimator}.json"
+    found = json.loads(target.read_text()) if target.exists() else {"rows": []}
+    wanted = [
+        (size, kind, dtype)
+        for size in options.bytes
+        for kind in options.kinds
+        for dtype in options.dtypes
+        if not any([size, kind, dtype] == row["key"] for row in found["rows"])
+    ]
+    estimator = ESTIMATORS[options.estimator]
+    config = OmegaConf.create(
+        {"trust_config": False, "data": {"root": None, "num_query": None}, "config": None}
+    )
+    data, module, task = load_parts(config, load_config(options.run))
+    train, query = sources(data, _BATCH)
+    attribution = AttributionModule(module, Trajectory.load(str(options.run)), estimator, task)
+    source = training_source(attribution, train, _BATCH)
+    queries = ExampleSource.of(query, _BATCH, "query", source.data_module)
+    count, everyone = len(source), source.batches(size=_BATCH)
+    truth = _truth(options.problem)
+    left_out = ~draw_subsets(count, 0.5, truth.shape[1])
+    size = 128
+    batches = [
+        [part[at : at + size] for at in range(0, len(part), size)]
+        for part in (drawn(count, name, 0) for name in ("directions", "components", "judging"))
+    ]
+    samples = Samples(*batches)
+    asked_source = sampled(source, drawn(count, "asked", 0))
+
+    def keep() -> None:
+        RESULTS.mkdir(exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+    def reference(session: Session) -> Tensor:
+        responder = responder_of(estimator, session)
+        return exact_scores(session, responder, everyone)
+
+    exact = in_session(attribution, source, queries, reference)
+    found["num_train"], found["num_query"] = count, len(queries)
+    found["lds"] = float(_lds(exact, left_out, truth).mean())
+    found["lds_error"] = _error(_lds(exact, left_out, truth))
+    keep()
+
+    def fit(session: Session) -> None:
+        responder = responder_of(estimator, session)
+        moments = side_moments(session, responder, samples.directions, 0)
+        for size, kind, dtype in wanted:
+            width, began = width_of(size, dtype), time.process_time()
+            if kind == "random" and width * len(responder.terms) > 1 << 14:
+                continue  # its directions are as large as the model, times its width
+            made = fitted(kind, session, responder, width, moments, samples, 0)
+            fit_seconds = time.process_time() - began
+            row = _row(session, responder, made, dtype)
+            row |= {"key": [size, kind, dtype], "fit_seconds": round(fit_seconds, 1)}
+            found["rows"].append(row)
+            keep()
+            print(row, flush=True)
+
+    def _row(
+        session: Session, responder: Responder, made: Compression, dtype: str
+    ) -> dict[str, Any]:
+        began = time.process_time()
+        parts = []
+        for at in range(0, count, _TOGETHER):
+            rows = [batch for batch in everyone if at <= batch[0] < at + _TOGETHER]
+            if rows:
+                parts.append(made.stored(sample_coordinates(session, responder, made, rows)))
+        codes, scales = rounded(torch.cat(parts), dtype)
+        rows_seconds = time.process_time() - began
+        numbers = numbers_of(codes, dtype, made.width) * torch.from_numpy(scales)[:, None]
+        before = session.queries, session.num_query
+        placed = queries.checked(session.module)
+        session.queries = lambda start, stop: _loaded(placed, start, stop, session)
+        session.num_query = len(queries)
+        asked = made.asked(query_coordinates(session, responder, made))
+        session.queries, session.num_query = before
+        return {
+            **_judged(made.dot(asked, numbers.to(asked)), exact, left_out, truth),
+            "rows_seconds": round(rows_seconds, 1),
+        }
+
+    in_session(attribution, source, asked_source, fit)
+
+
+def _loaded(source: ExampleSource, start: int, stop: int, session: Session) -> Any:
+    for batch, indices in source.indexed(source.batches(start, stop)):
+        yield source.placed(batch, session.module, indices), indices.to(session.device)
+
+
+def _truth(problem: str) -> Tensor:
+    """Measurements after retraining on half of the data, [query, subset], the mean over seeds."""
+    with np.load(fidelity.RESULTS / f"{problem}.npz", allow_pickle=False) as found:
+        return torch.from_numpy(found["algorithm"]).double().mean(1).T
+
+
+def _judged(values: Tensor, exact: Tensor, left_out: Tensor, truth: Tensor) -> dict[str, float]:
+    """How well ``values`` agree with the uncompressed scores, and predict retraining."""
+    one, other = (own.double() - own.double().mean(1, keepdim=True) for own in (values, exact))
+    agreement = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    lds = _lds(values, left_out, truth)
+    judged = {
+        "agreement": float(agreement.mean()),
+        "agreement_error": _error(agreement),
+        "lds": float(lds.mean()),
+        "lds_error": _error(lds),
+        "lds_change": float((lds - _lds(exact, left_out, truth)).mean()),
+        "lds_change_error": _error(lds - _lds(exact, left_out, truth)),
+    }
+    for k in (10, 100):
+        judged[f"recall_{k}"] = _recall(values, exact, k, k)
+        judged[f"reranked_recall_{k}"] = _recall(values, exact, k, min(10 * k, exact.shape[1]))
+    return {name: round(value, 4) for name, value in judged.items()}
+
+
+def _recall(values: Tensor, exact: Tensor, k: int, looked_at: int) -> float:
+    """Share of the k strongest proponents among so many strongest by ``values``."""
+    best, found = exact.topk(k, dim=1).indices, values.topk(looked_at, dim=1).indices
+    return float((best[:, :, None] == found[:, None, :]).any(2).float().mean())
+
+
+def _lds(values: Tensor, left_out: Tensor, truth: Tensor) -> Tensor:
+    """Rank correlation over subsets of predicted and measured, of each query."""
+    ranks = [
+        own.argsort(1).argsort(1).double() - (own.shape[1] - 1) / 2
+        for own in (values.double() @ left_out.double().T, truth)
+    ]
+    return (ranks[0] * ranks[1]).sum(1) / (ranks[0].norm(dim=1) * ranks[1].norm(dim=1))
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean over queries."""
+    return float(values.std() / len(values) ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
