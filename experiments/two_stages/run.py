@@ -57,7 +57,15 @@ def main() -> None:
             judging=SUBSETS,
             dampings=DAMPINGS,
             default_damping=DEFAULT_DAMPING,
-            facts=facts(runs, data),
+            facts={
+                **facts(runs, data),
+                "unrolling and the forward derivative": {
+                    f"at weights of {words}": disagreement(
+                        found[f"unrolled{where}"][0], found[f"exact{where}"][0]
+                    )
+                    for words, where in (("1", ""), ("1/2", " at half"))
+                },
+            },
         ),
     )
     table.publish()
@@ -105,6 +113,15 @@ def scored(
 def kept_sums(scores: Tensor, subsets: Tensor) -> Tensor:
     """Of what each subset keeps, float64 [query, subset]."""
     return scores.double() @ subsets.double().T
+
+
+def disagreement(found: Tensor, expected: Tensor) -> float:
+    """The largest relative difference of predictions [query, subset] of any query, each up to a
+    constant of its own."""
+    found, expected = (
+        own.double() - own.double().mean(1, keepdim=True) for own in (found, expected)
+    )
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def facts(runs: Sequence[Trajectory], data: setting.Data) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from torch.utils.data import ConcatDataset
 from experiments.two_stages.setting import Data, network
 from experiments.two_stages.truth import TASK
 from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.estimators import InfluenceFunction, MultiStageInfluence, Source, TracIn
+from tda_lightning.estimators import (
+    InfluenceFunction,
+    MultiStageInfluence,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.evaluation.baselines import last_checkpoint, last_layer_cosine, random_scores
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # times the layer's mean eigenvalue
@@ -68,6 +74,8 @@ def estimators(runs: Sequence[Trajectory], data: Data) -> dict[str, Callable[[],
         "source at half": lambda: through_stages(Source(), HALF),
         "source_blocks at half": lambda: through_stages(Source(leading_directions=0), HALF),
         "recorded at half": lambda: through_stages(Source(order="recorded"), HALF),
+        "unrolled": lambda: through_stages(Unrolled()),
+        "unrolled at half": lambda: through_stages(Unrolled(), HALF),
     }
     for kind, combined in (("influence", False), ("influence_both", True)):
         for damping in DAMPINGS:

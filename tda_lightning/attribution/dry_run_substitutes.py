@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tda_lightning.curvature.orthonormal import orthonormal
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.runtime import clock
@@ -25,7 +26,8 @@ _SAMPLE_BYTES = 1 << 25  # of curvature written to see how fast the disk is
 
 
 class Decompositions(TorchFunctionMode):
-    """Answers ``torch.linalg.eigh`` and ``qr`` of large matrices by stand-ins of the right shape.
+    """Answers ``torch.linalg.eigh`` and ``qr`` of large matrices, and ``orthonormal``, by stand-ins
+    of the right shape.
 
     Each size is timed once. Eigenvectors of a width beyond 1024 are timed at 1024 and take
     width^3 as long; QR of a tall matrix takes as long as it has rows. What the true call would
@@ -52,6 +54,8 @@ class Decompositions(TorchFunctionMode):
             return self._instead(self._eigh, args[0])
         if func is torch.linalg.qr and args[0].numel() > _SMALL_TALL and not kwargs:
             return self._instead(self._qr, args[0])
+        if func is orthonormal and args[0].numel() > _SMALL_TALL:
+            return self._instead(self._orthonormal, args[0])
         return func(*args, **(kwargs or {}))
 
     def _instead(
@@ -86,6 +90,14 @@ class Decompositions(TorchFunctionMode):
         factors = ((matrix / norms)[..., :thin], upper)
         answer = torch.return_types.linalg_qr(factors)  # type: ignore[attr-defined]
         return groups * once * rows / timed, answer
+
+    def _orthonormal(self, rows: Tensor) -> tuple[float, object]:
+        count, columns = rows.shape
+        timed = min(columns, max(count, _TIMED_TALL // count))
+        once = self._seconds(orthonormal, rows, count, timed, symmetric=False)
+        norms = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        answer = rows / norms, rows.new_zeros(count, dtype=torch.float64)
+        return once * columns / timed, answer
 
     def _seconds(
         self,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature.fit import WHOLE, Scales, cache_key, units
+from tda_lightning.curvature.orthonormal import orthonormal, products, turned
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined, scaled
 from tda_lightning.runtime.digests import digest
@@ -95,14 +96,14 @@ def leading_directions(
     if start is None:
         generator = torch.Generator().manual_seed(seed)
         begin = torch.randn(session.num_parameters, count, generator=generator)
-        vectors = torch.linalg.qr(begin).Q.T.to(*place)
+        vectors = orthonormal(begin.T)[0].to(*place)
     else:
         vectors = start.vectors
     rounds = _ROUNDS if start is None else _ROUNDS_FROM_START
     fitted = 0.0
     for number in range(1, rounds + 2):
         last = number > rounds
-        products, total = torch.zeros_like(vectors), 0
+        carried, total = torch.zeros_like(vectors), 0
         for place_of_step, step in enumerate(steps):
             walk = f"{title}: leading directions, round {number}, step {step}"
             sample = None if samples is None else samples[1 if last else 0]
@@ -116,17 +117,15 @@ def leading_directions(
                     gradient = scaled(units("exact", drawn.blocks)[WHOLE], scale)
                     inner = gradient.dot(vectors[:, None, None])
                     inner = inner if weights is None else inner * weights
-                    products += gradient.weighted_sums(inner).flatten(1)
-        products = session.reduce(products) / (total * session.draws)
+                    carried += gradient.weighted_sums(inner).flatten(1)
+        carried = session.reduce(carried).div_(total * session.draws)
         if not last:
-            vectors, triangle = torch.linalg.qr(products.T.double())
-            fitted = float(triangle.diagonal().abs().sum())  # what these directions hold here
-            vectors = vectors.T.to(*place)
+            vectors, lengths = orthonormal(carried)
+            fitted = float(lengths.sum())  # what these directions hold here
     # Rayleigh-Ritz: the best eigenvectors within the subspace.
-    exact = vectors.double()
-    values, turn = torch.linalg.eigh(exact @ products.double().T)
+    values, turn = torch.linalg.eigh(products(vectors, carried))
     order_of_values = values.argsort(descending=True)
-    vectors = (turn[:, order_of_values].T @ exact).to(*place)
+    vectors = turned(turn[:, order_of_values].T, vectors)
     eigenvalues = values[order_of_values].clamp(min=0).to(*place)
     held = 1.0
     if samples is not None and fitted:

@@ -30,10 +30,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = 0 if field.name == "rerank" else 1
-            if (value := getattr(self, field.name)) < least and field.name != "seconds":
-                raise ValueError(f"limits.{field.name} must be at least {least}, got {value}.")
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(
-                f"limits.seconds must be a positive number of seconds, got {self.seconds}."
-            )
+            least, value = int(field.name != "rerank"), getattr(self, field.name)
+            if field.name == "seconds":
+                if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                    raise ValueError(f"limits.seconds must be positive, got {value!r}.")
+            elif not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"limits.{field.name} must be a whole number of at least {least}, got "
+                    f"{value!r}."
+                )

@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.attribution.dry_run_substitutes import Decompositions
 from tda_lightning.cli.plan_tables import recording_plan_table
+from tda_lightning.curvature.orthonormal import orthonormal
 from tda_lightning.estimators import (
     TRAK,
     InfluenceFunction,
@@ -725,10 +726,14 @@ def test_decompositions_stand_in_for_torchs_own() -> None:
         q = torch.linalg.qr(tall).Q
         wide = torch.linalg.eigh(torch.eye(200)).eigenvectors
         small = torch.linalg.eigh(torch.diag(torch.tensor([2.0, 1.0]))).eigenvalues
+        rows, lengths = orthonormal(tall.T)
+        few, _ = orthonormal(tall[:100].T)
     assert q.shape == tall.shape
+    assert rows.shape == (8, 40_000) and lengths.shape == (8,)
+    torch.testing.assert_close(few @ few.T, torch.eye(8))  # done as it is
     assert wide.shape == (200, 200)
     assert small.tolist() == [1.0, 2.0]
-    assert len(stand_ins._known) == 2
+    assert len(stand_ins._known) == 3
 
 
 def test_peak_memory_is_of_the_work_inside() -> None:

@@ -1,8 +1,12 @@
 """`tda serve` finds the index of a run, or says what to do."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from hydra_plugins.tda_lightning_searchpath import conf_directory
+from tda_lightning import cli
 from tda_lightning.cli.commands.serve import _index_folder
+from tda_lightning.cli.setting_types import require_setting_types
 from tda_lightning.store.layout import INDEX_FILE
 
 
@@ -18,3 +22,21 @@ def test_the_only_index_of_a_run_is_served(tmp_path):
             assert _index_folder(tmp_path, None) == folder
     with pytest.raises(ValueError, match=r"2 indices.*source.*tracin"):
         _index_folder(tmp_path, None)
+
+
+def test_the_plan_of_an_index_takes_a_folder_first(monkeypatch):
+    """``tda plan index FOLDER`` is a command of its own, whose settings have their types."""
+    asked = []
+
+    def run(command, arguments, settings=None):
+        asked.append((command, arguments))
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["plan", "index", "runs/x", "num_examples=1000000000"]) == 0
+    assert asked == [("plan_index", ["trajectory='runs/x'", "num_examples=1000000000"])]
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        for command in ("plan_index", "serve"):
+            require_setting_types(compose(command, ["trajectory=runs/x"]))
+        with pytest.raises(TypeError, match="num_examples"):
+            require_setting_types(compose("plan_index", ["trajectory=x", "num_examples=many"]))

@@ -190,8 +190,9 @@ def test_what_is_no_json_is_refused(body):
 
 def test_limits_are_positive():
     for name in ("body_bytes", "k", "seconds", "waiting", "batch"):
-        with pytest.raises(ValueError, match=name):
-            Limits(**{name: 0})
+        for wrong in (0, "many", None):
+            with pytest.raises(ValueError, match=f"limits.{name} must be"):
+                Limits(**{name: wrong})
     with pytest.raises(ValueError, match="seconds"):
         Limits(seconds=math.inf)
 

@@ -104,7 +104,7 @@ def plan_index(config: DictConfig) -> None:
         dtype=config.dtype,
         queries=queries,
         batch_size=config.batch_size,
-        examples=config.examples,
+        examples=config.num_examples,
         read_bytes_per_second=None if rate is None else rate * 1e9,
         machines=config.machines,
         price_per_hour=config.price_per_hour,

@@ -113,8 +113,9 @@ async function search(query) {
     if (mine !== latest) return;
     const both = [...answer.proponents, ...answer.opponents];
     const strongest = Math.max(...both.map((one) => Math.abs(one.score)), 1e-300);
-    await list("proponent", answer.proponents, strongest, mine);
-    await list("opponent", answer.opponents, strongest, mine);
+    // With few examples the lists overlap: each shows those of its own sign.
+    await list("proponent", answer.proponents.filter((one) => one.score > 0), strongest, mine);
+    await list("opponent", answer.opponents.filter((one) => one.score < 0), strongest, mine);
     if (mine !== latest) return;
     const name = answer.query.index === undefined ? "your own example" : `query ${answer.query.index}`;
     at("asked").textContent = `of ${name}, asked about ${answer.measurement}`;
