@@ -13,6 +13,7 @@ from tda_lightning.index.directions import (
     Grids,
     LeadingCoordinates,
     coordinate_count,
+    sizes,
 )
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
@@ -22,7 +23,6 @@ from tda_lightning.session.session import Session
 # Coordinates that compete for their place, and that principal components are taken of. More of
 # either costs time in proportion, and memory times the sample.
 GRID, MIXED = 16384, 4096
-_FLOOR = 1e-6  # of the largest component: smaller ones are noise of the sample
 
 
 def fit_directions(
@@ -112,12 +112,12 @@ def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> Le
             best = torch.zeros_like(asked, dtype=torch.bool)
             best[(asked * offered).topk(width).indices] = True
             grids, offered = _chosen(grids, best), offered[best]
-        scale = _positive(offered).rsqrt()
-        return LeadingCoordinates(grids, scale.to(gradients), scale.reciprocal().to(gradients))
+        size = sizes(offered)
+        return LeadingCoordinates(grids, size.reciprocal().to(gradients), size.to(gradients))
     asked = _positive(asked).sqrt()
     weighed = gradients.double() * asked
     vectors, values = _principal(weighed, width)
-    values = values.clamp(min=_FLOOR * values.max()).sqrt()
+    values = sizes(values)
     return LeadingCoordinates(
         grids,
         (asked[:, None] * vectors / values).to(gradients),

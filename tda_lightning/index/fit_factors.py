@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tda_lightning.index.directions import sizes
 from tda_lightning.index.factors import FactoredBlock, FactorPairs
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.samples import BlockMoments, sample_coordinates
@@ -215,11 +216,9 @@ def _scaled(
     for name, matrices in pairs.matrices(sample_coordinates(session, responder, pairs, sample)):
         own = pairs.blocks[name]
         u, v = own.factored(matrices)
-        scaled[name] = replace(own, row_scale=_size(u), column_scale=_size(v))
+        scaled[name] = replace(
+            own,
+            row_scale=sizes(u.square().mean((0, 3))),
+            column_scale=sizes(v.square().mean((0, 3))),
+        )
     return FactorPairs(scaled)
-
-
-def _size(vectors: Tensor) -> Tensor:
-    """Root mean square of each entry [groups, a] of vectors [batch, groups, a, c]; none is zero."""
-    squares = vectors.square().mean((0, 3))
-    return squares.clamp(min=1e-8 * float(squares.max().clamp(min=1e-30))).sqrt()

@@ -1,0 +1,79 @@
+"""Compressions keep inner products: exactly where they have room, and about the same in fewer
+numbers; what they are comes back from a file."""
+
+import pytest
+import torch
+
+from tda_lightning.index import AttributionIndex
+from tda_lightning.index.choosing import Samples, fitted
+from tda_lightning.index.opened import in_session, training_source
+from tda_lightning.index.responses import responder_of
+from tda_lightning.index.rounding import bytes_of, numbers_of, rounded, width_of
+from tda_lightning.index.samples import (
+    exact_scores,
+    query_coordinates,
+    sample_coordinates,
+    side_moments,
+)
+from tda_lightning.runtime.loading import ExampleSource
+from tests.attributing import relative
+from tests.cases.training import CLASSIFIER, MLP
+from tests.index.test_attribution_index import build, everything, run_of, scores
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize(
+    ("kind", "width", "bound"), [("factors", 200, 1e-3), ("leading", 40, 1e-9)]
+)
+def test_with_room_they_keep_scores(kind, width, bound, optimizer):
+    """Factor pairs of full width and rank; coordinates of which none is left out."""
+    attribution, train_set, queries = run_of(optimizer=optimizer)
+    source = training_source(attribution, train_set, 4)
+    everyone = source.batches(size=4)
+
+    def work(session):
+        responder = responder_of(attribution.estimator, session)
+        moments = side_moments(session, responder, everyone, 0)
+        samples = Samples(everyone, everyone, everyone)
+        made = fitted(kind, session, responder, width, moments, samples, 0)
+        stored = made.stored(sample_coordinates(session, responder, made, everyone))
+        asked = made.asked(query_coordinates(session, responder, made))
+        return made.dot(asked, stored), exact_scores(session, responder, everyone)
+
+    found, exact = in_session(attribution, source, ExampleSource.of(queries, 4, "query"), work)
+    assert relative(found / 10, scores(attribution, train_set, queries)) < bound
+    assert relative(exact / 10, scores(attribution, train_set, queries)) < 1e-6  # float32
+
+
+@pytest.mark.parametrize("compression", ["factors", "leading", "random"])
+def test_rounding_costs_little(tmp_path, compression):
+    """The same compression in int8 and in float64."""
+    attribution, train_set, queries = run_of(CLASSIFIER)
+    found = []
+    for dtype, size in (("float64", 8 * 16 + 8), ("int8", 20)):
+        options = {"dtype": dtype, "bytes_per_example": size, "compression": compression}
+        index = build(attribution, train_set, tmp_path / dtype, **options)
+        assert index.facts.width <= 16
+        found.append(everything(index, queries))
+    assert relative(found[1], found[0]) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "float32", "float64"])
+def test_rows_are_rounded_to_their_bytes(dtype):
+    rows = torch.randn(50, width_of(101, dtype), generator=torch.Generator().manual_seed(0))
+    rows[0] = 0
+    codes, scales = rounded(rows, dtype)
+    assert 101 - 8 < bytes_of(rows.shape[1], dtype) <= 101
+    assert codes.nbytes + scales.nbytes == 50 * bytes_of(rows.shape[1], dtype)
+    back = numbers_of(codes, dtype, rows.shape[1]) * torch.from_numpy(scales)[:, None]
+    bound = {"int4": 0.13, "int8": 0.01, "float16": 1e-3}.get(dtype, 1e-6)
+    assert relative(back, rows.double()) < bound
+
+
+def test_what_is_built_is_what_is_opened(tmp_path):
+    attribution, train_set, queries = run_of(MLP)
+    for compression in ("factors", "leading", "random"):
+        options = {"compression": compression, "bytes_per_example": 20, "dtype": "int8"}
+        built = build(attribution, train_set, tmp_path / compression, **options)
+        opened = AttributionIndex.open(built.path, attribution, train_set)
+        assert torch.equal(everything(opened, queries), everything(built, queries))
