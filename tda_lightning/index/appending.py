@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.index.build import write_missing
@@ -12,7 +11,6 @@ from tda_lightning.index.compression import Compression
 from tda_lightning.index.facts import Appended, IndexFacts
 from tda_lightning.index.opened import in_session
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.session import Session
 from tda_lightning.store import fingerprint
 from tda_lightning.store.lock import FolderLock
@@ -24,7 +22,6 @@ def append_rows(
     attribution: AttributionModule,
     source: ExampleSource,
     added: ExampleSource,
-    trainer: Any,
 ) -> IndexFacts:
     """Write rows for the examples of ``added``, and say in the index that they are there.
 
@@ -55,12 +52,11 @@ def append_rows(
 
         def work(session: Session) -> None:
             placed = compression.to(session.device, session.dtype)
-            rank, world = rank_and_world()
-            ranges = list(facts.cut(own.first, own.first + own.count))[rank::world]
+            ranges = list(facts.cut(own.first, own.first + own.count))
             examples = added.checked(session.module)
             write_missing(root, facts, placed, session, examples, ranges, own.first)
 
-        in_session(attribution, source, added, work, trainer)
+        in_session(attribution, source, added, work)
         facts = replace(facts, appended=(*facts.appended[:-1], replace(own, finished=True)))
         facts.write(root)
         return facts

@@ -256,10 +256,11 @@ class AttributionIndex:
         best = search(self.compression, asked, self.shards(), facts.dtype, k, factor)
         return best.result(0, self.num_examples)
 
-    def append(self, more: object, *, batch_size: int = 256, trainer: Any = None) -> None:
+    def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.
 
-        If interrupted, run the same call again; until it has returned, none of them is searched.
+        In one process. If interrupted, run the same call again; until it has returned, none of them
+        is searched.
         Appending the data set that was appended last again changes nothing.
 
         Args:
@@ -270,7 +271,7 @@ class AttributionIndex:
         """
         attribution, source = self._bound(batch_size)
         added = ExampleSource.of(more, batch_size, "appended", source.data_module)
-        self.facts = append_rows(self.path, self.compression, attribution, source, added, trainer)
+        self.facts = append_rows(self.path, self.compression, attribution, source, added)
 
     @classmethod
     def merge(
