@@ -62,7 +62,7 @@ class AttributionIndex:
         bytes_per_example: int = 1024,
         part: tuple[int, int] | str | None = None,
         batch_size: int = 256,
-        dtype: str | None = "int8",
+        dtype: str | None = None,
         compression: str | None = None,
         queries: object = None,
         shard: int = SHARD,

@@ -95,7 +95,7 @@ def plan_index(
     folder: Path,
     *,
     bytes_per_example: int = 1024,
-    dtype: str | None = "int8",
+    dtype: str | None = None,
     queries: object = None,
     batch_size: int = 256,
     examples: int | None = None,
