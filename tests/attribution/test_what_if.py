@@ -59,7 +59,7 @@ def what_if(run: Run) -> list[Run]:
 @pytest.mark.parametrize("name", ["decay", "momentum", "nesterov", "groups", "adam", "adamw"])
 def test_unrolling_is_the_derivative_at_those_weights(name: str, draws: int) -> None:
     """Against autograd through the weighted training."""
-    # Adam's step has no derivative where the first gradients are all 0.
+    # Adam gives no derivative to what has not moved: no first gradient must be 0.
     batches = [[[*range(SIZE)]], *oracles.cut_batches(SIZE, 4, epochs=3)]
     run, module, data = train(MLP, OPTIMIZERS[name], batches=batches, checkpoints=(3, 6))
     scores = attribute(MLP, run, module, data, Unrolled(), keep=0.6, draws=draws)
@@ -72,6 +72,16 @@ def test_unrolling_is_the_derivative_at_those_weights(name: str, draws: int) -> 
     assert relative(at_one.values, scores.values) > 1e-2  # it is another question
     if draws > 1:
         assert relative(scores.member(1).values, expected[1]) < 1e-8
+
+
+def reaches_what_never_moved(data: Any, weights: Tensor, n: int) -> bool:
+    """Whether a token of example n stands in no example that was used: its row of the embedding
+    never moves, and gets no derivative under Adam (docs/methods.md, "Optimizers")."""
+    tokens = [data[index][0] for index in range(SIZE)]
+    if tokens[n].is_floating_point():
+        return False
+    used = torch.cat([own.flatten() for own, weight in zip(tokens, weights, strict=True) if weight])
+    return not bool(torch.isin(tokens[n], used).all())
 
 
 SMOOTH = {
@@ -103,6 +113,8 @@ def test_central_differences_of_weighted_retraining(
 
     step = 2e-5
     for n in (0, 3, 8):
+        if name == "adamw" and reaches_what_never_moved(data, weights, n):
+            continue
         # Of fourth order: its error is far below what is asked of the scores.
         near = (measured(n, step) - measured(n, -step)) / (2 * step)
         far = (measured(n, 2 * step) - measured(n, -2 * step)) / (4 * step)
