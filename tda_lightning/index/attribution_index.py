@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from tda_lightning.attribution.module import AttributionModule
+from tda_lightning.index.appending import append_rows
 from tda_lightning.index.build import damage_of, shard_of, write_missing
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.compressions import COMPRESSIONS
-from tda_lightning.index.facts import Appended, IndexFacts
+from tda_lightning.index.facts import IndexFacts
 from tda_lightning.index.merging import merge_files
 from tda_lightning.index.opened import in_session, training_source
 from tda_lightning.index.preparing import Settings, opened_compression, part_of, prepared, stand_ins
@@ -27,9 +28,7 @@ from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.session import Session
-from tda_lightning.store import fingerprint
 from tda_lightning.store.index_files import DTYPES, Shard
-from tda_lightning.store.lock import FolderLock
 
 SHARD = 4096  # rows: what is lost when a build is interrupted, and rebuilt when one is damaged
 
@@ -257,10 +256,11 @@ class AttributionIndex:
         best = search(self.compression, asked, self.shards(), facts.dtype, k, factor)
         return best.result(0, self.num_examples)
 
-    def append(self, more: object, *, batch_size: int = 256, trainer: Any = None) -> None:
+    def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.
 
-        If interrupted, run the same call again; until it has returned, none of them is searched.
+        In one process. If interrupted, run the same call again; until it has returned, none of them
+        is searched.
         Appending the data set that was appended last again changes nothing.
 
         Args:
@@ -271,38 +271,7 @@ class AttributionIndex:
         """
         attribution, source = self._bound(batch_size)
         added = ExampleSource.of(more, batch_size, "appended", source.data_module)
-        lock = FolderLock(self.path)
-        lock.acquire()
-        try:
-            facts = IndexFacts.read(self.path)
-            own = Appended(facts.num_rows, len(added), fingerprint(added.dataset), finished=False)
-            last = facts.appended[-1] if facts.appended else None
-            if last is not None and last.same_examples(own):
-                own = last
-            elif last is not None and not last.finished:
-                raise ValueError(
-                    f"{last.count} other examples are being appended from row {last.first} on, and "
-                    "some of them are missing: append them again first."
-                )
-            else:
-                facts = replace(facts, appended=(*facts.appended, own))
-                facts.write(self.path)
-            if not own.finished:
-
-                def work(session: Session) -> None:
-                    compression = self.compression.to(session.device, session.dtype)
-                    ranges = list(facts.cut(own.first, own.first + own.count))
-                    ranges = ranges[rank_and_world()[0] :: rank_and_world()[1]]
-                    placed = added.checked(session.module)
-                    write_missing(self.path, facts, compression, session, placed, ranges, own.first)
-
-                in_session(attribution, source, added, work, trainer)
-                finished = replace(own, finished=True)
-                facts = replace(facts, appended=(*facts.appended[:-1], finished))
-                facts.write(self.path)
-            self.facts = facts
-        finally:
-            lock.release()
+        self.facts = append_rows(self.path, self.compression, attribution, source, added)
 
     @classmethod
     def merge(

@@ -1,0 +1,60 @@
+"""The table of README.md from the kept results.
+
+python -m experiments.index.table            # print it
+python -m experiments.index.table --write    # put it into README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+_TITLES = {
+    "factors": "factor pairs",
+    "leading": "leading coordinates",
+    "random": "random projection",
+}
+
+
+def table(name: str) -> str:
+    """The rows of one run and estimator."""
+    found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    lines = [
+        "| bytes | kept | agreement | LDS | recall@10 | of 100 | recall@100 | of 1000 |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| all | uncompressed | 1 | {_with_error(found, 'lds')} | 1 | 1 | 1 | 1 |",
+    ]
+    for row in sorted(found["rows"], key=lambda row: (-row["key"][0], -row["lds"])):
+        size, kind, dtype = row["key"]
+        recalls = [f"{row[f'{how}recall_{k}']:.2f}" for k in (10, 100) for how in ("", "reranked_")]
+        lines.append(
+            f"| {size} | {_TITLES[kind]}, {dtype} | {_with_error(row, 'agreement')} | "
+            f"{_with_error(row, 'lds')} | {' | '.join(recalls)} |"
+        )
+    return "\n".join(lines)
+
+
+def _with_error(row: dict[str, float], name: str) -> str:
+    return f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}"
+
+
+def written(text: str) -> str:
+    """The text with every table between its marks made anew."""
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    made = written(README.read_text(encoding="utf-8"))
+    if "--write" in sys.argv[1:]:
+        README.write_text(made, encoding="utf-8")
+    else:
+        print(made)
