@@ -214,6 +214,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_several_processes_measure_the_same(run):
     given = ["evaluate", "runs/digits", "baselines=[]", "num_subsets=3", "threads=1"]
     assert main([*given, "ground_truth=one.h5"]) == 0

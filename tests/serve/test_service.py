@@ -7,6 +7,7 @@ import contextlib
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+HERE = str(Path(__file__).parents[2]).encode()  # no answer names a folder of the server
 TOKEN = "a-token-of-some-length"
 
 
@@ -144,7 +146,7 @@ def test_no_answer_of_50_clients_is_lost_or_mixed_up():
 def test_hostile_requests_are_refused(address, client):
     statuses = [send_raw(address, *request) for request in hostile_requests(random.Random(0), 300)]
     assert all(400 <= status < 500 for status, _ in statuses), statuses
-    assert not any(b"Traceback" in body or b"/work" in body for _, body in statuses)
+    assert not any(b"Traceback" in body or HERE in body for _, body in statuses)
     assert client.post("/search", json={"query": {"index": 3}}).status_code == 200
 
 
@@ -154,7 +156,7 @@ def test_ten_thousand_hostile_requests(address, client):
         for request in hostile_requests(random.Random(1000 + seed), 500):
             status, body = send_raw(address, *request)
             assert 400 <= status < 500, (seed, request, body)
-            assert b"Traceback" not in body and b"/work" not in body
+            assert b"Traceback" not in body and HERE not in body
     assert client.post("/search", json={"query": {"index": 3}}).status_code == 200
 
 

@@ -220,10 +220,10 @@ def _check(composition: Composition) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_composed_steps_are_attributed_as_plain_autograd_has_them(seed: int) -> None:
-    """Fifty compositions in two tests, which run side by side; fifty more by hand."""
+    """Twenty-five compositions; seventy-five more by hand."""
 
     @seed_of(seed)
     @settings(max_examples=25, deadline=None, database=None, phases=[Phase.generate])
