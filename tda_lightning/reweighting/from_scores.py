@@ -30,6 +30,7 @@ def weights_from_scores(scores: Tensor, rate: float = 1.0, bound: float = 4.0) -
         ValueError: scores that are not finite or all equal, or an impossible setting.
 
     Example:
+        >>> import torch
         >>> weights_from_scores(torch.tensor([[1.0, -1.0, 1.0, -1.0]]), rate=0.5)
         tensor([1.5000, 0.5000, 1.5000, 0.5000], dtype=torch.float64)
     """

@@ -43,7 +43,7 @@ def source_digest(kind: type) -> str | None:
 
 
 def script_digest(script: str) -> str:
-    """SHA-256 of a script in base64, as a page's content security policy names it."""
+    """SHA-256 of a script or style in base64, as a page's content security policy names it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 

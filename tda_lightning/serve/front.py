@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from importlib.resources import files
 
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+from tda_lightning.runtime.digests import script_digest
 
 
 def _page() -> tuple[bytes, str]:
@@ -21,7 +17,7 @@ def _page() -> tuple[bytes, str]:
     page = page.replace("/* style */", style).replace("/* script */", script)
     policy = (
         "default-src 'none'; img-src data:; media-src data:; connect-src 'self'; "
-        f"style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
+        f"style-src 'sha256-{script_digest(style)}'; script-src 'sha256-{script_digest(script)}'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page.encode(), policy

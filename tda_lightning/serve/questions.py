@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from tda_lightning.measurements import (
     Output,
     Probability,
 )
+from tda_lightning.runtime.digests import digest
 from tda_lightning.serve.example_form import Form
 from tda_lightning.serve.limits import Limits
 from tda_lightning.serve.refusal import Refusal
@@ -122,8 +122,8 @@ class QuestionReader:
         if isinstance(self.form, str):
             raise Refusal(400, f'{self.form} Ask about queries by their index: {{"index": 3}}.')
         item = self.form.read(given["example"], "query.example")
-        text = json.dumps(given["example"], sort_keys=True).encode()
-        return None, item, {"digest": hashlib.sha256(text).hexdigest()[:16]}
+        text = json.dumps(given["example"], sort_keys=True)
+        return None, item, {"digest": digest(text)[:16]}
 
     def _measurement(self, given: object) -> tuple[Measurement | None, str]:
         if given is None:

@@ -132,6 +132,7 @@ def test_contradicting_pairs_follow_the_others(root):
         "gold label": "contradiction",
         "heuristic": "none",
         "origin": "contradicts a heuristic",
+        "subcase": "none",
     }
 
 

@@ -61,7 +61,7 @@ class Adjoints:
         """
         goes_on = stage.session.trajectory.steps_before
         return Adjoints(
-            {name: self.parameters[name] for name in stage.carried},
+            {name: own for name, own in self.parameters.items() if name in stage.carried},
             {name: own for name, own in self.statistics.items() if name in statistics},
             {name: dict(own) for name, own in self.states.items() if name in goes_on},
         )

@@ -67,7 +67,8 @@ class ReverseSweeps:
         self.number, self.stage, self.session = number, stage, stage.session
         self.replay, self.scores = replay, scores
         self.moving, self.resting = moving, resting
-        trained = {name: adjoints.parameters[name] for name in replay.trajectory.facts.parameters}
+        # Those of the engine: empty parameters have no gradient.
+        trained = {name: adjoints.parameters[name] for name in self.session.engine.names}
         self.adjoint = OptimizerAdjoint(replay.trajectory, trained, adjoints.states)
         self.frozen = {name: adjoints.parameters[name] for name in stage.frozen}
         self.statistics = adjoints.statistics
