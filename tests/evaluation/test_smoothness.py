@@ -153,6 +153,7 @@ def test_the_interval_covers_the_mean() -> None:
     assert 0.93 < covered < 0.97
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_rank_agreement_covers_it() -> None:
     """Directions act through a few features of the queries, as removals do."""
     generator = torch.Generator().manual_seed(0)

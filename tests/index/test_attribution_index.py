@@ -96,6 +96,33 @@ def test_parts_resumption_and_merging_make_the_same_index(tmp_path):
     assert torch.equal(everything(parts, queries), everything(whole, queries))
 
 
+def test_parts_in_folders_of_their_own_are_merged(tmp_path):
+    attribution, train_set, queries = run_of()
+    options = {"bytes_per_example": 40, "dtype": "int8", "shard": 2}
+    whole = build(attribution, train_set, tmp_path / "whole", **options)
+    places = [tmp_path / f"part-{number}" for number in (1, 2)]
+    build(attribution, train_set, places[0], part="1/2", **options)
+    build(attribution, train_set, places[1], part="2/2", like=places[0], **options)
+    merged = AttributionIndex.merge(places, tmp_path / "merged")
+    assert folder(merged.path) == folder(whole.path)
+    bound = AttributionIndex.open(merged.path, attribution, train_set)
+    assert torch.equal(everything(bound, queries), everything(whole, queries))
+    AttributionIndex.merge(places, tmp_path / "merged")  # again: nothing changes
+    assert folder(merged.path) == folder(whole.path)
+
+
+def test_parts_of_other_coordinates_are_not_merged(tmp_path):
+    attribution, train_set, _ = run_of()
+    options = {"bytes_per_example": 16, "dtype": "int8", "shard": 2}
+    build(attribution, train_set, tmp_path / "one", part="1/2", **options)
+    build(attribution, train_set, tmp_path / "two", part="2/2", seed=1, **options)
+    with pytest.raises(ValueError, match="not parts of one index"):
+        AttributionIndex.merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    with pytest.raises(ValueError, match="at least one index"):
+        AttributionIndex.merge([], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def folder(path):
     return {
         str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()

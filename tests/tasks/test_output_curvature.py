@@ -90,6 +90,7 @@ def test_the_matrix_of_any_loss(name: str) -> None:
         torch.testing.assert_close(found, dense(module, name, example), rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_sampled_losses_have_the_matrix_as_second_moment() -> None:
     torch.manual_seed(1)
     module, task = Step(step("focal")), TrainingStepTask()
