@@ -218,8 +218,9 @@ class Capture(TorchFunctionMode):
         own = shared.value.expand(*query.shape[:-1], key.shape[-2])
         if own.shape != shared.value.shape:
             self.broadcast(shared, own)
-        given.arguments["attn_mask"] = own
-        return given.args, given.kwargs
+        if "attn_mask" in kwargs:
+            return args, {**kwargs, "attn_mask": own}
+        return (*args[:3], own, *args[4:]), kwargs
 
     def watch(self, watched: WatchedOutput, output: Tensor) -> None:
         """Have the gradient of ``output`` arrive at ``watched``."""

@@ -86,6 +86,17 @@ def direct(query: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     return attended(query, bias)
 
 
+def scaled(query: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """As transformers' T5 calls it."""
+    return F.scaled_dot_product_attention(
+        query, query, query, attn_mask=bias, dropout_p=0.0, scale=0.3, is_causal=False
+    )
+
+
+def by_position(query: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, query, query, bias, 0.0, False, scale=0.3)
+
+
 def summed(query: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     low = torch.zeros(len(mask), 1, 1, LENGTH).to(query).masked_fill(~mask[:, None, None], -30.0)
     return (query @ query.mT + (bias + low)).softmax(-1) @ query
@@ -119,6 +130,6 @@ SHARED = [
     ),
     *(
         Case(f"relative/{way.__name__}", lambda way=way: relative(way), tokens(9, LENGTH))
-        for way in (padded, filled_elsewhere, causal, direct, summed)
+        for way in (padded, filled_elsewhere, causal, direct, scaled, by_position, summed)
     ),
 ]
