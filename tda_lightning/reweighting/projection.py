@@ -19,8 +19,8 @@ def project(values: Tensor, bound: float) -> Tensor:
         ValueError: a value is not finite, or ``bound`` is below 1, so that no weights sum to N.
 
     Example:
-        >>> [round(weight, 3) for weight in project(torch.tensor([1.0, 2.0, 6.0]), 2.0).tolist()]
-        [0.0, 1.0, 2.0]
+        >>> project(torch.tensor([1.0, 2.0, 6.0]), bound=2.0).round().long()
+        tensor([0, 1, 2])
     """
     if not bound >= 1:
         raise ValueError(f"bound must be at least 1, so that weights can sum to N; got {bound}.")
