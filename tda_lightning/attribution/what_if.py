@@ -74,7 +74,7 @@ def asked_runs(
     # An ensemble asks about training anew, and training on less data takes fewer steps. Weights
     # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
-    made: list[list[list[StageSetup]]] = []
+    made: list[list[list[StageSetup]]] = []  # the runs of each member, by their stages
     for stages in members:
         twin = next((n for n in range(len(made)) if _one_training(members[n], stages)), None)
         if twin is None:
