@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.rounding import numbers_of
+from tda_lightning.index.rounding import codes_width, widened
 from tda_lightning.store.index_files import Shard
 
 _BLOCK = 1 << 22  # numbers of the rows that are ranked at a time
@@ -103,15 +103,14 @@ def search(
         factor: on every product, such as 1/N.
     """
     best = Best(len(asked), k, asked.dtype)
-    size, near = (max(1, numbers // compression.width) for numbers in (_BLOCK, _NEAR))
+    width = compression.width
+    size, near = (max(1, numbers // width) for numbers in (_BLOCK, _NEAR))
+    memory = torch.empty(near, codes_width(width, dtype), dtype=asked.dtype)
     for shard in shards:
         for start in range(0, len(shard.codes), size):
             codes = shard.codes[start : start + size]
             products = [
-                compression.dot(
-                    asked,
-                    numbers_of(codes[at : at + near], dtype, compression.width).to(asked.dtype),
-                )
+                compression.dot(asked, widened(codes[at : at + near], dtype, width, memory))
                 for at in range(0, len(codes), near)
             ]
             scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)
