@@ -17,7 +17,8 @@ class ConcreteData(DataModule):
     """UCI Concrete: compressive strength of 1030 concretes from their mix and age.
 
     Inputs and target are scaled to mean 0 and standard deviation 1 over the training set (a pool
-    for a recorded run by the recorded one: :meth:`scaled_as`); the target has shape [batch, 1]. The data set is Yeh (1998), https://doi.org/10.24432/C5PK67.
+    for a recorded run by the recorded one: :meth:`scaled_as`); the target has shape [batch, 1]. The
+    data set is Yeh (1998), https://doi.org/10.24432/C5PK67.
 
     Args:
         root: folder that holds ``uci_concrete/concrete.csv``.
