@@ -16,6 +16,7 @@ _BLOCK = 1 << 22  # numbers of the rows that are ranked at a time
 # Of those that are widened and multiplied at a time: they stay in the processor's cache, where a
 # larger block would be written to memory at four times its size and read again.
 _NEAR = 1 << 18
+_NEAR_PAIRS = 1 << 20  # of factor pairs, which are multiplied longer than they are moved
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def search(
     """
     best = Best(len(asked), k, asked.dtype)
     width = compression.width
-    size, near = (max(1, numbers // width) for numbers in (_BLOCK, _NEAR))
+    together = _NEAR if compression.degree == 1 else _NEAR_PAIRS
+    size, near = (max(1, numbers // width) for numbers in (_BLOCK, together))
     memory = torch.empty(near, codes_width(width, dtype), dtype=asked.dtype)
     for shard in shards:
         for start in range(0, len(shard.codes), size):
