@@ -1,14 +1,14 @@
 r"""What edits of a graph change: the gradient of the training loss, and the queries themselves.
 
-An edit reaches the nodes within as many hops as the model has layers of what it touches, and their
-losses depend on one neighbourhood more, for the degrees at its border. So both sides of
+Both sides of
 
 .. math::
     \delta_e = \nabla_\theta \sum_n \ell_n(\theta, G) - \nabla_\theta \sum_n \ell_n(\theta, G_e)
 
-are computed in a subgraph, for the affected nodes alone. How far the model sees is found from its
-gradients, and the subgraphs are compared with the whole graph on some edits first; a model that
-sees more (a norm over all nodes, a pooling) is run on the whole graph.
+are computed in a subgraph, for the affected nodes alone (:mod:`.reached_nodes`), and several
+subgraphs side by side in one pass. How far the model sees is found from its gradients, and the
+subgraphs are compared with the whole graph on some edits first; a model that sees more (a norm over
+all nodes, a pooling) is run on the whole graph.
 """
 
 from __future__ import annotations
@@ -25,21 +25,12 @@ from tda_lightning.gradients import Block, Dense, ExampleGradients, GradientEngi
 from tda_lightning.gradients.functional import parameters_frozen
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.records.trajectory import Trajectory
-from tda_lightning.runtime.graphs import (
-    around,
-    edge_index,
-    entries,
-    num_nodes,
-    restricted,
-    with_entries,
-)
+from tda_lightning.runtime.graphs import around, edge_index, entries, num_nodes, with_entries
+from tda_lightning.session.reached_nodes import Reached, in_groups, losses_of
 from tda_lightning.tasks import NodeBatch
 
 _PROBED = 16  # nodes whose receptive fields tell how far the model sees
 _COMPARED = 6  # edits that are computed in the whole graph too
-_MOST = 0.5  # of the nodes: from there on the whole graph costs no more than a copy of a part
-
-Losses = Callable[[nn.Module, object, Tensor], Tensor]  # of (module, batch, examples)
 
 
 class Session(Protocol):
@@ -86,12 +77,15 @@ def edit_gradients(session: Session, edited: EditedGraphs) -> ExampleGradients:
     _look(session, edited)
     names = session.engine.names
     parameters = [session.module.get_parameter(name) for name in names]
+    every = torch.arange(len(edited.batch.nodes), device=session.device)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     changes = []
     with parameters_frozen(session.module, names), torch.enable_grad():
         for column in edited.columns:
-            reached = _Reached(edited, column, edited.batch.nodes)
-            total = reached.difference(session, session.train_loss)
+            reached = Reached(edited, column)
+            before, after = losses_of(session.module, session.train_loss, reached.sides(), every)
+            _require_finite(after, edited.edits, column)
+            total = (before.sum() - after.sum()).to(session.dtype)
             found: tuple[Tensor | None, ...] = (None,) * len(parameters)
             if total.requires_grad:
                 found = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -117,8 +111,7 @@ def direct_terms(session: Session) -> Tensor:
     _look(session, probe)
     _note_unreached(session, probe)
     with torch.no_grad():
-        for batch, indices in session.queries(0, session.num_query):
-            assert isinstance(batch, NodeBatch)
+        for batch, indices in _by_graph(session):
             if not same_graph(batch.graph, probe.batch.graph):
                 _note(
                     session,
@@ -128,16 +121,35 @@ def direct_terms(session: Session) -> Tensor:
                 continue
             asked = EditedGraphs(edits, range(len(edits)), batch)
             before = session.measurement(session.module, batch, indices)
-            for column in session.loop(f"direct terms of {len(indices)} queries", asked.columns):
-                reached = _Reached(asked, column, batch.nodes)
-                if not len(reached.before):
-                    continue
-                place = torch.isin(batch.nodes, reached.before).nonzero().squeeze(1)
-                batch_after = reached.batch(reached.graph, batch.nodes[place])
-                after = session.measurement(session.module, batch_after, indices[place])
-                _require_finite(after, edits, column)
-                changes[indices[place].cpu(), column] = (after - before[place]).to(changes)
+            columns = session.loop(f"direct terms of {len(indices)} queries", asked.columns)
+            reached = (Reached(asked, column) for column in columns)
+            for group in in_groups(one for one in reached if len(one.before)):
+                sides = [one.changed(one.before) for one in group]
+                found = losses_of(session.module, session.measurement, sides, indices)
+                for one, after in zip(group, found, strict=True):
+                    _require_finite(after, edits, one.column)
+                    rows = indices.cpu()[one.before.cpu()]
+                    changes[rows, one.column] = (after - before[one.before]).to(changes)
     return changes
+
+
+def _by_graph(session: Session) -> Iterator[tuple[NodeBatch, Tensor]]:
+    """The queries in as few batches as they have graphs."""
+    held: list[tuple[NodeBatch, Tensor]] = []
+    for batch, indices in session.queries(0, session.num_query):
+        assert isinstance(batch, NodeBatch)
+        if held and batch.graph is not held[0][0].graph:
+            yield _together(held)
+            held = []
+        held.append((batch, indices))
+    if held:
+        yield _together(held)
+
+
+def _together(held: Sequence[tuple[NodeBatch, Tensor]]) -> tuple[NodeBatch, Tensor]:
+    first = held[0][0]
+    nodes = torch.cat([batch.nodes for batch, _ in held])
+    return NodeBatch(first.graph, nodes, first.mask), torch.cat([own for _, own in held])
 
 
 def same_graph(one: Any, other: Any) -> bool:
@@ -153,8 +165,7 @@ def _note(session: Session, text: str) -> None:
 def _note_unreached(session: Session, edited: EditedGraphs) -> None:
     """Say which edits reach no training node."""
     columns = range(len(edited.edits))
-    nodes = edited.batch.nodes
-    alone = [n for n in columns if not len(_Reached(edited, n, nodes).before)]
+    alone = [n for n in columns if not len(Reached(edited, n).before)]
     if alone:
         named = ", ".join(map(str, alone[:10])) + (" and others" if len(alone) > 10 else "")
         _note(
@@ -162,60 +173,6 @@ def _note_unreached(session: Session, edited: EditedGraphs) -> None:
             f"{len(alone)} of {len(columns)} edits ({named}) reach no training node: the direct "
             "term is all there is.",
         )
-
-
-class _Reached:
-    """The nodes whose losses an edit changes, and the part of the graph that they depend on.
-
-    Attributes:
-        graph: after the edit.
-        before, after: ids of the nodes that it reaches, without and with those that it takes out.
-    """
-
-    def __init__(self, edited: EditedGraphs, column: int, nodes: Tensor) -> None:
-        self.edited, self.column = edited, column
-        edits, own = edited.edits, edited.batch.graph
-        edit = edits.edits[column]
-        self.graph = edit.applied(own)
-        removed = edit.removed().to(nodes.device)
-        self.edges = [edge_index(own), edge_index(self.graph)]
-        self.count = num_nodes(own)
-        if edits.whole:
-            self.before = nodes
-        else:
-            assert edits.hops is not None
-            reach = around(self.edges, edit.touched(own), edits.hops, self.count)
-            self.before = nodes[reach[nodes] | torch.isin(nodes, removed)]
-        self.after = self.before[~torch.isin(self.before, removed)]
-
-    def difference(self, session: Session, loss: Losses) -> Tensor:
-        """Sum of the losses of the nodes that are reached, before the edit minus after it."""
-        before, after = self.losses(session, loss)
-        _require_finite(after, self.edited.edits, self.column)
-        return before.sum() - after.sum()
-
-    def losses(self, session: Session, loss: Losses) -> tuple[Tensor, Tensor]:
-        """Their losses, before the edit and after it."""
-        both = []
-        sides = (self.edited.batch.graph, self.before), (self.graph, self.after)
-        for graph, nodes in sides:
-            if not len(nodes):
-                both.append(torch.zeros(0, dtype=session.dtype, device=session.device))
-                continue
-            examples = torch.searchsorted(self.edited.batch.nodes, nodes)
-            both.append(loss(session.module, self.batch(graph, nodes), examples))
-        return both[0], both[1]
-
-    def batch(self, graph: Any, nodes: Tensor) -> NodeBatch:
-        """Some of the nodes in the part of ``graph`` that they depend on."""
-        mask, edits = self.edited.batch.mask, self.edited.edits
-        if not edits.whole:
-            assert edits.hops is not None
-            inside = around(self.edges, self.before, edits.hops + 1, self.count)
-            if float(inside.float().mean()) < _MOST:
-                part = inside.nonzero().squeeze(1)
-                return NodeBatch(restricted(graph, part), torch.searchsorted(part, nodes), mask)
-        return NodeBatch(graph, nodes, mask)
 
 
 def _look(session: Session, edited: EditedGraphs) -> None:
@@ -273,30 +230,37 @@ def _hops(session: Session, batch: NodeBatch) -> int | None:
 
 
 def _parts_suffice(session: Session, edited: EditedGraphs) -> bool:
-    """Whether some edits give the same losses in their parts of the graph as in the whole graph,
-    and leave all others as they are."""
+    """Whether some edits give the same losses in their parts of the graph, side by side, as in the
+    whole graph, and leave all others as they are."""
     edits, batch = edited.edits, edited.batch
     last = len(edits) - 1
     some = {number * last // max(1, _COMPARED - 1) for number in range(min(_COMPARED, len(edits)))}
     examples = torch.arange(len(batch.nodes), device=session.device)
     with torch.no_grad():
         whole = session.train_loss(session.module, batch, examples)
-        for column in sorted(some):
-            reached = _Reached(edited, column, batch.nodes)
-            removed = edits.edits[column].removed().to(batch.nodes.device)
-            left = ~torch.isin(batch.nodes, removed)
-            kept = NodeBatch(reached.graph, batch.nodes[left], batch.mask)
-            if not len(kept):
-                continue
-            before, after = reached.losses(session, session.train_loss)
-            expected = whole.clone()
-            expected[left] = session.train_loss(session.module, kept, examples[left])
-            place = torch.isin(batch.nodes, reached.before)
-            found = whole.clone()
-            found[torch.isin(batch.nodes, reached.after)] = after
-            if not _close(before, whole[place]) or not _close(found[left], expected[left]):
-                return False
+        for group in in_groups(Reached(edited, column) for column in sorted(some)):
+            sides = [side for one in group for side in one.sides()]
+            each = losses_of(session.module, session.train_loss, sides, examples)
+            for one, before, after in zip(group, each[::2], each[1::2], strict=True):
+                if not _alike(session, one, whole, before, after):
+                    return False
     return True
+
+
+def _alike(session: Session, one: Reached, whole: Tensor, before: Tensor, after: Tensor) -> bool:
+    """Whether losses in a part of the graph are those in the whole graph; ``whole``: of all nodes
+    before the edit."""
+    batch = one.edited.batch
+    left = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
+    left[one.before] = False
+    left[one.after] = True
+    if not bool(left.any()):
+        return True
+    expected, found = whole.clone(), whole.clone()
+    kept = NodeBatch(one.graph, batch.nodes[left], batch.mask)
+    expected[left] = session.train_loss(session.module, kept, left.nonzero().squeeze(1))
+    found[one.after] = after.to(found)
+    return _close(before, whole[one.before]) and _close(found[left], expected[left])
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
