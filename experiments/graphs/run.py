@@ -123,7 +123,7 @@ def sgc(root: str, folder: Path, edges: int = 100, decay: float = 2e-3) -> dict[
             "by way of the weights": agreement(through, torch.tensor(moved)),
             "without the direct term, against the whole": agreement(through, torch.tensor(truth)),
             "closed form against ours": float(
-                (torch.tensor(exact) - through).norm() / through.norm()
+                (torch.tensor(exact, dtype=through.dtype) - through).norm() / through.norm()
             ),
         }
     return found

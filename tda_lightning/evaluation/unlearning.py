@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.evaluation.retraining import measure
-from tda_lightning.measurements.classes import OfTarget
+from tda_lightning.measurements.classes import OfTarget, class_index
 from tda_lightning.measurements.outputs import ClassOutputs, NoClassesError
 from tda_lightning.tasks import AttributionTask
 
@@ -101,7 +101,8 @@ class _Right(OfTarget):
         return "accuracy"
 
     def values(self, found: ClassOutputs, queries: Tensor) -> Tensor:
-        return (found.logits.argmax(-1) == found.labels).to(found.logits)
+        labels = class_index(self.target, queries, found)
+        return (found.logits.argmax(-1) == labels).to(found.logits)
 
     def together(self, values: Tensor, chosen: Tensor, queries: Tensor) -> Tensor:
         return values.sum(1) / chosen.sum(1)

@@ -72,6 +72,7 @@ def test_unlearning_writes_weights_and_compares_them(run, capsys):
         "retrained weights",
         "distance to the retrained",
         "mean loss of what was removed",
+        "mean loss of what stays",
         "accuracy of the queries",
         "accuracy of what was removed",
     ):

@@ -367,3 +367,49 @@ def test_parts_of_graphs_stand_side_by_side() -> None:
     dense = side_by_side([{"adj": matrix, "x": GRAPH["x"]}] * 2, nodes)
     expected = torch.block_diag(matrix[nodes[0]][:, nodes[0]], matrix)
     assert torch.equal(dense["adj"], expected)
+
+
+class Keeping(GCN):
+    """Keeps the edges of its first call, under names of its own."""
+
+    def forward(self, graph: Any) -> Tensor:
+        if not hasattr(self, "_edges"):
+            self._edges = graph["edge_index"]
+        return super().forward({**graph, "edge_index": self._edges})
+
+
+class Cached(GCN):
+    """Keeps them as the layers of torch_geometric do with ``cached=True``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached, self._cached_edge_index = True, None
+
+    def forward(self, graph: Any) -> Tensor:
+        edges = self._cached_edge_index
+        edges = graph["edge_index"] if edges is None else edges
+        if self.cached:
+            self._cached_edge_index = edges
+        return super().forward({**graph, "edge_index": edges})
+
+
+def test_what_layers_keep_of_the_first_graph_is_not_taken_for_an_edited_one(run: Any) -> None:
+    torch.manual_seed(0)
+    module = Cached()
+    own = GRAPH, module, train_on(GRAPH, module)
+    for estimator in (TracIn(), Unrolled()):
+        scores = attribute(own, estimator)
+        expected = attribute(run, estimator)
+        assert relative(scores.through_weights, expected.through_weights) < 1e-10
+        assert relative(scores.direct, expected.direct) < 1e-10
+    assert module.cached
+    assert module._cached_edge_index is not None  # as it was
+    attribution = AttributionModule(module, own[2], InfluenceFunction("identity", damping=1.0))
+    assert attribution.unlearned(loader_of(GRAPH), EDITS[:1])._cached_edge_index is None
+
+
+def test_a_model_that_keeps_its_edges_otherwise_is_named() -> None:
+    torch.manual_seed(0)
+    module = Keeping()
+    scores = attribute((GRAPH, module, train_on(GRAPH, module)), TracIn())
+    assert any("has kept those of its first call" in n for n in scores.provenance["notes"])

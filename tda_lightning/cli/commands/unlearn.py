@@ -59,9 +59,13 @@ def unlearn(config: DictConfig) -> None:
     again_seconds = time.process_time() - began
     last = trajectory.checkpoints[trajectory.last_step]
     gone = train.with_dataset(torch.utils.data.Subset(train.dataset, removed))
+    stays = sorted(set(range(len(train))) - set(removed))
+    left = train.with_dataset(torch.utils.data.Subset(train.dataset, stays))
     measures: dict[str, Any] = {
         "mean measurement of the queries": lambda own: float(_measured(own, task, query).mean()),
         "mean loss of what was removed": lambda own: float(_lost(own, task, gone).mean()),
+        # Where it rises well above both others, the step went too far.
+        "mean loss of what stays": lambda own: float(_lost(own, task, left).mean()),
         "membership of what was removed (0.5: forgotten)": lambda own: membership(
             _lost(own, task, gone), _lost(own, task, query)
         ),
