@@ -62,7 +62,12 @@ from tda_lightning.evaluation.top_removal import (
     token_removals,
     top_removal,
 )
-from tda_lightning.evaluation.unlearning import UnlearningReport, compare_unlearned, membership
+from tda_lightning.evaluation.unlearning import (
+    UnlearningReport,
+    accuracy,
+    compare_unlearned,
+    membership,
+)
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.ground_truth import GroundTruth
 from tda_lightning.records.representatives import Representatives, representatives
@@ -82,6 +87,7 @@ __all__ = [
     "Smoothness",
     "TopRemoval",
     "UnlearningReport",
+    "accuracy",
     "activation_cosine",
     "additive_ceiling",
     "agreement",

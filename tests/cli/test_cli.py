@@ -54,7 +54,8 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
 
 def test_an_index_is_built_in_parts_and_searched(run, capsys):
     small = ["index", "runs/digits", "estimator=tracin", "bytes_per_example=64"]
-    assert main([*small, "part=2/2"]) == 0
+    assert main([*small, "part=2/2,1/2", "--multirun"]) == 0
+    assert "belong to other parts" in capsys.readouterr().out  # after the first of them
     assert main([*small, "search=true", "k=2", "rerank=5"]) == 0
     out = capsys.readouterr().out
     assert "Indexed 60 examples in" in out
@@ -68,7 +69,14 @@ def test_unlearning_writes_weights_and_compares_them(run, capsys):
     assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 0
     out = capsys.readouterr().out
     assert "Unlearned 2 training examples: runs/digits/unlearned.pt" in out
-    for name in ("retrained weights", "distance to the retrained", "mean loss of what was removed"):
+    for name in (
+        "retrained weights",
+        "distance to the retrained",
+        "mean loss of what was removed",
+        "mean loss of what stays",
+        "accuracy of the queries",
+        "accuracy of what was removed",
+    ):
         assert name in out
     moved = torch.load(run / "unlearned.pt")
     before = Trajectory.load(str(run)).checkpoints[4].parameters
