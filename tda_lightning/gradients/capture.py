@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from tda_lightning.gradients import pooling
 from tda_lightning.gradients.fused_layers import FUSED
 from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
@@ -99,6 +100,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        func = pooling.IN_PLACE_OF.get(func, func)
         if not self.moves and self.batch > 1:
             self.moves = may_move(func, args, kwargs, self.batch)
         if func in FUSED:
