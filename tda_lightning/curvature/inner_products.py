@@ -12,7 +12,8 @@ from tda_lightning.curvature.sampled import Drawn, Sample
 from tda_lightning.gradients import Gradient, Outer, Rows
 from tda_lightning.session.queries import QueryGradients
 
-_STRIP_SCALARS = 1 << 25  # of dense gradients that meet all later ones
+_STRIP_SCALARS = 1 << 27  # of dense gradients that meet all later ones
+_TOGETHER = 256  # of them that meet those after them in one product
 
 
 def inner_products(sample: Sample, title: str, rows: Sequence[Drawn]) -> Tensor:
@@ -31,10 +32,21 @@ def inner_products(sample: Sample, title: str, rows: Sequence[Drawn]) -> Tensor:
     count = len(strips) * (sample.batches // len(rows)) ** 2
     room = sample.held * session.dtype.itemsize
     for name, first, end in session.loop(title, strips, count, room):
-        queries = QueryGradients({name: [row.gradients[name] for row in rows[first:end]]})
-        own = slice(places[first].start, places[min(end, len(rows)) - 1].stop)
-        for later in range(first, len(rows)):
-            total[own, places[later]] += queries.dot({name: rows[later].gradients[name]}).double()
+        own = [row.gradients[name] for row in rows]
+        start, stop = places[first].start, places[min(end, len(rows)) - 1].stop
+        if _factored(own[0]):
+            for later in range(first, len(rows)):
+                met = QueryGradients({name: [own[first]]}).dot({name: own[later]})
+                total[start:stop, places[later]] += met.double()
+            continue
+        dense = _dense(own[first:end])
+        for above in range(0, len(dense), _TOGETHER):
+            part = dense[above : above + _TOGETHER]
+            total[start + above : start + above + len(part), start + above : stop] += (
+                part @ dense[above:].T
+            )
+        for later in range(end, len(rows)):
+            total[start:stop, places[later]] += dense @ _dense([own[later]]).T
     total = total.triu()
     return (total + total.triu(1).T) * roots[:, None] * roots
 
@@ -55,10 +67,24 @@ def places_of(rows: Sequence[Drawn]) -> list[slice]:
     return [slice(end - len(row.roots), end) for end, row in zip(ends, rows, strict=True)]
 
 
+def _factored(gradient: Gradient) -> bool:
+    return pair_cost(gradient) < math.prod(gradient.shape[1:])
+
+
 def _together(gradient: Gradient) -> int:
     """Batches that meet the later ones together: where they are dense these are made anew for each
     strip."""
-    size = math.prod(gradient.shape[1:])
-    if pair_cost(gradient) < size:
+    if _factored(gradient):
         return 1
-    return max(1, _STRIP_SCALARS // (size * gradient.batch))
+    return max(1, _STRIP_SCALARS // (math.prod(gradient.shape[1:]) * gradient.batch))
+
+
+def _dense(gradients: Sequence[Gradient]) -> Tensor:
+    """Dense gradients of several batches, flat, column by column: [example, entry]."""
+    parts: list[Tensor] = []
+    for own in gradients:
+        if isinstance(own, Outer):
+            parts += own.columns_first()
+        else:
+            parts += [own.dense(rows).mT.flatten(1) for rows in own.chunks()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -245,7 +245,7 @@ class Outer(Gradient):
         count, groups, height, _ = queries.shape
         if not self._meets_factors(count):
             flat = queries.mT.flatten(1)
-            return torch.cat([flat @ dense.T for dense in self._columns_first()], dim=1)
+            return torch.cat([flat @ dense.T for dense in self.columns_first()], dim=1)
         # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
         flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
         parts = []
@@ -261,12 +261,12 @@ class Outer(Gradient):
             return super().dot_and_squares(queries, weight)
         flat, weights = queries.mT.flatten(1), weight.mT.flatten()
         products, squares = [], []
-        for dense in self._columns_first():
+        for dense in self.columns_first():
             products.append(flat @ dense.T)
             squares.append(dense.square_() @ weights)
         return torch.cat(products, dim=1), torch.cat(squares)
 
-    def _columns_first(self) -> Iterator[Tensor]:
+    def columns_first(self) -> Iterator[Tensor]:
         """Chunks of dense gradients, transposed and flat, that are met by queries: patches have
         their positions innermost, and of two such factors the product is twice as fast with the
         wider one in front."""
