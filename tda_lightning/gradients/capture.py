@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.gradients import pooling
 from tda_lightning.gradients.fused_layers import FUSED
 from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
 from tda_lightning.gradients.parameter_views import ParameterViews
+from tda_lightning.gradients.pooling import faster
 from tda_lightning.gradients.shared_outputs import SharedOutput, SharedOutputs
 from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
 from tda_lightning.records.errors import EngineError
@@ -100,7 +100,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        func = pooling.IN_PLACE_OF.get(func, func)
+        func = faster(func)
         if not self.moves and self.batch > 1:
             self.moves = may_move(func, args, kwargs, self.batch)
         if func in FUSED:

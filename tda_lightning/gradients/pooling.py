@@ -7,6 +7,7 @@ numbers come out, and the same one of equal entries gets the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,12 @@ def max_pool2d(
     return _MaxPool.apply(images, *sizes, ceil_mode)  # type: ignore[no-untyped-call]
 
 
-IN_PLACE_OF: dict[Any, Any] = {F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d}
+_CALLS: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
+
+
+def faster(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes the same as a call of torch, in less time."""
+    return max_pool2d if func in _CALLS else func
 
 
 def _slow(images: Tensor) -> bool:
