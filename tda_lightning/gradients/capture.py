@@ -100,7 +100,6 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        func = faster(func)
         if not self.moves and self.batch > 1:
             self.moves = may_move(func, args, kwargs, self.batch)
         if func in FUSED:
@@ -113,7 +112,7 @@ class Capture(TorchFunctionMode):
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             if func is F.scaled_dot_product_attention:
                 args, kwargs = self.with_own_biases(args, kwargs)
-            output = func(*args, **kwargs)
+            output = faster(func)(*args, **kwargs)
             if func.__name__ in _CASTS:
                 self._note_precision(output)
             elif isinstance(output, Tensor) and output.requires_grad:
