@@ -76,7 +76,7 @@ def attribute(
     *,
     queries: tuple[Tensor, Tensor] | None = None,
     task: AttributionTask | None = None,
-    batch_size: int = 4,
+    batch_size: int = 6,
     **options: Any,
 ) -> Scores:
     """Scores of a run of ``tests.cases.training.train`` for :func:`queries_of` the case, with

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -19,6 +20,13 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERRO
 # Every Trainer asks which installed packages bring callbacks: 20 ms for the same answer.
 # Lightning, not imported yet, takes over the function that it finds here.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+
+
+# torch.manual_seed leaves a note for each kind of device that has not been used yet, with the stack
+# of its call.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
 
 
 # Thousands of tests and all that they import live until the end: looking through them for garbage,
@@ -42,10 +50,13 @@ os.fsync = fsync
 # They start first: at the end they would keep one process busy while the other is idle.
 LONGEST = ("test_damaged_files_give_our_error_or_valid_data", "test_no_kill_loses_anything")
 
+# Hydra composes a configuration twice: once to see what mode it asks for, which none of ours does.
+Hydra.get_mode = lambda *_, **__: None
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.name not in LONGEST)
+    items.sort(key=lambda item: getattr(item, "originalname", "") not in LONGEST)
     tables: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from torch.utils.data import TensorDataset
 
 from experiments.diffusion.picture import contact_sheet
 from experiments.diffusion.setting import RESULTS, SIZE, TIMESTEPS, denoiser, samples, trained
-from tda_lightning import AttributionModule, Scores
+from tda_lightning import AttributionModule, Scores, Trajectory
 from tda_lightning.estimators import InfluenceFunction, Retrac, TracIn
 from tda_lightning.estimators.base import Estimator
 from tda_lightning.examples.data import OutlierImages
 from tda_lightning.examples.data.outliers import as_pixels
+from tda_lightning.examples.models import Denoiser
 from tda_lightning.records.rendered import Rendered
 from tda_lightning.report import write_report
 from tda_lightning.tasks import DiffusionTask
@@ -49,7 +51,7 @@ def run(root: str, folder: Path, epochs: int = 12, diffusers: bool = False) -> N
         trained(folder, module, data, epochs)
     seconds = {"training": time.process_time() - began}
     held_out = torch.stack([image for (image,) in data.query_dataset])  # type: ignore[attr-defined]
-    module = _final(module, folder)
+    module = final(module, folder)
     queries = TensorDataset(torch.cat([held_out, samples(module, GENERATED)]))
     outliers, zeros = data.is_outlier("train"), data.is_outlier("query")
     measured: dict[str, dict[str, float]] = {}
@@ -75,7 +77,7 @@ def run(root: str, folder: Path, epochs: int = 12, diffusers: bool = False) -> N
         shown = [int(zeros.nonzero()[0]), 0, *range(len(held_out), len(held_out) + 4)]
         sheet = contact_sheet(data.train_dataset, queries, shown, rows, 6)
         (folder / "proponents.png").write_bytes(sheet)
-        write_report(rows["ReTrac"], folder / "report.html", render=_renderer(data, queries))
+        write_report(rows["ReTrac"], folder / "report.html", render=renderer(data, queries))
 
 
 def judged(scores: Scores, outliers: Tensor, zeros: Tensor) -> dict[str, float]:
@@ -98,15 +100,15 @@ def judged(scores: Scores, outliers: Tensor, zeros: Tensor) -> dict[str, float]:
     }
 
 
-def _final(module: torch.nn.Module, folder: Path):  # type: ignore[no-untyped-def]
-    from tda_lightning import Trajectory
-
+def final(module: Denoiser, folder: Path) -> Denoiser:
+    """The module at the last weights of its run."""
     run = Trajectory.load(str(folder))
     module.load_state_dict(run.checkpoints[run.last_step].parameters, strict=False)
     return module
 
 
-def _renderer(data: OutlierImages, queries: TensorDataset):  # type: ignore[no-untyped-def]
+def renderer(data: OutlierImages, queries: TensorDataset) -> Callable[[str, int], Rendered]:
+    """How a report shows training images, held-out images and the samples after them."""
     held_out = len(data.is_outlier("query"))
 
     def render(split: str, index: int) -> Rendered:

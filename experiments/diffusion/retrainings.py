@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from experiments.diffusion.outliers import _final
+from experiments.diffusion.outliers import final
 from experiments.diffusion.setting import RESULTS, SIZE, denoiser, samples, trained
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.estimators import InfluenceFunction, Retrac, Source, TracIn, Unrolled
@@ -51,7 +51,7 @@ def run(root: str, folder: Path, epochs: int = 12, subsets: int = 24) -> None:
     if not (folder / "trajectory.h5").exists():
         trained(folder, module, data, epochs, checkpoints=6)
     seconds["training"] = time.process_time() - began
-    module = _final(module, folder)
+    module = final(module, folder)
     queries, train = TensorDataset(samples(module, QUERIES)), data.train_dataset
     task = DiffusionTask(timesteps=TIMESTEPS, draws=DRAWS)
     trajectory = Trajectory.load(str(folder))

@@ -1,7 +1,7 @@
 """Predicted and true effects of edges and nodes on Cora, unlearning, and adversarial edges.
 
 python -m experiments.graphs.run --data-root FOLDER            # all parts: minutes of one core
-python -m experiments.graphs.run sgc --data-root FOLDER        # or sgc, unlearning, attack, speed
+python -m experiments.graphs.run sgc --data-root FOLDER        # or unlearning, steps, attack, ...
 
 Each part writes results/<part>.json, from which table.py makes the tables of the README.
 """
@@ -33,6 +33,7 @@ from experiments.graphs.cora import (
     record,
     train_again,
 )
+from experiments.graphs.steps import steps
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.edits import AddEdges, Removal, RemoveEdges, RemoveNodes
 from tda_lightning.estimators import InfluenceFunction
@@ -122,7 +123,7 @@ def sgc(root: str, folder: Path, edges: int = 100, decay: float = 2e-3) -> dict[
             "by way of the weights": agreement(through, torch.tensor(moved)),
             "without the direct term, against the whole": agreement(through, torch.tensor(truth)),
             "closed form against ours": float(
-                (torch.tensor(exact) - through).norm() / through.norm()
+                (torch.tensor(exact, dtype=through.dtype) - through).norm() / through.norm()
             ),
         }
     return found
@@ -294,7 +295,7 @@ def speed(root: str, folder: Path, edges: int = 2000) -> dict[str, Any]:
     return {"edges": edges, "processor": scores.provenance["processor_seconds"]}
 
 
-PARTS = {"sgc": sgc, "unlearning": unlearning, "attack": attack, "speed": speed}
+PARTS = {"sgc": sgc, "unlearning": unlearning, "steps": steps, "attack": attack, "speed": speed}
 
 if __name__ == "__main__":
     main()

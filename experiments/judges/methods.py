@@ -122,29 +122,34 @@ def loader(run: Trajectory) -> dict[str, Callable[[nn.Module, str], float]]:
 
 
 def explained(method: Method, model: nn.Module, problem: Problem) -> dict[str, Any]:
-    """Explanations of the predicted classes, with the processor time of a first ``explain`` (with
-    the making of the explainer), of a second one, of other queries, and of the first ones again."""
+    """Explanations of the predicted classes, or for wrong labels the influence of each training
+    example on itself; for the clean digits both, with the processor time of a first ``explain``
+    (with the making of the explainer), of a second one, of other queries, and of the first again.
+    """
     inputs, _ = problem.query.tensors
     with torch.no_grad():
         targets = model(inputs).argmax(1)
     half = len(inputs) // 2
-    began = time.process_time()
+    times = [time.process_time()]
     explainer = method.explainer(model, problem)
-    first = explainer.explain(inputs[:half], targets[:half])
-    between = time.process_time()
-    second = explainer.explain(inputs[half:], targets[half:])
-    again = time.process_time()
-    explainer.explain(inputs[:half], targets[:half])
-    ended = time.process_time()
-    own = explainer.self_influence(batch_size=100)
-    return {
-        "values": torch.cat([first, second]).detach().float(),
-        "self_influence": own.detach().float(),
-        "first": between - began,
-        "second": again - between,
-        "again": ended - again,
-        "self": time.process_time() - ended,
-    }
+    found: dict[str, Any] = {}
+    if problem.name != "mislabelled":
+        first = explainer.explain(inputs[:half], targets[:half])
+        times.append(time.process_time())
+        second = explainer.explain(inputs[half:], targets[half:])
+        times.append(time.process_time())
+        found["values"] = torch.cat([first, second]).detach().float()
+    if problem.name == "clean":
+        explainer.explain(inputs[:half], targets[:half])
+        times.append(time.process_time())
+    if problem.name in ("clean", "mislabelled"):
+        own = explainer.self_influence(batch_size=100)
+        times.append(time.process_time())
+        found["self_influence"] = own.detach().float()
+    if problem.name == "clean":
+        spent = (after - before for before, after in zip(times, times[1:], strict=False))
+        found |= zip(("first", "second", "again", "self"), spent, strict=True)
+    return found
 
 
 def similarity(model: nn.Module, problem: Problem) -> Tensor:

@@ -24,7 +24,7 @@ def told(metric: Any) -> list[float]:
 
 
 def judged(
-    problem: Problem, model: nn.Module, explanations: Tensor, self_influence: Tensor | None
+    problem: Problem, model: nn.Module, explanations: Any, self_influence: Tensor | None
 ) -> dict[str, list[float]]:
     """Every metric that applies to a problem, but for those that need other models."""
     from quanda import metrics

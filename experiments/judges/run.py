@@ -81,7 +81,7 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
             print(f"{name}: {title}", flush=True)
             torch.save(methods.explained(method, model, problem), file)
         found = kept[title] = torch.load(file, weights_only=True)
-        judge(notes, title, problem, model, found["values"], found["self_influence"])
+        judge(notes, title, problem, model, found.get("values"), found.get("self_influence"))
         if name == "clean":
             parts = ("first", "second", "again", "self")
             seconds = {part: round(found[part], 2) for part in parts}
@@ -94,7 +94,7 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
                 )
     cosines = methods.similarity(model, problem)
     for title in names.OURS:
-        if title in kept:
+        if title in kept and "values" in kept[title]:
             values = times_similarity(Scores(kept[title]["values"]), cosines).values
             judge(notes, f"{title} x similarity", problem, model, values, None)
             kept[f"{title} x similarity"] = {"values": values}
@@ -102,7 +102,7 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
         retrained(notes, problem, run, model, kept, folder)
     if name == "mislabelled":
         special = problem.special
-        own = {title: found["self_influence"] for title, found in kept.items() if len(found) > 1}
+        own = {title: found["self_influence"] for title, found in kept.items()}
         notes.once("dattri: wrong labels", lambda: compared.wrong_labels(own, special))
 
 
@@ -111,7 +111,7 @@ def judge(
     title: str,
     problem: setting.Problem,
     model: Classifier,
-    values: Tensor,
+    values: Tensor | None,
     self_influence: Tensor | None,
 ) -> None:
     """Note quanda's verdict."""

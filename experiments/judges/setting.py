@@ -18,7 +18,8 @@ from tda_lightning.examples.models import Classifier
 
 NUM_TRAIN, NUM_QUERY, SEED = 3000, 64, 0
 EPOCHS, BATCH_SIZE, RATE, CHECKPOINTS = 10, 64, 0.05, 6
-FLIPPED, MARKED, MIXED = 0.1, 0.2, 150  # share of labels, share of a class, pictures
+FLIPPED, MARKED, MIXED = 0.1, 0.5, 150  # share of labels, share of a class, pictures
+BRIGHT = 4.0  # how much brighter the shortcut is than a white pixel: at 1 no query is misled
 SHORTCUT_CLASS = MIXED_CLASS = 0
 PROBLEMS = ("clean", "mislabelled", "subclass", "shortcut", "mixed")
 
@@ -76,23 +77,24 @@ def _first(inputs: Tensor, labels: Tensor) -> TensorDataset:
 
 
 def _shortcut(train: list[Tensor], query: list[Tensor]) -> Problem:
-    """A bright square on a fifth of the zeros; the queries are other digits with the square."""
+    """A bright square on half of the zeros; the queries are other digits with the square."""
     own = torch.Generator().manual_seed(SEED)
     zeros = (train[1] == SHORTCUT_CLASS).nonzero().squeeze(1)
     chosen = zeros[torch.randperm(len(zeros), generator=own)[: round(MARKED * len(zeros))]]
     special = torch.zeros(NUM_TRAIN, dtype=torch.bool)
     special[chosen] = True
     inputs = train[0].clone()
-    inputs[chosen] = marked(inputs[chosen])
+    top = BRIGHT * float(train[0].max())
+    inputs[chosen] = marked(inputs[chosen], top)
     others = query[1] != SHORTCUT_CLASS
-    asked = _first(marked(query[0][others]), query[1][others])
+    asked = _first(marked(query[0][others], top), query[1][others])
     return Problem("shortcut", TensorDataset(inputs, train[1]), asked, special=special)
 
 
-def marked(pictures: Tensor) -> Tensor:
-    """With a bright square of 4 x 4 pixels in a corner."""
+def marked(pictures: Tensor, value: float) -> Tensor:
+    """With a square of 4 x 4 pixels of one value in a corner."""
     found = pictures.clone()
-    found[:, :, 1:5, 1:5] = pictures.max()
+    found[:, :, 1:5, 1:5] = value
     return found
 
 

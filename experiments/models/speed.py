@@ -1,11 +1,13 @@
-"""EK-FAC influence functions on one tiny GPT-2 of ``transformers``, beside kronfluence.
+"""Scores of one tiny GPT-2 of ``transformers``, beside kronfluence: EK-FAC and dot products.
 
     python -m experiments.models.speed [--train 512 --length 64 --queries 20 --repeats 3]
 
 Both get the same weights and the same tokens, fit EK-FAC factors with labels drawn from the model,
 and score every pair, with nothing cached. kronfluence knows ``nn.Linear`` and no ``Conv1D``: it is
-given the same network with its layers exchanged, and leaves embeddings, norms and the head out,
-which are ours to do besides. Times are processor time, one thread each, in one run.
+given the same network with its layers exchanged, and leaves embeddings, norms and the head out.
+Ours are timed on the same layers, and on all parameters. The floor is three times the forward and
+backward pass of all examples by plain autograd: covariances, eigenvalues and scores need one each,
+where nothing is kept. Times are processor time, one thread each, in one run.
 """
 
 from __future__ import annotations
@@ -30,9 +32,15 @@ from torch.utils.data import DataLoader, default_collate
 
 from experiments.models.cases import HuggingFaceModule, Rows
 from tda_lightning import AttributionModule, TrajectoryRecorder
-from tda_lightning.estimators import InfluenceFunction
+from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.tasks.training_step import TrainingStepTask
 
 VOCABULARY, WIDTH, DEPTH, HEADS = 512, 64, 2, 4
+LAYERS = [
+    f"transformer.h.{number}.{name}"
+    for number in range(DEPTH)
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+]
 
 
 def tiny_gpt2(length: int) -> nn.Module:
@@ -56,7 +64,10 @@ def processor_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - before
 
 
-def ours(folder: Path, train: Rows, query: Rows, length: int, batch: int) -> float:
+def ours(
+    folder: Path, train: Rows, query: Rows, length: int, batch: int,
+    layers: list[str] | None, estimator: Any,
+) -> float:  # fmt: skip
     module = HuggingFaceModule(tiny_gpt2(length), learning_rate=1e-3)
     options: dict[str, Any] = {
         "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
@@ -68,12 +79,24 @@ def ours(folder: Path, train: Rows, query: Rows, length: int, batch: int) -> flo
         Trainer(max_epochs=1, callbacks=[recorder], **options).fit(module, loader)
     for cached in folder.glob("curvature/*"):
         cached.unlink()
-    attribution = AttributionModule(module, str(folder), InfluenceFunction())
+    task = None if layers is None else TrainingStepTask([f"model.{name}" for name in layers])
+    attribution = AttributionModule(module, str(folder), estimator, task=task)
     return processor_seconds(
         lambda: attribution.attribute(
             DataLoader(train, batch), DataLoader(query, batch), self_influence=False
         )
     )
+
+
+def floor(train: Rows, length: int, batch: int) -> float:
+    """Three forward and backward passes by plain autograd."""
+    model = tiny_gpt2(length).eval()
+
+    def work() -> None:
+        for tokens in DataLoader(train, batch):
+            torch.autograd.grad(model(**tokens).loss, list(model.parameters()))
+
+    return sum(processor_seconds(work) for _ in range(3))
 
 
 def with_linear_layers(model: nn.Module) -> nn.Module:
@@ -89,16 +112,10 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def theirs(train: Rows, query: Rows, length: int, batch: int) -> float:
+def theirs(train: Rows, query: Rows, length: int, batch: int, strategy: str) -> float:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
-
-    layers = [
-        f"transformer.h.{number}.{name}"
-        for number in range(DEPTH)
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    ]
 
     class Told(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
@@ -112,7 +129,7 @@ def theirs(train: Rows, query: Rows, length: int, batch: int) -> float:
             return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self) -> list[str]:
-            return layers
+            return LAYERS
 
     task = Told()
     model = prepare_model(with_linear_layers(tiny_gpt2(length)), task)
@@ -121,11 +138,11 @@ def theirs(train: Rows, query: Rows, length: int, batch: int) -> float:
 
         def work() -> None:
             analyzer.fit_all_factors(
-                "ekfac", train, per_device_batch_size=batch, factor_args=FactorArguments("ekfac"),
-                overwrite_output_dir=True,
+                strategy, train, per_device_batch_size=batch,
+                factor_args=FactorArguments(strategy), overwrite_output_dir=True,
             )  # fmt: skip
             analyzer.compute_pairwise_scores(
-                "scores", "ekfac", query, train, per_device_query_batch_size=len(query),
+                "scores", strategy, query, train, per_device_query_batch_size=len(query),
                 per_device_train_batch_size=batch, score_args=ScoreArguments(),
                 overwrite_output_dir=True,
             )  # fmt: skip
@@ -144,14 +161,28 @@ def main() -> None:
     train = tokens(arguments.train, arguments.length, 1)
     query = tokens(arguments.queries, arguments.length, 2)
     sizes = (arguments.length, arguments.batch)
-    seconds: dict[str, list[float]] = {"tda-lightning": [], "kronfluence": []}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.repeats):
-            seconds["tda-lightning"].append(ours(Path(folder) / "run", train, query, *sizes))
-            seconds["kronfluence"].append(theirs(train, query, *sizes))
-            print(json.dumps(seconds), flush=True)
-    own, other = (median(values) for values in seconds.values())
-    print(f"EK-FAC whole: {own:.1f} s, kronfluence {other:.1f} s: {other / own:.2f} times")
+        run = Path(folder) / "run"
+        rows: dict[str, Callable[[], float]] = {
+            "kronfluence, EK-FAC": lambda: theirs(train, query, *sizes, "ekfac"),
+            "EK-FAC, the same layers": lambda: ours(
+                run, train, query, *sizes, LAYERS, InfluenceFunction()
+            ),
+            "EK-FAC, all parameters": lambda: ours(
+                run, train, query, *sizes, None, InfluenceFunction()
+            ),
+            "kronfluence, dot products": lambda: theirs(train, query, *sizes, "identity"),
+            "dot products, the same layers": lambda: ours(
+                run, train, query, *sizes, LAYERS, TracIn()
+            ),
+            "AdamW-influence (SOURCE, blocks), all parameters": lambda: ours(
+                run, train, query, *sizes, None, Source(num_segments=1, leading_directions=0)
+            ),
+            "floor": lambda: floor(train, *sizes),
+        }
+        for title, row in rows.items():
+            seconds = [row() for _ in range(arguments.repeats)]
+            print(json.dumps({title: round(median(seconds), 2)}), flush=True)
 
 
 if __name__ == "__main__":

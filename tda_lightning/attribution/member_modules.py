@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -68,7 +69,13 @@ def dropout_sites(module: nn.Module) -> list[str]:
     parts = list(module.named_modules())
     if found := [name for name, part in parts if isinstance(part, _DROPOUTS)]:
         return found
-    return [name for name, part in parts if isinstance(part, _LAYERS)][1:]
+    return [name for name, part in parts if isinstance(part, _LAYERS) or _is_conv1d(part)][1:]
+
+
+def _is_conv1d(part: nn.Module) -> bool:
+    """The linear layer of GPT-2 in transformers, which need not be installed."""
+    kind = type(part)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def masked(module: nn.Module, sites: Sequence[str], rate: float, seed: int) -> nn.Module:
@@ -143,7 +150,11 @@ def adapted(
 
     root = _copied(module)
     # Parts of other classes may never call the layer, but read its weight.
-    found = [name for name, part in root.named_modules() if name and type(part) in _LAYERS]
+    found = [
+        name
+        for name, part in root.named_modules()
+        if name and (type(part) in _LAYERS or _is_conv1d(part))
+    ]
     chosen = found if layers is None else list(layers)
     missing = sorted(set(chosen) - set(found))
     if missing or not chosen:
@@ -155,7 +166,9 @@ def adapted(
     named = "|".join(map(re.escape, chosen))
     # lora_alpha / r is the factor of B A.
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=f"({named})")
-    return peft.inject_adapter_in_model(config, root), chosen
+    with warnings.catch_warnings():  # peft sees by itself which way round a weight is stored
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        return peft.inject_adapter_in_model(config, root), chosen
 
 
 class Masks:

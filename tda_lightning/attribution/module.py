@@ -26,6 +26,7 @@ from tda_lightning.attribution.combinations import (
     require_whole,
     wants_self_influence,
 )
+from tda_lightning.attribution.data_of_stages import require_data_of_stages
 from tda_lightning.attribution.dry_run import DryRun, dry_run
 from tda_lightning.attribution.gradient_check import check_gradients
 from tda_lightning.attribution.graph_sources import NodeSource, by_node
@@ -252,8 +253,7 @@ class AttributionModule(LightningModule):
         examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
         queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
         for member in self.members:
-            for stage in member:
-                require_same_data(stage.trajectory, examples[stage.run])
+            require_data_of_stages(member, examples)
         recorded, examples, queries = by_node(self.members, examples, queries)
         runner = trainer or quiet_trainer()
         if (fewest := min(len(source) for source in examples)) < runner.world_size:
@@ -369,8 +369,7 @@ class AttributionModule(LightningModule):
             sets = training_sets(train, self.stages[-1].run + 1)
             examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
             queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
-            for stage in self.stages:
-                require_same_data(stage.trajectory, examples[stage.run])
+            require_data_of_stages(self.stages, examples)
             members, examples, queries = by_node(self.members, examples, queries)
             runner = trainer or quiet_trainer()
             with in_eval_mode(self._attributed_modules, runner.strategy.root_device):

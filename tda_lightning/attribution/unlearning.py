@@ -25,6 +25,7 @@ from tda_lightning.estimators import InfluenceFunction
 from tda_lightning.estimators.inverse import fit_inverse
 from tda_lightning.estimators.queries import directions
 from tda_lightning.gradients import Dense, ExampleGradients
+from tda_lightning.runtime.graph_caches import forget
 from tda_lightning.session.session import Session
 
 
@@ -77,6 +78,8 @@ def moved_weights(
     asked = _OneDirection(**{**held, "queries": _one_query, "num_query": 1}, given=delta)
     responses = fit_inverse(estimator, asked).responses(0, 1, 1)
     moved = copy.deepcopy(session.module)
+    if isinstance(edits, GraphEditSet):
+        forget(moved)  # the graph is another one now
     with torch.no_grad():
         for name, change in directions(session, responses).items():
             parameter = moved.get_parameter(name)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tda_lightning.cli.changed_data import with_changed_training_set
 from tda_lightning.cli.own_data import OwnData, as_attributed
 from tda_lightning.cli.run_config import build
-from tda_lightning.records.data_module import AttributedData, Grouped, Textual
+from tda_lightning.records.data_module import AttributedData, Grouped, Scaled, Textual
 from tda_lightning.records.rendered import Rendered
 from tda_lightning.report.columns import raw_labels
 from tda_lightning.selection.selection import load_chosen
@@ -91,7 +91,7 @@ def with_extra(run_config: DictConfig, data: Any, trust: bool, asked: Mapping[st
         return data
     of_queries = ("queries", "num_query")  # which are asked about is not for the pool
     changes = {name: value for name, value in asked.items() if name not in of_queries}
-    pool = pool_from(run_config, {**changes, **setting["pool"]}, trust)
+    pool = pool_from(run_config, changes, setting["pool"], trust)
     chosen, size = setting["chosen"], len(pool.dataset)
     if setting["num_pool"] not in (None, size) or max(chosen) >= size:
         wanted = setting["num_pool"] or f"at least {max(chosen) + 1}"
@@ -102,9 +102,21 @@ def with_extra(run_config: DictConfig, data: Any, trust: bool, asked: Mapping[st
     return with_chosen(data, pool, chosen)
 
 
-def pool_from(run_config: DictConfig, settings: Mapping[str, object], trust: bool) -> Pool:
-    """The pool that the recorded data with other settings make; ``split`` is which part of it."""
-    changes = dict(settings)
+def pool_from(
+    run_config: DictConfig,
+    known: Mapping[str, object],
+    settings: Mapping[str, object],
+    trust: bool,
+) -> Pool:
+    """The pool that the recorded data with other settings make.
+
+    Args:
+        known: changes of the recorded settings that hold for the training set too, such as where
+            the files are now.
+        settings: those of the pool; ``split`` is which part of it.
+        trust: build classes from anywhere.
+    """
+    changes = {**known, **settings}
     split = str(changes.pop("split", "train"))
     if split not in ("train", "query"):
         raise ValueError(f"pool.split must be train or query, got {split!r}.")
@@ -114,6 +126,11 @@ def pool_from(run_config: DictConfig, settings: Mapping[str, object], trust: boo
     data = as_attributed(build(run_config.data, trust, **changes), **chosen)
     if chosen and not isinstance(data, OwnData):  # it knows what to do with them itself
         data = as_attributed(build(run_config.data, trust, **changes, **chosen))
+    own = data.own if isinstance(data, OwnData) else data
+    if isinstance(own, Scaled):
+        of_queries = ("queries", "num_query")
+        kept = {name: value for name, value in known.items() if name not in of_queries}
+        own.scaled_as(build(run_config.data, trust, **kept))
     return Pool(data, split)
 
 

@@ -34,7 +34,7 @@ from tda_lightning.records.data_module import Grouped
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import well_formed
 from tda_lightning.records.scores import Scores
-from tda_lightning.report.columns import guess, raw_labels
+from tda_lightning.report.columns import group, guess, raw_labels
 
 JUDGEMENTS = ("class", "subclass", "shortcut", "mixed", "cardinality", "randomisation")
 
@@ -153,6 +153,12 @@ def _class_judge(run: RecordedRun) -> Callable[[Scores], Value]:
             "judge=class needs one label for each example, and none are found in these data. Give "
             "judge=[subclass] subclass=COLUMN."
         )
+    if any(isinstance(label, float) for label in [*train, *query]):
+        raise ValueError(
+            "judge=class compares classes, and the targets of these data are numbers, of which "
+            "hardly any two are the same. Give judge=[subclass] subclass=COLUMN, which takes "
+            "numbers in quarters of the training set."
+        )
     return partial(shared_group, train_groups=train, query_groups=query, k=run.config.k)
 
 
@@ -160,6 +166,13 @@ def _subclass_judge(run: RecordedRun) -> Callable[[Scores], Value]:
     train, query = (column(run, run.config.subclass, split) for split in ("train", "query"))
     if train is None or query is None:
         raise ValueError(f"The queries have no column {run.config.subclass!r}.")
+    if any(isinstance(value, float) for value in train):
+        found = group({"value": train}, {"value": query}, range(len(query)))
+        if not found:
+            raise ValueError(
+                f"All training examples have the same {run.config.subclass!r}: nothing to tell."
+            )
+        train, query = found[0].train.tolist(), found[0].query.tolist()  # type: ignore[union-attr]
     return partial(shared_group, train_groups=train, query_groups=query, k=run.config.k)
 
 

@@ -55,8 +55,8 @@ def pool_of(config: DictConfig, run_config: DictConfig, asked: Mapping[str, Any]
     Raises:
         ValueError: an unknown part of the data.
     """
-    settings = {**not_null(config.data), **{str(key): value for key, value in asked.items()}}
-    return pool_from(run_config, settings, trusts(config))
+    settings = {str(key): value for key, value in asked.items()}
+    return pool_from(run_config, not_null(config.data), settings, trusts(config))
 
 
 def load_data(

@@ -126,7 +126,9 @@ def build(node: Any, trust: bool, **changes: Any) -> Any:
     """
     if node is None:
         return None
-    node = OmegaConf.merge(node, changes)
+    own = OmegaConf.merge(node)
+    OmegaConf.set_struct(own, False)  # that of tda train is closed to keys which it does not have
+    node = OmegaConf.merge(own, changes)
     if not trust:
         for target in _targets(OmegaConf.to_container(node, resolve=True)):
             if not _is_trusted(target):

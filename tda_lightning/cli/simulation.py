@@ -24,6 +24,7 @@ from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.scores import Scores
 
 _EACH = 3  # examples of each kind for a query
+_FOLLOWED = 0.75  # share of signs that small steps have right at least
 
 Results = dict[str, list[Simulation]]  # by the name of the scores
 
@@ -85,6 +86,24 @@ def simulation_note(run: RecordedRun) -> str:
         "query's measurement fell where the score is positive, and rose where it is negative. Rank "
         "correlation of scores and falls over a query's examples, mean over queries with its 95% "
         "interval."
+    )
+
+
+def overshoot_note(run: RecordedRun, results: Results) -> str | None:
+    """That single steps are too large; None where they are not, or nobody can tell.
+
+    In the limit of small rates one step moves a measurement as the gradient dot product says.
+    """
+    first = next((one for one in results.get("gradient_dot", []) if one.steps == 1), None)
+    if first is None:
+        return None
+    share = min(first.agrees[kind].value for kind in ("helpful", "harmful"))
+    if share >= _FOLLOWED:
+        return None
+    return (
+        f"A single step at a rate of {run.config.simulate_rate:g} overshoots: the strongest "
+        f"examples by gradient_dot did as it says in {share:.0%} of the cases, and small steps "
+        "always do. Give a smaller simulate_rate; nothing in this table tells of scores before."
     )
 
 

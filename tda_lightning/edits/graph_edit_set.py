@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class GraphEditSet:
         hops: how far a change reaches in the model; None before it has been found.
         whole: whether the model sees more of a graph than neighbourhoods, so that an edit is
             looked at in the whole graph.
+        reach: ids of the nodes within so many hops of an edit, by column, once they were asked for.
 
     Raises:
         ValueError: no edits, or one that does not fit the graph; names the edit.
@@ -51,6 +52,7 @@ class GraphEditSet:
     source: ExampleSource
     hops: int | None = None
     whole: bool = False
+    reach: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.edits):

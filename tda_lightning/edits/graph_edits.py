@@ -88,13 +88,14 @@ class RemoveEdges(_OfEdges):
         present = edge_index(graph)
         gone = _pairs(self.edges, graph)
         codes, wanted = _codes(present), _codes(gone)
-        missing = ~torch.isin(wanted, codes)
+        found = torch.isin(codes, wanted)
+        missing = ~torch.isin(wanted, codes[found])
         if bool(missing.any()):
             u, v = gone[:, int(missing.nonzero()[0])].tolist()
             raise ValueError(f"RemoveEdges names the edge ({u}, {v}), which the graph has not got.")
         if not self.directed:
-            wanted = torch.cat([wanted, _codes(gone.flip(0))])
-        kept = (~torch.isin(codes, wanted)).nonzero().squeeze(1)
+            found |= torch.isin(codes, _codes(gone.flip(0)))
+        kept = (~found).nonzero().squeeze(1)
         return with_edges(graph, present[:, kept], kept)
 
 

@@ -59,7 +59,8 @@ def read_features(
         if layer is None:
             raise ValueError(
                 "The model calls no linear layer (torch.nn.Linear), so its examples have no "
-                "features of the last layer to compare."
+                "features of the last layer to compare. Where a layer can be named (layer=NAME), "
+                "its outputs are taken in place of them."
             )
         raise ValueError(
             f"The layer {layer!r} is not called when the model runs, so it has no features. Name "

@@ -26,24 +26,45 @@ from tda_lightning.session.session import Session
 
 def damped_curvature(
     settings: InverseSettings, session: Session, added: Mapping[str, Tensor]
-) -> dict[str, Spectrum]:
-    """The curvature of the last checkpoint with ``added`` (weight decay) and the damping, by unit.
+) -> tuple[dict[str, Spectrum], list[str]]:
+    """The curvature of the last checkpoint with ``added`` (weight decay) and the damping, by unit;
+    and notes.
+
+    A relative damping of a unit that has no curvature (a layer that the loss never reaches, whose
+    gradients are 0 too) is relative to the mean eigenvalue of the others.
 
     Raises:
         ValueError: an eigenvalue is 0, so that there is no inverse.
     """
+    curvature = final_curvature(settings, session)
     absolute = absolute_damping(settings, session.trajectory)
+    means = {name: spectrum.eigenvalues.mean() for name, spectrum in curvature.items()}
+    flat = [] if absolute is not None else [name for name, mean in means.items() if mean == 0]
+    if flat and len(flat) < len(means):
+        others = [name for name in means if name not in flat]
+        every = torch.cat([curvature[name].eigenvalues.flatten() for name in others])
+        means |= dict.fromkeys(flat, every.mean())
     damped: dict[str, Spectrum] = {}
-    for name, spectrum in final_curvature(settings, session).items():
-        mean = spectrum.eigenvalues.mean()
-        damping = relative_damping(settings) * mean if absolute is None else absolute
+    for name, spectrum in curvature.items():
+        damping = relative_damping(settings) * means[name] if absolute is None else absolute
         damped[name] = spectrum.shifted(added[name] + damping)
         if not bool((damped[name].eigenvalues > 0).all()):
             raise ValueError(
                 f"The curvature of {name} is singular and damping is 0: the inverse does not "
                 "exist. Give a positive damping."
+                if means[name] > 0 or absolute is not None
+                else "The training loss has no curvature in any layer, and relative_damping is "
+                "relative to it, so that there is no inverse. Give damping (an absolute number), "
+                "or take Source, which inverts nothing."
             )
-    return damped
+    notes = [_FLAT.format(names=", ".join(flat))] if flat else []
+    return damped, notes
+
+
+_FLAT = (
+    "The training loss has no curvature in {names}: damping there is relative to the mean "
+    "eigenvalue of the other layers."
+)
 
 
 class EigenbasisInverse:
@@ -53,7 +74,8 @@ class EigenbasisInverse:
 
     def __init__(self, settings: InverseSettings, session: Session) -> None:
         self.settings, self.session, self.kind = settings, session, settings.curvature
-        self.damped = damped_curvature(settings, session, decay_by_unit(session, self.kind))
+        decay = decay_by_unit(session, self.kind)
+        self.damped, self._notes = damped_curvature(settings, session, decay)
         dense = self.kind == "exact"
         self.query_bytes = (session.gradient_bytes if dense else session.factored_bytes)(copies=2)
 
@@ -90,5 +112,5 @@ class EigenbasisInverse:
         return {
             "damping": damping_record(settings, trajectory, "the layer's mean eigenvalue"),
             **statistics_provenance(settings.statistics, settings.curvature, trajectory, spans),
-            "notes": [],
+            "notes": self._notes,
         }

@@ -142,12 +142,13 @@ class MultiStageInfluence:
         notes = [] if not last_session.self_influence else [_NO_SELF]
         notes += [
             f"Stage {number}: {note}"
-            for number, stage in enumerate(stages, start=1)
+            for number, (stage, optimum) in enumerate(zip(stages, optima, strict=True), start=1)
             for note in (
                 *clipping_notes(
                     stage.session.trajectory, "the formula looks at the final weights alone"
                 ),
                 *use_notes(stage.session),
+                *optimum.notes,
             )
         ]
         runs = [(stage.first_step, stage.session.trajectory) for stage in stages]
@@ -179,6 +180,7 @@ class StageOptimum:
         damped: its curvature with weight decay, damping and proximity, by unit.
         proximity: alpha; None where nothing was trained further.
         further: parameters that the stage before trained too.
+        notes: on the curvature.
     """
 
     settings: MultiStageInfluence
@@ -186,6 +188,7 @@ class StageOptimum:
     damped: dict[str, Spectrum]
     proximity: float | None
     further: list[str]
+    notes: list[str]
 
     @classmethod
     def fit(cls, settings: MultiStageInfluence, stage: Stage, later: bool) -> StageOptimum:
@@ -207,10 +210,10 @@ class StageOptimum:
         matrices = {block.name: block.matrix(pulled) for block in session.blocks}
         pull = unit_matrices(settings.curvature, matrices)
         decay = decay_by_unit(session, settings.curvature)
-        damped = damped_curvature(
+        damped, notes = damped_curvature(
             settings, session, {name: decay[name] + pull[name] for name in decay}
         )
-        return cls(settings, stage, damped, alpha, further)
+        return cls(settings, stage, damped, alpha, further, notes)
 
     def response(self, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """u of the trained parameters, [query, groups, rows, columns] by unit."""

@@ -116,10 +116,9 @@ def mean_directions(session: Session, batch: object, examples: Tensor) -> dict[s
     total: dict[str, Tensor] = {}
     count = 0
     for term in session.measurement_terms(batch, examples):
-        directions = {
-            name: example_scaled(gradient, reciprocal_norms(term.blocks))
-            for name, gradient in term.blocks.items()
-        }
+        gradients = formed_once(term.blocks)
+        scales = reciprocal_norms(gradients)  # over all blocks
+        directions = {name: example_scaled(own, scales) for name, own in gradients.items()}
         count += 1
         if count == 1 and session.draws * session.task.measured_parts == 1:
             return directions  # factored

@@ -36,7 +36,6 @@ from tda_lightning.evaluation.linear_datamodeling import (
 )
 from tda_lightning.evaluation.proximal_bregman import each_response, proximal_bregman_response
 from tda_lightning.evaluation.randomised import randomised
-from tda_lightning.evaluation.representatives import Representatives, representatives
 from tda_lightning.evaluation.retraining import landing_error, measure, retrain, retrain_each
 from tda_lightning.evaluation.retrieval import (
     average_precision,
@@ -63,9 +62,15 @@ from tda_lightning.evaluation.top_removal import (
     token_removals,
     top_removal,
 )
-from tda_lightning.evaluation.unlearning import UnlearningReport, compare_unlearned, membership
+from tda_lightning.evaluation.unlearning import (
+    UnlearningReport,
+    accuracy,
+    compare_unlearned,
+    membership,
+)
 from tda_lightning.records.fresh_training import FreshTraining
 from tda_lightning.records.ground_truth import GroundTruth
+from tda_lightning.records.representatives import Representatives, representatives
 
 __all__ = [
     "BASELINES",
@@ -82,6 +87,7 @@ __all__ = [
     "Smoothness",
     "TopRemoval",
     "UnlearningReport",
+    "accuracy",
     "activation_cosine",
     "additive_ceiling",
     "agreement",

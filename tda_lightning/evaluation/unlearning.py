@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.evaluation.retraining import measure
+from tda_lightning.measurements.classes import OfTarget, class_index
+from tda_lightning.measurements.outputs import ClassOutputs, NoClassesError
+from tda_lightning.tasks import AttributionTask
+
 
 @dataclass(frozen=True)
 class UnlearningReport:
@@ -86,6 +91,38 @@ def compare_unlearned(
         },
         seconds=seconds,
     )
+
+
+class _Right(OfTarget):
+    """Whether the label has the largest logit; over several positions, the share of them."""
+
+    @property
+    def quantity(self) -> str:
+        return "accuracy"
+
+    def values(self, found: ClassOutputs, queries: Tensor) -> Tensor:
+        labels = class_index(self.target, queries, found)
+        return (found.logits.argmax(-1) == labels).to(found.logits)
+
+    def together(self, values: Tensor, chosen: Tensor, queries: Tensor) -> Tensor:
+        return values.sum(1) / chosen.sum(1)
+
+
+def accuracy(module: nn.Module, task: AttributionTask | None, queries: object) -> float | None:
+    """The share of some queries whose label the module gives the largest logit, in eval mode; None
+    where the task's loss is not a cross entropy of labels.
+
+    Args:
+        module: at its own weights.
+        task: as for :func:`~tda_lightning.evaluation.measure`.
+        queries: a data set or a loader.
+    """
+    right = _Right()
+    right.sign = 1
+    try:
+        return float(measure(module, task, module.state_dict(), queries, measurement=right).mean())
+    except NoClassesError:
+        return None
 
 
 def membership(removed: Tensor, unseen: Tensor) -> float:

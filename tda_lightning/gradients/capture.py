@@ -108,7 +108,7 @@ class Capture(TorchFunctionMode):
             # The backward pass that follows uses the parameters of the forward pass once more.
             self.twice.update(ref.name for use in self.uses for ref in use.refs)
             self.generic.update(self.twice)
-        names = Counter(self._names((*args, *kwargs.values())))
+        names = list(self._names((*args, *kwargs.values())))
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             if func is F.scaled_dot_product_attention:
                 args, kwargs = self.with_own_biases(args, kwargs)
@@ -130,7 +130,7 @@ class Capture(TorchFunctionMode):
             if describe is not None:
                 use = describe(self.ref, *args, **kwargs)
         # A parameter fed in as an input (learned queries) has no native form.
-        self.generic.update(names - Counter(ref.name for ref in (use.refs if use else ())))
+        self.generic.update(Counter(names) - Counter(ref.name for ref in (use.refs if use else ())))
         output = func(*args, **kwargs)
         if use is not None:
             self.note(use, output)

@@ -152,14 +152,14 @@ def _norm(func: Callable[..., Tensor]) -> Callable[..., Use | None]:
 
 
 def _sum(ref: Refs, input: object, other: object, **options: object) -> Use | None:
-    return None if options else _elementwise(ref, input, other, scales=False)
+    return None if options else elementwise(ref, input, other, scales=False)
 
 
 def _product(ref: Refs, input: object, other: object, **options: object) -> Use | None:
-    return None if options else _elementwise(ref, input, other, scales=True)
+    return None if options else elementwise(ref, input, other, scales=True)
 
 
-def _elementwise(ref: Refs, input: object, other: object, scales: bool) -> Use | None:
+def elementwise(ref: Refs, input: object, other: object, scales: bool) -> ScaleAndShift | None:
     """A bare parameter and an activation, broadcast against each other."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None

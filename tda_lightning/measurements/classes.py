@@ -30,7 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tda_lightning.measurements.base import Measurement, function_name, function_of
-from tda_lightning.measurements.outputs import ClassOutputs, class_outputs, given_outputs
+from tda_lightning.measurements.outputs import (
+    ClassOutputs,
+    NoClassesError,
+    class_outputs,
+    given_outputs,
+)
 from tda_lightning.measurements.positions import Positions
 from tda_lightning.tasks import AttributionTask
 from tda_lightning.tasks.batches import Batch
@@ -168,7 +173,7 @@ class OfTarget(OfPositions):
         self.require_class("target", self.target, found)
         if self.target is None:
             if found.labels is None:
-                raise ValueError(
+                raise NoClassesError(
                     "The queries have no labels (or soft ones): name the class or token with "
                     "target=."
                 )

@@ -27,6 +27,10 @@ _ADVICE = (
 )
 
 
+class NoClassesError(ValueError):
+    """What is asked about has no logits of classes, or no labels."""
+
+
 @dataclass(frozen=True)
 class ClassOutputs:
     """Logits of a batch.
@@ -48,7 +52,7 @@ def class_outputs(task: AttributionTask, module: nn.Module, batch: Batch) -> Cla
     """The logits that the loss of a batch is made of.
 
     Raises:
-        ValueError: it is not made of a single cross entropy.
+        NoClassesError: it is not made of a single cross entropy.
     """
     count = num_examples(batch)
     if task.one_by_one and count > 1:
@@ -71,7 +75,7 @@ def class_outputs(task: AttributionTask, module: nn.Module, batch: Batch) -> Cla
     known = [loss for loss in standard if isinstance(loss.loss, SoftmaxLoss | LogisticLoss)]
     if len(known) != 1 or not known[0].fits(count):
         found = ", ".join(loss.loss.kind for loss in standard) or "none of torch.nn.functional"
-        raise ValueError(
+        raise NoClassesError(
             "Expected a loss with one cross entropy or binary cross entropy, whose logits "
             f"probabilities are made of, got {found}. {_ADVICE}"
         )

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,6 +18,8 @@ from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name
 from tda_lightning.runtime.loading import TRANSFER_HOOKS, overrides
+
+_PACKAGES = ("tda-lightning", "torch", "lightning", "h5py")
 
 
 def read_facts(
@@ -95,13 +98,15 @@ def modules_in_eval_mode(module: nn.Module) -> list[str]:
 
 def package_versions(*more: str) -> dict[str, str]:
     """Versions of the packages that results depend on, and of ``more``."""
-    versions = {}
-    for package in ("tda-lightning", "torch", "lightning", "h5py", *more):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions
+    return {package: _version(package) for package in (*_PACKAGES, *more)}
+
+
+@cache  # read from the package's files
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
 
 
 def _transfer_hooks(thing: object) -> list[str]:

@@ -74,6 +74,15 @@ class Reorderable(Protocol):
         """The same data in the order that another seed draws."""
 
 
+@runtime_checkable
+class Scaled(Protocol):
+    """A data module that scales its examples by what its training set is like."""
+
+    def scaled_as(self, recorded: Any) -> None:
+        """Scale all examples as ``recorded``, a data module of the same class, scales its own: a
+        model trained on that one takes no other units."""
+
+
 def require_data_module(facts: Facts, source: ExampleSource) -> None:
     """Refuse to read a run's batches without the hooks that they went through.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tda_lightning.records.provenance import EditRecord, Provenance, well_formed
@@ -84,6 +85,7 @@ def write_report(
     columns: Columns | None = None,
     query_columns: Columns | None = None,
     compare: Mapping[str, Scores] | None = None,
+    features: Tensor | None = None,
     max_megabytes: float = 10.0,
 ) -> Path:
     """Write the scores as one HTML file that needs no network.
@@ -115,6 +117,9 @@ def write_report(
             ``train``, where they can be read.
         query_columns: likewise for each query of ``query``.
         compare: other scores of the same queries and training examples, by name.
+        features: of the training examples, [train, feature], such as the last layer's inputs: the
+            page names a few proponents of each query that stand for the others. By default
+            training examples with like scores for all queries are alike.
         max_megabytes: size of the page, in MiB. Pictures, sounds and texts beyond it are left out.
 
     Returns:
@@ -139,6 +144,10 @@ def write_report(
         raise IndexError(
             f"queries must lie in 0 to {scores.num_queries - 1}, the rows of the scores; got "
             f"{list(queries)}."
+        )
+    if features is not None and (features.ndim != 2 or len(features) != scores.num_train):
+        raise ValueError(
+            f"features must be [{scores.num_train}, feature], got {list(features.shape)}."
         )
     if k < 1 or num_suspects < 1 or not max_megabytes > 0:
         raise ValueError(
@@ -174,6 +183,7 @@ def write_report(
         words=words,
         labels=_label_values(label, train),
         others=compare or {},
+        features=features,
         max_bytes=max_bytes,
     )
     kept = KeptExamples(render, max_bytes - work.size - _OVERHEAD)

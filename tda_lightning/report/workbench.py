@@ -26,6 +26,7 @@ from tda_lightning.report.groups import group_sums, matrix, proponents_in_all, r
 from tda_lightning.report.kept import KeptExamples, Look
 from tda_lightning.report.provenance_rows import query_indices
 from tda_lightning.report.query_order import Judged, relative_spread
+from tda_lightning.report.stand_ins import stand_ins
 from tda_lightning.report.triage import Triage, triage
 from tda_lightning.report.wording import Wording
 from tda_lightning.runtime.digests import digest
@@ -72,6 +73,7 @@ def workbench(
     words: Wording,
     labels: Mapping[str, object],
     others: Mapping[str, Scores],
+    features: Tensor | None,
     max_bytes: float,
 ) -> Workbench:
     """The numbers for the page's script.
@@ -84,6 +86,7 @@ def workbench(
         words: what scores of either sign are called.
         labels: the labels as the data set has them, by their names.
         others: scores to compare with, by name.
+        features: of the training examples, by which some stand for others; None: their scores.
         max_bytes: size of the page.
     """
     label = columns[0] if columns and columns[0].is_label else None
@@ -92,7 +95,7 @@ def workbench(
     each = _bytes_of_a_list(scores, len(others))
     room = int(min(_MOST_QUERIES, _SHARE_OF_LISTS * max_bytes / each))
     listed = list(dict.fromkeys([*shown, *order]))[: max(len(shown), room)]
-    lists = {row: _list(scores, row, k, others, words.helps) for row in listed}
+    lists = {row: _list(scores, row, k, others, words.helps, features) for row in listed}
     strength, number = proponents_in_all(scores, words.helps)
     sums = group_sums(scores, columns)
     rows, triaged = _kept_rows(scores, found, words.helps)
@@ -232,7 +235,12 @@ def _as_json(look: Look, enlarged: str | None) -> dict[str, Any]:
 
 
 def _list(
-    scores: Scores, row: int, k: int, others: Mapping[str, Scores], helps: int
+    scores: Scores,
+    row: int,
+    k: int,
+    others: Mapping[str, Scores],
+    helps: int,
+    features: Tensor | None,
 ) -> tuple[list[int], dict[str, Any]]:
     """The strongest training examples of one query, and what is said of each."""
     values = scores.values[row]
@@ -254,6 +262,8 @@ def _list(
         "score": packed(values[at], "f4"),
         "histogram": _histogram(values),
     }
+    if (stands := stand_ins(scores, row, at, helps, features)) is not None:
+        entry["stands"] = packed(stands, "f4")
     if scores.by_segment is not None:
         entry["segments"] = packed(scores.by_segment[:, row][:, at].T, "f4")
     if scores.members is not None:
@@ -315,7 +325,7 @@ def _bytes_of_a_list(scores: Scores, others: int) -> int:
     segments = 0 if scores.by_segment is None else len(scores.by_segment)
     members = 0 if scores.members is None else 2
     terms = 0 if scores.by_token is None else scores.by_token.shape[2] * 16
-    return int(16 / 3 * (entries * (2 + segments + members + 2 * others) + terms)) + 600
+    return int(16 / 3 * (entries * (3 + segments + members + 2 * others) + terms)) + 600
 
 
 def _identity(scores: Scores) -> str:

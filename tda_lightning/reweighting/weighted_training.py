@@ -12,13 +12,14 @@ this library (``tasks/training_step.py``). The denominator stays that of the bat
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, WeightedRandomSampler
 
 from tda_lightning.recording.example_indices import ExampleIndices
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
@@ -32,6 +33,25 @@ from tda_lightning.tasks import TrainingStepTask, seeded_examples
 BY = ("loss", "sampler")
 
 
+class _Share(Sampler[int]):
+    """Examples drawn by weight with replacement, those of one process: all processes draw the same,
+    as many as a training set holds, and take turns."""
+
+    def __init__(self, weights: Tensor, seed: int, rank: int, count: int) -> None:
+        own = torch.Generator().manual_seed(seed)
+        self._drawn = WeightedRandomSampler(
+            cast(Any, weights), len(weights), replacement=True, generator=own
+        )
+        self._rank, self._count = rank, count
+
+    def __len__(self) -> int:
+        return len(self._drawn) // self._count
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = list(self._drawn)[self._rank :: self._count]
+        return iter(drawn[: len(self)])
+
+
 class WeightedTraining(Callback):
     """Train any LightningModule, unchanged, with a weight on every training example.
 
@@ -42,6 +62,9 @@ class WeightedTraining(Callback):
     ``by="sampler"`` draws as many examples per epoch as there are, with replacement, in proportion
     to the weights. It works for any loss, with more noise; the recorder records what was drawn.
 
+    In several processes (DDP) each weights the examples of its own batch, or takes its turn of what
+    all draw alike.
+
     Args:
         weights: [train], at least 0.
         by: ``loss`` or ``sampler``.
@@ -50,9 +73,9 @@ class WeightedTraining(Callback):
     Raises:
         ValueError: at once, for an unknown ``by``, weights that are negative, not finite or 0 for
             all; when training starts, for another number than that of the training examples.
-        UnsupportedTrainingError: when training starts, with several processes, or a loader whose
-            examples are not known or cannot be sampled; in training, by ``loss``, where the loss of
-            a batch cannot be taken apart.
+        UnsupportedTrainingError: when training starts, with another strategy than DDP in several
+            processes, or a loader whose examples are not known or cannot be sampled; in training,
+            by ``loss``, where the loss of a batch cannot be taken apart.
 
     Example:
         >>> import torch
@@ -83,6 +106,7 @@ class WeightedTraining(Callback):
         self._listening: ExampleIndices | None = None
         self._replaced: ReplacedMethod | None = None
         self._samplers: list[tuple[BatchSampler, Any]] = []
+        self._place = 0, 1  # of how many processes
         self._module: LightningModule | None = None
         self._examples: Tensor | None = None
 
@@ -90,10 +114,13 @@ class WeightedTraining(Callback):
         """Listen to the loaders that are about to be used."""
         if stage != "fit":
             return
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise UnsupportedTrainingError(
-                f"WeightedTraining trains in one process, got {trainer.world_size}."
+                "WeightedTraining takes the loss of a batch apart in a process that has the whole "
+                f"model, and {type(trainer.strategy).__name__} shares it out. Use strategy='ddp', "
+                "or one process."
             )
+        self._place = trainer.global_rank, trainer.world_size
         if self.by == "sampler":
             self._replaced = ReplacedMethod(trainer.strategy, "process_dataloader", self._sample)
         else:
@@ -190,10 +217,7 @@ class WeightedTraining(Callback):
                 "WeightedTraining draws the examples of a DataLoader with a batch size, got "
                 f"{type(loader).__name__} with {type(sampler).__name__}."
             )
-        own = torch.Generator().manual_seed(self.seed)
-        drawn = WeightedRandomSampler(
-            cast(Any, self.weights), len(self.weights), replacement=True, generator=own
-        )
+        drawn = _Share(self.weights, self.seed, *self._place)
         if not any(sampler is known for known, _ in self._samplers):
             self._samplers.append((sampler, sampler.sampler))
             sampler.sampler = drawn

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,8 +37,13 @@ def source_digest(kind: type) -> str | None:
     Returns:
         16 hexadecimal digits; None where there is no source, as in some notebooks.
     """
+    return _source_digest(kind)
+
+
+@lru_cache(maxsize=256)  # to find a class, Python parses the whole of its file
+def _source_digest(kind: Hashable) -> str | None:
     try:
-        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]  # type: ignore[arg-type]
     except (OSError, TypeError):
         return None
 

@@ -141,7 +141,7 @@ def with_edges(graph: Any, edges: Tensor, kept: Tensor | None = None) -> Any:
     """
     held, key = entries(graph), matrix_key(graph)
     if key is not None:
-        return with_entries(graph, {key: _matrix_like(held[key], edges)})
+        return with_entries(graph, {key: _matrix_like(held[key], edges, num_nodes(graph))})
     old = edge_index(graph)
     (name,) = [name for name, value in held.items() if value is old]
     changes: dict[Key, object] = {name: edges}
@@ -157,35 +157,50 @@ def with_edges(graph: Any, edges: Tensor, kept: Tensor | None = None) -> Any:
 
 def restricted(graph: Any, nodes: Tensor) -> Any:
     """The subgraph of some nodes, in their order, with the edges between them."""
-    held, count = entries(graph), num_nodes(graph)
-    key = matrix_key(graph)
-    changes: dict[Key, object] = {}
-    edges = None
-    if key is not None:
-        matrix = held[key]
-        if matrix.layout == torch.strided:
-            changes[key] = matrix[nodes][:, nodes]
-        else:
-            changes[key] = matrix.index_select(0, nodes).index_select(1, nodes)
-    else:
-        edges = edge_index(graph)
+    return side_by_side([graph], [nodes])
+
+
+def side_by_side(graphs: Sequence[Any], nodes: Sequence[Tensor]) -> Any:
+    """Parts of several graphs with the same keys as one graph, with no edges between the parts.
+
+    Args:
+        graphs: forms of one graph, say. What belongs neither to nodes nor to edges is the first's.
+        nodes: those that are taken of each, in this order.
+    """
+    held, counts = [entries(graph) for graph in graphs], [num_nodes(graph) for graph in graphs]
+    each_edges = [edge_index(graph) for graph in graphs]
+    taken, inside, total = [], [], 0
+    for edges, own, count in zip(each_edges, nodes, counts, strict=True):
         position = edges.new_full((count,), -1)
-        position[nodes] = torch.arange(len(nodes), device=edges.device)
-        inside = (position[edges] >= 0).all(0)
-        (name,) = [name for name, value in held.items() if value is edges]
-        changes[name] = position[edges[:, inside]]
-    for own, value in held.items():
-        if own in changes:
-            continue
-        if own == "num_nodes":
-            changes[own] = len(nodes)
-        elif own == "ptr":
-            changes[own] = torch.tensor([0, len(nodes)], device=nodes.device)
-        elif edges is not None and _of_edges(own, value, edges.shape[1], count):
-            changes[own] = value[inside]
-        elif isinstance(value, Tensor) and value.dim() and len(value) == count:
-            changes[own] = value[nodes]
-    return with_entries(graph, changes)
+        position[own] = torch.arange(total, total + len(own), device=edges.device)
+        ends = position[edges]
+        inside.append((ends >= 0).all(0).nonzero().squeeze(1))
+        taken.append(ends[:, inside[-1]])
+        total += len(own)
+    edges, chosen = torch.cat(taken, 1), torch.cat(list(nodes))
+    changes: dict[Key, object] = {}
+    if (key := matrix_key(graphs[0])) is not None:
+        changes[key] = _matrix_like(held[0][key], edges, total)
+    else:
+        (name,) = [name for name, value in held[0].items() if value is each_edges[0]]
+        changes[name] = edges
+    for own_key in held[0].keys() - changes.keys():
+        values = [other[own_key] for other in held]
+        sizes = list(zip(values, each_edges, counts, strict=True))
+        of_edges = [_of_edges(own_key, v, e.shape[1], n) for v, e, n in sizes]
+        if own_key == "num_nodes":
+            changes[own_key] = total
+        elif own_key == "ptr":
+            changes[own_key] = torch.tensor([0, total], device=edges.device)
+        elif key is None and all(of_edges):
+            changes[own_key] = torch.cat([v[kept] for v, kept in zip(values, inside, strict=True)])
+        elif all(_of_nodes(value, count) for value, _, count in sizes):
+            if all(value is values[0] for value in values):  # one copy, and not one for each part
+                changes[own_key] = values[0][chosen]
+            else:
+                parts = zip(values, nodes, strict=True)
+                changes[own_key] = torch.cat([value[own] for value, own in parts])
+    return with_entries(graphs[0], changes)
 
 
 def around(edges: Sequence[Tensor], start: Tensor, hops: int, count: int) -> Tensor:
@@ -223,10 +238,14 @@ def _of_edges(key: Key, value: object, count: int, nodes: int) -> bool:
     return len(value) == count and (named or count != nodes)
 
 
-def _matrix_like(matrix: Tensor, edges: Tensor) -> Tensor:
-    """The plain adjacency matrix of some edges, in the layout of another."""
+def _of_nodes(value: object, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+
+
+def _matrix_like(matrix: Tensor, edges: Tensor, count: int) -> Tensor:
+    """The plain adjacency matrix of edges between ``count`` nodes, in the layout of another."""
     ones = torch.ones(edges.shape[1], dtype=matrix.dtype, device=matrix.device)
-    sparse = torch.sparse_coo_tensor(edges, ones, tuple(matrix.shape)).coalesce()
+    sparse = torch.sparse_coo_tensor(edges, ones, (count, count)).coalesce()
     if matrix.layout == torch.strided:
         return sparse.to_dense()
     return sparse if matrix.layout == torch.sparse_coo else sparse.to_sparse(layout=matrix.layout)

@@ -30,17 +30,19 @@ def restored(module: nn.Module, *parts: Part) -> Iterator[None]:
         parts: what is put back; everything by default.
     """
     chosen = parts or get_args(Part)
-    modes = {part: part.training for part in module.modules() if "modes" in chosen}
-    required = {p: p.requires_grad for p in module.parameters() if "requires_grad" in chosen}
-    gradients = {p: p.grad for p in module.parameters() if "gradients" in chosen}
+    modules = list(module.modules()) if {"modes", "buffers"}.intersection(chosen) else []
+    parameters = (
+        list(module.parameters()) if {"requires_grad", "gradients"}.intersection(chosen) else []
+    )
+    modes = {part: part.training for part in modules if "modes" in chosen}
+    required = {p: p.requires_grad for p in parameters if "requires_grad" in chosen}
+    gradients = {p: p.grad for p in parameters if "gradients" in chosen}
     values: dict[str, Tensor | None] = dict.fromkeys(_empty_buffers(module, chosen))
     values |= {name: tensor.detach().clone() for name, tensor in _values(module, chosen).items()}
     for parameter in gradients:
         parameter.grad = None
     persistence = {
-        part: set(part._non_persistent_buffers_set)
-        for part in module.modules()
-        if "buffers" in chosen
+        part: set(part._non_persistent_buffers_set) for part in modules if "buffers" in chosen
     }
     with ExitStack() as stack:  # each part is put back, whatever becomes of another
         stack.callback(_set, "training", modes)

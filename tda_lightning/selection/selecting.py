@@ -157,6 +157,8 @@ def select(
             "No example of the pool near the target is predicted to help, so there is nothing to "
             "choose. Look at more of the pool with neighbours=..., or give another pool."
         )
+    if note := worse_note(measured):
+        notes.append(note)
     labels = raw_labels(given)
     return Selection(
         tuple(choices),
@@ -178,6 +180,24 @@ def one_class_warning(labels: list[Any] | None) -> str | None:
         f"All {len(labels or [])} examples of the target have the label {label}. Whatever makes "
         f"the model answer {label} to everything helps such a target, so that is what is chosen, "
         "and other classes are forgotten. Give a target with examples of every class."
+    )
+
+
+def worse_note(measured: list[list[float]]) -> str | None:
+    """That training on the chosen examples did harm; None where it did in no replica.
+
+    Args:
+        measured: of each replica, the target's mean measurement before training and after each
+            step.
+    """
+    worse = [row for row in measured if row[-1] > row[0]]
+    if not worse:
+        return None
+    return (
+        f"Training on the chosen examples made the target worse in {len(worse)} of {len(measured)} "
+        f"replicas (the first: from {worse[0][0]:.4g} to {worse[0][-1]:.4g}). Steps may be too "
+        "large: try a smaller rate, or fewer steps of more examples; or the scores may not predict "
+        "this training: try another estimator, or more damping."
     )
 
 

@@ -55,14 +55,15 @@ def weighted_losses(
 def all_in_closed_form(standard: Sequence[WeightedLoss], losses: Tensor) -> bool:
     """Whether standard losses with constant weights are all that the losses [batch] consist of."""
     batch = len(losses)
-    if not standard or not all(loss.fits(batch) for loss in standard):
-        return False
-    if any(loss.weights.requires_grad or bool((loss.weights < 0).any()) for loss in standard):
-        return False
-    whole = torch.stack([loss.by_position(batch).sum(1) for loss in standard]).sum(0)
-    difference = (whole - losses).detach().abs().max()
-    eps = torch.finfo(losses.dtype).eps
-    return bool(difference <= eps**0.6 * losses.detach().abs().max())
+    with torch._C.DisableTorchFunction():  # no call of the user's that a mode should see
+        if not standard or not all(loss.fits(batch) for loss in standard):
+            return False
+        if any(loss.weights.requires_grad or bool((loss.weights < 0).any()) for loss in standard):
+            return False
+        whole = torch.stack([loss.by_position(batch).sum(1) for loss in standard]).sum(0)
+        difference = (whole - losses).detach().abs().max()
+        eps = torch.finfo(losses.dtype).eps
+        return bool(difference <= eps**0.6 * losses.detach().abs().max())
 
 
 def standard_outputs(module: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:

@@ -106,7 +106,8 @@ def random_signs(
     Variance 1, with the smallest fourth moment that variance 1 allows.
     """
     words = -(-count // BITS)
-    integers = random_integers(batch, positions * words, stream, device).to(torch.int32)
-    places = torch.arange(BITS, dtype=torch.int32, device=device)
-    bits = (integers.view(batch, positions, words, 1) >> places) & 1
-    return 1 - 2 * bits.flatten(2)[..., :count]
+    with torch._C.DisableTorchFunction():  # no call of the user's that a mode should see
+        integers = random_integers(batch, positions * words, stream, device).to(torch.int32)
+        places = torch.arange(BITS, dtype=torch.int32, device=device)
+        bits = (integers.view(batch, positions, words, 1) >> places) & 1
+        return 1 - 2 * bits.flatten(2)[..., :count]

@@ -113,6 +113,11 @@ def output_nodes(total: Node, batch: int, marked: Sequence[Tensor] = ()) -> list
             if node.value.requires_grad:
                 raise UnknownOutputsError("an operation behind the loss is none that torch shows")
         else:
+            if node.func is torch.autograd.grad:
+                raise UnknownOutputsError(
+                    "the loss contains a gradient of the network (torch.autograd.grad), which is "
+                    "no function of its outputs"
+                )
             if any(_is_weight(other) for other in node.inputs) and rows:
                 raise UnknownOutputsError(
                     f"{node.name} uses a parameter outside of any module. Say which tensors are "
@@ -248,7 +253,8 @@ def _run_again(node: Node, values: Mapping[int, Tensor]) -> Node:
 
     def again(old: Node) -> Node:
         if id(old) in values:
-            return Node("", None, (), {}, values[id(old)], None, True, old.order)
+            # Its name remains: terms of the loss are known by it.
+            return Node(old.name, None, (), {}, values[id(old)], None, True, old.order)
         if id(old) in done:
             return done[id(old)]
         new = old

@@ -132,7 +132,7 @@ def _difference(
             values = abs(float(left.detach() - right.detach()))
             if not values <= tolerance * scale:
                 return f"{name} differ ({float(left.detach()):.4g} and {float(right.detach()):.4g})"
-            apart = float((_gradient(left, parameters) - _gradient(right, parameters)).norm())
+            apart = float(_gradient(left - right, parameters).norm())
             if not apart <= tolerance * size:
                 return f"{name} have gradients that differ by {apart:.1e} ({size:.1e} in all)"
     return None

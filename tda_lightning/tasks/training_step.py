@@ -36,7 +36,7 @@ from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
 from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.loss_terms import joined_terms, terms_of
 from tda_lightning.tasks.node_batch import NodeBatch
-from tda_lightning.tasks.output_curvature import UnknownOutputsError
+from tda_lightning.tasks.output_curvature import OutputLoss, UnknownOutputsError
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
 from tda_lightning.tasks.step_layout import learn_layout, learn_masses
@@ -504,7 +504,12 @@ class TrainingStepTask(AttributionTask):
             return
         try:
             with torch.enable_grad():
-                self.curved_losses(module, batch)
+                losses, _ = self.curved_losses(module, batch)
+            if not any(_is_curved(loss) for loss in losses):
+                raise UnknownOutputsError(
+                    "the second derivative of the loss in the outputs of the network is 0 (an "
+                    "absolute or a hinge loss, or a module that returns the losses themselves)"
+                )
         except UnknownOutputsError as error:
             self._can_sample = False
             self.notes.append(f"Curvature is the empirical Fisher: {error}.")
@@ -623,3 +628,7 @@ def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
             f"dictionary, got {got}. Give a task instead."
         )
     return loss
+
+
+def _is_curved(loss: CurvedLoss) -> bool:
+    return not isinstance(loss, OutputLoss) or bool(loss.roots.any())

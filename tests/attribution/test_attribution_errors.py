@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -23,7 +24,7 @@ from tda_lightning.records.errors import (
     UnsupportedTrainingError,
 )
 from tda_lightning.store import fingerprint
-from tda_lightning.tasks import AttributionTask, ClassificationTask
+from tda_lightning.tasks import AttributionTask, ClassificationTask, sampled_gauss_newton_loss
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
@@ -401,6 +402,61 @@ def test_a_singular_inverse_is_refused() -> None:
     data = (torch.zeros_like(data[0]), data[1])
     with pytest.raises(ValueError, match="singular and damping is 0"):
         attribute(MLP, run, module, data, InfluenceFunction("ekfac", damping=0.0))
+
+
+class Absolute(AttributionTask):
+    """No second derivative, and said to be sampled all the same."""
+
+    def train_loss(self, module, batch):
+        return F.l1_loss(module(batch[0]), batch[1], reduction="none").mean(1)
+
+    def sampled_loss(self, module, batch):
+        return sampled_gauss_newton_loss(self, module, batch)
+
+
+def test_without_any_curvature_relative_damping_is_refused() -> None:
+    run, module, data = train(MLP, OPTIMIZERS["sgd"])
+    attribution = AttributionModule(module, run, InfluenceFunction(), Absolute())
+    with pytest.raises(ValueError, match="no curvature in any layer.*absolute number"):
+        attribution.attribute(TensorDataset(*data), TensorDataset(*data), trainer=quiet())
+
+
+class Beside(nn.Module):
+    """A model, and a layer that its loss never reaches."""
+
+    def __init__(self, used: nn.Module) -> None:
+        super().__init__()
+        self.used, self.beside = used, nn.Linear(2, 2).double()
+
+    def forward(self, inputs):
+        return self.used(inputs) + self.beside(inputs[:, :2]).sum() * 0
+
+
+def test_a_layer_that_the_loss_never_reaches_changes_no_influence() -> None:
+    (plain, beside), data, queries = _twins(), CLASSIFIER.batch(10), queries_of(CLASSIFIER)
+    found = []
+    for module in (plain, beside):
+        run = oracles.record_run(
+            module,
+            logits_loss,
+            data,
+            lambda m: torch.optim.SGD(m.parameters(), 0.1),
+            oracles.cut_batches(10, 5, epochs=3),
+            (2, 6),
+        )
+        found.append(
+            AttributionModule(module, run, InfluenceFunction(), ClassificationTask()).attribute(
+                TensorDataset(*data), TensorDataset(*queries), trainer=quiet()
+            )
+        )
+    torch.testing.assert_close(found[1].values, found[0].values, rtol=1e-12, atol=0)
+    assert any("no curvature in beside" in note for note in found[1].provenance["notes"])
+
+
+def _twins() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return plain, Beside(copy.deepcopy(plain))
 
 
 def test_no_standard_loss_means_the_empirical_fisher_and_says_so(work) -> None:

@@ -50,6 +50,7 @@ from tests import oracles, runs
 from tests.attributing import CaseTask, quiet
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, queries_of, train
 from tests.estimators.test_stages import SAME_LOSS, problem
+from tests.quick import quick
 from tests.recording import test_online_curvature as online
 
 # Recording
@@ -402,9 +403,18 @@ ESTIMATORS = {
 }
 
 
+PLANNED = [
+    *((name, 3) for name in ESTIMATORS),
+    ("recorded, adam", 3),
+    ("source", 1),
+    ("recorded", 1),
+]
+# What they walk over, another plan walks over as well.
+ALIKE = ("source, exact", "source, recursion", "recorded", "influence", "unrolled")
+
+
 @pytest.mark.parametrize(
-    ("name", "rounds"),
-    [*((name, 3) for name in ESTIMATORS), ("recorded, adam", 3), ("source", 1), ("recorded", 1)],
+    ("name", "rounds"), quick(PLANNED, [case for case in PLANNED if case[0] not in ALIKE])
 )
 def test_passes_batches_and_sizes_are_those_of_the_attribution(
     name: str, rounds: int, work: Any, monkeypatch: pytest.MonkeyPatch

@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 from tda_lightning import AttributionModule
 from tda_lightning.edits import Relabel, Removal, RemoveEdges, RemoveFeatures, RemoveNodes
 from tda_lightning.estimators import InfluenceFunction, TracIn
-from tda_lightning.evaluation import compare_unlearned
+from tda_lightning.evaluation import accuracy, compare_unlearned
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.solvers import ConjugateGradients
-from tda_lightning.tasks import NodeTask
+from tda_lightning.tasks import NodeTask, RegressionTask
 from tests.attributing import CaseTask, relative
 from tests.cases.graphs import SGC, loader_of, random_graph, train_on
 from tests.cases.training import CLASSIFIER, OPTIMIZERS, train
@@ -146,3 +146,16 @@ def test_what_cannot_be_unlearned_is_refused(run: Any) -> None:
         attribution.unlearned(loader_of(graph), [])
     with pytest.raises(ValueError, match="the same parameters"):
         compare_unlearned(module, module, nn.Linear(2, 2), {})
+
+
+def test_accuracy_counts_the_labels_that_lead() -> None:
+    trajectory, classifier, data = train(CLASSIFIER, OPTIMIZERS["momentum"], checkpoints=(9,))
+    classifier.load_state_dict({**trajectory.checkpoints[9].parameters})
+    with torch.no_grad():
+        expected = float((classifier(data[0]).argmax(1) == data[1]).double().mean())
+    found = accuracy(classifier, CaseTask("classification"), TensorDataset(*data))
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected < 1
+    numbers = TensorDataset(data[0], torch.zeros(len(data[0]), 1, dtype=torch.float64))
+    regression = nn.Linear(data[0].shape[1], 1).double()
+    assert accuracy(regression, RegressionTask(), numbers) is None

@@ -168,6 +168,14 @@ def hessian_by_inputs(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
     return F.mse_loss(bend + slope, x)
 
 
+def equation(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    """A differential equation of the outputs, as a loss that is no standard one."""
+    at = x.clone().requires_grad_()
+    outputs = m.f(at).tanh()
+    (slope,) = torch.autograd.grad(outputs.sum(), at, create_graph=True)
+    return (slope.sum(1) - outputs.sum(1)).square().mean()
+
+
 def by_torch_func(m: nn.Module, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
     slope = torch.func.vmap(torch.func.grad(lambda row: m.f(row).tanh().sum()))(x)
     return F.mse_loss(slope, x)
@@ -333,6 +341,7 @@ RIGHT: dict[str, Callable[[], Module]] = {
     "gradient penalty": lambda: Module(penalized(0.1), f=square, g=linear),
     "small gradient penalty": lambda: Module(penalized(1e-8), f=square, g=linear),
     "physics": lambda: Module(hessian_by_inputs, f=linear),
+    "equation": lambda: Module(equation, f=linear),
     "torch.func": lambda: Module(by_torch_func, f=linear),
     "frozen below": lambda: Module(
         frozen_below, e=lambda: nn.Embedding(5, 4).requires_grad_(False), f=linear

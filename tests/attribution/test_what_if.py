@@ -35,6 +35,7 @@ from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
 from tests.cases.training import CLASSIFIER, LINEAR, MLP, OPTIMIZERS, queries_of, train
 from tests.oracles.estimators import spread
+from tests.quick import quick
 from tests.runs import Net, Numbered, fit, loader
 from tests.unrolling import NETWORKS, adam, mostly, record, scores_of, sgd
 
@@ -185,7 +186,7 @@ ESTIMATORS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", quick(ESTIMATORS, set(ESTIMATORS) - {"kfac", "lanczos", "direct"}))
 def test_a_weight_is_a_factor_of_the_loss(name: str) -> None:
     """Estimators see a what-if run as they see a run of a loss that was scaled by hand."""
     optimizer = OPTIMIZERS["adamw" if name == "recorded" else "sgd"]

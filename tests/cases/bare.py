@@ -95,6 +95,49 @@ BARE = [
         normal(3),
     ),
     Case(
+        "bare/transposed",  # of Falcon
+        lambda: Function(
+            lambda m, x: (x @ m.weight.T + m.bias).tanh() @ m.other.mT,
+            weight=parameter(4, 3),
+            bias=parameter(4),
+            other=parameter(2, 4),
+        ),
+        normal(5, 3),
+    ),
+    Case(
+        "bare/stored_transposed",
+        lambda: Function(
+            lambda m, x: F.linear(
+                F.linear(x, m.weight.transpose(0, 1), m.bias).tanh(), m.other.t()
+            ),
+            weight=parameter(3, 4),
+            bias=parameter(4),
+            other=parameter(4, 2),
+        ),
+        normal(5, 3),
+    ),
+    Case(
+        "bare/one_and_scale",  # of Gemma's norms
+        lambda: Function(
+            lambda m, x: (
+                m.head(F.normalize(x, dim=-1) * (1.0 + m.scale.double())).tanh() * (m.factor + 2)
+            ),
+            scale=parameter(3),
+            head=nn.Linear(3, 2),
+            factor=parameter(2),
+        ),
+        normal(5, 3),
+    ),
+    Case(
+        "bare/one_and_scale_elsewhere",
+        lambda: Function(
+            lambda m, x: m.head(x * (1.0 + m.scale)).tanh() + (1.0 + m.scale).square().sum(),
+            scale=parameter(3),
+            head=nn.Linear(3, 2),
+        ),
+        normal(5, 3),
+    ),
+    Case(
         "bare/conv1d",  # of GPT-2
         lambda: Function(
             lambda m, x: m.head(

@@ -68,7 +68,14 @@ def test_unlearning_writes_weights_and_compares_them(run, capsys):
     assert main(["unlearn", "runs/digits", "remove=[3,17]"]) == 0
     out = capsys.readouterr().out
     assert "Unlearned 2 training examples: runs/digits/unlearned.pt" in out
-    for name in ("retrained weights", "distance to the retrained", "mean loss of what was removed"):
+    for name in (
+        "retrained weights",
+        "distance to the retrained",
+        "mean loss of what was removed",
+        "mean loss of what stays",
+        "accuracy of the queries",
+        "accuracy of what was removed",
+    ):
         assert name in out
     moved = torch.load(run / "unlearned.pt")
     before = Trajectory.load(str(run)).checkpoints[4].parameters

@@ -15,7 +15,14 @@ from tda_lightning import Scores
 from tda_lightning.cli import main
 from tda_lightning.cli.judgements import check_judgements, judged_rows
 from tda_lightning.cli.judgements_table import judgements_notes, judgements_table
-from tda_lightning.evaluation import shared_group, times_similarity, top_cardinality
+from tda_lightning.cli.simulation import overshoot_note
+from tda_lightning.evaluation import (
+    Interval,
+    Simulation,
+    shared_group,
+    times_similarity,
+    top_cardinality,
+)
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.tasks import ClassificationTask
 from tests.cli.test_evaluate_command import TINY
@@ -113,6 +120,20 @@ def test_a_shortcut_leads_to_one_class(monkeypatch):
     monkeypatch.setattr(Data, "group_columns", lambda self, split: columns)
     with pytest.raises(ValueError, match="one class, and the marked examples have 2"):
         judged(judge=["shortcut"], marked={"mark": "yes"})
+
+
+def test_steps_that_overshoot_are_said():
+    def simulated(helpful, harmful, steps=1):
+        agrees = {"helpful": helpful, "harmful": harmful, "random": 0.0}
+        agrees = {kind: Interval(share, 0, 1, torch.zeros(0)) for kind, share in agrees.items()}
+        return Simulation(steps, agrees, agrees, agrees["random"])
+
+    asked = run(simulate_rate=0.5)
+    note = overshoot_note(asked, {"gradient_dot": [simulated(0.25, 1.0)]})
+    assert "rate of 0.5 overshoots" in note and "in 25% of the cases" in note
+    assert overshoot_note(asked, {"gradient_dot": [simulated(0.8, 1.0)]}) is None
+    assert overshoot_note(asked, {"gradient_dot": [simulated(0.2, 0.2, steps=5)]}) is None
+    assert overshoot_note(asked, {"own": [simulated(0.2, 0.2)]}) is None
 
 
 def test_the_command_judges_and_simulates(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tda_lightning import Scores, Trajectory
 from tda_lightning.cli import main
@@ -74,6 +75,16 @@ def test_from_a_pool_to_another_training(folder, capsys):
     # The pool of this run is not what training added or left out.
     assert main(["attribute", "runs/second", "estimator=tracin", "pool={num_train: 20}"]) == 0
     assert "19 of the 20 examples of the pool" in capsys.readouterr().out
+
+
+def test_a_pool_may_name_settings_that_training_did_not():
+    """The configuration of ``tda train`` is closed to other keys."""
+    target = {"_target_": "tda_lightning.examples.data.MNLIData", "root": "${root}"}
+    config = OmegaConf.create({"root": "here", "data": target})
+    OmegaConf.set_struct(config, True)
+    made = build(config.data, False, holdout=6)
+    assert (made.holdout, made.root) == (6, "here")
+    assert "holdout" not in config.data
 
 
 def test_files_and_pools_that_do_not_fit(folder, capsys):

@@ -27,7 +27,7 @@ from tda_lightning.estimators import (
     Unrolled,
 )
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
-from tda_lightning.runtime.graphs import around, edge_index, restricted
+from tda_lightning.runtime.graphs import around, edge_index, restricted, side_by_side
 from tda_lightning.tasks import Nodes, NodeTask
 from tests.attributing import relative
 from tests.cases.graphs import GCN, SGC, loader_of, propagate, random_graph, train_on
@@ -216,11 +216,23 @@ def test_parts_of_the_graph_are_those_that_matter() -> None:
     hook = module.register_forward_hook(lambda _, given, __: sizes.append(len(given[0]["x"])))
     scores = attribute(run, TracIn(), [RemoveEdges([(n, n + 1)]) for n in range(20, 40)])
     hook.remove()
-    assert sizes.count(12) >= 20  # six nodes are reached, and three more at either end matter
+    # Six nodes are reached, and three more at either end matter: before the edit and after it.
+    assert sizes.count(24) >= 13
+    assert count <= max(sizes) <= 2 * count  # several edits together
     assert bool((scores.direct[0, 7:13] != 0).all())
     assert not scores.direct[0, :7].any()
     assert not scores.direct[0, 14:].any()
     assert not scores.direct[1].any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_queries_may_come_in_any_order(batch_size: int, run: Any) -> None:
+    order = torch.tensor([4, 0, 3, 1, 2, 0])
+    nodes = Nodes(GRAPH, QUERY[order])
+    scores = attribute(run, TracIn(), task=NodeTask(), query=nodes, batch_size=batch_size)
+    expected = attribute(run, TracIn(), task=NodeTask())
+    assert relative(scores.direct, expected.direct[order]) < 1e-10
+    assert relative(scores.through_weights, expected.through_weights[order]) < 1e-10
 
 
 def test_a_model_that_sees_the_whole_graph_is_run_on_it() -> None:
@@ -337,3 +349,67 @@ def test_weights_of_edges_go_with_them() -> None:
         part["edge_index"].T.tolist(), part["edge_weight"].tolist(), strict=True
     ):
         assert known[int(nodes[u]), int(nodes[v])] == weight
+
+
+def test_parts_of_graphs_stand_side_by_side() -> None:
+    """Nodes, edges and what belongs to either keep their order, in every form of a graph."""
+    nodes = [torch.tensor([9, 2, 30, 7]), torch.arange(36)]
+    plain = {**GRAPH, "edge_weight": torch.arange(GRAPH["edge_index"].shape[1]).double()}
+    edited = RemoveEdges(PRESENT[:1]).applied(plain)
+    both = side_by_side([plain, edited], nodes)
+    alone = [restricted(graph, own) for graph, own in zip([plain, edited], nodes, strict=True)]
+    assert torch.equal(both["x"], torch.cat([graph["x"] for graph in alone]))
+    assert torch.equal(both["edge_weight"], torch.cat([graph["edge_weight"] for graph in alone]))
+    shifted = [alone[0]["edge_index"], alone[1]["edge_index"] + 4]
+    assert torch.equal(both["edge_index"], torch.cat(shifted, 1))
+    matrix = torch.zeros(36, 36, dtype=torch.float64)
+    matrix[tuple(GRAPH["edge_index"])] = 1
+    dense = side_by_side([{"adj": matrix, "x": GRAPH["x"]}] * 2, nodes)
+    expected = torch.block_diag(matrix[nodes[0]][:, nodes[0]], matrix)
+    assert torch.equal(dense["adj"], expected)
+
+
+class Keeping(GCN):
+    """Keeps the edges of its first call, under names of its own."""
+
+    def forward(self, graph: Any) -> Tensor:
+        if not hasattr(self, "_edges"):
+            self._edges = graph["edge_index"]
+        return super().forward({**graph, "edge_index": self._edges})
+
+
+class Cached(GCN):
+    """Keeps them as the layers of torch_geometric do with ``cached=True``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached, self._cached_edge_index = True, None
+
+    def forward(self, graph: Any) -> Tensor:
+        edges = self._cached_edge_index
+        edges = graph["edge_index"] if edges is None else edges
+        if self.cached:
+            self._cached_edge_index = edges
+        return super().forward({**graph, "edge_index": edges})
+
+
+def test_what_layers_keep_of_the_first_graph_is_not_taken_for_an_edited_one(run: Any) -> None:
+    torch.manual_seed(0)
+    module = Cached()
+    own = GRAPH, module, train_on(GRAPH, module)
+    for estimator in (TracIn(), Unrolled()):
+        scores = attribute(own, estimator)
+        expected = attribute(run, estimator)
+        assert relative(scores.through_weights, expected.through_weights) < 1e-10
+        assert relative(scores.direct, expected.direct) < 1e-10
+    assert module.cached
+    assert module._cached_edge_index is not None  # as it was
+    attribution = AttributionModule(module, own[2], InfluenceFunction("identity", damping=1.0))
+    assert attribution.unlearned(loader_of(GRAPH), EDITS[:1])._cached_edge_index is None
+
+
+def test_a_model_that_keeps_its_edges_otherwise_is_named() -> None:
+    torch.manual_seed(0)
+    module = Keeping()
+    scores = attribute((GRAPH, module, train_on(GRAPH, module)), TracIn())
+    assert any("has kept those of its first call" in n for n in scores.provenance["notes"])

@@ -147,6 +147,27 @@ def test_adapters_begin_at_the_end_of_the_run(ensemble: Ensemble, run: Path) -> 
     assert torch.equal(adapted(module, 2)[0](x), module(x))
 
 
+def test_the_linear_layers_of_gpt2_get_adapters() -> None:
+    """They are of a class of their own; the head alone is an ``nn.Linear``."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2)
+    ).eval()
+    layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    made, chosen = adapted(model, 2)
+    assert chosen == [*(f"transformer.h.0.{name}" for name in layers), "lm_head"]
+    tokens = torch.arange(6)[None]
+    assert torch.equal(made(tokens).logits, model(tokens).logits)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "c_fc.lora_B" in name:
+                parameter.add_(1.0)
+        down = dict(made.named_parameters())["transformer.h.0.mlp.c_fc.lora_A.default.weight"]
+        model.transformer.h[0].mlp.c_fc.weight += (torch.ones(32, 2) @ down).T
+    assert torch.allclose(made(tokens).logits, model(tokens).logits, atol=1e-6)
+
+
 def test_their_training_can_be_unrolled(ensemble: Ensemble) -> None:
     found = scores(Net(), ensemble.trajectories[0], Unrolled())
     assert found.provenance["certificate"]["bit_equal"]

@@ -14,6 +14,7 @@ from tda_lightning.estimators import (
     TracIn,
     Unrolled,
 )
+from tda_lightning.estimators import retrac as retrac_module
 from tda_lightning.tasks import MEASURED_SEED, DiffusionTask
 from tests import denoising, noisy
 from tests.attributing import quiet
@@ -108,6 +109,21 @@ def test_retrac_leaves_the_sizes_of_gradients_out(run, monkeypatch):
     assert noisy.relative(scores.values, expected.mean(0)) < 1e-8
     assert scores.provenance["sizes"].startswith("no unit")
     assert "beyond_range" not in scores.provenance
+
+
+def test_retrac_forms_each_norm_once(run, monkeypatch):
+    without_own_draws(monkeypatch)
+    counts = []
+    norms = retrac_module.reciprocal_norms
+
+    def counted(gradients):
+        counts.append(len(gradients))
+        return norms(gradients)
+
+    monkeypatch.setattr(retrac_module, "reciprocal_norms", counted)
+    attribute(run, Retrac(), DiffusionTask(timesteps=TIMESTEPS, draws=DRAWS))
+    # At two checkpoints a batch of training examples, and of queries each timestep and draw.
+    assert len(counts) <= 2 * (1 + len(TIMESTEPS) * DRAWS)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tda_lightning.optimizers import applied_rates
 from tests import oracles
 from tests.attributing import attribute
 from tests.cases.training import LINEAR, OPTIMIZERS, queries_of
+from tests.quick import quick
 
 STEPS, LEFT_OUT = 60, 8
 SEGMENTS = 12
@@ -33,14 +34,17 @@ def slope_and_ranks(truth: Tensor, scores: Tensor) -> tuple[float, float]:
     return float((scores * truth).sum() / scores.square().sum()), sum(ranks) / len(ranks)
 
 
+RUNS: list[tuple[str, dict[str, str]]] = [
+    ("decay", {}),
+    ("momentum", {"momentum": "recursion"}),
+    ("decay", {"order": "recorded"}),
+    ("momentum", {"order": "recorded"}),
+]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "options"),
-    [
-        ("decay", {}),
-        ("momentum", {"momentum": "recursion"}),
-        ("decay", {"order": "recorded"}),
-        ("momentum", {"order": "recorded"}),
-    ],
+    quick(RUNS, [RUNS[0], RUNS[3]]),
     ids=["average", "momentum", "recorded", "recorded momentum"],
 )
 def test_source_is_leave_one_out_retraining(optimizer, options) -> None:

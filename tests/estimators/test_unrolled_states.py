@@ -20,6 +20,7 @@ from tda_lightning.estimators.unrolled import resume
 from tests import oracles
 from tests.attributing import relative
 from tests.cases.training import MLP, queries_of
+from tests.quick import quick
 from tests.unrolling import (
     EXACT,
     NETWORKS,
@@ -122,7 +123,7 @@ def test_queries_in_rounds(problem: Problem) -> None:
     assert relative(alone.values, together.values[:1]) < 1e-12
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 13])
+@pytest.mark.parametrize("steps", quick([1, 2, 3, 13], [1, 3, 13]))
 def test_pieces_of_every_length(steps: int) -> None:
     """An interval of any number of steps, under the least budget."""
     batches = oracles.cut_batches(10, 4, epochs=5)[:steps]
@@ -168,7 +169,11 @@ def stopped(problem: Problem, after: int, kind: Any = KeyboardInterrupt, **optio
         problem.scores(Interrupted(problem.data, after, kind), **options)
 
 
-@pytest.mark.parametrize(("kind", "reopened"), [(KeyboardInterrupt, True), (OSError, False)])
+@pytest.mark.parametrize(
+    ("kind", "reopened"),
+    # In memory: test_a_run_in_memory_keeps_unfinished_work.
+    quick([(KeyboardInterrupt, True), (OSError, False)], [(KeyboardInterrupt, True)]),
+)
 def test_broken_off_work_is_taken_up(problem: Problem, reopened: bool, kind: Any) -> None:
     expected = problem.scores()
     watched = Interrupted(problem.data, None)
@@ -206,7 +211,7 @@ def test_work_broken_off_again_and_again(problem: Problem) -> None:
     require_same(found, expected)
 
 
-@pytest.mark.parametrize("last", [None, 7])
+@pytest.mark.parametrize("last", quick([None, 7], [7]))
 def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> None:
     """Also where the last steps begin in the midst of an interval."""
     options: dict[str, Any] = {"memory_budget": problem.least, "last_steps": last}
@@ -220,7 +225,9 @@ def test_rounds_that_are_done_are_kept(problem: Problem, last: int | None) -> No
     assert not problem.run.unfinished
 
 
-@pytest.mark.parametrize("name", ["momentum and decay", "adamw", "rmsprop, everything"])
+@pytest.mark.parametrize(
+    "name", quick(["momentum and decay", "adamw", "rmsprop, everything"], ["rmsprop, everything"])
+)
 def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS[name], checkpoints=(2, 5))
     problem = Problem(
@@ -238,7 +245,8 @@ def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
 def test_tokens_are_kept_with_unfinished_work(tmp_path: Path) -> None:
     """In rounds of queries too, and in a file of scores."""
     network = NETWORKS["transformer"]
-    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **LONG)
+    shorter = {**LONG, "max_epochs": 2}
+    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **shorter)
     problem = Problem(network, run, module, data, network.data(3, seed=7))
     expected = problem.scores(token_weights=True)
     watched = Interrupted(data, None)

@@ -249,6 +249,23 @@ def test_a_linear_layer_whose_weight_is_stored_transposed() -> None:
     assert engine.generic == ["weight"]
 
 
+@pytest.mark.parametrize(
+    ("name", "generic"),
+    [
+        ("bare/transposed", []),
+        ("bare/stored_transposed", []),
+        ("bare/one_and_scale", []),
+        ("bare/one_and_scale_elsewhere", ["scale"]),
+    ],
+)
+def test_views_of_parameters_are_followed_to_their_use(name: str, generic: list[str]) -> None:
+    """Falcon's linear layers are ``x @ weight.T``, Gemma's norms end in ``x * (1 + weight)``."""
+    case = next(case for case in CASES if case.name == name)
+    engine, batch = engine_of(case), case.batch()
+    engine.discover(with_examples(case.loss), batch, torch.arange(case.size))
+    assert engine.generic == generic
+
+
 POSITIONS = {
     "arange": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5))).tanh()),
     "one row": lambda m, x: m.head((m.embed(x) + m.positions(torch.arange(5)[None])).tanh()),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.ensembles.recorder import AdapterRecorder
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.estimators import Source, TracIn, Unrolled
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
 from tests.attributing import quiet
 from tests.runs import trainer
@@ -90,7 +90,7 @@ def test_checkpoints_hold_what_is_trained_and_score_alike(tmp_path: Path, quanti
     for step in bare.checkpoints:
         assert "base.weight" not in bare.checkpoints[step].buffers
         assert set(bare.checkpoints[step].parameters) == {"down", "up"}
-    for estimator in (TracIn(), InfluenceFunction(), Source(), Unrolled()):
+    for estimator in (Source(), Unrolled()):
         scores = [
             AttributionModule(Adapted(quantised=quantised), str(tmp_path / name), estimator)
             .attribute(data(), data(), batch_size=4, trainer=quiet())

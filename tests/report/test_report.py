@@ -19,6 +19,7 @@ from tda_lightning.report import DatasetRenderer, Rendered, write_report
 from tda_lightning.report.charts import bar_chart, line_chart, number, ticks
 from tda_lightning.report.page import page_script
 from tda_lightning.report.pictures import picture
+from tests.quick import quick
 
 HOSTILE = (
     "</title></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\ud800\0"
@@ -205,6 +206,10 @@ class TestPage:
         assert min(float(point.split()[1]) for point in drawn[1:].split("L")) < 40
 
 
+NAN = float("nan")
+SOME = ["x", None, {}, 10**400]  # for make test
+
+
 CERTIFICATE = {
     "bit_equal": True,
     "largest_difference": 0.0,
@@ -295,7 +300,9 @@ class TestTrust:
         assert "0, addition; 1, removal of example 1; 2, removal of example 2" in text
         assert f"#{best} with label 7" in text
 
-    @pytest.mark.parametrize("odd", ["x", 3, None, [], {}, [1, 2, 3], ["a", "b"], 10**400, True])
+    @pytest.mark.parametrize(
+        "odd", quick(["x", 3, None, [], {}, [1, 2, 3], ["a", "b"], 10**400, True], SOME)
+    )
     def test_in_no_agreed_form(self, scores, tmp_path, odd):
         self.text(scores, tmp_path, certificate=odd, replayed_steps=odd, relabel=odd, question=odd)
         self.text(scores, tmp_path, edits=odd)
@@ -378,7 +385,7 @@ class TestSpotCheck:
         assert "a random 99.9% of" in self.text(scores, tmp_path, trust={"spot_check": singly})[0]
 
     @pytest.mark.parametrize(
-        "odd", ["x", 3, None, [], {}, [1, 2, 3], ["a"], 10**400, True, float("nan"), -2.0]
+        "odd", quick(["x", 3, None, [], {}, [1, 2, 3], ["a"], 10**400, True, NAN, -2.0], SOME)
     )
     def test_in_no_agreed_form(self, scores, tmp_path, odd):
         text, page = self.text(scores, tmp_path, trust=odd)

@@ -99,6 +99,15 @@ def exported(page, button):
     return download.value.path()
 
 
+def test_a_few_proponents_stand_for_the_others(page):
+    page.select_option("select[aria-label='order of proponents and opponents']", "stands")
+    said = page.locator("#tail-proponent li").all_inner_texts()
+    shares = [int(text.split("stands for ")[1].split("%")[0]) for text in said[:4]]
+    assert shares == sorted(shares, reverse=True) and 98 <= sum(shares) <= 102
+    assert not any("stands for" in text for text in said[4:])
+    assert "stands for" not in page.inner_text("#tail-opponent")
+
+
 def test_queries_are_sorted_searched_and_followed(page, workbench):
     losses = workbench.scores.provenance["measurements"]
     wrong = {n for n in range(NUM_QUERIES) if n % 5 == 0}

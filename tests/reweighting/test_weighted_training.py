@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +26,7 @@ from tda_lightning.reweighting import (
     weights_from_scores,
 )
 from tests.attributing import quiet
+from tests.processes import results
 
 COUNT, BATCH = 20, 6
 torch.set_num_threads(1)
@@ -176,6 +179,39 @@ def test_the_sampler_draws_by_weight(tmp_path: Any) -> None:
         before = loader.batch_sampler.sampler
         quiet(max_epochs=1, callbacks=[callbacks[1]]).fit(Net(), loader)
         assert loader.batch_sampler.sampler is before
+
+
+def in_two_processes(rank: int, folder: Any) -> Any:
+    """The equal run, the weighted one, and what the sampler drew."""
+    together = {"strategy": "ddp", "devices": 2}
+    start = train(TrajectoryRecorder(folder / "equal"), module=Net(dropout=0.0), **together)
+    found = train(WeightedTraining(weights()), module=Net(dropout=0.0), **together)
+    before, after = state(start), state(found)
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) > 0.01
+    drawing = [WeightedTraining(weights(), by="sampler", seed=4)]
+    train(TrajectoryRecorder(folder / "drawn"), *drawing, **together)
+    return state(found)
+
+
+def test_two_processes(tmp_path: Any) -> None:
+    seed_everything(0, verbose=False)
+    first, second = results(in_two_processes, tmp_path)
+    trajectory = Trajectory.load(tmp_path / "equal")
+    expected = retrain(trajectory, Net(dropout=0.0), None, data(), weights())
+    require_equal(first, {name: expected[name] for name in first})
+    require_equal(second, first)
+    drawn = Trajectory.load(tmp_path / "drawn").steps.examples.view(-1, COUNT // 2)
+    own = torch.multinomial(weights(), COUNT, True, generator=torch.Generator().manual_seed(4))
+    halves = [own[rank::2] for rank in (0, 1)]  # each rank's batches: 6 and 4
+    steps = [torch.cat([half[part] for half in halves]) for part in (slice(6), slice(6, 10))]
+    assert sorted(drawn.flatten()[:12].tolist()) == sorted(steps[0].tolist())
+    assert sorted(drawn.flatten()[12:20].tolist()) == sorted(steps[1].tolist())
+
+
+def test_a_strategy_that_shares_the_model_out_is_refused() -> None:
+    trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=FSDPStrategy())
+    with pytest.raises(UnsupportedTrainingError, match="FSDPStrategy shares it out. Use strategy"):
+        WeightedTraining(weights()).setup(trainer, Net(), "fit")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow  # five trainings and an exact unrolling

@@ -22,6 +22,7 @@ from tda_lightning.store import open_trajectory
 from tda_lightning.tasks import RegressionTask
 from tests.attributing import quiet
 from tests.plain_loop import Small, epochs, require_agreement, train
+from tests.quick import quick
 from tests.runs import Numbered, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,7 +93,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", quick(COMPILED, ["submodule", "in place", "whole"]))
 def test_compiled_and_plain_modules_record_and_score_alike(how: str, tmp_path: Path) -> None:
     module, net = COMPILED[how](), copy.deepcopy(plain().net)
     recorder = TrajectoryRecorder(tmp_path, every_n_steps=4)

@@ -259,7 +259,7 @@ def test_batches_that_come_to_nothing(case: str, accumulate: int, tmp_path: Path
         tmp_path,
         lambda: loader(data, shuffle=True, **options),
         module=modules[case](),
-        max_epochs=4,
+        max_epochs=2,
         recorder={"every_n_steps": 1},
         accumulate_grad_batches=accumulate,
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 
 from tda_lightning import Trajectory
 from tda_lightning.runtime.termination import ended_by_sigterm
+from tests.scripts import Script
 
 _WORK = """
 import sys, time, warnings
@@ -73,22 +72,14 @@ print("went to its end", flush=True)
 
 def _terminated(what: str, folder: Path) -> tuple[int, str, float]:
     """Exit status and output of the work, sent SIGTERM while under way, and how long it took."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WORK, what, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "under way\n"
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, out, time.monotonic() - began
+    path = folder.parent / f"{what}.py"
+    path.write_text(_WORK)
+    script = Script(path, what, str(folder), folder=folder)
+    assert script.output.readline() == "under way\n"
+    began = time.monotonic()
+    os.kill(script.pid, signal.SIGTERM)
+    status, out, _ = script.end()
+    return status, out, time.monotonic() - began
 
 
 def test_an_attribution_ends(tmp_path) -> None:

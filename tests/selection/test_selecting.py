@@ -12,11 +12,13 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.estimators import InfluenceFunction, TracIn, Unrolled
+from tda_lightning.evaluation import retrain
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tda_lightning.selection import Selection, select
 from tda_lightning.selection.selection import load_chosen, save_chosen
 from tests.attributing import quiet
+from tests.processes import connect, results
 
 RATE, DIMENSION, COUNT = 0.05, 4, 24
 torch.set_num_threads(1)
@@ -207,6 +209,38 @@ def test_settings_that_cannot_be(run: Any, tmp_path: Any) -> None:
     attribution.members *= 2
     with pytest.raises(UnsupportedTrainingError, match="got 2 runs of 1 stages"):
         select(attribution, train, pool, target)
+
+
+def chosen_in(rank: int | None, run: Any) -> Any:
+    """What is chosen, and the recorded run trained again with weights, in a process group or
+    without one."""
+    if rank is not None:
+        connect(rank)
+    module, trajectory, train = run
+    attribution = AttributionModule(module, trajectory, EXACT)
+    found = select(attribution, train, examples(9, 1), examples(4, 2), k=2, steps=2, replicas=1)
+    state = retrain(trajectory, Line(momentum=0.5), None, train, torch.arange(COUNT).double())
+    scores = torch.tensor([own.score for own in found.choices], dtype=torch.float64)
+    indices = [own.index for own in found.choices]
+    return indices, scores, found.measurements, weights_of(found), state["layer.weight"]
+
+
+def test_in_two_processes_each_does_the_whole(run: Any) -> None:
+    indices, *expected = chosen_in(None, run)
+    for own, *found in results(chosen_in, run):
+        assert own == indices
+        for value, alone in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, alone, rtol=1e-12, atol=1e-14)
+
+
+def test_training_that_does_harm_is_noted(run: Any) -> None:
+    module, trajectory, train = run
+    attribution = AttributionModule(module, trajectory, EXACT)
+    pool, target = examples(9, 1), examples(4, 2)
+    found = select(attribution, train, pool, target, k=1, steps=1, replicas=2, rate=1e-3)
+    assert not found.notes and bool((found.measurements[:, 1] < found.measurements[:, 0]).all())
+    found = select(attribution, train, pool, target, k=1, steps=1, replicas=2, rate=9.0)
+    assert "made the target worse in 2 of 2 replicas" in found.notes[0]
 
 
 def test_files(run: Any, tmp_path: Any) -> None:

@@ -157,6 +157,36 @@ def test_a_wide_output_without_structure_has_no_matrix() -> None:
     assert any("130 outputs" in note and "empirical Fisher" in note for note in task.notes)
 
 
+class LogDensity(nn.Module):
+    """Returns the losses themselves, as the modules of normalizing flows do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean).square().sum(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).mean()
+
+
+FLAT = {
+    "l1": lambda: Step(lambda s, x, y, t: F.l1_loss(s(x), t)),
+    "hinge": lambda: Step(lambda s, x, y, t: F.relu(1 - s(x) * t.sign()).sum(1).mean()),
+    "losses of a module": LogDensity,
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_without_a_second_derivative_curvature_is_the_empirical_fisher(name: str) -> None:
+    torch.manual_seed(1)
+    module, task = FLAT[name](), TrainingStepTask()
+    task.prepare(module, BATCH)
+    assert not task.can_sample
+    assert any("is 0" in note and "empirical Fisher" in note for note in task.notes)
+
+
 def test_a_task_whose_losses_are_no_standard_ones() -> None:
     class Focal(AttributionTask):
         def train_loss(self, module: nn.Module, batch: Any) -> Tensor:

@@ -41,6 +41,7 @@ from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
 from tda_lightning.cli.run_config import run_folder, versions
 from tda_lightning.cli.simulation import (
+    overshoot_note,
     simulate,
     simulation_json,
     simulation_note,
@@ -163,6 +164,8 @@ def _without_retraining(run: RecordedRun, scores: Mapping[str, Scores], folder: 
         table["simulatability"] = simulation_json(simulated)
         console.print(simulation_table(simulated))
         print(simulation_note(run))
+        if note := overshoot_note(run, simulated):
+            print(note)
     output = Path(config.output or folder / "scores" / "judgements.json")
     write_text(output, json.dumps(table, indent=1))
     print(f"Table: {output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ def reweight(config: DictConfig) -> None:
     if scores is not None:
         rows["predicted change"] = predicted_change(scores.values, weights)
     Console().print(_table(rows))
+    for note in _outcome_notes(rows, scores):
+        print(note)
+
+
+def _outcome_notes(rows: Mapping[str, Tensor], scores: Scores | None) -> Iterator[str]:
+    """What a reader of the table should know."""
+    sizes = "" if scores is None else scores.provenance.get("sizes", "")
+    if sizes and not sizes.startswith("predicted"):
+        yield f"Do not read the predicted change as a size. The scores give {sizes}."
+    if float(rows["true change"].mean()) > 0:
+        yield (
+            "These weights made the queries worse on average. Try a smaller rate, another "
+            "estimator, or equal weights."
+            if scores is not None
+            else "These weights made the queries worse on average, which is what evenness may cost."
+        )
 
 
 def _require_of_run(scores: Scores, num_train: int, num_query: int, config: DictConfig) -> None:

@@ -20,7 +20,7 @@ from tda_lightning.cli.command import clear_errors, required
 from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.edits import Removal
-from tda_lightning.evaluation import compare_unlearned, measure, membership, retrain
+from tda_lightning.evaluation import accuracy, compare_unlearned, measure, membership, retrain
 from tda_lightning.evaluation.retraining import losses
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
@@ -59,13 +59,20 @@ def unlearn(config: DictConfig) -> None:
     again_seconds = time.process_time() - began
     last = trajectory.checkpoints[trajectory.last_step]
     gone = train.with_dataset(torch.utils.data.Subset(train.dataset, removed))
-    measures = {
+    stays = sorted(set(range(len(train))) - set(removed))
+    left = train.with_dataset(torch.utils.data.Subset(train.dataset, stays))
+    measures: dict[str, Any] = {
         "mean measurement of the queries": lambda own: float(_measured(own, task, query).mean()),
         "mean loss of what was removed": lambda own: float(_lost(own, task, gone).mean()),
+        # Where it rises well above both others, the step went too far.
+        "mean loss of what stays": lambda own: float(_lost(own, task, left).mean()),
         "membership of what was removed (0.5: forgotten)": lambda own: membership(
             _lost(own, task, gone), _lost(own, task, query)
         ),
     }
+    if accuracy(module, task, query) is not None:  # of a task with classes
+        measures["accuracy of the queries"] = lambda own: accuracy(own, task, query)
+        measures["accuracy of what was removed"] = lambda own: accuracy(own, task, gone)
     states = ({**last.buffers, **last.parameters}, unlearned.state_dict(), again)
     original, moved, retrained = (_with(module, state) for state in states)
     report = compare_unlearned(original, moved, retrained, measures, (seconds, again_seconds))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tda_lightning.edits import GraphEditSet
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.replay.run import Draws, Replay
+from tda_lightning.runtime.graph_caches import without_caches
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.tasks import AttributionTask, NodeBatch, restarted_by, seeded_examples
 
@@ -54,7 +55,7 @@ def edit_products(
 
     every = torch.ones(len(examples), dtype=torch.bool, device=batch.nodes.device)
     columns = []
-    with unchanged_randomness():
+    with unchanged_randomness(), without_caches(replay.module):
         before = gradient(batch.graph, every)
         for column, edit in enumerate(edits.edits):
             removed = edit.removed().to(batch.nodes.device)

@@ -28,6 +28,8 @@ class Split(NamedTuple):
 class ImageData(DataModule):
     """Images scaled to mean 0 and standard deviation 1 over the training set, channels first.
 
+    A pool for a recorded run is scaled by the recorded training set (:meth:`scaled_as`).
+
     Args:
         batch_size: examples in a training batch.
         num_train: training examples to keep, drawn with ``subset_seed``; None keeps all.
@@ -67,6 +69,12 @@ class ImageData(DataModule):
         self.flipped = torch.empty(0, dtype=torch.int64)
         self.clean_labels = torch.empty(0, dtype=torch.int64)
         self._pictures: dict[str, Tensor] = {}
+        self._moments: tuple[Tensor, Tensor] | None = None  # what examples are scaled by
+
+    def scaled_as(self, recorded: ImageData) -> None:
+        """Scale as ``recorded`` does, by the moments of its training set."""
+        recorded.setup()
+        self._moments = recorded._moments
 
     @abstractmethod
     def read(self) -> tuple[Split, Split]:
@@ -87,7 +95,9 @@ class ImageData(DataModule):
             "query": torch.from_numpy(query.images),
         }
         pixels = _channels_first(train.images)
-        mean, std = _moments(train.images)
+        if self._moments is None:
+            self._moments = _moments(train.images)
+        mean, std = self._moments
         return (
             TensorDataset((pixels - mean) / std, labels),
             TensorDataset(

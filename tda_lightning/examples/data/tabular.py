@@ -16,8 +16,9 @@ from tda_lightning.records.rendered import Rendered
 class ConcreteData(DataModule):
     """UCI Concrete: compressive strength of 1030 concretes from their mix and age.
 
-    Inputs and target are scaled to mean 0 and standard deviation 1 over the training set; the
-    target has shape [batch, 1]. The data set is Yeh (1998), https://doi.org/10.24432/C5PK67.
+    Inputs and target are scaled to mean 0 and standard deviation 1 over the training set (a pool
+    for a recorded run by the recorded one: :meth:`scaled_as`); the target has shape [batch, 1]. The
+    data set is Yeh (1998), https://doi.org/10.24432/C5PK67.
 
     Args:
         root: folder that holds ``uci_concrete/concrete.csv``.
@@ -51,7 +52,12 @@ class ConcreteData(DataModule):
         self.split_seed = split_seed
         self.columns: list[str] = []
         self._rows: dict[str, Tensor] = {}
-        self._target_mean, self._target_std = 0.0, 1.0
+        self._moments: tuple[Tensor, Tensor] | None = None  # what rows are scaled by
+
+    def scaled_as(self, recorded: ConcreteData) -> None:
+        """Scale as ``recorded`` does, by the moments of its training set."""
+        recorded.setup()
+        self._moments = recorded._moments
 
     def load(self) -> tuple[Dataset, Dataset]:
         (path,) = find_files(self.root, "uci_concrete", ["concrete.csv"], self.source)
@@ -65,12 +71,9 @@ class ConcreteData(DataModule):
         train = train[choose(len(train), self.num_train, self.split_seed, "num_train")]
         self._rows = {"train": train, "query": query}
 
-        # Through numpy, whose sums do not depend on the number of threads.
-        mean = torch.from_numpy(train.numpy().mean(axis=0))
-        std = torch.from_numpy(train.numpy().std(axis=0, ddof=1))
-        # A column that never varies stays at 0 instead of becoming NaN.
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        self._target_mean, self._target_std = float(mean[-1]), float(std[-1])
+        if self._moments is None:
+            self._moments = _moments(train)
+        mean, std = self._moments
         scaled = [((part - mean) / std).float() for part in (train, query)]
         return (
             TensorDataset(scaled[0][:, :-1], scaled[0][:, -1:]),
@@ -80,7 +83,9 @@ class ConcreteData(DataModule):
     def describe(self, outputs: Tensor) -> list[str]:
         """The predicted target of each query, in its own unit."""
         self.setup()
-        predicted = outputs[:, 0].double() * self._target_std + self._target_mean
+        assert self._moments is not None
+        mean, std = (float(moment[-1]) for moment in self._moments)
+        predicted = outputs[:, 0].double() * std + mean
         return [f"{self.columns[-1]} {value:.4g}" for value in predicted.tolist()]
 
     def group_columns(self, split: str) -> dict[str, list[float]]:
@@ -96,6 +101,15 @@ class ConcreteData(DataModule):
             zip(self.columns[-1:] + self.columns[:-1], values[-1:] + values[:-1], strict=True)
         )
         return Rendered(row=row)
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column, float64 [column]."""
+    # Through numpy, whose sums do not depend on the number of threads.
+    mean = torch.from_numpy(rows.numpy().mean(axis=0))
+    std = torch.from_numpy(rows.numpy().std(axis=0, ddof=1))
+    # A column that never varies stays at 0 instead of becoming NaN.
+    return mean, torch.where(std > 0, std, torch.ones_like(std))
 
 
 def read_csv(path: Path) -> tuple[list[str], Tensor]:

@@ -92,7 +92,7 @@ function listOf(row) {
   if (!packed) return null;
   if (!lists.has(row)) {
     const list = { histogram: packed.histogram, agreement: packed.agreement, numTerms: packed.numTerms || 0 };
-    for (const name of ["index", "score", "segments", "spread", "sameSign", "inTop", "terms"]) list[name] = unpack(packed[name]);
+    for (const name of ["index", "score", "segments", "spread", "sameSign", "inTop", "terms", "stands"]) list[name] = unpack(packed[name]);
     list.ranks = (packed.ranks || []).map(unpack);
     list.others = (packed.others || []).map(unpack);
     lists.set(row, list);

@@ -134,6 +134,7 @@ function entryOf(list, place) {
     place, index: list.index[place], score: list.score[place], segments,
     spread: list.spread ? list.spread[place] : null, sameSign: list.sameSign ? list.sameSign[place] : null, inTop: list.inTop ? list.inTop[place] : null,
     terms: list.terms && (place + 1) * list.numTerms <= list.terms.length ? list.terms.subarray(place * list.numTerms, (place + 1) * list.numTerms) : null,
+    stands: list.stands ? list.stands[place] : 0,
     others: list.others.map((values) => values[place]), ranks: list.ranks.map((values) => values[place]),
   };
 }
@@ -141,9 +142,11 @@ function entryOf(list, place) {
 function entriesOf(list, kind) {
   const sign = kind === "proponent" ? HELPS : -HELPS;
   const entries = Array.from(list.index, (_, place) => entryOf(list, place)).filter((entry) => sign * entry.score > 0);
+  const strongest = Math.max(...Array.from(list.score, Math.abs), Number.MIN_VALUE);
   const measures = {
     score: (entry) => -Math.abs(entry.score),
     stable: (entry) => -(entry.spread ? Math.abs(entry.score) / entry.spread : Infinity),
+    stands: (entry) => -(entry.stands || (Math.abs(entry.score) / strongest) * 1e-9),
     differ: (entry) => -Math.max(...entry.ranks.slice(1).map((rank) => Math.abs(rank - entry.ranks[0]))),
   };
   const measure = measures[listState.sort];
@@ -159,6 +162,7 @@ function saidOf(entry, kind, strongest, tallest) {
     h("span", { class: "meter" }, h("span", { class: kind, style: { width: `${(100 * Math.abs(entry.score)) / strongest}%` } })),
     entry.segments ? sparkline(entry.segments, tallest) : null,
     ensemble,
+    kind === "proponent" && entry.stands ? h("div", { class: "faint" }, `stands for ${percent(entry.stands)} of those listed`) : null,
     others.length ? h("div", { class: "faint" }, `rank ${count(entry.ranks[0] + 1)}`) : null, others,
   ];
 }
@@ -240,6 +244,8 @@ function showQuery(row) {
     list && list.agreement !== undefined && list.agreement !== null ? fact("rank correlation between runs", list.agreement.toFixed(2)) : null,
     agreementOf().has(row) ? DATA.agreement.map((other) => { const at = DATA.listed.indexOf(row); return fact(h("span", { class: "data" }, other.name), `rank correlation ${other.rank[at] === null ? "–" : other.rank[at].toFixed(2)}, ${percent(other.overlap[at])} of the top 50 shared`); }) : null);
   const sorts = [["score", "strongest first"]];
+  if (listState.sort === "stands" && !(list && list.stands)) listState.sort = "score";
+  if (list && list.stands) sorts.push(["stands", "a few that stand for the others first"]);
   if (DATA.members) sorts.push(["stable", "most stable over the ensemble first"]);
   if (DATA.others.length) sorts.push(["differ", "largest difference in rank first"]);
   const options = sorts.length > 1 ? h("p", { class: "tools" }, select("order of proponents and opponents", sorts, listState.sort, (sort) => { listState.sort = sort; showTails(row); }),
