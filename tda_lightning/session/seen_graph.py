@@ -187,5 +187,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def note(session: Session, text: str) -> None:
+    """Add a note to those of the scores, once."""
     if text not in session.engine.notes:
         session.engine.notes.append(text)
