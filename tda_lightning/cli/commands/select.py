@@ -14,6 +14,7 @@ from rich.table import Table
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, require_new, require_usable_solver, required
 from tda_lightning.cli.recorded_run import Replayable, pool_of
+from tda_lightning.index import AttributionIndex
 from tda_lightning.selection import Selection
 from tda_lightning.selection import select as choose
 from tda_lightning.selection.selection import save_chosen
@@ -36,8 +37,12 @@ def select(config: DictConfig) -> None:
         wanted = {"split": "query", **settings["target"]}
         target = run.query.with_dataset(pool_of(config, run.config, wanted).dataset)
     estimator = instantiate(config.estimator, _convert_="all")
+    attribution = AttributionModule(run.module, run.trajectory, estimator, run.task)
+    index = None
+    if config.index is not None:
+        index = AttributionIndex.open(config.index, attribution, run.train)
     selection = choose(
-        AttributionModule(run.module, run.trajectory, estimator, run.task),
+        attribution,
         run.train,
         pool_of(config, run.config, asked).dataset,
         replace(target, batch_size=config.batch_size),
@@ -51,6 +56,7 @@ def select(config: DictConfig) -> None:
         metric=config.metric,
         seed=config.seed,
         batch_size=config.batch_size,
+        index=index,
     )
     selection.write_csv(table)
     save_chosen(selection.indices, selection.num_pool, asked, chosen)
