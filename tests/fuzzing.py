@@ -28,7 +28,8 @@ from tests.mutations import Mutation, Place
 
 SECONDS = 10.0  # for one case, before it counts as a hang; a usual one takes 0.03
 BATCH = 100  # cases of one child
-MEMORY = 1 << 30  # that reading may add
+FACTOR = 4  # that reading may add in memory, times the size of the files
+MARGIN = 1 << 26  # and beside that: a thread's stack, an arena, a module imported late
 
 # What lies where: path -> (mode, size, time of the last change, checksum or target).
 Listing = dict[str, tuple[object, ...]]
@@ -135,7 +136,8 @@ def _work(
     try:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit = _address_space() + MEMORY
+        largest = max(sum(map(len, contents[case.base].values())) for case in batch)
+        limit = _address_space() + FACTOR * largest + MARGIN
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for case in batch:
             message = pickle.dumps(run_case(case, contents[case.base], read, workplace))

@@ -70,7 +70,10 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
         parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
     parts.append(f"### By number of trainings\n\n{by_members(found)}")
     if series := trainings_figure.found():
-        said = "LDS for training anew, half kept; behind the comma the trainings paid for."
+        said = (
+            "LDS for training anew, half kept; behind the comma the trainings paid for.\n\n"
+            "![LDS by trainings paid for](trainings.svg)"
+        )
         parts.append(f"### MNIST: what members cost\n\n{said}\n\n{trainings_figure.table(series)}")
     parts.append(f"### Sizes\n\n{slopes(found, tiny)}")
     parts.append(f"### Missing\n\n{missing(found, tiny)}")

@@ -25,7 +25,7 @@ KINDS = {
 COLOURS = {"seeds": "#1f5fa8", "forks": "#c2571a", "dropout": "#2c8a57", "lora": "#8a3d96"}
 FORKED = (0.5, 0.25)  # share of the run that a fork trains, in turns
 ADAPTED = 0.2  # share of the run's epochs that adapters train
-WIDTH, HEIGHT, LEFT, TOP, RIGHT = 820, 470, 60, 30, 560
+WIDTH, HEIGHT, LEFT, TOP, RIGHT = 900, 470, 60, 30, 560
 
 
 def trainings(series: Series, count: int) -> float:
@@ -41,8 +41,9 @@ def trainings(series: Series, count: int) -> float:
         "dropout": 1.0,
         "lora": 1 + ADAPTED * count,
     }[series.kind]
-    replayed = 0 if series.keep == 1 else count
-    return made + replayed
+    if series.keep == 1:
+        return made
+    return made + (1 if series.kind == "dropout" else count)  # masks share one what-if run
 
 
 def found() -> dict[Series, dict[int, Tensor]]:
@@ -110,7 +111,7 @@ def picture(series_of: Mapping[Series, Mapping[int, Tensor]], ceiling: float) ->
             )
     at = y(ceiling)
     parts.append(f'<path d="M{LEFT} {at:.1f}H{RIGHT}" stroke="#888" stroke-dasharray="5 4"/>')
-    parts.append(f'<text x="{RIGHT + 10}" y="{at + 4:.1f}">ceiling of the truth</text>')
+    parts.append(f'<text x="{LEFT}" y="{at - 6:.1f}">ceiling of the truth</text>')
     for place, (series, of) in enumerate(means.items()):
         colour = COLOURS[series.kind]
         dashes = {"influence": "", "source_blocks": "8 3", "tracin": "2 3"}.get(
@@ -122,7 +123,7 @@ def picture(series_of: Mapping[Series, Mapping[int, Tensor]], ceiling: float) ->
         path = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
         parts.append(f'<path d="M{path}" {style}/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in points]
-        line = TOP + 40 + 19 * place
+        line = TOP + 10 + 19 * place
         parts.append(f'<path d="M{RIGHT + 10} {line - 4}h26" {style}/>')
         parts.append(
             f'<text x="{RIGHT + 42}" y="{line}" font-size="11">{escape(named(series))}</text>'

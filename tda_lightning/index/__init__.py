@@ -1,6 +1,7 @@
 """Compressed gradients of all training examples, for questions that come later."""
 
+from tda_lightning.index.approximate import ApproximateSearch
 from tda_lightning.index.attribution_index import AttributionIndex
 from tda_lightning.index.search import SearchResult
 
-__all__ = ["AttributionIndex", "SearchResult"]
+__all__ = ["ApproximateSearch", "AttributionIndex", "SearchResult"]

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.index.appending import append_rows
-from tda_lightning.index.build import damage_of, shard_of, write_missing
+from tda_lightning.index.build import damage_of, shard_of
+from tda_lightning.index.building import built
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.compressions import COMPRESSIONS
 from tda_lightning.index.facts import IndexFacts
+from tda_lightning.index.fetching import fetch_files
 from tda_lightning.index.merging import merge_files
 from tda_lightning.index.opened import in_session, training_source
-from tda_lightning.index.preparing import Settings, opened_compression, part_of, prepared, stand_ins
+from tda_lightning.index.preparing import opened_compression
 from tda_lightning.index.reranking import reranked
 from tda_lightning.index.responses import responder_of
-from tda_lightning.index.rounding import bytes_of, width_of
+from tda_lightning.index.rounding import bytes_of
 from tda_lightning.index.samples import query_coordinates
 from tda_lightning.index.search import SearchResult, search
-from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.session.session import Session
-from tda_lightning.store.index_files import DTYPES, Shard
+from tda_lightning.store import fingerprint
+from tda_lightning.store.index_files import Shard
 
 SHARD = 4096  # rows: what is lost when a build is interrupted, and rebuilt when one is damaged
 
@@ -103,42 +103,20 @@ class AttributionIndex:
             NonFiniteError: a gradient is not finite.
         """
         root = Path(path)
-        part_number, parts = part_of(part)
-        dtypes = ("int4", "int8") if dtype is None else (dtype,)
-        if not set(dtypes) <= DTYPES.keys():
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}.")
-        if shard < 1:
-            raise ValueError(f"shard is a number of examples, at least 1; got {shard}.")
-        if compression is not None and compression not in COMPRESSIONS:
-            known = ", ".join(COMPRESSIONS)
-            raise ValueError(f"compression must be one of {known} or None, got {compression!r}.")
-        for own in dtypes:
-            width_of(bytes_per_example, own)
-        source = training_source(attribution, train, batch_size)
-        asked = stand_ins(source, queries, batch_size, seed)
-        estimator = attribution.estimator
-
-        def work(session: Session) -> tuple[IndexFacts, Compression]:
-            responder = responder_of(estimator, session)
-            steps = sorted({step for term in responder.terms for step in term.steps})
-            settings = Settings(
-                bytes_per_example,
-                dtypes,
-                ("leading", "factors") if compression is None else (compression,),
-                shard,
-                seed,
-                digest([session.cache_key(steps), repr(estimator)]),
-                {"estimator": repr(estimator)},
-            )
-            facts, made = prepared(
-                root, settings, session, responder, source, None if like is None else Path(like)
-            )
-            rank, world = rank_and_world()
-            mine = list(facts.cut(0, facts.num_train))[part_number::parts][rank::world]
-            write_missing(root, facts, made, session, source, mine)
-            return facts, made
-
-        facts, made = in_session(attribution, source, asked, work, trainer)
+        facts, made = built(
+            attribution,
+            training_source(attribution, train, batch_size),
+            root,
+            bytes_per_example=bytes_per_example,
+            part=part,
+            dtype=dtype,
+            compression=compression,
+            queries=queries,
+            shard=shard,
+            seed=seed,
+            like=None if like is None else Path(like),
+            trainer=trainer,
+        )
         return cls(root, facts, made, attribution, train)
 
     @classmethod
@@ -187,14 +165,28 @@ class AttributionIndex:
         found = (damage_of(self.path, self.facts, *own) for own in self.facts.ranges())
         return [damage for damage in found if damage]
 
-    def shards(self) -> Iterator[Shard]:
+    def appended_rows(self, examples: object) -> tuple[int, int]:
+        """The rows (first, stop) of a data set that was appended.
+
+        Raises:
+            ValueError: it was not, or not all of it.
+        """
+        added = ExampleSource.of(examples, 1, "appended")
+        return self.facts.rows_of(len(added), fingerprint(added.dataset))
+
+    def shards(self, among: tuple[int, int] | None = None) -> Iterator[Shard]:
         """The shards, in order, mapped into memory.
+
+        Args:
+            among: rows (first, stop), all of those of some shards; None: all that are searched.
 
         Raises:
             FileNotFoundError: one is missing.
             TrajectoryFormatError: one is damaged.
         """
         for first, stop in self.facts.ranges():
+            if among is not None and not among[0] <= first < among[1]:
+                continue
             try:
                 yield shard_of(self.path, self.facts, first, stop)
             except FileNotFoundError as error:
@@ -245,29 +237,36 @@ class AttributionIndex:
         attribution, source = self._bound(batch_size)
         return reranked(attribution, source, queries, found, k, rerank, measurement)
 
-    def search_encoded(self, asked: Tensor, k: int = 10) -> SearchResult:
-        """:meth:`search` for what :meth:`encode` made of queries: no model is needed."""
-        if not 1 <= k <= self.num_examples:
-            raise ValueError(
-                f"k must be between 1 and the number of examples, {self.num_examples}; got {k}."
-            )
+    def search_encoded(
+        self, asked: Tensor, k: int = 10, among: tuple[int, int] | None = None
+    ) -> SearchResult:
+        """:meth:`search` for what :meth:`encode` made of queries: no model is needed.
+
+        Args:
+            among: rows (first, stop) that alone are searched: those of a data set that was
+                appended (:meth:`appended_rows`); None: all.
+        """
         facts = self.facts
+        rows = self.num_examples if among is None else among[1] - among[0]
+        if not 1 <= k <= rows:
+            raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
         factor = 1 / facts.num_train
-        best = search(self.compression, asked, self.shards(), facts.dtype, k, factor)
-        return best.result(0, self.num_examples)
+        best = search(self.compression, asked, self.shards(among), facts.dtype, k, factor)
+        return best.result(0, rows)
 
     def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.
 
-        In one process. If interrupted, run the same call again; until it has returned, none of them
-        is searched.
-        Appending the data set that was appended last again changes nothing.
+        By one process at a time: others are refused. If interrupted, run the same call again; until
+        it has returned, none of them is searched. Appending the data set that was appended last
+        again changes nothing.
 
         Args:
             more: examples in the form of the training set's, in the same order every time.
 
         Raises:
             ValueError: other examples are being appended, of which some are missing.
+            TrajectoryLockedError: another process is appending.
         """
         attribution, source = self._bound(batch_size)
         added = ExampleSource.of(more, batch_size, "appended", source.data_module)
@@ -291,11 +290,40 @@ class AttributionIndex:
         merge_files([(own.path, own.facts) for own in opened], Path(path))
         return cls.open(path, opened[0].attribution, opened[0].train)
 
+    @classmethod
+    def fetch(
+        cls,
+        url: str,
+        path: str | PathLike[str],
+        attribution: AttributionModule | None = None,
+        train: object = None,
+    ) -> AttributionIndex:
+        """Copy an index from an object store (``s3://``, ``gs://``, whatever fsspec reads) into a
+        folder, and open it. If interrupted, run the same call again: whole files are kept.
+
+        Args:
+            url: of its folder.
+            attribution, train: as in :meth:`open`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            FileExistsError: the folder holds another index, or another state of this one.
+        """
+        fetch_files(url, Path(path))
+        return cls.open(path, attribution, train)
+
     def _bound(self, batch_size: int) -> tuple[AttributionModule, ExampleSource]:
         if self.attribution is None or self.train is None:
             raise ValueError(
                 "Queries and examples go through the model: open the index with it, "
                 "AttributionIndex.open(path, attribution=..., train=...), train being the recorded "
                 "training set."
+            )
+        built, given = self.facts.provenance.get("estimator"), repr(self.attribution.estimator)
+        if built != given:
+            raise ValueError(
+                f"The index was built with {built}, and its values mean nothing to another "
+                f"estimator; the attribution has {given}. Open it with an AttributionModule of "
+                "that estimator."
             )
         return self.attribution, training_source(self.attribution, self.train, batch_size)

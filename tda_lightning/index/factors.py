@@ -55,6 +55,11 @@ class FactoredBlock:
         return [own.shape[-1] for own in self.left]
 
     @property
+    def wide(self) -> bool:
+        """Whether v is longer than u."""
+        return self.column_scale.shape[1] > self.row_scale.shape[1]
+
+    @property
     def width(self) -> int:
         """Numbers of a pair of vectors, times c."""
         return self.rank * (self.row_scale.numel() + self.column_scale.numel())
@@ -130,8 +135,9 @@ class FactorPairs:
         parts = []
         for name, matrices in self.matrices(coordinates):
             own = self.blocks[name]
-            parts.append(matrices * own.row_scale[..., None] * own.column_scale[..., None, :])
-        return torch.cat([part.flatten(1) for part in parts], dim=1)
+            scaled = matrices * own.row_scale[..., None] * own.column_scale[..., None, :]
+            parts.append((scaled.mT if own.wide else scaled).flatten(1))
+        return torch.cat(parts, dim=1)
 
     def dot(self, asked: Tensor, stored: Tensor) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
@@ -145,13 +151,18 @@ class FactorPairs:
                 [groups * height * rank, groups * width * rank], dim=1
             )
             column += own.width
-            # [groups * rank, batch, a] and [groups * rank, batch, b]
-            u, v = (
-                part.view(len(stored), groups, -1, rank).permute(1, 3, 0, 2).contiguous()
-                for part in (u, v)
-            )
-            for query, matrix in enumerate(matrices.view(-1, groups, 1, height, width)):
-                total[query] += ((u @ matrix) * v).sum((0, 1, 3))
+            # [groups, rank, batch, a] and [groups, rank, batch, b]
+            u, v = (part.view(len(stored), groups, -1, rank).permute(1, 3, 0, 2) for part in (u, v))
+            # The product with the matrix has the shorter of the two.
+            first, second = (v, u) if own.wide else (u, v)
+            shape = (groups, first.shape[3], second.shape[3])
+            first, second = first.flatten(1, 2), second.flatten(1, 2)
+            for query, matrix in enumerate(matrices.view(-1, *shape)):
+                if groups == 1:  # bmm takes twice as long for one matrix
+                    products = torch.mm(first[0], matrix[0]).mul_(second[0]).sum(1)
+                else:
+                    products = torch.bmm(first, matrix).mul_(second).sum((0, 2))
+                total[query] += products.view(rank, -1).sum(0)
         return total
 
     def tensors(self) -> dict[str, Tensor]:

@@ -78,6 +78,21 @@ class IndexFacts:
             if own.finished:
                 yield from self.cut(own.first, own.first + own.count)
 
+    def rows_of(self, count: int, fingerprint: Mapping[str, str] | None) -> tuple[int, int]:
+        """The rows (first, stop) of examples that were appended.
+
+        Raises:
+            ValueError: they were not, or not all of them.
+        """
+        for own in self.appended:
+            if own.count == count and own.fingerprint == fingerprint and own.finished:
+                return own.first, own.first + own.count
+        raise ValueError(
+            f"These {count} examples are not in the index: expected them to be appended, "
+            "AttributionIndex.append(examples) or tda index RUN append={KEY: VALUE}, as they are "
+            "here and in this order."
+        )
+
     def cut(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows ``first`` to ``stop`` as shards."""
         for at in range(first, stop, self.shard):

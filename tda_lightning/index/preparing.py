@@ -19,6 +19,7 @@ from tda_lightning.index.responses import Responder
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryLockedError
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.runtime.processes import Processes, rank_and_world
 from tda_lightning.session.session import Session
 from tda_lightning.store.index_files import copy_file, read_compression, write_compression
 from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE
@@ -108,22 +109,16 @@ def prepared(
     Raises:
         FileExistsError: the folder holds an index of another kind.
     """
-    lock = FolderLock(root)
-    while not (root / INDEX_FILE).exists():
-        try:
-            lock.acquire()
-        except TrajectoryLockedError:
-            time.sleep(_WAIT)
-            continue
-        try:
-            if not (root / INDEX_FILE).exists():
-                if like is None:
-                    _begin(root, settings, session, responder, source)
-                else:
-                    copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
-                    replace(IndexFacts.read(like), appended=()).write(root)
-        finally:
-            lock.release()
+    rank, world = rank_and_world()
+    together, lock = Processes(world, rank), FolderLock(root)
+    try:
+        if together.by_first(_claimed, lock, root):
+            if like is not None:
+                together.by_first(_taken_over, root, like)
+            else:
+                _begin(root, settings, session, responder, source, together)
+    finally:
+        lock.release()
     there = IndexFacts.read(root)
     if there.made_of != settings.digest:
         raise FileExistsError(
@@ -133,14 +128,35 @@ def prepared(
     return there, opened_compression(root, there).to(session.device, session.dtype)
 
 
+def _claimed(lock: FolderLock, root: Path) -> bool:
+    """Whether an index is to be begun, by whoever has the lock; waits while another begins it."""
+    while not (root / INDEX_FILE).exists():
+        try:
+            lock.acquire()
+        except TrajectoryLockedError:
+            time.sleep(_WAIT)
+            continue
+        if not (root / INDEX_FILE).exists():
+            return True
+        lock.release()
+    return False
+
+
+def _taken_over(root: Path, like: Path) -> None:
+    copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
+    replace(IndexFacts.read(like), appended=()).write(root)
+
+
 def _begin(
     root: Path,
     settings: Settings,
     session: Session,
     responder: Responder,
     source: ExampleSource,
+    together: Processes,
 ) -> None:
-    """Choose how gradients are compressed, and write it."""
+    """Choose how gradients are compressed, in every process, since responses may take all of them;
+    the first one writes it."""
     seed = settings.seed
     samples = Samples(
         _batches(session, drawn(len(source), "directions", seed)),
@@ -156,14 +172,13 @@ def _begin(
         samples,
         settings.seed,
     )
-    write_compression(root, made.kind, made.tensors())
     provenance = {
         **settings.provenance,
         "bytes_per_example": settings.bytes_per_example,
         "compression": f"{made.kind} in {dtype}",
         "agreement": agreement,
     }
-    IndexFacts(
+    facts = IndexFacts(
         num_train=len(source),
         width=made.width,
         dtype=dtype,
@@ -172,7 +187,13 @@ def _begin(
         compression=digest_of(made),
         made_of=settings.digest,
         provenance=provenance,
-    ).write(root)
+    )
+    together.by_first(_written, root, made, facts)
+
+
+def _written(root: Path, made: Compression, facts: IndexFacts) -> None:
+    write_compression(root, made.kind, made.tensors())
+    facts.write(root)
 
 
 def opened_compression(root: Path, facts: IndexFacts) -> Compression:

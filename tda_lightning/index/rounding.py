@@ -61,11 +61,31 @@ def rounded(rows: Tensor, dtype: str) -> tuple[NDArray[np.generic], NDArray[np.f
 def numbers_of(codes: NDArray[np.generic], dtype: str, width: int) -> Tensor:
     """Codes as numbers that can be multiplied, [row, width]: float32, or float64 for those in
     float64."""
-    tensor = torch.from_numpy(codes)
+    out = torch.empty(len(codes), codes_width(width, dtype), dtype=number_dtype(dtype))
+    return widened(codes, dtype, width, out)
+
+
+def widened(codes: NDArray[np.generic], dtype: str, width: int, out: Tensor) -> Tensor:
+    """:func:`numbers_of` in the memory of ``out`` [at least as many rows, codes_width]: memory that
+    is taken anew costs more than the numbers."""
+    tensor, numbers = torch.from_numpy(codes), out[: len(codes)]
     if dtype == "int4":
-        pairs = torch.stack([tensor & 15, tensor >> 4], dim=2).flatten(1)[:, :width]
-        return pairs.float() - _INT4_OFFSET
-    return tensor if dtype == "float64" else tensor.float()
+        numbers[:, ::2].copy_(tensor & 15)
+        numbers[:, 1::2].copy_(tensor >> 4)
+        numbers -= _INT4_OFFSET
+    else:
+        numbers.copy_(tensor)
+    return numbers[:, :width]
+
+
+def codes_width(width: int, dtype: str) -> int:
+    """Numbers that the codes of a row of so many hold: one more where they lie in pairs."""
+    return width + width % 2 if dtype == "int4" else width
+
+
+def number_dtype(dtype: str) -> torch.dtype:
+    """Of codes that were made numbers."""
+    return torch.float64 if dtype == "float64" else torch.float32
 
 
 def _packed(integers: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.rounding import numbers_of
+from tda_lightning.index.rounding import codes_width, widened
 from tda_lightning.store.index_files import Shard
 
 _BLOCK = 1 << 22  # numbers of the rows that are ranked at a time
 # Of those that are widened and multiplied at a time: they stay in the processor's cache, where a
 # larger block would be written to memory at four times its size and read again.
 _NEAR = 1 << 18
+_NEAR_PAIRS = 1 << 20  # of factor pairs, which are multiplied longer than they are moved
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ def search(
         factor: on every product, such as 1/N.
     """
     best = Best(len(asked), k, asked.dtype)
-    size, near = (max(1, numbers // compression.width) for numbers in (_BLOCK, _NEAR))
+    width = compression.width
+    together = _NEAR if compression.degree == 1 else _NEAR_PAIRS
+    size, near = (max(1, numbers // width) for numbers in (_BLOCK, together))
+    memory = torch.empty(near, codes_width(width, dtype), dtype=asked.dtype)
     for shard in shards:
         for start in range(0, len(shard.codes), size):
             codes = shard.codes[start : start + size]
             products = [
-                compression.dot(
-                    asked,
-                    numbers_of(codes[at : at + near], dtype, compression.width).to(asked.dtype),
-                )
+                compression.dot(asked, widened(codes[at : at + near], dtype, width, memory))
                 for at in range(0, len(codes), near)
             ]
             scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)

@@ -3,7 +3,8 @@ r"""Choosing new data: which examples of a pool to train on for the sake of a ta
 The fourth application of FastIF (Guo et al. 2020, 2012.15781), by any estimator:
 
 1. Draw some examples of the target, the anchors.
-2. Take the examples of the pool whose features are nearest to those of an anchor.
+2. Take the examples of the pool whose features are nearest to those of an anchor, or those that an
+   index of gradients predicts to help it most.
 3. Score the addition of each of them for the anchors, with the weights as they are now.
 4. Train one step on those that are predicted to help most.
 
@@ -29,12 +30,14 @@ from tda_lightning.edits import Addition, additions, known_examples
 from tda_lightning.estimators.features import require_layer
 from tda_lightning.estimators.neighbours import check_search, nearest
 from tda_lightning.evaluation import measure
+from tda_lightning.index import AttributionIndex
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.report.columns import raw_labels
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.progress import SlowProgress
 from tda_lightning.selection.pool_features import features_of
+from tda_lightning.selection.pool_index import helpful_by_index
 from tda_lightning.selection.selection import Choice, Selection, mean_measurements
 from tda_lightning.selection.training_on import TrainingOn
 
@@ -54,6 +57,7 @@ def select(
     metric: str = "l2",
     seed: int = 0,
     batch_size: int = 256,
+    index: AttributionIndex | None = None,
 ) -> Selection:
     """Choose examples of a pool that make a recorded model better on a target, by training on them.
 
@@ -75,6 +79,9 @@ def select(
         layer, metric: how neighbours are found, as in ``FastInfluence``.
         seed: for drawing anchors, and for losses that draw random numbers.
         batch_size: examples per batch where a data set was given.
+        index: of the run, with the same estimator, to which the pool was appended: the
+            ``neighbours`` that it predicts to help an anchor most are scored, in place of those
+            that are near by features. None: by features.
 
     Warns:
         UserWarning: all of the target has one label.
@@ -96,6 +103,11 @@ def select(
     if rate is not None and not 0 < rate < float("inf"):
         raise ValueError(f"rate must be a number above 0 or None, got {rate!r}.")
     check_search(metric, "torch")
+    if index is not None and layer is not None:
+        raise ValueError(
+            f"layer={layer!r} says whose features are compared, and an index is asked in their "
+            "place: expected one of the two."
+        )
     if len(attribution.members) > 1 or len(attribution.stages) > 1:
         raise UnsupportedTrainingError(
             f"select() trains one recorded run on, got {len(attribution.members)} runs of "
@@ -115,9 +127,13 @@ def select(
         warnings.warn(warning, stacklevel=2)
         notes.append(warning)
     candidates = source.with_dataset(Subset(given, new))
-    points = features_of(module, task, trajectory, wanted, layer)
-    others = features_of(module, task, trajectory, candidates, layer)
-    close = nearest(points, others, min(neighbours, len(new)), metric)
+    if index is None:
+        points = features_of(module, task, trajectory, wanted, layer)
+        others = features_of(module, task, trajectory, candidates, layer)
+        close = nearest(points, others, min(neighbours, len(new)), metric)
+    else:
+        bound = replace(index, attribution=attribution, train=source)
+        close = helpful_by_index(bound, wanted, given, new, neighbours, batch_size)
 
     choices: list[Choice] = []
     measured: list[list[float]] = []

@@ -54,7 +54,8 @@ def test_training_leaves_a_trajectory_and_its_configuration(run, tmp_path):
 
 def test_an_index_is_built_in_parts_and_searched(run, capsys):
     small = ["index", "runs/digits", "estimator=tracin", "bytes_per_example=64"]
-    assert main([*small, "part=2/2"]) == 0
+    assert main([*small, "part=2/2,1/2", "--multirun"]) == 0
+    assert "belong to other parts" in capsys.readouterr().out  # after the first of them
     assert main([*small, "search=true", "k=2", "rerank=5"]) == 0
     out = capsys.readouterr().out
     assert "Indexed 60 examples in" in out

@@ -52,6 +52,13 @@ def test_from_a_pool_to_another_training(folder, capsys):
     assert main(["select", "runs/pairs", pool, *SMALL[:4], *target]) == 0
     assert (folder / "runs/other.json").exists()
 
+    # Candidates by an index instead of features.
+    small = ["estimator=tracin", "bytes_per_example=64"]
+    assert main(["index", "runs/pairs", *small, "append={num_train: 40}"]) == 0
+    by_index = ["index=runs/pairs/index/tracin", "selection=runs/indexed", "estimator=tracin"]
+    assert main(["select", "runs/pairs", pool, *SMALL[:4], *by_index]) == 0
+    assert (folder / "runs/indexed.json").exists()
+
     # With other examples dropped; it is remembered when the files are gone.
     save_edits([Removal(0)], "edits.json", num_train=20)
     extra = ["drop=edits.json", "extra=runs/pairs/selection.json", "output=runs/second"]

@@ -1,57 +1,69 @@
-"""Damaged files of an index: our error, or numbers that are as they were. TDA_MUTATIONS is a larger
-run by hand."""
+"""Damaged files of an index give an error of ours, are named, or leave numbers as they were: no
+other exception, no hang, no memory beyond four times the files' size (and a margin).
+
+``TDA_FUZZ_CASES`` and ``TDA_FUZZ_SEED`` are those of ``tests/store/test_fuzz.py``.
+"""
 
 import os
-import random
-import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
 
 from tda_lightning.index import AttributionIndex
 from tda_lightning.records.errors import TrajectoryFormatError
+from tests.fuzzing import Case, run_cases
 from tests.index.test_attribution_index import build, run_of
+from tests.mutations import BYTES, FOLDER
+from tests.mutations_hdf5 import CONTENT
+from tests.store.test_fuzz import _quick, tell
 
-MUTATIONS = int(os.environ.get("TDA_MUTATIONS", "120"))
+CASES = int(os.environ.get("TDA_FUZZ_CASES", "136"))
+SEED = int(os.environ.get("TDA_FUZZ_SEED", "0"))
+MUTATIONS = {**BYTES, **FOLDER, **CONTENT}
+REFUSALS = (TrajectoryFormatError, FileNotFoundError, PermissionError)
 
-
-def mutated(content, draw):
-    """Some bytes flipped, set, cut off, or copied elsewhere."""
-    changed, size = bytearray(content), len(content)
-    kind, at = draw.randrange(4), draw.randrange(size)
-    if kind == 0:
-        for _ in range(draw.choice([1, 1, 4, 64])):
-            changed[draw.randrange(size)] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        changed[at : at + 8] = draw.choice([b"\x00", b"\xff", b"\x7f"]) * len(changed[at : at + 8])
-    elif kind == 2:
-        del changed[at:]
-    else:
-        other = draw.randrange(size)
-        changed[at : at + 64] = changed[other : other + 64]
-    return bytes(changed)
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_damaged_files_are_refused_or_harmless(tmp_path):
+def test_damaged_files_are_refused_or_named_or_harmless(tmp_path):
     attribution, train_set, queries = run_of()
-    index = build(attribution, train_set, tmp_path / "index", bytes_per_example=24, dtype="int8")
-    asked = index.encode(queries)
-    expected = index.search_encoded(asked, 10).values
-    files = sorted(file for file in index.path.rglob("*.h5"))
-    outcomes = {"refused": 0, "accepted": 0, "named": 0}
-    for seed in range(MUTATIONS):
-        draw = random.Random(seed)
-        victim = draw.choice(files)
-        content = victim.read_bytes()
-        victim.write_bytes(mutated(content, draw))
+    bases, expected = {}, {}
+    for kind in ("factors", "leading", "random"):
+        options = {"bytes_per_example": 16, "dtype": "int8", "compression": kind}
+        index = build(attribution, train_set, tmp_path / kind, **options)
+        asked = index.encode(queries)
+        bases[kind], expected[kind] = index.path, (asked, index.search_encoded(asked, 10).values)
+    for base in bases.values():  # what a lock leaves
+        for left in base.glob("recording.*"):
+            left.unlink()
+
+    def read(case: Case, folder: Path, victim: Path) -> bool:
         try:
-            opened = AttributionIndex.open(index.path)
+            opened = AttributionIndex.open(folder)
             if opened.damages() or opened.missing():
-                outcomes["named"] += 1
-            else:
-                found = opened.search_encoded(asked, min(10, opened.num_examples)).values
-                assert found.shape == expected.shape and (found == expected).all(), (seed, victim)
-                outcomes["accepted"] += 1
-        except (TrajectoryFormatError, FileNotFoundError):
-            outcomes["refused"] += 1
-        finally:
-            victim.write_bytes(content)
-    assert outcomes["refused"] and outcomes["named"], outcomes
-    shutil.rmtree(index.path)
+                return False
+            asked, values = expected[case.base]
+            found = opened.search_encoded(asked, min(10, opened.num_examples)).values
+        except REFUSALS:
+            return False
+        if case.kind in BYTES:
+            assert found.shape == values.shape and (found == values).all()
+        return True
+
+    names, folders = list(MUTATIONS), list(bases)
+    cases = []
+    for number in range(CASES):
+        turn, place = divmod(number, len(names))
+        kind, base = names[place], folders[(turn + place) % len(folders)]
+        cases.append(Case(SEED * 10**6 + number, kind, base, MUTATIONS[kind]))
+    with tempfile.TemporaryDirectory(dir=_quick()) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.chmod(folder, 0o755)
+        outcomes = run_cases(cases, bases, read, Path(folder) / "work")
+    print(f"\n{tell(outcomes)}")
+    failures = [f"{own.case.name}: {own.verdict}" for own in outcomes if own.failed]
+    assert not failures, f"{len(failures)} failed:\n" + "\n".join(failures[:200])
+    assert sum(own.verdict == "refused" for own in outcomes) > len(cases) / 3
+    assert sum(own.verdict == "accepted" for own in outcomes) > len(cases) / 50

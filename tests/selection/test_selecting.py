@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.estimators import InfluenceFunction, TracIn, Unrolled
 from tda_lightning.evaluation import retrain
+from tda_lightning.index import AttributionIndex
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tda_lightning.selection import Selection, select
@@ -150,6 +151,32 @@ def test_only_the_neighbours_of_the_anchors_are_looked_at(run: Any) -> None:
         chosen = {own.index for own in found.choices if own.replica == replica}
         assert chosen and chosen <= near
     assert all(own.score < 0 for own in found.choices)
+
+
+def test_only_what_an_index_finds_helpful_is_looked_at(run: Any, tmp_path: Any) -> None:
+    """The pool holds training examples too, which the index finds and selection leaves out."""
+    module, trajectory, train = run
+    both = zip(examples(COUNT, 0).tensors, examples(30, 1).tensors, strict=True)
+    pool, target = TensorDataset(*(torch.cat(pair) for pair in both)), examples(5, 3)
+    attribution = AttributionModule(module, trajectory, EXACT)
+    index = AttributionIndex.build(
+        attribution, train, tmp_path / "index", bytes_per_example=1 << 12, dtype="float64"
+    )
+    options = {"k": 30, "steps": 1, "anchors": 1, "neighbours": 4, "replicas": 1, "seed": 5}
+    with pytest.raises(ValueError, match="expected them to be appended"):
+        select(attribution, train, pool, target, index=index, **options)
+    index.append(pool)
+    found = select(attribution, train, pool, target, index=index, **options)
+    anchor = int(torch.randperm(5, generator=torch.Generator().manual_seed(5))[0])
+    asked = TensorDataset(*(own[anchor : anchor + 1] for own in target.tensors))
+    whole = attribution.attribute(train, asked, pool=pool).values[0]
+    helpful = [n for n in whole.argsort().tolist() if n >= COUNT][:4]
+    assert {own.index for own in found.choices} == set(helpful)
+    with pytest.raises(ValueError, match="expected one of the two"):
+        select(attribution, train, pool, target, index=index, layer="layer")
+    other = AttributionModule(module, trajectory, TracIn())
+    with pytest.raises(ValueError, match="built with InfluenceFunction"):
+        select(other, train, pool, target, index=index)
 
 
 def test_a_pool_that_overlaps_is_counted_and_left_out(run: Any) -> None:

@@ -15,6 +15,7 @@ from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, require_usable_solver, required
 from tda_lightning.cli.recorded_run import load_parts, pool_of, replay_device, sources
 from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.index import AttributionIndex
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.selection import Selection
 from tda_lightning.selection import select as choose
@@ -46,8 +47,12 @@ def select(config: DictConfig) -> None:
         wanted = {"split": "query", **settings["target"]}
         target = query.with_dataset(pool_of(config, run_config, wanted).dataset)
     estimator = instantiate(config.estimator, _convert_="all")
+    attribution = AttributionModule(module, trajectory, estimator, task)
+    index = None
+    if config.index is not None:
+        index = AttributionIndex.open(config.index, attribution, train)
     selection = choose(
-        AttributionModule(module, trajectory, estimator, task),
+        attribution,
         train,
         pool_of(config, run_config, asked).dataset,
         replace(target, batch_size=config.batch_size),
@@ -61,6 +66,7 @@ def select(config: DictConfig) -> None:
         metric=config.metric,
         seed=config.seed,
         batch_size=config.batch_size,
+        index=index,
     )
     selection.write_csv(table)
     save_chosen(selection.indices, selection.num_pool, asked, chosen)
