@@ -46,6 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     groups = by_group()
     blocks = {"digits": digits(), "seconds": seconds(), "text": text(), "dattri": dattri()}
+    blocks["tail-patch"] = tail_patch()
     blocks["groups"] = "" if groups is None else groups.table()
     for block in blocks.values():
         print(block, end="\n\n")
@@ -136,6 +137,20 @@ def text() -> str:
         f"{table(['', 'filtering, AUPRC', *TEXT[1:]], lines)}\n\nBy chance the area is "
         f"{chance:.3f}. Right answers: {right}."
     )
+
+
+def tail_patch() -> str:
+    """Change of the target's probability by a step on a proponent, in percentage points."""
+    kept = load("tail_patch")
+    if not kept:
+        return ""
+    before = kept.pop("target")
+    lines = []
+    for name, found in kept.items():
+        value, low, high = (100 * part for part in found)
+        lines.append([name, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    heads = ["scores", "change of the target's probability, percentage points"]
+    return f"{table(heads, lines)}\n\nBefore the step the mean is {100 * before:.2f}%."
 
 
 def by_group() -> Interactions | None:

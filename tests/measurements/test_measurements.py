@@ -250,6 +250,30 @@ def test_scores_are_about_what_was_asked(estimator):
     assert found.provenance["measurements"] == expected.provenance["measurements"]
 
 
+def test_a_prediction_is_explained_as_if_it_were_the_label():
+    """quanda's explanation targets: docs/questions.md, "Target"."""
+    run, module, data = train(CLASSES, SGD, checkpoints=(4,))
+    inputs, labels = queries_of(CLASSES)
+    with torch.no_grad():
+        said = module(inputs).argmax(1)
+    said = torch.where(said == labels, (labels + 1) % 4, said)  # none of the labels
+    given = (CLASSES, run, module, data, TracIn())
+    found = attribute(*given, measurement=Loss(target=said.tolist()), self_influence=False)
+    attribution = AttributionModule(module, run, TracIn(), CaseTask("classification"))
+    relabelled = TensorDataset(inputs, said)
+    expected = attribution.attribute(TensorDataset(*data), relabelled, self_influence=False)
+    assert relative(found.values, expected.values) < EXACT
+    assert relative(found.values, attribute(*given, self_influence=False).values) > 0.1
+    # "Why this rather than the label": the difference of both log-probabilities.
+    rather = Contrast(target=said.tolist(), foil=labels.tolist(), of="logit")
+    asked = attribute(*given, measurement=rather, self_influence=False).values
+    both = [
+        attribute(*given, measurement=LogProbability(target=t.tolist()), self_influence=False)
+        for t in (said, labels)
+    ]
+    assert relative(asked, both[0].values - both[1].values) < EXACT
+
+
 def test_a_positive_score_says_that_removal_lowers_the_probability():
     """To first order: a replay with the example at a little less weight."""
     from tda_lightning.evaluation import measure, retrain
