@@ -11,12 +11,13 @@ from torch import Tensor
 from tda_lightning.index.directions import sizes
 from tda_lightning.index.factors import FactoredBlock, FactorPairs
 from tda_lightning.index.responses import Responder
-from tda_lightning.index.samples import BlockMoments, sample_coordinates
+from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
 from tda_lightning.index.sides import Side, balanced
 from tda_lightning.session.session import Session
 
 _RANKS = 8  # pairs of a block, at most
 _TRIED = 64  # examples whose singular values are looked at, in so many directions of a row side
+_BY_WEIGHT = 0.25  # 0: numbers of one size; 1: numbers whose rounding costs scores the same
 _STEPS = 512  # of the search for the best widths: so many parts of the budget
 
 
@@ -211,14 +212,29 @@ def _moves(
 def _scaled(
     session: Session, responder: Responder, pairs: FactorPairs, sample: Sequence[Sequence[int]]
 ) -> FactorPairs:
-    """The same with u and v of unit mean square over the sample."""
+    """The same with u and v scaled for rounding.
+
+    Rounding adds about the same to every number of a row. Divided by their mean size alone, all
+    numbers would lose the same share, those that scores hardly depend on too; divided by one over
+    their weight in scores, rounding would cost scores the same by each number, but the largest
+    would need more levels than there are. The scale is in between (``_BY_WEIGHT``).
+    """
+    asked = dict(pairs.matrices(query_coordinates(session, responder, pairs)))
     scaled = {}
     for name, matrices in pairs.matrices(sample_coordinates(session, responder, pairs, sample)):
         own = pairs.blocks[name]
         u, v = own.factored(matrices)
+        rows, columns = u.square().mean((0, 3)), v.square().mean((0, 3))
+        squares = asked[name].square().mean(0)  # [groups, sum of a, b]
+        row_weights = (squares @ columns[..., None])[..., 0]
+        column_weights = (squares.mT @ rows[..., None])[..., 0]
         scaled[name] = replace(
             own,
-            row_scale=sizes(u.square().mean((0, 3))),
-            column_scale=sizes(v.square().mean((0, 3))),
+            row_scale=_scale(rows, row_weights),
+            column_scale=_scale(columns, column_weights),
         )
     return FactorPairs(scaled)
+
+
+def _scale(squares: Tensor, weights: Tensor) -> Tensor:
+    return sizes(squares) ** (1 - _BY_WEIGHT) / sizes(weights) ** _BY_WEIGHT
