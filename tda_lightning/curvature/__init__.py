@@ -1,7 +1,8 @@
 """Curvature of the training loss, as eigenvalues in a basis that gradients can be turned into."""
 
+from tda_lightning.curvature.deflated import DeflatedSpectrum
 from tda_lightning.curvature.fit import check_kind, fit_curvature, unit_matrices, units
-from tda_lightning.curvature.leading import DeflatedSpectrum, LeadingDirections, leading_directions
+from tda_lightning.curvature.leading import LeadingDirections, leading_directions
 from tda_lightning.curvature.products import (
     Products,
     as_matrices,

@@ -29,6 +29,7 @@ from tda_lightning.gradients.fused_layers import FUSED
 from tda_lightning.gradients.moving import may_move
 from tda_lightning.gradients.operations import OPERATIONS
 from tda_lightning.gradients.parameter_views import ParameterViews
+from tda_lightning.gradients.pooling import faster
 from tda_lightning.gradients.shared_outputs import SharedOutput, SharedOutputs
 from tda_lightning.gradients.uses import Linear, Ref, Use, WatchedOutput
 from tda_lightning.records.errors import EngineError
@@ -111,7 +112,7 @@ class Capture(TorchFunctionMode):
         if not names or (func.__name__ in _METADATA and func not in _VALUE_GETTERS):
             if func is F.scaled_dot_product_attention:
                 args, kwargs = self.with_own_biases(args, kwargs)
-            output = func(*args, **kwargs)
+            output = faster(func)(*args, **kwargs)
             if func.__name__ in _CASTS:
                 self._note_precision(output)
             elif isinstance(output, Tensor) and output.requires_grad:

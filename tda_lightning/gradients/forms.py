@@ -128,6 +128,10 @@ class Gradient(ABC):
             total.addmm_(weights[:, rows], self.dense(rows).flatten(1).to(total))
         return total.unflatten(1, self.shape[1:])
 
+    def add_weighted_sums(self, total: Tensor, weights: Tensor) -> None:
+        """Add :meth:`weighted_sums` to ``total``, which may be part of a larger tensor."""
+        total += self.weighted_sums(weights)
+
     def mean(self) -> Tensor:
         """Mean over the examples: [groups, rows, columns]."""
         total = torch.stack([self.dense(rows).sum(0) for rows in self.chunks()]).sum(0)
@@ -241,7 +245,7 @@ class Outer(Gradient):
         count, groups, height, _ = queries.shape
         if not self._meets_factors(count):
             flat = queries.mT.flatten(1)
-            return torch.cat([flat @ dense.T for dense in self._columns_first()], dim=1)
+            return torch.cat([flat @ dense.T for dense in self.columns_first()], dim=1)
         # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
         flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
         parts = []
@@ -257,12 +261,12 @@ class Outer(Gradient):
             return super().dot_and_squares(queries, weight)
         flat, weights = queries.mT.flatten(1), weight.mT.flatten()
         products, squares = [], []
-        for dense in self._columns_first():
+        for dense in self.columns_first():
             products.append(flat @ dense.T)
             squares.append(dense.square_() @ weights)
         return torch.cat(products, dim=1), torch.cat(squares)
 
-    def _columns_first(self) -> Iterator[Tensor]:
+    def columns_first(self) -> Iterator[Tensor]:
         """Chunks of dense gradients, transposed and flat, that are met by queries: patches have
         their positions innermost, and of two such factors the product is twice as fast with the
         wider one in front."""
@@ -275,16 +279,24 @@ class Outer(Gradient):
         return queries.mT.contiguous().mT
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
-        count, (_, groups, height, width) = len(weights), self.shape
+        count = len(weights)
         if not self._meets_factors(count):
             return super().weighted_sums(weights)
-        # One product of w b with a for all sums: no gradient is formed.
-        total = weights.new_zeros(groups, count * height, width)
-        for rows in self.chunks(count * groups * height + groups * width):
-            outputs = self.outputs[rows].squeeze(2).transpose(0, 1)
-            weighted = weights[:, rows].T[:, :, None] * outputs[:, :, None]
-            total.baddbmm_(weighted.flatten(2).mT, self.inputs(rows).squeeze(2).transpose(0, 1))
-        return total.unflatten(1, (count, height)).transpose(0, 1)
+        total = weights.new_zeros(count, *self.shape[1:])
+        self.add_weighted_sums(total, weights)
+        return total
+
+    def add_weighted_sums(self, total: Tensor, weights: Tensor) -> None:
+        count, (_, groups, height, width) = len(weights), self.shape
+        if not self._meets_factors(count):
+            super().add_weighted_sums(total, weights)
+            return
+        # Products of w b with a for each sum: no gradient is formed.
+        for rows in self.chunks(count * height + width):
+            outputs, inputs = self.outputs[rows].squeeze(2), self.inputs(rows).squeeze(2)
+            for group in range(groups):
+                weighted = weights[:, None, rows] * outputs[:, group].T
+                total[:, group].baddbmm_(weighted, inputs[:, group].expand(count, -1, -1))
 
     def _meets_factors(self, count: int) -> bool:
         """Whether so many dense tensors are better met by one factor after the other."""

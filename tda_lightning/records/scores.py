@@ -524,13 +524,14 @@ def require_finite(
         train_indices: the training example of each column; its position when None.
         first_query: the query of the first row.
     """
-    for query, row in enumerate(values, start=first_query):
-        # The sum of finite numbers may overflow, so it only says which rows to look at.
-        if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):
+    # The sum of finite numbers may overflow, so it only says which rows to look at.
+    for query in (~values.sum(1).isfinite()).nonzero().flatten().tolist():
+        row = values[query]
+        if not bool(row.isfinite().all()):
             column = int((~row.isfinite()).nonzero()[0])
             example = column if train_indices is None else int(train_indices[column])
             raise NonFiniteError(
-                f"The score of query {query} for training example {example} is "
+                f"The score of query {first_query + query} for training example {example} is "
                 f"{float(row[column])}. Check the data of both and the training for divergence."
             )
 

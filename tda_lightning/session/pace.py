@@ -7,6 +7,7 @@ A dry run goes through a little of it, with a clock, behind the same methods
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import from_all
 from tda_lightning.runtime.progress import SlowProgress
+from tda_lightning.runtime.structures import moved
 
 T = TypeVar("T")
 Numbered = tuple[int, Sequence[int]]  # a batch of example indices and its position in the order
@@ -60,11 +62,12 @@ def loaded_batches(
     if source.num_workers == 0:  # a DataLoader would read the same, more slowly
         for position, chosen in batches:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield position, indices.to(device), source.batch(indices, module)
+            yield position, moved(indices, device), source.batch(indices, module)
         return
-    loader = source.indexed([indices for _, indices in batches])
+    pinned = replace(source, pin_memory=True) if device.type == "cuda" else source
+    loader = pinned.indexed([indices for _, indices in batches])
     for (position, _), (data, indices) in zip(batches, loader, strict=True):
-        yield position, indices.to(device), source.placed(data, module, indices)
+        yield position, moved(indices, device), source.placed(data, module, indices)
 
 
 def _require_same_walk(title: str) -> None:

@@ -273,9 +273,17 @@ class Session:
         if order is None:
             # Small enough that no process goes without a batch.
             order = self.examples.batches(size=min(self.walk_size, max(1, self.num_train // world)))
+        yield from self._walked(title, step, list(enumerate(order))[rank::world])
+
+    def walk_whole(self, title: str, step: int, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Batches of example indices at a checkpoint, all of them in every process."""
+        yield from self._walked(title, step, list(enumerate(order)))
+
+    def _walked(
+        self, title: str, step: int | None, own: Sequence[tuple[int, Sequence[int]]]
+    ) -> Iterator[Batch]:
         if step is not None:
             self.load(step)
-        own = list(enumerate(order))[rank::world]
         title = self.prefix + title
         for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
             yield Batch(self, data, examples, position, examples, examples)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.curvature import LeadingDirections
+from tda_lightning.curvature import LeadingDirections, leading
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.estimator import alone
@@ -27,6 +27,10 @@ from tests.sampled import SEED, oracle_curvature, sampled_gradients
 
 def embedded() -> nn.Module:
     return nn.Sequential(nn.Embedding(6, 3), nn.Tanh(), nn.Linear(3, 4))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
 
 
 EMBEDDING = Case("leading/embedding", embedded, tokens(6, 4), "classification")
@@ -87,7 +91,36 @@ def dense_fisher(probe: Probe, case, run, module, data) -> Tensor:
     ("name", "optimizer"), [*((name, "momentum") for name in CASES), ("regression", "adamw")]
 )
 def test_leading_eigenpairs(name, optimizer) -> None:
-    """All of them where the matrix has no more; where it has, those far above what is left out."""
+    """All of them where the matrix has no more; the largest where it has."""
+    for count in (6, 10):
+        probe, work = probed(name, optimizer, leading_directions=count)
+        fisher, fit = dense_fisher(probe, *work), probe.leading
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(fisher))
+        torch.testing.assert_close(fit.vectors @ fit.vectors.T, torch.eye(count).double())
+        torch.testing.assert_close(fit.eigenvalues, values[:count], rtol=1e-9, atol=1e-12)
+        apart = values[:count] > 1.01 * values[1 : count + 1]
+        apart[1:] &= values[: count - 1] > 1.01 * values[1:count]
+        overlaps = (fit.vectors * vectors[:, :count].T).sum(1).square()
+        assert apart.any()
+        torch.testing.assert_close(overlaps[apart], torch.ones_like(overlaps[apart]))
+
+
+def test_more_directions_than_there_are_have_no_curvature() -> None:
+    probe, work = probed("classification", "momentum", checkpoints=(), leading_directions=14)
+    fisher, fit = dense_fisher(probe, *work), probe.leading
+    product = fit.vectors.T * fit.eigenvalues @ fit.vectors
+    assert relative(product, fisher) < 1e-9  # ten examples, so at most rank ten
+    there = fit.eigenvalues > 0
+    assert 0 < there.sum() <= 10 < len(there) == 14
+    assert not fit.vectors[~there].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("classification", "momentum"), ("regression", "adamw")]
+)
+def test_eigenpairs_by_iteration(name, optimizer, monkeypatch) -> None:
+    """Where inner products of all examples would be too many."""
+    monkeypatch.setattr(leading, "_DECOMPOSED", 0)
     probe, work = probed(name, optimizer, checkpoints=(), leading_directions=10)
     fisher, fit = dense_fisher(probe, *work), probe.leading
     product = fit.vectors.T * fit.eigenvalues @ fit.vectors
@@ -107,13 +140,15 @@ def test_leading_eigenpairs(name, optimizer) -> None:
     apart &= values[:6] > 1.3 * values[1:7]
     apart[1:] &= values[:5] > 1.3 * values[1:6]
     overlaps = (fit.vectors * vectors[:, :6].T).sum(1).square()
-    assert apart.any() or name == "convolutions"  # whose spectrum is flat
+    assert apart.any()
     assert (1 - overlaps[apart] < 0.02).all()
 
 
-def test_samples_of_a_large_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decomposed", [0, 4096])
+def test_samples_of_a_large_training_set(decomposed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directions of samples lie close to those of all examples; what they hold of the whole
     curvature is measured in examples that they were not fitted to."""
+    monkeypatch.setattr(leading, "_DECOMPOSED", decomposed)
     case = CASES["regression"]
     data = case.batch(600, 0)
     module = case.build()
@@ -129,23 +164,40 @@ def test_samples_of_a_large_training_set(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0.6 < fit.held <= 1
     # Of the eigenvalues, measured elsewhere, the sum is right but for chance.
     assert float(fit.eigenvalues.sum() / captured) == pytest.approx(1, abs=0.25)
-    read: list[int] = []
-    walk = Session.walk
+    drawn: list[int] = []
+    gradients = Session.fisher_gradients
 
-    def counted(self: Session, title: str, *rest: Any) -> Any:
-        for batch in walk(self, title, *rest):
-            if "leading" in title:
-                read.append(len(batch.examples))
-            yield batch
+    def counted(self: Session, batch: Any, examples: Tensor, seed: int) -> Any:
+        drawn.append(len(examples))
+        return gradients(self, batch, examples, seed)
 
-    monkeypatch.setattr(Session, "walk", counted)
-    run.curvature.clear()
+    monkeypatch.setattr(Session, "fisher_gradients", counted)
     attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
-    # Two rounds and the eigenvalues in the first segment, one round less in the second.
-    assert sum(read) == (3 + 2) * 16 * 4
-    read.clear()
+    # The blocks of two checkpoints, and two samples; by iteration two rounds over the first in the
+    # first segment.
+    samples = 2 * 2 if decomposed else 3 + 2
+    assert sum(drawn) == 2 * 600 + samples * 16 * 4
+    drawn.clear()
     attribute(case, run, module, data, Source(2, leading_directions=4), batch_size=50)
-    assert not read  # kept
+    assert not drawn  # kept
+
+
+def test_inner_products_by_factors_are_those_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues in the second sample, whichever takes fewer operations."""
+    case = Case("leading/wide", wide, normal(40))
+    module, data = case.build(), case.batch(200, 0)
+    batches = oracles.cut_batches(200, 50, epochs=1)
+    run = oracles.record_run(module, case.loss, data, OPTIMIZERS["sgd"], batches, (2, 4))
+    found = []
+    for cost in (leading.pair_cost, lambda gradient: 10**9):
+        monkeypatch.setattr(leading, "pair_cost", cost)
+        run.curvature.clear()
+        probe = Probe(leading_directions=4)
+        attribute(case, run, module, data, probe, batch_size=50)
+        found.append(probe.segment.curvature[WHOLE].leading)
+    combined = [one.vectors.T * one.eigenvalues @ one.vectors for one in found]
+    assert relative(*combined) < 1e-9
+    assert found[0].held == pytest.approx(found[1].held, rel=1e-9)
 
 
 def dense_basis(spectrum) -> Tensor:

@@ -1,0 +1,90 @@
+"""Inner products of the gradients of a sample, of every two examples once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature.sampled import Drawn, Sample
+from tda_lightning.gradients import Gradient, Outer, Rows
+from tda_lightning.session.queries import QueryGradients
+
+_STRIP_SCALARS = 1 << 27  # of dense gradients that meet all later ones
+_TOGETHER = 256  # of them that meet those after them in one product
+
+
+def inner_products(sample: Sample, title: str, rows: Sequence[Drawn]) -> Tensor:
+    """G G^T of the gradients g sqrt(weight / m) of ``sample``, which ``rows`` holds: float64
+    [example, example]."""
+    session, places = sample.session, places_of(rows)
+    roots = torch.cat([row.roots for row in rows]).double()
+    total = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
+    strips = [
+        (name, first, first + together)
+        for name, gradient in rows[0].gradients.items()
+        for together in [_together(gradient)]
+        for first in range(0, len(rows), together)
+    ]
+    # A dry run has few of the batches, and each of them meets few others.
+    count = len(strips) * (sample.batches // len(rows)) ** 2
+    room = sample.held * session.dtype.itemsize
+    for name, first, end in session.loop(title, strips, count, room):
+        own = [row.gradients[name] for row in rows]
+        start, stop = places[first].start, places[min(end, len(rows)) - 1].stop
+        if _factored(own[0]):
+            for later in range(first, len(rows)):
+                met = QueryGradients({name: [own[first]]}).dot({name: own[later]})
+                total[start:stop, places[later]] += met.double()
+            continue
+        dense = _dense(own[first:end])
+        for above in range(0, len(dense), _TOGETHER):
+            part = dense[above : above + _TOGETHER]
+            total[start + above : start + above + len(part), start + above : stop] += (
+                part @ dense[above:].T
+            )
+        for later in range(end, len(rows)):
+            total[start:stop, places[later]] += dense @ _dense([own[later]]).T
+    total = total.triu()
+    return (total + total.triu(1).T) * roots[:, None] * roots
+
+
+def pair_cost(gradient: Gradient) -> int:
+    """Multiplications for the inner product of two examples, by their factors where cheaper."""
+    _, groups, height, width = gradient.shape
+    if isinstance(gradient, Rows):
+        return -(-len(gradient.index) // gradient.batch) * width
+    if isinstance(gradient, Outer) and gradient.gram_is_cheaper(gradient):
+        return groups * gradient.positions**2 * (height + width)
+    return groups * height * width
+
+
+def places_of(rows: Sequence[Drawn]) -> list[slice]:
+    """Where the examples of each batch stand among all."""
+    ends = torch.tensor([len(row.roots) for row in rows]).cumsum(0).tolist()
+    return [slice(end - len(row.roots), end) for end, row in zip(ends, rows, strict=True)]
+
+
+def _factored(gradient: Gradient) -> bool:
+    return pair_cost(gradient) < math.prod(gradient.shape[1:])
+
+
+def _together(gradient: Gradient) -> int:
+    """Batches that meet the later ones together: where they are dense these are made anew for each
+    strip."""
+    if _factored(gradient):
+        return 1
+    return max(1, _STRIP_SCALARS // (math.prod(gradient.shape[1:]) * gradient.batch))
+
+
+def _dense(gradients: Sequence[Gradient]) -> Tensor:
+    """Dense gradients of several batches, flat, column by column: [example, entry]."""
+    parts: list[Tensor] = []
+    for own in gradients:
+        if isinstance(own, Outer):
+            parts += own.columns_first()
+        else:
+            parts += [own.dense(rows).mT.flatten(1) for rows in own.chunks()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
