@@ -212,9 +212,12 @@ def unlearn(
     }
 
 
-def attack(root: str, folder: Path, candidates: int = 1500, added: int = 150) -> dict[str, Any]:
-    """Edges that raise the validation loss most by their scores are added; then all edges are
-    scored on the attacked graph, and those that hurt most are removed and unlearned."""
+def attack(
+    root: str, folder: Path, candidates: int = 400, added: int = 60, others: int = 500
+) -> dict[str, Any]:
+    """Edges that raise the validation loss most by their scores are added; then these and a sample
+    of the other edges are scored on the attacked graph, and those that hurt most are removed and
+    unlearned."""
     graph = load(root, COMPONENTS)
     val, test, train = (ids(graph, name) for name in ("val", "test", "train"))
     estimator = InfluenceFunction("ekfac")
@@ -238,7 +241,9 @@ def attack(root: str, folder: Path, candidates: int = 1500, added: int = 150) ->
     attacked = AddEdges(bad).applied(graph)
     victim = train_again(module, initial, attacked, train, len(train), 0)
     path = record(victim, attacked, STEPS, folder / "attacked")
-    every = edges_of(attacked)
+    good = [edge for edge in edges_of(attacked) if edge not in set(bad)]
+    order = torch.randperm(len(good), generator=own)[:others].tolist()
+    every = [*bad, *(good[number] for number in order)]
     began = time.process_time()
     found = AttributionModule(victim, path, estimator).attribute(
         loader_of(attacked), Nodes(attacked, val), edits=[RemoveEdges([edge]) for edge in every]

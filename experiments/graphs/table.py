@@ -92,14 +92,14 @@ def _joined(values: list[float], form: str) -> str:
     return " / ".join(format(value, form) for value in values)
 
 
-def unlearning(rows: list[dict[str, Any]]) -> str:
+def unlearning(found: dict[str, Any]) -> str:
     """One line for each request."""
     lines = [
         "| model | removed | recovered | without the graph's part | test accuracy | "
         "membership | speedup |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in found["rows"]:
         measures = row["measures"]
         accuracy = " / ".join(f"{value:.3f}" for value in measures["test accuracy"])
         member = measures.get("membership of the removed")

@@ -9,6 +9,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -83,6 +84,24 @@ def required(config: DictConfig, key: str, example: str) -> str:
     if OmegaConf.is_missing(config, key):
         raise ValueError(f"Expected {key}, got none. For example: {example}")
     return str(config[key])
+
+
+def require_new(config: DictConfig, what: str, setting: str, *files: Path) -> None:
+    """Refuse to replace files, unless ``overwrite=true`` asks for it.
+
+    Args:
+        what: they hold then, in words.
+        setting: that chooses others.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    for file in files:
+        if file.exists() and not config.overwrite:
+            raise FileExistsError(
+                f"{file} already holds {what}. Choose another file with {setting}, "
+                "or replace it with overwrite=true."
+            )
 
 
 def not_null(settings: Mapping[str, object]) -> dict[str, object]:

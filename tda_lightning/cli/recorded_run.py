@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -17,13 +17,34 @@ from tda_lightning.cli.command import not_null
 from tda_lightning.cli.edited_data import as_trained
 from tda_lightning.cli.own_data import OwnData, as_attributed
 from tda_lightning.cli.own_module import build_module
-from tda_lightning.cli.run_config import build, trusts
+from tda_lightning.cli.run_config import build, run_configuration, trusts
 from tda_lightning.records.data_module import AttributedData
 from tda_lightning.records.ensemble import Ensemble
 from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource, is_data_module
 from tda_lightning.store.ensemble_file import is_ensemble
 from tda_lightning.tasks import AttributionTask, as_task
+
+
+class Replayable(NamedTuple):
+    """A recorded run that can be trained again: its module is on the device for that."""
+
+    trajectory: Trajectory
+    config: DictConfig  # as it was trained
+    data: AttributedData
+    module: LightningModule
+    task: AttributionTask | None
+    train: ExampleSource
+    query: ExampleSource
+
+    @staticmethod
+    def load(config: DictConfig, folder: Path) -> Replayable:
+        """The run in ``folder``, with the changes that a command asks for."""
+        trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
+        data, module, task = load_parts(config, run_config)
+        module.to(replay_device(config.device, trajectory))
+        train, query = sources(data, config.batch_size)
+        return Replayable(trajectory, run_config, data, module, task, train, query)
 
 
 def load_parts(

@@ -87,6 +87,15 @@ class MultiStageInfluence:
         | Multi-Stage Influence Function (Chen, Si, Li, Chelba, Kumar, Boning & Hsieh, 2020),
           section 3, theorems 1 and 2
         | https://arxiv.org/abs/2007.09081
+
+    Example:
+        Two stages on least squares with curvature 2 and 1/2, alpha 1: a score of the last stage's
+        examples is 3 g / 4 divided by curvature + 1, and one of the first's by curvature too.
+
+        >>> from tda_lightning.examples.least_squares import least_squares_scores
+        >>> estimator = MultiStageInfluence(proximity=1.0, damping=0.0)
+        >>> least_squares_scores(estimator, stages=2)
+        tensor([-0.2500,  0.2500, -1.0000,  1.0000, -0.5000,  0.5000, -0.5000,  0.5000])
     """
 
     curvature: str = "ekfac"

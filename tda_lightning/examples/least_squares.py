@@ -45,8 +45,11 @@ class LeastSquares(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
-def least_squares_scores(estimator: Any, steps: int = 10, rate: float = 0.1) -> Tensor:
-    """Scores of the four examples for the query, [train], after full-batch gradient descent."""
+def least_squares_scores(
+    estimator: Any, steps: int = 10, rate: float = 0.1, stages: int = 1
+) -> Tensor:
+    """Scores of the four examples for the query, [train], after full-batch gradient descent; of
+    those of each stage, where training goes on for several."""
     inputs = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     targets = torch.tensor([[3.0], [1.0], [3.0], [1.0]])
     train = TensorDataset(inputs.double(), targets.double())
@@ -60,11 +63,18 @@ def least_squares_scores(estimator: Any, steps: int = 10, rate: float = 0.1) -> 
         "enable_progress_bar": False,
     }
     with TemporaryDirectory() as folder:
-        recorder = TrajectoryRecorder(folder, overwrite=True, num_checkpoints=3)
-        trainer = Trainer(max_epochs=steps, callbacks=[recorder], **quiet)
-        trainer.fit(module, DataLoader(train, batch_size=4))
-        attribution = AttributionModule(module, trajectory=folder, estimator=estimator)
+        runs = [f"{folder}/{number}" for number in range(stages)]
+        for run in runs:
+            trainer = Trainer(
+                max_epochs=steps, callbacks=[TrajectoryRecorder(run, num_checkpoints=3)], **quiet
+            )
+            trainer.fit(module, DataLoader(train, batch_size=4))
+        several = stages > 1
+        attribution = AttributionModule(module, runs if several else runs[0], estimator)
         scores = attribution.attribute(
-            train, query, trainer=Trainer(inference_mode=False, **quiet), self_influence=False
+            [train] * stages if several else train,
+            query,
+            trainer=Trainer(inference_mode=False, **quiet),
+            self_influence=False,
         )
         return scores.values[0].float()

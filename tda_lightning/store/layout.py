@@ -240,7 +240,6 @@ STEP_COLUMNS = {
 # would hide the first.
 _STEP = r"(\d{8}|[1-9]\d{8,17})"
 _STEPS_NAME = re.compile(rf"{_STEP}-{_STEP}\.h5", re.ASCII)
-_SHARD_NAME = re.compile(r"(\d{12})-(\d{12})\.h5")
 _CHECKPOINT_NAME = re.compile(rf"{_STEP}\.h5", re.ASCII)
 KEY = re.compile(r"[0-9a-f]{1,128}")
 
@@ -318,13 +317,6 @@ def what_if_folders(root: Path) -> list[Path]:
 def shard_file(root: Path, first: int, stop: int) -> Path:
     """The file of the rows ``first`` to ``stop`` of an index."""
     return root / SHARDS_FOLDER / f"{first:012d}-{stop:012d}.h5"
-
-
-def shard_files(root: Path) -> dict[tuple[int, int], Path]:
-    """The shards of an index, by rows (first, stop)."""
-    matches = [(_SHARD_NAME.fullmatch(p.name), p) for p in _files(root / SHARDS_FOLDER)]
-    found = {(int(match[1]), int(match[2])): path for match, path in matches if match}
-    return dict(sorted(found.items()))
 
 
 def recorded_files(root: Path) -> list[Path]:

@@ -54,8 +54,8 @@ class DiffusionTask(AttributionTask):
         layers: names of modules (or prefixes) to restrict to.
 
     Raises:
-        ValueError: a scheduler without known :math:`\bar\alpha_t`; timesteps that it does not have;
-            an impossible ``predicts``.
+        ValueError: a scheduler without known :math:`\bar\alpha_t`, or that adds noise otherwise;
+            timesteps that it does not have; an impossible ``predicts``.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 14
@@ -180,7 +180,7 @@ class DiffusionTask(AttributionTask):
         noise = self._noise(clean) if noise is None else noise
         kept = alphas.to(clean)[timesteps].reshape(-1, *[1] * (clean.dim() - 1))
         scheduler = self._scheduler(module)
-        if hasattr(scheduler, "add_noise"):
+        if adds_noise(scheduler):
             noisy = scheduler.add_noise(clean, noise, timesteps)
         else:
             noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
@@ -246,6 +246,7 @@ class DiffusionTask(AttributionTask):
     def prepare(self, module: nn.Module, batch: Batch) -> None:
         super().prepare(module, batch)
         alphas, prediction = self._known(module)
+        require_known_noise(self._scheduler(module), alphas)
         scheduler = type(self._scheduler(module))
         text = f"{scheduler.__qualname__} {prediction} {alphas.double().tolist()}"
         self._digest = digest(text)[:16]
@@ -297,6 +298,34 @@ def alpha_bars(scheduler: object) -> tuple[Tensor, str | None]:
     config = getattr(scheduler, "config", None)
     get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     return alphas, get("prediction_type")
+
+
+def adds_noise(scheduler: object) -> bool:
+    """Whether a scheduler's own ``add_noise`` is asked. Samplers with ``sigmas`` (Euler, Heun,
+    DPM-Solver) add noise as their own steps need it, in other units or at other timesteps, while
+    alpha-bar says what the network was trained on."""
+    return hasattr(scheduler, "add_noise") and not hasattr(scheduler, "sigmas")
+
+
+def require_known_noise(scheduler: Any, alphas: Tensor) -> None:
+    """Compare a scheduler's own ``add_noise`` with what its alpha-bar says.
+
+    Raises:
+        ValueError: it adds noise otherwise.
+    """
+    if not adds_noise(scheduler):
+        return
+    timesteps = torch.tensor([0, len(alphas) // 2, len(alphas) - 1])
+    clean, noise = torch.tensor([[1.0, 0.0, -1.0]] * 3), torch.tensor([[0.0, 1.0, 0.5]] * 3)
+    found = scheduler.add_noise(clean, noise, timesteps)
+    kept = alphas.to(clean)[timesteps][:, None]
+    expected = kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    if not torch.allclose(found, expected, atol=1e-4):
+        raise ValueError(
+            f"{type(scheduler).__name__}.add_noise is not sqrt(alpha-bar) x + sqrt(1 - alpha-bar) "
+            "noise, which DiffusionTask is about. Give the scheduler of the training, or use "
+            "task=None, the module's own training_step."
+        )
 
 
 def _require_prediction(prediction: str) -> None:

@@ -52,13 +52,6 @@ def test_from_a_pool_to_another_training(folder, capsys):
     assert main(["select", "runs/pairs", pool, *SMALL[:4], *target]) == 0
     assert (folder / "runs/other.json").exists()
 
-    # Candidates by an index instead of features.
-    small = ["estimator=tracin", "bytes_per_example=64"]
-    assert main(["index", "runs/pairs", *small, "append={num_train: 40}"]) == 0
-    by_index = ["index=runs/pairs/index/tracin", "selection=runs/indexed", "estimator=tracin"]
-    assert main(["select", "runs/pairs", pool, *SMALL[:4], *by_index]) == 0
-    assert (folder / "runs/indexed.json").exists()
-
     # With other examples dropped; it is remembered when the files are gone.
     save_edits([Removal(0)], "edits.json", num_train=20)
     extra = ["drop=edits.json", "extra=runs/pairs/selection.json", "output=runs/second"]
@@ -92,6 +85,16 @@ def test_a_pool_may_name_settings_that_training_did_not():
     made = build(config.data, False, holdout=6)
     assert (made.holdout, made.root) == (6, "here")
     assert "holdout" not in config.data
+
+
+@pytest.mark.slow
+def test_candidates_by_an_index_in_place_of_features(folder):
+    assert main(["train", *TINY]) == 0
+    small = ["estimator=tracin", "bytes_per_example=64"]
+    assert main(["index", "runs/pairs", *small, "append={num_train: 40}"]) == 0
+    by_index = ["index=runs/pairs/index/tracin", "estimator=tracin"]
+    assert main(["select", "runs/pairs", "pool={num_train: 40}", *SMALL[:4], *by_index]) == 0
+    assert (folder / "runs/pairs/selection.json").exists()
 
 
 def test_files_and_pools_that_do_not_fit(folder, capsys):

@@ -26,6 +26,7 @@ from tests.attributing import CaseTask, quiet, relative, slope
 from tests.cases.training import MLP, OPTIMIZERS, train
 from tests.oracles.stages import TrainedStage, frozen_names, source_stages, unrolled_stages
 from tests.processes import results
+from tests.quick import quick
 
 KINDS = {"regression": oracles.mean_squared_error, "classification": oracles.cross_entropy}
 SGD, MOMENTUM = OPTIMIZERS["sgd"], OPTIMIZERS["momentum"]
@@ -309,7 +310,7 @@ CUTTING = {
 }
 
 
-@pytest.mark.parametrize("name", CUTTING)
+@pytest.mark.parametrize("name", quick(CUTTING, ["leading", "adam", "recorded", "tracin"]))
 def test_a_run_cut_into_stages_is_the_same_run(name) -> None:
     """The same data, loss and parameters before and after a cut between epochs: nothing may change.
     (In mid-epoch each part would count what it drew itself.)"""

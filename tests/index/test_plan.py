@@ -5,13 +5,14 @@ import pytest
 from tda_lightning.index import AttributionIndex
 from tda_lightning.index.plan import IndexPlan, plan_index
 from tests.index.test_attribution_index import run_of
+from tests.quick import quick
 
 
 def written(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(64, "int8"), (40, "float16")])
+@pytest.mark.parametrize(("size", "dtype"), quick([(64, "int8"), (40, "float16")], [(64, "int8")]))
 def test_bytes_are_those_that_are_written(tmp_path, size, dtype):
     attribution, train_set, _ = run_of()
     options = {"bytes_per_example": size, "dtype": dtype, "batch_size": 4}

@@ -496,13 +496,13 @@ def test_dense_sides_are_asked_for_and_limited_ones_approach_them(
     exact, shape = scores("dense", None)
     assert shape == (1, 20, 20)
     errors = []
-    for rank in (2, 5, 16):
+    for rank in (2, 16):
         monkeypatch.setattr(sides, "RANK", rank)
         found, shape = scores(str(rank), 0)
         assert shape == (1, 20, rank + 1)
         errors.append(relative(found, exact.double()))
-    assert errors[0] > errors[2] > 0
-    assert errors[2] < 0.05
+    assert errors[0] > errors[1] > 0
+    assert errors[1] < 0.05
     asked, shape = scores("asked", 30)
     assert shape == (1, 20, 20)
     assert torch.equal(asked, exact)

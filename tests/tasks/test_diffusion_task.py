@@ -18,6 +18,11 @@ def losses_of(task, module, chosen, seed=0, batch=None):
         return task.train_loss(module, [IMAGES[chosen]] if batch is None else batch)
 
 
+def prepare(task, module):
+    with seeded_examples(0, torch.arange(4)):
+        task.prepare(module, [IMAGES[:4]])
+
+
 def test_a_loss_belongs_to_its_example_and_is_what_was_written_down():
     module = denoising.denoiser()
     task = DiffusionTask()
@@ -121,3 +126,40 @@ def test_what_only_the_model_and_the_data_show_is_refused_when_it_is_seen():
     module.forward = lambda noisy, timesteps: torch.cat([noisy, noisy], 1)
     with pytest.raises(ValueError, match="also predicts variances"):
         losses_of(DiffusionTask(), module, [0])
+
+
+class Otherwise(NoiseSchedule):
+    """Keeps the images and scales the noise up."""
+
+    def add_noise(self, clean, noise, timesteps):
+        kept = self.alphas_cumprod.to(clean)[timesteps].reshape(-1, *[1] * (clean.dim() - 1))
+        return clean + ((1 - kept) / kept).sqrt() * noise
+
+
+def test_noise_that_is_added_otherwise_is_refused_and_a_samplers_own_is_not_asked():
+    module = denoising.denoiser()
+    count = len(module.scheduler.alphas_cumprod)
+    task = DiffusionTask(scheduler=Otherwise(count))
+    with pytest.raises(ValueError, match=r"Otherwise.add_noise is not sqrt\(alpha-bar\) x"):
+        prepare(task, module)
+    sampler = Otherwise(count)
+    sampler.sigmas = torch.ones(count)
+    task = DiffusionTask(scheduler=sampler)
+    prepare(task, module)
+    expected = losses_of(DiffusionTask(scheduler=NoiseSchedule(count)), module, [0, 1])
+    assert torch.equal(losses_of(task, module, [0, 1]), expected)
+
+
+def test_samplers_of_diffusers_are_taken_by_their_alpha_bar():
+    diffusers = pytest.importorskip("diffusers")
+    module = denoising.denoiser()
+    names = "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+    found = []
+    for name in names:
+        task = DiffusionTask(scheduler=getattr(diffusers, name)(num_train_timesteps=20))
+        prepare(task, module)
+        found.append(losses_of(task, module, [0, 1, 2]))
+    assert torch.allclose(found[0], found[1], rtol=1e-5)
+    assert torch.allclose(found[0], found[2], rtol=1e-5)
+    with pytest.raises(ValueError, match="DiffusionTask needs alpha-bar"):
+        DiffusionTask(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())

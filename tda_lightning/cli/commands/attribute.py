@@ -17,6 +17,7 @@ from tda_lightning.cli.command import (
     clear_errors,
     command_line,
     estimator_name,
+    require_new,
     require_usable_solver,
     required,
 )
@@ -43,11 +44,9 @@ def attribute(config: DictConfig) -> None:
     require_usable_solver(config)
     trajectory = asked_about(load_recorded(folder), config.at_step, config.ckpt)
     run_config = run_configuration(config, run_folder(folder))
-    if target.exists() and not config.overwrite:  # before anything is loaded
-        raise FileExistsError(
-            f"{target} already holds scores, which are kept. Choose another file with "
-            "scores=FILE, or replace it with overwrite=true."
-        )
+    require_new(
+        config, "scores, which are kept", "scores=FILE", target
+    )  # before anything is loaded
     data, module, task = load_parts(config, run_config)
     attribution = AttributionModule(
         module,

@@ -12,23 +12,18 @@ from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.cli.command import clear_errors, required
 from tda_lightning.cli.question_guide import question_guide
-from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.recorded_run import Replayable
 from tda_lightning.estimators import Source
 from tda_lightning.evaluation import Smoothness, smoothness
 from tda_lightning.evaluation.retraining import ROUNDING
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
-from tda_lightning.records.trajectory import Trajectory
 
 
 @clear_errors
 def check(config: DictConfig) -> None:
     """Show whether gradients are exact, the run can be replayed, and derivatives can be trusted."""
     folder = Path(required(config, "trajectory", "tda check trajectory=FOLDER"))
-    trajectory = Trajectory.load(str(folder))
-    data, module, task = load_parts(config, run_configuration(config, folder))
-    module.to(replay_device(config.device, trajectory))
-    train, query = sources(data, config.batch_size)
+    trajectory, _, _, module, task, train, query = Replayable.load(config, folder)
     AttributionModule(module, trajectory, Source(), task).check(train, query, config.examples)
     try:
         require_same_data(trajectory, train)

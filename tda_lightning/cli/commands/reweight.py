@@ -12,13 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tda_lightning.cli.command import clear_errors, required
-from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.command import clear_errors, require_new, required
+from tda_lightning.cli.recorded_run import Replayable
 from tda_lightning.evaluation import measure, retrain
 from tda_lightning.records.data_module import AttributedData, Grouped, Textual
 from tda_lightning.records.scores import Scores
-from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.report.columns import guess, raw_labels
 from tda_lightning.reweighting import (
     balanced_weights,
@@ -46,15 +44,8 @@ def reweight(config: DictConfig) -> None:
             f"by={config.by} and scores={config.scores}."
         )
     target = Path(config.weights or folder / f"weights-{config.by}.csv")
-    if target.exists() and not config.overwrite:
-        raise FileExistsError(
-            f"{target} already holds weights, which are kept. Choose another file with "
-            "weights=FILE, or replace it with overwrite=true."
-        )
-    trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
-    data, module, task = load_parts(config, run_config)
-    module.to(replay_device(config.device, trajectory))
-    train, query = sources(data, config.batch_size)
+    require_new(config, "weights, which are kept", "weights=FILE", target)
+    trajectory, _, data, module, task, train, query = Replayable.load(config, folder)
     scores = None
     if config.by == "scores":
         scores = Scores.load(config.scores)

@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tda_lightning.attribution.module import AttributionModule
-from tda_lightning.cli.command import clear_errors, require_usable_solver, required
-from tda_lightning.cli.recorded_run import load_parts, pool_of, replay_device, sources
-from tda_lightning.cli.run_config import run_configuration
+from tda_lightning.cli.command import clear_errors, require_new, require_usable_solver, required
+from tda_lightning.cli.recorded_run import Replayable, pool_of
 from tda_lightning.index import AttributionIndex
-from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.selection import Selection
 from tda_lightning.selection import select as choose
 from tda_lightning.selection.selection import save_chosen
@@ -30,31 +28,23 @@ def select(config: DictConfig) -> None:
     require_usable_solver(config)
     base = Path(config.selection or folder / "selection")
     table, chosen = base.with_name(f"{base.name}.csv"), base.with_name(f"{base.name}.json")
-    for file in (table, chosen):
-        if file.exists() and not config.overwrite:
-            raise FileExistsError(
-                f"{file} already holds a selection, which is kept. Choose other files with "
-                "selection=NAME, or replace them with overwrite=true."
-            )
-    trajectory, run_config = Trajectory.load(str(folder)), run_configuration(config, folder)
-    data, module, task = load_parts(config, run_config)
-    module.to(replay_device(config.device, trajectory))
-    train, query = sources(data, config.batch_size)
+    require_new(config, "a selection, which is kept", "selection=NAME", table, chosen)
+    run = Replayable.load(config, folder)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     asked = settings["pool"]
-    target = query
+    target = run.query
     if config.target is not None:
         wanted = {"split": "query", **settings["target"]}
-        target = query.with_dataset(pool_of(config, run_config, wanted).dataset)
+        target = run.query.with_dataset(pool_of(config, run.config, wanted).dataset)
     estimator = instantiate(config.estimator, _convert_="all")
-    attribution = AttributionModule(module, trajectory, estimator, task)
+    attribution = AttributionModule(run.module, run.trajectory, estimator, run.task)
     index = None
     if config.index is not None:
-        index = AttributionIndex.open(config.index, attribution, train)
+        index = AttributionIndex.open(config.index, attribution, run.train)
     selection = choose(
         attribution,
-        train,
-        pool_of(config, run_config, asked).dataset,
+        run.train,
+        pool_of(config, run.config, asked).dataset,
         replace(target, batch_size=config.batch_size),
         k=config.k,
         steps=config.steps,

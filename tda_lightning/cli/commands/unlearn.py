@@ -16,13 +16,11 @@ from rich.table import Table
 from torch import nn
 
 from tda_lightning.attribution.module import AttributionModule
-from tda_lightning.cli.command import clear_errors, required
-from tda_lightning.cli.recorded_run import load_parts, replay_device, sources
-from tda_lightning.cli.run_config import load_config
+from tda_lightning.cli.command import clear_errors, require_new, required
+from tda_lightning.cli.recorded_run import Replayable
 from tda_lightning.edits import Removal
 from tda_lightning.evaluation import accuracy, compare_unlearned, measure, membership, retrain
 from tda_lightning.evaluation.retraining import losses
-from tda_lightning.records.trajectory import Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import load_tensors
 
@@ -34,15 +32,8 @@ def unlearn(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda unlearn trajectory=FOLDER remove=[3,17]"))
     removed = _examples(config.remove)
     target = Path(config.weights or folder / "unlearned.pt")
-    if target.exists() and not config.overwrite:
-        raise FileExistsError(
-            f"{target} already holds weights, which are kept. Choose another file with "
-            "weights=FILE, or replace it with overwrite=true."
-        )
-    trajectory = Trajectory.load(str(folder))
-    data, module, task = load_parts(config, load_config(folder))
-    module.to(replay_device(config.device, trajectory))
-    train, query = sources(data, config.batch_size)
+    require_new(config, "weights, which are kept", "weights=FILE", target)
+    trajectory, _, _, module, task, train, query = Replayable.load(config, folder)
     estimator = instantiate(config.estimator, _convert_="all")
     attribution = AttributionModule(module, trajectory, estimator, task)
     began = time.process_time()
