@@ -102,7 +102,7 @@ def study(name: str, root: str, folder: Path, wanted: list[str]) -> None:
         retrained(notes, problem, run, model, kept, folder)
     if name == "mislabelled":
         special = problem.special
-        own = {title: found["self_influence"] for title, found in kept.items()}
+        own = {t: one["self_influence"] for t, one in kept.items() if "self_influence" in one}
         notes.once("dattri: wrong labels", lambda: compared.wrong_labels(own, special))
 
 

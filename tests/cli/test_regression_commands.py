@@ -39,11 +39,7 @@ def test_a_pool_is_scaled_as_the_training_set_and_its_overlap_is_found(folder, c
     assert len(rows) == 35 and {tuple(row.tolist()) for row in own.dataset.tensors[0]} <= rows
 
 
-def test_training_that_does_harm_is_said(folder, capsys):
-    asked = ["pool={num_train: null}", "selection=runs/fast", "rate=3", "k=1", "replicas=1"]
-    assert main(["select", "runs/concrete", *asked, "steps=2"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "made the target worse in 1 of 1 replicas (the first: from" in said
+def test_weights_that_do_harm_are_said(folder, capsys):
     scores = ["scores=runs/concrete/scores/influence.h5", "weights=runs/w.csv"]
     assert main(["reweight", "runs/concrete", *scores, "rate=-1"]) == 0
     said = " ".join(capsys.readouterr().out.split())

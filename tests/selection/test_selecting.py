@@ -252,6 +252,7 @@ def chosen_in(rank: int | None, run: Any) -> Any:
     return indices, scores, found.measurements, weights_of(found), state["layer.weight"]
 
 
+@pytest.mark.slow  # it starts two processes
 def test_in_two_processes_each_does_the_whole(run: Any) -> None:
     indices, *expected = chosen_in(None, run)
     for own, *found in results(chosen_in, run):
