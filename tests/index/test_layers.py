@@ -36,8 +36,6 @@ ESTIMATORS = {
     ],
 )
 def test_with_room_for_everything_it_is_attribute(tmp_path, name, kind):
-    if (name, kind) == ("source_leading", "embedding/wide_vocabulary"):
-        pytest.skip("leading directions of looked-up rows depend on the queries asked together")
     attribution, train_set, queries = run_of(CASES[kind], "sgd", ESTIMATORS[name])
     index = build(attribution, train_set, tmp_path / "index", bytes_per_example=1 << 18)
     expected = scores(attribution, train_set, queries)
