@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,31 +22,36 @@ def inner_products(sample: Sample, title: str, rows: Sequence[Drawn]) -> Tensor:
     session, places = sample.session, places_of(rows)
     roots = torch.cat([row.roots for row in rows]).double()
     total = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
-    strips = [
-        (name, first, first + together)
-        for name, gradient in rows[0].gradients.items()
-        for together in [_together(gradient)]
-        for first in range(0, len(rows), together)
+    most = len(sample.orders[0][0])
+    together = {name: _together(own, most) for name, own in rows[0].gradients.items()}
+    meetings = [
+        (name, *meeting)
+        for name, size in together.items()
+        for meeting in _meetings(len(rows), size)
     ]
-    # A dry run has few of the batches, and each of them meets few others.
-    count = len(strips) * (sample.batches // len(rows)) ** 2
+    # Of the whole sample: a dry run has few of the batches.
+    count = sum(
+        1 + sample.batches - min(first + size, sample.batches)
+        for size in together.values()
+        for first in range(0, sample.batches, size)
+    )
     room = sample.held * session.dtype.itemsize
-    for name, first, end in session.loop(title, strips, count, room):
-        own = [row.gradients[name] for row in rows]
-        start, stop = places[first].start, places[min(end, len(rows)) - 1].stop
-        if _factored(own[0]):
-            for later in range(first, len(rows)):
-                met = QueryGradients({name: [own[first]]}).dot({name: own[later]})
-                total[start:stop, places[later]] += met.double()
-            continue
-        dense = _dense(own[first:end])
-        for above in range(0, len(dense), _TOGETHER):
-            part = dense[above : above + _TOGETHER]
-            total[start + above : start + above + len(part), start + above : stop] += (
-                part @ dense[above:].T
-            )
-        for later in range(end, len(rows)):
-            total[start:stop, places[later]] += dense @ _dense([own[later]]).T
+    dense: Tensor | None = None
+    for name, first, end, later in session.loop(title, meetings, count, room):
+        start, stop = places[first].start, places[end - 1].stop
+        met = rows[later].gradients[name]
+        if _factored(met):
+            own = QueryGradients({name: [rows[first].gradients[name]]})
+            total[start:stop, places[later]] += own.dot({name: met}).double()
+        elif later > first and dense is not None:
+            total[start:stop, places[later]] += dense @ _dense([met]).T
+        else:
+            dense = _dense([row.gradients[name] for row in rows[first:end]])
+            for above in range(0, len(dense), _TOGETHER):
+                part = dense[above : above + _TOGETHER]
+                total[start + above : start + above + len(part), start + above : stop] += (
+                    part @ dense[above:].T
+                )
     total = total.triu()
     return (total + total.triu(1).T) * roots[:, None] * roots
 
@@ -71,12 +76,21 @@ def _factored(gradient: Gradient) -> bool:
     return pair_cost(gradient) < math.prod(gradient.shape[1:])
 
 
-def _together(gradient: Gradient) -> int:
-    """Batches that meet the later ones together: where they are dense these are made anew for each
-    strip."""
+def _together(gradient: Gradient, batch: int) -> int:
+    """Batches of so many examples that meet the later ones together: where they are dense these are
+    made anew for each strip."""
     if _factored(gradient):
         return 1
-    return max(1, _STRIP_SCALARS // (math.prod(gradient.shape[1:]) * gradient.batch))
+    return max(1, _STRIP_SCALARS // (math.prod(gradient.shape[1:]) * batch))
+
+
+def _meetings(batches: int, together: int) -> Iterator[tuple[int, int, int]]:
+    """A strip of batches, first to end, and what it meets: itself, then each later batch."""
+    for first in range(0, batches, together):
+        end = min(first + together, batches)
+        yield first, end, first
+        for later in range(end, batches):
+            yield first, end, later
 
 
 def _dense(gradients: Sequence[Gradient]) -> Tensor:

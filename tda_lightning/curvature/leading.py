@@ -173,7 +173,7 @@ def _decomposed(
         pairs = sum(pair_cost(gradient) for gradient in rows[0].gradients.values())
         by_factors = pairs * len(inner) < count * session.num_parameters
         if not by_factors:
-            found = _combined(session, title, weights, rows)
+            found = _combined(fitted, title, weights, rows)
         squares = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=inner.device)
         for one in tested.everywhere(f"{title}, eigenvalues"):
             if found is None:
@@ -191,7 +191,7 @@ def _decomposed(
         if found is not None:
             found = turned(turn, found)
     if found is None:
-        found = _combined(session, title, weights, rows)
+        found = _combined(fitted, title, weights, rows)
     lacking = count - len(found)
     if lacking:
         found = torch.cat([found, found.new_zeros(lacking, found.shape[1])])
@@ -199,13 +199,14 @@ def _decomposed(
     return found, values, fits
 
 
-def _combined(session: Session, title: str, weights: Tensor, rows: Sequence[Drawn]) -> Tensor:
-    """Weighted sums of gradients that are orthonormal: [weights, parameters]."""
+def _combined(sample: Sample, title: str, weights: Tensor, rows: Sequence[Drawn]) -> Tensor:
+    """Weighted sums of a sample's gradients that are orthonormal: [weights, parameters]."""
+    session = sample.session
     total = torch.zeros(
         len(weights), session.num_parameters, dtype=session.dtype, device=session.device
     )
     places = places_of(rows)
-    for number in session.loop(f"{title}, vectors", range(len(rows))):
+    for number in session.loop(f"{title}, vectors", range(len(rows)), sample.batches):
         row = rows[number]
         own = (weights[:, places[number]] * row.roots.double()).to(session.dtype)
         parts = total.split([block.size for block in session.blocks], dim=1)

@@ -251,7 +251,7 @@ def test_scores_are_about_what_was_asked(estimator):
 
 
 def test_a_prediction_is_explained_as_if_it_were_the_label():
-    """quanda's explanation targets: docs/questions.md, "Target"."""
+    """quanda's explanation targets: docs/questions.md, "What to ask about a query"."""
     run, module, data = train(CLASSES, SGD, checkpoints=(4,))
     inputs, labels = queries_of(CLASSES)
     with torch.no_grad():
