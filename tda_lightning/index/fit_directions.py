@@ -17,7 +17,7 @@ from tda_lightning.index.directions import (
 )
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
-from tda_lightning.index.sides import Side, balanced
+from tda_lightning.index.sides import Side
 from tda_lightning.session.session import Session
 
 # Coordinates that compete for their place, and that principal components are taken of. More of
@@ -38,7 +38,7 @@ def fit_directions(
     Args:
         moments: of every term, by block.
     """
-    sides = [{name: _balanced(own) for name, own in sorted(term.items())} for term in moments]
+    sides = [{n: (own.left, own.right) for n, own in sorted(term.items())} for term in moments]
     grids = _grids(session, sides, max(GRID, width))
     ones = torch.ones(sum(map(coordinate_count, grids)), device=session.device)
     unmixed = LeadingCoordinates(grids, ones, ones)
@@ -48,13 +48,6 @@ def fit_directions(
 
 
 Sides = list[dict[str, tuple[Side, Side]]]
-
-
-def _balanced(own: BlockMoments) -> tuple[Side, Side]:
-    return (
-        balanced(own.left_gradients, own.left_responses, own.sketches[0]),
-        balanced(own.right_gradients, own.right_responses, own.sketches[1]),
-    )
 
 
 def _grids(session: Session, sides: Sides, room: int) -> Grids:

@@ -98,8 +98,7 @@ def _whole(moments: Sequence[Mapping[str, BlockMoments]], name: str) -> _Sides:
         ),
         own[0].sketches[1],
     )
-    left = [balanced(one.left_gradients, one.left_responses, one.sketches[0]) for one in own]
-    return _Sides(left, right, [one.weight for one in own])
+    return _Sides([one.left for one in own], right, [one.weight for one in own])
 
 
 def _cumulative(shares: Tensor) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import matmul_sides
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.responses import Responder, Responses
-from tda_lightning.index.sides import sketch
+from tda_lightning.index.sides import Side, balanced, sketch
 from tda_lightning.session.session import Session
 
 _Sketches = tuple[Tensor | None, Tensor | None]
@@ -32,6 +33,16 @@ class BlockMoments:
     left_responses: Tensor
     right_responses: Tensor
     sketches: _Sketches
+
+    @cached_property
+    def left(self) -> Side:
+        """The balanced directions of the row side."""
+        return balanced(self.left_gradients, self.left_responses, self.sketches[0])
+
+    @cached_property
+    def right(self) -> Side:
+        """The balanced directions of the column side."""
+        return balanced(self.right_gradients, self.right_responses, self.sketches[1])
 
     @property
     def gradients(self) -> float:
