@@ -25,7 +25,7 @@ KINDS = {
 COLOURS = {"seeds": "#1f5fa8", "forks": "#c2571a", "dropout": "#2c8a57", "lora": "#8a3d96"}
 FORKED = (0.5, 0.25)  # share of the run that a fork trains, in turns
 ADAPTED = 0.2  # share of the run's epochs that adapters train
-WIDTH, HEIGHT, LEFT, TOP, RIGHT = 900, 470, 60, 30, 560
+WIDTH, HEIGHT, LEFT, TOP, RIGHT = 1020, 470, 60, 30, 560
 
 
 def trainings(series: Series, count: int) -> float:
@@ -114,8 +114,8 @@ def picture(series_of: Mapping[Series, Mapping[int, Tensor]], ceiling: float) ->
     parts.append(f'<text x="{LEFT}" y="{at - 6:.1f}">ceiling of the truth</text>')
     for place, (series, of) in enumerate(means.items()):
         colour = COLOURS[series.kind]
-        dashes = {"influence": "", "source_blocks": "8 3", "tracin": "2 3"}.get(
-            series.estimator, "1 5"
+        dashes = {"influence": "", "source_blocks": "8 3", "tracin": "2 3", "trak": "1 5"}.get(
+            series.estimator, "10 3 2 3"
         )
         width = 2.5 if series.keep < 1 else 1.3
         style = f'fill="none" stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"'
