@@ -34,7 +34,7 @@ def damped_curvature(
     gradients are 0 too) is relative to the mean eigenvalue of the others.
 
     Raises:
-        ValueError: an eigenvalue is 0, so that there is no inverse.
+        ValueError: an eigenvalue is 0, so that there is no inverse; no layer has any curvature.
     """
     curvature = final_curvature(settings, session)
     absolute = absolute_damping(settings, session.trajectory)
@@ -48,15 +48,18 @@ def damped_curvature(
     for name, spectrum in curvature.items():
         damping = relative_damping(settings) * means[name] if absolute is None else absolute
         damped[name] = spectrum.shifted(added[name] + damping)
-        if not bool((damped[name].eigenvalues > 0).all()):
+        if bool((damped[name].eigenvalues > 0).all()):
+            continue
+        if absolute is None and means[name] == 0:
             raise ValueError(
-                f"The curvature of {name} is singular and damping is 0: the inverse does not "
-                "exist. Give a positive damping."
-                if means[name] > 0 or absolute is not None
-                else "The training loss has no curvature in any layer, and relative_damping is "
-                "relative to it, so that there is no inverse. Give damping (an absolute number), "
-                "or take Source, which inverts nothing."
+                "The training loss has no curvature in any layer, and relative_damping is relative "
+                "to it, so that there is no inverse. Give damping (an absolute number), or take "
+                "Source, which inverts nothing."
             )
+        raise ValueError(
+            f"The curvature of {name} is singular and damping is 0: the inverse does not exist. "
+            "Give a positive damping."
+        )
     notes = [_FLAT.format(names=", ".join(flat))] if flat else []
     return damped, notes
 
