@@ -28,6 +28,13 @@ def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
             f"examples, got {len(dataset)}. Pass the training set of the recorded run, in its "
             "order."
         )
+    used = trajectory.steps.examples
+    if recorded.num_examples is None and len(used) and int(used.max()) >= len(dataset):
+        raise TrajectoryMismatchError(
+            f"The training set has {len(dataset)} examples, and the stream that the run was "
+            f"trained on gave example {int(used.max())}. Pass a map-style copy of all of it, in "
+            "the order of the positions that its batches held."
+        )
     compare_fingerprints(recorded.fingerprint, dataset)
     known = recorded.settings.get("tokenizers")
     given = tokenizer_digests(dataset, source.collate)
