@@ -11,6 +11,7 @@ from torch import Tensor
 from tda_lightning.gradients import Gradient, Outer, Rows
 
 _ROUNDS = 4  # of subspace iteration
+_NOISE = 100  # times the precision: what is left of a dependent column is rounding
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,17 @@ def _of_rows(gradient: Rows, left: Tensor, right: Tensor | None) -> tuple[Tensor
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of few columns [..., width, rank] that spans them: by Gram and Schmidt,
-    which for many small matrices takes a fraction of a QR decomposition."""
+    """An orthonormal basis of few columns [..., width, rank] that spans them, with zeros where a
+    column depends on those before it: by Gram and Schmidt, which for many small matrices takes a
+    fraction of a QR decomposition."""
     basis: list[Tensor] = []
     for column in columns.split(1, dim=-1):
+        least = _NOISE * torch.finfo(column.dtype).eps * column.norm(dim=-2, keepdim=True)
         for _ in range(2 if basis else 0):  # twice is enough (Giraud et al. 2005)
             own = torch.cat(basis, dim=-1)
             column = column - own @ (own.mT @ column)
-        basis.append(column / column.norm(dim=-2, keepdim=True).clamp(min=_tiny(column)))
+        size = column.norm(dim=-2, keepdim=True)
+        basis.append(torch.where(size > least, column / size.clamp(min=_tiny(column)), 0.0))
     return torch.cat(basis, dim=-1)
 
 
