@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.curvature import LeadingDirections, leading
+from tda_lightning.curvature import leading
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source.estimator import alone
@@ -38,6 +38,14 @@ CASES = {**BLOCKWISE, "embedding": EMBEDDING}
 CHECKPOINTS = (2, 5)
 
 
+class Directions(NamedTuple):
+    """Leading directions on the parameters."""
+
+    vectors: Tensor
+    eigenvalues: Tensor
+    held: float
+
+
 class Probe:
     """An estimator that fits SOURCE's curvature and keeps it to be looked at."""
 
@@ -52,11 +60,9 @@ class Probe:
         return {}
 
     @property
-    def leading(self) -> LeadingDirections:
+    def leading(self) -> Directions:
         spectrum = self.segment.curvature[WHOLE]
-        return LeadingDirections(
-            spectrum.vectors, spectrum.eigenvalues[0, 0, : len(spectrum.vectors)]
-        )
+        return Directions(spectrum.vectors, spectrum.leading.eigenvalues, spectrum.leading.held)
 
     def order(self, run) -> Tensor:
         """The flat place of each entry of the row that joins all blocks."""
@@ -158,7 +164,7 @@ def test_samples_of_a_large_training_set(decomposed: int, monkeypatch: pytest.Mo
     attribute(case, run, module, data, probe, batch_size=50)
     fisher = dense_fisher(probe, case, run, module, data)
     values = torch.linalg.eigvalsh(fisher).flip(0)
-    fit = probe.segment.curvature[WHOLE].leading
+    fit = probe.leading
     captured = torch.einsum("kp,pq,kq->", fit.vectors, fisher, fit.vectors)
     assert 0.8 < float(captured / values[:4].sum()) <= 1 + 1e-9
     assert 0.6 < fit.held <= 1
@@ -194,7 +200,7 @@ def test_inner_products_by_factors_are_those_of_vectors(monkeypatch: pytest.Monk
         run.curvature.clear()
         probe = Probe(leading_directions=4)
         attribute(case, run, module, data, probe, batch_size=50)
-        found.append(probe.segment.curvature[WHOLE].leading)
+        found.append(probe.leading)
     combined = [one.vectors.T * one.eigenvalues @ one.vectors for one in found]
     assert relative(*combined) < 1e-9
     assert found[0].held == pytest.approx(found[1].held, rel=1e-9)

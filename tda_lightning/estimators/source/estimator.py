@@ -8,7 +8,6 @@ from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
-    LeadingDirections,
     Spectrum,
     check_dense_side,
     check_kind,
@@ -20,7 +19,7 @@ from tda_lightning.curvature import (
 )
 from tda_lightning.curvature.fit import WHOLE, Scales
 from tda_lightning.estimators.clipping import clipping_notes
-from tda_lightning.estimators.source import averaged, recorded, stepwise
+from tda_lightning.estimators.source import averaged, blockwise, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
     coupled,
     entered,
@@ -248,6 +247,9 @@ class Source:
         query_bytes = max(fit.query_bytes() for fit in fitted)
         for first, last in session.query_rounds(query_bytes):
             near = [fit.near(first, last) for fit in fitted]
+            if alone and near[0].stays_in_bases:
+                blockwise.follow(near[0].segments, first, last)
+                continue
             handed = final_adjoint(near[-1].stage, first, last)
             for fit in reversed(near):
                 adjoint, frozen = entered(fit.stage, fit.segments[-1], handed, last - first)
@@ -322,11 +324,10 @@ class Source:
         leading = self.leading(session, len(records))
         for number, steps in enumerate(records):
             before = segments[-1].curvature.get(WHOLE) if segments else None
-            start = before.leading if isinstance(before, DeflatedSpectrum) else None
             geometry, curvature = blocks[number]
             if leading:
                 geometry, curvature = self._with_leading(
-                    session, number, steps, leading, metrics, curvature, start
+                    session, number, steps, leading, metrics, curvature, before
                 )
             segments.append(
                 FittedSegment(
@@ -376,18 +377,19 @@ class Source:
         leading: int,
         metrics: Mapping[int, Metric],
         spectra: Mapping[str, Curvature],
-        start: LeadingDirections | None,
+        before: Curvature | None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The same for all parameters together, with leading directions in front of ``spectra``;
-        ``start``: those of the segment before."""
+        ``before``: the curvature of the segment before."""
         title, used = f"segment {number + 1}", (steps.start, steps.stop)
         geometry = segment_geometry(session, steps, "exact", metrics)
         scales = self._scales(session, steps, "exact", geometry, metrics)
+        blocks = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
+        start = (lambda: before.vectors) if isinstance(before, DeflatedSpectrum) else None
         directions = leading_directions(
-            leading, session, steps.checkpoints, scales, self.seed, title, used, start
+            leading, session, steps.checkpoints, scales, self.seed, title, blocks, used, start
         )
-        blockwise = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
-        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blockwise)}
+        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blocks)}
 
     def _scales(
         self,
@@ -493,6 +495,11 @@ class FittedStage:
         return replace(
             self, stage=replace(self.stage, session=session, wide=session), segments=segments
         )
+
+    @property
+    def stays_in_bases(self) -> bool:
+        """Whether queries may be followed in the bases of the segments (``blockwise.py``)."""
+        return self.cross is averaged.cross and blockwise.stays_in_bases(self.segments)
 
     def query_bytes(self) -> int:
         """Bytes that a query takes on its way back."""
