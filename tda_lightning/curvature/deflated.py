@@ -142,9 +142,9 @@ class DeflatedSpectrum:
         return replace(self, eigenvalues=self.eigenvalues + added)
 
     @property
-    def _turned(self) -> Sequence[Tensor]:
+    def _turned(self) -> list[Tensor]:
         """V U by block, [count, size]."""
-        return self.leading.turned.split([block.size for block in self.blocks], dim=1)
+        return list(self.leading.turned.split([block.size for block in self.blocks], dim=1))
 
     def _by_block(self, rows: Tensor) -> list[tuple[Spectrum, Tensor]]:
         parts = rows[..., 0, 0, :].split([block.size for block in self.blocks], dim=-1)

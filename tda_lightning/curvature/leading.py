@@ -38,7 +38,8 @@ from tda_lightning.curvature.fit import Scales, cache_key
 from tda_lightning.curvature.inner_products import inner_products, pair_cost, places_of
 from tda_lightning.curvature.orthonormal import orthonormal, products, turned
 from tda_lightning.curvature.power_iteration import power_iteration
-from tda_lightning.curvature.sampled import Drawn, Sample
+from tda_lightning.curvature.sampled import Row, Sample
+from tda_lightning.curvature.shared_walk import SampledOrder, SharedWalk
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Gradient, Joined
 from tda_lightning.gradients.basis import turning_cost
@@ -47,7 +48,6 @@ from tda_lightning.session.queries import QueryGradients
 from tda_lightning.session.session import Session, Span
 
 _SAMPLE = 16  # examples for each direction, in each of the two samples: 8 cost fidelity
-_MANY = 1.25  # times a sample, that all examples are to be for it to be drawn
 _DECOMPOSED = 4096  # the largest matrix of inner products: its eigenvectors take a minute of a core
 _HELD_SCALARS = 1 << 28  # of a sample's gradients, factored
 _BATCH_SCALARS = 1 << 26  # of a batch of them, dense
@@ -81,6 +81,7 @@ def leading_directions(
     spectra: Mapping[str, Spectrum],
     used: Span | None = None,
     start: Callable[[], Tensor] | None = None,
+    shared: SharedWalk | None = None,
 ) -> LeadingDirections:
     """Find the leading directions, or take those that were kept.
 
@@ -96,11 +97,13 @@ def leading_directions(
         used: the steps whose use of examples weighs them; None: evenly.
         start: gives directions near these on the parameters, [count, parameters], for an iteration
             to begin with; None: random ones.
+        shared: the walk that ``spectra`` were fitted in, if it was to serve for these too.
     """
     count = min(count, session.num_parameters)
     place = (session.device, session.dtype)
     title = f"{title}: leading directions"
-    fitted, tested = _samples(session, steps, count, scales, seed, used)
+    orders = _orders(count, session, steps, seed) if shared is None else shared.orders
+    fitted, tested = _samples(orders, session, scales, seed, used, shared)
     decomposed = fitted.size <= _DECOMPOSED and fitted.held <= _HELD_SCALARS
     if decomposed or tested is None:
         start = None
@@ -132,33 +135,50 @@ def leading_directions(
     return LeadingDirections(vectors, eigenvalues, held)
 
 
+def shared_walk(count: int, session: Session, steps: Sequence[int], seed: int) -> SharedWalk | None:
+    """A walk over the training set whose gradients serve for ``count`` leading directions too; None
+    where these need their own."""
+    if session.num_processes > 1 or session.noise:
+        return None
+    orders = _orders(count, session, steps, seed)
+    fitted, tested = _samples(orders, session, {}, seed, None, None)
+    held = fitted.held if tested is None else fitted.held + tested.held
+    there = fitted.size <= _DECOMPOSED and held <= _HELD_SCALARS
+    return SharedWalk(orders) if there else None
+
+
+def _orders(
+    count: int, session: Session, steps: Sequence[int], seed: int
+) -> dict[int, SampledOrder]:
+    """Which examples are drawn at each checkpoint."""
+    each = -(-_SAMPLE * min(count, session.num_parameters) // len(steps))
+    fitting = max(_FEWEST, _BATCH_SCALARS // session.num_parameters)
+    size = min(session.walk_size, each, fitting)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        step: SampledOrder.of(session.num_train, each, size, session.walk_size, generator)
+        for step in steps
+    }
+
+
 def _samples(
+    orders: Mapping[int, SampledOrder],
     session: Session,
-    steps: Sequence[int],
-    count: int,
     scales: Scales,
     seed: int,
     used: Span | None,
+    shared: SharedWalk | None,
 ) -> tuple[Sample, Sample | None]:
     """Two samples of training examples, to fit directions to and to take the eigenvalues in; all
     examples, and no second sample, where these are not many more."""
-    each = -(-_SAMPLE * count // len(steps))
-    fitting = max(_FEWEST, _BATCH_SCALARS // session.num_parameters)
-    size = min(session.walk_size, each, fitting)
+    batches = {step: own.batches for step, own in orders.items()}
+    fitted = {step: own.fitted for step, own in orders.items()}
+    tested = {step: own.tested for step, own in orders.items() if own.tested is not None}
 
-    def sample(chosen: Sequence[Tensor]) -> Sample:
-        orders = [[part.tolist() for part in own.sort().values.split(size)] for own in chosen]
-        return Sample(session, steps, orders, scales, seed, used)
+    def sample(numbers: Mapping[int, Sequence[int]]) -> Sample:
+        return Sample(session, batches, numbers, scales, seed, used, shared)
 
-    if session.num_train < _MANY * each:
-        return sample([torch.arange(session.num_train)] * len(steps)), None
-    generator = torch.Generator().manual_seed(seed)
-    fitted, tested = [], []
-    for _ in steps:
-        order = torch.randperm(session.num_train, generator=generator)
-        fitted.append(order[:each])
-        tested.append(order.roll(-each)[:each])  # others, as far as there are any
-    return sample(fitted), sample(tested)
+    return sample(fitted), sample(tested) if tested else None
 
 
 def _decomposed(
@@ -253,7 +273,7 @@ def _combined(
     sample: Sample,
     title: str,
     weights: Tensor,
-    rows: Sequence[Drawn],
+    rows: Sequence[Row],
     first: Mapping[str, Spectrum],
 ) -> Tensor:
     """Weighted sums of a sample's gradients that are orthonormal: [weights, parameters], those of

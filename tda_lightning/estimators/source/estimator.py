@@ -8,12 +8,14 @@ from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
+    SharedWalk,
     Spectrum,
     check_dense_side,
     check_kind,
     check_statistics,
     curvature_of,
     leading_directions,
+    shared_walk,
     statistics_provenance,
     uses_statistics,
 )
@@ -300,7 +302,20 @@ class Source:
         segments: list[FittedSegment] = []
         require_formula(trajectory, "metric", "SOURCE")
         metrics = checkpoint_metrics(session)
-        blocks = [self._blockwise(session, n, steps, metrics) for n, steps in enumerate(records)]
+        # Where no rows are looked up, all parameters are followed, and one walk serves both fits.
+        together = 0 if session.engine.rows_each else self.leading(session, len(records))
+        blocks: list[tuple[Geometry, Mapping[str, Curvature]]] = []
+        for number, steps in enumerate(records):
+            shared = None
+            if together:
+                shared = shared_walk(together, session, steps.checkpoints, self.seed)
+            blocks.append(self._blockwise(session, number, steps, metrics, shared))
+            if together:
+                before = blocks[-2][1].get(WHOLE) if number else None
+                spectra = blocks[-1][1]
+                blocks[-1] = self._with_leading(
+                    session, number, steps, together, metrics, spectra, before, shared
+                )
         curvatures = [own for _, own in blocks]
         looked_up = separable(session, curvatures) if alone else []
         if looked_up and self._fits_leading(session):
@@ -321,11 +336,11 @@ class Source:
                     )
                     for geometry, own in blocks
                 ]
-        leading = self.leading(session, len(records))
+        leading = together or self.leading(session, len(records))
         for number, steps in enumerate(records):
             before = segments[-1].curvature.get(WHOLE) if segments else None
             geometry, curvature = blocks[number]
-            if leading:
+            if leading and not together:
                 geometry, curvature = self._with_leading(
                     session, number, steps, leading, metrics, curvature, before
                 )
@@ -348,7 +363,12 @@ class Source:
         return FittedStage(stage, segments, cross, copies, leading, products, separate)
 
     def _blockwise(
-        self, session: Session, number: int, steps: Segment, metrics: Mapping[int, Metric]
+        self,
+        session: Session,
+        number: int,
+        steps: Segment,
+        metrics: Mapping[int, Metric],
+        shared: SharedWalk | None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The metric of a segment, and its curvature by unit."""
         if self.curvature == MATRIX_FREE:
@@ -366,6 +386,7 @@ class Source:
             f"segment {number + 1}",
             self.dense_side,
             used,
+            shared,
         )
         return geometry, spectra
 
@@ -378,6 +399,7 @@ class Source:
         metrics: Mapping[int, Metric],
         spectra: Mapping[str, Curvature],
         before: Curvature | None,
+        shared: SharedWalk | None = None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The same for all parameters together, with leading directions in front of ``spectra``;
         ``before``: the curvature of the segment before."""
@@ -387,7 +409,16 @@ class Source:
         blocks = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
         start = (lambda: before.vectors) if isinstance(before, DeflatedSpectrum) else None
         directions = leading_directions(
-            leading, session, steps.checkpoints, scales, self.seed, title, blocks, used, start
+            leading,
+            session,
+            steps.checkpoints,
+            scales,
+            self.seed,
+            title,
+            blocks,
+            used,
+            start,
+            shared,
         )
         return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blocks)}
 
