@@ -96,9 +96,10 @@ def _rows(
             session.load(step)
             found = []
             loaded = loaded_batches(source, session.module, list(enumerate(order)))
-            for _, examples, data in loaded:
+            for _, indices, data in loaded:
                 # The index seeds an example's noise; those appended come after all others.
-                gradients = session.train_gradients(data, examples + first_row).blocks
+                examples = (indices + first_row).to(session.device)
+                gradients = session.train_gradients(data, examples).blocks
                 found.append(compression.coordinates(number, gradients))
             own = torch.cat(found)
             total = own if total is None else total + own
