@@ -1,75 +1,81 @@
 """Linear datamodeling scores on the losses of generated samples.
 
-A small U-Net is trained on 120 digits until it knows them by heart, and generates samples. The
-measurement of a sample is its loss, a mean over many fixed timesteps and draws of the noise. Truth
-is training on random halves, in two ways:
-
-- *replays*: the recorded run with weight 0 on what is left out, so that order, timesteps and noise
-  are the same and nothing else changes;
-- *other seeds*: the same of runs with other initial weights, order, timesteps and noise.
-
-How well the runs agree among themselves is the ceiling. What has been trained is kept in the run's
-folder, so that the study can be taken up again.
+A smaller run (two fifths of it MNIST zeros) is trained again on random halves, by the recorded
+batches and draws with weight 0 on what is left out. The scores are asked to predict the losses of
+samples that the model has generated.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from experiments.diffusion.setting import RESULTS, SIZE
-from tda_lightning import Trajectory, TrajectoryRecorder
-from tda_lightning.evaluation import draw_subsets, measure, retrain_each, seed_ceiling
-from tda_lightning.evaluation.linear_datamodeling import rank_correlation
-from tda_lightning.examples.data import MNISTData
-from tda_lightning.examples.models import Denoiser, NoiseSchedule, UNet, cosine
+from experiments.diffusion.outliers import final
+from experiments.diffusion.setting import RESULTS, SIZE, denoiser, samples, trained
+from tda_lightning import AttributionModule, Trajectory
+from tda_lightning.estimators import InfluenceFunction, Retrac, Source, TracIn, Unrolled
+from tda_lightning.estimators.base import Estimator
+from tda_lightning.evaluation import (
+    draw_subsets,
+    interval_over_subsets,
+    measure,
+    retrain_each,
+)
+from tda_lightning.examples.data import OutlierImages
 from tda_lightning.tasks import DiffusionTask
 
-DIGITS, EACH, BATCH, EPOCHS, QUERIES = (0, 1, 7), 40, 24, 300, 16
-TIMESTEPS, DRAWS = (50, 150, 300, 500, 750), 16
-TOGETHER = 20  # runs that are trained at once
+PLANES, ZEROS, QUERIES, DRAWS = 48, 32, 6, 4
+TIMESTEPS = (100, 400, 700)
+ESTIMATORS: dict[str, Estimator] = {
+    "TracIn": TracIn(),
+    "ReTrac": Retrac(),
+    "influence (EK-FAC)": InfluenceFunction(),
+    "SOURCE": Source(num_segments=2, leading_directions=0),
+    "SOURCE, recorded order": Source(num_segments=2, leading_directions=0, order="recorded"),
+    "exact unrolling": Unrolled(),
+}
 
 
-def images(root: str) -> TensorDataset:
-    """Digits of 8 x 8 pixels in -1 .. 1."""
-    train, _ = MNISTData(root=root).read()
-    pixels = torch.from_numpy(train.images).float() / 127.5 - 1
-    pixels = F.avg_pool2d(F.pad(pixels[:, None], (2, 2, 2, 2), value=-1.0), 32 // SIZE)
-    chosen = [(torch.from_numpy(train.labels) == d).nonzero().squeeze(1)[:EACH] for d in DIGITS]
-    return TensorDataset(pixels[torch.cat(chosen)])
-
-
-def network() -> Denoiser:
-    """18,000 weights."""
-    optimizer = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.01)
-    return Denoiser(UNet(1, (8, 16)), NoiseSchedule(1000), optimizer, partial(cosine, warmup=0.05))
-
-
-def recorded(
-    folder: Path, data: TensorDataset, seed: int, epochs: int
-) -> tuple[Denoiser, Trajectory]:
-    """The run of a seed, and its module at its end."""
-    seed_everything(seed, verbose=False)
-    module = network()
-    if not (folder / "done").exists():
-        Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[TrajectoryRecorder(str(folder), num_checkpoints=8)],
-        ).fit(module, DataLoader(data, BATCH, shuffle=True))
-        (folder / "done").touch()
-    run = Trajectory.load(str(folder))
-    module.load_state_dict(run.checkpoints[run.last_step].parameters, strict=False)
-    return module.eval(), run
+def run(root: str, folder: Path, epochs: int = 12, subsets: int = 24) -> None:
+    """Train, score, train again on subsets, and keep what was measured."""
+    torch.set_num_threads(1)
+    data = OutlierImages(
+        root=root, size=SIZE, num_train=PLANES, num_outliers=ZEROS, num_query=2, batch_size=16
+    )
+    module, seconds = denoiser(widths=(8, 16)), {}
+    began = time.process_time()
+    if not (folder / "trajectory.h5").exists():
+        trained(folder, module, data, epochs, checkpoints=6)
+    seconds["training"] = time.process_time() - began
+    module = final(module, folder)
+    queries, train = TensorDataset(samples(module, QUERIES)), data.train_dataset
+    task = DiffusionTask(timesteps=TIMESTEPS, draws=DRAWS)
+    trajectory = Trajectory.load(str(folder))
+    chosen = draw_subsets(PLANES + ZEROS, 0.5, subsets, seed=0)
+    began = time.process_time()
+    outcomes = []
+    for state in retrain_each(trajectory, module, None, train, chosen.double()):
+        outcomes.append(measure(module, task, state, queries, trajectory=trajectory))
+    outcomes = torch.stack(outcomes)
+    seconds["retraining"] = time.process_time() - began
+    print("retrained", f"{seconds['retraining']:.0f} s", flush=True)
+    found: dict[str, list[float]] = {}
+    for name, estimator in ESTIMATORS.items():
+        began = time.process_time()
+        attribution = AttributionModule(module, str(folder), estimator, task)
+        scores = attribution.attribute(
+            train, queries, batch_size=PLANES + ZEROS, self_influence=False
+        )
+        seconds[name] = time.process_time() - began
+        score = interval_over_subsets(scores, chosen, outcomes)
+        found[name] = [score.value, score.low, score.high]
+        print(name, found[name], f"{seconds[name]:.0f} s", flush=True)
+        setup = {"epochs": epochs, "planes": PLANES, "zeros": ZEROS, "queries": QUERIES}
+        setup |= {"subsets": subsets, "draws": DRAWS, "size": SIZE, "steps": trajectory.last_step}
+        kept = {"setup": setup, "seconds": seconds, "lds": found}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "retrainings.json").write_text(json.dumps(kept, indent=1))
