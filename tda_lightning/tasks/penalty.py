@@ -45,9 +45,9 @@ class Penalty:
             )
         if self.other:
             found.append(
-                "training_step adds a penalty to its loss (or a learned factor's logarithm) that is "
-                "no multiple of squared weights. It belongs to no example, and estimators that use "
-                "curvature leave its curvature out. Exact unrolling has it."
+                "training_step adds a penalty (or the logarithm of a learned factor) to its loss "
+                "that is no multiple of squared weights. It belongs to no example, and estimators "
+                "that use curvature leave that of the penalty out. Exact unrolling has it."
             )
         return found
 

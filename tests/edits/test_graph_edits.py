@@ -450,3 +450,12 @@ def test_nodes_at_the_border_keep_their_degrees(seed: int) -> None:
     most = max(len(whole[1 - s][(whole[s] == n) & ~inside[whole[1 - s]]].unique())
                for s in (0, 1) for n in part.nodes[:count].tolist())  # fmt: skip
     assert len(part.nodes) - count >= most
+
+
+def test_an_added_edge_is_there_once_in_each_direction() -> None:
+    graph = {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}
+    both = AddEdges([(2, 1), (0, 2), (2, 0)]).applied(graph)["edge_index"].T.tolist()
+    assert sorted(both) == [[0, 1], [0, 2], [1, 2], [2, 0], [2, 1]]
+    one = AddEdges([(2, 0), (2, 0)], directed=True).applied(graph)["edge_index"].T.tolist()
+    assert sorted(one) == [[0, 1], [1, 2], [2, 0]]
+    assert AddEdges([(0, 0)]).applied(graph)["edge_index"].T.tolist()[2:] == [[0, 0]]
