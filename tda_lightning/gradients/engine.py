@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.composite import scaled
-from tda_lightning.gradients.example_axes import ExampleAxes, irregular_weights
+from tda_lightning.gradients.example_axes import ExampleAxes
 from tda_lightning.gradients.forms import Gradient
 from tda_lightning.gradients.functional import (
     Loss,
@@ -41,6 +41,7 @@ from tda_lightning.gradients.term_products import term_products
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
 from tda_lightning.runtime import conditions
+from tda_lightning.runtime.irregular_weights import irregular_weights
 from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.node_batch import NodeBatch
@@ -303,7 +304,7 @@ class GradientEngine:
         self.held = sum(sizes) + sum(use.input_scalars for use in capture.uses) // len(examples)
         if isinstance(batch, NodeBatch):  # all nodes run for any
             self._blocks = plan_blocks(self._shapes, capture.uses, seen_both_ways(capture.uses))
-            return self._checked(loss, batch, examples)
+            return self._checked(loss, batch, examples, self._errors(loss, batch, examples))
         self.widest = max([1, *sizes])
         odd = list(self.names)
         if not one_by_one:
@@ -317,10 +318,13 @@ class GradientEngine:
         errors = self._errors(loss, batch, examples)
         if wrong := self._wrong(errors):
             self._plan(capture, [*self._generic, *wrong])
-        return self._checked(loss, batch, examples)
+            errors = self._errors(loss, batch, examples)
+        return self._checked(loss, batch, examples, errors)
 
-    def _checked(self, loss: Loss, batch: Batch, examples: Tensor) -> dict[str, float]:
-        errors = self._errors(loss, batch, examples)
+    def _checked(
+        self, loss: Loss, batch: Batch, examples: Tensor, errors: dict[str, float]
+    ) -> dict[str, float]:
+        """The errors, if none is too large."""
         self.held += sum(math.prod(self._shapes[name]) for name in self._generic)
         if wrong := self._wrong(errors):
             name = wrong[0]

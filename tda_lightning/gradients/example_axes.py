@@ -12,14 +12,13 @@ nothing in the forward pass may move examples (``moving.py``); otherwise every b
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from tda_lightning.gradients.capture import Capture
 from tda_lightning.gradients.layout import Layout, RowOwners, candidates, owners
 from tda_lightning.gradients.uses import Use
+from tda_lightning.runtime.irregular_weights import irregular_weights
 
 
 class ExampleAxes:
@@ -181,22 +180,6 @@ def _completed(owner: Tensor, use: Use, layouts: list[Layout], weights: Tensor) 
     before = before.cummax(0).values
     before[before < 0] = int(known.nonzero()[0])
     return owner[before]
-
-
-def irregular_weights(batch: int, like: Tensor, seed: int = 0) -> Tensor:
-    """Weights of the examples, far from one another, from zero and from each other's means:
-    [batch], of both signs, between 1 and 2 in size."""
-    return _irregular_weights(batch, seed).to(like.detach())
-
-
-@lru_cache(maxsize=64)
-def _irregular_weights(batch: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed((batch << 1) + seed)
-    jitter = torch.rand(batch, generator=generator, dtype=torch.float64) / 2 + 0.25
-    sizes = 1 + (torch.arange(batch, dtype=torch.float64) + jitter) / batch
-    signs = 1 - 2.0 * torch.randint(2, (batch,), generator=generator)
-    order = torch.randperm(batch, generator=generator)
-    return (sizes * signs)[order]
 
 
 def _num_rows(use: Use) -> int:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from tda_lightning.curvature import check_dense_side, side_forms
 from tda_lightning.gradients.blocks import Block
 from tda_lightning.gradients.composite import first_examples
-from tda_lightning.gradients.example_axes import irregular_weights
 from tda_lightning.gradients.forms import Gradient, Outer
 from tda_lightning.gradients.observer import Layouts, observed_layouts, training_gradients
 from tda_lightning.gradients.observer import Observer as CallObserver
@@ -42,6 +41,7 @@ from tda_lightning.recording.trainer_hooks import ReplacedMethod
 from tda_lightning.records.curvature_statistics import BlockStatistics
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
+from tda_lightning.runtime.irregular_weights import irregular_weights
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.processes import summed
 from tda_lightning.runtime.random_states import unchanged_randomness

@@ -37,7 +37,7 @@ def write_ground_truth(truth: GroundTruth, path: str | os.PathLike[str]) -> None
     path = Path(path)
     make_folder(path.parent)
     with writing(path, GROUND_TRUTH) as file:
-        put_text(file.attrs, "protocol", truth.protocol)
+        put_text(file, "protocol", truth.protocol)
         for name, dtype in _ARRAYS.items():
             tensor = getattr(truth, name)
             if tensor is not None:

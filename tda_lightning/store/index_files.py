@@ -108,7 +108,7 @@ def write_compression(root: Path, kind: str, tensors: Mapping[str, Tensor]) -> N
     """Write how gradients are compressed."""
     make_folder(root)
     with writing(root / COMPRESSION_FILE, COMPRESSION) as file:
-        put_text(file.attrs, "compression", kind)
+        put_text(file, "compression", kind)
         put_tensors(file.create_group(VALUES), tensors)
 
 
@@ -137,7 +137,7 @@ def write_shard(
     make_folder(path.parent)
     codes = np.ascontiguousarray(codes)
     with writing(path, SHARD) as file:
-        put_text(file.attrs, "compression", compression)
+        put_text(file, "compression", compression)
         file.attrs["first"] = first
         file.attrs["checksum"] = _checksum(codes)
         file[_CODES] = codes

@@ -18,7 +18,8 @@ import numpy as np
 
 from tda_lightning.records.errors import TrajectoryFormatError
 
-Kind = TypeVar("Kind")
+Kind = TypeVar("Kind", h5py.Dataset, h5py.Group)
+_IDENTIFIERS = {h5py.Dataset: h5py.h5d.DatasetID, h5py.Group: h5py.h5g.GroupID}
 
 CHUNK_BYTES = 1 << 22
 _INFLATION = 1100  # deflate packs nothing tighter than this
@@ -55,24 +56,27 @@ def member(group: h5py.Group, name: str, kind: type[Kind]) -> Kind:
     """A dataset or group that lies in the file itself: links may lead out of it."""
     if "/" in name or name in ("", "."):
         raise KeyError(f"{group.name} cannot have a member {name!r}")
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+    key = name.encode()
+    if not group.id.links.exists(key) or group.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
         raise KeyError(f"{group.name} has no {name!r}")
-    value = group[name]
-    if not isinstance(value, kind):
+    # Below h5py's own classes, which take several times as long over the many small tensors.
+    opened = h5py.h5o.open(group.id, key)
+    if not isinstance(opened, _IDENTIFIERS[kind]):
         raise TypeError(f"{name!r} in {group.name} is not a {kind.__name__}")
-    return value
+    return kind(opened)
 
 
 def has(group: h5py.Group, name: str) -> bool:
     """Whether there is a link ``name``, without following it as ``in`` does."""
-    return group.get(name, getlink=True) is not None
+    return bool(group.id.links.exists(name.encode()))
 
 
 def names(group: h5py.Group) -> list[str]:
     """The names in ``group``, which are UTF-8: h5py gives others as bytes."""
-    if odd := [name for name in group if not isinstance(name, str)]:
+    found = list(group)
+    if odd := [name for name in found if not isinstance(name, str)]:
         raise ValueError(f"{group.name} has names that are not UTF-8, such as {odd[0][:100]!r}")
-    return list(group)
+    return found
 
 
 def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
@@ -83,12 +87,13 @@ def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
         raise ValueError(f"{dataset.name} lies in another file")
     filters = {plan.get_filter(number)[0] for number in range(plan.get_nfilters())}
-    dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
+    dtype, shape = dataset.id.dtype, dataset.id.shape
+    chunks = plan.get_chunk() if plan.get_layout() == h5py.h5d.CHUNKED else (0,)
     if not filters <= _FILTERS:
         raise ValueError(f"{dataset.name} is packed by unknown filters {sorted(filters)}")
     if dtype.kind not in "biufcS" or shape is None:
         raise ValueError(f"{dataset.name} holds no numbers or text, but {dtype}")
-    chunk = math.prod(chunks or (0,)) * dtype.itemsize
+    chunk = math.prod(chunks) * dtype.itemsize
     packed = h5py.h5z.FILTER_DEFLATE in filters
     room = dataset.id.get_storage_size() * (_INFLATION if packed else 1)
     whole = math.prod(shape) * dtype.itemsize
@@ -100,17 +105,24 @@ def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     return dataset
 
 
-def put_text(attributes: h5py.AttributeManager, name: str, text: str) -> None:
-    """Text of fixed length: the other kind lies in a heap without a checksum."""
-    attributes[name] = np.bytes_(text.encode())
+def put_text(holder: h5py.File | h5py.Dataset, name: str, text: str) -> None:
+    """A new attribute of fixed length: the other kind of text lies in a heap without a checksum."""
+    value = np.array(text.encode())
+    # Below h5py's own classes, which first write under another name in case there is one already.
+    kind = h5py.h5t.py_create(value.dtype, logical=True)
+    space = h5py.h5s.create(h5py.h5s.SCALAR)
+    h5py.h5a.create(holder.id, name.encode(), kind, space).write(value)
 
 
 def get_text(attributes: h5py.AttributeManager, name: str) -> str:
     """What :func:`put_text` stored."""
-    kind = attributes.get_id(name).get_type()
+    attribute = attributes.get_id(name)
+    kind = attribute.get_type()
     if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
         raise TypeError(f"attribute {name!r} is not a text of fixed length")
-    return bytes(attributes[name]).decode()
+    if attribute.shape != ():
+        raise TypeError(f"attribute {name!r} is not one text")
+    return bytes(_scalar(attribute)).decode()
 
 
 def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
@@ -118,7 +130,13 @@ def get_integer(attributes: h5py.AttributeManager, name: str) -> int:
     attribute = attributes.get_id(name)
     if attribute.dtype.kind not in "iu" or attribute.shape != ():
         raise TypeError(f"attribute {name!r} is not an integer")
-    return int(attributes[name])
+    return int(_scalar(attribute))
+
+
+def _scalar(attribute: h5py.h5a.AttrID) -> Any:
+    value = np.empty((), attribute.dtype)
+    attribute.read(value)
+    return value[()]
 
 
 def to_json(value: object) -> str:

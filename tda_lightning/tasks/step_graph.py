@@ -8,8 +8,10 @@ reductions alone. Nothing else is changed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -185,8 +187,8 @@ class StepGraph(TorchFunctionMode):
     ) -> None:
         args, kwargs = _positional(args, kwargs)
         inputs: list[Node] = []
-        node_args = self._with_nodes(args, inputs)
-        node_kwargs = self._with_nodes(dict(kwargs), inputs)
+        node_args = tuple([self._with_nodes(value, inputs) for value in args])
+        node_kwargs = {name: self._with_nodes(value, inputs) for name, value in kwargs.items()}
         unchanged = number is None and len(inputs) == 1 and inputs[0].value is output
         if unchanged and not name.endswith("_"):  # contiguous(), float() of a float
             return
@@ -208,6 +210,8 @@ class StepGraph(TorchFunctionMode):
         )
 
     def _with_nodes(self, value: Any, inputs: list[Node]) -> Any:
+        if type(value) in _SCALARS:
+            return value
         if isinstance(value, Tensor):
             node = self.node(value)
             inputs.append(node)
@@ -282,10 +286,17 @@ _ALONG = {"index_select", "gather", "take_along_dim", "index_add", "scatter", "s
 _LOOKUPS = {"index_select", "gather", "take_along_dim"}
 
 
+# What most modules hold beside tensors, and calls are given.
+_SCALARS = frozenset({NoneType, bool, int, float, str, torch.dtype, torch.device})
+_WITHOUT_TENSORS = _SCALARS | {dict, OrderedDict, set}
+
+
 def _positional(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Operands by position, where they were given by name."""
+    if not kwargs:
+        return args, kwargs
     named = dict(kwargs)
     for name in ("input", "tensors", "other"):
         if name in named and len(args) == (1 if name == "other" else 0):
@@ -296,8 +307,14 @@ def _positional(
 def _constants(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that parts of the module hold as plain attributes, and those of objects that they
     hold: the tables of a noise scheduler."""
-    held = [value for part in module.modules() for value in vars(part).values()]
-    inside = [vars(value).values() for value in held if _holds_values(value)]
+    held = [
+        value
+        for part in module.modules()
+        for value in vars(part).values()
+        if type(value) not in _WITHOUT_TENSORS
+    ]
+    objects = {id(value): value for value in held if _holds_values(value)}
+    inside = [vars(value).values() for value in objects.values()]
     for value in (*held, *(value for values in inside for value in values)):
         if isinstance(value, Tensor):
             yield value

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,18 @@ def test_a_killed_run_is_readable_up_to_its_last_checkpoint(
     assert len(layout.steps_files(tmp_path / str(total - 1))) == 4
 
 
+def test_states_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path, recorder={"every_n_steps": 6})
+    checkpoint = open_trajectory(tmp_path).checkpoints[6]
+    whole = open_trajectory(tmp_path).checkpoints[6]
+    assert whole.optimizer and whole.random  # read now
+    layout.checkpoint_file(tmp_path, 6).unlink()
+    assert whole.optimizer.keys() == whole.parameters.keys() and "torch" in whole.random
+    assert checkpoint.optimizer is not None
+    with pytest.raises(FileNotFoundError):
+        len(checkpoint.optimizer)
+
+
 def test_a_killed_replacement_leaves_no_trajectory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +255,7 @@ def test_a_killed_replacement_leaves_no_trajectory(
     fit(tmp_path, recorder={"every_n_steps": 3, "curvature": "online", "fisher": "empirical"})
     old = open_trajectory(tmp_path)
     facts, initial = old.facts, old.checkpoints[0]
+    initial = replace(initial, optimizer=dict(initial.optimizer or {}), random=None)
     files = {p.name for p in tmp_path.rglob("*.h5")}
     remove, seen = Path.unlink, set()
 

@@ -40,7 +40,16 @@ class Short(TrainingStepTask):
         return total, parts * (torch.arange(len(parts)) > 0)
 
 
-@pytest.mark.parametrize("kind", [Doubled, Detached, Swapped, Short])
+class Exchanged(TrainingStepTask):
+    """Right values, each with the gradient of another example's: the batch's gradient is right."""
+
+    def train_loss(self, module: nn.Module, batch: Any) -> Tensor:
+        losses = super().train_loss(module, batch)
+        other = losses.roll(1)
+        return losses.detach() + other - other.detach()
+
+
+@pytest.mark.parametrize("kind", [Doubled, Detached, Swapped, Short, Exchanged])
 def test_wrong_losses_are_refused(kind: type[TrainingStepTask]) -> None:
     torch.manual_seed(0)
     module = Step(lambda s, x, y: F.cross_entropy(s(x), y))
