@@ -15,7 +15,7 @@ import numpy as np
 from tests import mutations_structure as structure
 from tests.mutations import Mutation, Place
 
-TEXTS = ("facts", "provenance", "blocks")  # datasets of JSON
+TEXTS = ("facts", "provenance", "blocks", "about")  # datasets of JSON
 
 
 def _on_file(change: Callable[[random.Random, h5py.File, Place], object]) -> Mutation:
@@ -188,6 +188,7 @@ HOSTILE: list[Any] = [
     -1,
     0,
     2.5,
+    10**11,
     10**18,
     10**400,
     float("nan"),

@@ -23,16 +23,16 @@ def main() -> None:
     )
     parser.add_argument("part", nargs="?", choices=("outliers", "retrainings", "pictures"))
     parser.add_argument("--data-root", default="data", help="folder of the data sets")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, help="default: 12, of retrainings 150")
     parser.add_argument("--diffusers", action="store_true", help="its UNet2DModel, for outliers")
     options = parser.parse_args()
     if options.part in (None, "outliers"):
         name = "outliers_diffusers" if options.diffusers else "outliers"
-        outliers.run(options.data_root, RUNS / name, options.epochs, options.diffusers)
+        outliers.run(options.data_root, RUNS / name, options.epochs or 12, options.diffusers)
     if options.part in (None, "retrainings"):
-        retrainings.run(options.data_root, RUNS / "retrainings", options.epochs)
+        retrainings.run(options.data_root, RUNS / "retrainings", options.epochs or 150)
     if options.part in (None, "pictures"):
-        pictures.run(options.data_root, RUNS / "pictures", options.epochs)
+        pictures.run(options.data_root, RUNS / "pictures", options.epochs or 12)
 
 
 if __name__ == "__main__":

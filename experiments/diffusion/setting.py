@@ -56,7 +56,8 @@ def trained(
     trainer.fit(module, data)
 
 
-def samples(module: Denoiser, count: int, seed: int = 1) -> Tensor:
-    """Generated images, [count, 3, SIZE, SIZE]."""
-    noise = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+def samples(module: Denoiser, count: int, seed: int = 1, channels: int = 3) -> Tensor:
+    """Generated images, [count, channels, SIZE, SIZE]."""
+    own = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, channels, SIZE, SIZE, generator=own)
     return module.eval().sample(noise, steps=30)

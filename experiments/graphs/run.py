@@ -63,9 +63,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[name](options.data_root, Path(folder))
         found["processor_seconds"] = round(time.process_time() - began, 1)
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep(name, found)
         print(name, json.dumps({key: v for key, v in found.items() if key != "points"}))
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Write the results of a part."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """What a part has measured so far: it goes on from there."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def edges_of(graph: Graph) -> list[tuple[int, int]]:
@@ -146,13 +160,17 @@ def agreement(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def unlearning(root: str, folder: Path, seeds: int = 1) -> dict[str, Any]:
+def unlearning(root: str, folder: Path, seeds: int = 3) -> dict[str, Any]:
     """5 and 10% of edges, and of training nodes, unlearned: against training again, and against
     influence functions without the graph's part."""
     graph = load(root, COMPONENTS)
-    rows = []
+    rows = rows_of("unlearning")
+    done = {(row["model"], row["seed"]) for row in rows}
     for seed in range(seeds):
         for kind in ("GCN", "GAT", "GIN"):
+            if (kind, seed) in done:
+                continue
+            own = []
             torch.manual_seed(seed)
             module = Layers(kind, COMPONENTS)
             initial = copy.deepcopy(module.state_dict())
@@ -160,8 +178,10 @@ def unlearning(root: str, folder: Path, seeds: int = 1) -> dict[str, Any]:
             for what in ("edges", "nodes"):
                 for share in (0.05, 0.1):
                     row = unlearn(module, initial, path, graph, what, share, seed)
-                    rows.append({"model": kind, "seed": seed, **row})
-                    print(json.dumps(rows[-1]), flush=True)
+                    own.append({"model": kind, "seed": seed, **row})
+                    print(json.dumps(own[-1]), flush=True)
+            rows += own
+            keep("unlearning", {"rows": rows})
     return {"rows": rows}
 
 
@@ -212,8 +232,20 @@ def unlearn(
     }
 
 
-def attack(
-    root: str, folder: Path, candidates: int = 400, added: int = 60, others: int = 500
+def attack(root: str, folder: Path, seeds: int = 3) -> dict[str, Any]:
+    """Attacks on models of several seeds."""
+    rows = rows_of("attack")
+    done = {row["seed"] for row in rows}
+    for seed in range(seeds):
+        if seed not in done:
+            rows.append({"seed": seed, **attacked_once(root, folder / str(seed), seed)})
+            print(json.dumps(rows[-1]), flush=True)
+            keep("attack", {"rows": rows})
+    return {"rows": rows}
+
+
+def attacked_once(
+    root: str, folder: Path, seed: int, candidates: int = 400, added: int = 60, others: int = 500
 ) -> dict[str, Any]:
     """Edges that raise the validation loss most by their scores are added; then these and a sample
     of the other edges are scored on the attacked graph, and those that hurt most are removed and
@@ -221,12 +253,12 @@ def attack(
     graph = load(root, COMPONENTS)
     val, test, train = (ids(graph, name) for name in ("val", "test", "train"))
     estimator = InfluenceFunction("ekfac")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = Layers("GCN", COMPONENTS)
     initial = copy.deepcopy(module.state_dict())
     path = record(module, graph, STEPS, folder / "clean")
     clean = accuracy(module, graph, test)
-    own = torch.Generator().manual_seed(0)
+    own = torch.Generator().manual_seed(seed)
     present, absent = set(edges_of(graph)), []
     while len(absent) < candidates:
         u, v = sorted(torch.randint(0, len(graph["y"]), (2,), generator=own).tolist())

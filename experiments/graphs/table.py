@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from scipy.stats import t as student
 
 from experiments.marked import with_block
 from tda_lightning.store.atomic_write import write_text
@@ -75,12 +78,24 @@ def steps(found: dict[str, Any]) -> str:
 
 def attack(found: dict[str, Any]) -> str:
     """How well the added edges are found, and what removing and unlearning them is worth."""
+    rows = found["rows"]
     lines = ["| ranked by | AUC | precision |", "|---|---|---|"]
-    for name, own in found["found"].items():
-        lines.append(f"| {name} | {own['auc']:.3f} | {own['precision']:.2f} |")
+    for name in rows[0]["found"]:
+        each = [row["found"][name] for row in rows]
+        auc, precision = ([own[key] for own in each] for key in ("auc", "precision"))
+        lines.append(f"| {name} | {_mean(auc, 3)} | {_mean(precision, 2)} |")
     lines += ["", "| weights and graph | test accuracy |", "|---|---|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in found["test accuracy"].items()]
+    for name in rows[0]["test accuracy"]:
+        lines.append(f"| {name} | {_mean([row['test accuracy'][name] for row in rows], 3)} |")
     return "\n".join(lines)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    """With half of its 95% interval over seeds, by Student's t."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def speed(found: dict[str, Any]) -> str:
@@ -99,16 +114,26 @@ def unlearning(found: dict[str, Any]) -> str:
         "membership | speedup |",
         "|---|---|---|---|---|---|---|",
     ]
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for row in found["rows"]:
-        measures = row["measures"]
-        accuracy = " / ".join(f"{value:.3f}" for value in measures["test accuracy"])
-        member = measures.get("membership of the removed")
-        membership = "" if member is None else " / ".join(f"{value:.2f}" for value in member)
+        groups.setdefault((row["model"], row["share"], row["what"]), []).append(row)
+    for (model, share, what), rows in groups.items():
+        numbers = [_mean([row[key] for row in rows], 2) for key in ("recovered", _WITHOUT)]
+        cells = [
+            _joined([_average(rows, name, place) for place in range(3)], form)
+            if name in rows[0]["measures"]
+            else ""
+            for name, form in (("test accuracy", ".3f"), ("membership of the removed", ".2f"))
+        ]
+        speedup = _mean([row["speedup"] for row in rows], 2)
         lines.append(
-            f"| {row['model']} | {row['share']:.0%} of {row['what']} | {row['recovered']:.2f} | "
-            f"{row[_WITHOUT]:.2f} | {accuracy} | {membership} | {row['speedup']:.2f} |"
+            f"| {model} | {share:.0%} of {what} | {' | '.join([*numbers, *cells, speedup])} |"
         )
     return "\n".join(lines)
+
+
+def _average(rows: list[dict[str, Any]], name: str, place: int) -> float:
+    return mean(row["measures"][name][place] for row in rows)
 
 
 TABLES = {"sgc": sgc, "unlearning": unlearning, "steps": steps, "attack": attack, "speed": speed}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.fidelity import kept as fidelity
+from experiments.index.plain_factors import plain_factors
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.cli.recorded_run import load_parts, sources
 from tda_lightning.cli.run_config import load_config
@@ -33,12 +35,7 @@ from tda_lightning.index.opened import in_session, sampled, training_source
 from tda_lightning.index.preparing import drawn
 from tda_lightning.index.responses import Responder, responder_of
 from tda_lightning.index.rounding import numbers_of, rounded, width_of
-from tda_lightning.index.samples import (
-    exact_scores,
-    query_coordinates,
-    sample_coordinates,
-    side_moments,
-)
+from tda_lightning.index.samples import exact_scores, query_coordinates, sample_coordinates
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
 
@@ -48,11 +45,20 @@ ESTIMATORS: dict[str, Estimator] = {
     "source": Source(),
     "tracin": TracIn(),
 }
-BYTES = (1024, 256, 4096, 64, 16384, 65536)
-KINDS = ("factors", "leading", "random")
-DTYPES = ("int4", "int8")
+KINDS = ("factors", "leading", "plain", "random")
+# Types of the numbers by bytes an example: with room for larger ones, small ones are not needed.
+DTYPES = {
+    64: ("int4", "int8"),
+    256: ("int4", "int8"),
+    1024: ("int4", "int8"),
+    4096: ("int8", "float16"),
+    16384: ("float16",),
+    65536: ("float16",),
+}
+_MOST_RANDOM = 1 << 14  # numbers: random directions are as large as the model, times their count
+_MOST_LEADING = 4096  # of them: principal components need samples as large
 _BATCH = 256
-_TOGETHER = 256  # examples whose coordinates are held at a time
+_TOGETHER = 8  # batches of examples whose coordinates are held at a time
 
 
 def main() -> None:
@@ -63,9 +69,8 @@ def main() -> None:
     parser.add_argument("problem", help="a study of experiments/fidelity")
     parser.add_argument("estimator", choices=ESTIMATORS)
     parser.add_argument("--run", required=True, type=Path)
-    parser.add_argument("--bytes", type=int, nargs="*", default=BYTES)
-    parser.add_argument("--kinds", nargs="*", default=KINDS)
-    parser.add_argument("--dtypes", nargs="*", default=DTYPES)
+    parser.add_argument("--bytes", type=int, nargs="*", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     study(options)
@@ -79,7 +84,7 @@ def study(options: argparse.Namespace) -> None:
         (size, kind, dtype)
         for size in options.bytes
         for kind in options.kinds
-        for dtype in options.dtypes
+        for dtype in DTYPES[size]
         if not any([size, kind, dtype] == row["key"] for row in found["rows"])
     ]
     estimator = ESTIMATORS[options.estimator]
@@ -106,11 +111,12 @@ def study(options: argparse.Namespace) -> None:
         RESULTS.mkdir(exist_ok=True)
         target.write_text(json.dumps(found, indent=1) + "\n")
 
-    def reference(session: Session) -> Tensor:
-        responder = responder_of(estimator, session)
-        return exact_scores(session, responder, everyone)
-
-    exact = in_session(attribution, source, queries, reference)
+    exact = in_session(
+        attribution,
+        source,
+        queries,
+        lambda session: exact_scores(session, responder_of(estimator, session), everyone),
+    )
     found["num_train"], found["num_query"] = count, len(queries)
     if left_out is not None and truth is not None:
         found["lds"] = float(_lds(exact, left_out, truth).mean())
@@ -119,41 +125,46 @@ def study(options: argparse.Namespace) -> None:
 
     def fit(session: Session) -> None:
         responder = responder_of(estimator, session)
-        moments = side_moments(session, responder, samples.directions, 0)
-        for size, kind, dtype in wanted:
-            width, began = width_of(size, dtype), time.process_time()
-            if kind == "random" and width * len(responder.terms) > 1 << 14:
-                continue  # its directions are as large as the model, times its width
-            made = fitted(kind, session, responder, width, moments, samples, 0)
-            fit_seconds = time.process_time() - began
-            row = _row(session, responder, made, dtype)
-            row |= {"key": [size, kind, dtype], "fit_seconds": round(fit_seconds, 1)}
-            found["rows"].append(row)
-            keep()
-            print(row, flush=True)
-
-    def _row(
-        session: Session, responder: Responder, made: Compression, dtype: str
-    ) -> dict[str, Any]:
         began = time.process_time()
-        parts = []
-        for at in range(0, count, _TOGETHER):
-            rows = [batch for batch in everyone if at <= batch[0] < at + _TOGETHER]
-            if rows:
-                parts.append(made.stored(sample_coordinates(session, responder, made, rows)))
-        codes, scales = rounded(torch.cat(parts), dtype)
-        rows_seconds = time.process_time() - began
-        numbers = numbers_of(codes, dtype, made.width) * torch.from_numpy(scales)[:, None]
+        most = {"random": _MOST_RANDOM // len(responder.terms), "leading": _MOST_LEADING}
+        here = [key for key in wanted if width_of(key[0], key[2]) <= most.get(key[1], 1 << 30)]
+        ours = [(kind, width_of(size, dtype)) for size, kind, dtype in here if kind != "plain"]
+        plain = [width_of(size, dtype) for size, kind, dtype in here if kind == "plain"]
+        made = fitted(session, responder, ours, samples, 0)
+        made += plain_factors(session, responder, plain, samples.directions)
+        here.sort(key=lambda key: key[1] == "plain")
+        fit_seconds = time.process_time() - began
+        codes = _walked(session, responder, made, [key[2] for key in here])
         before = session.queries, session.num_query
         placed = queries.checked(session.module)
         session.queries = lambda start, stop: _loaded(placed, start, stop, session)
         session.num_query = len(queries)
-        asked = made.asked(query_coordinates(session, responder, made))
+        coordinates = query_coordinates(session, responder, made)
         session.queries, session.num_query = before
-        return {
-            **_judged(made.dot(asked, numbers.to(asked)), exact, left_out, truth),
-            "rows_seconds": round(rows_seconds, 1),
-        }
+        found["fit_seconds"] = found.get("fit_seconds", 0) + round(fit_seconds, 1)
+        for key, own, (numbers, scales), asking in zip(here, made, codes, coordinates, strict=True):
+            rows = numbers_of(numbers, key[2], own.width) * torch.from_numpy(scales)[:, None]
+            asked = own.asked(asking)
+            values = own.dot(asked, rows.to(asked))
+            row = _judged(values, exact, left_out, truth)
+            found["rows"].append({**row, "key": list(key)})
+            keep()
+            print(found["rows"][-1], flush=True)
+
+    def _walked(
+        session: Session, responder: Responder, made: Sequence[Compression], dtypes: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What is stored of every training example, by compression: one walk for all."""
+        stored: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in made]
+        for at in range(0, len(everyone), _TOGETHER):
+            batches = everyone[at : at + _TOGETHER]
+            parts = sample_coordinates(session, responder, made, batches)
+            for rows, own, dtype, part in zip(stored, made, dtypes, parts, strict=True):
+                rows += [rounded(own.stored(terms), dtype) for terms in part]
+        return [
+            (np.concatenate([own[0] for own in rows]), np.concatenate([own[1] for own in rows]))
+            for rows in stored
+        ]
 
     in_session(attribution, source, asked_source, fit)
 

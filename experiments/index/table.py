@@ -16,6 +16,7 @@ README = HERE / "README.md"
 _TITLES = {
     "factors": "factor pairs",
     "leading": "leading coordinates",
+    "plain": "factor pairs alone",
     "random": "random projection",
 }
 

@@ -105,7 +105,8 @@ class AddEdges(_OfEdges):
 
     Attributes:
         edges: (from, to) each; in an adjacency matrix (row, column).
-        directed: whether (v, u) is left out where (u, v) comes.
+        directed: whether (v, u) is left out where (u, v) comes. Otherwise both are there
+            afterwards, each once.
     """
 
     def applied(self, graph: Any) -> Any:
@@ -120,7 +121,9 @@ class AddEdges(_OfEdges):
             u, v = new[:, int(there.nonzero()[0])].tolist()
             raise ValueError(f"AddEdges names the edge ({u}, {v}), which the graph has.")
         if not self.directed:
-            new = torch.cat([new, new.flip(0)], 1).unique(dim=1)
+            new = torch.cat([new, new.flip(0)], 1)
+            new = new[:, ~torch.isin(_codes(new), _codes(present))]
+        new = new.unique(dim=1)
         kept = torch.cat([torch.arange(present.shape[1]), torch.full((new.shape[1],), -1)])
         return with_edges(graph, torch.cat([present, new], 1), kept.to(present.device))
 

@@ -125,12 +125,16 @@ def final_curvature(settings: InverseSettings, session: Session) -> dict[str, Sp
 
 
 def decay_by_unit(session: Session, kind: str) -> dict[str, Tensor]:
-    """Weight decay of every parameter at the last step, by unit of curvature."""
+    """Weight decay of every parameter at the last step, by unit of curvature: the optimizer's, and
+    what a penalty in the loss amounts to."""
     trajectory = session.trajectory
     last = trajectory.last_step
     rates = weight_decay(trajectory, slice(last - 1, last))[0]
+    penalties = session.task.penalty.strengths
     filled = {
-        key: torch.full(fact.shape, float(rates[fact.group]), dtype=torch.float64)
+        key: torch.full(
+            fact.shape, float(rates[fact.group]) + penalties.get(key, 0.0), dtype=torch.float64
+        )
         for key, fact in trajectory.facts.parameters.items()
     }
     matrices = {block.name: block.matrix(filled) for block in session.blocks}

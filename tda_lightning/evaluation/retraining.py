@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.evaluation.stacked_replay import replay_stacked
+from tda_lightning.evaluation.stacked_replay import draws_alike, replay_stacked
 from tda_lightning.measurements import Measurement
 from tda_lightning.optimizers import rule_of
 from tda_lightning.records.data_module import require_data_module
@@ -33,7 +33,7 @@ from tda_lightning.replay.prepared import again_where_unseen, prepared
 from tda_lightning.replay.run import Replay, State, Walk
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import borrowed, load_tensors
-from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
+from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.session.moments import show
 from tda_lightning.tasks import (
     MEASURED_SEED,
@@ -102,7 +102,7 @@ def retrain_each(
         together: runs to train at once through ``torch.func.vmap``, equal up to rounding: 38
             times faster for an MLP of 1,400 weights (50 at once), 8 times for 18,000. 1 is the
             plain loop; an optimizer that mixes a parameter's elements always takes it, and so
-            does training that draws random numbers, as they were recorded.
+            does training whose recorded random numbers are not drawn alike for stacked models.
 
     Raises:
         As :func:`retrain` does.
@@ -115,7 +115,7 @@ def retrain_each(
         replay.task = prepared(replay)
     vectorised = rule_of(trajectory).elementwise and not replay.task.one_by_one
     vectorised &= weights.dim() == 2
-    if together > 1 and (not vectorised or _draws(replay)):
+    if together > 1 and not (vectorised and draws_alike(replay)):
         together = 1
     for part in weights.split(together):
         for state in again_where_unseen(replay, functools.partial(_run_all, replay, part)):
@@ -138,21 +138,6 @@ def _run(replay: Replay, weights: Tensor) -> State:
         for row in range(replay.trajectory.last_step):
             walk.step(row, own)
         return dict(walk.snapshot().tensors)
-
-
-def _draws(replay: Replay) -> bool:
-    """Whether the first step of a run, whose random states were recorded, draws from them, in its
-    batches or in its loss."""
-    if not replay.knows_randomness:
-        return False
-    with borrowed(replay.module), replay.as_trained():
-        walk = Walk(replay)
-        walk.restart(0)
-        for batch, examples, draws in walk.batches(0):
-            replay.loss_as_trained(batch, examples)
-            if draws is not None and not draws.fetch == draws.forward == Snapshot.take():
-                return True
-    return False
 
 
 def _check_weights(replay: Replay, weights: Tensor) -> None:

@@ -36,5 +36,5 @@ class Asker:
 
     def encode(self) -> Tensor:
         """The session's queries: [query, any]."""
-        coordinates = query_coordinates(self.session, self._responder, self._compression)
+        (coordinates,) = query_coordinates(self.session, self._responder, [self._compression])
         return self._compression.asked(coordinates).cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.module import AttributionModule
 from tda_lightning.index.appending import append_rows
-from tda_lightning.index.build import damage_of, shard_of
+from tda_lightning.index.build import damage_of, missing_rows, shard_of, there
 from tda_lightning.index.building import built
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.facts import IndexFacts
@@ -157,12 +158,13 @@ class AttributionIndex:
 
     def missing(self) -> list[tuple[int, int]]:
         """Rows (first, stop) whose shards are not there: of parts that have not been built."""
-        return [own for own in self.facts.ranges() if damage_of(self.path, self.facts, *own) == ""]
+        return missing_rows(self.path, self.facts)
 
     def damages(self) -> list[str]:
         """What is wrong with each damaged shard, which is named; reads all of the index. Calling
         :meth:`build` again makes these shards anew, and no others."""
-        found = (damage_of(self.path, self.facts, *own) for own in self.facts.ranges())
+        ranges = chain.from_iterable(there(self.path, self.facts))
+        found = (damage_of(self.path, self.facts, *own) for own in ranges)
         return [damage for damage in found if damage]
 
     def appended_rows(self, examples: object) -> tuple[int, int]:
@@ -203,7 +205,8 @@ class AttributionIndex:
         def work(session: Session) -> Tensor:
             responder = responder_of(attribution.estimator, session)
             compression = self.compression.to(session.device, session.dtype)
-            return compression.asked(query_coordinates(session, responder, compression)).cpu()
+            (coordinates,) = query_coordinates(session, responder, [compression])
+            return compression.asked(coordinates).cpu()
 
         return in_session(attribution, source, asked, work, measurement=measurement)
 
@@ -252,7 +255,7 @@ class AttributionIndex:
             raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
         factor = 1 / facts.num_train
         best = search(self.compression, asked, self.shards(among), facts.dtype, k, factor)
-        return best.result(0, rows)
+        return SearchResult.of(best, rows)
 
     def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tda_lightning.gradients import Gradient
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.facts import IndexFacts
 from tda_lightning.index.responses import Term
 from tda_lightning.index.rounding import rounded
+from tda_lightning.index.samples import averaged_coordinates
 from tda_lightning.records.errors import NonFiniteError, TrajectoryFormatError
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.pace import loaded_batches
 from tda_lightning.session.session import Session
 from tda_lightning.store.index_files import Shard, read_shard, write_shard
-from tda_lightning.store.layout import shard_file
+from tda_lightning.store.layout import SHARD_NAME, shard_file
 
 _TOGETHER = 256  # rows whose coordinates are held at a time
 
@@ -66,6 +69,38 @@ def damage_of(root: Path, facts: IndexFacts, first: int, stop: int) -> str | Non
     return None
 
 
+def there(root: Path, facts: IndexFacts) -> list[list[tuple[int, int]]]:
+    """The rows, first to stop, of every shard that is searched and has a file, in order, by stretch
+    (:meth:`IndexFacts.stretches`). Found by their names: an index may claim more rows than can be
+    gone through."""
+    folder = shard_file(root, 0, 1).parent
+    names = os.listdir(folder) if folder.is_dir() else []
+    matches = (SHARD_NAME.fullmatch(name) for name in names)
+    ranges = sorted((int(own[1]), int(own[2])) for own in matches if own)
+    return [
+        [
+            (first, stop)
+            for first, stop in ranges
+            if start <= first < end
+            and (first - start) % facts.shard == 0
+            and stop == min(first + facts.shard, end)
+        ]
+        for start, end in facts.stretches()
+    ]
+
+
+def missing_rows(root: Path, facts: IndexFacts) -> list[tuple[int, int]]:
+    """The rows, first to stop, between the shards that have a file."""
+    gaps = []
+    for (start, end), ranges in zip(facts.stretches(), there(root, facts), strict=True):
+        before = start
+        for first, stop in [*ranges, (end, end)]:
+            if before < first:
+                gaps.append((before, first))
+            before = stop
+    return gaps
+
+
 def shard_of(root: Path, facts: IndexFacts, first: int, stop: int) -> Shard:
     """The shard of these rows.
 
@@ -89,26 +124,22 @@ def _rows(
     size = session.walk_size
     batches = [range(at, min(at + size, rows.stop)) for at in range(rows.start, rows.stop, size)]
     order = [[row - first_row for row in batch] for batch in batches]
-    coordinates = []
-    for number, term in enumerate(terms):
-        total: Tensor | None = None
-        for step in term.steps:
-            session.load(step)
-            found = []
-            loaded = loaded_batches(source, session.module, list(enumerate(order)))
-            for _, examples, data in loaded:
-                # The index seeds an example's noise; those appended come after all others.
-                gradients = session.train_gradients(data, examples + first_row).blocks
-                found.append(compression.coordinates(number, gradients))
-            own = torch.cat(found)
-            total = own if total is None else total + own
-        assert total is not None
-        mean = total / len(term.steps)
-        if first_row == 0:  # others count as used evenly
+
+    def walk() -> Iterator[Mapping[str, Gradient]]:
+        for _, indices, data in loaded_batches(source, session.module, list(enumerate(order))):
+            # The index seeds an example's noise; those appended come after all others.
+            examples = (indices + first_row).to(session.device)
+            yield session.train_gradients(data, examples).blocks
+
+    (found,) = averaged_coordinates(terms, session, [compression], walk)
+    if first_row == 0:  # others count as used evenly
+        for number, term in enumerate(terms):
             weights = session.weights(torch.arange(rows.start, rows.stop), term.used)
-            mean = mean if weights is None else mean * weights[:, None]
-        coordinates.append(mean)
-    stored = compression.stored(torch.cat(coordinates, dim=1))
+            if weights is None:
+                continue
+            for own, part in zip(found, weights[:, None].split(size), strict=True):
+                own[number] = own[number] * part
+    stored = torch.cat([compression.stored(own) for own in found])
     if not bool(stored.isfinite().all()):
         row = int((~stored.isfinite().all(1)).nonzero()[0])
         raise NonFiniteError(

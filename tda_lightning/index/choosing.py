@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tda_lightning.index.compression import Compression
+from tda_lightning.index.compression import Compression, Coordinates
 from tda_lightning.index.directions import LeadingCoordinates, all_coordinates
 from tda_lightning.index.factors import FactorPairs
-from tda_lightning.index.fit_directions import fit_directions
-from tda_lightning.index.fit_factors import fit_factors
+from tda_lightning.index.fit_directions import mixed, unmixed_directions
+from tda_lightning.index.fit_factors import BlockShares, scaled
 from tda_lightning.index.random_projection import RandomProjection
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.rounding import numbers_of, rounded, width_of
 from tda_lightning.index.samples import (
-    BlockMoments,
-    exact_scores,
+    ExactScores,
     query_coordinates,
     sample_coordinates,
     side_moments,
 )
 from tda_lightning.session.session import Session
+
+# Coordinates of layers that compete for a place among the leading ones. More cost time in
+# proportion, and memory times the sample.
+_GRID = 16384
 
 
 @dataclass(frozen=True)
@@ -57,49 +60,121 @@ def chosen_compression(
     for dtype in reversed(dtypes):  # the most precise one that has room for everything
         if width_of(bytes_per_example, dtype) >= everything.width:
             return everything, dtype, {}
-    moments = side_moments(session, responder, samples.directions, seed)
-    exact = exact_scores(session, responder, samples.judging)
-    tried: dict[str, tuple[Compression, str]] = {}
-    agreement = {}
-    for dtype in dtypes:
-        for kind in kinds:
-            width = width_of(bytes_per_example, dtype)
-            made = fitted(kind, session, responder, width, moments, samples, seed)
-            name = f"{kind} in {dtype}"
-            tried[name] = (made, dtype)
-            agreement[name] = _agreement(session, responder, made, dtype, samples.judging, exact)
-    return *tried[max(agreement, key=lambda name: agreement[name])], agreement
+    tried = [(kind, dtype) for dtype in dtypes for kind in kinds]
+    wanted = [(kind, width_of(bytes_per_example, dtype)) for kind, dtype in tried]
+    exact = ExactScores(session, responder, samples.judging)
+    fits = _fits(session, responder, wanted, samples, seed, exact)
+    agreement = {
+        f"{kind} in {dtype}": _agreement(own, dtype, exact.values)
+        for (kind, dtype), own in zip(tried, fits, strict=True)
+    }
+    best = max(range(len(tried)), key=lambda number: list(agreement.values())[number])
+    return fits[best].compression, tried[best][1], agreement
 
 
 def fitted(
-    kind: str,
     session: Session,
     responder: Responder,
-    width: int,
-    moments: Sequence[Mapping[str, BlockMoments]],
+    wanted: Sequence[tuple[str, int]],
     samples: Samples,
     seed: int,
-) -> Compression:
-    """A compression of a kind, to ``width`` numbers at most."""
-    if kind == LeadingCoordinates.kind:
-        return fit_directions(session, responder, width, moments, samples.components)
-    if kind == FactorPairs.kind:
-        return fit_factors(session, responder, width, moments, samples.directions)
-    return RandomProjection.drawn(session, len(responder.terms), width, seed)
+) -> list[Compression]:
+    """Compressions of these kinds, each to so many numbers at most."""
+    fits = _fits(session, responder, wanted, replace(samples, judging=()), seed, None)
+    return [own.compression for own in fits]
 
 
-def _agreement(
+@dataclass(frozen=True)
+class _Fit:
+    """A compression, with its coordinates of the judging sample, [batch][term], and of the
+    session's queries."""
+
+    compression: Compression
+    judging: list[list[Coordinates]]
+    asked: Tensor
+
+
+def _fits(
     session: Session,
     responder: Responder,
-    compression: Compression,
-    dtype: str,
-    sample: Sequence[Sequence[int]],
-    exact: Tensor,
-) -> float:
-    stored = compression.stored(sample_coordinates(session, responder, compression, sample))
-    codes, scales = rounded(stored, dtype)
+    wanted: Sequence[tuple[str, int]],
+    samples: Samples,
+    seed: int,
+    exact: ExactScores | None,
+) -> list[_Fit]:
+    """Every response is computed twice and every gradient of a sample once or twice, however many
+    compressions are wanted: that is where the time goes."""
+    drafts, places = _drafts(session, responder, wanted, samples, seed)
+    fitted_to: list[list[list[Coordinates]]] = [[] for _ in drafts]
+    for kind, sample in (
+        (LeadingCoordinates.kind, samples.components),
+        (FactorPairs.kind, samples.directions),
+    ):
+        own = [place for place, draft in enumerate(drafts) if draft.kind == kind]
+        found = sample_coordinates(session, responder, [drafts[place] for place in own], sample)
+        for place, coordinates in zip(own, found, strict=True):
+            fitted_to[place] = coordinates
+    judging = sample_coordinates(session, responder, drafts, samples.judging)
+    asked = query_coordinates(session, responder, drafts, exact)
+    return [
+        _finished(drafts[place], width, fitted_to[place], judging[place], asked[place])
+        for place, (_, width) in zip(places, wanted, strict=True)
+    ]
+
+
+def _drafts(
+    session: Session,
+    responder: Responder,
+    wanted: Sequence[tuple[str, int]],
+    samples: Samples,
+    seed: int,
+) -> tuple[list[Compression], list[int]]:
+    """Compressions as far as second moments tell, and the place of each that is wanted among
+    them."""
+    kinds = {kind for kind, _ in wanted}
+    if kinds - {RandomProjection.kind}:
+        moments = side_moments(session, responder, samples.directions, seed)
+    if FactorPairs.kind in kinds:
+        shares = BlockShares.measured(session, responder, moments, samples.directions)
+    drafts: list[Compression] = []
+    made: dict[tuple[str, int], int] = {}
+    places = []
+    for kind, width in wanted:
+        size = max(_GRID, width) if kind == LeadingCoordinates.kind else width
+        if (kind, size) not in made:
+            made[kind, size] = len(drafts)
+            if kind == LeadingCoordinates.kind:
+                drafts.append(unmixed_directions(session, moments, size))
+            elif kind == FactorPairs.kind:
+                drafts.append(shares.cut(session, size))
+            else:
+                drafts.append(RandomProjection.drawn(session, len(responder.terms), size, seed))
+        places.append(made[kind, size])
+    return drafts, places
+
+
+def _finished(
+    draft: Compression,
+    width: int,
+    sample: list[list[Coordinates]],
+    judging: list[list[Coordinates]],
+    asked: Tensor,
+) -> _Fit:
+    """The draft, fitted to what the sample and the queries show."""
+    if isinstance(draft, FactorPairs):
+        return _Fit(scaled(draft, sample, asked), judging, asked)
+    if isinstance(draft, LeadingCoordinates):
+        gradients = torch.cat([torch.cat(terms, dim=1) for terms in sample])
+        made, kept = mixed(draft, gradients, asked, width)
+        return _Fit(made, [[torch.cat(own, dim=1)[:, kept]] for own in judging], asked[:, kept])
+    return _Fit(draft, judging, asked)
+
+
+def _agreement(fit: _Fit, dtype: str, exact: Tensor) -> float:
+    compression = fit.compression
+    codes, scales = rounded(torch.cat([compression.stored(own) for own in fit.judging]), dtype)
     rows = numbers_of(codes, dtype, compression.width) * torch.from_numpy(scales)[:, None]
-    asked = compression.asked(query_coordinates(session, responder, compression))
+    asked = compression.asked(fit.asked)
     values = compression.dot(asked, rows.to(asked))
     return float(_correlation(values.double(), exact.double()).mean())
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tda_lightning.gradients import Gradient
+
+# Of a batch of examples in a term, as a kind of compression has them: those at two checkpoints are
+# added by +, and multiplied with weights [batch, 1] by *.
+Coordinates: TypeAlias = Any
 
 
 class Compression(Protocol):
@@ -16,8 +20,8 @@ class Compression(Protocol):
 
     Gradients and responses first become coordinates, by a linear map for each term
     (``responses.py``), so that those of several checkpoints can be averaged. Of an example's
-    coordinates, those of all terms one after the other, ``width`` numbers are stored. A new kind is
-    a class that has these, listed in ``compressions.py``.
+    coordinates in all terms ``width`` numbers are stored. A new kind is a class that has these,
+    listed in ``compressions.py``.
 
     Attributes:
         kind: its name in files.
@@ -32,12 +36,12 @@ class Compression(Protocol):
     def width(self) -> int:
         """How many numbers are stored of an example."""
 
-    def coordinates(self, term: int, gradients: Mapping[str, Gradient]) -> Tensor:
-        """Of a term's gradients, by block: [batch, coordinate of the term]."""
+    def coordinates(self, term: int, gradients: Mapping[str, Gradient]) -> Coordinates:
+        """Of a term's gradients, by block."""
 
-    def stored(self, coordinates: Tensor) -> Tensor:
-        """What is kept of examples with these coordinates: [batch, width], all of about one size,
-        so that they can be rounded together."""
+    def stored(self, coordinates: Sequence[Coordinates]) -> Tensor:
+        """What is kept of examples with these coordinates, of one term after the other: [batch,
+        width], all of about one size, so that they can be rounded together."""
 
     def response_coordinates(self, term: int, responses: Mapping[str, Tensor]) -> Tensor:
         """Of a term's responses [query, groups, rows, columns], by block: [query, coordinate of

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tda_lightning.gradients import Gradient
 from tda_lightning.gradients.basis import matmul_sides
+from tda_lightning.index.matrices import Matrices
 from tda_lightning.session.session import Session
 
 
@@ -45,9 +46,7 @@ class Grid:
 
     def of_gradients(self, gradient: Gradient) -> Tensor:
         """[batch, coordinate]."""
-        # Small as the coordinates are, the products of a convolution on their way are not.
-        chunks = gradient.chunks()
-        return torch.cat([self._kept(gradient.rotated(rows, *self.examples)) for rows in chunks])
+        return self._kept(Matrices.of(gradient, *self.examples).dense())
 
     def of_responses(self, responses: Tensor) -> Tensor:
         """[query, coordinate]."""
@@ -90,9 +89,9 @@ class LeadingCoordinates:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         return gradient_coordinates(self.grids[term], gradients)
 
-    def stored(self, coordinates: Tensor) -> Tensor:
+    def stored(self, coordinates: Sequence[Tensor]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
-        return _mixed(coordinates, self.mix)
+        return _mixed(torch.cat(list(coordinates), dim=1), self.mix)
 
     def response_coordinates(self, term: int, responses: Mapping[str, Tensor]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""

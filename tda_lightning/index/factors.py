@@ -13,7 +13,7 @@ layer not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients import Gradient
-from tda_lightning.index.directions import Grid, gradient_coordinates, response_coordinates
+from tda_lightning.index.directions import Grid, response_coordinates
+from tda_lightning.index.matrices import BlockMatrices, Matrices
 
-_ROUNDS = 4  # of subspace iteration
 _PARTS = ("left", "left_responses", "right", "right_responses", "row_scale", "column_scale")
 
 
@@ -82,19 +82,6 @@ class FactoredBlock:
             (self.left[term], self.right), (self.left_responses[term], self.right_responses), None
         )
 
-    def factored(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """u [batch, groups, sum of a, c] and v [batch, groups, b, c] of matrices [batch, groups,
-        sum of a, b], of one length."""
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(matrices.shape[1], matrices.shape[3], self.rank, generator=generator)
-        v = start.to(matrices).expand(len(matrices), -1, -1, -1)
-        for _ in range(_ROUNDS):
-            u = torch.linalg.qr(matrices @ v).Q
-            v = matrices.mT @ u
-        size = v.norm(dim=2, keepdim=True)
-        root = size.clamp(min=torch.finfo(v.dtype).tiny).sqrt()
-        return u * size / root, v / root
-
 
 @dataclass(frozen=True)
 class FactorPairs:
@@ -113,22 +100,34 @@ class FactorPairs:
         """How many numbers are stored of an example."""
         return sum(own.width for own in self.blocks.values())
 
-    def coordinates(self, term: int, gradients: Mapping[str, Gradient]) -> Tensor:
+    def coordinates(self, term: int, gradients: Mapping[str, Gradient]) -> BlockMatrices:
         """See :class:`~tda_lightning.index.compression.Compression`."""
-        return gradient_coordinates(self._grids(term), gradients)
+        return BlockMatrices(
+            {
+                name: Matrices.of(gradients[name], own.left[term], own.right)
+                for name, own in self.blocks.items()
+                if own.heights[term]
+            }
+        )
 
     def response_coordinates(self, term: int, responses: Mapping[str, Tensor]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
-        return response_coordinates(self._grids(term), responses)
+        chosen = {name: own for name, own in self.blocks.items() if own.heights[term]}
+        return response_coordinates(
+            {name: own.grid(term) for name, own in chosen.items()}, responses
+        )
 
-    def stored(self, coordinates: Tensor) -> Tensor:
+    def stored(self, coordinates: Sequence[BlockMatrices]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         parts = []
-        for name, matrices in self.matrices(coordinates):
-            own = self.blocks[name]
-            u, v = own.factored(matrices)
+        for name, own in self.blocks.items():
+            u, v = self.stacked(name, coordinates).leading(own.rank)
             parts += [u / own.row_scale[..., None], v / own.column_scale[..., None]]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def stacked(self, name: str, coordinates: Sequence[BlockMatrices]) -> Matrices:
+        """The matrices of a block with these coordinates, term below term."""
+        return Matrices.stacked([own.blocks[name] for own in coordinates if name in own.blocks])
 
     def asked(self, coordinates: Tensor) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
@@ -205,12 +204,8 @@ class FactorPairs:
         }
         return self.restored(placed)
 
-    def _grids(self, term: int) -> dict[str, Grid]:
-        chosen = {name: own for name, own in self.blocks.items() if own.heights[term]}
-        return {name: own.grid(term) for name, own in chosen.items()}
-
     def matrices(self, coordinates: Tensor) -> list[tuple[str, Tensor]]:
-        """Each block's coordinates as matrices [batch, groups, sum of a, b], by name."""
+        """The coordinates of queries as matrices [query, groups, sum of a, b], by block."""
         by_block: dict[str, list[Tensor]] = {name: [] for name in self.blocks}
         terms = len(next(iter(self.blocks.values())).left)
         before = 0

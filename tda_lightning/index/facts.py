@@ -73,10 +73,16 @@ class IndexFacts:
     def ranges(self) -> Iterator[tuple[int, int]]:
         """The rows, first to stop, of every shard that is searched, in order. One by one: a file
         may claim any number of them."""
-        yield from self.cut(0, self.num_train)
+        for stretch in self.stretches():
+            yield from self.cut(*stretch)
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The rows, first to stop, that are searched: the training set's, then those of each data
+        set that was appended. Shards do not reach from one into the next."""
+        yield 0, self.num_train
         for own in self.appended:
             if own.finished:
-                yield from self.cut(own.first, own.first + own.count)
+                yield own.first, own.first + own.count
 
     def rows_of(self, count: int, fingerprint: Mapping[str, str] | None) -> tuple[int, int]:
         """The rows (first, stop) of examples that were appended.

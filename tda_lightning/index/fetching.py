@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import fsspec
 
 from tda_lightning.store.atomic_write import make_folder, replacing
-from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE, shard_file
-
-_SHARD = re.compile(r"(\d{12})-(\d{12})\.h5")
+from tda_lightning.store.layout import COMPRESSION_FILE, INDEX_FILE, SHARD_NAME, shard_file
 
 
 def fetch_files(url: str, target: Path) -> None:
@@ -34,7 +31,7 @@ def fetch_files(url: str, target: Path) -> None:
     files = [COMPRESSION_FILE]
     for name in system.ls(f"{root}/{Path(shard_file(Path(), 0, 1)).parent}", detail=False):
         # Names come from the store: no other than a shard's leads anywhere.
-        if found := _SHARD.fullmatch(name.rpartition("/")[2]):
+        if found := SHARD_NAME.fullmatch(name.rpartition("/")[2]):
             files.append(str(shard_file(Path(), int(found[1]), int(found[2]))))
     for file in [*files, INDEX_FILE]:
         _fetch(system, f"{root}/{file}", target / file)

@@ -15,36 +15,23 @@ from tda_lightning.index.directions import (
     coordinate_count,
     sizes,
 )
-from tda_lightning.index.responses import Responder
-from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
+from tda_lightning.index.samples import BlockMoments
 from tda_lightning.index.sides import Side
 from tda_lightning.session.session import Session
 
-# Coordinates that compete for their place, and that principal components are taken of. More of
-# either costs time in proportion, and memory times the sample.
-GRID, MIXED = 16384, 4096
+# Coordinates that principal components are taken of. More cost time in proportion.
+MIXED = 4096
 
 
-def fit_directions(
-    session: Session,
-    responder: Responder,
-    width: int,
-    moments: Sequence[Mapping[str, BlockMoments]],
-    sample: Sequence[Sequence[int]],
+def unmixed_directions(
+    session: Session, moments: Sequence[Mapping[str, BlockMoments]], room: int
 ) -> LeadingCoordinates:
-    """The best ``width`` coordinates for the responses of the session's queries and the gradients
-    of the sample.
-
-    Args:
-        moments: of every term, by block.
-    """
+    """The ``room`` coordinates of layers that matter most, as far as the moments of every term, by
+    block, can tell."""
     sides = [{n: (own.left, own.right) for n, own in sorted(term.items())} for term in moments]
-    grids = _grids(session, sides, max(GRID, width))
-    ones = torch.ones(sum(map(coordinate_count, grids)), device=session.device)
-    unmixed = LeadingCoordinates(grids, ones, ones)
-    gradients = sample_coordinates(session, responder, unmixed, sample)
-    responses = query_coordinates(session, responder, unmixed)
-    return _mixed(grids, gradients, responses, width)
+    grids = _grids(session, sides, room)
+    ones = torch.ones(sum(map(coordinate_count, grids)), device=session.device, dtype=session.dtype)
+    return LeadingCoordinates(grids, ones, ones)
 
 
 Sides = list[dict[str, tuple[Side, Side]]]
@@ -87,35 +74,40 @@ def _grids(session: Session, sides: Sides, room: int) -> Grids:
     return grids
 
 
-def _mixed(grids: Grids, gradients: Tensor, responses: Tensor, width: int) -> LeadingCoordinates:
-    """The principal components of ``gradients`` [example, coordinate], weighed by ``responses``
-    [query, coordinate]."""
+def mixed(
+    unmixed: LeadingCoordinates, gradients: Tensor, responses: Tensor, width: int
+) -> tuple[LeadingCoordinates, Tensor]:
+    """The ``width`` principal components of the coordinates, and which of them they are made of, as
+    a mask.
+
+    Args:
+        gradients: of a sample, [example, coordinate].
+        responses: of queries, by which they are weighed, [query, coordinate].
+    """
     asked = responses.double().square().mean(0)
     offered = gradients.double().square().mean(0)
-    shares = asked * offered
-    room = max(MIXED, width)
-    if len(shares) > room:
-        best = torch.zeros_like(shares, dtype=torch.bool)
-        best[shares.topk(room).indices] = True
-        grids, gradients = _chosen(grids, best), gradients[:, best]
-        asked, offered = asked[best], offered[best]
+    best = torch.ones_like(asked, dtype=torch.bool)
+    if len(asked) > (room := max(MIXED, width)):
+        best = _largest(asked * offered, room)
     # Of a sample, components beyond half its size are noise.
-    if width >= min(len(asked), len(gradients) // 2):
+    if width >= min(int(best.sum()), len(gradients) // 2):
         if len(asked) > width:
-            best = torch.zeros_like(asked, dtype=torch.bool)
-            best[(asked * offered).topk(width).indices] = True
-            grids, offered = _chosen(grids, best), offered[best]
-        size = sizes(offered)
-        return LeadingCoordinates(grids, size.reciprocal().to(gradients), size.to(gradients))
-    asked = _positive(asked).sqrt()
-    weighed = gradients.double() * asked
-    vectors, values = _principal(weighed, width)
-    values = sizes(values)
-    return LeadingCoordinates(
-        grids,
-        (asked[:, None] * vectors / values).to(gradients),
-        (vectors * values / asked[:, None]).to(gradients),
-    )
+            best = _largest(asked * offered, width)
+        size = sizes(offered[best])
+        mixes = size.reciprocal(), size
+    else:
+        root = _positive(asked[best]).sqrt()
+        vectors, values = _principal(gradients[:, best].double() * root, width)
+        values = sizes(values)
+        mixes = root[:, None] * vectors / values, vectors * values / root[:, None]
+    grids = _chosen(unmixed.grids, best)
+    return LeadingCoordinates(grids, *(own.to(gradients) for own in mixes)), best
+
+
+def _largest(shares: Tensor, count: int) -> Tensor:
+    best = torch.zeros_like(shares, dtype=torch.bool)
+    best[shares.topk(count).indices] = True
+    return best
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tda_lightning.index.directions import sizes
 from tda_lightning.index.factors import FactoredBlock, FactorPairs
+from tda_lightning.index.matrices import BlockMatrices
 from tda_lightning.index.responses import Responder
-from tda_lightning.index.samples import BlockMoments, query_coordinates, sample_coordinates
+from tda_lightning.index.samples import BlockMoments, sample_coordinates
 from tda_lightning.index.sides import Side, balanced
 from tda_lightning.session.session import Session
 
@@ -21,26 +22,37 @@ _BY_WEIGHT = 0.25  # 0: numbers of one size; 1: numbers whose rounding costs sco
 _STEPS = 512  # of the search for the best widths: so many parts of the budget
 
 
-def fit_factors(
-    session: Session,
-    responder: Responder,
-    width: int,
-    moments: Sequence[Mapping[str, BlockMoments]],
-    sample: Sequence[Sequence[int]],
-) -> FactorPairs:
-    """Pairs of vectors of ``width`` numbers together, for the responses of the session's queries
-    and the gradients of the sample.
+@dataclass(frozen=True)
+class BlockShares:
+    """What directions and pairs of a run's blocks hold, from which any number of them is cut.
 
-    Args:
-        moments: of every term, by block.
+    Attributes:
+        sides: all directions, by block.
+        ranks: share of the squared singular values that the first 0, 1, ... hold, by block.
     """
-    names = sorted(block.name for block in session.blocks)
-    blocks = {name: _whole(moments, name) for name in names}
-    ranks = _shares_by_rank(session, responder, blocks, sample)
-    chosen = _allocated(blocks, ranks, width)
-    place = (session.device, session.dtype)
-    cut = {name: blocks[name].cut(*own, *place) for name, own in chosen.items()}
-    return _scaled(session, responder, FactorPairs(cut), sample)
+
+    sides: Mapping[str, _Sides]
+    ranks: Mapping[str, list[float]]
+
+    @classmethod
+    def measured(
+        cls,
+        session: Session,
+        responder: Responder,
+        moments: Sequence[Mapping[str, BlockMoments]],
+        sample: Sequence[Sequence[int]],
+    ) -> BlockShares:
+        """From the moments of every term, by block, and singular values of some of the sample."""
+        sides = {name: _whole(moments, name) for name in sorted(moments[0])}
+        return cls(sides, _shares_by_rank(session, responder, sides, sample))
+
+    def cut(self, session: Session, width: int) -> FactorPairs:
+        """Pairs of vectors of ``width`` numbers together, unscaled."""
+        chosen = _allocated(self.sides, self.ranks, width)
+        place = (session.device, session.dtype)
+        return FactorPairs(
+            {name: self.sides[name].cut(*own, *place) for name, own in chosen.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,10 @@ def _shares_by_rank(
         }
     )
     few = [batch[:_TRIED] for batch in sample[:1]]
+    ((coordinates,),) = sample_coordinates(session, responder, [leading], few)
     shares = {}
-    for name, matrices in leading.matrices(sample_coordinates(session, responder, leading, few)):
+    for name in blocks:
+        matrices = leading.stacked(name, coordinates).dense()
         squares = torch.linalg.svdvals(matrices.float()).square().sum((0, 1))[:_RANKS]
         whole = matrices.float().square().sum()
         shares[name] = [0.0, *(squares.cumsum(0) / whole.clamp(min=1e-30)).tolist()]
@@ -208,8 +222,8 @@ def _moves(
         yield replace(choice, rank=choice.rank + 1)
 
 
-def _scaled(
-    session: Session, responder: Responder, pairs: FactorPairs, sample: Sequence[Sequence[int]]
+def scaled(
+    pairs: FactorPairs, sample: Sequence[Sequence[BlockMatrices]], queries: Tensor
 ) -> FactorPairs:
     """The same with u and v scaled for rounding.
 
@@ -217,22 +231,25 @@ def _scaled(
     numbers would lose the same share, those that scores hardly depend on too; divided by one over
     their weight in scores, rounding would cost scores the same by each number, but the largest
     would need more levels than there are. The scale is in between (``_BY_WEIGHT``).
+
+    Args:
+        sample: coordinates of examples: [batch][term].
+        queries: those of queries.
     """
-    asked = dict(pairs.matrices(query_coordinates(session, responder, pairs)))
-    scaled = {}
-    for name, matrices in pairs.matrices(sample_coordinates(session, responder, pairs, sample)):
+    made = {}
+    for name, asked in pairs.matrices(queries):
         own = pairs.blocks[name]
-        u, v = own.factored(matrices)
-        rows, columns = u.square().mean((0, 3)), v.square().mean((0, 3))
-        squares = asked[name].square().mean(0)  # [groups, sum of a, b]
+        found = [pairs.stacked(name, coordinates).leading(own.rank) for coordinates in sample]
+        rows, columns = (torch.cat(side).square().mean((0, 3)) for side in zip(*found, strict=True))
+        squares = asked.square().mean(0)  # [groups, sum of a, b]
         row_weights = (squares @ columns[..., None])[..., 0]
         column_weights = (squares.mT @ rows[..., None])[..., 0]
-        scaled[name] = replace(
+        made[name] = replace(
             own,
             row_scale=_scale(rows, row_weights),
             column_scale=_scale(columns, column_weights),
         )
-    return FactorPairs(scaled)
+    return FactorPairs(made)
 
 
 def _scale(squares: Tensor, weights: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ class RandomProjection:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         return Projection(self.width, self.sides[term]).coordinates(gradients)
 
-    def stored(self, coordinates: Tensor) -> Tensor:
+    def stored(self, coordinates: Sequence[Tensor]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
-        return coordinates.unflatten(1, (len(self.sides), self.width)).sum(1)
+        return torch.stack(list(coordinates)).sum(0)
 
     def response_coordinates(self, term: int, responses: Mapping[str, Tensor]) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
@@ -59,7 +59,7 @@ class RandomProjection:
 
     def asked(self, coordinates: Tensor) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
-        return self.stored(coordinates)
+        return coordinates.unflatten(1, (len(self.sides), self.width)).sum(1)
 
     def dot(self, asked: Tensor, stored: Tensor) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""

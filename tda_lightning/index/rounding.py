@@ -14,6 +14,8 @@ _LARGEST = {"int4": 7, "int8": 127, "float16": 1}
 # mean square are tried. Of normal numbers 2.5 is best.
 _CUTS = (1.8, 2.2, 2.6, 3.2, 4.0, 5.0, 7.0)
 _INT4_OFFSET = 8
+_TRIED = 512  # numbers of a row that cuts are tried on, at most
+_NEAR = 128  # rows whose cuts are tried together: they stay in the processor's cache
 
 
 def width_of(bytes_per_example: int, dtype: str) -> int:
@@ -45,17 +47,17 @@ def bytes_of(width: int, dtype: str) -> int:
 def rounded(rows: Tensor, dtype: str) -> tuple[NDArray[np.generic], NDArray[np.floating]]:
     """Rows [row, width] as (codes of ``dtype`` [row, column], scales [row]): a row is about scale
     times its codes."""
-    values = rows.detach().cpu().double().numpy()
+    values = rows.detach().cpu()
     if dtype in ("float32", "float64"):
-        return values.astype(dtype), np.ones(len(values), scale_dtype(dtype))
-    limits = _int4_limits(values) if dtype == "int4" else np.abs(values).max(1, initial=0.0)
+        return values.numpy().astype(dtype), np.ones(len(values), scale_dtype(dtype))
+    limits = _int4_limits(values) if dtype == "int4" else values.abs().amax(1)
     scales = limits / _LARGEST[dtype]
-    scales = np.where(scales > 0, scales, 1.0).astype(scale_dtype(dtype))
+    scales = torch.where(scales > 0, scales, 1.0).float()
     quotients = values / scales[:, None]
     if dtype == "float16":
-        return quotients.astype(np.float16), scales
-    integers = np.rint(quotients).clip(-_LARGEST[dtype], _LARGEST[dtype]).astype(np.int8)
-    return (_packed(integers) if dtype == "int4" else integers), scales
+        return quotients.half().numpy(), scales.numpy()
+    integers = quotients.round_().clamp_(-_LARGEST[dtype], _LARGEST[dtype]).to(torch.int8)
+    return (_packed(integers) if dtype == "int4" else integers).numpy(), scales.numpy()
 
 
 def numbers_of(codes: NDArray[np.generic], dtype: str, width: int) -> Tensor:
@@ -88,22 +90,30 @@ def number_dtype(dtype: str) -> torch.dtype:
     return torch.float64 if dtype == "float64" else torch.float32
 
 
-def _packed(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
-    shifted = (integers + _INT4_OFFSET).astype(np.uint8)
+def _packed(integers: Tensor) -> Tensor:
+    shifted = (integers + _INT4_OFFSET).to(torch.uint8)
     if shifted.shape[1] % 2:
-        shifted = np.pad(shifted, ((0, 0), (0, 1)), constant_values=_INT4_OFFSET)
-    return (shifted[:, ::2] | shifted[:, 1::2] << 4).astype(np.uint8)
+        shifted = torch.nn.functional.pad(shifted, (0, 1), value=_INT4_OFFSET)
+    return shifted[:, ::2] | shifted[:, 1::2] << 4
 
 
-def _int4_limits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _int4_limits(values: Tensor) -> Tensor:
     """Where each row's numbers are cut, so that what rounding and cutting lose together is
     least."""
-    size = np.sqrt(np.square(values).mean(1))
-    best, least = np.zeros(len(values)), np.full(len(values), np.inf)
+    width = values.shape[1]
+    if width > _TRIED:  # drawn: those at equal distances could be of one kind
+        drawn = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+        values = values[:, drawn[:_TRIED]]
+    return torch.cat([_best_cuts(part) for part in values.split(_NEAR)])
+
+
+def _best_cuts(values: Tensor) -> Tensor:
+    size = values.square().mean(1, keepdim=True).sqrt()
+    relative = values.abs().div_(torch.where(size > 0, size, 1.0))
+    kept, lost = torch.empty_like(relative), []
     for cut in _CUTS:
-        step = np.where(size > 0, cut * size / _LARGEST["int4"], 1.0)
-        kept = np.rint(values / step[:, None]).clip(-_LARGEST["int4"], _LARGEST["int4"])
-        lost = np.square(kept * step[:, None] - values).sum(1)
-        better = lost < least
-        best, least = np.where(better, cut * size, best), np.where(better, lost, least)
-    return best
+        step = cut / _LARGEST["int4"]
+        torch.mul(relative, 1 / step, out=kept).round_().clamp_(max=_LARGEST["int4"])
+        lost.append(kept.mul_(step).sub_(relative).square_().sum(1))
+    best = torch.stack(lost).argmin(0)
+    return size[:, 0] * torch.tensor(_CUTS).to(size)[best]

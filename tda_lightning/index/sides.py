@@ -1,11 +1,11 @@
 r"""Directions for one side of a layer's gradients: what is asked and what is there share them.
 
 A layer's gradients D and the responses Q that they meet are matrices, and a score is their inner
-product. Let :math:`M_D = E[D D^\top]` and :math:`M_Q = E[Q Q^\top]` be the second moments of their
-row side. With :math:`M_Q^{1/2} M_D^{1/2} = U S V^\top`,
+product. Let :math:`M_D = E[D D^\top] = L_D L_D^\top` and :math:`M_Q = E[Q Q^\top] = L_Q L_Q^\top`
+be the second moments of their row side. With :math:`L_Q^\top L_D = U S V^\top`,
 
 .. math::
-    A = M_Q^{1/2} U S^{-1/2}, \qquad B = M_D^{1/2} V S^{-1/2}, \qquad A B^\top = I,
+    A = L_Q U S^{-1/2}, \qquad B = L_D V S^{-1/2}, \qquad A B^\top = I,
 
 so :math:`\langle Q, D \rangle = \langle B^\top Q, A^\top D \rangle`, and of both factors the second
 moment in direction i is :math:`S_i`: leaving a direction out costs :math:`S_i^2` of the mean square
@@ -67,10 +67,10 @@ def balanced(gradients: Tensor, responses: Tensor, before: Tensor | None) -> Sid
     Args:
         before: the sketch that the moments were taken in.
     """
-    root, asked = _root(gradients.double()), _root(responses.double())
-    left, values, right = torch.linalg.svd(asked @ root)
+    offered, asked = _root(gradients.double()), _root(responses.double())
+    left, values, right = torch.linalg.svd(asked.mT @ offered)
     scale = values.clamp(min=values.amax(-1, keepdim=True) * 1e-12).rsqrt()[..., None, :]
-    examples, answers = asked @ left * scale, root @ right.mT * scale
+    examples, answers = asked @ left * scale, offered @ right.mT * scale
     if before is not None:
         examples, answers = before.double() @ examples, before.double() @ answers
     of_both = [one.diagonal(dim1=-2, dim2=-1).sum(-1).double() for one in (gradients, responses)]
@@ -78,9 +78,8 @@ def balanced(gradients: Tensor, responses: Tensor, before: Tensor | None) -> Sid
 
 
 def _root(moment: Tensor) -> Tensor:
-    """The symmetric square root, of a matrix that is made positive definite."""
+    """The Cholesky factor, of a matrix that is made positive definite."""
     width = moment.shape[-1]
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = torch.where(mean > 0, _RIDGE * mean, torch.ones_like(mean))
-    values, vectors = torch.linalg.eigh(moment + ridge * torch.eye(width).to(moment))
-    return vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
+    return torch.linalg.cholesky(moment + ridge * torch.eye(width).to(moment))

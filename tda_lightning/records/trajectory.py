@@ -10,11 +10,12 @@ import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from tda_lightning.records.curvature_statistics import BlockStatistics, Statistics
+from tda_lightning.records.deferred import Deferred
 from tda_lightning.records.display import fact_lines, html_facts, listed
 from tda_lightning.records.errors import TrajectoryFormatError, UnsupportedTrainingError
 from tda_lightning.records.files import StoreFunction
@@ -230,16 +231,21 @@ class StageCheckpoints(Mapping[int, Checkpoint]):
             raise KeyError(step)
         whole = self.run[self.start + step]
         frozen = {n: value for n, value in whole.parameters.items() if n not in self.names}
-        optimizer = whole.optimizer
-        if optimizer is not None and step == 0 and self.goes_on is not None:
-            optimizer = {n: own for n, own in optimizer.items() if n in self.goes_on}
+        states = whole.optimizer
         return Checkpoint(
             step=step,
             parameters={name: whole.parameters[name] for name in self.names},
             buffers={**frozen, **whole.buffers},
-            optimizer=None if optimizer is None else {n: optimizer.get(n, {}) for n in self.names},
+            optimizer=None if states is None else Deferred(partial(self._states, states, step)),
             random=whole.random,
         )
+
+    def _states(
+        self, whole: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Of the optimizer, in the stage."""
+        known = whole.keys() if step or self.goes_on is None else whole.keys() & set(self.goes_on)
+        return {name: whole[name] if name in known else {} for name in self.names}
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(s - self.start for s in self.run if self.start <= s <= self.stop))

@@ -7,7 +7,7 @@ Entries are read and exchanged by their keys, and edges are found where graphs h
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -141,81 +141,18 @@ def with_edges(graph: Any, edges: Tensor, kept: Tensor | None = None) -> Any:
     """
     held, key = entries(graph), matrix_key(graph)
     if key is not None:
-        return with_entries(graph, {key: _matrix_like(held[key], edges, num_nodes(graph))})
+        return with_entries(graph, {key: matrix_like(held[key], edges, num_nodes(graph))})
     old = edge_index(graph)
     (name,) = [name for name, value in held.items() if value is old]
     changes: dict[Key, object] = {name: edges}
     for own, value in held.items():
-        if kept is not None and _of_edges(own, value, old.shape[1], num_nodes(graph)):
+        if kept is not None and of_edges(own, value, old.shape[1], num_nodes(graph)):
             if bool((kept < 0).any()):
                 raise ValueError(
                     f"The graph holds {own!r} of its edges, which a new edge has not got."
                 )
             changes[own] = value[kept]
     return with_entries(graph, changes)
-
-
-def restricted(graph: Any, nodes: Tensor) -> Any:
-    """The subgraph of some nodes, in their order, with the edges between them."""
-    return side_by_side([graph], [nodes])
-
-
-def side_by_side(graphs: Sequence[Any], nodes: Sequence[Tensor]) -> Any:
-    """Parts of several graphs with the same keys as one graph, with no edges between the parts.
-
-    Args:
-        graphs: forms of one graph, say. What belongs neither to nodes nor to edges is the first's.
-        nodes: those that are taken of each, in this order.
-    """
-    held, counts = [entries(graph) for graph in graphs], [num_nodes(graph) for graph in graphs]
-    each_edges = [edge_index(graph) for graph in graphs]
-    taken, inside, total = [], [], 0
-    for edges, own, count in zip(each_edges, nodes, counts, strict=True):
-        position = edges.new_full((count,), -1)
-        position[own] = torch.arange(total, total + len(own), device=edges.device)
-        ends = position[edges]
-        inside.append((ends >= 0).all(0).nonzero().squeeze(1))
-        taken.append(ends[:, inside[-1]])
-        total += len(own)
-    edges, chosen = torch.cat(taken, 1), torch.cat(list(nodes))
-    changes: dict[Key, object] = {}
-    if (key := matrix_key(graphs[0])) is not None:
-        changes[key] = _matrix_like(held[0][key], edges, total)
-    else:
-        (name,) = [name for name, value in held[0].items() if value is each_edges[0]]
-        changes[name] = edges
-    for own_key in held[0].keys() - changes.keys():
-        values = [other[own_key] for other in held]
-        sizes = list(zip(values, each_edges, counts, strict=True))
-        of_edges = [_of_edges(own_key, v, e.shape[1], n) for v, e, n in sizes]
-        if own_key == "num_nodes":
-            changes[own_key] = total
-        elif own_key == "ptr":
-            changes[own_key] = torch.tensor([0, total], device=edges.device)
-        elif key is None and all(of_edges):
-            changes[own_key] = torch.cat([v[kept] for v, kept in zip(values, inside, strict=True)])
-        elif all(_of_nodes(value, count) for value, _, count in sizes):
-            if all(value is values[0] for value in values):  # one copy, and not one for each part
-                changes[own_key] = values[0][chosen]
-            else:
-                parts = zip(values, nodes, strict=True)
-                changes[own_key] = torch.cat([value[own] for value, own in parts])
-    return with_entries(graphs[0], changes)
-
-
-def around(edges: Sequence[Tensor], start: Tensor, hops: int, count: int) -> Tensor:
-    """Whether each of ``count`` nodes is at most ``hops`` edges from one of ``start``, in either
-    direction: [nodes]."""
-    reached = torch.zeros(count, dtype=torch.bool, device=start.device)
-    reached[start] = True
-    sources = torch.cat([one[0] for one in edges])
-    targets = torch.cat([one[1] for one in edges])
-    for _ in range(hops):
-        further = reached.clone()
-        further[targets[reached[sources]]] = True
-        further[sources[reached[targets]]] = True
-        reached = further
-    return reached
 
 
 def _square(value: object) -> bool:
@@ -231,18 +168,20 @@ def _looks_like_edges(value: object) -> bool:
     )
 
 
-def _of_edges(key: Key, value: object, count: int, nodes: int) -> bool:
+def of_edges(key: Key, value: object, count: int, nodes: int) -> bool:
+    """Whether an entry has a row for each of ``count`` edges, in a graph of ``nodes``."""
     if not isinstance(value, Tensor) or not value.dim() or key == EDGE_INDEX:
         return False
     named = isinstance(key, str) and key.startswith("edge_")
     return len(value) == count and (named or count != nodes)
 
 
-def _of_nodes(value: object, count: int) -> bool:
+def of_nodes(value: object, count: int) -> bool:
+    """Whether an entry has a row for each of ``count`` nodes."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
-def _matrix_like(matrix: Tensor, edges: Tensor, count: int) -> Tensor:
+def matrix_like(matrix: Tensor, edges: Tensor, count: int) -> Tensor:
     """The plain adjacency matrix of edges between ``count`` nodes, in the layout of another."""
     ones = torch.ones(edges.shape[1], dtype=matrix.dtype, device=matrix.device)
     sparse = torch.sparse_coo_tensor(edges, ones, (count, count)).coalesce()

@@ -22,12 +22,17 @@ from torch import Tensor
 from tda_lightning.edits.graph_edit_set import EditedGraphs, GraphEditSet
 from tda_lightning.gradients import Dense, ExampleGradients
 from tda_lightning.gradients.functional import parameters_frozen
+from tda_lightning.gradients.shared_graph import gradients_of_each
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.graph_caches import without_caches
 from tda_lightning.runtime.graphs import edge_index, num_nodes
 from tda_lightning.session.reached_nodes import Reached, in_groups, losses_of
 from tda_lightning.session.seen_graph import Session, look, note
 from tda_lightning.tasks import NodeBatch
+
+# Edits whose gradients are taken from one pass: a step is read once for all, and the backward pass
+# of each goes through the parts of all.
+_NODES, _TOGETHER = 1024, 8
 
 
 def edit_gradients(session: Session, edited: EditedGraphs) -> ExampleGradients:
@@ -40,27 +45,30 @@ def edit_gradients(session: Session, edited: EditedGraphs) -> ExampleGradients:
 
 def _edit_gradients(session: Session, edited: EditedGraphs) -> ExampleGradients:
     names = session.engine.names
-    parameters = [session.module.get_parameter(name) for name in names]
+    parameters = {name: session.module.get_parameter(name) for name in names}
     every = torch.arange(len(edited.batch.nodes), device=session.device)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     changes = []
+    each = (Reached(edited, column) for column in edited.columns)
     with parameters_frozen(session.module, names), torch.enable_grad():
-        for column in edited.columns:
-            reached = Reached(edited, column)
-            before, after = losses_of(session.module, session.train_loss, reached.sides(), every)
-            _require_finite(after, edited.edits, column)
-            total = (before.sum() - after.sum()).to(session.dtype)
-            found: tuple[Tensor | None, ...] = (None,) * len(parameters)
-            if total.requires_grad:
-                found = torch.autograd.grad(total, parameters, allow_unused=True)
+        for group in in_groups(each, _NODES, _TOGETHER):
+            sides = [side for reached in group for side in reached.sides()]
+            found = losses_of(session.module, session.train_loss, sides, every)
+            totals = []
+            for reached, before, after in zip(group, found[::2], found[1::2], strict=True):
+                _require_finite(after, edited.edits, reached.column)
+                totals.append((before.sum() - after.sum()).to(session.dtype))
+            total = torch.stack(totals)
             changes.append(total.detach())
-            for name, parameter, gradient in zip(names, parameters, found, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros_like(parameter)
-                rows[name].append(gradient.to_dense() if gradient.is_sparse else gradient)
-    stacked = {name: torch.stack(own).detach() for name, own in rows.items()}
+            if total.requires_grad:
+                own = gradients_of_each(total, parameters)
+            else:  # no training node is reached
+                own = {n: p.new_zeros(len(group), *p.shape) for n, p in parameters.items()}
+            for name, gradients in own.items():
+                rows[name].append(gradients)
+    stacked = {name: torch.cat(own).detach() for name, own in rows.items()}
     blocks = {block.name: Dense(block.matrix(stacked)) for block in session.blocks}
-    return ExampleGradients(torch.stack(changes), dict(blocks))
+    return ExampleGradients(torch.cat(changes), dict(blocks))
 
 
 def direct_terms(session: Session) -> Tensor:

@@ -16,8 +16,8 @@ from tda_lightning.edits.edit_set import EditSet
 from tda_lightning.edits.graph_edit_set import EditedGraphs, GraphEditSet
 from tda_lightning.gradients import Block, GradientEngine
 from tda_lightning.records.trajectory import Trajectory
+from tda_lightning.runtime.graph_parts import around
 from tda_lightning.runtime.graphs import (
-    around,
     edge_index,
     entries,
     num_nodes,

@@ -314,6 +314,9 @@ def what_if_folders(root: Path) -> list[Path]:
     return [path for path in found if KEY.fullmatch(path.name) and (path / FACTS_FILE).is_file()]
 
 
+SHARD_NAME = re.compile(r"([0-9]{12,})-([0-9]{12,})\.h5")
+
+
 def shard_file(root: Path, first: int, stop: int) -> Path:
     """The file of the rows ``first`` to ``stop`` of an index."""
     return root / SHARDS_FOLDER / f"{first:012d}-{stop:012d}.h5"

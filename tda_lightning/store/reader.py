@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
+from tda_lightning.records.deferred import Deferred
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryNotFoundError
 from tda_lightning.records.trajectory import (
     Checkpoint,
@@ -186,7 +188,11 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         Raises:
             TrajectoryFormatError: it is damaged.
         """
-        return self._read(step, get_arrays, require_forms).optimizer is not None
+        found = self._read(step, get_arrays, require_forms)
+        for deferred in (found.optimizer, found.random):
+            if deferred is not None:
+                len(deferred)
+        return found.optimizer is not None
 
     def _read(
         self,
@@ -194,7 +200,7 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
         get: Callable[[h5py.Group], dict[str, Any]],
         require_random: Callable[[dict[str, Any]], None],
     ) -> Checkpoint:
-        """A checkpoint of what ``get`` makes of stored tensors."""
+        """A checkpoint of what ``get`` makes of stored tensors; states are read when asked for."""
         files = self._files()
         path, unchanged = files[step], {}
         self._require_initial()
@@ -211,12 +217,9 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
             _require_recorded(parameters, self.facts)
             optimizer = random = None
             if has(file, layout.OPTIMIZER):
-                group = subgroup(file, layout.OPTIMIZER)
-                states = {layout.decode(n): get(subgroup(group, n)) for n in names(group)}
-                optimizer = {name: states.get(name, {}) for name in parameters}
+                optimizer = Deferred(partial(_read_optimizer, path, get, tuple(parameters)))
             if has(file, layout.RANDOM):
-                random = get(subgroup(file, layout.RANDOM))
-                require_random(random)
+                random = Deferred(partial(_read_random, path, get, require_random))
             return Checkpoint(step, parameters, tensors, optimizer, random)
 
     def __iter__(self) -> Iterator[int]:
@@ -224,6 +227,26 @@ class CheckpointFolder(Mapping[int, Checkpoint]):
 
     def __len__(self) -> int:
         return len(self._files())
+
+
+def _read_optimizer(
+    path: Path, get: Callable[[h5py.Group], dict[str, Any]], parameters: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    with reading(path, layout.CHECKPOINT) as file:
+        group = subgroup(file, layout.OPTIMIZER)
+        states = {layout.decode(n): get(subgroup(group, n)) for n in names(group)}
+        return {name: states.get(name, {}) for name in parameters}
+
+
+def _read_random(
+    path: Path,
+    get: Callable[[h5py.Group], dict[str, Any]],
+    require: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    with reading(path, layout.CHECKPOINT) as file:
+        states = get(subgroup(file, layout.RANDOM))
+        require(states)
+        return states
 
 
 def _require_recorded(parameters: Mapping[str, Any], facts: Facts) -> None:

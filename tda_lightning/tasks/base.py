@@ -35,6 +35,7 @@ from tda_lightning.tasks.output_curvature import (
     curvature_of_outputs,
     output_rows,
 )
+from tda_lightning.tasks.penalty import Penalty
 
 
 class AttributionTask(ABC):
@@ -232,6 +233,11 @@ class AttributionTask(ABC):
         """Whether losses and measurements are those of single examples; else :meth:`prepare` is to
         be called first."""
         return True
+
+    @property
+    def penalty(self) -> Penalty:
+        """What training adds to the losses of examples that depends on none of them."""
+        return Penalty()
 
     @property
     def notes(self) -> list[str]:

@@ -14,6 +14,7 @@ from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import AttributionTask
 from tda_lightning.tasks.batches import Batch
 from tda_lightning.tasks.gauss_newton import sampled_gauss_newton_loss
+from tda_lightning.tasks.penalty import Penalty
 from tda_lightning.tasks.training_step import TrainingStepTask
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -267,6 +268,10 @@ class DiffusionTask(AttributionTask):
         if self._step is None:
             return super().batch_loss(module, batch, by_position)
         return self._step.batch_loss(module, batch, by_position)
+
+    @property
+    def penalty(self) -> Penalty:
+        return Penalty() if self._step is None else self._step.penalty
 
     def share(self, size: int) -> float:
         return super().share(size) if self._step is None else self._step.share(size)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tda_lightning.records.errors import UnseenBatchError, UnsupportedTrainingError
 from tda_lightning.runtime.digests import digest, source_digest
-from tda_lightning.runtime.module_state import restored
+from tda_lightning.runtime.module_state import doubled, in_double, restored
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import stand_in_of
@@ -37,6 +37,7 @@ from tda_lightning.tasks.loss_calls import by_position_of, inside_transform
 from tda_lightning.tasks.loss_terms import joined_terms, terms_of
 from tda_lightning.tasks.node_batch import NodeBatch
 from tda_lightning.tasks.output_curvature import OutputLoss, UnknownOutputsError
+from tda_lightning.tasks.penalty import Penalty, penalty_of
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
 from tda_lightning.tasks.step_layout import learn_layout, learn_masses
@@ -102,6 +103,11 @@ class TrainingStepTask(AttributionTask):
         self._mixed = self._measured_alone = False
         self._known_batches: set[str] = set()
         self._training_step: list[str | None] = []
+        self._penalty = Penalty()
+
+    @property
+    def penalty(self) -> Penalty:
+        return self._penalty
 
     @property
     def can_sample(self) -> bool:
@@ -449,7 +455,28 @@ class TrainingStepTask(AttributionTask):
                 "be faster."
             )
         self.check_losses(module, batch, some=True)
+        self._penalty = self._find_penalty(module, batch)
+        self.notes.extend(self._penalty.notes)
         self._find_curvature(module, batch)
+
+    def _find_penalty(self, module: nn.Module, batch: Batch) -> Penalty:
+        """In float64 where the step allows it: small penalties drown in rounding."""
+
+        def rest(own: Batch) -> tuple[Tensor, Tensor]:
+            total, parts = self.batch_loss(module, own)
+            return total, total - parts.sum()
+
+        if self._mixed:
+            return Penalty()
+        total, left = rest(batch)
+        eps = torch.finfo(total.dtype).eps
+        if not bool(left.detach().abs() > eps**0.8 * total.detach().abs()):
+            return Penalty()
+        if total.dtype != torch.float64:
+            with suppress(RuntimeError, TypeError, ValueError), in_double(module):
+                double = doubled(batch)
+                return penalty_of(module, lambda: rest(double))
+        return penalty_of(module, lambda: rest(batch))
 
     def check_losses(self, module: nn.Module, batch: Batch, some: bool = False) -> None:
         """Compare losses and gradients with ``training_step`` as it is, on the batch and on its

@@ -184,6 +184,39 @@ def test_labels_outside_the_mask_change_nothing(run: Any) -> None:
         assert relative(found.values, attribute(run, InfluenceFunction(), task).values) < 1e-12
 
 
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_regulariser_in_the_loss_is_in_the_curvature_too(adam: bool) -> None:
+    """A published mistake: the regulariser of loss and gradient differing. Squared weights in the
+    loss are weight decay in the optimizer, for scores as for training."""
+
+    class Own(SGC):
+        penalty = 0.0
+
+        def training_step(self, graph: Any) -> Tensor:
+            squares = sum(p.square().sum() for p in self.parameters())
+            return super().training_step(graph) + self.penalty / 2 * squares
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            if not adam:
+                return super().configure_optimizers()
+            return torch.optim.Adam(self.parameters(), 0.1, weight_decay=self.decay)
+
+    graph, runs = random_graph(), []
+    for decay, penalty in ((0.05, 0.0), (0.0, 0.05)):
+        torch.manual_seed(0)
+        module = Own(decay=decay)
+        module.penalty = penalty
+        runs.append((graph, module, train_on(graph, module)))
+    estimators = [Source(2, curvature="exact"), Source(2, order="recorded")]
+    if not adam:
+        estimators += [InfluenceFunction("exact", damping=0.01)]
+    for estimator in estimators:
+        decayed, penalised = (attribute(run, estimator) for run in runs)
+        assert relative(penalised.values, decayed.values) < 1e-9
+        assert not any("penalty" in note for note in decayed.provenance["notes"])
+        assert any("weight decay that it is (0.05)" in n for n in penalised.provenance["notes"])
+
+
 def _unfingerprinted(trajectory: Trajectory) -> Trajectory:
     facts = dataclasses.replace(trajectory.facts, fingerprint=None)
     return dataclasses.replace(trajectory, facts=facts, curvature={}, path=None)

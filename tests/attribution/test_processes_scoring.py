@@ -53,12 +53,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizers": adamw},
     "online": {"recorder": {"curvature": "online", "curvature_every": 1, "fisher": "empirical"}},
 }
-# Every estimator under one optimizer; under AdamW those that its second moments enter in, and on
-# recorded statistics some that use them. Other pairs are slow tests.
+# Every estimator under one optimizer, but for products, which conjugate gradients share as well;
+# under AdamW those that its second moments enter in, and on recorded statistics some that use them.
+# Other pairs are slow tests.
 ON_STATISTICS = ("source recorded blocks", "influence")
-UNDER_ADAM = ("source", "source recorded", "unrolled")
+UNDER_ADAM = ("source recorded", "unrolled")
+ELSEWHERE = (*ON_STATISTICS, "source recorded", "source products")
 PAIRS = [
-    *(("sgd", name) for name in ESTIMATORS if name not in (*ON_STATISTICS, "source recorded")),
+    *(("sgd", name) for name in ESTIMATORS if name not in ELSEWHERE),
     *(("adamw", name) for name in UNDER_ADAM),
     *(("online", name) for name in ON_STATISTICS),
 ]

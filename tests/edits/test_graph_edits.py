@@ -27,7 +27,8 @@ from tda_lightning.estimators import (
     Unrolled,
 )
 from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
-from tda_lightning.runtime.graphs import around, edge_index, restricted, side_by_side
+from tda_lightning.runtime.graph_parts import around, bordered_part, inner_part, side_by_side
+from tda_lightning.runtime.graphs import edge_index
 from tda_lightning.tasks import Nodes, NodeTask
 from tests.attributing import relative
 from tests.cases.graphs import GCN, SGC, loader_of, propagate, random_graph, train_on
@@ -216,9 +217,10 @@ def test_parts_of_the_graph_are_those_that_matter() -> None:
     hook = module.register_forward_hook(lambda _, given, __: sizes.append(len(given[0]["x"])))
     scores = attribute(run, TracIn(), [RemoveEdges([(n, n + 1)]) for n in range(20, 40)])
     hook.remove()
-    # Six nodes are reached, and three more at either end matter: before the edit and after it.
-    assert sizes.count(24) >= 13
-    assert count <= max(sizes) <= 2 * count  # several edits together
+    # Six nodes are reached, two more at either end matter, and one node stands for the neighbours
+    # of both: 11 nodes. Six edits go together, before and after.
+    assert sizes.count(6 * 2 * 11) >= 6
+    assert max(sizes) == 6 * 2 * 11
     assert bool((scores.direct[0, 7:13] != 0).all())
     assert not scores.direct[0, :7].any()
     assert not scores.direct[0, 14:].any()
@@ -333,6 +335,11 @@ def test_an_isolated_node_that_a_layer_cannot_have_is_named() -> None:
         attribute(run, TracIn(), [RemoveEdges(edges)], NodeTask())
 
 
+def restricted(graph: Any, nodes: Tensor) -> Any:
+    """The subgraph of some nodes."""
+    return side_by_side([graph], [inner_part(edge_index(graph), nodes, 36)])
+
+
 def test_weights_of_edges_go_with_them() -> None:
     weights = torch.arange(GRAPH["edge_index"].shape[1])
     graph = {**GRAPH, "edge_weight": weights, "num_nodes": 36}
@@ -356,7 +363,8 @@ def test_parts_of_graphs_stand_side_by_side() -> None:
     nodes = [torch.tensor([9, 2, 30, 7]), torch.arange(36)]
     plain = {**GRAPH, "edge_weight": torch.arange(GRAPH["edge_index"].shape[1]).double()}
     edited = RemoveEdges(PRESENT[:1]).applied(plain)
-    both = side_by_side([plain, edited], nodes)
+    parts = [inner_part(edge_index(g), n, 36) for g, n in zip([plain, edited], nodes, strict=True)]
+    both = side_by_side([plain, edited], parts)
     alone = [restricted(graph, own) for graph, own in zip([plain, edited], nodes, strict=True)]
     assert torch.equal(both["x"], torch.cat([graph["x"] for graph in alone]))
     assert torch.equal(both["edge_weight"], torch.cat([graph["edge_weight"] for graph in alone]))
@@ -364,7 +372,9 @@ def test_parts_of_graphs_stand_side_by_side() -> None:
     assert torch.equal(both["edge_index"], torch.cat(shifted, 1))
     matrix = torch.zeros(36, 36, dtype=torch.float64)
     matrix[tuple(GRAPH["edge_index"])] = 1
-    dense = side_by_side([{"adj": matrix, "x": GRAPH["x"]}] * 2, nodes)
+    graph = {"adj": matrix, "x": GRAPH["x"]}
+    parts = [inner_part(edge_index(graph), own, 36) for own in nodes]
+    dense = side_by_side([graph] * 2, parts)
     expected = torch.block_diag(matrix[nodes[0]][:, nodes[0]], matrix)
     assert torch.equal(dense["adj"], expected)
 
@@ -413,3 +423,39 @@ def test_a_model_that_keeps_its_edges_otherwise_is_named() -> None:
     module = Keeping()
     scores = attribute((GRAPH, module, train_on(GRAPH, module)), TracIn())
     assert any("has kept those of its first call" in n for n in scores.provenance["notes"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nodes_at_the_border_keep_their_degrees(seed: int) -> None:
+    """In a directed graph with loops and double edges; one node stands for several outside."""
+    own = torch.Generator().manual_seed(seed)
+    edges = torch.randint(0, 40, (2, 160), generator=own)
+    edges = torch.cat([edges, edges[:, :20], torch.arange(5).expand(2, 5)], 1)
+    inside = torch.rand(40, generator=own) < 0.3
+    part = bordered_part(edges, inside)
+    count = int(inside.sum())
+    assert torch.equal(part.nodes[:count], inside.nonzero().squeeze(1))
+    assert not inside[part.nodes[count:]].any()
+    assert torch.equal(part.kept, inside[edges].any(0).nonzero().squeeze(1))
+    whole = edges[:, part.kept]
+    within = part.edges < count
+    assert torch.equal(within, inside[whole])
+    assert torch.equal(part.nodes[part.edges[within]], whole[within])
+    # Neighbours outside of one node stay apart, and every edge to one of them goes to the same.
+    for node in range(count):
+        there = (part.edges == node).any(0) & ~within.all(0)
+        outer, true = part.edges[:, there][~within[:, there]], whole[:, there][~within[:, there]]
+        pairs = torch.stack([outer, true]).unique(dim=1)
+        assert pairs.shape[1] == len(outer.unique()) == len(true.unique())
+    most = max(len(whole[1 - s][(whole[s] == n) & ~inside[whole[1 - s]]].unique())
+               for s in (0, 1) for n in part.nodes[:count].tolist())  # fmt: skip
+    assert len(part.nodes) - count >= most
+
+
+def test_an_added_edge_is_there_once_in_each_direction() -> None:
+    graph = {"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3}
+    both = AddEdges([(2, 1), (0, 2), (2, 0)]).applied(graph)["edge_index"].T.tolist()
+    assert sorted(both) == [[0, 1], [0, 2], [1, 2], [2, 0], [2, 1]]
+    one = AddEdges([(2, 0), (2, 0)], directed=True).applied(graph)["edge_index"].T.tolist()
+    assert sorted(one) == [[0, 1], [1, 2], [2, 0]]
+    assert AddEdges([(0, 0)]).applied(graph)["edge_index"].T.tolist()[2:] == [[0, 0]]

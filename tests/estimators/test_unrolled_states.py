@@ -36,7 +36,7 @@ from tests.unrolling import (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Two intervals of several steps each.
-LONG: dict[str, Any] = {"recorder": {"every_n_steps": 5}, "max_epochs": 3}
+LONG: dict[str, Any] = {"recorder": {"every_n_steps": 5}, "max_epochs": 2}
 
 
 @dataclasses.dataclass
@@ -202,7 +202,7 @@ def test_work_broken_off_again_and_again(problem: Problem) -> None:
     problem.scores(watched)
     for _ in range(3):
         try:
-            found = problem.scores(Interrupted(problem.data, int(0.85 * watched.count), OSError))
+            found = problem.scores(Interrupted(problem.data, int(0.95 * watched.count), OSError))
         except OSError:
             continue
         break
@@ -245,8 +245,7 @@ def test_a_run_in_memory_keeps_unfinished_work(name: str) -> None:
 def test_tokens_are_kept_with_unfinished_work(tmp_path: Path) -> None:
     """In rounds of queries too, and in a file of scores."""
     network = NETWORKS["transformer"]
-    shorter = {**LONG, "max_epochs": 2}
-    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **shorter)
+    run, module, data = record(tmp_path / "run", network, OPTIMIZERS["adamw"], **LONG)
     problem = Problem(network, run, module, data, network.data(3, seed=7))
     expected = problem.scores(token_weights=True)
     watched = Interrupted(data, None)

@@ -98,6 +98,14 @@ def test_kept_results_are_whole(name: str) -> None:
     json.dumps(found.about, allow_nan=False)
 
 
+def test_the_readme_has_the_sizes_and_a_table_of_the_kept_results() -> None:
+    found = {n: kept.load(n) for n in table.STUDIES if (kept.RESULTS / f"{n}.npz").exists()}
+    readme = (table.HERE / "README.md").read_text()
+    assert table.sizes(found) in readme
+    assert table.markdown(table.rows(found["concrete"])) in readme
+
+
+@pytest.mark.slow  # intervals of all studies, over subsets too: 10 s
 def test_the_readme_has_the_tables_of_the_kept_results() -> None:
     found = {n: kept.load(n) for n in table.STUDIES if (kept.RESULTS / f"{n}.npz").exists()}
     readme = (table.HERE / "README.md").read_text()

@@ -117,6 +117,14 @@ def test_points_have_names_of_their_own() -> None:
         assert len(set(rows(study))) == len(rows(study))
 
 
+def test_the_readme_has_a_table_of_the_kept_results() -> None:
+    name = "fashion_mnist_noisy_tenth"
+    assert table.estimators(name, STUDIES[name], kept.load(name)) in (
+        (table.HERE / "README.md").read_text()
+    )
+
+
+@pytest.mark.slow  # intervals of all studies: 10 s
 def test_the_readme_has_the_tables_of_the_kept_results() -> None:
     found = {name: kept.load(name) for name in STUDIES if (kept.RESULTS / f"{name}.npz").exists()}
     files = {name: adamw.RESULTS / f"adamw_{name}.npz" for name in tiny_table.TITLES}

@@ -1,6 +1,8 @@
 """An index with room for everything answers as ``attribute`` does; parts, appends and resumption
 make the same index as one build."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -94,6 +96,19 @@ def test_parts_resumption_and_merging_make_the_same_index(tmp_path):
     build(attribution, train_set, tmp_path / "parts", **options)
     assert folder(tmp_path / "parts") == folder(tmp_path / "whole")
     assert torch.equal(everything(parts, queries), everything(whole, queries))
+
+
+def test_an_index_that_claims_more_than_it_has_keeps_nobody_waiting(tmp_path):
+    attribution, train_set, _ = run_of()
+    index = build(attribution, train_set, tmp_path / "index", bytes_per_example=40, shard=2)
+    replace(index.facts, num_train=10**11, shard=1).write(index.path)
+    claims = AttributionIndex.open(index.path)
+    assert claims.missing() == [(0, 10**11)]
+    assert claims.damages() == []
+    more = replace(index.facts, num_train=10**11)
+    more.write(index.path)
+    claims = AttributionIndex.open(index.path)
+    assert claims.missing() == [(10, 10**11)]
 
 
 def test_parts_in_folders_of_their_own_are_merged(tmp_path):

@@ -13,7 +13,6 @@ from tda_lightning.index.samples import (
     exact_scores,
     query_coordinates,
     sample_coordinates,
-    side_moments,
 )
 from tda_lightning.runtime.loading import ExampleSource
 from tests.attributing import relative
@@ -33,12 +32,13 @@ def test_with_room_they_keep_scores(kind, width, bound, optimizer):
 
     def work(session):
         responder = responder_of(attribution.estimator, session)
-        moments = side_moments(session, responder, everyone, 0)
         samples = Samples(everyone, everyone, everyone)
-        made = fitted(kind, session, responder, width, moments, samples, 0)
-        stored = made.stored(sample_coordinates(session, responder, made, everyone))
-        asked = made.asked(query_coordinates(session, responder, made))
-        return made.dot(asked, stored), exact_scores(session, responder, everyone)
+        (made,) = fitted(session, responder, [(kind, width)], samples, 0)
+        (batches,) = sample_coordinates(session, responder, [made], everyone)
+        stored = torch.cat([made.stored(own) for own in batches])
+        (coordinates,) = query_coordinates(session, responder, [made])
+        found = made.dot(made.asked(coordinates), stored)
+        return found, exact_scores(session, responder, everyone)
 
     found, exact = in_session(attribution, source, ExampleSource.of(queries, 4, "query"), work)
     assert relative(found / 10, scores(attribution, train_set, queries)) < bound

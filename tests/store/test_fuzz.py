@@ -181,6 +181,7 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
     for step in trajectory.checkpoints:
         try:
             checkpoint = trajectory.checkpoints[step]
+            states, random = dict(checkpoint.optimizer or {}), dict(checkpoint.random or {})
         except REFUSALS:
             refused = True
             continue
@@ -189,11 +190,11 @@ def read_trajectory(folder: Path, attribute: bool) -> bool:
         for name, fact in trajectory.facts.parameters.items():
             tensor = checkpoint.parameters[name]
             assert (tuple(tensor.shape), f"torch.{fact.dtype}") == (fact.shape, str(tensor.dtype))
-        for name, state in (checkpoint.optimizer or {}).items():
+        for name, state in states.items():
             assert name in checkpoint.parameters
             assert all(isinstance(value, torch.Tensor) for value in state.values())
-        if checkpoint.random is not None:
-            require_restorable(checkpoint.random)
+        if random:
+            require_restorable(random)
     try:
         for interval in trajectory.statistics:
             for block in trajectory.statistics[interval].values():

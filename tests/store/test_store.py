@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import compare_fingerprints, fingerprint, layout, open_trajectory
+from tda_lightning.store.hdf5 import put_array
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.runs import Net, Numbered, Stream, adamw, fit
@@ -235,6 +237,18 @@ def test_a_killed_run_is_readable_up_to_its_last_checkpoint(
     assert len(layout.steps_files(tmp_path / str(total - 1))) == 4
 
 
+def test_states_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path, recorder={"every_n_steps": 6})
+    checkpoint = open_trajectory(tmp_path).checkpoints[6]
+    whole = open_trajectory(tmp_path).checkpoints[6]
+    assert whole.optimizer and whole.random  # read now
+    layout.checkpoint_file(tmp_path, 6).unlink()
+    assert whole.optimizer.keys() == whole.parameters.keys() and "torch" in whole.random
+    assert checkpoint.optimizer is not None
+    with pytest.raises(FileNotFoundError):
+        len(checkpoint.optimizer)
+
+
 def test_a_killed_replacement_leaves_no_trajectory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +256,7 @@ def test_a_killed_replacement_leaves_no_trajectory(
     fit(tmp_path, recorder={"every_n_steps": 3, "curvature": "online", "fisher": "empirical"})
     old = open_trajectory(tmp_path)
     facts, initial = old.facts, old.checkpoints[0]
+    initial = replace(initial, optimizer=dict(initial.optimizer or {}), random=None)
     files = {p.name for p in tmp_path.rglob("*.h5")}
     remove, seen = Path.unlink, set()
 
@@ -558,3 +573,11 @@ def test_inspect_says_what_is_broken(copy: Path) -> None:
     assert len(describe(copy).problems) == 2
     with pytest.raises(TrajectoryNotFoundError):
         description_table(describe(copy / "steps"))
+
+
+def test_no_array_is_stored_with_the_time_of_day(tmp_path):
+    """The same content is the same file, whenever it is written."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for size in (3, 10_000):
+            stored = put_array(file, str(size), np.arange(size))
+            assert not stored.id.get_create_plist().get_obj_track_times()

@@ -166,6 +166,7 @@ def segment_geometry(
     decay_of_group = torch.where(total > 0, (raw * decays).sum(0) / total.clamp(min=1e-300), 0.0)
     known = [metrics[step].values for step in segment.checkpoints if step in metrics]
     metric, decay, still = {}, {}, {}
+    penalties = session.task.penalty.strengths
     for name in session.engine.names:
         fact = trajectory.facts.parameters[name]
         ratio, rate = float(ratios[fact.group]), float(decay_of_group[fact.group])
@@ -173,6 +174,8 @@ def segment_geometry(
         metric[name] = ratio * (_mean([own[name] for own in known]) if known else ones)
         # Decoupled decay acts on the parameters themselves, coupled decay passes through P.
         decay[name] = ratio * rate * ones if rule.decoupled else rate * metric[name]
+        # A penalty in the loss is in the gradients, clipped as they are.
+        decay[name] += penalties.get(name, 0.0) * metric[name]
         still[name] = ratio * rate * ones if rule.decoupled else torch.zeros_like(ones)
 
     def by_unit(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -353,6 +353,12 @@ class _Settings:
 
         self.counts = spread(before)
         self._groups = spread({name: fact.group for name, fact in facts.items()})
+        strengths = segment.session.task.penalty.strengths
+        penalties = {
+            n: torch.full(fact.shape, strengths.get(n, 0.0), dtype=torch.float64)
+            for n, fact in facts.items()
+        }
+        self._penalties = _by_unit(segment, penalties) if strengths else {}
 
     def rates(self, row: int) -> Units:
         """Learning rates."""
@@ -364,11 +370,15 @@ class _Settings:
 
     def decay(self, row: int) -> tuple[Units, Units]:
         """Weight decay that is added to the gradient, times the parameters, and the share of the
-        parameters that it takes off; of which one is 0."""
+        parameters that it takes off; of the optimizer's, one is 0. A penalty in the loss is added
+        to the gradient and clipped with it."""
         decay = weight_decay(self._trajectory, slice(row, row + 1))[0]
         rates = self._trajectory.steps.learning_rate[row]
         coupled, decoupled = decay * (not self._rule.decoupled), decay * self._rule.decoupled
-        return self._by_group(coupled), self._by_group(rates * decoupled)
+        added = self._by_group(coupled)
+        for name, penalty in self._penalties.items():
+            added[name] = added[name] + self.clipping(row) * penalty
+        return added, self._by_group(rates * decoupled)
 
     def _by_group(self, values: Tensor) -> Units:
         return {name: values.to(own)[own.long()] for name, own in self._groups.items()}
