@@ -245,7 +245,13 @@ def fastif_tda_lightning(work: Work, folder: Path) -> Job:
 
 
 def trak_tda_lightning(work: Work, folder: Path) -> Job:
-    return _ours(work, folder, TRAK(projection_dimension=DIMENSION), self_influence=False)
+    estimator = TRAK(projection_dimension=_dimension(work))
+    return _ours(work, folder, estimator, self_influence=False)
+
+
+def _dimension(work: Work) -> int:
+    """Of TRAK's projection: in a trial fewer, which its training examples determine."""
+    return min(DIMENSION, work.num_train // 2)
 
 
 def trak_traker(work: Work, folder: Path) -> Job:
@@ -260,10 +266,10 @@ def trak_traker(work: Work, folder: Path) -> Job:
 
     def job() -> Tensor:
         with tempfile.TemporaryDirectory() as output:
-            projector = BasicProjector(size, DIMENSION, 0, ProjectionType.normal, "cpu")
+            projector = BasicProjector(size, _dimension(work), 0, ProjectionType.normal, "cpu")
             traker = TRAKer(
                 network, "image_classification", work.num_train, save_dir=output, device="cpu",
-                projector=projector, proj_dim=DIMENSION, use_half_precision=False,
+                projector=projector, proj_dim=_dimension(work), use_half_precision=False,
             )  # fmt: skip
             traker.load_checkpoint(state, model_id=0)
             for start in range(0, work.num_train, TRAK_BATCH):
