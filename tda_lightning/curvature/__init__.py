@@ -2,7 +2,7 @@
 
 from tda_lightning.curvature.deflated import DeflatedSpectrum
 from tda_lightning.curvature.fit import check_kind, fit_curvature, unit_matrices, units
-from tda_lightning.curvature.leading import LeadingDirections, leading_directions
+from tda_lightning.curvature.leading import LeadingDirections, leading_directions, shared_walk
 from tda_lightning.curvature.products import (
     Products,
     as_matrices,
@@ -16,6 +16,7 @@ from tda_lightning.curvature.recorded import (
     statistics_provenance,
     uses_statistics,
 )
+from tda_lightning.curvature.shared_walk import SharedWalk
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 
@@ -23,6 +24,7 @@ __all__ = [
     "DeflatedSpectrum",
     "LeadingDirections",
     "Products",
+    "SharedWalk",
     "Spectrum",
     "as_matrices",
     "as_rows",
@@ -35,6 +37,7 @@ __all__ = [
     "eigenbasis",
     "fit_curvature",
     "leading_directions",
+    "shared_walk",
     "side_forms",
     "statistics_provenance",
     "unit_matrices",

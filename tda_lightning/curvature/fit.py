@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tda_lightning.curvature.shared_walk import Drawn, SharedWalk
 from tda_lightning.curvature.sides import check_dense_side, eigenbasis, limits, side_forms
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import (
@@ -81,6 +82,7 @@ def fit_curvature(
     dense_side: int | None = None,
     bases: Bases | None = None,
     used: Span | None = None,
+    shared: SharedWalk | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature by unit, fitted in walks over the training set and kept next to the trajectory.
 
@@ -99,6 +101,7 @@ def fit_curvature(
             walk for its eigenvalues alone.
         used: the steps whose use of examples weighs them (docs/methods.md, "Uneven use"); None:
             evenly.
+        shared: the order of the first walk, which leaves its gradients there.
 
     Raises:
         ValueError: ``exact`` for a model of too many parameters.
@@ -124,7 +127,7 @@ def fit_curvature(
     key = cache_key(session, known_kind, steps, seed, scales, limits(dense_side), used)
     if (cached := session.trajectory.curvature.get(key)) is not None:
         return {name: spectrum.to(*place) for name, spectrum in _unpack(cached).items()}
-    walks = _Walks(kind, session, tuple(steps), scales, seed, title, used)
+    walks = _Walks(kind, session, tuple(steps), scales, seed, title, used, shared)
     if kind == "exact":
         spectra = _fit_exact(walks)
     elif kind == "diagonal":
@@ -212,12 +215,14 @@ class _Walks:
     seed: int
     title: str
     used: Span | None
-    _kept: list[_Drawn] | None = None
+    shared: SharedWalk | None = None
+    _kept: list[Drawn] | None = None
 
     def over(self, what: str) -> Iterator[tuple[int, Batch]]:
         """The training set at every checkpoint, as (step, batch)."""
         for step in self.steps:
-            for batch in self.session.walk(f"{self.title}: {what}, step {step}", step):
+            order = None if self.shared is None else self.shared.orders[step].batches
+            for batch in self.session.walk(f"{self.title}: {what}, step {step}", step, order):
                 yield step, batch
 
     def weights(self, batch: Batch) -> Tensor | None:
@@ -244,7 +249,7 @@ class _Walks:
         keep = keep and session.device.type == "cpu" and room <= memory_budget()
         # All processes keep theirs, or none does: they walk together.
         lacking = torch.tensor([float(not keep)], device=session.device)
-        kept: list[_Drawn] | None = None if bool(session.reduce(lacking)) else []
+        kept: list[Drawn] | None = None if bool(session.reduce(lacking)) else []
         for one in drawn:
             if kept is not None:
                 kept.append(one)
@@ -252,14 +257,18 @@ class _Walks:
                 yield name, gradient, one.weights
         self._kept = kept
 
-    def _drawn(self, what: str) -> Iterator[_Drawn]:
+    def _drawn(self, what: str) -> Iterator[Drawn]:
         session = self.session
         for step, batch in self.over(what):
             # Another draw of labels at every checkpoint, the same in every walk over one.
             seed, weights = self.seed + step, self.weights(batch)
+            every = []
             for _ in session.losses.each_draw():
                 gradients = session.fisher_gradients(batch.data, batch.examples, seed).blocks
-                yield _Drawn(self.scaled(gradients, step), weights)
+                every.append(Drawn(self.scaled(gradients, step), weights))
+                yield every[-1]
+            if self.shared is not None:
+                self.shared.keep(step, batch.position, every)
 
     def scaled(self, gradients: Mapping[str, Gradient], step: int) -> dict[str, Gradient]:
         """h * g by unit."""
@@ -268,14 +277,6 @@ class _Walks:
             name: scaled(gradient, scale.get(name))
             for name, gradient in units(self.kind, gradients).items()
         }
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Scaled Fisher gradients of a batch by unit, and what its examples count by."""
-
-    gradients: dict[str, Gradient]
-    weights: Tensor | None
 
 
 class _Sums:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tda_lightning.curvature.sampled import Drawn, Sample
+from tda_lightning.curvature.sampled import Row, Sample
 from tda_lightning.gradients import Gradient, Outer, Rows
 from tda_lightning.session.queries import QueryGradients
 
@@ -16,13 +16,13 @@ _STRIP_SCALARS = 1 << 27  # of dense gradients that meet all later ones
 _TOGETHER = 256  # of them that meet those after them in one product
 
 
-def inner_products(sample: Sample, title: str, rows: Sequence[Drawn]) -> Tensor:
+def inner_products(sample: Sample, title: str, rows: Sequence[Row]) -> Tensor:
     """G G^T of the gradients g sqrt(weight / m) of ``sample``, which ``rows`` holds: float64
     [example, example]."""
     session, places = sample.session, places_of(rows)
     roots = torch.cat([row.roots for row in rows]).double()
     total = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
-    most = len(sample.orders[0][0])
+    most = max(len(row.roots) for row in rows)
     together = {name: _together(own, most) for name, own in rows[0].gradients.items()}
     meetings = [
         (name, *meeting)
@@ -66,7 +66,7 @@ def pair_cost(gradient: Gradient) -> int:
     return groups * height * width
 
 
-def places_of(rows: Sequence[Drawn]) -> list[slice]:
+def places_of(rows: Sequence[Row]) -> list[slice]:
     """Where the examples of each batch stand among all."""
     ends = torch.tensor([len(row.roots) for row in rows]).cumsum(0).tolist()
     return [slice(end - len(row.roots), end) for end, row in zip(ends, rows, strict=True)]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.curvature.fit import Scales, fit_curvature
+from tda_lightning.curvature.shared_walk import SharedWalk
 from tda_lightning.curvature.sides import eigenbasis, trace_of
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block
@@ -89,6 +90,7 @@ def curvature_of(
     title: str = "curvature",
     dense_side: int | None = None,
     used: Span | None = None,
+    shared: SharedWalk | None = None,
 ) -> dict[str, Spectrum]:
     """Curvature of the steps in ``interval`` by unit: recorded where it can be, else fitted at the
     checkpoints ``steps`` (see :func:`fit_curvature` for the other arguments).
@@ -97,7 +99,9 @@ def curvature_of(
         ValueError: statistics are asked for, and there are none that fit the model.
     """
     if not uses_statistics(choice, kind, session.trajectory):
-        return fit_curvature(kind, session, steps, scales, seed, title, dense_side, used=used)
+        return fit_curvature(
+            kind, session, steps, scales, seed, title, dense_side, used=used, shared=shared
+        )
     statistics = session.trajectory.merged_statistics(*interval)
     _require_fitting(statistics, session.blocks, interval)
     missing = _left_out(statistics)

@@ -3,7 +3,7 @@ curvature of all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tda_lightning.curvature.fit import WHOLE, Scales
 from tda_lightning.curvature.products import as_matrices
+from tda_lightning.curvature.shared_walk import SharedWalk
 from tda_lightning.gradients import Gradient, Joined, scaled
 from tda_lightning.session.session import Session, Span
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Row:
     """Gradients h * g of a batch by block.
 
     Attributes:
@@ -39,56 +40,77 @@ class Sample:
 
     Attributes:
         session: the model and the training set.
-        steps: the checkpoints.
-        orders: for each, batches of example indices.
+        orders: by checkpoint, batches of example indices.
+        numbers: by checkpoint, which of them are in the sample.
         scales: h of all parameters, [1, 1, parameters], by checkpoint and unit; a missing one
             is 1.
         seed: of the sampled labels.
         used: the steps whose use of examples weighs them; None: evenly.
+        shared: a walk that went over the examples before; None: there was none.
     """
 
     session: Session
-    steps: Sequence[int]
-    orders: Sequence[Sequence[Sequence[int]]]
+    orders: Mapping[int, Sequence[Sequence[int]]]
+    numbers: Mapping[int, Sequence[int]]
     scales: Scales
     seed: int
     used: Span | None
+    shared: SharedWalk | None = None
+
+    @cached_property
+    def chosen(self) -> dict[int, list[Sequence[int]]]:
+        """The sample's batches of example indices by checkpoint."""
+        return {step: [self.orders[step][n] for n in own] for step, own in self.numbers.items()}
 
     @property
     def size(self) -> int:
         """Gradients in all."""
-        return sum(len(batch) for order in self.orders for batch in order) * self.session.draws
+        sizes = [len(batch) for own in self.chosen.values() for batch in own]
+        return sum(sizes) * self.session.draws
 
     @property
     def batches(self) -> int:
         """In which they come."""
-        return sum(map(len, self.orders)) * self.session.draws
+        return sum(map(len, self.chosen.values())) * self.session.draws
 
     @property
     def held(self) -> int:
         """Scalars that they take in memory, factored."""
         return self.size * self.session.engine.held
 
-    def walk(self, title: str) -> Iterator[Drawn]:
+    def walk(self, title: str) -> Iterator[Row]:
         """This process's share of the gradients, batch by batch."""
-        for step, order in zip(self.steps, self.orders, strict=True):
+        for step, order in self.chosen.items():
             for batch in self.session.walk(f"{title}, step {step}", step, order):
                 yield from self._drawn(step, batch.data, batch.examples)
 
-    def everywhere(self, title: str) -> Iterator[Drawn]:
+    def everywhere(self, title: str) -> Iterator[Row]:
         """All gradients, in every process."""
-        for step, order in zip(self.steps, self.orders, strict=True):
+        for step, order in self.chosen.items():
+            if self.shared is not None and self.shared.drawn:
+                yield from self._left(f"{title}, step {step}", step, self.shared)
+                continue
             for batch in self.session.walk_whole(f"{title}, step {step}", step, order):
                 yield from self._drawn(step, batch.data, batch.examples)
 
-    def _drawn(self, step: int, data: object, examples: Tensor) -> Iterator[Drawn]:
+    def _left(self, title: str, step: int, shared: SharedWalk) -> Iterator[Row]:
+        """What a walk has left. In a dry run it has left a few batches."""
+        places = [(step, number) for number in self.numbers[step]]
+        left = [own for place in places for own in shared.drawn.get(place, ())]
+        for own in self.session.loop(title, left, len(places) * self.session.draws):
+            size = next(iter(own.gradients.values())).batch
+            yield Row(own.gradients, self._roots(size, own.weights))
+
+    def _roots(self, size: int, weights: Tensor | None) -> Tensor:
         session = self.session
-        weights = session.curvature_weights(examples, self.used)
-        share = torch.full((len(examples),), 1 / self.size, dtype=session.dtype)
-        share = share.to(session.device)
-        roots = (share if weights is None else share * weights).sqrt()
+        share = torch.full((size,), 1 / self.size, dtype=session.dtype).to(session.device)
+        return (share if weights is None else share * weights).sqrt()
+
+    def _drawn(self, step: int, data: object, examples: Tensor) -> Iterator[Row]:
+        session = self.session
+        roots = self._roots(len(examples), session.curvature_weights(examples, self.used))
         scale = self.scales.get(step, {}).get(WHOLE)
         by_block = {} if scale is None else as_matrices(session.blocks, scale[0, 0])
         for _ in session.losses.each_draw():
             found = session.fisher_gradients(data, examples, self.seed + step).blocks
-            yield Drawn({n: scaled(g, by_block.get(n)) for n, g in found.items()}, roots)
+            yield Row({n: scaled(g, by_block.get(n)) for n, g in found.items()}, roots)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.gradients import Basis, Gradient, matmul_sides
-from tda_lightning.gradients.basis import diagonal_in, inverse, placed
+from tda_lightning.gradients.basis import between, diagonal_in, inverse, placed, turned
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Spectrum:
     def lift(self, coordinates: Tensor) -> Tensor:
         """From coordinates back to the parameters."""
         return matmul_sides(inverse(self.left), coordinates, inverse(self.right))
+
+    def project_from(self, other: Spectrum, coordinates: Tensor) -> Tensor:
+        """Coordinates in this basis of those in the basis of another spectrum of the same unit."""
+        rows, columns = coordinates.shape[-2:]
+        count = coordinates[..., 0, 0].numel() // len(self.eigenvalues)
+        for left in between(other.left, self.left, count * columns):
+            coordinates = matmul_sides(left, coordinates, None)
+        for right in between(other.right, self.right, count * rows):
+            coordinates = turned(coordinates, right)
+        return coordinates
 
     def coordinates(self, gradient: Gradient, rows: slice) -> Tensor:
         """Coordinates of some examples' gradients, by way of their factors."""

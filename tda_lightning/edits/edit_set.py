@@ -14,7 +14,8 @@ from tda_lightning.edits.documents import DocumentRemoval, require_own_labels
 from tda_lightning.edits.edits import Edit, Term
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.provenance import EditRecord
-from tda_lightning.runtime.loading import ExampleSource, Keys, one_key
+from tda_lightning.runtime.indexed import Keys, one_key
+from tda_lightning.runtime.loading import ExampleSource
 
 
 @dataclass(frozen=True)

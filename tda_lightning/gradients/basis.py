@@ -91,6 +91,16 @@ def turned(rows: Tensor, basis: Basis) -> Tensor:
     return basis.turn(rows) if isinstance(basis, Reflections) else rows @ basis
 
 
+def between(first: Basis, second: Basis, count: int) -> list[Basis]:
+    """Bases by which ``count`` rows of coordinates in ``first`` are turned, one after the other, to
+    those in ``second``: their product where it takes fewer operations."""
+    if first is second:
+        return []
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and count >= first.shape[-1]:
+        return [first.mT @ second]
+    return [basis for basis in (inverse(first), second) if basis is not None]
+
+
 def matmul_sides(left: Basis, matrix: Tensor, right: Basis) -> Tensor:
     """left^T @ matrix @ right: coordinates of matrix [..., groups, rows, columns]."""
     if isinstance(left, Reflections):

@@ -40,6 +40,7 @@ from tda_lightning.gradients.shared_graph import gradients_of_each
 from tda_lightning.gradients.term_products import term_products
 from tda_lightning.gradients.uses import Use, assemble, plan_blocks, seen_both_ways
 from tda_lightning.records.errors import EngineError, NonFiniteError
+from tda_lightning.runtime import conditions
 from tda_lightning.runtime.irregular_weights import irregular_weights
 from tda_lightning.runtime.module_state import doubled, in_double
 from tda_lightning.tasks.batches import Batch
@@ -443,10 +444,14 @@ def _check_losses(losses: Tensor, examples: Tensor) -> None:
             f"The task returned losses of shape {tuple(losses.shape)} for {len(examples)} "
             "examples: expected one loss per example, [batch]. Do not average over the batch."
         )
-    bad = ~losses.detach().isfinite()
-    if bad.any():
-        position = int(bad.nonzero()[0])
-        raise NonFiniteError(
-            f"The loss of example {int(examples[position])} is {float(losses[position].detach())}. "
+    values = losses.detach()
+    finite = values.isfinite()
+
+    def error() -> NonFiniteError:
+        position = int((~finite).nonzero()[0])
+        return NonFiniteError(
+            f"The loss of example {int(examples[position])} is {float(values[position])}. "
             "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )
+
+    conditions.require(finite.all(), error)

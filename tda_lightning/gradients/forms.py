@@ -23,6 +23,7 @@ from tda_lightning.gradients.moments import SideForm
 CHUNK_SCALARS = 1 << 23
 # A chunk that meets dense queries holds so many examples at least: each reads all queries.
 _MET_TOGETHER = 16
+_MET_SCALARS = 1 << 22  # of the products of examples with some queries
 
 
 class Gradient(ABC):
@@ -246,14 +247,19 @@ class Outer(Gradient):
         if not self._meets_factors(count):
             flat = queries.mT.flatten(1)
             return torch.cat([flat @ dense.T for dense in self.columns_first()], dim=1)
-        # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients.
-        flat = queries.transpose(0, 1).flatten(1, 2).transpose(1, 2)
+        # q . (b a^T) = b . (q a): the products q a are smaller than the dense gradients. Many
+        # examples meet few queries at a time: a matrix product first copies what it reads.
         parts = []
-        for rows in self.chunks(count * groups * height):
+        for rows in self.chunks(groups * height):
             inputs = self.inputs(rows).squeeze(2).transpose(0, 1)
-            outputs = self.outputs[rows].squeeze(2).transpose(0, 1)
-            products = (inputs @ flat).unflatten(2, (count, height)) @ outputs.unsqueeze(3)
-            parts.append(products.squeeze(3).sum(0).T)
+            outputs = self.outputs[rows].squeeze(2).transpose(0, 1).unsqueeze(3)
+            together = max(1, _MET_SCALARS // (inputs.shape[1] * groups * height))
+            met = []
+            for own in queries.split(together):
+                flat = own.transpose(0, 1).flatten(1, 2).mT
+                products = (inputs @ flat).unflatten(2, (len(own), height)) @ outputs
+                met.append(products.squeeze(3).sum(0).T)
+            parts.append(torch.cat(met))
         return torch.cat(parts, dim=1)
 
     def dot_and_squares(self, queries: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

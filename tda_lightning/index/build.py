@@ -126,9 +126,10 @@ def _rows(
     order = [[row - first_row for row in batch] for batch in batches]
 
     def walk() -> Iterator[Mapping[str, Gradient]]:
-        for _, examples, data in loaded_batches(source, session.module, list(enumerate(order))):
+        for _, indices, data in loaded_batches(source, session.module, list(enumerate(order))):
             # The index seeds an example's noise; those appended come after all others.
-            yield session.train_gradients(data, examples + first_row).blocks
+            examples = (indices + first_row).to(session.device)
+            yield session.train_gradients(data, examples).blocks
 
     (found,) = averaged_coordinates(terms, session, [compression], walk)
     if first_row == 0:  # others count as used evenly

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tda_lightning.records.provenance import Provenance
-from tda_lightning.records.scores import (
-    Scores,
+from tda_lightning.records.score_checks import (
     require_candidates,
     require_finite,
     require_finite_query_tokens,
     require_finite_self_influence,
     require_finite_tokens,
 )
+from tda_lightning.records.scores import Scores
 
 
 class ScoreSink(Protocol):

@@ -16,6 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
+from tda_lightning.runtime.indexed import (
+    Collate,
+    Convert,
+    Indexed,
+    IndexedBatches,
+    Keys,
+    array_of_keys,
+    items_of,
+    list_of_keys,
+    one_key,
+    tensor_of_keys,
+    tuple_of_keys,
+)
 from tda_lightning.runtime.layouts import (
     CannotCut,
     Rule,
@@ -31,8 +44,6 @@ from tda_lightning.runtime.origins import Origin, remember
 from tda_lightning.runtime.random_states import Snapshot, unchanged_randomness
 from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.runtime.structures import mapped, moved, parts, same, with_parts
-
-Keys = Callable[[list[int]], object]
 
 # Hooks through which a batch goes to the device, in Lightning's order.
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -54,49 +65,6 @@ _REORDERED_BATCH = (
     "it keep the order, which changes nothing in training: "
     "pack_padded_sequence(enforce_sorted=False) needs no sorting."
 )
-
-
-class _Indexed(torch.utils.data.Dataset[tuple[int, object]]):
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, object]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, object]]:
-        """Several at once: much faster for data sets that offer it (tables, subsets of them)."""
-        return list(zip(indices, _items(self.dataset, indices), strict=True))
-
-
-class _Collate:
-    def __init__(self, collate: Callable[[list[object]], object]):
-        self.collate = collate
-
-    def __call__(self, items: list[tuple[int, object]]) -> tuple[object, Tensor]:
-        indices = torch.tensor([index for index, _ in items], dtype=torch.int64)
-        return self.collate([item for _, item in items]), indices
-
-
-class _IndexedBatches(torch.utils.data.Dataset[tuple[list[int], object]]):
-    """The same where the data set makes the batches itself (``DataLoader(batch_size=None)``)."""
-
-    def __init__(self, dataset: Any, keys: Keys):
-        self.dataset, self.keys = dataset, keys
-
-    def __getitem__(self, indices: Sequence[int]) -> tuple[list[int], object]:  # type: ignore[override]
-        return list(indices), self.dataset[self.keys(list(indices))]
-
-
-class _Convert:
-    def __init__(self, convert: Callable[[Any], object]):
-        self.convert = convert
-
-    def __call__(self, read: tuple[list[int], object]) -> tuple[object, Tensor]:
-        indices, batch = read
-        return self.convert(batch), torch.tensor(indices, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -193,16 +161,16 @@ class ExampleSource:
         }
         if self.keys is not None:
             return DataLoader(
-                _IndexedBatches(self.dataset, self.keys),
+                IndexedBatches(self.dataset, self.keys),
                 sampler=[list(batch) for batch in batches],
                 batch_size=None,
-                collate_fn=_Convert(self.collate),  # type: ignore[arg-type]
+                collate_fn=Convert(self.collate),  # type: ignore[arg-type]
                 **common,
             )
         return DataLoader(
-            _Indexed(self.dataset),
+            Indexed(self.dataset),
             batch_sampler=batches,  # type: ignore[arg-type]
-            collate_fn=_Collate(self.collate),
+            collate_fn=Collate(self.collate),
             **common,
         )
 
@@ -228,7 +196,7 @@ class ExampleSource:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
             # The same batch, without a call for each example.
             return list(self.dataset[torch.as_tensor(indices, dtype=torch.int64)])  # type: ignore[index]
-        return self.collate(_items(self.dataset, indices))
+        return self.collate(items_of(self.dataset, indices))
 
     def join(self, items: list[object]) -> object:
         """The batch of examples that may be no part of the data set.
@@ -351,7 +319,7 @@ class ExampleSource:
         with unchanged_randomness(self.dataset):
             try:
                 if self.keys is None:
-                    items = _items(self.dataset, indices)
+                    items = items_of(self.dataset, indices)
                     read = [self.collate(_copies(items)) for _ in range(2)]
                     each = [self.collate(_copies([item])) for item in items]
                 else:
@@ -459,42 +427,6 @@ def _attached(data_module: Any, trainer: object) -> Iterator[None]:
         yield
     finally:
         data_module.trainer = held
-
-
-def _items(dataset: Any, indices: Sequence[int]) -> list[object]:
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(list(indices))  # type: ignore[no-any-return]
-    return [dataset[index] for index in indices]
-
-
-# What a data set without automatic batching is asked for. Functions of the module, so that
-# workers that are started afresh find them.
-
-
-def one_key(indices: list[int]) -> int:
-    """The only index: the data set gives one thing for it, and nobody joins several."""
-    (index,) = indices
-    return index
-
-
-def list_of_keys(indices: list[int]) -> list[int]:
-    """The indices as a list."""
-    return indices
-
-
-def tuple_of_keys(indices: list[int]) -> tuple[int, ...]:
-    """The indices as a tuple."""
-    return tuple(indices)
-
-
-def tensor_of_keys(indices: list[int]) -> Tensor:
-    """The indices as a tensor."""
-    return torch.tensor(indices, dtype=torch.int64)
-
-
-def array_of_keys(indices: list[int]) -> np.ndarray:
-    """The indices as an array."""
-    return np.asarray(indices, dtype=np.int64)
 
 
 def _of_loader(loader: DataLoader[Any], given: int, what: str, data_module: Any) -> ExampleSource:

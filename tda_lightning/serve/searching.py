@@ -14,7 +14,8 @@ from tda_lightning.index.asking import Asker
 from tda_lightning.index.opened import in_session, training_source
 from tda_lightning.index.reranking import reranked
 from tda_lightning.records.errors import NonFiniteError
-from tda_lightning.runtime.loading import ExampleSource, Keys, one_key
+from tda_lightning.runtime.indexed import Keys, one_key
+from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.serve.questions import Question
 from tda_lightning.serve.refusal import Refusal
 from tda_lightning.serve.service import Found

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import from_all
 from tda_lightning.runtime.progress import SlowProgress
-from tda_lightning.runtime.structures import moved
 
 T = TypeVar("T")
 Numbered = tuple[int, Sequence[int]]  # a batch of example indices and its position in the order
@@ -28,7 +27,8 @@ class Pace:
     def walk(
         self, title: str, source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
     ) -> Iterator[tuple[int, Tensor, object]]:
-        """This process's batches as (position, example indices, batch on the module's device)."""
+        """This process's batches as (position, example indices on the host, batch on the module's
+        device)."""
         _require_same_walk(title)
         with SlowProgress(title, len(batches)) as progress:
             for loaded in loaded_batches(source, module, batches):
@@ -57,17 +57,18 @@ class Pace:
 def loaded_batches(
     source: ExampleSource, module: nn.Module, batches: Sequence[Numbered]
 ) -> Iterator[tuple[int, Tensor, object]]:
-    """Batches read from ``source``, each as (position, example indices, batch on the device)."""
+    """Batches read from ``source``, each as (position, example indices on the host, batch on the
+    device)."""
     device = next(module.parameters()).device
     if source.num_workers == 0:  # a DataLoader would read the same, more slowly
         for position, chosen in batches:
             indices = torch.as_tensor(chosen, dtype=torch.int64)
-            yield position, moved(indices, device), source.batch(indices, module)
+            yield position, indices, source.batch(indices, module)
         return
     pinned = replace(source, pin_memory=True) if device.type == "cuda" else source
     loader = pinned.indexed([indices for _, indices in batches])
     for (position, _), (data, indices) in zip(batches, loader, strict=True):
-        yield position, moved(indices, device), source.placed(data, module, indices)
+        yield position, indices, source.placed(data, module, indices)
 
 
 def _require_same_walk(title: str) -> None:

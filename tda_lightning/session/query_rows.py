@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tda_lightning.runtime.loading import Keys, one_key
+from tda_lightning.runtime.indexed import Keys, one_key
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ from tda_lightning.edits import EditedGraphs, EditSet, GraphEditSet
 from tda_lightning.gradients import Block, ExampleGradients, Gradient, GradientEngine
 from tda_lightning.gradients.rows import touched_rows
 from tda_lightning.measurements import Measurement
-from tda_lightning.records.errors import TrajectoryMismatchError
+from tda_lightning.records.errors import NonFiniteError, TrajectoryMismatchError
 from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
+from tda_lightning.runtime import conditions
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
+from tda_lightning.runtime.structures import moved
 from tda_lightning.session.edited_graphs import edit_gradients
 from tda_lightning.session.losses import Losses
 from tda_lightning.session.moments import show
@@ -64,9 +66,9 @@ class Batch:
         data: the batch on the module's device.
         examples: indices in the training set, int64 [batch].
         position: of the batch in the order that was asked for.
-        columns: of the scores that they belong to, int64 [batch].
-        used_as: the training examples whose use in training they have, int64 [batch]; -1 for an
-            average one.
+        columns: of the scores that they belong to, int64 [batch], on the host.
+        used_as: the training examples whose use in training they have, int64 [batch], on the host;
+            -1 for an average one.
         signs: what their gradients count by, [batch]; None: 1.
         noise: what the training loss drew for this batch of the run; None: seeded draws.
         places: positions among all that ``walk_columns`` goes through, int64 [batch]; None: those
@@ -89,7 +91,7 @@ class Batch:
 
     def curvature_weights(self, used: Span | None) -> Tensor | None:
         """What each counts by in the curvature over the steps of ``used``, [batch]; None: 1."""
-        return self.session.curvature_weights(self.examples, used)
+        return self.session.curvature_weights(self.used_as, used)
 
     @cached_property
     def gradients(self) -> dict[str, Gradient]:
@@ -285,8 +287,9 @@ class Session:
         if step is not None:
             self.load(step)
         title = self.prefix + title
-        for position, examples, data in self.pace.walk(title, self.examples, self.module, own):
-            yield Batch(self, data, examples, position, examples, examples)
+        with conditions.noted():
+            for position, indices, data in self.pace.walk(title, self.examples, self.module, own):
+                yield Batch(self, data, moved(indices, self.device), position, indices, indices)
 
     def walk_columns(
         self, title: str, step: int | None = None, order: Sequence[Sequence[int]] | None = None
@@ -319,8 +322,8 @@ class Session:
                 relabelled(self.task, data, rows.labels) if rows.labels else data,
                 rows.examples.to(self.device),
                 position,
-                rows.columns.to(self.device),
-                rows.used_as.to(self.device),
+                rows.columns,
+                rows.used_as,
                 rows.signs.to(self.device, self.dtype),
                 places=places,
             )
@@ -345,7 +348,9 @@ class Session:
         for position, columns, data in self.pace.walk(title, source, self.module, own):
             # Every step uses the graph, so an edit counts as often as an average example.
             nobody = torch.full_like(columns, -1)
-            yield Batch(self, data, columns, position, columns, nobody, places=columns.cpu())
+            yield Batch(
+                self, data, moved(columns, self.device), position, columns, nobody, places=columns
+            )
 
     def uses(self, index: int) -> list[int]:
         """What :meth:`walk_columns` reads for a use of training example ``index``: itself, or the
@@ -401,7 +406,11 @@ class Session:
             values = values * weights
         if batch.signs is not None:
             values = values * batch.signs
-        (self.scores if sink is None else sink).add(segment, batch.columns, values, first_query)
+        try:
+            (self.scores if sink is None else sink).add(segment, batch.columns, values, first_query)
+        except NonFiniteError:
+            conditions.settle()  # a loss tells more than the scores that follow from it
+            raise
 
     def loop(
         self, title: str, items: Iterable[T], total: int | None = None, memory: int = 0
@@ -550,7 +559,8 @@ class Session:
             factors = factors * batch.signs
         total = self._term_scores(values.shape[2])
         rows = total[first_query : first_query + len(values), :, : values.shape[2]]
-        rows.index_add_(1, batch.columns, values * factors[:, None])
+        columns = moved(batch.columns, self.device)
+        rows.index_add_(1, columns, values * factors[:, None])
 
     def _term_products(self, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
         terms = self.losses.train_terms(batch.noise)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tda_lightning.records.errors import TrajectoryFormatError
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.records.score_checks import require_finite, require_scored
 from tda_lightning.records.score_sinks import MemorySink
-from tda_lightning.records.scores import Scores, require_finite, require_scored
+from tda_lightning.records.scores import Scores
 from tda_lightning.store.atomic_write import make_folder, part_path, publish, replacing
 from tda_lightning.store.hdf5 import damaged, hdf5_file, put_header, reading
 from tda_lightning.store.layout import SCORES

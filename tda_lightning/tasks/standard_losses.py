@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tda_lightning.runtime import conditions
 from tda_lightning.tasks.example_seeds import random_signs
 
 
@@ -206,11 +207,14 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int = -100) -> None
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
-    if wrong.any():
+
+    def error() -> ValueError:
         position = wrong.nonzero()[0].tolist()
         where = position[0] if len(position) == 1 else tuple(position)
-        raise ValueError(
+        return ValueError(
             f"Expected labels in 0 .. {classes - 1} for a model with {classes} outputs, got "
             f"{int(labels[tuple(position)])} at position {where} of the batch. Check the labels, "
             f"the number of outputs, or ignore_index (now {ignore_index})."
         )
+
+    conditions.require(~wrong.any(), error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,12 +25,18 @@ def cross(
 ) -> Crossing:
     """Score a segment's checkpoints and carry the adjoint of the queries to its start."""
     segment = segments[number]
-    session, steps = segment.session, segment.steps.checkpoints
     inside = {name: segment.enter(name, own) for name, own in adjoint.items()}
     responses = segment_responses(segment, inside)
-    tokens = directions(session, responses) if session.by_token else {}
     crossing = segment.crossing(adjoint, inside)
     del inside
+    score(segment, responses, first_query)
+    return crossing
+
+
+def score(segment: FittedSegment, responses: Mapping[str, Response], first_query: int) -> None:
+    """Score the examples at a segment's checkpoints, given what the queries ask of them."""
+    session, steps, number = segment.session, segment.steps.checkpoints, segment.number
+    tokens = directions(session, responses) if session.by_token else {}
     for step in steps:
         for batch in session.walk_columns(f"{segment.title}: scores, step {step}", step):
             gradients = segment.units(batch.gradients) if WHOLE in responses else batch.gradients
@@ -39,7 +45,6 @@ def cross(
             session.add(number, batch, values * share, first_query, used=segment.used)
             if session.by_token:
                 session.add_terms(batch, tokens, first_query, share, segment.used)
-    return crossing
 
 
 def segment_responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Response]:
@@ -58,8 +63,10 @@ def segment_responses(segment: FittedSegment, inside: Adjoint) -> dict[str, Resp
         elif isinstance(spectrum, Spectrum):
             responses[name] = Response(response, spectrum, meetings)
         else:
-            for block, (basis, own) in spectrum.in_blocks(response).items():
-                responses[block] = Response(own, basis, meetings)
+            leading, by_block = spectrum.by_block(response)
+            spectrum.inflate(leading, by_block)
+            for block, own in by_block.items():
+                responses[block] = Response(own, spectrum.spectra[block], meetings)
     return responses
 
 

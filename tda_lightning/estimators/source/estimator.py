@@ -8,19 +8,20 @@ from typing import ClassVar, cast
 
 from tda_lightning.curvature import (
     DeflatedSpectrum,
-    LeadingDirections,
+    SharedWalk,
     Spectrum,
     check_dense_side,
     check_kind,
     check_statistics,
     curvature_of,
     leading_directions,
+    shared_walk,
     statistics_provenance,
     uses_statistics,
 )
 from tda_lightning.curvature.fit import WHOLE, Scales
 from tda_lightning.estimators.clipping import clipping_notes
-from tda_lightning.estimators.source import averaged, recorded, stepwise
+from tda_lightning.estimators.source import averaged, blockwise, recorded, stepwise
 from tda_lightning.estimators.source.coupling import (
     coupled,
     entered,
@@ -248,6 +249,9 @@ class Source:
         query_bytes = max(fit.query_bytes() for fit in fitted)
         for first, last in session.query_rounds(query_bytes):
             near = [fit.near(first, last) for fit in fitted]
+            if alone and near[0].stays_in_bases:
+                blockwise.follow(near[0].segments, first, last)
+                continue
             handed = final_adjoint(near[-1].stage, first, last)
             for fit in reversed(near):
                 adjoint, frozen = entered(fit.stage, fit.segments[-1], handed, last - first)
@@ -298,7 +302,20 @@ class Source:
         segments: list[FittedSegment] = []
         require_formula(trajectory, "metric", "SOURCE")
         metrics = checkpoint_metrics(session)
-        blocks = [self._blockwise(session, n, steps, metrics) for n, steps in enumerate(records)]
+        # Where no rows are looked up, all parameters are followed, and one walk serves both fits.
+        together = 0 if session.engine.rows_each else self.leading(session, len(records))
+        blocks: list[tuple[Geometry, Mapping[str, Curvature]]] = []
+        for number, steps in enumerate(records):
+            shared = None
+            if together:
+                shared = shared_walk(together, session, steps.checkpoints, self.seed)
+            blocks.append(self._blockwise(session, number, steps, metrics, shared))
+            if together:
+                before = blocks[-2][1].get(WHOLE) if number else None
+                spectra = blocks[-1][1]
+                blocks[-1] = self._with_leading(
+                    session, number, steps, together, metrics, spectra, before, shared
+                )
         curvatures = [own for _, own in blocks]
         looked_up = separable(session, curvatures) if alone else []
         if looked_up and self._fits_leading(session):
@@ -319,14 +336,13 @@ class Source:
                     )
                     for geometry, own in blocks
                 ]
-        leading = self.leading(session, len(records))
+        leading = together or self.leading(session, len(records))
         for number, steps in enumerate(records):
             before = segments[-1].curvature.get(WHOLE) if segments else None
-            start = before.leading if isinstance(before, DeflatedSpectrum) else None
             geometry, curvature = blocks[number]
-            if leading:
+            if leading and not together:
                 geometry, curvature = self._with_leading(
-                    session, number, steps, leading, metrics, curvature, start
+                    session, number, steps, leading, metrics, curvature, before
                 )
             segments.append(
                 FittedSegment(
@@ -347,7 +363,12 @@ class Source:
         return FittedStage(stage, segments, cross, copies, leading, products, separate)
 
     def _blockwise(
-        self, session: Session, number: int, steps: Segment, metrics: Mapping[int, Metric]
+        self,
+        session: Session,
+        number: int,
+        steps: Segment,
+        metrics: Mapping[int, Metric],
+        shared: SharedWalk | None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The metric of a segment, and its curvature by unit."""
         if self.curvature == MATRIX_FREE:
@@ -365,6 +386,7 @@ class Source:
             f"segment {number + 1}",
             self.dense_side,
             used,
+            shared,
         )
         return geometry, spectra
 
@@ -376,18 +398,29 @@ class Source:
         leading: int,
         metrics: Mapping[int, Metric],
         spectra: Mapping[str, Curvature],
-        start: LeadingDirections | None,
+        before: Curvature | None,
+        shared: SharedWalk | None = None,
     ) -> tuple[Geometry, Mapping[str, Curvature]]:
         """The same for all parameters together, with leading directions in front of ``spectra``;
-        ``start``: those of the segment before."""
+        ``before``: the curvature of the segment before."""
         title, used = f"segment {number + 1}", (steps.start, steps.stop)
         geometry = segment_geometry(session, steps, "exact", metrics)
         scales = self._scales(session, steps, "exact", geometry, metrics)
+        blocks = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
+        start = (lambda: before.vectors) if isinstance(before, DeflatedSpectrum) else None
         directions = leading_directions(
-            leading, session, steps.checkpoints, scales, self.seed, title, used, start
+            leading,
+            session,
+            steps.checkpoints,
+            scales,
+            self.seed,
+            title,
+            blocks,
+            used,
+            start,
+            shared,
         )
-        blockwise = {n: own for n, own in spectra.items() if isinstance(own, Spectrum)}
-        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blockwise)}
+        return geometry, {WHOLE: DeflatedSpectrum.of(directions, session.blocks, blocks)}
 
     def _scales(
         self,
@@ -493,6 +526,11 @@ class FittedStage:
         return replace(
             self, stage=replace(self.stage, session=session, wide=session), segments=segments
         )
+
+    @property
+    def stays_in_bases(self) -> bool:
+        """Whether queries may be followed in the bases of the segments (``blockwise.py``)."""
+        return self.cross is averaged.cross and blockwise.stays_in_bases(self.segments)
 
     def query_bytes(self) -> int:
         """Bytes that a query takes on its way back."""

@@ -1,0 +1,141 @@
+"""Queries on their way back through one stage whose optimizer has no metric, with the order of
+batches averaged out: they stay in the bases of the segments, block by block.
+
+Measurement gradients are turned by their factors, and from one segment's basis to the next in one
+product for each side. Where a metric scales the gradients, or other stages are involved, adjoints
+go by way of the parameters (``averaged.py``); the result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tda_lightning.curvature import DeflatedSpectrum, Spectrum, units
+from tda_lightning.curvature.fit import WHOLE
+from tda_lightning.estimators.queries import Response
+from tda_lightning.estimators.source.averaged import score
+from tda_lightning.estimators.source.segments import FittedSegment, with_components
+from tda_lightning.estimators.source.spectral import combined
+from tda_lightning.session.session import Session
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Adjoints at a segment's end in its eigenbasis, each with its components and queries in front.
+
+    Attributes:
+        leading: coordinates along leading directions, [component, query, count]; None without.
+        rest: what these leave, in the basis of each block.
+    """
+
+    leading: Tensor | None
+    rest: dict[str, Tensor]
+
+
+def stays_in_bases(segments: Sequence[FittedSegment]) -> bool:
+    """Whether no segment scales gradients by a metric."""
+    return not any(segment.geometry.scale for segment in segments)
+
+
+def follow(segments: Sequence[FittedSegment], first: int, last: int) -> None:
+    """Score the examples of all segments, the last one first, for the queries ``first`` to
+    ``last``."""
+    segment = segments[-1]
+    adjoint = _measured(segment, first, last)
+    for number in reversed(range(len(segments))):
+        segment = segments[number]
+        inside = _entered(segment, adjoint)
+        responses = _responses(segment, inside)
+        # The query's own part is not needed any more when the first segment is scored.
+        adjoint = _left(segment, inside, segments[number - 1]) if number else {}
+        del inside
+        score(segment, responses, first)
+
+
+def _bases(segment: FittedSegment) -> dict[str, Spectrum]:
+    """The basis of each unit in which adjoints are held."""
+    whole = segment.spectra.get(WHOLE)
+    if isinstance(whole, DeflatedSpectrum):
+        return whole.spectra
+    return {name: own for name, own in segment.spectra.items() if isinstance(own, Spectrum)}
+
+
+def _measured(segment: FittedSegment, first: int, last: int) -> dict[str, Tensor]:
+    """Measurement gradients of the queries by the final model, in the segment's bases: [component,
+    query, groups, rows, columns]."""
+    session, bases = segment.session, _bases(segment)
+    kind = "exact" if WHOLE in bases else "blocks"
+    session.load(session.trajectory.last_step)
+    out: dict[str, Tensor] = {}
+    start = 0
+    for batch, examples in session.queries(first, last):
+        found = session.measurement_gradients(batch, examples)
+        for name, gradient in units(kind, found.blocks).items():
+            if name not in out:
+                out[name] = _empty(session, last - first, gradient.shape[1:])
+            for rows in gradient.chunks():
+                place = slice(start + rows.start, start + rows.stop)
+                out[name][place] = bases[name].coordinates(gradient, rows)
+        start += len(examples)
+    return {name: with_components(own[None], segment.components) for name, own in out.items()}
+
+
+def _empty(session: Session, count: int, shape: Sequence[int]) -> Tensor:
+    return torch.empty(count, *shape, dtype=session.dtype, device=session.device)
+
+
+def _entered(segment: FittedSegment, adjoint: dict[str, Tensor]) -> _Inside:
+    """An adjoint in the blocks' bases, in the eigenbasis of the segment: in place."""
+    whole = segment.spectra.get(WHOLE)
+    if not isinstance(whole, DeflatedSpectrum):
+        return _Inside(None, adjoint)
+    return _Inside(whole.deflate(adjoint), adjoint)
+
+
+def _applied(segment: FittedSegment, coefficients: Tensor, inside: _Inside) -> dict[str, Tensor]:
+    """Coefficients of some components [component, *eigenvalues] times an adjoint, in the blocks'
+    bases: [query, groups, rows, columns]."""
+    whole = segment.spectra[WHOLE]
+    assert isinstance(whole, DeflatedSpectrum) and inside.leading is not None
+    along, own = whole.by_block(coefficients)
+    out = {name: combined(own[name], rest) for name, rest in inside.rest.items()}
+    whole.inflate(combined(along, inside.leading), out)
+    return out
+
+
+def _responses(segment: FittedSegment, inside: _Inside) -> dict[str, Response]:
+    """What the queries ask of the segment's examples, by unit."""
+    if inside.leading is not None:
+        values = _applied(segment, segment.transfers[WHOLE].response, inside)
+    else:
+        values = {
+            name: combined(segment.transfers[name].response, rest)
+            for name, rest in inside.rest.items()
+        }
+    meetings = segment.session.num_train * len(segment.steps.checkpoints)
+    bases = _bases(segment)
+    return {name: Response(own, bases[name], meetings) for name, own in values.items()}
+
+
+def _left(segment: FittedSegment, inside: _Inside, before: FittedSegment) -> dict[str, Tensor]:
+    """The adjoint at the segment's start, in the bases of the segment before it."""
+    if inside.leading is not None:
+        carry = segment.transfers[WHOLE].carry
+        components = [_applied(segment, own, inside) for own in carry]
+    else:
+        transfers, rests = segment.transfers, inside.rest.items()
+        components = [
+            {name: combined(transfers[name].carry[number], rest) for name, rest in rests}
+            for number in range(segment.components)
+        ]
+    carried = {name: _stacked([own[name] for own in components]) for name in components[0]}
+    bases, others = _bases(segment), _bases(before)
+    return {name: others[name].project_from(bases[name], own) for name, own in carried.items()}
+
+
+def _stacked(components: Sequence[Tensor]) -> Tensor:
+    return components[0][None] if len(components) == 1 else torch.stack(list(components))
