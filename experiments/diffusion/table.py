@@ -70,8 +70,8 @@ def retrainings(found: dict[str, Any]) -> str:
         f"{setup['timesteps']} timesteps and {setup['measured_draws']} draws of the noise "
         f"({setup['scored_draws']} where they are scored); {setup['subsets']} retrainings on "
         "random halves, by replays of the run and by those of a run of another seed. The two "
-        f"truths agree at {setup['agreement']:.2f} (rank correlation over subsets, mean over samples; of each: "
-        f"{each}). Intervals of 95% over subsets.\n\n"
+        f"truths agree at {setup['agreement']:.2f} (rank correlation over subsets; "
+        f"mean over samples, of each: {each}). Intervals of 95% over subsets.\n\n"
         "| | linear datamodeling score, replays | another seed | processor time / training's |\n"
         "|---|---|---|---|"
     )
