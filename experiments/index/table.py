@@ -53,9 +53,8 @@ def _cells(found: dict[str, Any]) -> str:
     ]
     for row in found["rows"]:
         proponents, opponents = row["recall"]
-        lines.append(
-            f"| {row['probes']} | {proponents:.2f} | {opponents:.2f} | {1000 * row['seconds']:.2f} |"
-        )
+        spent = f"{1000 * row['seconds']:.2f}"
+        lines.append(f"| {row['probes']} | {proponents:.2f} | {opponents:.2f} | {spent} |")
     return "\n".join(lines)
 
 
