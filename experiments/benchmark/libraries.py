@@ -13,14 +13,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from experiments.benchmark.works import Classifier, Work
-from tda_lightning import AttributionModule, Trajectory
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
+from tda_lightning.estimators import (
+    TRAK,
+    FastInfluence,
+    InfluenceFunction,
+    Source,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.tasks import AttributionTask, ClassificationTask
 
 Job = Callable[[], Tensor]
+DIMENSION = 512  # of TRAK's projection
+TRAK_BATCH, DATTRI_BATCH = 100, 100
 
 
 class _EmpiricalTask(AttributionTask):
@@ -225,6 +236,115 @@ def floor_of_all(work: Work, folder: Path) -> Job:
     return _floor(work, folder, recorded)
 
 
+def unrolled_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, Unrolled(), self_influence=False)
+
+
+def fastif_tda_lightning(work: Work, folder: Path) -> Job:
+    return _ours(work, folder, FastInfluence(), self_influence=False)
+
+
+def trak_tda_lightning(work: Work, folder: Path) -> Job:
+    estimator = TRAK(projection_dimension=_dimension(work))
+    return _ours(work, folder, estimator, self_influence=False)
+
+
+def _dimension(work: Work) -> int:
+    """Of TRAK's projection: in a trial fewer, which its training examples determine."""
+    return min(DIMENSION, work.num_train // 2)
+
+
+def trak_traker(work: Work, folder: Path) -> Job:
+    """One checkpoint, with the projector for any device, in float32."""
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    train, query = work.data()
+    network = work.network().eval()
+    state = _weights(folder, Trajectory.load(str(folder)).last_step)
+    size = sum(parameter.numel() for parameter in network.parameters())
+
+    def job() -> Tensor:
+        with tempfile.TemporaryDirectory() as output:
+            projector = BasicProjector(size, _dimension(work), 0, ProjectionType.normal, "cpu")
+            traker = TRAKer(
+                network, "image_classification", work.num_train, save_dir=output, device="cpu",
+                projector=projector, proj_dim=_dimension(work), use_half_precision=False,
+            )  # fmt: skip
+            traker.load_checkpoint(state, model_id=0)
+            for start in range(0, work.num_train, TRAK_BATCH):
+                batch = train[start : start + TRAK_BATCH]
+                traker.featurize(batch, num_samples=len(batch[1]))
+            traker.finalize_features()
+            traker.start_scoring_checkpoint("scores", state, model_id=0, num_targets=len(query))
+            for start in range(0, len(query), TRAK_BATCH):
+                batch = query[start : start + TRAK_BATCH]
+                traker.score(batch, num_samples=len(batch[1]))
+            return torch.as_tensor(traker.finalize_scores("scores")).T
+
+    return job
+
+
+def tracin_dattri(work: Work, folder: Path) -> Job:
+    """TracIn over all parameters and the same checkpoints, without projection."""
+    from dattri.algorithm.tracin import TracInAttributor
+    from dattri.task import AttributionTask as DattriTask
+    from torch.func import functional_call
+
+    train, query = work.data()
+    network = work.network().eval()
+    recorded = sorted(step for step in Trajectory.load(str(folder)).checkpoints if step > 0)
+
+    def loss(parameters: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        image, label = data
+        outputs = functional_call(network, parameters, (image[None],))
+        return F.cross_entropy(outputs, label[None])
+
+    def job() -> Tensor:
+        task = DattriTask(loss, network, [_weights(folder, step) for step in recorded])
+        weights = torch.ones(len(recorded))
+        attributor = TracInAttributor(task, weights, normalized_grad=False, device="cpu")
+        attributor.projector_kwargs = None
+        # Every gradient is dense: larger batches do not fit into memory.
+        loaders = (DataLoader(data, DATTRI_BATCH) for data in (train, query))
+        return attributor.attribute(*loaders).T
+
+    return job
+
+
+def _trained(work: Work, recorder: dict[str, Any] | None) -> Job:
+    """Thirty steps by Lightning's trainer, with or without a recorder."""
+    train, _ = work.data()
+    module = Classifier(work.network())
+    loader = DataLoader(train, min(work.batch_size, work.num_train // 4), shuffle=True)
+
+    def job() -> Tensor:
+        with tempfile.TemporaryDirectory() as output:
+            callbacks = []
+            if recorder is not None:
+                callbacks = [TrajectoryRecorder(f"{output}/run", num_checkpoints=3, **recorder)]
+            trainer = Trainer(
+                max_steps=30, accelerator="cpu", logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+            )  # fmt: skip
+            trainer.fit(module, loader)
+        return torch.zeros(1)
+
+    return job
+
+
+def training(work: Work, folder: Path) -> Job:
+    return _trained(work, None)
+
+
+def training_recorded(work: Work, folder: Path) -> Job:
+    return _trained(work, {})
+
+
+def training_online(work: Work, folder: Path) -> Job:
+    return _trained(work, {"curvature": "online"})
+
+
 JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
     ("ekfac", "tda-lightning"): ekfac_tda_lightning,
     ("ekfac", "kronfluence"): ekfac_kronfluence,
@@ -241,4 +361,12 @@ JOBS: dict[tuple[str, str], Callable[[Work, Path], Job]] = {
     ("source blocks", "tda-lightning"): source_blocks_tda_lightning,
     ("source", "tda-lightning"): source_tda_lightning,
     ("source+self", "tda-lightning"): source_self_tda_lightning,
+    ("unrolled", "tda-lightning"): unrolled_tda_lightning,
+    ("fastif", "tda-lightning"): fastif_tda_lightning,
+    ("trak", "tda-lightning"): trak_tda_lightning,
+    ("trak", "traker"): trak_traker,
+    ("tracin", "dattri"): tracin_dattri,
+    ("training", "lightning"): training,
+    ("training", "checkpoints"): training_recorded,
+    ("training", "online curvature"): training_online,
 }

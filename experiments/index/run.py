@@ -45,9 +45,18 @@ ESTIMATORS: dict[str, Estimator] = {
     "source": Source(),
     "tracin": TracIn(),
 }
-BYTES = (1024, 256, 4096, 64, 16384, 65536)
 KINDS = ("factors", "leading", "plain", "random")
-DTYPES = ("int4", "int8")
+# Types of the numbers by bytes an example: with room for larger ones, small ones are not needed.
+DTYPES = {
+    64: ("int4", "int8"),
+    256: ("int4", "int8"),
+    1024: ("int4", "int8"),
+    4096: ("int8", "float16"),
+    16384: ("float16",),
+    65536: ("float16",),
+}
+_MOST_RANDOM = 1 << 14  # numbers: random directions are as large as the model, times their count
+_MOST_LEADING = 4096  # of them: principal components need samples as large
 _BATCH = 256
 _TOGETHER = 8  # batches of examples whose coordinates are held at a time
 
@@ -60,9 +69,8 @@ def main() -> None:
     parser.add_argument("problem", help="a study of experiments/fidelity")
     parser.add_argument("estimator", choices=ESTIMATORS)
     parser.add_argument("--run", required=True, type=Path)
-    parser.add_argument("--bytes", type=int, nargs="*", default=BYTES)
-    parser.add_argument("--kinds", nargs="*", default=KINDS)
-    parser.add_argument("--dtypes", nargs="*", default=DTYPES)
+    parser.add_argument("--bytes", type=int, nargs="*", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     study(options)
@@ -76,7 +84,7 @@ def study(options: argparse.Namespace) -> None:
         (size, kind, dtype)
         for size in options.bytes
         for kind in options.kinds
-        for dtype in options.dtypes
+        for dtype in DTYPES[size]
         if not any([size, kind, dtype] == row["key"] for row in found["rows"])
     ]
     estimator = ESTIMATORS[options.estimator]
@@ -117,13 +125,9 @@ def study(options: argparse.Namespace) -> None:
 
     def fit(session: Session) -> None:
         responder = responder_of(estimator, session)
-        # The directions of a random projection are as large as the model, times its width.
-        terms, began = len(responder.terms), time.process_time()
-        here = [
-            key
-            for key in wanted
-            if key[1] != "random" or width_of(key[0], key[2]) * terms <= 1 << 14
-        ]
+        began = time.process_time()
+        most = {"random": _MOST_RANDOM // len(responder.terms), "leading": _MOST_LEADING}
+        here = [key for key in wanted if width_of(key[0], key[2]) <= most.get(key[1], 1 << 30)]
         ours = [(kind, width_of(size, dtype)) for size, kind, dtype in here if kind != "plain"]
         plain = [width_of(size, dtype) for size, kind, dtype in here if kind == "plain"]
         made = fitted(session, responder, ours, samples, 0)

@@ -47,6 +47,7 @@ def main() -> None:
     groups = by_group()
     blocks = {"digits": digits(), "seconds": seconds(), "text": text(), "dattri": dattri()}
     blocks["tail-patch"] = tail_patch()
+    blocks["brittleness"] = brittleness()
     blocks["groups"] = "" if groups is None else groups.table()
     for block in blocks.values():
         print(block, end="\n\n")
@@ -151,6 +152,18 @@ def tail_patch() -> str:
         lines.append([name, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
     heads = ["scores", "change of the target's probability, percentage points"]
     return f"{table(heads, lines)}\n\nBefore the step the mean is {100 * before:.2f}%."
+
+
+def brittleness() -> str:
+    """Shares of the predictions that flip without a query's first proponents."""
+    kept = load("brittleness")
+    if not kept:
+        return ""
+    first = next(iter(kept.values()))
+    heads = ["left out: the first by", *(f"{k} examples" for k in first["removed"])]
+    lines = [[name, *(f"{own:.2f}" for own, _ in row["flipped"])] for name, row in kept.items()]
+    chance = [f"{own:.2f}" for _, own in first["flipped"]]
+    return table(heads, [*lines, ["random", *chance]])
 
 
 def by_group() -> Interactions | None:

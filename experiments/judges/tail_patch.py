@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,20 @@ from experiments.judges.run import RESULTS, Notes
 from tda_lightning import AttributionModule, Scores, TrajectoryRecorder
 from tda_lightning.cli.command import quiet_lightning
 from tda_lightning.cli.trainers import SILENT, silent_trainer
-from tda_lightning.estimators import InfluenceFunction, Source, TracIn
+from tda_lightning.estimators import TRAK, InfluenceFunction, Source, TracIn
 from tda_lightning.evaluation import bm25, random_scores
 from tda_lightning.examples.data import WikiText2Data
 
 NUM_TRAIN, NUM_QUERY, LENGTH, VOCABULARY = 400, 48, 32, 2048
 EPOCHS, BATCH_SIZE, RATE, TOP = 6, 16, 1e-3, 5
-OURS = {"TracIn": TracIn, "EK-FAC": InfluenceFunction, "SOURCE": Source}
+# What scores, and the share of the data that the question is about.
+OURS: dict[str, tuple[Callable[[], Any], float]] = {
+    "TracIn": (TracIn, 1.0),
+    "TRAK": (TRAK, 1.0),
+    "EK-FAC": (InfluenceFunction, 1.0),
+    "SOURCE": (Source, 1.0),
+    "SOURCE at .5": (Source, 0.5),
+}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -122,13 +130,14 @@ def main() -> None:
         "BM25": bm25(data.documents("train"), data.documents("query")),
         "Random": random_scores(NUM_QUERY, NUM_TRAIN, 0),
     }
-    for name, make in OURS.items():
-        attribution = AttributionModule(module, str(options.folder / "run"), make())
-        rows[name] = attribution.attribute(
-            train, query, trainer=silent_trainer(), self_influence=False
-        )
-    folder = tokenizer(data.vocabulary, options.folder / "tokenizer")
     notes = Notes(RESULTS / "tail_patch.json")
+    for name, (make, keep) in OURS.items():
+        if name not in notes.found:
+            attribution = AttributionModule(module, str(options.folder / "run"), make())
+            rows[name] = attribution.attribute(
+                train, query, trainer=silent_trainer(), self_influence=False, keep=keep
+            )
+    folder = tokenizer(data.vocabulary, options.folder / "tokenizer")
     notes.once("target", lambda: chance(module, query))
     for name, scores in rows.items():
         notes.once(name, lambda s=scores: judged(s.values, module, train, query, folder))

@@ -31,20 +31,17 @@ def require_by_token(
     """Refuse scores by token where they are not known.
 
     Raises:
-        UnsupportedTrainingError: over several stages; of TRAK over several runs.
+        UnsupportedTrainingError: tokens of queries, of TRAK over several runs.
         ValueError: self-influence is asked for as well.
     """
     if by_token is None:
         return
-    if (stages := len(members[0])) > 1:
+    if len(members) > 1 and isinstance(estimator, EnsembleEstimator) and by_token != "train":
         raise UnsupportedTrainingError(
-            f"Scores by token are of one stage of training, got {stages}. Attribute "
-            "each of them, Trajectory.load(path).stages()."
-        )
-    if len(members) > 1 and isinstance(estimator, EnsembleEstimator):
-        raise UnsupportedTrainingError(
-            f"{type(estimator).__name__} puts the members of an ensemble together in its "
-            "own way, which has no parts by token. Attribute the members one by one."
+            f"{type(estimator).__name__} multiplies means over the members of an ensemble, of "
+            "features and of derivatives apart, and both are of whole queries: the tokens of a "
+            "query have no parts in that product. Ask for by_token='train', or attribute the "
+            "members one by one."
         )
     if self_influence and by_token != "train":
         raise ValueError(

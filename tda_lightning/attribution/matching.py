@@ -28,6 +28,8 @@ def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
             f"examples, got {len(dataset)}. Pass the training set of the recorded run, in its "
             "order."
         )
+    if recorded.num_examples is None:
+        _require_whole_stream(trajectory, len(dataset))
     compare_fingerprints(recorded.fingerprint, dataset)
     known = recorded.settings.get("tokenizers")
     given = tokenizer_digests(dataset, source.collate)
@@ -36,6 +38,17 @@ def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
             "The tokenizer of the training set or its collator is not the recorded one: its "
             f"vocabulary or special tokens differ (fingerprints {', '.join(known)} recorded, "
             f"{', '.join(given)} given). Load the tokenizer that the run was trained with."
+        )
+
+
+def _require_whole_stream(trajectory: Trajectory, given: int) -> None:
+    """Refuse a copy of a stream that lacks examples which its batches held."""
+    used = trajectory.steps.examples
+    if len(used) and int(used.max()) >= given:
+        raise TrajectoryMismatchError(
+            f"The training set has {given} examples, and the stream that the run was trained on "
+            f"gave example {int(used.max())}. Pass a map-style copy of all of it, in the order of "
+            "the positions that its batches held."
         )
 
 

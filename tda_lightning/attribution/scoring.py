@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -131,10 +132,12 @@ def score_runs(opened: OpenedRuns, sink: MemorySink) -> list[Provenance]:
 
 def _score(estimator: Estimator, session: Session, sink: ScoreSink) -> Provenance:
     """Run the estimator on a run of one stage."""
-    with _taken_apart(session, sink):
+    columns = session.num_train if session.edits is None else len(session.edits)
+    with _taken_apart(session, sink, columns) as session.scores:
         estimated = estimator.score(session)
         session.finish_self_influence()
-        session.finish_by_token()
+        if (terms := session.finished_terms()) is not None:
+            session.scores.set_by_token(terms)
         _require_tokens(session, sink, estimator)
     if isinstance(session.edits, GraphEditSet):
         sink.set_direct(direct_terms(session))
@@ -145,9 +148,30 @@ def _score_stages(opened: OpenedRuns, stages: Sequence[Stage], sink: ScoreSink) 
     """Run the estimator on a run of several stages."""
     counts = opened.segment_counts(stages)
     assert isinstance(opened.estimator, StagedEstimator) and counts is not None
-    for number, stage in enumerate(stages):
-        stage.session.scores = StageSink(sink, sum(counts[:number]), stage.columns.start)
-    return opened.estimator.score_stages(stages)
+    last = stages[-1].session
+    with _taken_apart(last, sink, stages[-1].columns.stop) as whole:
+        for number, stage in enumerate(stages):
+            stage.session.scores = StageSink(whole, sum(counts[:number]), stage.columns.start)
+        estimated = opened.estimator.score_stages(stages)
+        if (terms := _terms_of_stages(stages)) is not None:
+            whole.set_by_token(terms)
+        _require_tokens(last, sink, opened.estimator)
+    return estimated
+
+
+def _terms_of_stages(stages: Sequence[Stage]) -> Tensor | None:
+    """Scores by token of all stages, [query, column, position]. A run of several stages has the
+    same columns in each."""
+    found = [(stage.columns, stage.session.finished_terms()) for stage in stages]
+    known = [(columns, terms) for columns, terms in found if terms is not None]
+    if not known:
+        return None
+    some = known[0][1]
+    longest = max(terms.shape[2] for _, terms in known)
+    total = some.new_zeros(len(some), stages[-1].columns.stop, longest)
+    for columns, terms in known:
+        total[:, columns.start : columns.stop, : terms.shape[2]] += terms
+    return total
 
 
 def _score_together(
@@ -161,20 +185,25 @@ def _score_together(
     estimated = opened.estimator.score_ensemble(sessions, sink)
     for session in sessions:
         session.finish_self_influence()
+    known = [terms for one in sessions if (terms := one.finished_terms()) is not None]
+    if known:
+        longest = max(terms.shape[2] for terms in known)
+        padded = [F.pad(terms, (0, longest - terms.shape[2])) for terms in known]
+        sink.set_by_token(torch.stack(padded).sum(0))
+    _require_tokens(sessions[0], sink, opened.estimator)
     return estimated
 
 
 @contextmanager
-def _taken_apart(session: Session, sink: ScoreSink) -> Iterator[None]:
-    """Scores go to ``sink``; where queries are taken apart, those of their tokens too."""
-    session.scores, rows = sink, session.rows
+def _taken_apart(session: Session, sink: ScoreSink, columns: int) -> Iterator[ScoreSink]:
+    """Where scores go that end in ``sink``; where queries are taken apart, those of their tokens
+    too."""
+    rows = session.rows
     if rows is None:
-        yield
+        yield sink
         return
-    columns = session.num_train if session.edits is None else len(session.edits)
     tokens = torch.zeros(rows.num_query, rows.length, columns, dtype=session.dtype)
-    session.scores = QueryTokenSink(sink, rows.query, rows.position, tokens)
-    yield
+    yield QueryTokenSink(sink, rows.query, rows.position, tokens)
     whole = session.reduce(tokens.to(session.device))
     sink.set_by_query_token(whole)
 

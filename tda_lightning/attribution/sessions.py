@@ -63,27 +63,35 @@ def open_members(
         if edits is not None:
             edits.source = edits.source.checked(stages[-1].session.module)
         stages[-1].session.edits = edits
-        stages[-1].session.by_token = by_token in ("train", "both")
+        for stage in stages:
+            stage.session.by_token = by_token in ("train", "both")
         if by_token in ("query", "both"):
-            take_queries_apart(stages[-1].session, queries)
+            take_queries_apart(stages, queries)
     return opened
 
 
-def take_queries_apart(session: Session, queries: ExampleSource) -> None:
-    """Make every token of the queries a query of its own.
+def take_queries_apart(stages: Sequence[Stage], queries: ExampleSource) -> None:
+    """Make every token of the queries a query of its own, by the final model's measurement.
 
     Raises:
         ValueError: the measurement is of no single tokens.
     """
+    session = stages[-1].session
     chosen: list[Tensor] = []
     with torch.no_grad():
         for batch, indices in session.queries(0, session.num_query):
             with seeded_examples(MEASURED_SEED, indices):
                 chosen += session.losses.measured_terms(session.module, batch, indices)[1]
     rows = QueryRows.of(chosen)
+    session.whole = replace(session)
+    for stage in stages:
+        for own in {id(part): part for part in (stage.session, stage.wide)}.values():
+            _ask_rows(own, queries, rows)
+
+
+def _ask_rows(session: Session, queries: ExampleSource, rows: QueryRows) -> None:
     source = queries.checked(session.module)
     source = source.with_dataset(RowExamples(source.dataset, rows, source.keys))
-    session.whole = replace(session)
     session.rows, session.num_query = rows, len(rows)
     session.queries = lambda start, stop: _query_batches(source, start, stop, session.module)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tda_lightning.curvature.leading import LeadingDirections
 from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Block, Gradient, Joined
+from tda_lightning.runtime.full_precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class DeflatedSpectrum:
     eigenvalues: Tensor  # [1, 1, count + parameters]
 
     @classmethod
+    @full_precision
     def of(
         cls, leading: LeadingDirections, blocks: Sequence[Block], spectra: Mapping[str, Spectrum]
     ) -> DeflatedSpectrum:
@@ -44,6 +46,7 @@ class DeflatedSpectrum:
         return len(self.leading.turned)
 
     @property
+    @full_precision
     def vectors(self) -> Tensor:
         """V on the parameters, [count, parameters]."""
         return self._lifted(self.leading.turned[:, None, None])[:, 0, 0]
@@ -61,16 +64,19 @@ class DeflatedSpectrum:
         leading = coordinates[..., 0, 0, : self.count]
         return leading, {n: part for n, (_, part) in zip(names, rest, strict=True)}
 
+    @full_precision
     def deflate(self, by_block: Mapping[str, Tensor]) -> Tensor:
         """V x [..., count] of x in the blocks' bases, which is taken from ``by_block`` in place."""
         leading = self.along(by_block)
         self.add(leading, by_block, alpha=-1)
         return leading
 
+    @full_precision
     def inflate(self, leading: Tensor, by_block: Mapping[str, Tensor]) -> None:
         """Make ``by_block`` x in the blocks' bases, in place, from the coordinates of x."""
         self.add(leading - self.along(by_block), by_block)
 
+    @full_precision
     def along(self, by_block: Mapping[str, Tensor]) -> Tensor:
         """V x [..., count] of x in the blocks' bases."""
         parts = [
@@ -79,17 +85,20 @@ class DeflatedSpectrum:
         ]
         return torch.stack(parts).sum(0)
 
+    @full_precision
     def add(self, leading: Tensor, by_block: Mapping[str, Tensor], alpha: float = 1) -> None:
         """Add ``alpha`` V^T ``leading`` in the blocks' bases, in place."""
         flat = leading.reshape(-1, self.count)
         for x, turned in zip(by_block.values(), self._turned, strict=True):
             x.view(len(flat), -1).addmm_(flat, turned, alpha=alpha)
 
+    @full_precision
     def project(self, rows: Tensor) -> Tensor:
         """[..., 1, 1, parameters] -> [..., 1, 1, count + parameters]."""
         parts = (spectrum.project(part) for spectrum, part in self._by_block(rows))
         return self._deflated(rows.shape[:-1], parts)
 
+    @full_precision
     def coordinates(self, gradient: Gradient, rows: slice) -> Tensor:
         """Coordinates of some examples' gradients, by way of their factors where they have any."""
         if not isinstance(gradient, Joined):
@@ -115,6 +124,7 @@ class DeflatedSpectrum:
         rest.addmm_(leading, turned, alpha=-1)
         return out
 
+    @full_precision
     def lift(self, coordinates: Tensor) -> Tensor:
         """From coordinates back to the parameters."""
         turned, count = self.leading.turned, self.count
@@ -128,6 +138,7 @@ class DeflatedSpectrum:
         own = (spectrum.lift(part) for spectrum, part in self._by_block(rows))
         return torch.cat([_as_rows(part) for part in own], dim=-1)
 
+    @full_precision
     def shifted(self, diagonal: Tensor) -> DeflatedSpectrum:
         """With ``diagonal`` (weight decay) added, up to its projection on the basis."""
         if not bool(diagonal.any()):

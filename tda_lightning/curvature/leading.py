@@ -44,6 +44,7 @@ from tda_lightning.curvature.spectrum import Spectrum
 from tda_lightning.gradients import Gradient, Joined
 from tda_lightning.gradients.basis import turning_cost
 from tda_lightning.runtime.digests import digest
+from tda_lightning.runtime.full_precision import full_precision
 from tda_lightning.session.queries import QueryGradients
 from tda_lightning.session.session import Session, Span
 
@@ -253,6 +254,7 @@ def _turned(
     return {**gradients, **turned}
 
 
+@full_precision
 def _projected(
     session: Session, vectors: Tensor, spectra: Mapping[str, Spectrum], names: Collection[str]
 ) -> Tensor:
@@ -269,6 +271,7 @@ def _projected(
     )
 
 
+@full_precision
 def _combined(
     sample: Sample,
     title: str,

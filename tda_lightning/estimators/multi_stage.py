@@ -239,9 +239,12 @@ class StageOptimum:
         session, kind = self.stage.session, self.settings.curvature
         step = session.trajectory.last_step
         met = {name: Response(own, None, session.num_train) for name, own in response.items()}
+        tokens = by_name(session, kind, response) if session.by_token else {}
         for batch in session.walk_columns("multi-stage influence", step):
             values = dot(met, units(kind, batch.gradients)) / session.num_train
             session.add(0, batch, values, first_query, used=(0, step))
+            if session.by_token:
+                session.add_terms(batch, tokens, first_query, 1 / session.num_train, (0, step))
 
     def handed_over(
         self, asked: Mapping[str, Tensor], response: Mapping[str, Tensor], seed: int

@@ -158,10 +158,12 @@ class TRAK:
                 session.add_self_influence(batch.examples, own, used)
         if session.by_token:
             # df/dtheta dl/df is the gradient of the loss, of which that of every term is a part.
-            mixed = (responses.T.to(session.dtype)) * query_slopes[:, None]
+            slopes = query_slopes if together is None else together.query.to(query_slopes)
+            mixed = (responses.T.to(session.dtype)) * slopes[:, None]
             tokens = session.on_parameters(directions.combined(mixed, session.blocks))
             for batch in session.walk_columns("TRAK, tokens", step):
-                session.add_terms(batch, tokens, used=used)
+                factor = 1.0 if together is None else together.share_of_loss(session, batch)
+                session.add_terms(batch, tokens, factor=factor, used=used)
         notes = clipping_notes(session.trajectory, "the formula looks at the final weights alone")
         return {
             "sizes": SIZES,
@@ -267,6 +269,13 @@ class _Together:
         """A member's share of the ensemble's scores, from its products of features."""
         slopes = self.train[_places(batch)].to(products)
         return self.query.to(products)[:, None] * products * slopes / self.members
+
+    def share_of_loss(self, session: Session, batch: Batch) -> Tensor:
+        """What a member's gradients of losses count by in the ensemble's scores, [batch]: the mean
+        derivative by the output, over the member's own, which they contain."""
+        own = session.output_slopes(batch.data, batch.examples).to(session.dtype)
+        share = self.train[_places(batch)].to(own) / self.members / own
+        return torch.where(own == 0, 0.0, share)
 
 
 @dataclass(frozen=True)

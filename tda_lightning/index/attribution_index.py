@@ -255,7 +255,7 @@ class AttributionIndex:
             raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
         factor = 1 / facts.num_train
         best = search(self.compression, asked, self.shards(among), facts.dtype, k, factor)
-        return best.result(0, rows)
+        return SearchResult.of(best, rows)
 
     def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.

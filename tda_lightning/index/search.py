@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tda_lightning.index.best import Best
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.rounding import codes_width, widened
 from tda_lightning.store.index_files import Shard
@@ -47,45 +48,16 @@ class SearchResult:
     reranked: int
     num_examples: int
 
+    @classmethod
+    def of(cls, best: Best, num_examples: int) -> SearchResult:
+        """What a search found, by compressed gradients alone."""
+        (most, helping), (least, hurting) = best.helping, best.hurting
+        return cls(helping, most, hurting, -least, 0, num_examples)
+
     @property
     def num_queries(self) -> int:
         """Rows of the tensors."""
         return len(self.indices)
-
-
-class Best:
-    """The largest values of each query so far, and the most negative ones."""
-
-    def __init__(self, queries: int, k: int, dtype: torch.dtype) -> None:
-        self.k = k
-        self.sides = [_Side(queries, dtype, sign) for sign in (1, -1)]
-
-    def add(self, values: Tensor, first: int) -> None:
-        """Values [query, row] of the rows from ``first`` on."""
-        for side in self.sides:
-            side.add(values, first, self.k)
-
-    def result(self, reranked: int, num_examples: int) -> SearchResult:
-        """What was found."""
-        (helping, most), (hurting, least) = ((side.indices, side.found) for side in self.sides)
-        return SearchResult(helping, most, hurting, -least, reranked, num_examples)
-
-
-class _Side:
-    def __init__(self, queries: int, dtype: torch.dtype, sign: int) -> None:
-        self.sign = sign
-        self.found = torch.empty(queries, 0, dtype=dtype)  # times the sign, in falling order
-        self.indices = torch.empty(queries, 0, dtype=torch.int64)
-
-    def add(self, values: Tensor, first: int, k: int) -> None:
-        best, places = (self.sign * values).topk(min(k, values.shape[1]), dim=1)
-        found = torch.cat([self.found, best], dim=1)
-        indices = torch.cat([self.indices, places + first], dim=1)
-        # The lower index first among equal values, whatever the blocks.
-        order = indices.argsort(dim=1, stable=True)
-        found, indices = found.gather(1, order), indices.gather(1, order)
-        order = found.argsort(dim=1, descending=True, stable=True)[:, :k]
-        self.found, self.indices = found.gather(1, order), indices.gather(1, order)
 
 
 def search(
@@ -101,7 +73,7 @@ def search(
     Args:
         asked: what :meth:`Compression.asked` makes of the queries, [query, any].
         dtype: of the stored numbers.
-        factor: on every product, such as 1/N.
+        factor: on every product, such as 1/N; positive.
     """
     best = Best(len(asked), k, asked.dtype)
     width = compression.width

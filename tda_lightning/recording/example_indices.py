@@ -16,22 +16,27 @@ batch belongs to the iterator that was asked last: the loop asks for a batch rig
 The last time that a loader asks its sampler before a batch is also the last moment before anything
 is drawn for that batch: a loader without workers then reads the examples, and one with workers has
 just got them. So the states of the random generators are read there.
+
+A stream has no sampler. Its batches may say themselves which examples they hold, under a key that
+the recorder is told.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from tda_lightning.recording.observer import Observer
 from tda_lightning.recording.resume import RecorderState
 from tda_lightning.recording.trained_parameters import TrainedParameters
 from tda_lightning.recording.trainer_hooks import ReplacedMethod
+from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.random_states import Snapshot
 from tda_lightning.store.fingerprints import num_examples
@@ -46,12 +51,15 @@ class ExampleIndices(Observer):
         batch: indices of the batch under way; None between batches, and where there are none.
         absent: why there are no indices; None where there are.
         before: the random generators before the batch under way, with ``snapshots``.
+        stated: whether the batches of a stream say which examples they hold.
 
     Args:
         snapshots: read the random generators each time that a loader has asked for indices.
+        key: entry of the batches of a stream with the positions of their examples.
     """
 
-    def __init__(self, snapshots: bool) -> None:
+    def __init__(self, snapshots: bool, key: str | None = None) -> None:
+        self.stated, self._key = False, key
         self.batch: Indices | None = None
         self.absent: str | None = None
         self.before: Snapshot | None = None
@@ -76,7 +84,9 @@ class ExampleIndices(Observer):
             self.absent = f"the training loader is a {type(loader).__name__}, not a DataLoader"
             return
         if isinstance(loader.dataset, IterableDataset):
-            self.absent = "the training data set is an IterableDataset"
+            self.stated = self._key is not None
+            if not self.stated:
+                self.absent = "the training data set is an IterableDataset"
             return
         slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = getattr(loader, slot)
@@ -90,7 +100,7 @@ class ExampleIndices(Observer):
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
         dataset = getattr(trainer.train_dataloader, "dataset", None)
         self._num_examples = num_examples(dataset) or 0
-        if self.absent is None and not self._samplers:
+        if self.absent is None and not self._samplers and not self.stated:
             self.absent = "the training loader was made before the recorder's setup"
 
     def facts(self) -> dict[str, Any]:
@@ -101,8 +111,27 @@ class ExampleIndices(Observer):
         if recorded != "recorded":
             self.absent = recorded.removeprefix("absent: ")
 
+    def read(self, batch: object) -> None:
+        """Take what a batch of a stream says of its examples.
+
+        Raises:
+            UnsupportedTrainingError: it does not say them.
+        """
+        if not self.stated or self.absent is not None:
+            return
+        own = batch.get(self._key) if isinstance(batch, Mapping) else None
+        positions = own.detach().cpu().numpy() if isinstance(own, Tensor) else np.asarray(own)
+        if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions < 0).any():
+            got = f"the keys {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise UnsupportedTrainingError(
+                f"index_key={self._key!r}: expected each batch of the stream to hold the positions "
+                f"of its examples there, whole numbers from 0 on, [batch]; got {got}. Add them to "
+                "the rows, for example stream.map(..., with_indices=True)."
+            )
+        self.batch = positions.astype(np.int64)
+
     def begin_batch(self) -> None:
-        if self.absent is not None:
+        if self.absent is not None or self.stated:
             return
         if self._snapshots:
             # A loop that gets its batches ahead of their turn has all before it gets to the last.

@@ -74,11 +74,12 @@ class RecordedRun:
         save_optimizer: int,
         curvature: OnlineCurvature | None,
         is_due: Callable[[int], bool],
+        index_key: str | None = None,
         *,
         warn: bool,
     ) -> None:
         self.path, self._save_optimizer, self._settings = path, save_optimizer, curvature
-        self._is_due, self._warn = is_due, warn
+        self._is_due, self._warn, self._index_key = is_due, warn, index_key
         self.facts: Facts | None = None
         self.planned: frozenset[int] = frozenset()
         self.holds_base = False  # whether checkpoints hold a frozen base
@@ -96,7 +97,7 @@ class RecordedRun:
         writer = FirstProcessWriter(TrajectoryWriter(self.path, weights), processes)
         self._writer = cast(TrajectoryWriter, writer)
         several = "several processes" if processes.count > 1 else None
-        self._indices = ExampleIndices(snapshots=several is None)
+        self._indices = ExampleIndices(several is None, self._index_key)
         self._rng = RngLog(self._indices, absent=several)
         self._steps = StepTable(self._indices, self._rng, processes)
         self._curvature: CurvatureStatistics | None = None
@@ -312,10 +313,11 @@ class RecordedRun:
             self.drop()
             self._dataset = require_same_examples(trainer, self.facts, self._dataset)
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, batch: object) -> None:
         """A batch has been fetched."""
         self._in_batch = True
         if self.facts is not None:
+            self._indices.read(batch)
             for observer in self._observers:
                 observer.begin_batch()
             self._note_absences()

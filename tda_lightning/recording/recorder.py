@@ -88,6 +88,10 @@ class TrajectoryRecorder(Callback):
             with a RecordingError; "warn" stops recording with one warning. What was recorded
             before stays readable.
 
+        index_key: of training on a stream (``IterableDataset``): the entry of its batches, a
+            dictionary, with the position of each example in the copy of the stream that
+            attribution is given, int64 [batch]. None: the examples of a stream are not recorded.
+
     Attributes:
         parts: what else records during training and must survive a resume: objects with
             ``state_dict`` and ``load_state_dict``, by name.
@@ -130,6 +134,7 @@ class TrajectoryRecorder(Callback):
         curvature_dtype: str = "float32",
         curvature_dense_side: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
+        index_key: str | None = None,
     ) -> None:
         for name, value in (
             ("num_checkpoints", num_checkpoints),
@@ -155,7 +160,8 @@ class TrajectoryRecorder(Callback):
         self.on_error = on_error
         every = int(save_optimizer)
         warn = on_error == "warn"
-        self._run = RecordedRun(self.path, every, self.curvature, self._is_due, warn=warn)
+        due = self._is_due
+        self._run = RecordedRun(self.path, every, self.curvature, due, index_key, warn=warn)
         self.parts = self._run.parts
         self._log = RecordingLog(self.path)
         self._schedule: frozenset[int] = frozenset()  # what num_checkpoints asks for
@@ -304,7 +310,7 @@ class TrajectoryRecorder(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._run.begin_batch()
+        self._run.begin_batch(batch)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

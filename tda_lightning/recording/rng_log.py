@@ -45,6 +45,8 @@ class RngLog(Observer):
 
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
         self._workers = bool(getattr(trainer.train_dataloader, "num_workers", 0))
+        if self._indices.stated:
+            self._absent = self._absent or "the training data set is a stream"
 
     def facts(self) -> dict[str, Any]:
         absent = self._absent or self._indices.absent

@@ -129,9 +129,7 @@ class QueryTokenSink:
         self.sink.set_self_influence(values)
 
     def set_by_token(self, values: Tensor) -> None:
-        """Scores of training tokens, [row, train, position] or [query, train, position]."""
-        if len(values) == len(self.query) != len(self.by_query_token):
-            values = self._summed(values, 0)[0]
+        """They are of whole queries."""
         self.sink.set_by_token(values)
 
     def set_by_query_token(self, values: Tensor) -> None:

@@ -562,6 +562,13 @@ class Session:
         columns = moved(batch.columns, self.device)
         rows.index_add_(1, columns, values * factors[:, None])
 
+    def add_term_scores(self, values: Tensor, first_query: int = 0) -> None:
+        """Add scores of the single terms of all training examples, [query, train, position]."""
+        if self.rows is not None:
+            values, first_query = self.rows.summed(values, first_query)
+        total = self._term_scores(values.shape[2])
+        total[first_query : first_query + len(values), :, : values.shape[2]] += values
+
     def _term_products(self, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
         terms = self.losses.train_terms(batch.noise)
         draws = range(1) if batch.noise is not None else self.losses.each_draw()
@@ -576,14 +583,14 @@ class Session:
         columns = self.num_train if self.edits is None else len(self.edits)
         return self._totals.terms(queries, columns, length, self.dtype, self.device)
 
-    def finish_by_token(self) -> None:
-        """Hand the scores by token of all processes to the scores, if any were added."""
+    def finished_terms(self) -> Tensor | None:
+        """The scores by token of all processes, [query, column, position]; None where none were
+        added."""
         rank, world = rank_and_world()
         lengths = torch.zeros(world, device=self.device)
         lengths[rank] = self._totals.positions
         longest = int(self.reduce(lengths).max())
-        if longest:
-            self.scores.set_by_token(self.reduce(self._term_scores(longest)).cpu())
+        return self.reduce(self._term_scores(longest)).cpu() if longest else None
 
     def finish_self_influence(self) -> None:
         """Hand the self-influence of all processes to the scores, if any was added."""

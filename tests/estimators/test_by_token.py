@@ -34,6 +34,7 @@ from tda_lightning.tasks import LanguageModelingTask, TrainingStepTask
 from tests import oracles
 from tests.attributing import quiet, relative
 from tests.cases.case import Case, tokens
+from tests.oracles.draws import drawn_weights
 from tests.unrolling import BATCHES, adam, in_memory, sgd
 
 EXACT = 1e-8
@@ -313,8 +314,43 @@ def test_the_mean_over_runs_is_taken_by_token(runs):
     for name in ("by_token", "by_query_token"):
         expected = (getattr(apart[0], name) + getattr(apart[1], name)) / 2
         assert relative(getattr(found, name), expected) < EXACT
-    with pytest.raises(UnsupportedTrainingError, match="TRAK puts the members of an ensemble tog"):
-        scored(Ensemble([first, second]), module, data, TRAK(), by_token="train")
+
+
+def test_tokens_of_trak_over_several_runs(runs):
+    """A token counts in proportion to its part in the gradient of each member's loss."""
+    first, module, data = runs["sgd"]
+    second = recorded(sgd(lr=0.03))[0]
+    ensemble, estimator = Ensemble([first, second]), TRAK(10**6, relative_damping=0.1)
+    found = scored(ensemble, module, data, estimator, by_token="train")
+    assert relative(found.by_token.sum(2), found.values) < EXACT
+    with pytest.raises(UnsupportedTrainingError, match="tokens of a query have no parts in that"):
+        scored(ensemble, module, data, estimator, by_token="query")
+    task = LanguageModelingTask(reduction="sum")
+    expected = torch.zeros(3, 10, 4, dtype=torch.float64)
+    outputs, slopes = [], []
+    for run in (first, second):
+        load_tensors(module, run.checkpoints[run.last_step].parameters)
+        parameters = list(module.parameters())
+
+        def gradient(value, parameters=parameters):
+            own = torch.autograd.grad(value, parameters, retain_graph=True)
+            return torch.cat([part.flatten() for part in own])
+
+        texts_of = [data, texts(3, seed=7)]
+        rows = [task.model_output(module, batch) for batch in texts_of]
+        features = [torch.stack([gradient(v) for v in own.values]) for own in rows]
+        used = drawn_weights(run, 0, run.last_step, 10)
+        moments = features[0].T @ (used[:, None] * features[0])
+        moments.diagonal().add_(0.1 * moments.diagonal().mean())
+        responses = torch.linalg.solve(moments, features[1].T).T
+        losses = F.cross_entropy(module(data[0]).transpose(1, 2), data[1], reduction="none")
+        tokens = torch.stack([torch.stack([gradient(t) for t in text]) for text in losses])
+        outputs.append(torch.einsum("qp,ntp,n->qnt", responses, tokens, used))
+        slopes.append([own.slopes.detach() for own in rows])
+    train, query = (torch.stack([own[side] for own in slopes]).mean(0) for side in (0, 1))
+    for products, own in zip(outputs, slopes, strict=True):
+        expected += query[:, None, None] * products * (train / own[0])[:, None] / 2
+    assert relative(found.by_token, expected) < EXACT
 
 
 def test_what_has_no_tokens_is_refused(runs):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning import AttributionModule, TrajectoryRecorder
+from tda_lightning import AttributionModule, Trajectory, TrajectoryRecorder
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tests.attributing import quiet, relative
@@ -135,3 +135,35 @@ def test_datasets_of_hugging_face(tmp_path: Path) -> None:
     assert torch.equal(found["streamed"].values, found["in order"].values)
     assert not torch.equal(found["streamed"].values, found["shuffled"].values)
     assert any("IterableDataset" in note for note in found["streamed"].provenance["notes"])
+
+
+class Numbered(Causal):
+    """Its batches say which texts they hold."""
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self.model(**{key: own for key, own in batch.items() if key != "number"}).loss
+
+
+def test_a_shuffled_stream_of_hugging_face_is_unrolled(tmp_path: Path) -> None:
+    """By the positions that its batches hold, with a map-style copy for the attribution."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{**row, "number": place} for place, row in enumerate(texts(12, 1))]
+    data = datasets.Dataset.from_list(rows)
+    stream = data.to_iterable_dataset().shuffle(seed=2, buffer_size=6)
+    recorder = TrajectoryRecorder(tmp_path / "stream", every_n_steps=3, index_key="number")
+
+    def joined(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    trainer(recorder, max_epochs=2).fit(Numbered(llama()), DataLoader(stream, 4, collate_fn=joined))
+    run = Trajectory.load(tmp_path / "stream")
+    drawn = run.steps.examples.view(2, 12)
+    assert all(sorted(epoch.tolist()) == [*range(12)] for epoch in drawn)
+    assert drawn[0].tolist() != [*range(12)]
+    scores = AttributionModule(Numbered(llama()), run, Unrolled()).attribute(
+        DataLoader(data, 4, collate_fn=joined),
+        DataLoader(rows[:3], 3, collate_fn=joined),
+        trainer=quiet(),
+        self_influence=False,
+    )
+    assert scores.provenance["certificate"]["relative_difference"] < 1e-5

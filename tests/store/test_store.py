@@ -28,6 +28,7 @@ from tda_lightning.records.errors import (
 from tda_lightning.records.trajectory import Checkpoint, Facts, ParameterFact, Steps, Trajectory
 from tda_lightning.runtime.digests import digest
 from tda_lightning.store import compare_fingerprints, fingerprint, layout, open_trajectory
+from tda_lightning.store.hdf5 import put_array
 from tda_lightning.store.inspect import describe
 from tda_lightning.store.writer import TrajectoryWriter
 from tests.runs import Net, Numbered, Stream, adamw, fit
@@ -572,3 +573,11 @@ def test_inspect_says_what_is_broken(copy: Path) -> None:
     assert len(describe(copy).problems) == 2
     with pytest.raises(TrajectoryNotFoundError):
         description_table(describe(copy / "steps"))
+
+
+def test_no_array_is_stored_with_the_time_of_day(tmp_path):
+    """The same content is the same file, whenever it is written."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for size in (3, 10_000):
+            stored = put_array(file, str(size), np.arange(size))
+            assert not stored.id.get_create_plist().get_obj_track_times()

@@ -20,6 +20,7 @@ from tda_lightning.estimators.queries import Response
 from tda_lightning.estimators.source.averaged import score
 from tda_lightning.estimators.source.segments import FittedSegment, with_components
 from tda_lightning.estimators.source.spectral import combined
+from tda_lightning.runtime.full_precision import full_precision
 from tda_lightning.session.session import Session
 
 
@@ -88,6 +89,7 @@ def _empty(session: Session, count: int, shape: Sequence[int]) -> Tensor:
     return torch.empty(count, *shape, dtype=session.dtype, device=session.device)
 
 
+@full_precision
 def _entered(segment: FittedSegment, adjoint: dict[str, Tensor]) -> _Inside:
     """An adjoint in the blocks' bases, in the eigenbasis of the segment: in place."""
     whole = segment.spectra.get(WHOLE)
@@ -107,6 +109,7 @@ def _applied(segment: FittedSegment, coefficients: Tensor, inside: _Inside) -> d
     return out
 
 
+@full_precision
 def _responses(segment: FittedSegment, inside: _Inside) -> dict[str, Response]:
     """What the queries ask of the segment's examples, by unit."""
     if inside.leading is not None:
@@ -121,6 +124,7 @@ def _responses(segment: FittedSegment, inside: _Inside) -> dict[str, Response]:
     return {name: Response(own, bases[name], meetings) for name, own in values.items()}
 
 
+@full_precision
 def _left(segment: FittedSegment, inside: _Inside, before: FittedSegment) -> dict[str, Tensor]:
     """The adjoint at the segment's start, in the bases of the segment before it."""
     if inside.leading is not None:

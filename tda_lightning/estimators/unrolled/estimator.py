@@ -148,7 +148,6 @@ class Unrolled:
         self._require_budget(budget, max(run.least_budget for run in runs))
         query_bytes = max(run.adjoint_bytes for run in runs)
         rounds: list[UnfinishedRound] = []
-        by_token: Tensor | None = None
         growths: list[Tensor] = []
         truncated: list[tuple[int, Directions | None]] = []
         with ExitStack() as files:
@@ -166,10 +165,7 @@ class Unrolled:
                 )
                 growths.append(reverse.growth())
                 truncated.append((queries.start, reverse.scores.directions))
-                by_token = reverse.add_tokens_to(by_token)
-        if by_position:
-            assert by_token is not None
-            session.scores.set_by_token(session.reduce(by_token))
+                reverse.scores.finish_tokens()
         for unfinished in rounds:
             unfinished.discard()
         certificate = Certificate.of_all([run.certificate for run in runs])

@@ -15,7 +15,7 @@ from tda_lightning.runtime.digests import digest
 from tda_lightning.session.stage import Stage
 
 _SECONDS = 30.0  # of work that may be lost; more where keeping it takes longer than a second
-_FORMAT = 2  # of what is kept
+_FORMAT = 3  # of what is kept
 
 
 class UnfinishedRound:

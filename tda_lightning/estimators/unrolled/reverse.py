@@ -48,7 +48,6 @@ class ReverseSweeps:
         adjoint: of the optimizer's state.
         frozen: adjoints of parameters that the stage uses and does not train, [query, *shape].
         statistics: adjoints of running statistics, [query, features] by buffer name.
-        by_token: [query, train, position] when asked for; None before the first step.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class ReverseSweeps:
         self.adjoint = OptimizerAdjoint(replay.trajectory, trained, adjoints.states)
         self.frozen = {name: adjoints.parameters[name] for name in stage.frozen}
         self.statistics = adjoints.statistics
-        self.by_token: Tensor | None = None
         self._variants = Variants(replay, self.session)
         self._starts = sorted(replay.trajectory.checkpoints)[:-1]
         self._room, self._by_position = room, by_position
@@ -120,14 +118,12 @@ class ReverseSweeps:
         tensors["stage"] = torch.tensor(self.number)
         tensors["open"] = self._values  # of a segment of which the last steps are only a part
         tensors["together"] = torch.tensor(self._chunk)
-        return tensors if self.by_token is None else {**tensors, "by_token": self.by_token}
+        return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Resume from what :meth:`tensors` gave, adjoints and finished scores apart."""
         self._values = tensors["open"].to(self.session.device)
         self._chunk = int(tensors["together"])
-        if "by_token" in tensors:
-            self.by_token = tensors["by_token"].to(self.session.device)
 
     def growth(self) -> Tensor:
         """How many times longer the parameters' adjoint of each query has become on its way back
@@ -139,19 +135,6 @@ class ReverseSweeps:
         number = len(self._starts) - 1 - self.scores.segments_of(self.number)
         if number >= 0:
             self._end_segment(number)
-
-    def add_tokens_to(self, by_token: Tensor | None) -> Tensor | None:
-        """The scores of single terms of all queries, [query, train, position], with these; None
-        where none are asked for."""
-        if self.by_token is None:
-            return by_token
-        if by_token is None:
-            shape = (self.session.num_query, *self.by_token.shape[1:])
-            by_token = self.by_token.new_zeros(shape)
-        own, directions = self.by_token, self.scores.directions
-        own = own if directions is None else directions.scores(own)
-        by_token[self.scores.first_query : self.scores.first_query + len(own)] = own
-        return by_token
 
     def _zeros(self) -> Tensor:
         edits = self.session.edits
@@ -221,7 +204,7 @@ class ReverseSweeps:
     def _add_scores(self, rows: slice, columns: Tensor, parts: Tensor, others: Tensor) -> None:
         """Add the batch's share of dm/dw, of its examples and of what edits put in their places."""
         if self._by_position:
-            self._add_tokens(rows, columns, parts)
+            self.scores.add_tokens(self.number, self._queries, rows, columns, parts)
             parts = parts.sum(2)
         values = self._values[rows]
         if self.session.edits is None:
@@ -246,13 +229,3 @@ class ReverseSweeps:
         assert isinstance(batch, NodeBatch)
         found = edit_products(edits, self.replay, self.session.task, batch, examples, draws, u)
         self._values -= found.to(self._values) / int(self.replay.trajectory.steps.accumulation[row])
-
-    def _add_tokens(self, rows: slice, columns: Tensor, parts: Tensor) -> None:
-        length = parts.shape[2]
-        if self.by_token is None:
-            shape = (self._queries, self.session.num_train, length)
-            self.by_token = parts.new_zeros(shape)
-        if length > self.by_token.shape[2]:  # sequences of another batch may be longer
-            longer = length - self.by_token.shape[2]
-            self.by_token = torch.nn.functional.pad(self.by_token, (0, longer))
-        self.by_token[rows, :, :length].index_add_(1, columns, parts, alpha=-1)

@@ -23,6 +23,7 @@ class RoundScores:
         directions: what goes back instead of the queries; None: they go back themselves.
         lengths: of what went back at the end of training, [query] or [direction].
         found: scores of what went back, by stage and segment.
+        tokens: their parts by the terms of losses, [query, train, position], by stage.
     """
 
     stages: Sequence[Stage]
@@ -30,6 +31,7 @@ class RoundScores:
     directions: Directions | None
     lengths: Tensor
     found: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def begun(
@@ -64,6 +66,24 @@ class RoundScores:
         columns = torch.arange(values.shape[1])
         stage.session.scores.add(segment, columns, values, self.first_query)
 
+    def add_tokens(
+        self, number: int, queries: int, rows: slice, columns: Tensor, parts: Tensor
+    ) -> None:
+        """Add the terms of a batch of a stage, [some queries, batch, position]."""
+        own, length = self.tokens.get(number), parts.shape[2]
+        if own is None:
+            own = parts.new_zeros(queries, self.stages[number].session.num_train, length)
+        if length > own.shape[2]:  # sequences of another batch may be longer
+            own = torch.nn.functional.pad(own, (0, length - own.shape[2]))
+        own[rows, :, :length].index_add_(1, columns, parts, alpha=-1)
+        self.tokens[number] = own
+
+    def finish_tokens(self) -> None:
+        """Hand the scores of terms on, once all are found."""
+        for number, own in self.tokens.items():
+            values = own if self.directions is None else self.directions.scores(own)
+            self.stages[number].session.add_term_scores(values, self.first_query)
+
     def segments_of(self, number: int) -> int:
         """How many segments of a stage have been added."""
         return sum(stage == number for stage, _ in self.found)
@@ -77,6 +97,7 @@ class RoundScores:
     def tensors(self) -> dict[str, Tensor]:
         """To resume from."""
         tensors = {f"scores.{stage}.{own}": values for (stage, own), values in self.found.items()}
+        tensors |= {f"tokens.{stage}": values for stage, values in self.tokens.items()}
         tensors["lengths"] = self.lengths
         return tensors if self.directions is None else {**tensors, **self.directions.tensors()}
 
@@ -92,6 +113,9 @@ class RoundScores:
             if kind == "scores":
                 number, segment = (int(own) for own in numbers)
                 made.add(number, segment, values.to(stages[number].session.device))
+            elif kind == "tokens":
+                (number,) = (int(own) for own in numbers)
+                made.tokens[number] = values.to(stages[number].session.device)
         return made
 
 

@@ -72,8 +72,6 @@ class StageRun:
             with replay.as_trained():
                 moving = moving_layers(session.module)
             require_exact(replay, session, moving, by_position)
-            if len(stages) > 1:
-                _require_one_score(by_position)
             _require_known_start(session.trajectory)
             session.recorded_draws = True
             left = runs[-1] if runs else None
@@ -224,15 +222,6 @@ def _layers_of(module: torch.nn.Module, statistics: frozenset[str]) -> dict[str,
         for name, part in module.named_modules()
         if isinstance(part, _BatchNorm) and statistics & {*statistics_names({name: part})}
     }
-
-
-def _require_one_score(by_position: bool) -> None:
-    if by_position:
-        raise UnsupportedTrainingError(
-            "Scores by token (token_weights) are of one stage of training: the rows of several "
-            "data sets have positions of their own. Attribute each stage by itself, "
-            "Trajectory.load(path).stages(), or leave token_weights out."
-        )
 
 
 def _require_known_start(trajectory: Trajectory) -> None:
