@@ -60,15 +60,20 @@ def outliers(found: dict[str, Any]) -> str:
 def retrainings(found: dict[str, Any]) -> str:
     """Linear datamodeling scores."""
     setup, rows = found["setup"], []
-    for name, (value, low, high) in found["lds"].items():
-        times = found["seconds"][name] / (found["seconds"]["retraining"] / setup["subsets"])
-        rows.append(f"| {name} | {value:.2f} ({low:.2f} to {high:.2f}) | {times:.1f} |")
+    for name, (same, other, seconds) in found["lds"].items():
+        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in (same, other)]
+        rows.append(f"| {name} | {' | '.join(cells)} | {seconds / setup['training_seconds']:.1f} |")
+    each = ", ".join(f"{value:.2f}" for value in sorted(setup["agreement_of_queries"]))
     head = (
-        f"{setup['planes']} aeroplanes and {setup['zeros']} zeros of {setup['size']} x "
-        f"{setup['size']} pixels, {setup['steps']} steps; losses of {setup['queries']} generated "
-        f"samples over {setup['draws']} draws of the noise; {setup['subsets']} retrainings on "
-        "random halves. Intervals of 95% over subsets.\n\n"
-        "| | linear datamodeling score | processor time / that of a retraining |\n|---|---|---|"
+        f"{setup['train']} digits of {setup['size']} x {setup['size']} pixels, {setup['steps']} "
+        f"steps; losses of {setup['queries']} generated samples, means over "
+        f"{setup['timesteps']} timesteps and {setup['measured_draws']} draws of the noise "
+        f"({setup['scored_draws']} where they are scored); {setup['subsets']} retrainings on "
+        "random halves, by replays of the run and by those of a run of another seed. The two "
+        f"truths agree at {setup['agreement']:.2f} (rank correlation over subsets; "
+        f"mean over samples, of each: {each}). Intervals of 95% over subsets.\n\n"
+        "| | linear datamodeling score, replays | another seed | processor time / training's |\n"
+        "|---|---|---|---|"
     )
     return "\n".join([head, *rows])
 

@@ -256,6 +256,7 @@ class DiffusionTask(AttributionTask):
             self._step = TrainingStepTask(self.layers)
             self._step.training_batch_size = self.training_batch_size
             self._step.prepare(module, batch)
+            self.notes.extend(note for note in self.penalty.notes if note not in self.notes)
 
     def loss_as_drawn(self, module: nn.Module, batch: Batch) -> Tensor:
         if self._step is None:

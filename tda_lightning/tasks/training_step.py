@@ -456,7 +456,7 @@ class TrainingStepTask(AttributionTask):
             )
         self.check_losses(module, batch, some=True)
         self._penalty = self._find_penalty(module, batch)
-        self.notes.extend(self._penalty.notes)
+        self.notes.extend(note for note in self._penalty.notes if note not in self.notes)
         self._find_curvature(module, batch)
 
     def _find_penalty(self, module: nn.Module, batch: Batch) -> Penalty:

@@ -89,15 +89,22 @@ def test_parts_in_an_object_store_are_merged(store):
 
 
 @pytest.mark.slow
-def test_hydra_s_launchers_share_a_search(store, tmp_path):
-    """``part=1/2,2/2`` as two processes of joblib; Ray and Slurm take the same sweep."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("joblib", "joblib"), ("submitit_local", "submitit"), ("ray", "ray")],
+)
+def test_hydra_s_launchers_share_a_search(launcher, plugin, store, tmp_path):
+    """``part=1/2,2/2`` as two jobs. Submitit's local ones take the way of Slurm's, but for the
+    queue."""
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    if plugin == "ray":
+        pytest.importorskip("ray")
     folder, dense = store
     queries = torch.randn(3, WIDTH)
     np.save(tmp_path / "queries.npy", queries.numpy())
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "experiments.index_scale.part", "--multirun", "part=1/2,2/2"]
-    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"shards={folder}", "k=5"]
+    command += [f"hydra/launcher={launcher}", f"shards={folder}", "k=5"]
     command += [f"queries={tmp_path}/queries.npy", f"output={tmp_path}/found"]
     command += [f"hydra.sweep.dir={tmp_path}/sweep"]
     subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})

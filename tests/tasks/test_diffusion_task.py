@@ -163,3 +163,17 @@ def test_samplers_of_diffusers_are_taken_by_their_alpha_bar():
     assert torch.allclose(found[0], found[2], rtol=1e-5)
     with pytest.raises(ValueError, match="DiffusionTask needs alpha-bar"):
         DiffusionTask(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_penalty_of_the_training_step_is_in_the_curvature_of_the_task():
+    module = denoising.denoiser(torch.nn.Conv2d(1, 1, 3, padding=1))
+    module.forward = lambda noisy, times: module.network(noisy)
+    step = module.training_step
+    module.training_step = lambda batch, index: (
+        step(batch, index) + 0.01 * module.network.weight.square().sum()
+    )
+    task = DiffusionTask()
+    with seeded_examples(0, torch.arange(4)):
+        task.prepare(module.eval(), [IMAGES[:4]])
+    assert task.penalty.strengths == {"network.weight": pytest.approx(0.02)}
+    assert sum("weight decay that it is (0.02)" in note for note in task.notes) == 1
