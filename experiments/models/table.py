@@ -9,7 +9,9 @@ from pathlib import Path
 from experiments.models.run import ESTIMATORS, RESULTS
 
 README = Path(__file__).parent / "README.md"
+PEERS = Path(__file__).parent / "results_peers.json"
 MARKS = ("<!-- table -->", "<!-- end of table -->")
+PEERS_MARKS = ("<!-- peers -->", "<!-- end of peers -->")
 
 
 def table() -> str:
@@ -40,16 +42,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """Time and LDS of the rows of ``peers.py``."""
+    lines = ["| | processor seconds | LDS |", "|---|---|---|"]
+    for title, row in json.loads(PEERS.read_text()).items():
+        lds = "" if "lds" not in row else "{:.3f} [{:.3f}, {:.3f}]".format(*row["lds"])
+        lines.append(f"| {title} | {row['seconds']:.2f} | {lds} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into the README")
     if not parser.parse_args().write:
-        print(table())
+        print(table(), peers(), sep="\n\n")
         return
     text = README.read_text()
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    README.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}")
+    for (begin, end), block in ((MARKS, table()), (PEERS_MARKS, peers())):
+        before, rest = text.split(begin)
+        after = rest.split(end)[1]
+        text = f"{before}{begin}\n{block}\n{end}{after}"
+    README.write_text(text)
 
 
 if __name__ == "__main__":

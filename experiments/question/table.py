@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.fidelity import kept as fidelity
-from experiments.question import tiny_table, trainings_figure
+from experiments.question import additive, tiny_table, trainings_figure
 from experiments.question.heat_map import Map, heat_maps
 from experiments.question.kept import RESULTS, Kept, load
 from experiments.question.studies import (
@@ -75,6 +75,8 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
             "![LDS by trainings paid for](trainings.svg)"
         )
         parts.append(f"### MNIST: what members cost\n\n{said}\n\n{trainings_figure.table(series)}")
+    if (datamodels := additive.load("concrete")) is not None:
+        parts.append(f"### Concrete: what any sum can predict\n\n{datamodel_table(datamodels)}")
     parts.append(f"### Sizes\n\n{slopes(found, tiny)}")
     parts.append(f"### Missing\n\n{missing(found, tiny)}")
     return "\n\n".join(parts)
@@ -112,20 +114,41 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
             cells.append(f"**{text}**" if value is not None and value.value == top else text)
         time = "" if seconds is None else f"{seconds:.1f} s"
         lines.append(f"| {title} | {at} | {' | '.join(cells)} | {time} |")
-    tops = []
-    for protocol, share in asked:
-        top = ""
-        if protocol == "algorithm":
-            top = f"{ceiling(kept, share):.3f}"
-        tops.append(top)
+    anew = [share if protocol == "algorithm" else None for protocol, share in asked]
+    own = ["" if share is None else replayed(kept, share) for share in anew]
+    tops = ["" if share is None else f"{ceiling(kept, share):.3f}" for share in anew]
+    lines.append(f"| *the recorded run, retrained* | | {' | '.join(own)} | |")
     lines.append(f"| *ceiling of the truth* | | {' | '.join(tops)} | |")
     return "\n".join(lines)
+
+
+def replayed(kept: Kept, share: float) -> str:
+    """How well training anew on a subset is predicted by what the recorded run itself would have
+    become on it: the most that a perfect answer about this one run says of others."""
+    if ("single_run", share) not in kept.truth:
+        return ""
+    own, anew = kept.truth["single_run", share], kept.truth["algorithm", share]
+    common = min(own.shape[1], anew.shape[1])
+    return interval(bootstrap(rank_correlation(own[:, :common], anew[:, :common])))
 
 
 def ceiling(kept: Kept, share: float) -> float:
     """The most that the truth of training anew lets a prediction reach; every retraining has a
     seed of its own."""
     return seed_ceiling(kept.seeds[share].permute(2, 0, 1)).over_queries.value
+
+
+def datamodel_table(found: additive.Additive) -> str:
+    """LDS of datamodels, half kept, by the replays that they were fitted to."""
+    asked = ("single_run", "algorithm")
+    lines = [
+        f"| datamodel fitted to | {' | '.join(WORDS[protocol] for protocol in asked)} |",
+        "|---" * (len(asked) + 1) + "|",
+    ]
+    for number, count in enumerate(found.counts):
+        cells = [interval(found.interval(protocol, number)) for protocol in asked]
+        lines.append(f"| {count} replays | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def ordered(study: Study) -> list[Row]:

@@ -224,11 +224,12 @@ def dry_run(
                 stage.session.scores = StageSink(sink, sum(counts[:number]), 0)
             estimator.score_stages(stages)
     measured_queries(session)
+    terms = [stage.session.finished_terms() for stage in stages]
     pace.finish()
     matrices = 1 if segments is None else 1 + segments
     num_train = stages[-1].columns.stop
     size = matrices * session.num_query * num_train * session.dtype.itemsize
-    size += sink.token_bytes
+    size += sum(own.numel() * own.element_size() for own in terms if own is not None)
     peak = pace.memory.bytes
     return AttributionPlan(
         estimator=type(estimator).__name__,

@@ -184,17 +184,7 @@ class MeasuredCache(ReadOnlyCache):
 
 
 class DiscardedScores(MemorySink):
-    """Takes blocks of scores as the real sink does, all in the same few columns.
-
-    Attributes:
-        token_bytes: of scores by token.
-    """
-
-    def __init__(
-        self, num_queries: int, columns: int, num_segments: int | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__(num_queries, columns, num_segments, dtype)
-        self.token_bytes = 0
+    """Takes blocks of scores as the real sink does, all in the same few columns."""
 
     def add(
         self, segment: int | None, train_indices: Tensor, values: Tensor, first_query: int = 0
@@ -205,7 +195,7 @@ class DiscardedScores(MemorySink):
             super().add(segment, columns, values[:, : len(columns)], first_query)
 
     def set_by_token(self, values: Tensor) -> None:
-        self.token_bytes = values.numel() * self.values.element_size()
+        pass
 
     def set_self_influence(self, values: Tensor) -> None:
         pass

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.question import adamw, kept, table, tiny, tiny_table
+from experiments.question import adamw, additive, kept, table, tiny, tiny_table
 from experiments.question.studies import HALF, STUDIES, Point, Study, rows
 from tda_lightning import Scores
 from tda_lightning.evaluation import draw_subsets
 from tda_lightning.evaluation import linear_datamodeling_score as score_of
+from tests.attributing import relative
 
 TRAIN, QUERIES, SUBSETS = 200, 5, 12
 
@@ -108,6 +109,16 @@ def test_a_slope_is_what_measured_changes_are_of_predicted_ones() -> None:
     assert table.slope(predicted, recorded[:, None] + 2 * predicted, recorded) == (
         "2.00 [2.00, 2.00]"
     )
+
+
+def test_a_datamodel_finds_effects_that_add_up() -> None:
+    subsets = torch.rand(300, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    effects = torch.arange(40).double().view(2, 20).sin()
+    outcomes = subsets.double() @ effects.T + 3
+    found = additive.fitted(subsets, outcomes)
+    assert relative(found, effects) < 0.02  # the least ridge that is tried
+    noise = torch.randn(300, 2, generator=torch.Generator().manual_seed(1)).double()
+    assert additive.fitted(subsets, noise).norm() < 0.3 * effects.norm()
 
 
 def test_points_have_names_of_their_own() -> None:
