@@ -168,13 +168,13 @@ class Study:
                 made = AdamWInfluenceAttributor(arguments, task=task)
                 (cached,) = made.cache(repeated, self.query, hook_config=config)
                 score = made.attribute_from_cache(*cached, propagation="test")
-                return self._in_order(score, model)
+                return -self._in_order(score)  # of a loss that falls
             score = TracInAttributor(arguments, task=task).attribute(
                 self.train, self.query, hook_config=config
             )
-            return self._in_order(score, model)
+            return self._in_order(score)
 
-    def _in_order(self, score: Any, model: nn.Module) -> Tensor:
+    def _in_order(self, score: Any) -> Tensor:
         """[query, train]; rows come by hashes of what they hold."""
         from dattri_llm.utils import hashing
 
