@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -447,9 +448,9 @@ def _check_losses(losses: Tensor, examples: Tensor) -> None:
     values = losses.detach()
     finite = values.isfinite()
 
-    def error() -> NonFiniteError:
+    def error() -> NoReturn:
         position = int((~finite).nonzero()[0])
-        return NonFiniteError(
+        raise NonFiniteError(
             f"The loss of example {int(examples[position])} is {float(values[position])}. "
             "Attribution needs finite losses: look at this example, or use an earlier checkpoint."
         )

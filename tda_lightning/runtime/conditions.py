@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 _MOST = 1000  # noted at once: each keeps the tensors that its message tells of
-_noted: list[tuple[Tensor, Callable[[], Exception]]] = []
+_noted: list[tuple[Tensor, Callable[[], NoReturn]]] = []
 _open: list[None] = []  # one for each walk that is under way
 
 
@@ -22,16 +23,16 @@ def waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def require(holds: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise ``error()`` where ``holds``, a tensor of one truth value, does not: now, or at the end
+def require(holds: Tensor, error: Callable[[], NoReturn]) -> None:
+    """Call ``error`` where ``holds``, a tensor of one truth value, does not: now, or at the end
     of the walk.
 
     Args:
-        error: may read tensors.
+        error: raises; it may read tensors.
     """
     if not _open or not waits(holds):
         if not bool(holds):
-            raise error()
+            error()
         return
     _noted.append((holds, error))
     if len(_noted) >= _MOST:
@@ -63,4 +64,4 @@ def settle() -> None:
         return
     for holds, error in found:
         if not bool(holds):
-            raise error()
+            error()

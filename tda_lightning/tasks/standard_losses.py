@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -208,10 +208,10 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int = -100) -> None
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
 
-    def error() -> ValueError:
+    def error() -> NoReturn:
         position = wrong.nonzero()[0].tolist()
         where = position[0] if len(position) == 1 else tuple(position)
-        return ValueError(
+        raise ValueError(
             f"Expected labels in 0 .. {classes - 1} for a model with {classes} outputs, got "
             f"{int(labels[tuple(position)])} at position {where} of the batch. Check the labels, "
             f"the number of outputs, or ignore_index (now {ignore_index})."

@@ -34,9 +34,9 @@ def test_samples_are_batches_of_all_examples(count: int) -> None:
     ("name", "optimizer", "kind"),
     [
         ("convolutions", "sgd", "ekfac"),
-        ("sequence", "adam", "ekfac"),
+        pytest.param("sequence", "adam", "ekfac", marks=pytest.mark.slow),
         ("regression", "momentum", "kfac"),
-        ("classification", "sgd", "diagonal"),
+        pytest.param("classification", "sgd", "diagonal", marks=pytest.mark.slow),
     ],
 )
 def test_directions_of_the_blocks_walk_are_those_of_their_own(

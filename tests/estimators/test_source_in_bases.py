@@ -19,12 +19,18 @@ TIED = {case.name: case for case in WIRED if case.name.startswith("tied/")}
     [
         ("convolutions", {"leading_directions": 5}),
         ("sequence", {"leading_directions": 5, "dense_side": 2}),
-        ("sequence", {"leading_directions": 0}),
-        ("regression", {"leading_directions": 5, "momentum": "recursion"}),
+        pytest.param("sequence", {"leading_directions": 0}, marks=pytest.mark.slow),
+        pytest.param(
+            "regression", {"leading_directions": 5, "momentum": "recursion"}, marks=pytest.mark.slow
+        ),
         ("classification", {"leading_directions": 0, "momentum": "recursion"}),
-        ("classification", {"curvature": "exact"}),
+        pytest.param("classification", {"curvature": "exact"}, marks=pytest.mark.slow),
         ("tied/embedding_and_head", {"leading_directions": 5}),
-        ("tied/two_linears", {"leading_directions": 5, "curvature": "diagonal"}),
+        pytest.param(
+            "tied/two_linears",
+            {"leading_directions": 5, "curvature": "diagonal"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_scores_do_not_depend_on_the_way(name, options, monkeypatch) -> None:
