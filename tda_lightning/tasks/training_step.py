@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -45,6 +45,20 @@ from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
 
 Result = TypeVar("Result")
 _VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
+
+
+@dataclass
+class _Surprises:
+    """What a batch has shown that the first ones did not.
+
+    Copies of a task share it: an attribution that begins again for it may copy the task anew.
+    """
+
+    needs_averages: bool = False
+    needs_alone: bool = False
+
+    def __deepcopy__(self, memo: object) -> _Surprises:
+        return self
 
 
 class TrainingStepTask(AttributionTask):
@@ -88,8 +102,7 @@ class TrainingStepTask(AttributionTask):
             raise ValueError(f"indefinite must be 'absolute' or 'fisher', got {indefinite!r}.")
         self.layers = layers
         self.indefinite = indefinite
-        # What a batch has shown that the first ones did not.
-        self._needs_averages = self._needs_alone = False
+        self._surprises = _Surprises()
         self._reset()
 
     def _reset(self) -> None:
@@ -223,7 +236,7 @@ class TrainingStepTask(AttributionTask):
         try:
             return reader.read(total)
         except UnreadableLossError as error:
-            self._needs_alone = bool(self._training_step)
+            self._surprises.needs_alone = bool(self._training_step)
             raise UnseenBatchError(
                 f"The loss of this batch of {count} examples is made otherwise than that of the "
                 f"first one ({error}). Give a task whose train_loss holds for every batch."
@@ -252,7 +265,7 @@ class TrainingStepTask(AttributionTask):
             )
         eps = torch.finfo(together.dtype).eps
         if not bool((together - alone).abs().max() <= eps**0.6 * together.abs().max()):
-            self._needs_alone = True
+            self._surprises.needs_alone = True
             raise UnseenBatchError(
                 "The rows of a batch are not those of its examples in their order (a mask or a "
                 "sort of the data), and were so in the first batch."
@@ -270,7 +283,7 @@ class TrainingStepTask(AttributionTask):
         for site, mass in masses.items():
             held = self._averages[site].per_example
             if bool(((mass.total.detach() / count - held).abs() > _VARIES * held).any()):
-                self._needs_averages = True
+                self._surprises.needs_averages = True
                 raise UnseenBatchError(
                     "What the training loss divides by differs between batches, and did not "
                     "between the first ones: its average over the training set is needed."
@@ -391,7 +404,7 @@ class TrainingStepTask(AttributionTask):
         self._mixed = mixed = "partners" in noise
         reason = ""
         try:
-            if self._needs_alone:
+            if self._surprises.needs_alone:
                 raise UnreadableLossError("some batches are made otherwise than others")
             try:
                 self._layout = learn_layout(whole, alone, same_values=not mixed)
@@ -432,7 +445,7 @@ class TrainingStepTask(AttributionTask):
         if any(not part.divided for part in parts):
             self._sum_over_batch()
         # A query may have other numbers of terms than the examples looked at.
-        self._own_terms = self._needs_averages or any(
+        self._own_terms = self._surprises.needs_averages or any(
             _differ(mass.counts for mass in own) for own in masses.values()
         )
         # Of a divisor that is a number to torch, only that of an example alone is known.
@@ -440,7 +453,7 @@ class TrainingStepTask(AttributionTask):
         self._measured_alone = self._own_terms and (
             self.one_by_one or any(m.counts is None for m in self._masses_of(reader, whole))
         )
-        self._varying = self._needs_averages or any(
+        self._varying = self._surprises.needs_averages or any(
             _differ(mass.total for mass in own) for own in masses.values()
         )
         if self._varying:
