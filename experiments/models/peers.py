@@ -31,6 +31,7 @@ from experiments.models.cases import HuggingFaceModule, Rows
 from experiments.models.speed import (
     LAYERS,
     VOCABULARY,
+    kronfluence,
     processor_seconds,
     tiny_gpt2,
     with_linear_layers,
@@ -249,6 +250,9 @@ def rows(study: Study) -> dict[str, Callable[[], Tensor | None]]:
         "TracIn, last checkpoint: dattri-llm": lambda: study.dattri("tracin"),
         "gradient dot products: bergson": lambda: study.bergson(),
         "TracIn, three checkpoints: ours": lambda: study.ours(TracIn()),
+        "EK-FAC: kronfluence": lambda: kronfluence(
+            study.trained, study.train, study.query, 64, "ekfac"
+        ),
         "EK-FAC: ours": lambda: study.ours(InfluenceFunction()),
         "SOURCE, blocks: ours": lambda: study.ours(Source(leading_directions=0)),
         "SOURCE, blocks, all parameters: ours": lambda: study.ours(

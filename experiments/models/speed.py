@@ -113,6 +113,13 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
 
 
 def theirs(train: Rows, query: Rows, length: int, batch: int, strategy: str) -> float:
+    """Processor time of kronfluence's scores."""
+    model = tiny_gpt2(length)
+    return processor_seconds(lambda: kronfluence(model, train, query, batch, strategy))
+
+
+def kronfluence(model: nn.Module, train: Rows, query: Rows, batch: int, strategy: str) -> Tensor:
+    """Its influence scores of :data:`LAYERS`, [query, train]."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -132,22 +139,19 @@ def theirs(train: Rows, query: Rows, length: int, batch: int, strategy: str) -> 
             return LAYERS
 
     task = Told()
-    model = prepare_model(with_linear_layers(tiny_gpt2(length)), task)
+    prepared = prepare_model(with_linear_layers(model), task)
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer("run", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
-
-        def work() -> None:
-            analyzer.fit_all_factors(
-                strategy, train, per_device_batch_size=batch,
-                factor_args=FactorArguments(strategy), overwrite_output_dir=True,
-            )  # fmt: skip
-            analyzer.compute_pairwise_scores(
-                "scores", strategy, query, train, per_device_query_batch_size=len(query),
-                per_device_train_batch_size=batch, score_args=ScoreArguments(),
-                overwrite_output_dir=True,
-            )  # fmt: skip
-
-        return processor_seconds(work)
+        analyzer = Analyzer("run", prepared, task, cpu=True, output_dir=folder, disable_tqdm=True)
+        analyzer.fit_all_factors(
+            strategy, train, per_device_batch_size=batch,
+            factor_args=FactorArguments(strategy), overwrite_output_dir=True,
+        )  # fmt: skip
+        analyzer.compute_pairwise_scores(
+            "scores", strategy, query, train, per_device_query_batch_size=len(query),
+            per_device_train_batch_size=batch, score_args=ScoreArguments(),
+            overwrite_output_dir=True,
+        )  # fmt: skip
+        return analyzer.load_pairwise_scores("scores")["all_modules"]
 
 
 def main() -> None:

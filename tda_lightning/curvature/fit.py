@@ -16,6 +16,7 @@ identity no curvature
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -204,6 +205,13 @@ def _covariances(walks: _Walks, dense_side: int | None) -> dict[str, list[Tensor
     return sums.means()
 
 
+def _begun(items: Iterator[Drawn]) -> Iterator[Drawn]:
+    """Items whose walk has begun: processes that are about to walk for different things say so
+    there, and would wait for one another for ever if they added something up before."""
+    first = list(itertools.islice(items, 1))
+    return itertools.chain(first, items)
+
+
 @dataclass
 class _Walks:
     """The walks that fit one curvature; see :func:`fit_curvature` for the fields."""
@@ -242,7 +250,7 @@ class _Walks:
         own, times = session.num_train // session.num_processes, len(self.steps) * session.draws
         room = session.dtype.itemsize * session.engine.held * own * times
         if self._kept is None:
-            drawn = self._drawn(what)
+            drawn = _begun(self._drawn(what))
         else:
             total = max(len(self._kept), times * -(-own // session.walk_size))
             drawn = session.loop(f"{self.title}: {what}", self._kept, total, room)

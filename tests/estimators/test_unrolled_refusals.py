@@ -234,18 +234,6 @@ class Freezes(Trained):
         self.net[0].weight.requires_grad_(self.current_epoch == 0)
 
 
-def test_tokens_of_several_stages(tmp_path: Path) -> None:
-    network = NETWORKS["mlp"]
-    made = Freezes(network.module(sgd()).net, network.losses, sgd())
-    run, module, data = record(tmp_path, network, sgd(), module=made)
-    assert len(run.facts.stages) == 2
-    work = (run, module, data, network.data(2), network.task)
-    with pytest.raises(UnsupportedTrainingError, match="one stage of training"):
-        scores_of(*work, Unrolled(token_weights=True))
-    with pytest.raises(UnsupportedTrainingError, match="one stage of training"):
-        scores_of(*work, by_token="train")
-
-
 def test_restricted_layers() -> None:
     run, module, data = in_memory(MLP, OPTIMIZERS["sgd"])
     task = RegressionTask(layers=["2"])

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from tda_lightning import AttributionModule, Scores
 from tda_lightning.estimators import Unrolled
 from tda_lightning.estimators.unrolled import resume
-from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.records.errors import TrajectoryMismatchError
 from tests.attributing import quiet, relative
 from tests.estimators.test_stages import DIFFERENT, SAME_LOSS, Problem, problem
 from tests.oracles.stages import replay_stages
@@ -301,5 +301,3 @@ def test_a_stage_that_is_not_replayed_is_named() -> None:
         work.scores(Unrolled())
     found = work.scores(Unrolled(tolerance=1e3))
     assert not found.provenance["certificate"]["bit_equal"]
-    with pytest.raises(UnsupportedTrainingError, match="token_weights.* one stage"):
-        work.scores(Unrolled(token_weights=True))
