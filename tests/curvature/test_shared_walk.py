@@ -34,8 +34,8 @@ def test_samples_are_batches_of_all_examples(count: int) -> None:
     ("name", "optimizer", "kind"),
     [
         ("convolutions", "sgd", "ekfac"),
-        pytest.param("sequence", "adam", "ekfac", marks=pytest.mark.slow),
-        ("regression", "momentum", "kfac"),
+        ("sequence", "adam", "ekfac"),  # whose metric scales what the walk leaves
+        pytest.param("regression", "momentum", "kfac", marks=pytest.mark.slow),
         pytest.param("classification", "sgd", "diagonal", marks=pytest.mark.slow),
     ],
 )
