@@ -57,16 +57,19 @@ def words_block(results: Sequence[dict[str, Any]]) -> str:
         f"pairs of equal weight. {data['test']} test pairs, {data['against']} against the words; "
         f"target of the scores: {data['target']} others against the words. {len(results)} seeds.",
         "",
-        "| weights | mean correlation | accuracy | with words | against | margin follows words |",
-        "|---|---|---|---|---|---|",
+        "| weights | mean correlation | accuracy | with words | against | difference of the two "
+        "| margin follows words |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, shown in MODELS.items():
         own = [one["models"][name] for one in results]
         left = [one["imbalance"].get(name, data["mean_before"]) for one in results]
-        cells = [f"{sum(left) / len(left):.4f}"]
+        # Balanced weights are made from the data alone, the same for every seed.
+        cells = [f"{left[0]:.4f}" if len({*left}) == 1 else over_seeds(left, digits=4)]
+        gaps = [{**row, "gap": row["with"] - row["against"]} for row in own]
         cells += [
-            over_seeds([row[key] for row in own])
-            for key in ("accuracy", "with", "against", "follows")
+            over_seeds([row[key] for row in gaps])
+            for key in ("accuracy", "with", "against", "gap", "follows")
         ]
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     lines += [
@@ -112,10 +115,12 @@ def orders_block(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(values: Sequence[float]) -> str:
+def over_seeds(values: Sequence[float], digits: int = 3) -> str:
     """The mean and its interval over seeds."""
-    mean, low, high = interval(torch.tensor(values, dtype=torch.float64))
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    mean, low, high = (
+        f"{value:.{digits}f}" for value in interval(torch.tensor(values, dtype=torch.float64))
+    )
+    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

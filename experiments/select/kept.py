@@ -18,15 +18,20 @@ from tda_lightning.store.atomic_write import write_text
 RESULTS = Path(__file__).parent / "results"
 
 
+def path_of(seed: int) -> Path:
+    """The file of one run."""
+    return RESULTS / f"seed{seed}.json"
+
+
 def load(seed: int) -> dict[str, Any]:
     """The results of one run so far."""
-    path = RESULTS / f"seed{seed}.json"
+    path = path_of(seed)
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def save(seed: int, found: dict[str, Any]) -> None:
     """Replace the results of one run."""
-    write_text(RESULTS / f"seed{seed}.json", json.dumps(found, indent=1) + "\n")
+    write_text(path_of(seed), json.dumps(found, indent=1) + "\n")
 
 
 def all_results() -> list[dict[str, Any]]:

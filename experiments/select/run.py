@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 
-from experiments.select.kept import load, save
+from experiments.select.kept import load, path_of, save
 from experiments.select.less import less_scores
 from experiments.select.methods import METHODS, RATES, REPLICAS, Choosing, answers_of
-from experiments.select.recorded import SEEDS, open_run, record
+from experiments.select.recorded import RUNS, SEEDS, open_run, record
 from tda_lightning.cli.command import quiet_lightning
 
 
@@ -20,29 +21,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Which unseen pairs help HANS-like ones?")
     parser.add_argument("--data-root", help="folder of the data; null: as in the configuration")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_lightning()
     warnings.filterwarnings("ignore", module="lightning")
     for seed in options.seeds:
-        study(seed, options.data_root)
+        study(seed, options.data_root, options.rates)
 
 
-def study(seed: int, data_root: str | None) -> None:
+def study(seed: int, data_root: str | None, rates: Sequence[float]) -> None:
     """The rows of one seed that are not there yet."""
     run, found = open_run(record(seed, data_root)), load(seed)
     done = {(row["method"], row["rate"], row["replica"]) for row in found["rows"]}
     wanted = [
         (method, rate, replica)
         for replica in range(REPLICAS)
-        for rate in RATES
+        for rate in rates
         for method in METHODS
         if (method, rate, replica) not in done
     ]
     if not wanted:
         return
     last = run.trajectory.checkpoints[run.trajectory.last_step]
-    found["before"] = answers_of(run, {**last.buffers, **last.parameters})
+    before = answers_of(run, {**last.buffers, **last.parameters})
+    if found.get("before", before) != before:
+        raise SystemExit(
+            f"The kept rows of seed {seed} are of another run than {RUNS / f'seed{seed}'}: its "
+            f"answers differ. Delete {path_of(seed)} to begin this seed anew."
+        )
+    found["before"] = before
     found["sizes"] = {
         "train": len(run.train),  # type: ignore[arg-type]
         "pool": len(run.labels),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -182,20 +182,26 @@ def _marked(run: RecordedRun) -> tuple[Tensor, Tensor]:
     ((name, value),) = run.config.marked.items()
     train, query = column(run, name, "train"), column(run, name, "query")
     assert train is not None
-    sought = torch.tensor([str(own) == str(value) for own in train])
-    if not bool(sought.any()):
-        raise ValueError(
-            f"No training example has {name}={value!r}; the column holds "
-            f"{', '.join(sorted(set(map(str, train)))[:10])}."
-        )
+    sought = _holding(name, value, train, "training example")
     if query is None:
         return sought, torch.ones(len(run.queries), dtype=torch.bool)
-    return sought, torch.tensor([str(own) == str(value) for own in query])
+    return sought, _holding(name, value, query, "query")
+
+
+def _holding(name: object, value: object, held: Sequence[object], what: str) -> Tensor:
+    """Which examples hold the value in their column."""
+    found = torch.tensor([str(own) == str(value) for own in held])
+    if not bool(found.any()):
+        raise ValueError(
+            f"No {what} has {name}={value!r}; the column holds "
+            f"{', '.join(sorted(set(map(str, held)))[:10])}."
+        )
+    return found
 
 
 def _mixed_judge(run: RecordedRun) -> Callable[[Scores], Value]:
     sought, asked = _marked(run)
-    return lambda own: _found(own, sought, asked, "no query is marked")
+    return lambda own: average_precision(own.values[asked], sought)
 
 
 def _shortcut_judge(run: RecordedRun) -> Callable[[Scores], Value]:
@@ -213,12 +219,10 @@ def _shortcut_judge(run: RecordedRun) -> Callable[[Scores], Value]:
     (target,) = classes
     if not isinstance(target, int):
         raise ValueError(f"judge=shortcut compares predictions with class numbers, got {target!r}.")
-    misled = torch.tensor([label != target for label in query]) & (said == target)
-    return lambda own: _found(own, sought, asked & misled, "no marked query is misled")
-
-
-def _found(own: Scores, sought: Tensor, asked: Tensor, otherwise: str) -> Value:
-    return average_precision(own.values[asked], sought) if bool(asked.any()) else otherwise
+    misled = asked & torch.tensor([label != target for label in query]) & (said == target)
+    if not bool(misled.any()):
+        return lambda _: "no marked query is misled"
+    return lambda own: average_precision(own.values[misled], sought)
 
 
 def _cardinality_judge(run: RecordedRun) -> Callable[[Scores], Value]:

@@ -8,9 +8,12 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from tda_lightning.cli.command import not_null
 from tda_lightning.measurements import Measurement
 from tda_lightning.measurements.words import class_number
 from tda_lightning.records.data_module import AttributedData
+from tda_lightning.records.provenance import well_formed
+from tda_lightning.records.scores import Scores
 
 
 def measurement_of(node: DictConfig | None, data: AttributedData) -> Measurement | None:
@@ -37,6 +40,13 @@ def measurement_of(node: DictConfig | None, data: AttributedData) -> Measurement
             raise ValueError("Give one of measurement.text, .positions and .span.")
         settings["positions"] = text_positions(str(text), data)
     return instantiate(settings, _convert_="all")  # type: ignore[no-any-return]
+
+
+def ask_about_scored_queries(config: DictConfig, scores: Scores) -> None:
+    """Take the data settings of the attribution, where the command gives no others: the queries
+    are those that were scored, perhaps fewer or others than were recorded."""
+    asked = well_formed(scores.provenance).get("config", {}).get("data", {})
+    config.data = {**config.data, **not_null(asked), **not_null(config.data)}
 
 
 def require_harmless(node: Mapping[str, Any], trust: bool) -> None:

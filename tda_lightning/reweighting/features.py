@@ -40,6 +40,20 @@ def column_features(
     return _indicators(held, min_count, "value of a column")
 
 
+def is_label(values: Sequence[Hashable], labels: Sequence[int]) -> bool:
+    """Whether a column is the label under another name, or finer: each of its values, of which
+    there are fewer than examples, comes with one label alone.
+
+    Example:
+        >>> is_label(["yes", "no", "maybe", "no"], [0, 1, 1, 1])
+        True
+        >>> is_label(["yes", "no", "yes", "no"], [0, 1, 1, 1])
+        False
+    """
+    pairs = set(zip(values, labels, strict=True))
+    return 1 < len(pairs) == len(set(values)) < len(labels)
+
+
 def _indicators(
     held: Sequence[set[Hashable] | set[str]], min_count: int, what: str
 ) -> tuple[Tensor, list[str]]:

@@ -26,6 +26,8 @@ class _Active(NamedTuple):
     examples: Tensor
 
 
+_SIGN_BIT, _ONE = -(1 << 31), 0x3F800000  # of a float32, as an int32
+
 MEASURED_SEED = -1  # of the noise of measurements: a query's is not that of a training example
 
 _ACTIVE: ContextVar[_Active | None] = ContextVar("seeded_examples", default=None)
@@ -101,13 +103,15 @@ def random_integers(batch: int, positions: int, stream: int, device: torch.devic
 def random_signs(
     batch: int, positions: int, count: int, stream: int, device: torch.device
 ) -> Tensor:
-    """+1 or -1 with equal probability, int32 [batch, positions, count].
+    """+1 or -1 with equal probability, float32 [batch, positions, count].
 
     Variance 1, with the smallest fourth moment that variance 1 allows.
     """
     words = -(-count // BITS)
     with torch._C.DisableTorchFunction():  # no call of the user's that a mode should see
         integers = random_integers(batch, positions * words, stream, device).to(torch.int32)
-        places = torch.arange(BITS, dtype=torch.int32, device=device)
-        bits = (integers.view(batch, positions, words, 1) >> places) & 1
-        return 1 - 2 * bits.flatten(2)[..., :count]
+        # Bit by bit to the place of the sign in a float32, and all other bits those of 1.0.
+        places = torch.arange(31, 31 - BITS, -1, dtype=torch.int32, device=device)
+        bits = integers.view(batch, positions, words, 1) << places
+        signs = bits.bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE).view(torch.float32)
+        return signs.flatten(2)[..., :count]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -93,16 +93,21 @@ class SoftmaxLoss(StandardLoss):
     def sampled(self, scale: Tensor, stream: int) -> Tensor:
         """S z . logits with random signs z, a linear loss."""
         batch, positions = scale.shape
-        logits, probabilities = self._logits_and_probabilities()
+        logits = _full_precision(self.outputs)
+        probabilities = logits.detach().softmax(-1)
         shape = batch, positions, logits.shape[-1]
         signs = random_signs(*shape, stream, logits.device).view(logits.shape)
-        roots = probabilities.sqrt() * signs
-        direction = roots - probabilities * roots.sum(-1, keepdim=True)
-        return scale * (direction * logits).sum(-1).view(scale.shape)
+        direction = probabilities.sqrt().mul_(signs)
+        sums = direction.sum(-1, keepdim=True)
+        direction = direction.addcmul_(probabilities, sums, value=-1)
+        return scale * _Linear.apply(direction, logits).view(scale.shape)
 
     def factors(self, scale: Tensor) -> Iterator[Tensor]:
         """One for each class, with a column of S for S z."""
-        logits, probabilities = self._logits_and_probabilities()
+        logits = _full_precision(self.outputs)
+        probabilities = logits.detach().softmax(-1)
+        # Masked classes have a logit of -inf, and 0 x -inf would be NaN.
+        logits = logits.where(probabilities > 0, 0)
         mean = (probabilities * logits).sum(-1)
         roots = probabilities.sqrt()
         for index in range(logits.shape[-1]):
@@ -118,12 +123,27 @@ class SoftmaxLoss(StandardLoss):
     def describe(self, batch: int) -> list[str] | None:
         return describe_classes(self.outputs) if len(self.outputs) == batch else None
 
-    def _logits_and_probabilities(self) -> tuple[Tensor, Tensor]:
-        """Logits [elements, classes], and the detached probabilities of the classes."""
-        logits = _full_precision(self.outputs)
-        probabilities = logits.detach().softmax(-1)
-        # Masked classes have a logit of -inf, and 0 x -inf would be NaN.
-        return logits.where(probabilities > 0, 0), probabilities
+
+class _Linear(torch.autograd.Function):
+    """sum_c direction_c logits_c of each row, in which a masked class (a logit of -inf, and a
+    direction of 0) counts for nothing. By plain autograd, leaving those classes out takes longer
+    than all the rest: vocabularies are wide."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(direction: Tensor, logits: Tensor) -> Tensor:
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        return finite.mul_(direction).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (direction,) = ctx.saved_tensors
+        return None, gradient[..., None] * direction
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ class Data:
 
     def group_columns(self, split):
         if split == "train":
-            return {"mark": ["no", "no", "yes", "yes"], "kind": ["a", "b", "c", "c"]}
-        return {"mark": ["no", "yes", "yes"], "kind": ["b", "c", "a"]}
+            columns = {"mark": ["no", "no", "yes", "yes"], "kind": ["a", "b", "c", "c"]}
+            return {**columns, "alien": ["no", "no", "no", "yes"]}
+        return {"mark": ["no", "yes", "yes"], "kind": ["b", "c", "a"], "alien": ["no"] * 3}
 
 
 def run(**settings):
@@ -106,6 +107,7 @@ def test_scores_times_similarity_and_impossible_baselines_have_rows():
         ({"judge": ["shortcut"], "marked": {"a": 1, "b": 2}}, r"need marked=\{COLUMN: VALUE\}"),
         ({"judge": ["subclass"], "subclass": "shape"}, "no column 'shape'.* mark, kind"),
         ({"judge": ["mixed"], "marked": {"mark": "maybe"}}, "holds no, yes"),
+        ({"judge": ["mixed"], "marked": {"alien": "yes"}}, "No query has alien='yes'.* holds no"),
     ],
 )
 def test_what_cannot_be_judged_is_said(settings, message):

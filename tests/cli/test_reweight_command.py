@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch.utils.data import TensorDataset
 
 from tda_lightning import Scores
 from tda_lightning.cli import main
+from tda_lightning.cli.commands.reweight import _columns, _require_same_queries
 from tda_lightning.reweighting import load_weights, predicted_change, weights_from_scores
 from tests.cli.made_up_pairs import TINY, write_pairs
 
@@ -16,7 +19,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         assert main(["train", *TINY, "optimizer=sgd", "optimizer.lr=0.3"]) == 0
-        assert main(["attribute", "runs/pairs", "estimator=unrolled"]) == 0
+        assert main(["attribute", "runs/pairs", "estimator=unrolled", "data.num_query=4"]) == 0
         yield path
 
 
@@ -27,6 +30,7 @@ def test_weights_from_scores(folder, capsys):
     weights, found = load_weights("runs/pairs/weights-scores.csv"), Scores.load(scores[7:])
     assert torch.equal(weights, weights_from_scores(found.values, 0.02, 4.0))
     assert "Weighted 20 training examples" in out
+    assert "Mean measurement of 4 queries" in out  # as many as were scored
     predicted = float(predicted_change(found.values, weights).mean())
     assert f"predicted change │ {predicted:.5g}" in out
     true = float(out.split("true change │")[1].split("│")[0])
@@ -42,10 +46,34 @@ def test_weights_from_words_and_columns(folder, capsys):
     assert "What 10 features say about the label" in capsys.readouterr().out
     weights = load_weights("runs/pairs/weights-words.csv")
     assert abs(float(weights.sum()) - 20) < 1e-9
-    columns = ["by=columns", "columns=[gold label]"]
-    assert main(["reweight", "runs/pairs", *columns, *few]) == 0
-    assert main(["reweight", "runs/pairs", *columns[:1], "columns=[colour]", "weights=x.csv"]) == 1
+    columns = ["reweight", "runs/pairs", "by=columns", "weights=x.csv"]
+    assert main([*columns, "columns=[colour]"]) == 1
     assert "columns must be some of class, gold label" in capsys.readouterr().err
+    assert main([*columns, "columns=[gold label]"]) == 1
+    assert "Each value of gold label comes with one label alone" in capsys.readouterr().err
+
+
+def test_columns_that_are_the_label_are_left_out(capsys):
+    class Data:
+        train_dataset = TensorDataset(torch.zeros(4, 1), torch.tensor([0, 0, 1, 1]))
+
+        def group_columns(self, split):
+            assert split == "train"
+            return {"class": list("aabb"), "finer": list("axbb"), "colour": list("rggr")}
+
+    labels = Data.train_dataset.tensors[1].tolist()
+    asked = OmegaConf.create({"columns": None})
+    assert list(_columns(asked, Data(), labels)) == ["colour"]
+    said = capsys.readouterr().out
+    assert said == "Left out, since each of its values comes with one label alone: finer.\n"
+
+
+def test_other_queries_are_refused():
+    measured, asked = torch.tensor([0.5, 0.7]).double(), OmegaConf.create({"scores": "few.h5"})
+    scores = Scores(torch.zeros(2, 3), provenance={"measurements": [0.5001, 0.7]})
+    _require_same_queries(scores, measured, asked)
+    with pytest.raises(ValueError, match=r"other queries than these: .* 0.7 for query 1, and 0.8"):
+        _require_same_queries(scores, torch.tensor([0.5, 0.8]), asked)
 
 
 @pytest.mark.slow  # it starts the command six times

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from tda_lightning.attribution.matching import require_same_data
-from tda_lightning.cli.command import clear_errors, command_line, not_null, required
+from tda_lightning.cli.command import clear_errors, command_line, required
 from tda_lightning.cli.evaluation_baselines import baseline, baselines_of, check_baselines
 from tda_lightning.cli.evaluation_limits import evaluation_limits
 from tda_lightning.cli.evaluation_table import (
@@ -35,7 +35,7 @@ from tda_lightning.cli.proponent_removal import (
     remove_proponents,
     requested_removals,
 )
-from tda_lightning.cli.question import require_harmless
+from tda_lightning.cli.question import ask_about_scored_queries, require_harmless
 from tda_lightning.cli.retrained_subsets import retrained_subsets, truth_name
 from tda_lightning.cli.retraining import RecordedRun
 from tda_lightning.cli.retraining_cache import parse_part
@@ -211,11 +211,10 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
     check_baselines(config)
     if config.alpha is None:
         config.alpha = alpha_of(scores)
-    # The queries are those that were scored, perhaps fewer than were recorded.
-    first = next((well_formed(judged.provenance) for judged in scores.values()), Provenance())
-    _complete_measurement(config, first)
-    asked = first.get("config", {}).get("data", {})
-    config.data = {**config.data, **not_null(asked), **not_null(config.data)}
+    first = next(iter(scores.values()), None)
+    _complete_measurement(config, Provenance() if first is None else well_formed(first.provenance))
+    if first is not None:
+        ask_about_scored_queries(config, first)
 
 
 def _complete_measurement(config: DictConfig, first: Provenance) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from rich.table import Table
 from torch import Tensor
 
 from tda_lightning.cli.command import clear_errors, require_new, required
+from tda_lightning.cli.question import ask_about_scored_queries
 from tda_lightning.cli.recorded_run import Replayable
 from tda_lightning.evaluation import measure, retrain
 from tda_lightning.records.data_module import AttributedData, Grouped, Textual
+from tda_lightning.records.provenance import well_formed
 from tda_lightning.records.scores import Scores
 from tda_lightning.report.columns import guess, raw_labels
 from tda_lightning.reweighting import (
@@ -24,7 +26,7 @@ from tda_lightning.reweighting import (
     save_weights,
     weights_from_scores,
 )
-from tda_lightning.reweighting.features import column_features, word_features
+from tda_lightning.reweighting.features import column_features, is_label, word_features
 
 _LABELS = ("label", "class", "labels", "target")
 BY = ("scores", "words", "columns")
@@ -45,10 +47,12 @@ def reweight(config: DictConfig) -> None:
         )
     target = Path(config.weights or folder / f"weights-{config.by}.csv")
     require_new(config, "weights, which are kept", "weights=FILE", target)
-    trajectory, _, data, module, task, train, query = Replayable.load(config, folder)
     scores = None
     if config.by == "scores":
         scores = Scores.load(config.scores)
+        ask_about_scored_queries(config, scores)
+    trajectory, _, data, module, task, train, query = Replayable.load(config, folder)
+    if scores is not None:
         _require_of_run(scores, len(train), len(query), config)
         weights = weights_from_scores(scores.values, config.rate, config.bound)
     else:
@@ -73,6 +77,7 @@ def reweight(config: DictConfig) -> None:
     )
     rows = {"recorded": before, "with these weights": after, "true change": after - before}
     if scores is not None:
+        _require_same_queries(scores, before, config)
         rows["predicted change"] = predicted_change(scores.values, weights)
     Console().print(_table(rows))
     for note in _outcome_notes(rows, scores):
@@ -110,6 +115,23 @@ def _require_of_run(scores: Scores, num_train: int, num_query: int, config: Dict
         )
 
 
+def _require_same_queries(scores: Scores, measured: Tensor, config: DictConfig) -> None:
+    """Refuse to compare with queries that the recorded run answers otherwise than those that were
+    scored: they are others."""
+    made = well_formed(scores.provenance)
+    scored = torch.tensor(made.get("measurements", []), dtype=torch.float64)
+    if "members" in made or len(scored) != len(measured):  # a mean over several runs tells nothing
+        return
+    other = ~torch.isclose(scored, measured.double(), rtol=0.01, atol=1e-3)
+    if bool(other.any()):
+        first = int(other.nonzero()[0])
+        raise ValueError(
+            f"{config.scores} is about other queries than these: the recorded run measured "
+            f"{float(scored[first]):.4g} for query {first}, and {float(measured[first]):.4g} here. "
+            "Add retrain=false, or give the same data settings as to tda attribute."
+        )
+
+
 def _balanced(config: DictConfig, data: AttributedData) -> Tensor:
     """Weights under which words or columns do not tell the label."""
     given = raw_labels(data.train_dataset)
@@ -128,7 +150,8 @@ def _balanced(config: DictConfig, data: AttributedData) -> Tensor:
             )
         features, words = word_features(data.documents("train"), config.min_count)
     else:
-        features, words = column_features(_columns(config, data), config.min_count)
+        columns = _columns(config, data, labels.tolist())
+        features, words = column_features(columns, config.min_count)
     found = balanced_weights(features, labels, config.bound, config.penalty)
     table = Table(title=f"What {len(words)} features say about the label: share of it above all")
     for name in ("", "weights 1", "these weights"):
@@ -144,21 +167,33 @@ def _balanced(config: DictConfig, data: AttributedData) -> Tensor:
     return found.weights
 
 
-def _columns(config: DictConfig, data: AttributedData) -> dict[str, Any]:
-    """The columns asked for."""
+def _columns(config: DictConfig, data: AttributedData, labels: Sequence[int]) -> dict[str, Any]:
+    """The columns asked for; by default all but those that are the label under another name."""
     grouped = isinstance(data, Grouped)
     found: Mapping[str, Any] = (
         data.group_columns("train") if grouped else guess(data.train_dataset)  # type: ignore[attr-defined]
     )
-    wanted = config.columns
-    if wanted is None:
-        wanted = [name for name in found if str(name).lower() not in _LABELS]
-    unknown = [name for name in wanted if name not in found]
-    if unknown or not wanted:
+    if config.columns is not None:
+        unknown = [name for name in config.columns if name not in found]
+        if unknown or not config.columns:
+            raise ValueError(
+                f"columns must be some of {', '.join(map(str, found)) or 'none'}, which is what "
+                f"the training set has; got {', '.join(map(str, unknown)) or 'none'}."
+            )
+    same = [name for name, values in found.items() if is_label(values, labels)]
+    asked = list(found) if config.columns is None else list(config.columns)
+    wanted = [name for name in asked if name not in same]
+    if not wanted or (config.columns is not None and len(wanted) < len(asked)):
+        given = ", ".join(str(name) for name in asked if name in same)
+        others = ", ".join(str(name) for name in found if name not in same)
         raise ValueError(
-            f"columns must be some of {', '.join(map(str, found)) or 'none'}, which is what the "
-            f"training set has besides its label; got {', '.join(map(str, unknown)) or 'none'}."
+            f"Each value of {given or 'a column'} comes with one label alone, so no weights can "
+            "keep it from telling the label. The training set has "
+            f"{others or 'nothing'} besides."
         )
+    left = [name for name in asked if name in same and str(name).lower() not in _LABELS]
+    if left:
+        print(f"Left out, since each of its values comes with one label alone: {', '.join(left)}.")
     return {name: found[name] for name in wanted}
 
 

@@ -97,19 +97,20 @@ def _tables(module: nn.Module) -> dict[str, nn.Embedding]:
 
 
 def _wide_tables(stages: Sequence[Stage]) -> set[str]:
-    """Names of the tables that may be narrow in every stage that uses them."""
-    found: dict[str, set[tuple[int, ...] | None]] = {}
+    """Names of the trained tables that may be narrow in every stage whose module has them."""
+    shapes: dict[str, set[tuple[int, ...] | None]] = {}
+    trained: set[str] = set()
     for stage in stages:
         session = stage.session
         if session.edits is not None or not rule_of(session.trajectory).elementwise:
             return set()  # edits look up rows of their own
         tables = _tables(stage.wide.module)
         held = {*session.engine.masked, *session.task.penalty.strengths}
-        for name in (*session.trajectory.facts.parameters, *stage.frozen):
-            own = tables.get(name)
-            narrow = own is not None and own.weight.numel() >= WIDE and name not in held
-            found.setdefault(name, set()).add(tuple(own.weight.shape) if own and narrow else None)
-    return {name for name, shapes in found.items() if len(shapes) == 1 and None not in shapes}
+        trained |= session.trajectory.facts.parameters.keys()
+        for name, parameter in stage.wide.module.named_parameters():
+            narrow = name in tables and parameter.numel() >= WIDE and name not in held
+            shapes.setdefault(name, set()).add(tuple(parameter.shape) if narrow else None)
+    return {name for name in trained if len(shapes[name]) == 1 and None not in shapes[name]}
 
 
 def _looked_up(runs: Sequence[StageRun], names: set[str]) -> Rows:
