@@ -25,18 +25,24 @@ class Best:
             for _ in range(2)
         )
 
-    def add(self, values: Tensor, first: int) -> None:
-        """Values [query, row] of the rows from ``first`` on."""
-        for sign, (found, places) in ((1, self.helping), (-1, self.hurting)):
+    def add(self, values: Tensor, rows: Tensor, queries: slice = slice(None)) -> None:
+        """Values [query, row] of rows with these indices, ascending; of all queries, or of some."""
+        for sign, sides in ((1, self.helping), (-1, self.hurting)):
+            found, places = (own[queries] for own in sides)
             best, at = _largest(sign * values, min(self.k, values.shape[1]))
             both = torch.cat([found, best], dim=1)
-            names = torch.cat([places, at + first], dim=1)
+            names = torch.cat([places, rows[at]], dim=1)
             # The lower index first among equal values, whatever the blocks.
             order = names.argsort(dim=1, stable=True)
             both, names = both.gather(1, order), names.gather(1, order)
             order = both.argsort(dim=1, descending=True, stable=True)[:, : self.k]
             found.copy_(both.gather(1, order))
             places.copy_(names.gather(1, order))
+
+    def may_take(self, values: Tensor, off: Tensor) -> Tensor:
+        """Which rows may belong here, if their values [query, row] are off by so much at most."""
+        helping, hurting = (own[:, -1:] for own, _ in (self.helping, self.hurting))
+        return (values + off >= helping) | (off - values >= hurting)
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

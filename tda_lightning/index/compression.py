@@ -15,6 +15,19 @@ from tda_lightning.gradients import Gradient
 Coordinates: TypeAlias = Any
 
 
+class Rough(Protocol):
+    """A cheaper :meth:`Compression.dot` with some queries, and a bound on what it is off by."""
+
+    def products(self, stored: Tensor) -> Tensor:
+        """About the products with rows, [query, row]."""
+
+    def largest(self, number: float) -> Tensor:
+        """How much they are off at most, in rows without a number beyond this one, [query]."""
+
+    def bound(self, stored: Tensor) -> Tensor:
+        """How much they are off at most in each of these rows, [query, row]."""
+
+
 class Compression(Protocol):
     """A way to compress gradients, and to compare them with responses.
 
@@ -52,6 +65,9 @@ class Compression(Protocol):
 
     def dot(self, asked: Tensor, stored: Tensor) -> Tensor:
         """The sums over terms of the inner products, about: [query, example]."""
+
+    def rough(self, asked: Tensor) -> Rough | None:
+        """A cheaper product with these queries; None where there is none."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was drawn or fitted."""

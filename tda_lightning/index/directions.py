@@ -105,6 +105,9 @@ class LeadingCoordinates:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         return asked @ stored.mT
 
+    def rough(self, asked: Tensor) -> None:
+        """See :class:`~tda_lightning.index.compression.Compression`."""
+
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         found = {"mix": self.mix, "mix_responses": self.mix_responses}

@@ -13,7 +13,7 @@ layer not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from tda_lightning.gradients import Gradient
 from tda_lightning.index.directions import Grid, response_coordinates
 from tda_lightning.index.matrices import BlockMatrices, Matrices
+from tda_lightning.index.rough_pairs import RANK, RoughBlock, RoughPairs
 
 _PARTS = ("left", "left_responses", "right", "right_responses", "row_scale", "column_scale")
 
@@ -141,11 +142,9 @@ class FactorPairs:
     def dot(self, asked: Tensor, stored: Tensor) -> Tensor:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         total = asked.new_zeros(len(asked), len(stored))
-        row, column = 0, 0
-        for own in self.blocks.values():
+        column = 0
+        for own, matrices in self._asked_of(asked):
             (groups, height), width, rank = own.row_scale.shape, own.column_scale.shape[1], own.rank
-            matrices = asked[:, row : row + groups * height * width]
-            row += groups * height * width
             u, v = stored[:, column : column + own.width].split(
                 [groups * height * rank, groups * width * rank], dim=1
             )
@@ -154,15 +153,42 @@ class FactorPairs:
             u, v = (part.view(len(stored), groups, -1, rank).permute(1, 3, 0, 2) for part in (u, v))
             # The product with the matrix has the shorter of the two.
             first, second = (v, u) if own.wide else (u, v)
-            shape = (groups, first.shape[3], second.shape[3])
             first, second = first.flatten(1, 2), second.flatten(1, 2)
-            for query, matrix in enumerate(matrices.view(-1, *shape)):
+            for query, matrix in enumerate(matrices):
                 if groups == 1:  # bmm takes twice as long for one matrix
                     products = torch.mm(first[0], matrix[0]).mul_(second[0]).sum(1)
                 else:
                     products = torch.bmm(first, matrix).mul_(second).sum((0, 2))
                 total[query] += products.view(rank, -1).sum(0)
         return total
+
+    def rough(self, asked: Tensor) -> RoughPairs | None:
+        """See :class:`~tda_lightning.index.compression.Compression`. None where layers are so small
+        that it would be more than half the work."""
+        full, less = 0, 0
+        for own in self.blocks.values():
+            (groups, height), width = own.row_scale.shape, own.column_scale.shape[1]
+            full += groups * own.rank * height * width
+            less += groups * own.rank * (height + width) * min(RANK, height, width)
+        if 2 * less > full:
+            return None
+        return RoughPairs(
+            [
+                RoughBlock.of(matrices.mT if own.wide else matrices, own.rank)
+                for own, matrices in self._asked_of(asked)
+            ]
+        )
+
+    def _asked_of(self, asked: Tensor) -> Iterator[tuple[FactoredBlock, Tensor]]:
+        """Each block with what :meth:`asked` has of it: [query, groups, a, b], or [query, groups,
+        b, a] where v is longer than u."""
+        before = 0
+        for own in self.blocks.values():
+            (groups, height), width = own.row_scale.shape, own.column_scale.shape[1]
+            size = groups * height * width
+            shape = (groups, width, height) if own.wide else (groups, height, width)
+            yield own, asked[:, before : before + size].unflatten(1, shape)
+            before += size
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`~tda_lightning.index.compression.Compression`."""

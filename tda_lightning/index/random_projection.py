@@ -65,6 +65,9 @@ class RandomProjection:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         return asked @ stored.mT
 
+    def rough(self, asked: Tensor) -> None:
+        """See :class:`~tda_lightning.index.compression.Compression`."""
+
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`~tda_lightning.index.compression.Compression`."""
         return {

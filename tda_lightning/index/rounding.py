@@ -13,9 +13,13 @@ _LARGEST = {"int4": 7, "int8": 127, "float16": 1}
 # Of int4 the largest numbers are cut where that makes the others precise: so many roots of a row's
 # mean square are tried. Of normal numbers 2.5 is best.
 _CUTS = (1.8, 2.2, 2.6, 3.2, 4.0, 5.0, 7.0)
-_INT4_OFFSET = 8
 _TRIED = 512  # numbers of a row that cuts are tried on, at most
 _NEAR = 128  # rows whose cuts are tried together: they stay in the processor's cache
+
+
+def largest_code(dtype: str) -> float | None:
+    """No code of a row is larger than that; None: of this type they are numbers of any size."""
+    return _LARGEST.get(dtype)
 
 
 def width_of(bytes_per_example: int, dtype: str) -> int:
@@ -72,9 +76,11 @@ def widened(codes: NDArray[np.generic], dtype: str, width: int, out: Tensor) -> 
     is taken anew costs more than the numbers."""
     tensor, numbers = torch.from_numpy(codes), out[: len(codes)]
     if dtype == "int4":
-        numbers[:, ::2].copy_(tensor & 15)
-        numbers[:, 1::2].copy_(tensor >> 4)
-        numbers -= _INT4_OFFSET
+        half = codes.shape[1]
+        numbers[:, half:].copy_(upper := tensor >> 4)
+        numbers[:, :half].copy_(
+            torch.bitwise_left_shift(tensor, 4, out=upper).bitwise_right_shift_(4)
+        )
     else:
         numbers.copy_(tensor)
     return numbers[:, :width]
@@ -91,10 +97,11 @@ def number_dtype(dtype: str) -> torch.dtype:
 
 
 def _packed(integers: Tensor) -> Tensor:
-    shifted = (integers + _INT4_OFFSET).to(torch.uint8)
-    if shifted.shape[1] % 2:
-        shifted = torch.nn.functional.pad(shifted, (0, 1), value=_INT4_OFFSET)
-    return shifted[:, ::2] | shifted[:, 1::2] << 4
+    """Two numbers a byte: those of the first half in the lower bits, those of the second in the
+    upper ones, so that both halves are unpacked in one piece."""
+    half = columns_of(integers.shape[1], "int4")
+    lower, upper = integers[:, :half] & 15, integers[:, half:] << 4
+    return lower | torch.nn.functional.pad(upper, (0, half - upper.shape[1]))
 
 
 def _int4_limits(values: Tensor) -> Tensor:

@@ -10,14 +10,10 @@ from torch import Tensor
 
 from tda_lightning.index.best import Best
 from tda_lightning.index.compression import Compression
-from tda_lightning.index.rounding import codes_width, widened
+from tda_lightning.index.pruning import Pruning
+from tda_lightning.index.rounding import largest_code
+from tda_lightning.index.row_blocks import RowBlocks
 from tda_lightning.store.index_files import Shard
-
-_BLOCK = 1 << 22  # numbers of the rows that are ranked at a time
-# Of those that are widened and multiplied at a time: they stay in the processor's cache, where a
-# larger block would be written to memory at four times its size and read again.
-_NEAR = 1 << 18
-_NEAR_PAIRS = 1 << 20  # of factor pairs, which are multiplied longer than they are moved
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,27 @@ def search(
 ) -> Best:
     """Compare queries with every row, block by block: memory does not depend on their number.
 
+    The first block is multiplied in full. Of later ones, where the compression has a rough product,
+    only the rows that this does not rule out by its bound: what is found is the same.
+
     Args:
         asked: what :meth:`Compression.asked` makes of the queries, [query, any].
         dtype: of the stored numbers.
         factor: on every product, such as 1/N; positive.
     """
     best = Best(len(asked), k, asked.dtype)
-    width = compression.width
-    together = _NEAR if compression.degree == 1 else _NEAR_PAIRS
-    size, near = (max(1, numbers // width) for numbers in (_BLOCK, together))
-    memory = torch.empty(near, codes_width(width, dtype), dtype=asked.dtype)
-    for shard in shards:
-        for start in range(0, len(shard.codes), size):
-            codes = shard.codes[start : start + size]
-            products = [
-                compression.dot(asked, widened(codes[at : at + near], dtype, width, memory))
-                for at in range(0, len(codes), near)
-            ]
-            scales = torch.from_numpy(shard.scales[start : start + size]).to(asked.dtype)
-            scales = scales**compression.degree * factor
-            best.add(torch.cat(products, dim=1) * scales, shard.first + start)
+    rows = RowBlocks(compression, dtype, asked.dtype, factor)
+    largest = largest_code(dtype)
+    pruning: Pruning | None = None
+    for number, block in enumerate(rows.of(shards)):
+        if pruning is not None:
+            if pruning.add(best, rows, block):
+                continue
+            pruning = None
+        products = [compression.dot(asked, own) for own in rows.parts(block)]
+        indices = torch.arange(block.first, block.first + len(block))
+        best.add(torch.cat(products, dim=1) * block.factors, indices)
+        if number == 0 and largest is not None and bool(asked.isfinite().all()):
+            rough = compression.rough(asked)
+            pruning = None if rough is None else Pruning(compression, asked, rough, largest)
     return best

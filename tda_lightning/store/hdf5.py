@@ -129,7 +129,7 @@ def require_header(file: h5py.File, path: Path, kind: FileKind) -> None:
     if 0 < version < kind.oldest:  # its text, the name of the format too, is of another type
         raise TrajectoryFormatError(
             f"{path} has format version {version}, which this release of tda-lightning no longer "
-            f"reads: expected version {kind.oldest}. Record the run again."
+            f"reads: expected version {kind.oldest}. {kind.older}"
         )
     expected = (kind.format, kind.name) if kind.has_kind else (kind.format,)
     attributes = ("format", "kind")[: len(expected)]

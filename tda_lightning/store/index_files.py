@@ -44,7 +44,7 @@ from tda_lightning.store.untrusted import get_integer, get_text, own_dataset, pu
 T = TypeVar("T")
 # What NumPy calls the numbers of a type; two of int4 lie in a byte.
 DTYPES = {
-    "int4": "uint8",
+    "int4": "int8",
     "int8": "int8",
     "float16": "float16",
     "float32": "float32",

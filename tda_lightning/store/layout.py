@@ -9,7 +9,7 @@ NumPy lacks (bfloat16, the float8 family) is stored as unsigned integers of the 
 names, "/" is written "%2F" and "%" is written "%25".
 
 Root attributes say what a file is. Every file in a trajectory, except for scores and ground truth,
-has ``format`` ("tda-lightning"), ``version`` (2) and ``kind`` (below).
+has ``format`` ("tda-lightning"), ``version`` (2; 3 of an index's shards) and ``kind`` (below).
 
 **A trajectory** is a folder. ``S`` steps, ``P`` parameter groups, ``B`` batches. A file is never
 written into once it is there, but a resumed training removes what lies beyond its step and records
@@ -92,8 +92,9 @@ checksum of their own::
       shards/<first>-<stop>.h5  kind "shard": rows first to stop, not included, counted from 0;
                                 attributes ``first``, ``compression`` and ``checksum``, the CRC-32
                                 of codes
-        codes                   int8, float16, float32, float64 [N, W], or uint8 [N, W / 2]: int4
-                                plus 8, the first in the lower half
+        codes                   int8, float16, float32, float64 [N, W], or int8 [N, W / 2] for int4:
+                                the first half of a row's numbers in the lower four bits of its
+                                bytes, the second in the upper four, in two's complement
         scales                  float32 (float64 of codes in float64) [N]: a row is scale times code
 
 **Scores**, anywhere. Root attributes ``format`` ("tda-lightning scores") and ``format_version`` (1,
@@ -153,6 +154,7 @@ class FileKind:
         format: root attribute.
         version_attribute: name of the root attribute that holds the format version.
         oldest, newest: format versions that this release reads.
+        older: what to do about one of a version before them.
     """
 
     name: str
@@ -161,6 +163,7 @@ class FileKind:
     version_attribute: str = "version"
     oldest: int = 2
     newest: int = 2
+    older: str = "Record the run again."
 
     @property
     def has_kind(self) -> bool:
@@ -193,7 +196,7 @@ GROUND_TRUTH = FileKind(
 
 INDEX = FileKind("index", "Build the index again, in the same folder: whole shards are kept.")
 COMPRESSION = FileKind("compression", "Delete the index and build it again.")
-SHARD = FileKind("shard", INDEX.advice)
+SHARD = FileKind("shard", INDEX.advice, oldest=3, newest=3, older=INDEX.advice)
 
 # Cached tensors: each kind has a folder of its name, and a file for each key.
 CACHES = (CURVATURE, UNFINISHED, FEATURES)
