@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tda_lightning.estimators.unrolled import estimator, narrowed
+from tda_lightning.estimators.unrolled import estimator, narrowed, resume
+from tda_lightning.estimators.unrolled.round_scores import RoundScores
 from tests import oracles
 from tests.attributing import relative
 from tests.cases import Case
@@ -136,6 +137,29 @@ def test_drawn_rows_and_stages(frozen: tuple[str, ...], tmp_path: Path) -> None:
     assert relative(scores.by_segment[: len(first), :, :10], first) < EXACT
     assert relative(scores.by_segment[len(first) :, :, 10:], second) < EXACT
     assert 9 < found[0]["net.table.weight"] < 0.5 * HEIGHT
+
+
+def test_broken_off_work_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "_SECONDS", 0.0)
+    wide = case(HEIGHT)
+    run, module, data = in_memory(wide, OPTIMIZERS["adamw"])
+    weight, add = module[0].weight, RoundScores.add
+    with heights() as found:
+        expected = unroll(wide, run, module, data)
+
+        def stop_after_one(scores: RoundScores, number: int, segment: int, values: Tensor) -> None:
+            if segment == 1:
+                raise OSError("broken off")
+            add(scores, number, segment, values)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RoundScores, "add", stop_after_one)
+            with pytest.raises(OSError, match="broken off"):
+                unroll(wide, run, module, data)
+        assert module[0].weight is weight and run.unfinished
+        again = unroll(wide, run, module, data)
+    assert torch.equal(again.by_segment, expected.by_segment)
+    assert not run.unfinished and found == 3 * [{"0.weight": 12}]
 
 
 class _Largest(TorchDispatchMode):

@@ -124,7 +124,7 @@ def _looked_up(runs: Sequence[StageRun], names: set[str]) -> Rows:
             _replay(run, watch)
     last = runs[-1].stage.wide
     last.load(last.trajectory.last_step)
-    with watch.over(last.module), torch.no_grad(), unchanged_randomness():
+    with watch.over(last.module), torch.enable_grad(), unchanged_randomness():
         for batch, examples in last.queries(0, last.num_query):
             last.measurement(last.module, batch, examples)
     rows = watch.rows()
