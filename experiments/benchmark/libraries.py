@@ -264,18 +264,22 @@ def trak_traker(work: Work, folder: Path) -> Job:
     state = _weights(folder, Trajectory.load(str(folder)).last_step)
     size = sum(parameter.numel() for parameter in network.parameters())
 
+    def opened(output: str) -> TRAKer:
+        projector = BasicProjector(size, _dimension(work), 0, ProjectionType.normal, "cpu")
+        return TRAKer(
+            network, "image_classification", work.num_train, save_dir=output, device="cpu",
+            projector=projector, proj_dim=_dimension(work), use_half_precision=False,
+        )  # fmt: skip
+
     def job() -> Tensor:
         with tempfile.TemporaryDirectory() as output:
-            projector = BasicProjector(size, _dimension(work), 0, ProjectionType.normal, "cpu")
-            traker = TRAKer(
-                network, "image_classification", work.num_train, save_dir=output, device="cpu",
-                projector=projector, proj_dim=_dimension(work), use_half_precision=False,
-            )  # fmt: skip
+            traker = opened(output)
             traker.load_checkpoint(state, model_id=0)
             for start in range(0, work.num_train, TRAK_BATCH):
                 batch = train[start : start + TRAK_BATCH]
                 traker.featurize(batch, num_samples=len(batch[1]))
             traker.finalize_features()
+            traker = opened(output)  # finalizing lets go of the projection, which scoring needs
             traker.start_scoring_checkpoint("scores", state, model_id=0, num_targets=len(query))
             for start in range(0, len(query), TRAK_BATCH):
                 batch = query[start : start + TRAK_BATCH]

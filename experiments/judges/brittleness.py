@@ -25,6 +25,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.judges.names import BRITTLE_QUERIES
 from experiments.judges.run import RESULTS, Notes
 from tda_lightning import AttributionModule, Scores, Trajectory, TrajectoryRecorder
 from tda_lightning.cli.command import quiet_lightning
@@ -35,7 +36,8 @@ from tda_lightning.examples.data import MNISTData
 from tda_lightning.examples.models import Classifier
 from tda_lightning.tasks import ClassificationTask
 
-NUM_TRAIN, NUM_QUERY, EPOCHS, BATCH_SIZE, RATE, SEED = 1000, 24, 8, 50, 0.1, 0
+NUM_TRAIN, NUM_QUERY = 1000, BRITTLE_QUERIES
+EPOCHS, BATCH_SIZE, RATE, SEED = 8, 50, 0.1, 0
 REMOVED, DRAWS, TOGETHER = (20, 50, 100), 8, 25
 ROWS: dict[str, tuple[Callable[[], Any], float]] = {
     "TracIn": (TracIn, 1.0),

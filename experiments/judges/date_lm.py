@@ -27,12 +27,12 @@ from torch import Tensor
 from tda_lightning import Scores
 from tda_lightning.evaluation import average_precision, recall_within, reciprocal_rank
 
-RECALLED = 50
+RECALLED, RESAMPLES = 50, 1000
 
 
 def filtering(values: Tensor, unsafe: Tensor) -> list[float]:
     """Average precision of finding the ``unsafe`` training examples by their mean score over the
-    references, and the share of them.
+    references, its 95% bootstrap interval over references, and the share of unsafe examples.
 
     DATE-LM joins the points of the curve by straight lines instead, which differs in the third
     digit.
@@ -41,8 +41,12 @@ def filtering(values: Tensor, unsafe: Tensor) -> list[float]:
         values: scores [reference, train].
         unsafe: bool [train].
     """
-    found = average_precision(values.mean(0, keepdim=True), unsafe)
-    return [found.value, float(unsafe.double().mean())]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = torch.stack([values.mean(0), *(values[rows].mean(0) for rows in drawn)])
+    found = average_precision(means, unsafe).per_query
+    low, high = found[1:].quantile(torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
+    return [float(found[0]), low, high, float(unsafe.double().mean())]
 
 
 def factual_attribution(values: Tensor, sought: Tensor) -> dict[str, list[float]]:
@@ -123,8 +127,8 @@ def main() -> None:
     train, asked = load_sets(options.data, options.subset)
     values = Scores.load(options.scores).values
     if options.task == "filtering":
-        value, share = filtering(values, unsafe_examples(train))
-        print(f"AUPRC {value:.4f} (by chance {share:.4f})")
+        value, low, high, share = filtering(values, unsafe_examples(train))
+        print(f"AUPRC {value:.4f} [{low:.4f}, {high:.4f}] (by chance {share:.4f})")
     else:
         for name, (value, low, high) in factual_attribution(
             values, stating_the_fact(train, asked)

@@ -13,3 +13,4 @@ OURS = {
 THEIRS = ("CaptumSimilarity", "CaptumTracInCP", "CaptumTracInCPFast", "TRAK", "RepresenterPoints")
 BASELINE = "Random"
 METHODS = (*OURS, *THEIRS, BASELINE)
+BRITTLE_QUERIES = 24  # of the study of brittleness

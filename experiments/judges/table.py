@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from experiments.judges.names import BASELINE, OURS, THEIRS
+from experiments.judges.names import BASELINE, BRITTLE_QUERIES, OURS, THEIRS
+from experiments.judges.setting import FLIPPED, NUM_TRAIN
 from experiments.marked import with_block
+from experiments.shares import area_interval, share_interval
 from tda_lightning.report import Interactions
 
 HERE = Path(__file__).parent
@@ -36,6 +38,7 @@ COLUMNS = {
     "top-5 cardinality": ("clean", "cardinality"),
     "random model": ("clean", "randomisation"),
 }
+WRONG = round(FLIPPED * NUM_TRAIN), round((1 - FLIPPED) * NUM_TRAIN)  # labels, and right ones
 TEXT = ("filtering", "recall@50", "MRR", "quanda MRR", "quanda recall", "class", "cardinality")
 
 
@@ -82,6 +85,15 @@ def told(value: Sequence[float] | None) -> str:
     return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 
+def with_ends(area: float) -> list[float]:
+    """quanda's area of finding wrong labels, with the interval that the counts give it.
+
+    Its curve is over all examples, so its area is a line in the area under the ROC curve.
+    """
+    ends = area_interval((area - FLIPPED / 2) / (1 - FLIPPED), *WRONG)
+    return [area, *((1 - FLIPPED) * end + FLIPPED / 2 for end in ends)]
+
+
 def digits() -> str:
     """quanda's metrics on MNIST."""
     found = {problem: load(problem) for problem, _ in COLUMNS.values()}
@@ -89,7 +101,7 @@ def digits() -> str:
     def cell(name: str, problem: str, key: str) -> str:
         kept = found[problem]
         own = kept.get(f"{name}: {key}", kept.get(name, {}).get(key))
-        return told(own)
+        return told(with_ends(own[0]) if own and key == "mislabelled" else own)
 
     lines = [
         [label, *(cell(name, problem, key) for problem, key in COLUMNS.values())]
@@ -128,8 +140,8 @@ def text() -> str:
     for name, found in kept.items():
         if name in ("accuracy", "interactions"):
             continue
-        area, chance = found["filtering"]
-        cells = [f"{area:.2f}", *(told(found[key]) for key in TEXT[1:])]
+        *area, chance = found["filtering"]
+        cells = [told(area), *(told(found[key]) for key in TEXT[1:])]
         lines.append([LABELS.get(name, name), *cells])
     if not lines:
         return ""
@@ -161,8 +173,12 @@ def brittleness() -> str:
         return ""
     first = next(iter(kept.values()))
     heads = ["left out: the first by", *(f"{k} examples" for k in first["removed"])]
-    lines = [[name, *(f"{own:.2f}" for own, _ in row["flipped"])] for name, row in kept.items()]
-    chance = [f"{own:.2f}" for _, own in first["flipped"]]
+    lines = [
+        [name, *(told([own, *share_interval(own, BRITTLE_QUERIES)]) for own, _ in row["flipped"])]
+        for name, row in kept.items()
+    ]
+    # Of several draws for each query, which are not independent: their interval is of the queries.
+    chance = [told([own, *share_interval(own, BRITTLE_QUERIES)]) for _, own in first["flipped"]]
     return table(heads, [*lines, ["random", *chance]])
 
 

@@ -71,7 +71,25 @@ def block(results: Sequence[dict[str, Any]]) -> str:
             ]
             if rows:
                 lines.append(f"| {' | '.join([f'{rate:g}', name, *_cells(rows)])} |")
+    for rate in sorted({row["rate"] for _, row in every}):
+        lines += [
+            "",
+            f"Paired by seed and test pair, at a rate of {rate:g}: {_differences(every, rate)}.",
+        ]
     return "\n".join(lines)
+
+
+def _differences(every: Sequence[tuple[dict[str, Any], dict[str, Any]]], rate: float) -> str:
+    """What the most helpful pairs gain beyond other ways of choosing, HANS-like."""
+
+    def of(method: str) -> Tensor:
+        asked = (method, rate)
+        return gains([(o, r) for o, r in every if (r["method"], r["rate"]) == asked], "hans")
+
+    return "; ".join(
+        f"most helpful less {METHODS[other].partition(' (')[0]} {told(of('helpful') - of(other))}"
+        for other in ("random", "nearest", "less", "anchors")
+    )
 
 
 def _cells(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
@@ -95,14 +113,17 @@ def _cells(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
 
 
 def gains(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> Tensor:
-    """Change of every test pair's rightness, [run, pair]."""
-    return torch.stack(
-        [digits(row[f"right_{name}"]) - digits(one["before"][f"right_{name}"]) for one, row in rows]
-    )
+    """Change of every test pair's rightness, [seed, pair]: the mean over a seed's replicas, which
+    begin at the same recorded weights and so are not independent."""
+    of_seeds: dict[int, list[Tensor]] = {}
+    for one, row in rows:
+        change = digits(row[f"right_{name}"]) - digits(one["before"][f"right_{name}"])
+        of_seeds.setdefault(id(one), []).append(change)
+    return torch.stack([torch.stack(changes).mean(0) for changes in of_seeds.values()])
 
 
 def told(values: Tensor) -> str:
-    """A mean with its interval over runs and pairs."""
+    """A mean with its interval over seeds and pairs."""
     mean, low, high = crossed(values)
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from experiments.marked import with_block
+from experiments.shares import share_interval
 from experiments.two_stages.figure import dots
 from experiments.two_stages.results import Results, read
 from tda_lightning.evaluation import Interval, difference, linear_datamodeling_score
 from tda_lightning.store.atomic_write import write_text
 
 HERE = Path(__file__).parent
+TESTS = 10_000  # pictures, of either test set
 PROTOCOLS = {"single_run": "single run", "algorithm": "algorithm"}
 TITLES = {
     "unrolled": "exact unrolling",
@@ -169,9 +171,16 @@ def recorded(results: Results) -> str:
     """What the two stages taught the model."""
     found = results.facts["accuracy"]
     columns = list(next(iter(found.values())))
+
+    def told(name: str, share: float) -> str:
+        if not name.startswith("test"):  # all there is of it, no sample
+            return f"{share:.3f}"
+        low, high = share_interval(share, TESTS)
+        return f"{share:.3f} [{low:.3f}, {high:.3f}]"
+
     lines = [f"| accuracy | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [
-        f"| {when} | {' | '.join(f'{value:.3f}' for value in one.values())} |"
+        f"| {when} | {' | '.join(told(*item) for item in one.items())} |"
         for when, one in found.items()
     ]
     landing = results.facts["landing error of a replay"]

@@ -94,8 +94,16 @@ class Sample:
                 yield from self._drawn(step, batch.data, batch.examples)
 
     def _left(self, title: str, step: int, shared: SharedWalk) -> Iterator[Row]:
-        """What a walk has left. In a dry run it has left a few batches."""
+        """What a walk has left of every batch; of a few in a dry run, which walks over no more."""
         places = [(step, number) for number in self.numbers[step]]
+        lacking = [number for _, number in places if (step, number) not in shared.drawn]
+        self.session.require(
+            not lacking,
+            RuntimeError(
+                f"{title}: the walk over the training set left no gradients for the batches "
+                f"{lacking} of the sample's {len(places)}. Please report this."
+            ),
+        )
         left = [own for place in places for own in shared.drawn.get(place, ())]
         for own in self.session.loop(title, left, len(places) * self.session.draws):
             size = next(iter(own.gradients.values())).batch

@@ -119,6 +119,20 @@ class GradientEngine:
         engine._restriction = rows
         return engine
 
+    def with_heights(self, heights: Mapping[str, int]) -> GradientEngine:
+        """The same engine for embeddings of other heights, by parameter."""
+        engine = copy.copy(self)
+        shapes = {
+            name: (heights[name], *shape[1:]) if name in heights else shape
+            for name, shape in self._shapes.items()
+        }
+        engine._shapes = shapes
+        engine._blocks = [
+            replace(block, shapes=tuple(shapes[name] for name in block.parameters))
+            for block in self._blocks
+        ]
+        return engine
+
     @property
     def generic(self) -> list[str]:
         """Names of the parameters that are differentiated through ``torch.func``."""

@@ -23,7 +23,7 @@ from tda_lightning.gradients.moments import SideForm
 CHUNK_SCALARS = 1 << 23
 # A chunk that meets dense queries holds so many examples at least: each reads all queries.
 _MET_TOGETHER = 16
-_MET_SCALARS = 1 << 22  # of the products of examples with some queries
+_MET_SCALARS = 1 << 20  # of the products of examples with some queries: they stay in the cache
 
 
 class Gradient(ABC):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from tda_lightning.curvature.shared_walk import SampledOrder
+from tda_lightning.curvature.shared_walk import Drawn, SampledOrder, SharedWalk
 from tda_lightning.estimators import Source
 from tda_lightning.estimators.source import estimator
 from tests import oracles
@@ -53,3 +55,19 @@ def test_directions_of_the_blocks_walk_are_those_of_their_own(
         own = Source(1, leading_directions=6, curvature=kind)
         found.append(attribute(case, run, module, data, own, batch_size=8).by_segment)
     assert relative(*found) < 1e-9
+
+
+def test_a_walk_that_left_too_little_is_an_error(monkeypatch) -> None:
+    case = CASES["regression"]
+    module, data = case.build(), case.batch(90, 0)
+    batches = oracles.cut_batches(90, 30, epochs=1)
+    run = oracles.record_run(module, case.loss, data, OPTIMIZERS["sgd"], batches, (1, 2, 3))
+    keep = SharedWalk.keep
+
+    def keep_most(walk: SharedWalk, step: int, number: int, drawn: Sequence[Drawn]) -> None:
+        if number != 1:
+            keep(walk, step, number, drawn)
+
+    monkeypatch.setattr(SharedWalk, "keep", keep_most)
+    with pytest.raises(RuntimeError, match=r"no gradients for the batches \[1\] of"):
+        attribute(case, run, module, data, Source(1, leading_directions=6), batch_size=8)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from experiments.fidelity import kept, table
+from experiments.fidelity import kept, shampoo, table
 from tda_lightning import Scores
 from tda_lightning.evaluation import GroundTruth, draw_seeds, draw_subsets
 from tda_lightning.evaluation import linear_datamodeling_score as score_of
+from tda_lightning.gradients.forms import Outer
+from tda_lightning.gradients.moments import FULL
 
 TRAIN, QUERIES, SUBSETS, SEEDS = 30, 7, 12, 2
 
@@ -110,3 +112,16 @@ def test_the_readme_has_the_tables_of_the_kept_results() -> None:
     found = {n: kept.load(n) for n in table.STUDIES if (kept.RESULTS / f"{n}.npz").exists()}
     readme = (table.HERE / "README.md").read_text()
     assert table.tables(found) in readme
+
+
+def test_shampoos_sums_are_those_of_whole_gradients() -> None:
+    inputs, outputs = torch.randn(5, 1, 2, 3).double(), torch.randn(5, 1, 2, 4).double()
+    gradient = Outer(lambda rows: inputs[rows], outputs, columns=3)
+    with shampoo.shampoo_bases(True):
+        left, right, _ = gradient.covariances((FULL, FULL))
+    whole = torch.einsum("nto,nti->noi", outputs[:, 0], inputs[:, 0])
+    torch.testing.assert_close(left[0], torch.einsum("noi,npi->op", whole, whole))
+    torch.testing.assert_close(right[0], torch.einsum("noi,noj->ij", whole, whole))
+    kfac = gradient.covariances((FULL, FULL))[0]
+    torch.testing.assert_close(kfac[0], torch.einsum("nto,ntp->op", outputs[:, 0], outputs[:, 0]))
+    assert shampoo.table(shampoo.read()) in shampoo.README.read_text()

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from experiments.judges import date_lm, table
+from experiments.shares import NORMAL, area_interval, share_interval
 from tests.cases.training import CLASSIFIER, queries_of
 from tests.evaluation.test_evaluation import small
 
@@ -19,8 +20,11 @@ VALUES = torch.tensor([[3.0, 1.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]])
 def test_filtering_ranks_by_the_mean_over_references():
     # Means 2, 2, 2, 0: three together hold both unsafe examples.
     unsafe = torch.tensor([True, False, True, False])
-    assert date_lm.filtering(VALUES, unsafe) == pytest.approx([2 / 3, 1 / 2])
-    assert date_lm.filtering(VALUES[:1], unsafe)[0] == 1
+    value, low, high, share = date_lm.filtering(VALUES, unsafe)
+    assert (value, share) == pytest.approx((2 / 3, 1 / 2))
+    # The first reference alone finds both, the second one ranks them 2 and 3.
+    assert (low, high) == pytest.approx(((1 / 2 + 2 / 3) / 2, 1))
+    assert date_lm.filtering(VALUES[:1], unsafe)[:3] == [1, 1, 1]
 
 
 def test_facts_are_those_that_the_published_fields_name():
@@ -105,3 +109,13 @@ def test_the_explainer_gives_our_scores_and_walks_once_for_expected_queries():
         for step in run.checkpoints
         for name in weights
     )
+
+
+def test_intervals_of_shares_and_areas_from_counts():
+    for share in (0.0, 0.2, 0.5, 1.0):  # at either end a test of that share just fails
+        for end in share_interval(share, 24):
+            distance, spread = (share - end) ** 2, end * (1 - end) / 24
+            assert distance == pytest.approx(NORMAL**2 * spread, abs=1e-12)
+    low, high = area_interval(0.5, 30, 270)  # Mann and Whitney's variance where there is no skill
+    half = NORMAL * (301 / (12 * 30 * 270)) ** 0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))

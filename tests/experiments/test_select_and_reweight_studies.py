@@ -85,8 +85,10 @@ def test_what_the_methods_take() -> None:
 def test_gains_and_their_interval() -> None:
     before = {"before": {"right_hans": "0110"}}
     rows = [(before, {"right_hans": text}) for text in ("1110", "1111")]
-    assert gains(rows, "hans").tolist() == [[1, 0, 0, 0], [1, 0, 0, 1]]
-    assert told(gains(rows, "hans")).startswith("+0.375 [+0.")
+    assert gains(rows, "hans").tolist() == [[1, 0, 0, 0.5]]  # replicas of one seed
+    other = ({"before": {"right_hans": "0100"}}, {"right_hans": "1100"})
+    assert gains([*rows, other], "hans").tolist() == [[1, 0, 0, 0.5], [1, 0, 0, 0]]
+    assert told(gains([*rows, other], "hans")).startswith("+0.312 [+0.")
 
 
 def test_an_order_is_predicted_from_its_segments() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from tda_lightning.estimators.unrolled.adjoints import Adjoints
 from tda_lightning.estimators.unrolled.certificate import Certificate
 from tda_lightning.estimators.unrolled.directions import Directions, directions_record
+from tda_lightning.estimators.unrolled.narrowed import narrowed
 from tda_lightning.estimators.unrolled.resume import UnfinishedRound, round_key
 from tda_lightning.estimators.unrolled.reverse import ReverseSweeps
 from tda_lightning.estimators.unrolled.round_scores import RoundScores
 from tda_lightning.estimators.unrolled.stage_run import StageRun, one_stage
 from tda_lightning.records.provenance import Provenance
+from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.setting_types import require_types
@@ -142,7 +144,25 @@ class Unrolled:
         by_position = self.token_weights or session.by_token
         last_step = stages[-1].first_step + session.trajectory.last_step
         first_step = 0 if self.last_steps is None else max(0, last_step - self.last_steps)
-        runs = StageRun.opened(stages, first_step, self.states, self.tolerance, by_position)
+        settings = (first_step, self.states, self.tolerance, by_position)
+        with narrowed(StageRun.opened(stages, *settings)) as (stages, rows):
+            runs = StageRun.opened(stages, *settings)
+            return self._scored(runs, rows, first_step, last_step, by_position)
+
+    def _scored(
+        self,
+        runs: Sequence[StageRun],
+        rows: Mapping[str, Tensor],
+        first_step: int,
+        last_step: int,
+        by_position: bool,
+    ) -> Provenance:
+        """Score the effects of the steps after ``first_step`` of all stages.
+
+        Args:
+            rows: of wide embeddings, those that are there.
+        """
+        session = runs[-1].stage.session
         # One half is for the adjoints of a round of queries, the other for the states of steps.
         budget = self.memory_budget or free_memory() // 2
         self._require_budget(budget, max(run.least_budget for run in runs))
@@ -154,7 +174,7 @@ class Unrolled:
             for run in runs:
                 files.callback(run.forward.close)
             for first, last in session.query_rounds(query_bytes, budget // 2):
-                rounds.append(self._unfinished(runs, first, last))
+                rounds.append(self._unfinished(runs, rows, first, last))
                 queries = range(*_share(first, last))
                 if not queries:
                     continue  # this process has no query of the round
@@ -177,7 +197,7 @@ class Unrolled:
             "replayed_steps": [first_step, last_step],
             "certificate": certificate.record(),
             "notes": [
-                *self._notes(stages, first_step, last_step),
+                *self._notes([run.stage for run in runs], first_step, last_step),
                 *_roughness(growths),
                 certificate.note(),
             ],
@@ -252,13 +272,17 @@ class Unrolled:
                 f"takes {least}. Give at least that, or states='disk'."
             )
 
-    def _unfinished(self, runs: Sequence[StageRun], first: int, last: int) -> UnfinishedRound:
+    def _unfinished(
+        self, runs: Sequence[StageRun], rows: Mapping[str, Tensor], first: int, last: int
+    ) -> UnfinishedRound:
         """What an interrupted attribution left of a round of queries."""
         session = runs[-1].stage.session
         settings = asdict(self)
         # Neither how much memory there is nor where states are kept changes a score.
         for name in ("memory_budget", "states"):
             del settings[name]
+        if rows:
+            settings["rows"] = digest(dict(rows))
         key = None
         if session.num_processes == 1:
             key = round_key(settings, [run.stage for run in runs], first, last)

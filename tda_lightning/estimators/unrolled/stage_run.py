@@ -131,12 +131,12 @@ class StageRun:
     def stretches(self, end: int) -> list[tuple[int, int]]:
         """The stretches up to row ``end`` between the checkpoints from which a replay can start,
         the last one first."""
-        bounds = [*(start for start in self._starts if start < end), end]
+        bounds = [*(start for start in self.starts if start < end), end]
         pairs = zip(bounds, bounds[1:], strict=False)
         return [(start, stop) for start, stop in pairs if stop > self.first_row][::-1]
 
     @property
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
         """The checkpoints that hold the optimizer's state, and all of them where the weights are
         all that training goes on from."""
         if not remembers(self.trajectory):
