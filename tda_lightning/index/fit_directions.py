@@ -81,10 +81,10 @@ def mixed(
     """Principal components of the coordinates, ``width`` at most, and which of them they are made
     of, as a mask.
 
-    A sample has no more components than examples. They hold about as much of other examples'
-    gradients as three times as many coordinates, and all of its own. So single coordinates are
-    taken instead only where there is room for twice as many, and the sample is not the whole
-    training set.
+    Of a sample, components beyond half its size are noise, and other examples' numbers in them are
+    larger than the sample's: they spoil rounding. A sample that is the whole training set has no
+    other examples, and as many components as examples hold all of it. Where there is room for more
+    than components that are no noise, single coordinates are taken.
 
     Args:
         gradients: of a sample, [example, coordinate].
@@ -94,9 +94,10 @@ def mixed(
     asked = responses.double().square().mean(0)
     offered = gradients.double().square().mean(0)
     best = torch.ones_like(asked, dtype=torch.bool)
+    noise = not whole and width >= len(gradients) // 2
     if len(asked) > (room := max(MIXED, width)):
         best = _largest(asked * offered, room)
-    if width >= int(best.sum()) or (width >= 2 * len(gradients) and not whole):
+    if noise or width >= int(best.sum()):
         if len(asked) > width:
             best = _largest(asked * offered, width)
         size = sizes(offered[best])
