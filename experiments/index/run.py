@@ -4,7 +4,8 @@ python -m experiments.index.run fashion_mnist influence --run FOLDER
 python -m experiments.index.run wikitext2_gpt source --run FOLDER
 
 The runs and the retrained models are those of experiments/fidelity: FOLDER is a run of
-``tda train experiment=fidelity/NAME``. Rows are added to results/NAME_ESTIMATOR.json one by one;
+``tda train experiment=fidelity/NAME``; of mnli_encoder, results/mnli_encoder.npz has what ``tda
+evaluate`` found (README.md). Rows are added to results/NAME_ESTIMATOR.json one by one;
 what is there is not done again. python -m experiments.index.table --write makes tables of them.
 """
 
@@ -177,11 +178,12 @@ def _loaded(source: ExampleSource, start: int, stop: int, session: Session) -> A
 def _truth(problem: str) -> Tensor | None:
     """Measurements after retraining on half of the data, [query, subset], the mean over seeds; None
     where nobody has retrained."""
-    path = fidelity.RESULTS / f"{problem}.npz"
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as found:
-        return torch.from_numpy(found["algorithm"]).double().mean(1).T
+    kept = (fidelity.RESULTS / f"{problem}.npz", RESULTS / f"{problem}.npz")
+    for path in kept:
+        if path.exists():
+            with np.load(path, allow_pickle=False) as found:
+                return torch.from_numpy(found["algorithm"]).double().mean(1).T
+    return None
 
 
 def _judged(

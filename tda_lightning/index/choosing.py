@@ -116,8 +116,9 @@ def _fits(
             fitted_to[place] = coordinates
     judging = sample_coordinates(session, responder, drafts, samples.judging)
     asked = query_coordinates(session, responder, drafts, exact)
+    whole = sum(map(len, samples.components)) == session.num_train
     return [
-        _finished(drafts[place], width, fitted_to[place], judging[place], asked[place])
+        _finished(drafts[place], width, fitted_to[place], judging[place], asked[place], whole)
         for place, (_, width) in zip(places, wanted, strict=True)
     ]
 
@@ -159,13 +160,14 @@ def _finished(
     sample: list[list[Coordinates]],
     judging: list[list[Coordinates]],
     asked: Tensor,
+    whole: bool,
 ) -> _Fit:
     """The draft, fitted to what the sample and the queries show."""
     if isinstance(draft, FactorPairs):
         return _Fit(scaled(draft, sample, asked), judging, asked)
     if isinstance(draft, LeadingCoordinates):
         gradients = torch.cat([torch.cat(terms, dim=1) for terms in sample])
-        made, kept = mixed(draft, gradients, asked, width)
+        made, kept = mixed(draft, gradients, asked, width, whole)
         return _Fit(made, [[torch.cat(own, dim=1)[:, kept]] for own in judging], asked[:, kept])
     return _Fit(draft, judging, asked)
 

@@ -60,7 +60,7 @@ class Grid:
 # Of every term by block, in the order of their names: that of a file's.
 Grids = Sequence[Mapping[str, Grid]]
 _MOST_TERMS = 1 << 16
-_LEAST = 1e-8  # of the largest mean square: smaller ones are noise of the sample
+LEAST = 1e-8  # of the largest mean square: smaller ones are noise of the sample
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def all_coordinates(session: Session, terms: int) -> LeadingCoordinates:
 
 def sizes(squares: Tensor) -> Tensor:
     """What numbers with these mean squares are divided by, so that they can be rounded together."""
-    least = _LEAST * float(squares.max().clamp(min=1e-30))
+    least = LEAST * float(squares.max().clamp(min=1e-30))
     return squares.clamp(min=least).sqrt()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.index.directions import (
+    LEAST,
     Grid,
     Grids,
     LeadingCoordinates,
@@ -20,7 +21,7 @@ from tda_lightning.index.sides import Side
 from tda_lightning.session.session import Session
 
 # Coordinates that principal components are taken of. More cost time in proportion.
-MIXED = 4096
+MIXED = 8192
 
 
 def unmixed_directions(
@@ -75,22 +76,28 @@ def _grids(session: Session, sides: Sides, room: int) -> Grids:
 
 
 def mixed(
-    unmixed: LeadingCoordinates, gradients: Tensor, responses: Tensor, width: int
+    unmixed: LeadingCoordinates, gradients: Tensor, responses: Tensor, width: int, whole: bool
 ) -> tuple[LeadingCoordinates, Tensor]:
-    """The ``width`` principal components of the coordinates, and which of them they are made of, as
-    a mask.
+    """Principal components of the coordinates, ``width`` at most, and which of them they are made
+    of, as a mask.
+
+    Of a sample, components beyond half its size are noise, and other examples' numbers in them are
+    larger than the sample's: they spoil rounding. A sample that is the whole training set has no
+    other examples, and as many components as examples hold all of it. Where there is room for more
+    than components that are no noise, single coordinates are taken.
 
     Args:
         gradients: of a sample, [example, coordinate].
         responses: of queries, by which they are weighed, [query, coordinate].
+        whole: whether the sample is the whole training set.
     """
     asked = responses.double().square().mean(0)
     offered = gradients.double().square().mean(0)
     best = torch.ones_like(asked, dtype=torch.bool)
+    noise = not whole and width >= len(gradients) // 2
     if len(asked) > (room := max(MIXED, width)):
         best = _largest(asked * offered, room)
-    # Of a sample, components beyond half its size are noise.
-    if width >= min(int(best.sum()), len(gradients) // 2):
+    if noise or width >= int(best.sum()):
         if len(asked) > width:
             best = _largest(asked * offered, width)
         size = sizes(offered[best])
@@ -98,7 +105,7 @@ def mixed(
     else:
         root = _positive(asked[best]).sqrt()
         vectors, values = _principal(gradients[:, best].double() * root, width)
-        values = sizes(values)
+        values = values.sqrt()
         mixes = root[:, None] * vectors / values, vectors * values / root[:, None]
     grids = _chosen(unmixed.grids, best)
     return LeadingCoordinates(grids, *(own.to(gradients) for own in mixes)), best
@@ -111,14 +118,15 @@ def _largest(shares: Tensor, count: int) -> Tensor:
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading eigenvectors [coordinate, count] of the second moment, and their eigenvalues."""
-    if len(rows) < rows.shape[1]:
-        values, left = torch.linalg.eigh(rows @ rows.mT / len(rows))
-        values, left = values.flip(0)[:count].clamp(min=0), left.flip(1)[:, :count]
-        scale = (values * len(rows)).clamp(min=1e-300).rsqrt()
-        return rows.mT @ left * scale, values
-    values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
-    return vectors.flip(1)[:, :count], values.flip(0)[:count].clamp(min=0)
+    """The leading eigenvectors [coordinate, count] of the second moment, and their eigenvalues;
+    fewer where the others are noise."""
+    short = len(rows) < rows.shape[1]
+    values, vectors = torch.linalg.eigh((rows @ rows.mT if short else rows.mT @ rows) / len(rows))
+    count = max(1, min(count, int((values > LEAST * values[-1]).sum())))
+    values, vectors = values.flip(0)[:count].clamp(min=1e-300), vectors.flip(1)[:, :count]
+    if short:
+        vectors = rows.mT @ vectors * (values * len(rows)).rsqrt()
+    return vectors, values
 
 
 def _positive(squares: Tensor) -> Tensor:

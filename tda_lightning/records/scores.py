@@ -102,11 +102,13 @@ class Scores:
             )
         queries, train = self.values.shape
         if self.by_segment is not None and (
-            self.by_segment.ndim != 3 or self.by_segment.shape[1:] != self.values.shape
+            self.by_segment.ndim != 3
+            or self.by_segment.shape[1:] != self.values.shape
+            or not len(self.by_segment)
         ):
             raise ValueError(
-                f"by_segment must have the shape [segment, {queries}, {train}] of values, got "
-                f"{list(self.by_segment.shape)}."
+                f"by_segment must have the shape [segment, {queries}, {train}] of values, with one "
+                f"segment at least, got {list(self.by_segment.shape)}."
             )
         if self.by_timestep is not None and (
             self.by_timestep.ndim != 3 or self.by_timestep.shape[1:] != self.values.shape

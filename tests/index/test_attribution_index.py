@@ -11,7 +11,7 @@ from tda_lightning import AttributionModule
 from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.index import AttributionIndex
 from tda_lightning.measurements import Contrast
-from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tests.attributing import CaseTask, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 
@@ -179,3 +179,12 @@ def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path):
     build(attribution, train_set, tmp_path / "index")
     assert folder(index.path) == before
     assert stamps == {file: file.stat().st_mtime_ns for file in others}
+
+
+def test_a_query_that_is_not_finite_is_refused(tmp_path):
+    attribution, train_set, queries = run_of()
+    index = build(attribution, train_set, tmp_path / "index")
+    asked = index.encode(queries)
+    asked[1, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="query 1 is NaN or infinite"):
+        index.search_encoded(asked, 1)

@@ -22,10 +22,12 @@ from tests.index.test_attribution_index import build, everything, run_of, scores
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize(
-    ("kind", "width", "bound"), [("factors", 200, 1e-3), ("leading", 40, 1e-9)]
+    ("kind", "width", "bound"),
+    [("factors", 200, 1e-3), ("leading", 40, 1e-9), ("leading", 12, 1e-4)],
 )
 def test_with_room_they_keep_scores(kind, width, bound, optimizer):
-    """Factor pairs of full width and rank; coordinates of which none is left out."""
+    """Factor pairs of full width and rank; coordinates of which none is left out; as many principal
+    components as there are examples."""
     attribution, train_set, queries = run_of(optimizer=optimizer)
     source = training_source(attribution, train_set, 4)
     everyone = source.batches(size=4)

@@ -151,6 +151,7 @@ class TestChecks:
             ({"values": torch.zeros(3)}, r"\[query, train\]"),
             ({"values": torch.zeros(2, 3, dtype=torch.int64)}, "floating-point"),
             ({"values": torch.zeros(2, 3), "by_segment": torch.zeros(2, 3)}, "by_segment"),
+            ({"values": torch.zeros(2, 3), "by_segment": torch.zeros(0, 2, 3)}, "at least"),
             ({"values": torch.zeros(2, 3), "self_influence": torch.zeros(2)}, "3 training"),
             ({"values": torch.zeros(2, 3), "by_token": torch.zeros(2, 3)}, r"\[2, 3, position\]"),
             ({"values": torch.zeros(2, 3), "by_token": torch.zeros(2, 4, 5)}, "by_token"),
