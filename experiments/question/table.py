@@ -205,7 +205,7 @@ def by_members(found: Mapping[str, Kept]) -> str:
                 for count in (1, 2, 3, 5):
                     predicted = kept.members[str(row)][:count].mean(0)
                     truth = kept.truth[protocol, share]
-                    cells.append(f"{float(rank_correlation(predicted, truth).nanmean()):.3f}")
+                    cells.append(interval(bootstrap(rank_correlation(predicted, truth))))
             said = f"{TITLES[row.estimator]}, keep={row.point}, {WORDS[row.ensemble]}"
             lines.append(f"| {STUDIES[name].title} | {said} | {' | '.join(cells)} |")
     return "\n".join(lines)

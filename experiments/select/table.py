@@ -51,7 +51,8 @@ def block(results: Sequence[dict[str, Any]]) -> str:
     before = {name: _before(results, name) for name in ("hans", "mnli")}
     said = _mean(results, lambda one: digits(one["before"]["said_not_hans"]).mean())
     lines = [
-        f"{len(results)} recorded runs (seeds). Trained on {sizes['train']} pairs; pool of "
+        f"{len(results)} recorded runs (seeds), with {_replicas(results)} replicas. Trained on "
+        f"{sizes['train']} pairs; pool of "
         f"{sizes['pool']}, {sizes['contradicting']} of them contradict the heuristics of HANS, "
         f"{sizes['pool_not_entailed']:.0%} are not entailed; target of {sizes['target']} HANS-like "
         f"pairs; tests on {sizes['test']['hans']} other HANS-like pairs and "
@@ -77,6 +78,11 @@ def block(results: Sequence[dict[str, Any]]) -> str:
             f"Paired by seed and test pair, at a rate of {rate:g}: {_differences(every, rate)}.",
         ]
     return "\n".join(lines)
+
+
+def _replicas(results: Sequence[dict[str, Any]]) -> str:
+    counts = [str(len({row["replica"] for row in one["rows"]})) for one in results]
+    return f"{', '.join(counts[:-1])} and {counts[-1]}" if len(counts) > 1 else counts[0]
 
 
 def _differences(every: Sequence[tuple[dict[str, Any], dict[str, Any]]], rate: float) -> str:

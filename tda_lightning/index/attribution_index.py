@@ -26,6 +26,7 @@ from tda_lightning.index.responses import responder_of
 from tda_lightning.index.rounding import bytes_of
 from tda_lightning.index.samples import query_coordinates
 from tda_lightning.index.search import SearchResult, search
+from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
 from tda_lightning.store import fingerprint
@@ -248,11 +249,19 @@ class AttributionIndex:
         Args:
             among: rows (first, stop) that alone are searched: those of a data set that was
                 appended (:meth:`appended_rows`); None: all.
+
+        Raises:
+            NonFiniteError: a query's gradient is not finite, so that nothing is the strongest.
         """
         facts = self.facts
         rows = self.num_examples if among is None else among[1] - among[0]
         if not 1 <= k <= rows:
             raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
+        if not bool((finite := asked.isfinite().all(1)).all()):
+            raise NonFiniteError(
+                f"The gradient of query {int((~finite).nonzero()[0])} is NaN or infinite, so no "
+                "example is its strongest. Look at this query and its measurement."
+            )
         factor = 1 / facts.num_train
         best = search(self.compression, asked, self.shards(among), facts.dtype, k, factor)
         return SearchResult.of(best, rows)

@@ -86,7 +86,7 @@ def search(
         products = [compression.dot(asked, own) for own in rows.parts(block)]
         indices = torch.arange(block.first, block.first + len(block))
         best.add(torch.cat(products, dim=1) * block.factors, indices)
-        if number == 0 and largest is not None and bool(asked.isfinite().all()):
+        if number == 0 and largest is not None:
             rough = compression.rough(asked)
             pruning = None if rough is None else Pruning(compression, asked, rough, largest)
     return best

@@ -3,6 +3,7 @@ make the same index as one build."""
 
 from dataclasses import replace
 
+import h5py
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -11,7 +12,7 @@ from tda_lightning import AttributionModule
 from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.index import AttributionIndex
 from tda_lightning.measurements import Contrast
-from tda_lightning.records.errors import UnsupportedTrainingError
+from tda_lightning.records.errors import NonFiniteError, UnsupportedTrainingError
 from tests.attributing import CaseTask, quiet, relative
 from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 
@@ -179,3 +180,25 @@ def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path):
     build(attribution, train_set, tmp_path / "index")
     assert folder(index.path) == before
     assert stamps == {file: file.stat().st_mtime_ns for file in others}
+
+
+def test_a_query_that_is_not_finite_is_refused(tmp_path):
+    attribution, train_set, queries = run_of()
+    index = build(attribution, train_set, tmp_path / "index")
+    asked = index.encode(queries)
+    asked[1, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="query 1 is NaN or infinite"):
+        index.search_encoded(asked, 1)
+
+
+def test_a_shard_of_an_earlier_format_is_named_and_built_again(tmp_path):
+    attribution, train_set, queries = run_of()
+    index = build(attribution, train_set, tmp_path / "index")
+    expected = everything(index, queries)
+    (path, *_) = sorted((tmp_path / "index" / "shards").iterdir())
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 2
+    (damage,) = index.damages()
+    assert path.name in damage and "expected version 3. Build the index again" in damage
+    again = build(attribution, train_set, tmp_path / "index")
+    assert not again.damages() and torch.equal(everything(again, queries), expected)

@@ -180,7 +180,7 @@ def _columns(config: DictConfig, data: AttributedData, labels: Sequence[int]) ->
                 f"columns must be some of {', '.join(map(str, found)) or 'none'}, which is what "
                 f"the training set has; got {', '.join(map(str, unknown)) or 'none'}."
             )
-    same = [name for name, values in found.items() if is_label(values, labels)]
+    same = [name for name, values in found.items() if is_label(list(map(str, values)), labels)]
     asked = list(found) if config.columns is None else list(config.columns)
     wanted = [name for name in asked if name not in same]
     if not wanted or (config.columns is not None and len(wanted) < len(asked)):
