@@ -12,6 +12,8 @@ import pytest
 import torch
 from hydra._internal.hydra import Hydra
 
+from tda_lightning.runtime import seeded_generators
+
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -45,6 +47,12 @@ def fsync(file: int) -> None:
 
 
 os.fsync = fsync
+
+
+def pytest_runtest_teardown() -> None:
+    """Once something draws from NumPy or Python's ``random``, their states are read and written
+    around every batch until the process ends. One test that draws would make all later ones pay."""
+    seeded_generators._drawn_from.clear()
 
 
 # They start first: at the end they would keep one process busy while the other is idle.

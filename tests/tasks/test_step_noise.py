@@ -215,7 +215,7 @@ def test_every_run_of_a_step_draws_the_same():
 
 def test_the_generators_are_left_as_they_were():
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    learn(lambda x: (torch.randn(3), torch.randn_like(x)))
+    learn(lambda x: (torch.randn_like(x), random.random(), np.random.rand()))  # noqa: NPY002
     with seeded_examples(0, torch.arange(3)):
         random.random(), np.random.rand()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[0])
