@@ -55,8 +55,8 @@ def rounded(rows: Tensor, dtype: str) -> tuple[NDArray[np.generic], NDArray[np.f
     if dtype in ("float32", "float64"):
         return values.numpy().astype(dtype), np.ones(len(values), scale_dtype(dtype))
     limits = _int4_limits(values) if dtype == "int4" else values.abs().amax(1)
-    scales = limits / _LARGEST[dtype]
-    scales = torch.where(scales > 0, scales, 1.0).float()
+    scales = (limits / _LARGEST[dtype]).float()  # of float64 it may be zero only then
+    scales = torch.where(scales > 0, scales, 1.0)
     quotients = values / scales[:, None]
     if dtype == "float16":
         return quotients.half().numpy(), scales.numpy()

@@ -72,6 +72,30 @@ def test_rows_are_rounded_to_their_bytes(dtype):
     assert relative(back, rows.double()) < bound
 
 
+def test_numbers_too_small_for_a_scale_are_zero():
+    for dtype in ("int4", "int8", "float16"):
+        codes, scales = rounded(torch.full((1, 5), 1e-46, dtype=torch.float64), dtype)
+        assert (numbers_of(codes, dtype, 5) * torch.from_numpy(scales)[:, None] == 0).all()
+
+
+def test_without_room_for_a_pair_of_factors_there_are_leading_coordinates(tmp_path):
+    attribution, train_set, _ = run_of()
+    options = {"bytes_per_example": 16, "dtype": "float64"}
+    index = build(attribution, train_set, tmp_path / "any", **options)
+    assert (index.compression.kind, index.facts.width) == ("leading", 1)
+    with pytest.raises(ValueError, match="no room for a pair of factors, 2 numbers"):
+        build(attribution, train_set, tmp_path / "factors", compression="factors", **options)
+    with pytest.raises(ValueError, match="no fewer than the parameters. Give fewer"):
+        build(
+            attribution,
+            train_set,
+            tmp_path / "random",
+            compression="random",
+            dtype="int4",
+            bytes_per_example=16,
+        )
+
+
 def test_what_is_built_is_what_is_opened(tmp_path):
     attribution, train_set, queries = run_of(MLP)
     for compression in ("factors", "leading", "random"):
