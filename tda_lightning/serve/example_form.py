@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,8 @@ def form_of(items: Sequence[Any], what: str) -> Form:
     inside = [parts(item) for item in items]
     if inside[0] is None:
         raise ValueError(f"{what} holds a {type(first).__name__}")
+    if isinstance(first, Mapping) and not isinstance(first, MutableMapping):
+        raise ValueError(f"{what} is a {type(first).__name__}, which takes no new values")
     keys = list(inside[0])
     if any(own is None or list(own) != keys for own in inside):
         raise ValueError(f"{what} does not have the same parts in all of them")
@@ -227,7 +229,10 @@ def form_of(items: Sequence[Any], what: str) -> Form:
 def _numbers(items: Sequence[Any], what: str) -> Numbers:
     # Python's floats are float64, which torch would halve.
     exact = isinstance(items[0], float | list)
-    tensors = [torch.as_tensor(np.asarray(item) if exact else item) for item in items]
+    try:
+        tensors = [torch.as_tensor(np.asarray(item) if exact else item) for item in items]
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # texts, dates, 10**70
+        raise ValueError(f"{what} is no number that a tensor can hold") from error
     first = tensors[0]
     if any(one.dtype != first.dtype or one.dim() != first.dim() for one in tensors):
         raise ValueError(f"{what} differs in type or number of axes")
@@ -249,7 +254,7 @@ def _shown(value: object) -> str:
         while isinstance(value, list) and len(shape) < 8:
             shape.append(str(len(value)))
             value = value[0] if value else None
-        return f"lists of the shape [{', '.join(shape)}] or a part that does not fit"
+        return f"lists of the shape [{', '.join(shape)}], or with a part that does not fit"
     if isinstance(value, dict):
         return f"an object with {', '.join(map(repr, value)) or 'nothing'}"[:_SHOWN]
     if isinstance(value, str):
