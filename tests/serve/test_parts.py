@@ -97,10 +97,18 @@ def test_another_form_is_refused_in_words(given, words):
     assert refusal.value.message.startswith("query.example")
 
 
-def test_lengths_that_differ_are_free():
+def test_lengths_that_differ_are_free_up_to_four_times_the_longest():
     form = form_of([(torch.arange(length),) for length in (3, 5)], "an example")
-    assert form.words == "a list [numbers (int64) in lists of the shape [any]]"
+    assert form.words == "a list [numbers (int64) in lists of the shape [1 to 20]]"
     assert form.read([[1, 2, 3, 4]], "example")[0].tolist() == [1, 2, 3, 4]
+    assert len(form.read([[1] * 20], "example")[0]) == 20
+    for wrong in ([], [1] * 21):
+        with pytest.raises(Refusal, match="1 to 20"):
+            form.read([wrong], "example")
+    words = form_of(["a", "b" * 300], "an example")
+    assert words.read("c" * 1200, "example") == "c" * 1200
+    with pytest.raises(Refusal, match="at most 1200 letters; got a text of 1201 letters"):
+        words.read("c" * 1201, "example")
 
 
 @pytest.mark.parametrize(
