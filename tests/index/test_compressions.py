@@ -72,6 +72,19 @@ def test_rows_are_rounded_to_their_bytes(dtype):
     assert relative(back, rows.double()) < bound
 
 
+@pytest.mark.parametrize("count", [4, 20, 60])
+def test_rows_of_few_numbers_are_rounded_too(count):
+    """Beside some thousand zeros, of which a sample of a row may show no others."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.zeros(50, 2000)
+    for row in rows:
+        places = torch.randperm(2000, generator=generator)[:count]
+        row[places] = torch.randn(count, generator=generator)
+    codes, scales = rounded(rows, "int4")
+    back = numbers_of(codes, "int4", 2000) * torch.from_numpy(scales)[:, None]
+    assert ((back - rows).norm(dim=1) < 0.25 * rows.norm(dim=1)).all()
+
+
 def test_numbers_too_small_for_a_scale_are_zero():
     for dtype in ("int4", "int8", "float16"):
         codes, scales = rounded(torch.full((1, 5), 1e-46, dtype=torch.float64), dtype)
