@@ -30,7 +30,8 @@ def append_rows(
     them for searches nor rows that would be written twice.
 
     Raises:
-        ValueError: other examples are being appended, of which some are missing.
+        ValueError: other examples are being appended, of which some are missing; or these may have
+            been appended already, and cannot be told.
     """
     lock = FolderLock(root)
     lock.acquire()
@@ -39,6 +40,12 @@ def append_rows(
         own = Appended(facts.num_rows, len(added), fingerprint(added.dataset), finished=False)
         last = facts.appended[-1] if facts.appended else None
         if last is not None and last.same_examples(own):
+            if last.finished and not own.known:
+                raise ValueError(
+                    f"The {own.count} examples differ from one reading to the next, and as many "
+                    "such examples were appended last: nothing tells whether they are the same. "
+                    "Append examples without random changes."
+                )
             own = last
         elif last is not None and not last.finished:
             raise ValueError(

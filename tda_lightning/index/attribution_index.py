@@ -282,7 +282,8 @@ class AttributionIndex:
             more: examples in the form of the training set's, in the same order every time.
 
         Raises:
-            ValueError: other examples are being appended, of which some are missing.
+            ValueError: other examples are being appended, of which some are missing; or these may
+                have been appended already, and cannot be told.
             TrajectoryLockedError: another process is appending.
         """
         attribution, source = self._bound(batch_size)

@@ -29,6 +29,11 @@ class Appended:
     fingerprint: Mapping[str, str] | None
     finished: bool
 
+    @property
+    def known(self) -> bool:
+        """Whether the fingerprint has any example that reads the same every time."""
+        return self.fingerprint is not None and len(self.fingerprint) > 1
+
     def same_examples(self, other: Appended) -> bool:
         """Whether the two are the same data set, as far as its fingerprint can tell."""
         return self.count == other.count and self.fingerprint == other.fingerprint

@@ -179,6 +179,24 @@ def test_appended_examples_are_minus_their_additions(tmp_path):
     assert relative(found[:, :10], scores(attribution, train_set, queries)) < 1e-12
 
 
+class Noisy(TensorDataset):
+    """Its examples are others at every reading."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()), target
+
+
+def test_examples_that_nothing_tells_apart_are_not_passed_over(tmp_path):
+    attribution, train_set, _ = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index")
+    index.append(Noisy(*MLP.batch(5, seed=3)))
+    with pytest.raises(ValueError, match="differ from one reading to the next"):
+        index.append(Noisy(*MLP.batch(5, seed=4)))
+    index.append(Noisy(*MLP.batch(6, seed=4)))
+    assert index.num_examples == 21
+
+
 def test_other_estimators_are_refused(tmp_path):
     for estimator in (Unrolled(), FastInfluence(), Source(order="recorded")):
         attribution, train_set, _ = run_of(estimator=estimator)
