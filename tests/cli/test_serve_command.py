@@ -37,8 +37,8 @@ def test_the_plan_of_an_index_takes_a_folder_first(monkeypatch):
     assert cli.main(["plan", "index", "runs/x", "num_examples=1000000000"]) == 0
     assert asked == [("plan_index", ["trajectory='runs/x'", "num_examples=1000000000"])]
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        for command in ("plan_index", "serve"):
-            require_setting_types(compose(command, ["trajectory=runs/x"]))
+        for command in ("index", "plan_index", "serve"):
+            require_setting_types(compose(command, ["trajectory=runs/x", "data.queries=test"]))
         with pytest.raises(TypeError, match="num_examples"):
             require_setting_types(compose("plan_index", ["trajectory=x", "num_examples=many"]))
 
