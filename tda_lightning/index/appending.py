@@ -10,6 +10,7 @@ from tda_lightning.index.build import write_missing
 from tda_lightning.index.compression import Compression
 from tda_lightning.index.facts import Appended, IndexFacts
 from tda_lightning.index.opened import in_session
+from tda_lightning.index.run_record import require_same_run
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
 from tda_lightning.store import fingerprint
@@ -51,6 +52,7 @@ def append_rows(
             return facts
 
         def work(session: Session) -> None:
+            require_same_run(facts.provenance, session)
             placed = compression.to(session.device, session.dtype)
             ranges = list(facts.cut(own.first, own.first + own.count))
             examples = added.checked(session.module)

@@ -99,6 +99,23 @@ class IndexFacts:
             "here and in this order."
         )
 
+    def require_whole_shards(self, first: int, stop: int) -> None:
+        """Refuse rows that are not all those of some shards that are searched.
+
+        Raises:
+            ValueError: they are not.
+        """
+        begin = any(s <= first < e and (first - s) % self.shard == 0 for s, e in self.stretches())
+        end = any(
+            s < stop <= e and (stop == e or (stop - s) % self.shard == 0)
+            for s, e in self.stretches()
+        )
+        if not (begin and end and first < stop):
+            raise ValueError(
+                f"Rows {first} to {stop - 1} are not whole shards of the index: expected those of "
+                f"a data set that was appended (appended_rows), or of shards of {self.shard} rows."
+            )
+
     def cut(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows ``first`` to ``stop`` as shards."""
         for at in range(first, stop, self.shard):

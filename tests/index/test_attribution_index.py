@@ -83,6 +83,18 @@ def test_reranked_values_are_exact(tmp_path):
     assert torch.equal(found.opponents, worst.indices)
 
 
+def test_what_was_appended_is_reranked_too(tmp_path):
+    """Nothing but appended examples among the best: no exact score is asked for."""
+    attribution, train_set, queries = run_of()
+    index = build(attribution, train_set, tmp_path / "index")
+    index.append(TensorDataset(*(100 * own for own in MLP.batch(6, seed=3))))
+    plain, found = index.search(queries, 1), index.search(queries, 1, rerank=1)
+    assert (plain.indices >= 10).all() and (plain.opponents >= 10).all()
+    assert torch.equal(found.indices, plain.indices) and torch.equal(found.values, plain.values)
+    with pytest.raises(ValueError, match="from k = 3 to the number of examples, 16; got 17"):
+        index.search(queries, 3, rerank=17)
+
+
 def test_parts_resumption_and_merging_make_the_same_index(tmp_path):
     attribution, train_set, queries = run_of()
     options = {"bytes_per_example": 40, "dtype": "int8", "shard": 2}
@@ -125,6 +137,10 @@ def test_parts_in_folders_of_their_own_are_merged(tmp_path):
     assert torch.equal(everything(bound, queries), everything(whole, queries))
     AttributionIndex.merge(places, tmp_path / "merged")  # again: nothing changes
     assert folder(merged.path) == folder(whole.path)
+    bound.append(TensorDataset(*MLP.batch(5, seed=3)))
+    appended = folder(merged.path)
+    AttributionIndex.merge(places, tmp_path / "merged")  # once more: what was appended stays
+    assert folder(merged.path) == appended
 
 
 def test_parts_of_other_coordinates_are_not_merged(tmp_path):
@@ -137,6 +153,11 @@ def test_parts_of_other_coordinates_are_not_merged(tmp_path):
     with pytest.raises(ValueError, match="at least one index"):
         AttributionIndex.merge([], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    for other, error in (("one", ValueError), ("none", FileNotFoundError)):
+        like = tmp_path / other
+        with pytest.raises(error, match=f"like=.*{other} .*leave like away"):
+            build(attribution, train_set, tmp_path / "new", seed=1, like=like, **options)
+        assert not (tmp_path / "new" / "index.h5").exists()
 
 
 def folder(path):
