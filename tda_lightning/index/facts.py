@@ -104,6 +104,15 @@ class IndexFacts:
             "here and in this order."
         )
 
+    @property
+    def made_by(self) -> str:
+        """Estimator, bytes and compression, for messages."""
+        known = self.provenance
+        return (
+            f"{known.get('estimator')}, {known.get('bytes_per_example')} bytes an example, "
+            f"{known.get('compression')}"
+        )
+
     def require_whole_shards(self, first: int, stop: int) -> None:
         """Refuse rows that are not all those of some shards that are searched.
 

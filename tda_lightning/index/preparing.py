@@ -125,7 +125,7 @@ def prepared(
     if there.made_of != settings.digest:
         raise FileExistsError(
             f"{root} holds an index of another run or with other settings (made by "
-            f"{there.provenance}), which is kept. Choose another folder, or delete that one."
+            f"{there.made_by}), which is kept. Choose another folder, or delete that one."
         )
     return there, opened_compression(root, there).to(session.device, session.dtype)
 
@@ -154,7 +154,7 @@ def _taken_over(root: Path, like: Path, settings: Settings) -> None:
     if facts.made_of != settings.digest:
         raise ValueError(
             f"like={like} is an index of another run or with other settings (made by "
-            f"{facts.provenance}). Build with the settings of that one, or leave like away."
+            f"{facts.made_by}). Build with the settings of that one, or leave like away."
         )
     copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
     replace(facts, appended=()).write(root)
