@@ -163,7 +163,8 @@ class AttributionIndex:
 
     def damages(self) -> list[str]:
         """What is wrong with each damaged shard, which is named; reads all of the index. Calling
-        :meth:`build` again makes these shards anew, and no others."""
+        :meth:`build` again makes these shards anew, and no others; :meth:`append` those of examples
+        that were appended."""
         ranges = chain.from_iterable(there(self.path, self.facts))
         found = (damage_of(self.path, self.facts, *own) for own in ranges)
         return [damage for damage in found if damage]
@@ -275,8 +276,8 @@ class AttributionIndex:
         """Add examples that were not in training: rows after those that are there.
 
         By one process at a time: others are refused. If interrupted, run the same call again; until
-        it has returned, none of them is searched. Appending the data set that was appended last
-        again changes nothing.
+        it has returned, none of them is searched. Appending a data set again adds nothing, and
+        makes those of its shards anew that are damaged.
 
         Args:
             more: examples in the form of the training set's, in the same order every time.

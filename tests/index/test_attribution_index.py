@@ -221,6 +221,21 @@ def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path):
     assert stamps == {file: file.stat().st_mtime_ns for file in others}
 
 
+def test_a_damaged_shard_of_appended_examples_is_made_again(tmp_path):
+    attribution, train_set, _ = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index")
+    one, other = (TensorDataset(*MLP.batch(5, seed=seed)) for seed in (3, 4))
+    index.append(one)
+    index.append(other)
+    before = folder(index.path)
+    victim = index.path / "shards" / "000000000010-000000000014.h5"
+    victim.write_bytes(victim.read_bytes()[:-9])
+    assert victim.name in str(index.damages())
+    index.append(one)  # nothing is appended twice
+    assert folder(index.path) == before
+    assert index.num_examples == 20
+
+
 def test_a_query_that_is_not_finite_is_refused(tmp_path):
     attribution, train_set, queries = run_of()
     index = build(attribution, train_set, tmp_path / "index")
