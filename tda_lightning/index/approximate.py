@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.index.attribution_index import AttributionIndex
 from tda_lightning.index.rounding import numbers_of
-from tda_lightning.index.search import SearchResult
+from tda_lightning.index.search import SearchResult, require_finite
 from tda_lightning.store.index_files import Shard
 
 _LEARNT_FROM = 64  # rows a cell, of which cells are learnt
@@ -75,6 +75,7 @@ class ApproximateSearch:
             probes: cells that are looked into, on either side.
 
         Raises:
+            NonFiniteError: a query's gradient is not finite.
             ValueError: ``k`` or ``probes`` out of range.
         """
         rows = self._index.num_examples
@@ -82,6 +83,7 @@ class ApproximateSearch:
             raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
         if not 1 <= probes <= self.cells:
             raise ValueError(f"probes must be between 1 and {self.cells} cells, got {probes}.")
+        require_finite(asked)
         self._file.nprobe = probes
         vectors, looked_at = asked.float().numpy(), min(rows, _LOOKED_AT * k)
         sides = []

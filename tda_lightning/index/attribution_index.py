@@ -24,9 +24,9 @@ from tda_lightning.index.preparing import opened_compression
 from tda_lightning.index.reranking import reranked
 from tda_lightning.index.responses import responder_of
 from tda_lightning.index.rounding import bytes_of
+from tda_lightning.index.run_record import require_same_run
 from tda_lightning.index.samples import query_coordinates
-from tda_lightning.index.search import SearchResult, search
-from tda_lightning.records.errors import NonFiniteError
+from tda_lightning.index.search import SearchResult, require_finite, search
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.session.session import Session
 from tda_lightning.store import fingerprint
@@ -163,7 +163,8 @@ class AttributionIndex:
 
     def damages(self) -> list[str]:
         """What is wrong with each damaged shard, which is named; reads all of the index. Calling
-        :meth:`build` again makes these shards anew, and no others."""
+        :meth:`build` again makes these shards anew, and no others; :meth:`append` those of examples
+        that were appended."""
         ranges = chain.from_iterable(there(self.path, self.facts))
         found = (damage_of(self.path, self.facts, *own) for own in ranges)
         return [damage for damage in found if damage]
@@ -204,6 +205,7 @@ class AttributionIndex:
         asked = ExampleSource.of(queries, batch_size, "query", source.data_module)
 
         def work(session: Session) -> Tensor:
+            require_same_run(self.facts.provenance, session)
             responder = responder_of(attribution.estimator, session)
             compression = self.compression.to(session.device, session.dtype)
             (coordinates,) = query_coordinates(session, responder, [compression])
@@ -232,8 +234,11 @@ class AttributionIndex:
             ValueError: no attribution or training set was given when it was opened; ``k`` or
                 ``rerank`` out of range.
         """
-        if rerank and rerank < k:
-            raise ValueError(f"rerank must be 0 or at least k = {k}, got {rerank}.")
+        if rerank and not k <= rerank <= self.num_examples:
+            raise ValueError(
+                f"rerank must be 0, or from k = {k} to the number of examples, "
+                f"{self.num_examples}; got {rerank}."
+            )
         asked = self.encode(queries, measurement=measurement, batch_size=batch_size)
         found = self.search_encoded(asked, max(k, rerank))
         if not rerank:
@@ -252,32 +257,34 @@ class AttributionIndex:
 
         Raises:
             NonFiniteError: a query's gradient is not finite, so that nothing is the strongest.
+            ValueError: ``k`` out of range, or ``among`` cuts a shard.
         """
         facts = self.facts
+        if among is not None:
+            facts.require_whole_shards(*among)
         rows = self.num_examples if among is None else among[1] - among[0]
         if not 1 <= k <= rows:
             raise ValueError(f"k must be between 1 and the number of examples, {rows}; got {k}.")
-        if not bool((finite := asked.isfinite().all(1)).all()):
-            raise NonFiniteError(
-                f"The gradient of query {int((~finite).nonzero()[0])} is NaN or infinite, so no "
-                "example is its strongest. Look at this query and its measurement."
-            )
+        require_finite(asked)
         factor = 1 / facts.num_train
         best = search(self.compression, asked, self.shards(among), facts.dtype, k, factor)
+        for values, _ in (best.helping, best.hurting):
+            require_finite(values)  # products of finite numbers can be too large
         return SearchResult.of(best, rows)
 
     def append(self, more: object, *, batch_size: int = 256) -> None:
         """Add examples that were not in training: rows after those that are there.
 
         By one process at a time: others are refused. If interrupted, run the same call again; until
-        it has returned, none of them is searched. Appending the data set that was appended last
-        again changes nothing.
+        it has returned, none of them is searched. Appending a data set again adds nothing, and
+        makes those of its shards anew that are damaged.
 
         Args:
             more: examples in the form of the training set's, in the same order every time.
 
         Raises:
-            ValueError: other examples are being appended, of which some are missing.
+            ValueError: other examples are being appended, of which some are missing; or these may
+                have been appended already, and cannot be told.
             TrajectoryLockedError: another process is appending.
         """
         attribution, source = self._bound(batch_size)

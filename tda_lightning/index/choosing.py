@@ -12,7 +12,7 @@ from tda_lightning.index.compression import Compression, Coordinates
 from tda_lightning.index.directions import LeadingCoordinates, all_coordinates
 from tda_lightning.index.factors import FactorPairs
 from tda_lightning.index.fit_directions import mixed, unmixed_directions
-from tda_lightning.index.fit_factors import BlockShares, scaled
+from tda_lightning.index.fit_factors import BlockShares, least_pair, scaled
 from tda_lightning.index.random_projection import RandomProjection
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.rounding import numbers_of, rounded, width_of
@@ -60,7 +60,18 @@ def chosen_compression(
     for dtype in reversed(dtypes):  # the most precise one that has room for everything
         if width_of(bytes_per_example, dtype) >= everything.width:
             return everything, dtype, {}
-    tried = [(kind, dtype) for dtype in dtypes for kind in kinds]
+    tried = [
+        (kind, dtype)
+        for dtype in dtypes
+        for kind in kinds
+        if kind != FactorPairs.kind or width_of(bytes_per_example, dtype) >= least_pair(session)
+    ]
+    if not tried:
+        raise ValueError(
+            f"bytes_per_example={bytes_per_example} in {' or '.join(dtypes)} leaves no room for a "
+            f"pair of factors, {least_pair(session)} numbers: expected more bytes, another dtype "
+            "or compression='leading'."
+        )
     wanted = [(kind, width_of(bytes_per_example, dtype)) for kind, dtype in tried]
     exact = ExactScores(session, responder, samples.judging)
     fits = _fits(session, responder, wanted, samples, seed, exact)

@@ -29,6 +29,11 @@ class Appended:
     fingerprint: Mapping[str, str] | None
     finished: bool
 
+    @property
+    def known(self) -> bool:
+        """Whether the fingerprint has any example that reads the same every time."""
+        return self.fingerprint is not None and len(self.fingerprint) > 1
+
     def same_examples(self, other: Appended) -> bool:
         """Whether the two are the same data set, as far as its fingerprint can tell."""
         return self.count == other.count and self.fingerprint == other.fingerprint
@@ -98,6 +103,32 @@ class IndexFacts:
             "AttributionIndex.append(examples) or tda index RUN append={KEY: VALUE}, as they are "
             "here and in this order."
         )
+
+    @property
+    def made_by(self) -> str:
+        """Estimator, bytes and compression, for messages."""
+        known = self.provenance
+        return (
+            f"{known.get('estimator')}, {known.get('bytes_per_example')} bytes an example, "
+            f"{known.get('compression')}"
+        )
+
+    def require_whole_shards(self, first: int, stop: int) -> None:
+        """Refuse rows that are not all those of some shards that are searched.
+
+        Raises:
+            ValueError: they are not.
+        """
+        begin = any(s <= first < e and (first - s) % self.shard == 0 for s, e in self.stretches())
+        end = any(
+            s < stop <= e and (stop == e or (stop - s) % self.shard == 0)
+            for s, e in self.stretches()
+        )
+        if not (begin and end and first < stop):
+            raise ValueError(
+                f"Rows {first} to {stop - 1} are not whole shards of the index: expected those of "
+                f"a data set that was appended (appended_rows), or of shards of {self.shard} rows."
+            )
 
     def cut(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows ``first`` to ``stop`` as shards."""

@@ -49,10 +49,20 @@ class BlockShares:
     def cut(self, session: Session, width: int) -> FactorPairs:
         """Pairs of vectors of ``width`` numbers together, unscaled."""
         chosen = _allocated(self.sides, self.ranks, width)
+        if not chosen:
+            raise ValueError(
+                "Factor pairs cannot be chosen: the gradients of all examples of the sample, or "
+                "the responses of all queries, are zero. Look at the run's last checkpoints."
+            )
         place = (session.device, session.dtype)
         return FactorPairs(
             {name: self.sides[name].cut(*own, *place) for name, own in chosen.items()}
         )
+
+
+def least_pair(session: Session) -> int:
+    """The fewest numbers that a pair of vectors of some block takes."""
+    return min(2 * block.shape[0] for block in session.blocks)
 
 
 @dataclass(frozen=True)

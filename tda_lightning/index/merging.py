@@ -25,16 +25,21 @@ def merge_files(parts: Sequence[tuple[Path, IndexFacts]], target: Path) -> None:
         if not facts.same_as(other):
             raise ValueError(
                 f"{first} and {path} are not parts of one index: expected the same run, settings "
-                "and coordinates. Build the parts in one folder, or from one compression.h5."
+                f"and coordinates. Build {path} again with like={first}, or build all parts in one "
+                "folder."
             )
     appended = max((own.appended for _, own in parts), key=len)
     if any(own.appended != appended[: len(own.appended)] for _, own in parts):
         raise ValueError("Different examples were appended to the parts: append them to the whole.")
+    if (target / INDEX_FILE).exists():
+        there = IndexFacts.read(target)
+        common = min(len(appended), len(there.appended))
+        if not there.same_as(facts) or there.appended[:common] != appended[:common]:
+            raise FileExistsError(
+                f"{target} holds another index, which is kept. Choose another folder."
+            )
+        appended = max(appended, there.appended, key=len)  # to the whole, since it was merged
     facts = replace(facts, appended=appended)
-    if (target / INDEX_FILE).exists() and not IndexFacts.read(target).same_as(facts):
-        raise FileExistsError(
-            f"{target} holds another index, which is kept. Choose another folder."
-        )
     make_folder(target)
     if not (target / COMPRESSION_FILE).exists():
         copy_file(first / COMPRESSION_FILE, target / COMPRESSION_FILE)

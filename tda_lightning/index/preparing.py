@@ -108,13 +108,15 @@ def prepared(
 
     Raises:
         FileExistsError: the folder holds an index of another kind.
+        FileNotFoundError: ``like`` holds none.
+        ValueError: ``like`` is of another kind.
     """
     rank, world = rank_and_world()
     together, lock = Processes(world, rank), FolderLock(root)
     try:
         if together.by_first(_claimed, lock, root):
             if like is not None:
-                together.by_first(_taken_over, root, like)
+                together.by_first(_taken_over, root, like, settings)
             else:
                 _begin(root, settings, session, responder, source, together)
     finally:
@@ -123,7 +125,7 @@ def prepared(
     if there.made_of != settings.digest:
         raise FileExistsError(
             f"{root} holds an index of another run or with other settings (made by "
-            f"{there.provenance}), which is kept. Choose another folder, or delete that one."
+            f"{there.made_by}), which is kept. Choose another folder, or delete that one."
         )
     return there, opened_compression(root, there).to(session.device, session.dtype)
 
@@ -142,9 +144,20 @@ def _claimed(lock: FolderLock, root: Path) -> bool:
     return False
 
 
-def _taken_over(root: Path, like: Path) -> None:
+def _taken_over(root: Path, like: Path, settings: Settings) -> None:
+    try:
+        facts = IndexFacts.read(like)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"like={like} holds no index. Build that one first, or leave like away."
+        ) from error
+    if facts.made_of != settings.digest:
+        raise ValueError(
+            f"like={like} is an index of another run or with other settings (made by "
+            f"{facts.made_by}). Build with the settings of that one, or leave like away."
+        )
     copy_file(like / COMPRESSION_FILE, root / COMPRESSION_FILE)
-    replace(IndexFacts.read(like), appended=()).write(root)
+    replace(facts, appended=()).write(root)
 
 
 def _begin(

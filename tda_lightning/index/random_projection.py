@@ -41,7 +41,10 @@ class RandomProjection:
         for term in range(terms):
             found = Projection.drawn(session.blocks, width, seed + term, *place).sides
             if found is None:
-                raise ValueError(f"{width} random coordinates are no fewer than the parameters.")
+                raise ValueError(
+                    f"{width} random coordinates are no fewer than the parameters. Give fewer "
+                    "bytes_per_example, or leave compression='random' away."
+                )
             sides.append(found)
         return cls(width, sides)
 

@@ -26,10 +26,27 @@ def reranked(
     Only gradients of what was found for any query are computed. Values of appended examples, which
     the training set does not hold, stay those of the index.
     """
-    num_train = len(source)
     sides = torch.cat([found.indices, found.opponents], dim=1)
     values = torch.cat([found.values, found.opponent_values], dim=1)
-    fetched = sides[sides < num_train].unique()
+    fetched = sides[sides < len(source)].unique()
+    if len(fetched):
+        values = _exact(attribution, source, queries, sides, values, fetched, measurement)
+    width = found.indices.shape[1]
+    helping = _best(sides[:, :width], values[:, :width], k, descending=True)
+    hurting = _best(sides[:, width:], values[:, width:], k, descending=False)
+    return SearchResult(*helping, *hurting, count, found.num_examples)
+
+
+def _exact(
+    attribution: AttributionModule,
+    source: ExampleSource,
+    queries: object,
+    sides: torch.Tensor,
+    values: torch.Tensor,
+    fetched: torch.Tensor,
+    measurement: Any,
+) -> torch.Tensor:
+    """The values of these examples, [query, any], those of ``fetched`` ones computed anew."""
     scores = attribution.attribute(
         source,
         queries,
@@ -38,13 +55,8 @@ def reranked(
         edits=[Removal(index) for index in fetched.tolist()],
         measurement=measurement,
     )
-    place = torch.searchsorted(fetched, sides).clamp(max=max(0, len(fetched) - 1))
-    exact = scores.values.to(values).gather(1, place)
-    values = torch.where(sides < num_train, exact, values)
-    width = found.indices.shape[1]
-    helping = _best(sides[:, :width], values[:, :width], k, descending=True)
-    hurting = _best(sides[:, width:], values[:, width:], k, descending=False)
-    return SearchResult(*helping, *hurting, count, found.num_examples)
+    place = torch.searchsorted(fetched, sides).clamp(max=len(fetched) - 1)
+    return torch.where(sides < len(source), scores.values.to(values).gather(1, place), values)
 
 
 def _best(

@@ -107,6 +107,9 @@ def _approximated(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if matrices.shape[2] > matrices.shape[3]:
         column, row, off = _approximated(matrices.mT)
         return row, column, off
+    # Of one size: fourth powers of a small gradient's numbers would be zero.
+    size = matrices.abs().amax((2, 3), keepdim=True)
+    matrices = matrices / torch.where(size > 0, size, 1.0)
     count = min(RANK, matrices.shape[2])
     generator = torch.Generator().manual_seed(0)
     spanned = matrices @ torch.randn(matrices.shape[3], count, generator=generator).to(matrices)
@@ -120,4 +123,4 @@ def _approximated(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     squares = rest @ rest.mT
     spectral = torch.linalg.matrix_norm(squares @ squares) ** 0.25
     rounding = _ROUNDING * torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)
-    return row, column, (spectral + rounding).amax(1)
+    return row, column * size, ((spectral + rounding) * size[..., 0, 0]).amax(1)

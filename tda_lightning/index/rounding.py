@@ -55,8 +55,8 @@ def rounded(rows: Tensor, dtype: str) -> tuple[NDArray[np.generic], NDArray[np.f
     if dtype in ("float32", "float64"):
         return values.numpy().astype(dtype), np.ones(len(values), scale_dtype(dtype))
     limits = _int4_limits(values) if dtype == "int4" else values.abs().amax(1)
-    scales = limits / _LARGEST[dtype]
-    scales = torch.where(scales > 0, scales, 1.0).float()
+    scales = (limits / _LARGEST[dtype]).float()  # of float64 it may be zero only then
+    scales = torch.where(scales > 0, scales, 1.0)
     quotients = values / scales[:, None]
     if dtype == "float16":
         return quotients.half().numpy(), scales.numpy()
@@ -107,11 +107,26 @@ def _packed(integers: Tensor) -> Tensor:
 def _int4_limits(values: Tensor) -> Tensor:
     """Where each row's numbers are cut, so that what rounding and cutting lose together is
     least."""
-    width = values.shape[1]
+    rows, width = values, values.shape[1]
     if width > _TRIED:  # drawn: those at equal distances could be of one kind
         drawn = torch.randperm(width, generator=torch.Generator().manual_seed(0))
         values = values[:, drawn[:_TRIED]]
-    return torch.cat([_best_cuts(part) for part in values.split(_NEAR)])
+    limits = torch.cat([_best_cuts(part) for part in values.split(_NEAR)])
+    largest, size = torch.maximum(rows.amax(1), -rows.amin(1)), rows.norm(dim=1)
+    # Where few numbers are not zero, all of these cuts are too low, and the sample may miss them.
+    if len(peaked := (largest * width**0.5 > _CUTS[-1] * size).nonzero()[:, 0]):
+        tried = torch.stack([limits[peaked], largest[peaked]])
+        lost = torch.stack([_lost(rows[peaked], own) for own in tried])
+        limits[peaked] = tried.gather(0, lost.argmin(0)[None])[0]
+    return limits
+
+
+def _lost(values: Tensor, limits: Tensor) -> Tensor:
+    """What rounding and cutting lose together of each row."""
+    steps = (limits / _LARGEST["int4"])[:, None]
+    steps = torch.where(steps > 0, steps, 1.0)
+    codes = (values / steps).round_().clamp_(-_LARGEST["int4"], _LARGEST["int4"])
+    return (codes * steps - values).square().sum(1)
 
 
 def _best_cuts(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tda_lightning.index.compression import Compression
 from tda_lightning.index.pruning import Pruning
 from tda_lightning.index.rounding import largest_code
 from tda_lightning.index.row_blocks import RowBlocks
+from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.store.index_files import Shard
 
 
@@ -54,6 +55,21 @@ class SearchResult:
     def num_queries(self) -> int:
         """Rows of the tensors."""
         return len(self.indices)
+
+
+def require_finite(numbers: Tensor) -> None:
+    """Refuse queries whose gradients or values [query, any] are not finite.
+
+    Raises:
+        NonFiniteError: one has.
+    """
+    finite = numbers.isfinite().all(1)
+    if not bool(finite.all()):
+        raise NonFiniteError(
+            f"The gradient of query {int((~finite).nonzero()[0])} is NaN or infinite, or its "
+            "products with examples are, so no example is its strongest. Look at this query and "
+            "its measurement."
+        )
 
 
 def search(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from tda_lightning.runtime.structures import parts, with_parts
 from tda_lightning.serve.refusal import Refusal
 
 _PROBED = 32  # items by which a form is told
+# Times the longest of them: what a model takes of longer ones grows, with attention by the square.
+_LONGER = 4
+_SHORT = 1000  # letters that a text may have in any case
 _SHOWN = 80  # letters of what arrived, in a message
 
 
@@ -55,21 +58,21 @@ class Numbers(Form):
     Attributes:
         like: one of its kind.
         dtype: of its numbers.
-        shape: None where it differs between items.
+        shape: the lengths that each axis may have.
     """
 
     like: Any
     dtype: torch.dtype
-    shape: tuple[int | None, ...]
+    shape: tuple[range, ...]
 
     def read(self, value: object, place: str) -> Any:
         rows: list[Any] = [value]
         lengths: list[int] = []
-        for size in self.shape:
+        for allowed in self.shape:
             if not all(isinstance(row, list) for row in rows):
                 raise self.refused(value, place)
             found = {len(row) for row in rows}
-            if len(found) != 1 or 0 in found or (size is not None and found != {size}):
+            if len(found) != 1 or not all(length in allowed for length in found):
                 raise self.refused(value, place)
             lengths += found
             rows = [entry for row in rows for entry in row]
@@ -111,16 +114,24 @@ class Numbers(Form):
     def words(self) -> str:
         if not self.shape:
             return f"one number ({self.type_name})"
-        shape = ", ".join("any" if size is None else str(size) for size in self.shape)
+        shape = ", ".join(
+            f"{own[0]}" if len(own) == 1 else f"{own[0]} to {own[-1]}" for own in self.shape
+        )
         return f"numbers ({self.type_name}) in lists of the shape [{shape}]"
 
 
 @dataclass(frozen=True)
 class Text(Form):
-    """A text."""
+    """A text.
+
+    Attributes:
+        most: letters that it may have.
+    """
+
+    most: int
 
     def read(self, value: object, place: str) -> str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or len(value) > self.most:
             raise self.refused(value, place)
         return value
 
@@ -129,7 +140,7 @@ class Text(Form):
 
     @property
     def words(self) -> str:
-        return "a text"
+        return f"a text of at most {self.most} letters"
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,7 @@ def form_of(items: Sequence[Any], what: str) -> Form:
     if first is None:
         return Nothing()
     if isinstance(first, str):
-        return Text()
+        return Text(max(_SHORT, _LONGER * max(map(len, items))))
     if isinstance(first, bool | int | float | Tensor | np.ndarray | np.generic):
         return _numbers(items, what)
     if isinstance(first, list) and first and all(_plain_numbers(item) for item in items):
@@ -212,6 +223,8 @@ def form_of(items: Sequence[Any], what: str) -> Form:
     inside = [parts(item) for item in items]
     if inside[0] is None:
         raise ValueError(f"{what} holds a {type(first).__name__}")
+    if isinstance(first, Mapping) and not isinstance(first, MutableMapping):
+        raise ValueError(f"{what} is a {type(first).__name__}, which takes no new values")
     keys = list(inside[0])
     if any(own is None or list(own) != keys for own in inside):
         raise ValueError(f"{what} does not have the same parts in all of them")
@@ -227,14 +240,20 @@ def form_of(items: Sequence[Any], what: str) -> Form:
 def _numbers(items: Sequence[Any], what: str) -> Numbers:
     # Python's floats are float64, which torch would halve.
     exact = isinstance(items[0], float | list)
-    tensors = [torch.as_tensor(np.asarray(item) if exact else item) for item in items]
+    try:
+        tensors = [torch.as_tensor(np.asarray(item) if exact else item) for item in items]
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # texts, dates, 10**70
+        raise ValueError(f"{what} is no number that a tensor can hold") from error
     first = tensors[0]
     if any(one.dtype != first.dtype or one.dim() != first.dim() for one in tensors):
         raise ValueError(f"{what} differs in type or number of axes")
     if first.is_complex() or first.is_quantized or first.layout != torch.strided:
         raise ValueError(f"{what} is a {first.dtype} tensor")
     sizes = zip(*(one.shape for one in tensors), strict=True)
-    shape = tuple(own[0] if len(set(own)) == 1 else None for own in sizes)
+    shape = tuple(
+        range(own[0], own[0] + 1) if len(set(own)) == 1 else range(1, _LONGER * max(own) + 1)
+        for own in sizes
+    )
     return Numbers(items[0], first.dtype, shape)
 
 
@@ -249,7 +268,7 @@ def _shown(value: object) -> str:
         while isinstance(value, list) and len(shape) < 8:
             shape.append(str(len(value)))
             value = value[0] if value else None
-        return f"lists of the shape [{', '.join(shape)}] or a part that does not fit"
+        return f"lists of the shape [{', '.join(shape)}], or with a part that does not fit"
     if isinstance(value, dict):
         return f"an object with {', '.join(map(repr, value)) or 'nothing'}"[:_SHOWN]
     if isinstance(value, str):

@@ -33,6 +33,7 @@ MEASUREMENTS: dict[str, type[Measurement]] = {
     "output": Output,
 }
 _MOST_POSITIONS = 1 << 16
+_REMEMBERED = 400  # letters of what was asked
 _KEYS = ("query", "k", "rerank", "measurement")
 K = 10  # where a request does not say
 
@@ -48,7 +49,8 @@ class Question:
         k: proponents, and opponents, to be found.
         rerank: examples to be scored again with exact gradients.
         measurement: what is asked about; None: the task's own.
-        asked: the same as canonical JSON: questions with the same one can be answered together.
+        asked: the same as canonical JSON, or the digest of a long one: questions with the same one
+            can be answered together.
     """
 
     index: int | None
@@ -158,7 +160,9 @@ class QuestionReader:
             measurement = made(**settings)
         except (TypeError, ValueError) as error:
             raise Refusal(400, f"The measurement {name} cannot be made: {error}") from error
-        return measurement, json.dumps([name, settings], sort_keys=True)
+        asked = json.dumps([name, settings], sort_keys=True)
+        # The worker remembers it: of thousands of positions, their digest.
+        return measurement, asked if len(asked) < _REMEMBERED else digest(asked)
 
     def _whole(self, name: str, value: object, least: int, most: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

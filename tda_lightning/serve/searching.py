@@ -13,6 +13,7 @@ from tda_lightning.index import AttributionIndex
 from tda_lightning.index.asking import Asker
 from tda_lightning.index.opened import in_session, training_source
 from tda_lightning.index.reranking import reranked
+from tda_lightning.index.run_record import require_same_run
 from tda_lightning.records.errors import NonFiniteError
 from tda_lightning.runtime.indexed import Keys, one_key
 from tda_lightning.runtime.loading import ExampleSource
@@ -49,6 +50,7 @@ class IndexSearcher:
         """Do all of a thread's work with the run open around it."""
 
         def inside(session: Session) -> None:
+            require_same_run(self.index.facts.provenance, session)
             estimator = self._attribution.estimator
             self._asker = Asker(estimator, self.index.compression, session)
             work()

@@ -83,6 +83,18 @@ def test_reranked_values_are_exact(tmp_path):
     assert torch.equal(found.opponents, worst.indices)
 
 
+def test_what_was_appended_is_reranked_too(tmp_path):
+    """Nothing but appended examples among the best: no exact score is asked for."""
+    attribution, train_set, queries = run_of()
+    index = build(attribution, train_set, tmp_path / "index")
+    index.append(TensorDataset(*(100 * own for own in MLP.batch(6, seed=3))))
+    plain, found = index.search(queries, 1), index.search(queries, 1, rerank=1)
+    assert (plain.indices >= 10).all() and (plain.opponents >= 10).all()
+    assert torch.equal(found.indices, plain.indices) and torch.equal(found.values, plain.values)
+    with pytest.raises(ValueError, match="from k = 3 to the number of examples, 16; got 17"):
+        index.search(queries, 3, rerank=17)
+
+
 def test_parts_resumption_and_merging_make_the_same_index(tmp_path):
     attribution, train_set, queries = run_of()
     options = {"bytes_per_example": 40, "dtype": "int8", "shard": 2}
@@ -125,6 +137,10 @@ def test_parts_in_folders_of_their_own_are_merged(tmp_path):
     assert torch.equal(everything(bound, queries), everything(whole, queries))
     AttributionIndex.merge(places, tmp_path / "merged")  # again: nothing changes
     assert folder(merged.path) == folder(whole.path)
+    bound.append(TensorDataset(*MLP.batch(5, seed=3)))
+    appended = folder(merged.path)
+    AttributionIndex.merge(places, tmp_path / "merged")  # once more: what was appended stays
+    assert folder(merged.path) == appended
 
 
 def test_parts_of_other_coordinates_are_not_merged(tmp_path):
@@ -137,6 +153,11 @@ def test_parts_of_other_coordinates_are_not_merged(tmp_path):
     with pytest.raises(ValueError, match="at least one index"):
         AttributionIndex.merge([], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    for other, error in (("one", ValueError), ("none", FileNotFoundError)):
+        like = tmp_path / other
+        with pytest.raises(error, match=f"like=.*{other} .*leave like away"):
+            build(attribution, train_set, tmp_path / "new", seed=1, like=like, **options)
+        assert not (tmp_path / "new" / "index.h5").exists()
 
 
 def folder(path):
@@ -156,6 +177,24 @@ def test_appended_examples_are_minus_their_additions(tmp_path):
     found = everything(AttributionIndex.open(index.path, attribution, train_set), queries)
     assert relative(found[:, 10:], expected) < 1e-12
     assert relative(found[:, :10], scores(attribution, train_set, queries)) < 1e-12
+
+
+class Noisy(TensorDataset):
+    """Its examples are others at every reading."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()), target
+
+
+def test_examples_that_nothing_tells_apart_are_not_passed_over(tmp_path):
+    attribution, train_set, _ = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index")
+    index.append(Noisy(*MLP.batch(5, seed=3)))
+    with pytest.raises(ValueError, match="differ from one reading to the next"):
+        index.append(Noisy(*MLP.batch(5, seed=4)))
+    index.append(Noisy(*MLP.batch(6, seed=4)))
+    assert index.num_examples == 21
 
 
 def test_other_estimators_are_refused(tmp_path):
@@ -180,6 +219,21 @@ def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path):
     build(attribution, train_set, tmp_path / "index")
     assert folder(index.path) == before
     assert stamps == {file: file.stat().st_mtime_ns for file in others}
+
+
+def test_a_damaged_shard_of_appended_examples_is_made_again(tmp_path):
+    attribution, train_set, _ = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index")
+    one, other = (TensorDataset(*MLP.batch(5, seed=seed)) for seed in (3, 4))
+    index.append(one)
+    index.append(other)
+    before = folder(index.path)
+    victim = index.path / "shards" / "000000000010-000000000014.h5"
+    victim.write_bytes(victim.read_bytes()[:-9])
+    assert victim.name in str(index.damages())
+    index.append(one)  # nothing is appended twice
+    assert folder(index.path) == before
+    assert index.num_examples == 20
 
 
 def test_a_query_that_is_not_finite_is_refused(tmp_path):

@@ -72,6 +72,43 @@ def test_rows_are_rounded_to_their_bytes(dtype):
     assert relative(back, rows.double()) < bound
 
 
+@pytest.mark.parametrize("count", [4, 20, 60])
+def test_rows_of_few_numbers_are_rounded_too(count):
+    """Beside some thousand zeros, of which a sample of a row may show no others."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.zeros(50, 2000)
+    for row in rows:
+        places = torch.randperm(2000, generator=generator)[:count]
+        row[places] = torch.randn(count, generator=generator)
+    codes, scales = rounded(rows, "int4")
+    back = numbers_of(codes, "int4", 2000) * torch.from_numpy(scales)[:, None]
+    assert ((back - rows).norm(dim=1) < 0.25 * rows.norm(dim=1)).all()
+
+
+def test_numbers_too_small_for_a_scale_are_zero():
+    for dtype in ("int4", "int8", "float16"):
+        codes, scales = rounded(torch.full((1, 5), 1e-46, dtype=torch.float64), dtype)
+        assert (numbers_of(codes, dtype, 5) * torch.from_numpy(scales)[:, None] == 0).all()
+
+
+def test_without_room_for_a_pair_of_factors_there_are_leading_coordinates(tmp_path):
+    attribution, train_set, _ = run_of()
+    options = {"bytes_per_example": 16, "dtype": "float64"}
+    index = build(attribution, train_set, tmp_path / "any", **options)
+    assert (index.compression.kind, index.facts.width) == ("leading", 1)
+    with pytest.raises(ValueError, match="no room for a pair of factors, 2 numbers"):
+        build(attribution, train_set, tmp_path / "factors", compression="factors", **options)
+    with pytest.raises(ValueError, match="no fewer than the parameters. Give fewer"):
+        build(
+            attribution,
+            train_set,
+            tmp_path / "random",
+            compression="random",
+            dtype="int4",
+            bytes_per_example=16,
+        )
+
+
 def test_what_is_built_is_what_is_opened(tmp_path):
     attribution, train_set, queries = run_of(MLP)
     for compression in ("factors", "leading", "random"):

@@ -7,6 +7,9 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning.estimators import TracIn
 from tda_lightning.index import ApproximateSearch, AttributionIndex
+from tda_lightning.records.errors import NonFiniteError, TrajectoryMismatchError
+from tda_lightning.runtime.loading import ExampleSource
+from tda_lightning.serve.searching import IndexSearcher
 from tests.cases.training import CLASSIFIER, MLP
 from tests.index.test_attribution_index import build, everything, folder, run_of
 
@@ -63,6 +66,34 @@ def test_an_index_of_another_estimator_is_not_asked(tmp_path):
         AttributionIndex.open(index.path, other, train_set).search(queries, 1)
 
 
+def test_rows_that_are_no_whole_shards_are_refused(tmp_path):
+    attribution, train_set, queries = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index", **OPTIONS)  # shards of 3 rows
+    index.append(TensorDataset(*MLP.batch(5, seed=3)))
+    asked = index.encode(queries)
+    for among in ((3, 6), (9, 10), (6, 13), (0, 15)):
+        found = index.search_encoded(asked, 1, among=among)
+        assert ((found.indices >= among[0]) & (found.indices < among[1])).all()
+    for among in ((0, 2), (1, 4), (4, 4), (9, 12), (6, 3), (-3, 3), (13, 18)):
+        with pytest.raises(ValueError, match="not whole shards"):
+            index.search_encoded(asked, 1, among=among)
+
+
+def test_an_index_of_another_run_is_not_asked(tmp_path):
+    """Of the same estimator and the same data, trained by another optimizer."""
+    attribution, train_set, queries = run_of(estimator=TracIn())
+    index = build(attribution, train_set, tmp_path / "index", **OPTIONS)
+    other, _, _ = run_of(optimizer="adamw", estimator=TracIn())
+    mistaken = AttributionIndex.open(index.path, other, train_set)
+    with pytest.raises(TrajectoryMismatchError, match="built from another run"):
+        mistaken.search(queries, 1)
+    with pytest.raises(TrajectoryMismatchError, match="built from another run"):
+        mistaken.append(TensorDataset(*MLP.batch(5, seed=3)))
+    searcher = IndexSearcher(mistaken, ExampleSource.of(queries, 4, "query"), 4)
+    with pytest.raises(TrajectoryMismatchError, match="built from another run"):
+        searcher.during(lambda: None)
+
+
 def test_faiss_finds_what_a_search_of_all_rows_finds(tmp_path):
     pytest.importorskip("faiss")
     attribution, train_set, queries = run_of(CLASSIFIER, estimator=TracIn())
@@ -77,6 +108,8 @@ def test_faiss_finds_what_a_search_of_all_rows_finds(tmp_path):
     assert torch.allclose(found.opponent_values, expected.opponent_values, rtol=1e-6)
     few = ApproximateSearch(index, cells=10).search_encoded(asked, 10, probes=1)
     assert (few.indices == -1).any() and (few.values[few.indices == -1] == 0).all()
+    with pytest.raises(NonFiniteError, match="query 0 is NaN"):
+        close.search_encoded(asked * torch.nan, 3, probes=2)
     for options in ({"k": 11}, {"probes": 3}):
         with pytest.raises(ValueError, match="must be between"):
             close.search_encoded(asked, **options)

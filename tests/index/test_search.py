@@ -45,11 +45,18 @@ def asked_of(compression, queries, decay):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rank", "groups"), [((130, 140), 1, 1), ((150, 130), 3, 1), ((140, 150), 2, 2)]
+    ("shape", "rank", "groups", "size"),
+    [
+        ((130, 140), 1, 1, 1.0),
+        ((150, 130), 3, 1, 1.0),
+        ((140, 150), 2, 2, 1.0),
+        ((130, 140), 1, 1, 1e-13),  # of a query that the model is sure of
+        ((130, 140), 1, 1, 1e13),
+    ],
 )
-def test_rough_products_are_off_by_their_bound_at_most(shape, rank, groups):
+def test_rough_products_are_off_by_their_bound_at_most(shape, rank, groups, size):
     compression = pairs_of(*shape, rank, groups)
-    asked = asked_of(compression, 4, 0.85)
+    asked = size * asked_of(compression, 4, 0.85)
     stored = torch.randint(-127, 128, (300, compression.width)).float()
     rough = compression.rough(asked)
     off = (rough.products(stored) - compression.dot(asked, stored)).abs()

@@ -41,4 +41,6 @@ def test_the_page_searches_and_shows_what_it_finds():
         page.click("#ask-own")
         page.wait_for_selector("#message.failed")
         assert "query.example must be a list" in page.inner_text("#message")
+        page.evaluate("begin()")  # as when a token is entered again
+        assert page.locator("#measurement option[value=contrast]").count() == 1
         assert not errors

@@ -7,15 +7,18 @@ import math
 import threading
 import time
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from tda_lightning.records.rendered import Rendered
 from tda_lightning.serve import Limits
 from tda_lightning.serve.access import host_is_local, read_token, token_is_right
 from tda_lightning.serve.example_form import form_of, form_of_dataset
+from tda_lightning.serve.looks import Looks
 from tda_lightning.serve.questions import QuestionReader
 from tda_lightning.serve.refusal import Refusal, public_message
 from tda_lightning.serve.worker import Stopped, Worker
@@ -94,10 +97,18 @@ def test_another_form_is_refused_in_words(given, words):
     assert refusal.value.message.startswith("query.example")
 
 
-def test_lengths_that_differ_are_free():
+def test_lengths_that_differ_are_free_up_to_four_times_the_longest():
     form = form_of([(torch.arange(length),) for length in (3, 5)], "an example")
-    assert form.words == "a list [numbers (int64) in lists of the shape [any]]"
+    assert form.words == "a list [numbers (int64) in lists of the shape [1 to 20]]"
     assert form.read([[1, 2, 3, 4]], "example")[0].tolist() == [1, 2, 3, 4]
+    assert len(form.read([[1] * 20], "example")[0]) == 20
+    for wrong in ([], [1] * 21):
+        with pytest.raises(Refusal, match="1 to 20"):
+            form.read([wrong], "example")
+    words = form_of(["a", "b" * 300], "an example")
+    assert words.read("c" * 1200, "example") == "c" * 1200
+    with pytest.raises(Refusal, match="at most 1200 letters; got a text of 1201 letters"):
+        words.read("c" * 1201, "example")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +119,10 @@ def test_lengths_that_differ_are_free():
         [{"a": 1}, {"b": 1}],
         [(object(),)],
         [(torch.zeros(2, dtype=torch.complex64),)],
+        [(np.array(["a", "b"]),)],
+        [(np.array([object()]),)],
+        [(10**70,)],
+        [MappingProxyType({"x": torch.zeros(2)})],
     ],
 )
 def test_items_without_a_form_are_refused(items):
@@ -139,6 +154,33 @@ def test_a_question():
     plain = read({"query": {"index": 3}})
     assert (plain.measurement, plain.asked, plain.k, plain.rerank) == (None, "", 10, 0)
     assert read({"query": {"index": 3}, "k": 900}).k == 200  # there are no more
+
+
+def test_long_questions_are_told_apart_by_digests():
+    def asked(last):
+        positions = [*range(20_000), last]
+        return read({**INDEX, "measurement": {"name": "loss", "positions": positions}}).asked
+
+    assert asked(3) == asked(3) != asked(4)
+    assert len(asked(3)) < 100
+
+
+def test_looks_are_remembered_up_to_their_size(monkeypatch):
+    monkeypatch.setattr("tda_lightning.serve.looks._LETTERS", 1000)
+    rendered = []
+
+    def render(split, index):
+        rendered.append(index)
+        return Rendered(text="x" * 90)
+
+    looks = Looks(render)
+    for index in range(30):
+        looks.of("train", index)
+    looks.of("train", 29)  # is still known
+    assert len(rendered) == 30
+    assert sum(len(str(look["text"])) for look in looks._known.values()) <= 1000
+    looks.of("train", 0)
+    assert rendered[30:] == [0]
 
 
 INDEX = {"query": {"index": 3}}

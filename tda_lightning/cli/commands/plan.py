@@ -94,7 +94,7 @@ def plan_index(config: DictConfig) -> None:
     folder = Path(required(config, "trajectory", "tda plan index FOLDER"))
     run = load_recorded(folder)
     data, module, task = load_parts(config, run_configuration(config, run_folder(folder)))
-    train, queries = sources(data, config.batch_size)
+    train, _ = sources(data, config.batch_size)
     rate = config.read_gb_per_second
     found = planned_index(
         AttributionModule(module, run, instantiate(config.estimator, _convert_="all"), task),
@@ -102,7 +102,6 @@ def plan_index(config: DictConfig) -> None:
         folder,
         bytes_per_example=config.bytes_per_example,
         dtype=config.dtype,
-        queries=queries,
         batch_size=config.batch_size,
         examples=config.num_examples,
         read_bytes_per_second=None if rate is None else rate * 1e9,

@@ -159,7 +159,10 @@ async function begin() {
   at("rerank").max = health.limits.rerank;
   at("form").textContent = health.example;
   at("own").hidden = !health.example;
-  at("measurement").append(...health.measurements.map((name) => make("option", { value: name, textContent: name.replace("_", " ") })));
+  // Anew when a token was entered again.
+  const own = at("measurement").options[0];
+  at("measurement").replaceChildren(own, ...health.measurements.map((name) =>
+    make("option", { value: name, textContent: name.replace("_", " ") })));
   const linked = /^#query-(\d+)$/.exec(location.hash);
   if (linked) at("index").value = linked[1];
   await show();
