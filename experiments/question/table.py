@@ -42,7 +42,7 @@ WHY_MISSING = (
     "times draws and members; trainings of the members come on top. Seconds of retrainings are by "
     "the clock. Exact unrolling on ResNet-9 was stopped after three quarters of an hour; what the "
     "recorded order would take on MNIST, FashionMNIST and ResNet-9 was not measured (with random "
-    "labels it took 169 to 182 s where the default took 28 to 38 s)."
+    "labels it took 128 to 141 s where the default took 28 to 38 s)."
 )
 
 
