@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, pairs, queries
 from tda_lightning.estimators.source import averaged, estimator
@@ -19,6 +18,7 @@ from tda_lightning.session import queries as session_queries
 from tests.attributing import attribute, relative
 from tests.cases import Case
 from tests.cases.training import OPTIMIZERS, train
+from tests.largest import Largest
 
 CHECKPOINTS = (2, 3, 5, 6)
 HEIGHT = 5003
@@ -76,19 +76,6 @@ def test_scores_are_those_of_all_rows(name: str, optimizer: str) -> None:
         assert relative(scores.self_influence, expected.self_influence) < 1e-9
 
 
-class _Largest(TorchDispatchMode):
-    """The most scalars that any tensor had."""
-
-    scalars = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.scalars = max(self.scalars, tensor.untyped_storage().nbytes() // 8)
-        return out
-
-
 @pytest.mark.parametrize("name", ["tracin", "ekfac", "source", "leading", "recorded"])
 def test_nothing_is_as_high_as_the_weight_for_each_example(name: str) -> None:
     """One embedding is 3 x 5003 numbers; three queries, twice that with momentum's state, or eight
@@ -96,7 +83,7 @@ def test_nothing_is_as_high_as_the_weight_for_each_example(name: str) -> None:
     state two by two."""
     wide = case(HEIGHT)
     run, module, data = train(wide, OPTIMIZERS["sgd"], checkpoints=CHECKPOINTS)
-    with _Largest() as seen:
+    with Largest() as seen:
         attribute(wide, run, module, data, ESTIMATORS[name], batch_size=8)
     assert seen.scalars <= (4 if name == "recorded" else 2) * 3 * HEIGHT
 

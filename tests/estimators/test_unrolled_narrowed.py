@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tda_lightning.estimators.unrolled import estimator, narrowed, resume
 from tda_lightning.estimators.unrolled.round_scores import RoundScores
@@ -21,6 +20,7 @@ from tests.attributing import relative
 from tests.cases import Case
 from tests.cases.case import Function
 from tests.cases.training import queries_of
+from tests.largest import Largest
 from tests.two_stages import two_stages
 from tests.unrolling import EXACT, NETWORKS, OPTIMIZERS, in_memory, sgd, unroll
 
@@ -162,23 +162,10 @@ def test_broken_off_work_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not run.unfinished and found == 3 * [{"0.weight": 12}]
 
 
-class _Largest(TorchDispatchMode):
-    """The most scalars that any tensor had."""
-
-    scalars = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.scalars = max(self.scalars, tensor.untyped_storage().nbytes() // 8)
-        return out
-
-
 def test_nothing_is_as_high_as_the_table_for_each_query() -> None:
     height = 5003
     wide = case(height)
     run, module, data = in_memory(wide, OPTIMIZERS["adamw"])
-    with heights(), _Largest() as seen:
+    with heights(), Largest() as seen:
         unroll(wide, run, module, data)
     assert seen.scalars <= 3 * height
