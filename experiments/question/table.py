@@ -75,6 +75,10 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
     for name, results in tiny.items():
         title = tiny_table.TITLES[name]
         parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
+    said = (
+        "Training anew, half kept: how far predictions of the same kind are the luck of one seed."
+    )
+    parts.append(f"### AdamW, the luck of a seed\n\n{said}\n\n{tiny_table.luck(tiny)}")
     parts.append(f"### By number of trainings\n\n{by_members(found)}")
     if series := trainings_figure.found():
         said = (

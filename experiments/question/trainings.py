@@ -58,7 +58,7 @@ SERIES = (
     *(Series("tracin", kind, 1) for kind in ("seeds", "dropout", "lora")),
 )
 POOLED = Series("trak", "seeds", 1)  # its average is no mean of members' scores
-OUTSIDE = Series("kronfluence", "seeds", 1)
+OUTSIDE, OUTSIDE_MEMBERS = Series("kronfluence", "seeds", 1), 5
 
 
 def main() -> None:
@@ -76,20 +76,20 @@ def main() -> None:
         tda("train", "experiment=fidelity/mnist", "name=question/mnist", root, *common)
     for series in SERIES:
         if str(series) not in done():
-            make(series.kind, common)
+            make(series.kind, MEMBERS[series.kind], common)
             scores = score(series, RUN / "ensemble" / series.kind, common)
             assert scores.members is not None
             keep(series, first_members([sums(part) for part in scores.members]))
     if str(POOLED) not in done():
         keep(POOLED, pooled(common))
-    if options.peers is not None and str(OUTSIDE) not in done():
+    counts = [count for count in COUNTS if count <= OUTSIDE_MEMBERS]
+    if options.peers is not None and read()[1].get(str(OUTSIDE)) != counts:
         keep(OUTSIDE, first_members(outside(options.peers, common)))
 
 
-def make(kind: str, common: Sequence[str]) -> None:
+def make(kind: str, members: int, common: Sequence[str]) -> None:
     """An ensemble, or what is missing of it."""
-    asked = [f"kind={kind}", f"members={MEMBERS[kind]}"]
-    tda("ensemble", f"trajectory={RUN}", *asked, *common)
+    tda("ensemble", f"trajectory={RUN}", f"kind={kind}", f"members={members}", *common)
 
 
 def score(series: Series, of: Path, common: Sequence[str]) -> Scores:
@@ -116,12 +116,12 @@ def first_members(of_each: Sequence[Tensor]) -> dict[int, Tensor]:
 
 def pooled(common: Sequence[str]) -> dict[int, Tensor]:
     """TRAK over the first runs of an ensemble, by how many: sums [query, subset]."""
-    make("seeds", common)
+    make("seeds", MEMBERS["seeds"], common)
     recorded = load_config(RUN)
     data = build(recorded.data, trust=False)
     module = build(recorded.model, trust=False, optimizer=None, scheduler=None)
     task = build(recorded.task, trust=False)
-    members = folders("seeds")
+    members = folders("seeds", MEMBERS["seeds"])
     found = {}
     for count in COUNTS:
         runs = [Trajectory.load(str(folder)) for folder in members[:count]]
@@ -135,9 +135,9 @@ def pooled(common: Sequence[str]) -> dict[int, Tensor]:
 
 def outside(python: str, common: Sequence[str]) -> list[Tensor]:
     """kronfluence's EK-FAC influence of each seed's run: sums [query, subset]."""
-    make("seeds", common)
+    make("seeds", OUTSIDE_MEMBERS, common)
     found = []
-    for folder in folders("seeds"):
+    for folder in folders("seeds", OUTSIDE_MEMBERS):
         file = folder / "kronfluence.h5"
         if not file.exists():
             if not (folder / "config.yaml").exists():
@@ -148,10 +148,10 @@ def outside(python: str, common: Sequence[str]) -> list[Tensor]:
     return found
 
 
-def folders(kind: str) -> list[Path]:
+def folders(kind: str, members: int) -> list[Path]:
     """The recorded run, and then the other members."""
     root = RUN / "ensemble" / kind
-    return [RUN] + [root / f"member-{number}" for number in range(2, MEMBERS[kind] + 1)]
+    return [RUN] + [root / f"member-{number}" for number in range(2, members + 1)]
 
 
 def sums(values: Tensor) -> Tensor:
