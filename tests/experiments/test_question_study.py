@@ -86,7 +86,7 @@ def test_sums_that_are_kept_are_enough_for_the_score(
     arrays, about = kept._read("nothing")
     assert about["rows"] == files
     truth = torch.randn(QUERIES, SUBSETS).double()
-    for share in kept.SHARES:
+    for share in kept.shares(study):
         removed = torch.from_numpy(arrays[f"removed-{share:g}"]).double()
         removed *= torch.from_numpy(arrays[f"unit-{share:g}"])[..., None]
         found = kept.Kept(

@@ -36,6 +36,7 @@ from tda_lightning.estimators.source.looked_up import (
     rows_of_queries,
     separable,
     united,
+    without_unused_rows,
 )
 from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
 from tda_lightning.estimators.source.segments import (
@@ -244,6 +245,11 @@ class Source:
         """Follow the queries back through one or several stages of training."""
         cuts = self._stage_cuts(stages)
         alone = len(stages) == 1
+        recorded_too = (self.statistics, self.curvature)
+        if not alone and not any(
+            uses_statistics(*recorded_too, stage.session.trajectory) for stage in stages
+        ):
+            stages = without_unused_rows(stages)
         fitted = [self.fit(own, cut, alone) for own, cut in zip(stages, cuts, strict=True)]
         session = stages[-1].session
         query_bytes = max(fit.query_bytes() for fit in fitted)
