@@ -17,7 +17,7 @@ from tda_lightning.index.random_projection import RandomProjection
 from tda_lightning.index.responses import Responder
 from tda_lightning.index.rounding import numbers_of, rounded, width_of
 from tda_lightning.index.samples import (
-    ExactScores,
+    exact_scores,
     query_coordinates,
     sample_coordinates,
     side_moments,
@@ -27,6 +27,7 @@ from tda_lightning.session.session import Session
 # Coordinates of layers that compete for a place among the leading ones. More cost time in
 # proportion, and memory times the sample.
 _GRID = 16384
+_LEAST = 1e-6  # of the largest scores of a query: smaller ones are rounding, not made large
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def chosen_compression(
             "or compression='leading'."
         )
     wanted = [(kind, width_of(bytes_per_example, dtype)) for kind, dtype in tried]
-    exact = ExactScores(session, responder, samples.judging)
+    exact = exact_scores(session, responder, samples.judging)
     fits = _fits(session, responder, wanted, samples, seed, exact)
     agreement = {
-        f"{kind} in {dtype}": _agreement(own, dtype, exact.values)
+        f"{kind} in {dtype}": _agreement(own, dtype, exact)
         for (kind, dtype), own in zip(tried, fits, strict=True)
     }
     best = max(range(len(tried)), key=lambda number: list(agreement.values())[number])
@@ -91,7 +92,8 @@ def fitted(
     seed: int,
 ) -> list[Compression]:
     """Compressions of these kinds, each to so many numbers at most."""
-    fits = _fits(session, responder, wanted, replace(samples, judging=()), seed, None)
+    exact = exact_scores(session, responder, samples.directions)
+    fits = _fits(session, responder, wanted, replace(samples, judging=()), seed, exact)
     return [own.compression for own in fits]
 
 
@@ -111,11 +113,16 @@ def _fits(
     wanted: Sequence[tuple[str, int]],
     samples: Samples,
     seed: int,
-    exact: ExactScores | None,
+    exact: Tensor,
 ) -> list[_Fit]:
-    """Every response is computed twice and every gradient of a sample once or twice, however many
-    compressions are wanted: that is where the time goes."""
-    drafts, places = _drafts(session, responder, wanted, samples, seed)
+    """Every response is computed three times and every gradient of a sample two or three times,
+    however many compressions are wanted: that is where the time goes.
+
+    Args:
+        exact: scores of some examples, [query, example].
+    """
+    even = _even_weights(exact)
+    drafts, places = _drafts(session, responder, wanted, samples, seed, even)
     fitted_to: list[list[list[Coordinates]]] = [[] for _ in drafts]
     for kind, sample in (
         (LeadingCoordinates.kind, samples.components),
@@ -126,12 +133,27 @@ def _fits(
         for place, coordinates in zip(own, found, strict=True):
             fitted_to[place] = coordinates
     judging = sample_coordinates(session, responder, drafts, samples.judging)
-    asked = query_coordinates(session, responder, drafts, exact)
+    asked = query_coordinates(session, responder, drafts)
     whole = sum(map(len, samples.components)) == session.num_train
     return [
-        _finished(drafts[place], width, fitted_to[place], judging[place], asked[place], whole)
+        _finished(drafts[place], width, fitted_to[place], judging[place], asked[place], whole, even)
         for place, (_, width) in zip(places, wanted, strict=True)
     ]
+
+
+def _even_weights(exact: Tensor) -> Tensor:
+    """One over the size of each query's scores, times the largest size, [query].
+
+    So weighed, all queries count alike when leading coordinates are chosen: proponents are ranked
+    for each query by itself. The few with large gradients, of a classifier those that it gets
+    wrong, would choose for all. Factor pairs lose numbers to rounding before they lose directions,
+    and are rounded worse with such weights (measured, experiments/index).
+    """
+    sizes = exact.double().std(1, correction=0)
+    largest = float(sizes.max())
+    if largest == 0:
+        return torch.ones_like(sizes)
+    return largest / sizes.clamp(min=_LEAST * largest)
 
 
 def _drafts(
@@ -140,14 +162,21 @@ def _drafts(
     wanted: Sequence[tuple[str, int]],
     samples: Samples,
     seed: int,
+    even: Tensor,
 ) -> tuple[list[Compression], list[int]]:
     """Compressions as far as second moments tell, and the place of each that is wanted among
     them."""
     kinds = {kind for kind, _ in wanted}
-    if kinds - {RandomProjection.kind}:
-        moments = side_moments(session, responder, samples.directions, seed)
+    weights = {FactorPairs.kind: torch.ones_like(even), LeadingCoordinates.kind: even}
+    weights = {kind: own for kind, own in weights.items() if kind in kinds}
+    if weights:
+        both = torch.stack(list(weights.values()), dim=1)
+        found = side_moments(session, responder, samples.directions, seed, both)
+        moments = dict(zip(weights, found, strict=True))
     if FactorPairs.kind in kinds:
-        shares = BlockShares.measured(session, responder, moments, samples.directions)
+        shares = BlockShares.measured(
+            session, responder, moments[FactorPairs.kind], samples.directions
+        )
     drafts: list[Compression] = []
     made: dict[tuple[str, int], int] = {}
     places = []
@@ -156,7 +185,7 @@ def _drafts(
         if (kind, size) not in made:
             made[kind, size] = len(drafts)
             if kind == LeadingCoordinates.kind:
-                drafts.append(unmixed_directions(session, moments, size))
+                drafts.append(unmixed_directions(session, moments[kind], size))
             elif kind == FactorPairs.kind:
                 drafts.append(shares.cut(session, size))
             else:
@@ -172,13 +201,14 @@ def _finished(
     judging: list[list[Coordinates]],
     asked: Tensor,
     whole: bool,
+    even: Tensor,
 ) -> _Fit:
     """The draft, fitted to what the sample and the queries show."""
     if isinstance(draft, FactorPairs):
         return _Fit(scaled(draft, sample, asked), judging, asked)
     if isinstance(draft, LeadingCoordinates):
         gradients = torch.cat([torch.cat(terms, dim=1) for terms in sample])
-        made, kept = mixed(draft, gradients, asked, width, whole)
+        made, kept = mixed(draft, gradients, asked * even[:, None].to(asked), width, whole)
         return _Fit(made, [[torch.cat(own, dim=1)[:, kept]] for own in judging], asked[:, kept])
     return _Fit(draft, judging, asked)
 

@@ -236,8 +236,8 @@ def digest_of(compression: Compression) -> str:
 
 # Places of the samples in a random order of the examples: those that stand for queries, those that
 # compressions are judged by, and those that they are fitted to. So none is compared with itself.
-_PLACES = {"asked": (0, 256), "judging": (256, 512), "directions": (512, 1024)}
-_PLACES["components"] = (512, 2560)
+_PLACES = {"asked": (0, 512), "judging": (512, 768), "directions": (768, 1280)}
+_PLACES["components"] = (768, 2816)
 
 
 def drawn(count: int, purpose: str, seed: int) -> list[int]:

@@ -69,9 +69,17 @@ class BlockMoments:
 
 
 def side_moments(
-    session: Session, responder: Responder, sample: Sequence[Sequence[int]], seed: int
-) -> list[dict[str, BlockMoments]]:
-    """Of every term by block, over the sample's gradients and the session's queries."""
+    session: Session,
+    responder: Responder,
+    sample: Sequence[Sequence[int]],
+    seed: int,
+    weights: Tensor,
+) -> list[list[dict[str, BlockMoments]]]:
+    """Of every term by block, over the sample's gradients and the session's queries.
+
+    Args:
+        weights: what responses are multiplied by, [query, several]: there are moments for each.
+    """
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[str, _Sketches] = {}
     for block in session.blocks:
@@ -82,20 +90,25 @@ def side_moments(
         )
         sketches[block.name] = (left, right)
     examples = [_Sums(sketches) for _ in responder.terms]
-    asked = [_Sums(sketches) for _ in responder.terms]
+    asked = [[_Sums(sketches) for _ in responder.terms] for _ in weights.T]
     for number, gradients in gradients_of(session, responder, sample):
         for name, gradient in gradients.items():
             examples[number].add_gradient(name, gradient, *sketches[name])
-    for number, responses in responses_of(session, responder):
+    for queries, number, responses in responses_of(session, responder):
         for name, response in responses.items():
             left, right = sketches[name]
-            asked[number].add(name, matmul_sides(left, response, right))
+            matrices = matmul_sides(left, response, right)
+            for terms, own in zip(asked, weights[queries].T, strict=True):
+                terms[number].add(name, matrices * own[:, None, None, None].to(matrices))
     return [
-        {
-            name: BlockMoments(*own.means(name), *queries.means(name), both)
-            for name, both in sketches.items()
-        }
-        for own, queries in zip(examples, asked, strict=True)
+        [
+            {
+                name: BlockMoments(*own.means(name), *queried.means(name), both)
+                for name, both in sketches.items()
+            }
+            for own, queried in zip(examples, terms, strict=True)
+        ]
+        for terms in asked
     ]
 
 
@@ -222,65 +235,42 @@ def sample_coordinates(
     return averaged_coordinates(responder.terms, session, compressions, walk)
 
 
-class ExactScores:
-    """Scores of a sample, without uses and 1/N.
-
-    Attributes:
-        values: [query, example], of the responses that were added.
-    """
-
-    def __init__(
-        self, session: Session, responder: Responder, sample: Sequence[Sequence[int]]
-    ) -> None:
-        self._session, self._responder, self._sample = session, responder, sample
-        shape = (session.num_query, sum(map(len, sample)))
-        self.values = torch.zeros(shape, dtype=session.dtype, device=session.device)
-
-    def add(self, queries: slice, number: int, responses: Responses) -> None:
-        """Add the products of a term's responses with the sample's gradients."""
-        steps = self._responder.terms[number].steps
-        for step in steps:
-            self._session.load(step)
-            before = 0
-            for batch, examples in self._session.batches(self._sample):
-                gradients = self._session.train_gradients(batch, examples).blocks
-                columns = slice(before, before + len(examples))
-                for name, gradient in gradients.items():
-                    values = gradient.dot(gradient.arranged(responses[name]))
-                    self.values[queries, columns] += values / len(steps)
-                before += len(examples)
-
-
 def query_coordinates(
-    session: Session,
-    responder: Responder,
-    compressions: Sequence[Compression],
-    exact: ExactScores | None = None,
+    session: Session, responder: Responder, compressions: Sequence[Compression]
 ) -> list[Tensor]:
     """Of the responses of the session's queries, one term after the other, for each compression:
-    [query, coordinate]. Each response is computed once for all, and added to ``exact``."""
+    [query, coordinate]. Each response is computed once for all."""
     parts: list[list[list[Tensor]]] = [[] for _ in compressions]
     for first, last in session.query_rounds(responder.query_bytes):
-        for own in parts:
-            own.append([])
         by_term: dict[int, list[Tensor]] = {}
         for number, responses in responder.responses(first, last):
             by_term[number] = [own.response_coordinates(number, responses) for own in compressions]
-            if exact is not None:
-                exact.add(slice(first, last), number, responses)
         for place, own in enumerate(parts):
-            own[-1] = [by_term[number][place] for number in sorted(by_term)]
+            own.append([by_term[number][place] for number in sorted(by_term)])
     return [torch.cat([torch.cat(terms, dim=1) for terms in own]) for own in parts]
 
 
 def exact_scores(session: Session, responder: Responder, sample: Sequence[Sequence[int]]) -> Tensor:
     """Scores of a sample, without uses and 1/N: [query, example]."""
-    exact = ExactScores(session, responder, sample)
-    query_coordinates(session, responder, [], exact)
-    return exact.values
+    shape = (session.num_query, sum(map(len, sample)))
+    scores = torch.zeros(shape, dtype=session.dtype, device=session.device)
+    for queries, number, responses in responses_of(session, responder):
+        steps = responder.terms[number].steps
+        for step in steps:
+            session.load(step)
+            before = 0
+            for batch, examples in session.batches(sample):
+                gradients = session.train_gradients(batch, examples).blocks
+                columns = slice(before, before + len(examples))
+                for name, gradient in gradients.items():
+                    values = gradient.dot(gradient.arranged(responses[name]))
+                    scores[queries, columns] += values / len(steps)
+                before += len(examples)
+    return scores
 
 
-def responses_of(session: Session, responder: Responder) -> Iterator[tuple[int, Responses]]:
-    """The number of each term with the responses of some of the session's queries, in order."""
+def responses_of(session: Session, responder: Responder) -> Iterator[tuple[slice, int, Responses]]:
+    """Some of the session's queries, and the number of each term with their responses."""
     for first, last in session.query_rounds(responder.query_bytes):
-        yield from responder.responses(first, last)
+        for number, responses in responder.responses(first, last):
+            yield slice(first, last), number, responses

@@ -47,6 +47,43 @@ def test_with_room_they_keep_scores(kind, width, bound, optimizer):
     assert relative(exact / 10, scores(attribution, train_set, queries)) < 1e-6  # float32
 
 
+class _Louder:
+    """The responses of a responder, of which the first query's are a thousand times as large."""
+
+    def __init__(self, responder):
+        self.responder, self.terms = responder, responder.terms
+        self.query_bytes = responder.query_bytes
+
+    def responses(self, first, last):
+        for number, found in self.responder.responses(first, last):
+            weights = torch.where(torch.arange(first, last) == 0, 1e3, 1.0).double()
+            yield number, {name: own * weights[:, None, None, None] for name, own in found.items()}
+
+
+@pytest.mark.parametrize(("kind", "alike"), [("leading", True), ("factors", False)])
+def test_every_query_counts_alike_for_leading_coordinates(kind, alike):
+    """However large its gradient is. Factor pairs are chosen for large ones."""
+    attribution, train_set, queries = run_of(CLASSIFIER)
+    source = training_source(attribution, train_set, 4)
+    everyone = source.batches(size=4)
+
+    def work(session):
+        responder = responder_of(attribution.estimator, session)
+        found = []
+        for own in (responder, _Louder(responder)):
+            samples = Samples(everyone, everyone, everyone)
+            (made,) = fitted(session, own, [(kind, 6 if kind == "leading" else 16)], samples, 0)
+            (batches,) = sample_coordinates(session, responder, [made], everyone)
+            stored = torch.cat([made.stored(part) for part in batches])
+            (coordinates,) = query_coordinates(session, responder, [made])
+            found.append(made.dot(made.asked(coordinates), stored))
+        return relative(*found), relative(found[0], exact_scores(session, responder, everyone))
+
+    change, lost = in_session(attribution, source, ExampleSource.of(queries, 4, "query"), work)
+    assert lost > 1e-3  # of that compression something is lost, which depends on the queries
+    assert (change < 1e-8) == alike
+
+
 @pytest.mark.parametrize("compression", ["factors", "leading", "random"])
 def test_rounding_costs_little(tmp_path, compression):
     """The same compression in int8 and in float64."""
