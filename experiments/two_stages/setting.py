@@ -76,7 +76,7 @@ def network(stage: int) -> Classifier:
     return Classifier(MLP(inputs=784, widths=[128, 64], outputs=10), optimizer)
 
 
-def train(stage: int, module: Classifier, data: Dataset, folder: Path, seed: int) -> None:
+def train(stage: int, module: Classifier, data: Dataset, folder: Path, seed: int = SEED) -> None:
     """One stage, recorded in ``folder``."""
     order = torch.Generator().manual_seed(seed)
     recorder = TrajectoryRecorder(str(folder), num_checkpoints=CHECKPOINTS, overwrite=True)
