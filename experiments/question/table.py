@@ -63,7 +63,7 @@ def main() -> None:
         readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
         (HERE / "map.svg").write_text(heat_maps(maps(found, tiny), MAPPED, ("1", *MAPPED)))
         if series := trainings_figure.found():
-            top = ceiling(found["mnist"], 0.5)
+            top = ceiling(found["mnist"], 0.5).value
             (HERE / "trainings.svg").write_text(trainings_figure.picture(series, top))
 
 
@@ -127,7 +127,7 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
         lines.append(f"| {title} | {at} | {' | '.join(cells)} | {time} |")
     anew = [share if protocol == "algorithm" else None for protocol, share in asked]
     own = ["" if share is None else replayed(kept, share) for share in anew]
-    tops = ["" if share is None else f"{ceiling(kept, share):.3f}" for share in anew]
+    tops = ["" if share is None else interval(ceiling(kept, share)) for share in anew]
     lines.append(f"| *the recorded run, retrained* | | {' | '.join(own)} | |")
     lines.append(f"| *ceiling of the truth* | | {' | '.join(tops)} | |")
     return "\n".join(lines)
@@ -143,10 +143,10 @@ def replayed(kept: Kept, share: float) -> str:
     return interval(bootstrap(rank_correlation(own[:, :common], anew[:, :common])))
 
 
-def ceiling(kept: Kept, share: float) -> float:
+def ceiling(kept: Kept, share: float) -> Interval:
     """The most that the truth of training anew lets a prediction reach; every retraining has a
     seed of its own."""
-    return seed_ceiling(kept.seeds[share].permute(2, 0, 1)).over_queries.value
+    return seed_ceiling(kept.seeds[share].permute(2, 0, 1)).over_queries
 
 
 def datamodel_table(found: additive.Additive) -> str:
