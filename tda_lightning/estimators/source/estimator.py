@@ -268,7 +268,8 @@ class Source:
                     adjoint = crossing.adjoint
                 handed = handed_over(fit.stage, fit.segments[0], adjoint, frozen)
         if session.self_influence and fitted[0].cross is averaged.cross:
-            averaged.add_self_influence(fitted[0].segments)
+            way = blockwise if fitted[0].stays_in_bases else averaged
+            way.add_self_influence(fitted[0].segments)
         return self._provenance(fitted)
 
     def _stage_cuts(self, stages: Sequence[Stage]) -> list[int | list[int]]:
