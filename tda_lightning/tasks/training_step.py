@@ -661,13 +661,19 @@ def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
     loss = step(batch, *further) if takes_index else step(batch)
     if isinstance(loss, Mapping):
         loss = loss.get("loss")
+    if loss is None:
+        raise ValueError(
+            "training_step returned None, as it does to skip a batch in training, for a batch of "
+            f"{batches.num_examples(batch)} examples: each example needs a loss, if only one of 0 "
+            "(outputs.sum() * 0). Return one, or give a task."
+        )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             "Expected training_step to return one loss, as a scalar tensor or under 'loss' in a "
             f"dictionary, got {got}. Give a task instead."
         )
-    return loss
+    return loss.reshape(()) if loss.dim() else loss
 
 
 def _is_curved(loss: CurvedLoss) -> bool:
