@@ -30,7 +30,11 @@ SHARES = (0.99, 0.95, 0.8, 0.5, 0.2)  # of the training set that a subset keeps
 SPEEDS = (0.5, 0.5**0.5, 0.25, 0.95, 0.8, 0.2)  # multiples of the rate
 FEW = dict.fromkeys(("mnist", "transformer"), (0.95, 0.5))  # where others would take too long
 # Points where the derivative is taken, the most important ones first; see points().
-COUNTS = {"concrete": (16, 8, 4, 8, 4), "mnist": (8, 0, 2, 4, 0), "transformer": (4, 0, 2, 2, 0)}
+COUNTS = {
+    "concrete": (16, 8, 4, 8, 4, 0),
+    "mnist": (8, 0, 2, 4, 0, 0),
+    "transformer": (4, 0, 2, 2, 0, 2),
+}
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
 
 
 def points(
-    problem: Problem, draws: int, complements: int, raw: int, seeds: int, others: int
+    problem: Problem, draws: int, complements: int, raw: int, seeds: int, others: int, slower: int
 ) -> dict[str, Runs]:
     """Runs at which the scores are taken, by name.
 
@@ -64,6 +68,7 @@ def points(
             second moment passing their derivative on.
         seeds: fresh ones, with all weights 1, with a random half each, with half the rate.
         others: draws of each of the other shares.
+        slower: seeds with a quarter of the rate; and an eighth of it in the recorded run.
     """
     whole = torch.ones(1, problem.num_train, dtype=torch.float64)
 
@@ -99,6 +104,9 @@ def points(
         **{f"draw-held-{k}": Runs([0], drawn(0.5, k), spread=0.25, held=True) for k in range(raw)},
     }
     found |= {f"raw-{k}": Runs([0], drawn(0.5, k), blind=False) for k in range(raw)}
+    if slower:
+        found["rate0.125"] = Runs([0], whole / 8, speeds=[0.125])
+    found |= {f"seed-slower-{k}": Runs([k], whole / 4, speeds=[0.25]) for k in range(1, slower + 1)}
     for share in (0.95, 0.8, 0.2):
         found |= {f"draw{share}-{k}": Runs([0], drawn(share, k)) for k in range(others)}
     return found

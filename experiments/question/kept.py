@@ -1,7 +1,7 @@
 """What a study found, in a file that grows: rows and truths of earlier sessions stay.
 
 An npz file without pickles; the subsets of a share are those of ``draw_subsets(num_train, share,
-count)``, the seed 0::
+count)``, the seed 0. SHARE are those with a retraining, and 0.5::
 
     recorded                float32 [query], measurements at the end of the recorded run
     single_run-SHARE        float32 [subset, query], after each replay
@@ -9,8 +9,8 @@ count)``, the seed 0::
     removed-SHARE           float16 [row, query, subset], sums of scores over what a subset leaves
                             out, in multiples of unit-SHARE
     unit-SHARE              float64 [row, query]
-    members-ROW             float16 [member, query, subset], the same with half kept for each member
-                            of an ensemble, or draw, in units of their own for each query
+    first-ROW               float32 [protocol, count, query], of an ensemble: LDS, half kept, of the
+                            means over its first 1, 2, 3 and 5 members
     about                   a JSON object: rows (names), seconds of each, num_train, versions
 
 The truths with half kept are those of experiments/fidelity.
@@ -33,10 +33,11 @@ from experiments.fidelity import kept as fidelity
 from experiments.question.studies import SHARES, Study, rows
 from tda_lightning import Scores
 from tda_lightning.cli.run_config import versions
-from tda_lightning.evaluation.linear_datamodeling import draw_subsets
+from tda_lightning.evaluation.linear_datamodeling import draw_subsets, rank_correlation
 from tda_lightning.store.ground_truth_file import read_ground_truth
 
 RESULTS = Path(__file__).parent / "results"
+COUNTS = (1, 2, 3, 5)  # members of an ensemble
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -46,7 +47,7 @@ class Kept:
 
     Attributes:
         removed: by share: float64 [query, subset] by row.
-        members: by row: [member, query, subset], half kept.
+        first: by row of an ensemble and protocol: LDS [count, query], half kept, by ``COUNTS``.
         truth: by protocol and share: [query, subset], the mean over seeds.
         seeds: of the algorithm, by share: [seed, query, subset].
         recorded: [query]; None before the first retraining.
@@ -54,7 +55,7 @@ class Kept:
     """
 
     removed: dict[float, dict[str, Tensor]]
-    members: dict[str, Tensor]
+    first: dict[tuple[str, str], Tensor]
     truth: dict[tuple[str, float], Tensor]
     seeds: dict[float, Tensor]
     recorded: Tensor | None
@@ -78,16 +79,16 @@ def keep(name: str, study: Study, folder: Path) -> None:
         about.setdefault("retraining_seconds", {})[f"{protocol}-{share:g}"] = float(
             truth.seconds.sum()
         )
-    for row in rows(study):
+    for row, asked in rows(study).items():
         file = folder / "scores" / f"{row}.h5"
         if row not in about["rows"] and file.exists():
             found = Scores.load(file)
-            _add(arrays, about, row, found.values, found.provenance, study.subsets)
-            if found.members is not None:
+            _add(arrays, about, row, found.values, found.provenance, study)
+            if asked.ensemble is not None:
+                assert found.members is not None
                 left_out = ~draw_subsets(found.num_train, 0.5, study.subsets)
-                sums = (found.members.double() @ left_out.double().T).numpy()
-                unit = np.abs(sums).max((0, 2), keepdims=True).clip(1e-300)
-                arrays[f"members-{row}"] = (sums / unit).astype(np.float16)
+                sums = found.members.double() @ left_out.double().T
+                arrays[f"first-{row}"] = first_members(name, sums)
     about["versions"] = versions()
     RESULTS.mkdir(exist_ok=True)
     aside = RESULTS / f"{name}.part.npz"
@@ -101,19 +102,44 @@ def _add(
     row: str,
     values: Tensor,
     provenance: Mapping[str, Any],
-    subsets: int,
+    study: Study,
 ) -> None:
     about["rows"].append(row)
     about["num_train"] = values.shape[1]
     about["seconds"][row] = provenance.get("processor_seconds")
-    for share in SHARES:
-        left_out = ~draw_subsets(values.shape[1], share, subsets)
+    for share in shares(study):
+        left_out = ~draw_subsets(values.shape[1], share, study.subsets)
         sums = (values.double() @ left_out.double().T).numpy()
         unit = np.abs(sums).max(1).clip(1e-300)
         scaled = (sums / unit[:, None]).astype(np.float16)
         for key, part in (("removed", scaled), ("unit", unit)):
             before = [arrays[f"{key}-{share:g}"]] if f"{key}-{share:g}" in arrays else []
             arrays[f"{key}-{share:g}"] = np.concatenate([*before, part[None]])
+
+
+def shares(study: Study) -> list[float]:
+    """Of which sums of scores are kept: half, and those with a retraining."""
+    asked = {0.5, *(share for _, share in study.truths)}
+    return [share for share in SHARES if share in asked]
+
+
+def first_members(name: str, sums: Tensor) -> NDArray[Any]:
+    """LDS [protocol, count, query], half kept, of means over the first members, from the sums of
+    scores [member, query, subset] of each."""
+    truths = [seeds.mean(0) for seeds in half_kept(name).values()]
+    means = [sums[:count].mean(0) for count in COUNTS if count <= len(sums)]
+    lds = [
+        torch.stack([rank_correlation(mean[:, : truth.shape[1]], truth) for mean in means])
+        for truth in truths
+    ]
+    return torch.stack(lds).float().numpy()
+
+
+def half_kept(name: str) -> dict[str, Tensor]:
+    """The truths of experiments/fidelity by protocol: [seed, query, subset]."""
+    with np.load(fidelity.RESULTS / f"{name}.npz", allow_pickle=False) as found:
+        truths = {protocol: torch.from_numpy(found[protocol]) for protocol in fidelity.PROTOCOLS}
+    return {protocol: truth.double().permute(1, 2, 0) for protocol, truth in truths.items()}
 
 
 def has_row(name: str, row: str) -> bool:
@@ -129,15 +155,16 @@ def has_truth(name: str, protocol: str, share: float) -> bool:
 def load(name: str) -> Kept:
     """The kept results of a study, with the truths of experiments/fidelity."""
     arrays, about = _read(name)
-    with np.load(fidelity.RESULTS / f"{name}.npz", allow_pickle=False) as others:
-        for protocol in fidelity.PROTOCOLS:
-            outcomes = others[protocol]  # a single run has an axis of seeds there, of size 1
-            arrays[f"{protocol}-0.5"] = outcomes[:, 0] if protocol == "single_run" else outcomes
-    removed, members, truth, seeds = {}, {}, {}, {}
+    removed, first, truth, seeds = {}, {}, {}, {}
+    for protocol, outcomes in half_kept(name).items():
+        truth[protocol, 0.5] = outcomes.mean(0)
+        if protocol == "algorithm":
+            seeds[0.5] = outcomes
     for key, found in arrays.items():
         kind, _, share = key.partition("-")
-        if kind == "members":
-            members[share] = torch.from_numpy(found).double()
+        if kind == "first":
+            for protocol, lds in zip(fidelity.PROTOCOLS, found, strict=True):
+                first[share, protocol] = torch.from_numpy(lds).double()
         elif kind == "removed":
             values = torch.from_numpy(found).double() * torch.from_numpy(
                 arrays[f"unit-{share}"][..., None]
@@ -149,7 +176,7 @@ def load(name: str) -> Kept:
             seeds[float(share)] = torch.from_numpy(found).double().permute(1, 2, 0)
             truth[kind, float(share)] = seeds[float(share)].mean(0)
     recorded = torch.from_numpy(arrays["recorded"]).double() if "recorded" in arrays else None
-    return Kept(removed, members, truth, seeds, recorded, about)
+    return Kept(removed, first, truth, seeds, recorded, about)
 
 
 def _read(name: str) -> tuple[Arrays, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.fidelity import kept as fidelity
 from experiments.question import additive, tiny_table, trainings_figure
 from experiments.question.heat_map import Map, heat_maps
-from experiments.question.kept import RESULTS, Kept, load
+from experiments.question.kept import COUNTS, RESULTS, Kept, load
 from experiments.question.studies import (
     ESTIMATORS,
     MEMBERS,
@@ -63,7 +63,7 @@ def main() -> None:
         readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
         (HERE / "map.svg").write_text(heat_maps(maps(found, tiny), MAPPED, ("1", *MAPPED)))
         if series := trainings_figure.found():
-            top = ceiling(found["mnist"], 0.5)
+            top = ceiling(found["mnist"], 0.5).value
             (HERE / "trainings.svg").write_text(trainings_figure.picture(series, top))
 
 
@@ -75,6 +75,10 @@ def tables(found: Mapping[str, Kept], tiny: Mapping[str, tiny_table.Tiny]) -> st
     for name, results in tiny.items():
         title = tiny_table.TITLES[name]
         parts.append(f"### AdamW, exact derivatives: {title}\n\n{tiny_table.table(results)}")
+    said = (
+        "Training anew, half kept: how far predictions of the same kind are the luck of one seed."
+    )
+    parts.append(f"### AdamW, the luck of a seed\n\n{said}\n\n{tiny_table.luck(tiny)}")
     parts.append(f"### By number of trainings\n\n{by_members(found)}")
     if series := trainings_figure.found():
         said = (
@@ -123,7 +127,7 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
         lines.append(f"| {title} | {at} | {' | '.join(cells)} | {time} |")
     anew = [share if protocol == "algorithm" else None for protocol, share in asked]
     own = ["" if share is None else replayed(kept, share) for share in anew]
-    tops = ["" if share is None else f"{ceiling(kept, share):.3f}" for share in anew]
+    tops = ["" if share is None else interval(ceiling(kept, share)) for share in anew]
     lines.append(f"| *the recorded run, retrained* | | {' | '.join(own)} | |")
     lines.append(f"| *ceiling of the truth* | | {' | '.join(tops)} | |")
     return "\n".join(lines)
@@ -139,10 +143,10 @@ def replayed(kept: Kept, share: float) -> str:
     return interval(bootstrap(rank_correlation(own[:, :common], anew[:, :common])))
 
 
-def ceiling(kept: Kept, share: float) -> float:
+def ceiling(kept: Kept, share: float) -> Interval:
     """The most that the truth of training anew lets a prediction reach; every retraining has a
     seed of its own."""
-    return seed_ceiling(kept.seeds[share].permute(2, 0, 1)).over_queries.value
+    return seed_ceiling(kept.seeds[share].permute(2, 0, 1)).over_queries
 
 
 def datamodel_table(found: additive.Additive) -> str:
@@ -193,19 +197,14 @@ def _of_fidelity(
 
 def by_members(found: Mapping[str, Kept]) -> str:
     """LDS of means over the first members of each ensemble, half kept."""
-    asked = [("single_run", 0.5), ("algorithm", 0.5)]
-    heads = [f"{WORDS[p]}, {k} trained" for p, _ in asked for k in (1, 2, 3, 5)]
+    asked = ("single_run", "algorithm")
+    heads = [f"{WORDS[p]}, {k} trained" for p in asked for k in COUNTS]
     lines = [f"| study | scores | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for name, kept in found.items():
         for row in rows(STUDIES[name]).values():
-            if row.ensemble is None or str(row) not in kept.members:
+            if (str(row), asked[0]) not in kept.first:
                 continue
-            cells = []
-            for protocol, share in asked:
-                for count in (1, 2, 3, 5):
-                    predicted = kept.members[str(row)][:count].mean(0)
-                    truth = kept.truth[protocol, share]
-                    cells.append(interval(bootstrap(rank_correlation(predicted, truth))))
+            cells = [interval(bootstrap(lds)) for p in asked for lds in kept.first[str(row), p]]
             said = f"{TITLES[row.estimator]}, keep={row.point}, {WORDS[row.ensemble]}"
             lines.append(f"| {STUDIES[name].title} | {said} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -88,6 +88,7 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         "the rate over the root of 2": [["rate0.707107"]],
         "half the rate": [["rate0.5"]],
         "a quarter of the rate": [["rate0.25"]],
+        "an eighth of the rate": [["rate0.125"]],
         "all weights 1/2, expected second moments": [["spread"]],
         "expected second moments, held": [["held"]],
         "half the rate, expected second moments": [["spread-slow"]],
@@ -114,6 +115,7 @@ def groups(points: Sequence[str]) -> dict[str, list[list[str]]]:
         found[f"fresh seeds, half the rate, expected second moments, held, {size}"] = cut(
             numbered("seed-held-slow"), size
         )
+        found[f"fresh seeds, a quarter of the rate, {size}"] = cut(numbered("seed-slower"), size)
     return {
         title: [g for g in some if have.issuperset(g)]
         for title, some in found.items()
@@ -164,6 +166,40 @@ def table(tiny: Tiny) -> str:
         lines.append(f"| {title} | {len(some[0])} | {' | '.join(cells)} |")
     tops = [f"{ceiling(tiny.seeds[s]):.3f}" if p == "fresh" else "" for p, s in asked]
     lines.append(f"| *ceiling of the truth* | | {' | '.join(tops)} |")
+    return "\n".join(lines)
+
+
+def luck(results: Mapping[str, Tiny]) -> str:
+    """How far two seeds' predictions agree, and what the luck of one seed costs, in markdown.
+
+    A prediction that is the expectation over seeds plus the luck of one ranks the truth less well
+    by the root of the agreement of two (Spearman 1904); so much the mean over many seeds gains.
+    """
+    ways = {
+        "all weights 1": ("whole", "seed-whole"),
+        "half the rate": ("rate0.5", "seed-slow"),
+        "half the rate, expected second moments, held": ("held-slow", "seed-held-slow"),
+        "a quarter of the rate": ("rate0.25", "seed-slower"),
+    }
+    lines = [
+        "| problem | derivative at | seeds | two seeds agree | LDS, one seed | all seeds | "
+        "without luck |",
+        "|---" * 7 + "|",
+    ]
+    for name, tiny in results.items():
+        for said, (recorded, fresh) in ways.items():
+            names = [recorded, *(p for p in tiny.points if p.rpartition("-")[0] == fresh)]
+            if len(names) == 1:
+                continue
+            sums = [tiny.removed["0.5"][point] for point in names]
+            pairs = [rank_correlation(a, b).nanmean() for i, a in enumerate(sums) for b in sums[:i]]
+            agreed = float(torch.stack(pairs).mean())
+            one = float(torch.stack(lds(tiny, [[n] for n in names], "fresh", "0.5")).nanmean())
+            whole = float(lds(tiny, [names], "fresh", "0.5")[0].nanmean())
+            lines.append(
+                f"| {TITLES[name]} | {said} | {len(names)} | {agreed:.2f} | {one:.3f} | "
+                f"{whole:.3f} | {one / agreed**0.5:.2f} |"
+            )
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from experiments.fidelity import kept as fidelity
 from experiments.fidelity.run import tda
 from experiments.question.kept import RESULTS
 from experiments.question.studies import ESTIMATORS
-from tda_lightning import AttributionModule, Ensemble, Scores, Trajectory
+from tda_lightning import AttributionModule, Ensemble, Scores
 from tda_lightning.cli.run_config import build, load_config
 from tda_lightning.cli.trainers import silent_trainer
 from tda_lightning.estimators import TRAK
@@ -57,8 +57,8 @@ SERIES = (
     *(Series("source_blocks", kind, 0.5) for kind in ("seeds", "forks", "dropout")),
     *(Series("tracin", kind, 1) for kind in ("seeds", "dropout", "lora")),
 )
-POOLED = Series("trak", "seeds", 1)  # its average is no mean of members' scores
-OUTSIDE = Series("kronfluence", "seeds", 1)
+POOLED = tuple(Series("trak", kind, 1) for kind in ("seeds", "dropout", "lora"))
+OUTSIDE, OUTSIDE_MEMBERS = Series("kronfluence", "seeds", 1), 5
 
 
 def main() -> None:
@@ -76,20 +76,21 @@ def main() -> None:
         tda("train", "experiment=fidelity/mnist", "name=question/mnist", root, *common)
     for series in SERIES:
         if str(series) not in done():
-            make(series.kind, common)
+            make(series.kind, MEMBERS[series.kind], common)
             scores = score(series, RUN / "ensemble" / series.kind, common)
             assert scores.members is not None
             keep(series, first_members([sums(part) for part in scores.members]))
-    if str(POOLED) not in done():
-        keep(POOLED, pooled(common))
-    if options.peers is not None and str(OUTSIDE) not in done():
+    for series in POOLED:
+        if str(series) not in done():
+            keep(series, pooled(series, common))
+    counts = [count for count in COUNTS if count <= OUTSIDE_MEMBERS]
+    if options.peers is not None and read()[1].get(str(OUTSIDE)) != counts:
         keep(OUTSIDE, first_members(outside(options.peers, common)))
 
 
-def make(kind: str, common: Sequence[str]) -> None:
+def make(kind: str, members: int, common: Sequence[str]) -> None:
     """An ensemble, or what is missing of it."""
-    asked = [f"kind={kind}", f"members={MEMBERS[kind]}"]
-    tda("ensemble", f"trajectory={RUN}", *asked, *common)
+    tda("ensemble", f"trajectory={RUN}", f"kind={kind}", f"members={members}", *common)
 
 
 def score(series: Series, of: Path, common: Sequence[str]) -> Scores:
@@ -114,18 +115,20 @@ def first_members(of_each: Sequence[Tensor]) -> dict[int, Tensor]:
     return {k: torch.stack([*of_each[:k]]).mean(0) for k in COUNTS if k <= len(of_each)}
 
 
-def pooled(common: Sequence[str]) -> dict[int, Tensor]:
-    """TRAK over the first runs of an ensemble, by how many: sums [query, subset]."""
-    make("seeds", common)
+def pooled(series: Series, common: Sequence[str]) -> dict[int, Tensor]:
+    """TRAK, whose average is no mean of members' scores, over the first members of an ensemble, by
+    how many: sums [query, subset]."""
+    make(series.kind, MEMBERS[series.kind], common)
     recorded = load_config(RUN)
     data = build(recorded.data, trust=False)
     module = build(recorded.model, trust=False, optimizer=None, scheduler=None)
     task = build(recorded.task, trust=False)
-    members = folders("seeds")
+    members = Ensemble.load(RUN / "ensemble" / series.kind).trajectories
     found = {}
     for count in COUNTS:
-        runs = [Trajectory.load(str(folder)) for folder in members[:count]]
-        of = runs[0] if count == 1 else Ensemble(runs)
+        if count > len(members):
+            break
+        of = members[0] if count == 1 else Ensemble(members[:count])
         scores = AttributionModule(module, of, TRAK(), task).attribute(
             data.train_dataset, data.query_dataset, trainer=silent_trainer(), self_influence=False
         )
@@ -135,9 +138,10 @@ def pooled(common: Sequence[str]) -> dict[int, Tensor]:
 
 def outside(python: str, common: Sequence[str]) -> list[Tensor]:
     """kronfluence's EK-FAC influence of each seed's run: sums [query, subset]."""
-    make("seeds", common)
+    make("seeds", OUTSIDE_MEMBERS, common)
     found = []
-    for folder in folders("seeds"):
+    others = [RUN / "ensemble" / "seeds" / f"member-{k}" for k in range(2, OUTSIDE_MEMBERS + 1)]
+    for folder in (RUN, *others):
         file = folder / "kronfluence.h5"
         if not file.exists():
             if not (folder / "config.yaml").exists():
@@ -146,12 +150,6 @@ def outside(python: str, common: Sequence[str]) -> list[Tensor]:
             subprocess.run([*command, "--output", str(file), "--threads", "1"], check=True)
         found.append(sums(Scores.load(file).values))
     return found
-
-
-def folders(kind: str) -> list[Path]:
-    """The recorded run, and then the other members."""
-    root = RUN / "ensemble" / kind
-    return [RUN] + [root / f"member-{number}" for number in range(2, MEMBERS[kind] + 1)]
 
 
 def sums(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from experiments.question.tiny_table import interval
 from experiments.question.trainings import COUNTS, OUTSIDE, POOLED, SERIES, Series, read
 from tda_lightning.evaluation.linear_datamodeling import bootstrap
 
-ORDER = (*SERIES, POOLED, OUTSIDE)
+ORDER = (*SERIES, *POOLED, OUTSIDE)
 NAMES = TITLES | {"trak": "TRAK", "kronfluence": "kronfluence, EK-FAC"}
 KINDS = {
     "seeds": "independent runs",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,13 @@ def write_missing(
             damages += [damage] if damage else []
     for first, stop in session.loop("index: shards", wanted):
         parts = (range(at, min(at + _TOGETHER, stop)) for at in range(first, stop, _TOGETHER))
-        rows = [_rows(facts.terms, compression, session, source, own, first_row) for own in parts]
-        write_shard(root, first, *rounded(torch.cat(rows), facts.dtype), facts.compression)
+        found = [
+            rounded(rows, facts.dtype)  # at once, while they are in the processor's cache
+            for own in parts
+            for rows in _stored(facts.terms, compression, session, source, own, first_row)
+        ]
+        codes, scales = (np.concatenate(own) for own in zip(*found, strict=True))
+        write_shard(root, first, codes, scales, facts.compression)
     return damages
 
 
@@ -112,15 +118,15 @@ def shard_of(root: Path, facts: IndexFacts, first: int, stop: int) -> Shard:
     return read_shard(path, facts.compression, facts.width, facts.dtype)
 
 
-def _rows(
+def _stored(
     terms: Sequence[Term],
     compression: Compression,
     session: Session,
     source: ExampleSource,
     rows: range,
     first_row: int,
-) -> Tensor:
-    """What is stored of some rows: [row, width]."""
+) -> Iterator[Tensor]:
+    """What is stored of some rows, batch by batch: [row, width]."""
     size = session.walk_size
     batches = [range(at, min(at + size, rows.stop)) for at in range(rows.start, rows.stop, size)]
     order = [[row - first_row for row in batch] for batch in batches]
@@ -139,11 +145,16 @@ def _rows(
                 continue
             for own, part in zip(found, weights[:, None].split(size), strict=True):
                 own[number] = own[number] * part
-    stored = torch.cat([compression.stored(own) for own in found])
-    if not bool(stored.isfinite().all()):
-        row = int((~stored.isfinite().all(1)).nonzero()[0])
+    for batch, own in zip(order, found, strict=True):
+        stored = compression.stored(own)
+        if not bool(stored.sum().isfinite()):  # the sum of finite numbers may be too large
+            _require_finite(stored, batch)
+        yield stored
+
+
+def _require_finite(stored: Tensor, examples: Sequence[int]) -> None:
+    if not bool((finite := stored.isfinite().all(1)).all()):
         raise NonFiniteError(
-            f"The gradient of example {rows.start + row - first_row} is NaN or infinite at one of "
-            "the checkpoints: an index cannot hold it. Look at this example and its loss."
+            f"The gradient of example {examples[int((~finite).nonzero()[0])]} is NaN or infinite "
+            "at one of the checkpoints: an index cannot hold it. Look at this example and its loss."
         )
-    return stored

@@ -14,7 +14,7 @@ from tda_lightning.index.opened import in_session
 from tda_lightning.index.preparing import Settings, part_of, prepared, stand_ins
 from tda_lightning.index.responses import responder_of
 from tda_lightning.index.rounding import width_of
-from tda_lightning.index.run_record import run_digest
+from tda_lightning.index.run_record import run_record
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.processes import from_all, rank_and_world
@@ -63,7 +63,8 @@ def built(
             shard,
             seed,
             digest([session.cache_key(steps), repr(estimator)]),
-            {"estimator": repr(estimator), "run": run_digest(session)},
+            repr(estimator),
+            run_record(session),
         )
         facts, made = prepared(root, settings, session, responder, source, like)
         rank, world = rank_and_world()

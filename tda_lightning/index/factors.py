@@ -123,7 +123,7 @@ class FactorPairs:
         parts = []
         for name, own in self.blocks.items():
             u, v = self.stacked(name, coordinates).leading(own.rank)
-            parts += [u / own.row_scale[..., None], v / own.column_scale[..., None]]
+            parts += [u.div_(own.row_scale[..., None]), v.div_(own.column_scale[..., None])]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def stacked(self, name: str, coordinates: Sequence[BlockMatrices]) -> Matrices:

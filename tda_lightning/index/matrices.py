@@ -99,6 +99,8 @@ class Matrices:
             sizes = [own.norm(dim=2, keepdim=True).clamp(min=_tiny(own)) for own in (u, v)]
             root = (sizes[1] / sizes[0]).sqrt()
             u, v = u * root, v / root
+            if rank == 1:
+                return u, v
             padding = (0, rank - 1)
             return torch.nn.functional.pad(u, padding), torch.nn.functional.pad(v, padding)
         generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from tda_lightning.index.compressions import restored
 from tda_lightning.index.facts import IndexFacts
 from tda_lightning.index.opened import sampled
 from tda_lightning.index.responses import Responder
+from tda_lightning.index.run_record import of_another_run
 from tda_lightning.records.errors import TrajectoryFormatError, TrajectoryLockedError
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
@@ -39,7 +39,8 @@ class Settings:
         shard: rows in a shard.
         seed: of what is drawn.
         made_of: digest of the run, the task and the estimator.
-        provenance: those in words.
+        estimator: in words.
+        record: which run it is (``run_record.py``).
     """
 
     bytes_per_example: int
@@ -48,7 +49,8 @@ class Settings:
     shard: int
     seed: int
     made_of: str
-    provenance: Mapping[str, Any]
+    estimator: str
+    record: Mapping[str, str]
 
     @property
     def digest(self) -> str:
@@ -122,7 +124,8 @@ def prepared(
     finally:
         lock.release()
     there = IndexFacts.read(root)
-    if there.made_of != settings.digest:
+    other = of_another_run(there.provenance, settings.record)
+    if there.made_of != settings.digest or other:
         raise FileExistsError(
             f"{root} holds an index of another run or with other settings (made by "
             f"{there.made_by}), which is kept. Choose another folder, or delete that one."
@@ -151,7 +154,7 @@ def _taken_over(root: Path, like: Path, settings: Settings) -> None:
         raise FileNotFoundError(
             f"like={like} holds no index. Build that one first, or leave like away."
         ) from error
-    if facts.made_of != settings.digest:
+    if facts.made_of != settings.digest or of_another_run(facts.provenance, settings.record):
         raise ValueError(
             f"like={like} is an index of another run or with other settings (made by "
             f"{facts.made_by}). Build with the settings of that one, or leave like away."
@@ -186,7 +189,8 @@ def _begin(
         settings.seed,
     )
     provenance = {
-        **settings.provenance,
+        "estimator": settings.estimator,
+        **settings.record,
         "bytes_per_example": settings.bytes_per_example,
         "compression": f"{made.kind} in {dtype}",
         "agreement": agreement,

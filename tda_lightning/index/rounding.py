@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,8 +15,8 @@ _LARGEST = {"int4": 7, "int8": 127, "float16": 1}
 # Of int4 the largest numbers are cut where that makes the others precise: so many roots of a row's
 # mean square are tried. Of normal numbers 2.5 is best.
 _CUTS = (1.8, 2.2, 2.6, 3.2, 4.0, 5.0, 7.0)
-_TRIED = 512  # numbers of a row that cuts are tried on, at most
-_NEAR = 128  # rows whose cuts are tried together: they stay in the processor's cache
+_TRIED, _RUNS = 256, 32  # numbers of a row that cuts are tried on, at most, and their runs
+_NEAR = 256  # rows that are rounded together
 
 
 def largest_code(dtype: str) -> float | None:
@@ -54,14 +56,27 @@ def rounded(rows: Tensor, dtype: str) -> tuple[NDArray[np.generic], NDArray[np.f
     values = rows.detach().cpu()
     if dtype in ("float32", "float64"):
         return values.numpy().astype(dtype), np.ones(len(values), scale_dtype(dtype))
-    limits = _int4_limits(values) if dtype == "int4" else values.abs().amax(1)
+    # Few at a time: they are gone through several times, and stay in the processor's cache.
+    parts = [_rounded(part, dtype) for part in values.split(_NEAR)]
+    return torch.cat([own[0] for own in parts]).numpy(), torch.cat(
+        [own[1] for own in parts]
+    ).numpy()
+
+
+def _rounded(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    limits = _int4_limits(values) if dtype == "int4" else _largest_of(values)
     scales = (limits / _LARGEST[dtype]).float()  # of float64 it may be zero only then
     scales = torch.where(scales > 0, scales, 1.0)
     quotients = values / scales[:, None]
     if dtype == "float16":
-        return quotients.half().numpy(), scales.numpy()
+        return quotients.half(), scales
     integers = quotients.round_().clamp_(-_LARGEST[dtype], _LARGEST[dtype]).to(torch.int8)
-    return (_packed(integers) if dtype == "int4" else integers).numpy(), scales.numpy()
+    return _packed(integers) if dtype == "int4" else integers, scales
+
+
+def _largest_of(values: Tensor) -> Tensor:
+    """The largest number of each row, whatever its sign."""
+    return torch.maximum(values.amax(1), -values.amin(1))
 
 
 def numbers_of(codes: NDArray[np.generic], dtype: str, width: int) -> Tensor:
@@ -108,17 +123,25 @@ def _int4_limits(values: Tensor) -> Tensor:
     """Where each row's numbers are cut, so that what rounding and cutting lose together is
     least."""
     rows, width = values, values.shape[1]
-    if width > _TRIED:  # drawn: those at equal distances could be of one kind
-        drawn = torch.randperm(width, generator=torch.Generator().manual_seed(0))
-        values = values[:, drawn[:_TRIED]]
-    limits = torch.cat([_best_cuts(part) for part in values.split(_NEAR)])
-    largest, size = torch.maximum(rows.amax(1), -rows.amin(1)), rows.norm(dim=1)
+    if width > _TRIED:
+        values = values.index_select(1, _drawn(width))
+    limits, largest, size = _best_cuts(values), _largest_of(rows), rows.norm(dim=1)
     # Where few numbers are not zero, all of these cuts are too low, and the sample may miss them.
     if len(peaked := (largest * width**0.5 > _CUTS[-1] * size).nonzero()[:, 0]):
         tried = torch.stack([limits[peaked], largest[peaked]])
-        lost = torch.stack([_lost(rows[peaked], own) for own in tried])
+        lost = torch.stack([_lost(rows.index_select(0, peaked), own) for own in tried])
         limits[peaked] = tried.gather(0, lost.argmin(0)[None])[0]
     return limits
+
+
+@lru_cache(64)
+def _drawn(width: int) -> Tensor:
+    """The numbers that cuts are tried on: short runs all over a row, of whose stretches each holds
+    numbers of another size. Drawn: those at equal distances could be of one kind."""
+    length, generator = _TRIED // _RUNS, torch.Generator().manual_seed(0)
+    room = width / _RUNS - length
+    starts = torch.arange(_RUNS) * width / _RUNS + torch.rand(_RUNS, generator=generator) * room
+    return (starts.long()[:, None] + torch.arange(length)).flatten()
 
 
 def _lost(values: Tensor, limits: Tensor) -> Tensor:
@@ -136,6 +159,6 @@ def _best_cuts(values: Tensor) -> Tensor:
     for cut in _CUTS:
         step = cut / _LARGEST["int4"]
         torch.mul(relative, 1 / step, out=kept).round_().clamp_(max=_LARGEST["int4"])
-        lost.append(kept.mul_(step).sub_(relative).square_().sum(1))
+        lost.append(torch.sub(relative, kept, alpha=step, out=kept).norm(dim=1))
     best = torch.stack(lost).argmin(0)
     return size[:, 0] * torch.tensor(_CUTS).to(size)[best]

@@ -11,23 +11,37 @@ from tda_lightning.runtime.digests import digest
 from tda_lightning.session.session import Session
 
 
-def run_digest(session: Session) -> str:
-    """Of the last weights, whatever precision and device they are opened in."""
-    session.load(session.trajectory.last_step)
+def run_record(session: Session) -> dict[str, str]:
+    """What tells the run from others, for the provenance of an index: its last weights, whatever
+    precision and device they are opened in, and the name that it was recorded under. Of a run
+    without a name its steps stand for it: two runs can end at the same weights."""
+    trajectory = session.trajectory
+    session.load(trajectory.last_step)
     weights = sorted(plain_parameters(session.module).items())
-    return digest([[name, own.detach().cpu().float()] for name, own in weights])
+    recorded = trajectory.facts.settings.get("run_id")
+    if recorded is None:
+        recorded = digest([trajectory.steps.examples, trajectory.steps.learning_rate])
+    return {
+        "run": digest([[name, own.detach().cpu().float()] for name, own in weights]),
+        "run_id": recorded,
+    }
+
+
+def of_another_run(provenance: Mapping[str, Any], record: Mapping[str, str]) -> bool:
+    """Whether an index is of another run than that of ``record``, as far as it says what it was
+    built from."""
+    return any(provenance.get(key, own) != own for key, own in record.items())
 
 
 def require_same_run(provenance: Mapping[str, Any], session: Session) -> None:
     """Refuse the queries and examples of another run, where the index says what it was built from.
 
     Raises:
-        TrajectoryMismatchError: the weights are others.
+        TrajectoryMismatchError: it is another one.
     """
-    known = provenance.get("run")
-    if known is not None and known != run_digest(session):
+    if of_another_run(provenance, run_record(session)):
         raise TrajectoryMismatchError(
-            "The index was built from another run: its last weights are not those of the "
-            "attribution. Open it with the trajectory that it was built from, or build an index of "
-            "this one."
+            "The index was built from another run: its last weights, or the recording that they "
+            "are of, are not those of the attribution. Open it with the trajectory that it was "
+            "built from, or build an index of this one."
         )

@@ -195,7 +195,9 @@ def averaged_coordinates(
             session.load(step)
             for place, gradients in enumerate(walk()):
                 for own, compression in zip(found, compressions, strict=True):
-                    part = compression.coordinates(number, gradients) * weight
+                    part = compression.coordinates(number, gradients)
+                    if len(term.steps) > 1:
+                        part = part * weight
                     if place == len(own):
                         own.append([])
                     if number == len(own[place]):

@@ -3,22 +3,29 @@ as high as the weight, and no tensor of that height for each example or query.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, pairs, queries
-from tda_lightning.estimators.source import averaged, estimator
+from tda_lightning.estimators.source import estimator, looked_up, segments
 from tda_lightning.gradients import Dense
 from tda_lightning.gradients.rows import Rows, touched_rows
 from tda_lightning.session import queries as session_queries
+from tda_lightning.session.stage import Stage
 from tests.attributing import attribute, relative
 from tests.cases import Case
 from tests.cases.training import OPTIMIZERS, train
 from tests.largest import Largest
+from tests.quick import quick
+from tests.two_stages import two_stages
+from tests.unrolling import NETWORKS, Network, sgd
+from tests.unrolling import OPTIMIZERS as UNROLLED
 
 CHECKPOINTS = (2, 3, 5, 6)
 HEIGHT = 5003
@@ -59,7 +66,7 @@ def as_high_as_the_weight() -> Iterator[None]:
         for module in (queries, pairs, session_queries):
             patch.setattr(module, "Rows", Never)
         patch.setattr(estimator, "separable", lambda *_: [])
-        patch.setattr(averaged, "touched_rows", lambda _: {})
+        patch.setattr(segments, "touched_rows", lambda _: {})
         yield
 
 
@@ -118,3 +125,49 @@ def test_queries_may_come_in_other_forms() -> None:
     dense = Dense(torch.randn(6, 1, 5, 4).double())
     expected = torch.einsum("qgij,bgij->qb", rows.dense(slice(None)), dense.values)
     torch.testing.assert_close(rows.met_by(dense), expected)
+
+
+def _network(height: int) -> Network:
+    def build() -> nn.Module:
+        layers = (nn.Flatten(), nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 3))
+        return nn.Sequential(nn.Embedding(height, 3), *layers)
+
+    def inputs(count: int) -> Tensor:
+        return torch.randint(0, 12, (count, 4)) * (height // 13)
+
+    return dataclasses.replace(NETWORKS["batch norm"], build=build, inputs=inputs)
+
+
+STAGED = {
+    "source": Source(num_segments=2, leading_directions=0),
+    "leading": Source(num_segments=2, leading_directions=30),
+    "recorded": Source(num_segments=2, leading_directions=0, order="recorded"),
+}
+
+
+@pytest.mark.parametrize("frozen", [(), ("0",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize("name", quick(STAGED, ["leading"]))
+def test_stages_follow_the_rows_in_use(
+    name: str, frozen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one stage a table is trained, in the next one it is trained further or only used."""
+    work = two_stages(
+        tmp_path, (_network(41), _network(41)), (sgd(momentum=0.8), UNROLLED["adamw"]), frozen
+    )
+    heights: list[int] = []
+    narrow = looked_up.without_unused_rows
+
+    def watched(stages: Sequence[Stage]) -> list[Stage]:
+        found = narrow(stages)
+        heights.extend(block.shape[1] for block in found[0].wide.blocks if block.name == "net.0")
+        return found
+
+    monkeypatch.setattr(estimator, "without_unused_rows", watched)
+    expected = work.scores(STAGED[name])
+    monkeypatch.setattr(looked_up, "WIDE", 1)
+    for run in work.runs:
+        run.curvature.clear()
+    scores = work.scores(STAGED[name])
+    assert heights == [41, 12]
+    assert expected.values[:, :10].any() and expected.values[:, 10:].any()
+    assert relative(scores.by_segment, expected.by_segment) < 1e-9

@@ -1,16 +1,20 @@
 """An index in an object store, rows that were appended searched alone, and FAISS."""
 
+from dataclasses import replace
+
 import fsspec
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from tda_lightning import AttributionModule
 from tda_lightning.estimators import TracIn
 from tda_lightning.index import ApproximateSearch, AttributionIndex
 from tda_lightning.records.errors import NonFiniteError, TrajectoryMismatchError
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.serve.searching import IndexSearcher
-from tests.cases.training import CLASSIFIER, MLP
+from tests.attributing import CaseTask
+from tests.cases.training import CLASSIFIER, MLP, OPTIMIZERS, queries_of, train
 from tests.index.test_attribution_index import build, everything, folder, run_of
 
 OPTIONS = {"bytes_per_example": 40, "dtype": "int8", "shard": 3}
@@ -92,6 +96,34 @@ def test_an_index_of_another_run_is_not_asked(tmp_path):
     searcher = IndexSearcher(mistaken, ExampleSource.of(queries, 4, "query"), 4)
     with pytest.raises(TrajectoryMismatchError, match="built from another run"):
         searcher.during(lambda: None)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_runs_that_end_at_the_same_weights_are_told_apart(tmp_path, named):
+    """By the name that each was recorded under, or by its steps."""
+    run, module, data = train(MLP, OPTIMIZERS["momentum"], checkpoints=(0, 3, 6, 9))
+    if named:
+        names = [{**run.facts.settings, "run_id": name} for name in ("one", "other")]
+        runs = [replace(run, facts=replace(run.facts, settings=own)) for own in names]
+    else:
+        rates = run.steps.learning_rate.clone()
+        rates[3] *= 2
+        runs = [run, replace(run, steps=replace(run.steps, learning_rate=rates))]
+    train_set, queries = TensorDataset(*data), TensorDataset(*queries_of(MLP))
+    own, other = (AttributionModule(module, one, TracIn(), CaseTask(MLP.kind)) for one in runs)
+    index = build(own, train_set, tmp_path / "index", **OPTIONS)
+    AttributionIndex.open(index.path, own, train_set).search(queries, 1)
+    mistaken = AttributionIndex.open(index.path, other, train_set)
+    for refused in (
+        lambda: mistaken.search(queries, 1),
+        lambda: mistaken.append(TensorDataset(*MLP.batch(5, seed=3))),
+    ):
+        with pytest.raises(TrajectoryMismatchError, match="built from another run"):
+            refused()
+    with pytest.raises(FileExistsError, match="of another run"):
+        build(other, train_set, tmp_path / "index", **OPTIONS)
+    with pytest.raises(ValueError, match="of another run"):
+        build(other, train_set, tmp_path / "more", like=tmp_path / "index", **OPTIONS)
 
 
 def test_faiss_finds_what_a_search_of_all_rows_finds(tmp_path):

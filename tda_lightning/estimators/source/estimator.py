@@ -34,6 +34,7 @@ from tda_lightning.estimators.source.looked_up import (
     rows_of_queries,
     separable,
     united,
+    without_unused_rows,
 )
 from tda_lightning.estimators.source.matrix_free import MatrixFree, MatrixFreeOrder
 from tda_lightning.estimators.source.segments import (
@@ -231,6 +232,11 @@ class Source:
         """Follow the queries back through one or several stages of training."""
         cuts = self._stage_cuts(stages)
         alone = len(stages) == 1
+        recorded_too = (self.statistics, self.curvature)
+        if not alone and not any(
+            uses_statistics(*recorded_too, stage.session.trajectory) for stage in stages
+        ):
+            stages = without_unused_rows(stages)
         fitted = [self.fit(own, cut, alone) for own, cut in zip(stages, cuts, strict=True)]
         session = stages[-1].session
         query_bytes = max(fit.query_bytes() for fit in fitted)
@@ -249,7 +255,8 @@ class Source:
                     adjoint = crossing.adjoint
                 handed = handed_over(fit.stage, fit.segments[0], adjoint, frozen)
         if session.self_influence and fitted[0].cross is averaged.cross:
-            averaged.add_self_influence(fitted[0].segments)
+            way = blockwise if fitted[0].stays_in_bases else averaged
+            way.add_self_influence(fitted[0].segments)
         return self._provenance(fitted)
 
     def _stage_cuts(self, stages: Sequence[Stage]) -> list[int | list[int]]:
