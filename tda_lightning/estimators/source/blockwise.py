@@ -30,9 +30,8 @@ from tda_lightning.runtime.full_precision import full_precision
 from tda_lightning.session.session import Batch, Session, memory_budget
 
 _COPIES = 4  # of its gradient, that an example takes where it is scored for itself
-_TOGETHER = (
-    32  # such examples at least: each part of them reads all leading directions six times a segment
-)
+# Such examples at least: each part of them reads all leading directions six times a segment.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
