@@ -25,11 +25,13 @@ from tda_lightning.estimators.source.segments import (
 )
 from tda_lightning.estimators.source.spectral import combined
 from tda_lightning.gradients import Gradient
+from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.runtime.full_precision import full_precision
 from tda_lightning.session.session import Batch, Session, memory_budget
 
 _COPIES = 4  # of its gradient, that an example takes where it is scored for itself
-_TOGETHER = 32  # such examples: each part of them reads all leading directions six times a segment
+# Such examples at least: each part of them reads all leading directions six times a segment.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
                 own = segment.session.train_gradients(batch.data, batch.examples, batch.noise)
                 trained[step] = own.blocks
         bytes_each = near[-1].session.gradient_bytes(_COPIES * near[-1].components)
-        fitting = min(_TOGETHER, memory_budget() // bytes_each)
+        together = max(_TOGETHER, CHUNK_SCALARS // near[-1].session.num_parameters)
+        fitting = min(together, memory_budget() // bytes_each)
         for start in range(0, len(batch.examples), max(1, fitting)):
             part = slice(start, min(start + max(1, fitting), len(batch.examples)))
             values = _own_scores(near, batch, measured, trained, part)
