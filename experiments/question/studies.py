@@ -141,5 +141,7 @@ def rows(study: Study) -> dict[str, Row]:
     found = [Row(name, point) for point in study.points for name in reversed(ESTIMATORS)]
     found += [Row(name, point) for name, points in study.others for point in points]
     for kind in study.ensembles:
-        found += [Row(name, point, kind) for name in study.averaged for point in study.points]
+        # Exact unrolling refuses masks: nothing was trained under them.
+        averaged = [name for name in study.averaged if (name, kind) != ("unrolled", "dropout")]
+        found += [Row(name, point, kind) for name in averaged for point in study.points]
     return {str(row): row for row in found if row.estimator not in study.without}

@@ -71,10 +71,10 @@ def main() -> None:
     table.publish()
 
 
-def recorded(folder: Path, data: setting.Data) -> list[Trajectory]:
+def recorded(folder: Path, data: setting.Data, seed: int = setting.SEED) -> list[Trajectory]:
     """Both runs, trained where they are not there yet."""
     if not (folder / "recorded").exists():
-        setting.train_both(data.stages, folder)
+        setting.train_both(data.stages, folder, seed)
         (folder / "recorded").touch()
     return setting.recorded(folder)
 

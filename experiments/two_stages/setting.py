@@ -76,9 +76,9 @@ def network(stage: int) -> Classifier:
     return Classifier(MLP(inputs=784, widths=[128, 64], outputs=10), optimizer)
 
 
-def train(stage: int, module: Classifier, data: Dataset, folder: Path) -> None:
+def train(stage: int, module: Classifier, data: Dataset, folder: Path, seed: int = SEED) -> None:
     """One stage, recorded in ``folder``."""
-    order = torch.Generator().manual_seed(SEED)
+    order = torch.Generator().manual_seed(seed)
     recorder = TrajectoryRecorder(str(folder), num_checkpoints=CHECKPOINTS, overwrite=True)
     Trainer(
         max_epochs=EPOCHS[stage],
@@ -91,14 +91,14 @@ def train(stage: int, module: Classifier, data: Dataset, folder: Path) -> None:
     ).fit(module, DataLoader(data, BATCH_SIZE, shuffle=True, generator=order))
 
 
-def train_both(stages: Sequence[Dataset], folder: Path) -> None:
+def train_both(stages: Sequence[Dataset], folder: Path, seed: int = SEED) -> None:
     """Both stages from fresh weights, their runs recorded in ``folder``."""
-    seed_everything(SEED, verbose=False)
+    seed_everything(seed, verbose=False)
     before = network(0)
-    train(0, before, stages[0], folder / "stage1")
+    train(0, before, stages[0], folder / "stage1", seed)
     module = network(1)
     module.load_state_dict(before.state_dict())
-    train(1, module, stages[1], folder / "stage2")
+    train(1, module, stages[1], folder / "stage2", seed)
 
 
 def recorded(folder: Path) -> list[Trajectory]:

@@ -36,16 +36,18 @@ TOGETHER = 25  # replays of stage 1 at once
 
 
 def ground_truth(
-    protocol: Protocol, runs: Sequence[Trajectory], data: Data, path: Path
+    protocol: Protocol,
+    runs: Sequence[Trajectory],
+    data: Data,
+    path: Path,
+    fraction: float = FRACTION,
+    validation: int = VALIDATION,
 ) -> GroundTruth:
     """From the file at ``path`` as far as it goes, the rest retrained and kept there."""
     num_train = len(data.stages[0])
-    subsets = torch.cat(
-        [
-            draw_subsets(num_train, FRACTION, SUBSETS),
-            draw_subsets(num_train, FRACTION, VALIDATION, 1),
-        ]
-    )
+    subsets = draw_subsets(num_train, fraction, SUBSETS)
+    if validation:
+        subsets = torch.cat([subsets, draw_subsets(num_train, fraction, validation, 1)])
     seeds = draw_seeds(len(subsets), SEEDS[protocol])
     if protocol == "single_run":
         seeds = torch.full_like(seeds, RECORDED_SEED)

@@ -31,7 +31,7 @@ def check_gradients(
     errors = GradientErrors()
     training = ExampleSource.of(train, examples, "training")
     require_data_module(stage.trajectory.facts, training)
-    queries = ExampleSource.of(query, examples, "query", training.data_module)
+    queries = training.others(query, examples, "query")
     ((stage,),), (training,), queries = by_node([[stage]], [training], queries)
     session = open_session(stage, training, queries, self_influence=False, asked=measurement)
     asked = replace(queries, example=session.examples.example).checked(session.module)

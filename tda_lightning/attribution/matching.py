@@ -13,7 +13,7 @@ from tda_lightning.runtime.compiled import plain_buffers, plain_parameters
 from tda_lightning.runtime.digests import digest
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.tokenizers import tokenizer_digests
-from tda_lightning.store import compare_fingerprints
+from tda_lightning.store import compare_collation, compare_fingerprints
 from tda_lightning.tasks import AttributionTask
 
 
@@ -31,6 +31,7 @@ def require_same_data(trajectory: Trajectory, source: ExampleSource) -> None:
     if recorded.num_examples is None:
         _require_whole_stream(trajectory, len(dataset))
     compare_fingerprints(recorded.fingerprint, dataset)
+    compare_collation(recorded.settings.get("collation"), source)
     known = recorded.settings.get("tokenizers")
     given = tokenizer_digests(dataset, source.collate)
     if known and given and set(known) != set(given):

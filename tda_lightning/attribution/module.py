@@ -251,7 +251,7 @@ class AttributionModule(LightningModule):
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)
         examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
-        queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
+        queries = examples[-1].others(query, batch_size, "query")
         for member in self.members:
             require_data_of_stages(member, examples)
         recorded, examples, queries = by_node(self.members, examples, queries)
@@ -368,7 +368,7 @@ class AttributionModule(LightningModule):
             pace = DryRun(memory)
             sets = training_sets(train, self.stages[-1].run + 1)
             examples = [ExampleSource.of(data, batch_size, "training") for data in sets]
-            queries = ExampleSource.of(query, batch_size, "query", examples[-1].data_module)
+            queries = examples[-1].others(query, batch_size, "query")
             require_data_of_stages(self.stages, examples)
             members, examples, queries = by_node(self.members, examples, queries)
             runner = trainer or quiet_trainer()

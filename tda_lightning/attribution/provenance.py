@@ -97,6 +97,11 @@ def run_provenance(
         *estimated.get("notes", []),
         *beyond.get("notes", []),
     ]
+    if averaging := session.trajectory.facts.settings.get("averaging"):
+        notes.append(
+            f"Training averaged weights ({averaging}): scores are about the weights that the last "
+            "step left, not about their average."
+        )
     if generic := session.engine.generic:
         notes.append(f"Through torch.func, one by one: {', '.join(generic)}.")
     curvature = settings.get("curvature")

@@ -26,8 +26,8 @@ from tda_lightning.runtime.loading import ExampleSource
 
 Kind = Literal["uniform", "expected", "subsets"]
 SIZES = (
-    "roughly predicted: where much of the data would go, sums of scores were up to 3 times larger "
-    "than the measured change (experiments/question)"
+    "roughly predicted: where half of the data would go, sums of scores were mostly 1 to 7 times "
+    "the measured change (experiments/question)"
 )
 DRAWS = 4  # random subsets, where they suit the optimizer
 

@@ -1,4 +1,4 @@
-"""Gradient clipping, in words for the provenance of scores."""
+"""Gradient clipping, and hooks that change gradients, in words for the provenance of scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ _CLIPPED = {
     "norm": "Gradient clipping by norm",
     "value": "Gradient clipping by value",
     "own": "The module's own gradient clipping",
+    "hooks": "Hooks that change gradients (on_after_backward, on_before_optimizer_step)",
 }
 
 
@@ -35,6 +36,8 @@ def clipping_notes(trajectory: Trajectory, neglected: str | None = None) -> list
     if neglected is not None:
         return [f"{said}: neglected, {neglected}."]
     rest = "that the factor depends on the gradients is neglected"
-    if kind != "norm":
+    if kind == "hooks":
+        rest = "that they may also turn a gradient, and how that depends on it, is neglected"
+    elif kind != "norm":
         rest = "that clipping also turns a gradient, and how it depends on it, is neglected"
     return [f"{said}: each step's gradients count times the step's factor; {rest}."]

@@ -46,7 +46,8 @@ def training_features(session: Session, layer: str | None) -> Features:
             # Random, so that neighbours differ where a dry run leaves examples out.
             generator = torch.Generator().manual_seed(0)
             shape = (session.num_train, rows.values.shape[1])
-            features = Features(torch.rand(shape, generator=generator), rows.place)
+            noise = torch.rand(shape, generator=generator, dtype=rows.values.dtype)
+            features = Features(noise, rows.place)
         features.values[batch.examples.cpu()] = rows.values
         visited[batch.examples.cpu()] = True
     assert features is not None

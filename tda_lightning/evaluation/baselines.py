@@ -62,7 +62,7 @@ def last_layer_cosine(
         ValueError: no linear layer is called.
     """
     training = ExampleSource.of(dataset, batch_size, "training")
-    asked = ExampleSource.of(queries, batch_size, "query", training.data_module)
+    asked = training.others(queries, batch_size, "query")
     query, train = (_features(module, task, state, source) for source in (asked, training))
     values = F.normalize(query, dim=1) @ F.normalize(train, dim=1).T
     return Scores(values, provenance={"estimator": "last_layer"})
@@ -83,7 +83,7 @@ def activation_cosine(
         ValueError: no linear layer is called.
     """
     training = ExampleSource.of(dataset, batch_size, "training")
-    asked = ExampleSource.of(queries, batch_size, "query", training.data_module)
+    asked = training.others(queries, batch_size, "query")
     query, train = (_activations(module, task, state, source) for source in (asked, training))
     return Scores(query @ train.T, provenance={"estimator": "activations"})
 

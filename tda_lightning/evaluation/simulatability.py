@@ -97,7 +97,7 @@ def fine_tuned_changes(
     """
     require_steps(steps, rate)
     train = ExampleSource.of(dataset, 1, "training")
-    asked = ExampleSource.of(queries, 256, "query", train.data_module)
+    asked = train.others(queries, 256, "query")
     last = trajectory.checkpoints[trajectory.last_step]
     start = {**last.buffers, **last.parameters}
     own = as_task(task)

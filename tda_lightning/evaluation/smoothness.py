@@ -252,7 +252,7 @@ def smoothness(
     left_out = _random_sets(num_train, fraction, directions, seed)
     if not 0 < share < 0.5:
         raise ValueError(f"share must be above 0 and below 0.5, got {share}.")
-    asked = ExampleSource.of(queries, batch_size, "query", train.data_module)
+    asked = train.others(queries, batch_size, "query")
     if (count := len(asked)) < 3:
         raise ValueError(f"A rank correlation needs at least 3 queries, got {count}.")
     shares = torch.tensor([share, 0.5, 1.0])

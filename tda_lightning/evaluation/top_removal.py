@@ -81,7 +81,7 @@ def top_removal(
         One result per k, in the order given. It takes 1 + len(ks) x (queries + draws) replays.
     """
     train = ExampleSource.of(dataset, 1, "training")
-    asked = ExampleSource.of(queries, 256, "query", train.data_module)
+    asked = train.others(queries, 256, "query")
     if (given := len(asked)) != scores.num_queries:
         raise ValueError(f"The scores are of {scores.num_queries} queries, got {given}.")
     if tokens:

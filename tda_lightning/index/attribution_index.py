@@ -202,7 +202,7 @@ class AttributionIndex:
     def encode(self, queries: object, *, measurement: Any = None, batch_size: int = 256) -> Tensor:
         """What :meth:`search_encoded` compares with the rows: [query, any]."""
         attribution, source = self._bound(batch_size)
-        asked = ExampleSource.of(queries, batch_size, "query", source.data_module)
+        asked = source.others(queries, batch_size, "query")
 
         def work(session: Session) -> Tensor:
             require_same_run(self.facts.provenance, session)
@@ -288,7 +288,7 @@ class AttributionIndex:
             TrajectoryLockedError: another process is appending.
         """
         attribution, source = self._bound(batch_size)
-        added = ExampleSource.of(more, batch_size, "appended", source.data_module)
+        added = source.others(more, batch_size, "appended")
         self.facts = append_rows(self.path, self.compression, attribution, source, added)
 
     @classmethod

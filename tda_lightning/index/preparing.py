@@ -90,7 +90,7 @@ def part_of(part: tuple[int, int] | str | None) -> tuple[int, int]:
 def stand_ins(source: ExampleSource, queries: object, batch_size: int, seed: int) -> ExampleSource:
     """The queries that coordinates are chosen for: those given, or some training examples."""
     if queries is not None:
-        given = ExampleSource.of(queries, batch_size, "query", source.data_module)
+        given = source.others(queries, batch_size, "query")
         return sampled(given, drawn(len(given), "asked", seed))
     return sampled(source, drawn(len(source), "asked", seed))
 

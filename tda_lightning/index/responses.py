@@ -24,7 +24,8 @@ from tda_lightning.estimators import Estimator, InfluenceFunction, Source, TracI
 from tda_lightning.estimators.inverse import Inverse, fit_inverse
 from tda_lightning.estimators.source import averaged
 from tda_lightning.estimators.source.coupling import entered, final_adjoint
-from tda_lightning.estimators.source.estimator import MATRIX_FREE, FittedStage, alone
+from tda_lightning.estimators.source.estimator import MATRIX_FREE, alone
+from tda_lightning.estimators.source.fitted_stage import FittedStage
 from tda_lightning.estimators.tracin import checkpoint_intervals, rates_by_block
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.replay.recorded_draws import RecordedDraws

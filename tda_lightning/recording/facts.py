@@ -15,10 +15,12 @@ from torch import nn
 
 from tda_lightning.optimizers import optimizer_name, read_hyperparameters, read_rates
 from tda_lightning.recording.trained_parameters import TrainedParameters
+from tda_lightning.recording.trainer_hooks import averaged_by
 from tda_lightning.records.trajectory import Facts
 from tda_lightning.runtime.compiled import plain_name
 from tda_lightning.runtime.loading import TRANSFER_HOOKS, overrides
 
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 _PACKAGES = ("tda-lightning", "torch", "lightning", "h5py")
 
 
@@ -63,6 +65,7 @@ def read_facts(
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm)),
         "clipping": clipping_kind(trainer, module),
+        "averaging": averaged_by(trainer),
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),
         "world_size": trainer.world_size,
@@ -81,12 +84,15 @@ def read_facts(
 
 
 def clipping_kind(trainer: Trainer, module: LightningModule) -> str:
-    """What may clip gradients: "none", "norm" or "value" by the trainer's settings, or "own", the
-    module's own ``configure_gradient_clipping``."""
+    """What may change gradients between the backward pass and the step: "none", "norm" or "value"
+    by the trainer's settings, "own", the module's own ``configure_gradient_clipping``, or "hooks",
+    those of the module or of callbacks that see gradients."""
     if overrides(module, "configure_gradient_clipping"):
         return "own"
     if not trainer.gradient_clip_val:
-        return "none"
+        others = [c for c in vars(trainer)["callbacks"] if not _is_ours(c)]
+        seen = any(overrides(one, hook) for one in (module, *others) for hook in _GRADIENT_HOOKS)
+        return "hooks" if seen else "none"
     chosen = trainer.gradient_clip_algorithm
     return "norm" if chosen is None else str(getattr(chosen, "value", chosen))
 
@@ -107,6 +113,10 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed as a package"
+
+
+def _is_ours(callback: object) -> bool:
+    return type(callback).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _transfer_hooks(thing: object) -> list[str]:

@@ -47,7 +47,12 @@ from tda_lightning.records.trajectory import Facts, facts_up_to
 from tda_lightning.runtime.compiled import plain_parameters
 from tda_lightning.runtime.processes import Processes
 from tda_lightning.runtime.tokenizers import tokenizer_digests
-from tda_lightning.store.fingerprints import compare_fingerprints, fingerprint, num_examples
+from tda_lightning.store.fingerprints import (
+    collation,
+    compare_fingerprints,
+    fingerprint,
+    num_examples,
+)
 from tda_lightning.store.lock import FolderLock
 from tda_lightning.store.writer import TrajectoryWriter
 
@@ -204,6 +209,8 @@ class RecordedRun:
         collate = getattr(training_loader(trainer), "collate_fn", None)
         if with_fingerprint and (tokenizers := tokenizer_digests(data, collate)):
             settings["tokenizers"] = tokenizers
+        if with_fingerprint and (made := first(collation, training_loader(trainer))):
+            settings["collation"] = made
         facts = read_facts(trainer, self._trained, num_examples(data), marks, settings)
         initial = self._checkpoints.read(0, with_optimizer=bool(self._save_optimizer))
         frozen = frozen_names(self._trained.module, self._trained.ever)

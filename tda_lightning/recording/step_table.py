@@ -53,8 +53,8 @@ class _Row:
     rates: list[float]
     hyperparameters: dict[str, list[float]]
     losses: list[Any]  # 0-d tensors on any device, numbers once fetched
-    norm: Any  # of the gradient before clipping
-    applied_norm: Any  # after it
+    norm: Any  # of the gradient as the backward pass left it
+    applied_norm: Any  # as the optimizer takes it, after clipping and hooks
     batches: list[_Batch]
     accumulation: int
 
@@ -78,7 +78,7 @@ class StepTable(Observer):
         self._trainer: Trainer
         self._trained: TrainedParameters
         self._hooks: list[Any] = []
-        self._clips = False
+        self._clips = self._measures_backward = False
         self._warned = False
         self._earlier: Steps | None = None  # rows from before a resume that are not on disk
         self._rows: list[_Row] = []
@@ -89,6 +89,7 @@ class StepTable(Observer):
         self._losses: list[Tensor] = []
         self._loss: Tensor | None = None  # of the batch under way, times the gradient scaler's
         self._scale: Tensor | None = None
+        self._backward_norm: Tensor | None = None  # of the gradient as the last batch left it
         self._row: _Row | None = None
 
     @property
@@ -109,7 +110,11 @@ class StepTable(Observer):
 
     def begin(self, trainer: Trainer, trained: TrainedParameters) -> None:
         self._trainer, self._trained = trainer, trained
-        self._clips = clipping_kind(trainer, trained.module) != "none"
+        kind = clipping_kind(trainer, trained.module)
+        # Hooks of others run after ours, and so after the backward pass ours sees no gradient that
+        # they have changed. A gradient scaler's factor is still in it there.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._clips, self._measures_backward = kind != "none", kind == "hooks" and not scaled
         self._hooks = [
             trained.optimizer.register_step_pre_hook(self._before_step),
             trained.optimizer.register_step_post_hook(self._after_step),
@@ -166,11 +171,13 @@ class StepTable(Observer):
     def end_backward(self) -> None:
         indices = self._indices.batch
         self._batches.append(_Batch(_NO_INDICES if indices is None else indices, self._rng.jump))
+        if self._measures_backward:
+            self._backward_norm = self._gradient_norm()
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """The gradients are complete. By the end of the batch a scheduler has moved the rates."""
         self._trained.require_unchanged(self.num_steps + 1)
-        norm = self._gradient_norm()
+        norm = self._gradient_norm() if self._backward_norm is None else self._backward_norm
         self._row = _Row(
             epoch=self._trainer.current_epoch,
             rates=read_rates(optimizer),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tda_lightning.recording.base_weights import require_unquantised
@@ -25,8 +26,15 @@ def trained_parameters(module: nn.Module, optimizer: Optimizer) -> Trained:
 
     Raises:
         UnsupportedTrainingError: the optimizer trains a parameter that is not the module's, or
-            nothing at all.
+            nothing at all; or a parameter has no shape yet.
     """
+    lazy = [name for name, tensor in plain_parameters(module).items() if is_lazy(tensor)]
+    if lazy:
+        raise UnsupportedTrainingError(
+            f"{', '.join(lazy)} have no shape yet when training starts (nn.LazyLinear and others "
+            "like it): initial weights are recorded. Run the module on a batch before "
+            "Trainer.fit, or in its setup()."
+        )
     groups = _groups(optimizer)
     trained = {
         name: (parameter, groups.pop(id(parameter)))

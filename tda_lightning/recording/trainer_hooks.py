@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 
@@ -53,6 +53,13 @@ def come_first(trainer: Trainer, callback: Callback) -> None:
     # Public, but not declared for type checkers. A new list: Lightning iterates over the old one.
     others = [other for other in vars(trainer)["callbacks"] if other is not callback]
     vars(trainer)["callbacks"] = [callback, *others]
+
+
+def averaged_by(trainer: Trainer) -> str | None:
+    """Class of the callback that averages weights, if there is one."""
+    kinds = (StochasticWeightAveraging, getattr(callbacks, "WeightAveraging", ()))  # from 2.6 on
+    averaging = [one for one in vars(trainer)["callbacks"] if isinstance(one, kinds)]
+    return type(averaging[0]).__name__ if averaging else None
 
 
 def precedes_averaging(trainer: Trainer) -> bool:

@@ -30,6 +30,12 @@ from tda_lightning.tasks import AttributionTask, run_training_step, seeded_examp
 
 State = dict[str, Tensor]
 
+_CHANGED = 1e-6  # relative change of a gradient's norm that is more than rounding
+_CHANGED_BY = {
+    "own": "The module's own configure_gradient_clipping",
+    "hooks": "A hook (on_after_backward or on_before_optimizer_step)",
+}
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -116,11 +122,7 @@ class Replay:
                 f"indices are {facts.settings.get('indices', 'absent')}."
             )
         require_one_stage(self.trajectory)
-        if facts.settings.get("clipping") == "own":
-            raise UnsupportedTrainingError(
-                "The module clipped gradients in its own configure_gradient_clipping, which a "
-                "replay without Lightning does not call. Use Trainer(gradient_clip_val=...)."
-            )
+        _require_plain_gradients(self.trajectory)
         precision = str(facts.settings.get("precision", "32-true"))
         if precision not in ("32-true", "64-true", "32", "64"):
             raise UnsupportedTrainingError(
@@ -189,6 +191,19 @@ class Replay:
         if by_position:
             own = own[:, : parts.shape[1]]  # sequences of another batch may be longer
         return total + ((own - 1) * parts).sum(), parts
+
+
+def _require_plain_gradients(trajectory: Trajectory) -> None:
+    """Refuse a run in which the module, or a callback, changed gradients before a step."""
+    kind, steps = trajectory.facts.settings.get("clipping"), trajectory.steps
+    changed = (steps.clipping - 1).abs() > _CHANGED
+    if kind not in _CHANGED_BY or not bool(changed.any()):
+        return
+    raise UnsupportedTrainingError(
+        f"{_CHANGED_BY[kind]} changed the gradients of {int(changed.sum())} of {len(steps)} steps, "
+        "and a replay without Lightning does not call it. Use Trainer(gradient_clip_val=...), "
+        "parameter groups, or terms of the loss."
+    )
 
 
 class Walk:

@@ -211,6 +211,14 @@ class ExampleSource:
             )
         return self.collate(items)
 
+    def others(self, data: object, batch_size: int, what: str) -> ExampleSource:
+        """:meth:`of` further examples, such as queries. A data set without a loader of its own is
+        made into batches as this one is, and its batches go through the same transfer hooks."""
+        source = ExampleSource.of(data, batch_size, what, self.data_module)
+        if source is data or source.loader is not None or self.keys is not None:
+            return source
+        return replace(source, collate=self.collate)
+
     def with_dataset(self, dataset: object) -> ExampleSource:
         """Another data set, made into batches in the same way."""
         return replace(self, dataset=dataset, _layouts={}, _order_kept={})
@@ -547,11 +555,15 @@ def _training_loader(data_module: Any, what: str) -> object:
     return data_module.train_dataloader()
 
 
+_HOOK_OWNERS = ("DataHooks", "ModelHooks", "LightningModule", "LightningDataModule", "Callback")
+
+
 def overrides(thing: object, name: str) -> bool:
-    """Whether a Lightning module or data module has a method of its own in place of Lightning's."""
+    """Whether a Lightning module, data module or callback has a method of its own in place of
+    Lightning's."""
     if name in vars(thing):
         return True
     owner = next((kind for kind in type(thing).__mro__ if name in vars(kind)), None)
     package = getattr(owner, "__module__", "").partition(".")[0]
-    base = getattr(owner, "__name__", "") in ("DataHooks", "LightningModule", "LightningDataModule")
+    base = getattr(owner, "__name__", "") in _HOOK_OWNERS
     return owner is not None and not (base and package in ("lightning", "pytorch_lightning"))

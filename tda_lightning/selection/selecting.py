@@ -119,7 +119,7 @@ def select(
     if layer is not None:
         require_layer(module, layer)
     source = ExampleSource.of(train, batch_size, "training")
-    wanted = ExampleSource.of(target, batch_size, "target", source.data_module)
+    wanted = source.others(target, batch_size, "target")
     given: Any = pool.dataset if isinstance(pool, DataLoader) else pool
     offered = additions(given)
     new, notes = _new_examples(set(known_examples(offered, source)), len(offered))

@@ -15,7 +15,7 @@ from tda_lightning.records.trajectory import StageCheckpoints, Trajectory
 from tda_lightning.runtime.loading import ExampleSource
 from tda_lightning.runtime.module_state import restored
 from tda_lightning.runtime.random_states import unchanged_randomness
-from tda_lightning.runtime.set_by_hooks import set_by_hooks
+from tda_lightning.runtime.set_by_hooks import carried, set_by_hooks
 from tda_lightning.runtime.silence import silenced
 from tda_lightning.runtime.stand_in import Moment, TrainerStandIn, stand_in_of
 from tda_lightning.runtime.structures import same
@@ -53,6 +53,9 @@ def _call_hooks(module: nn.Module, trainer: TrainerStandIn) -> None:
     moment = trainer.moment
     assert moment is not None
     held = {*module._buffers, *module._parameters, *module._modules}  # checkpoints hold them
+    if "training_step" not in trainer.shown:
+        trainer.shown["training_step"] = None
+        _note_carried(trainer, carried(module))
     for hook, set_there in set_by_hooks(cast(Hashable, type(module))).items():
         each_batch = hook == "on_train_batch_start"
         now = (moment.epoch, moment.step, moment.batch) if each_batch else moment.epoch
@@ -93,15 +96,34 @@ def _called(
     return known
 
 
+def _note_carried(trainer: TrainerStandIn, names: Collection[str]) -> None:
+    if names:
+        _note(
+            trainer,
+            f"training_step carries {_named(names)} on from batch to batch (a counter, a running "
+            "mean), and attribution calls it for other batches: what it reads there is not what "
+            "it read in training. Make it of current_epoch or global_step, or keep it in a buffer "
+            "that changes only where self.training is set.",
+        )
+
+
 def _note_unknown(trainer: TrainerStandIn, hook: str, names: Collection[str]) -> None:
-    text = (
-        f"training_step reads {', '.join(f'self.{name}' for name in sorted(names))}, which {hook} "
-        "sets in training. Here it is as the module has it, which may be another value than at the "
-        "checkpoint. Compute it in training_step, from current_epoch or global_step."
+    _note(
+        trainer,
+        f"training_step reads {_named(names)}, which {hook} sets in training. Here it is as the "
+        "module has it, which may be another value than at the checkpoint. Compute it in "
+        "training_step, from current_epoch or global_step.",
     )
+
+
+def _named(names: Collection[str]) -> str:
+    return ", ".join(f"self.{name}" for name in sorted(names))
+
+
+def _note(trainer: TrainerStandIn, text: str) -> None:
     if text not in trainer.unknown:
         trainer.unknown.append(text)
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 def moment_of(module: nn.Module, trajectory: Trajectory, row: int, batch: int = -1) -> Moment:

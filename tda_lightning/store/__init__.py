@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tda_lightning.store.ensemble_file import read_ensemble, write_ensemble
-    from tda_lightning.store.fingerprints import compare_fingerprints, fingerprint
+    from tda_lightning.store.fingerprints import (
+        compare_collation,
+        compare_fingerprints,
+        fingerprint,
+    )
     from tda_lightning.store.reader import open_trajectory
     from tda_lightning.store.scores_file import read_scores, write_scores
 
 __all__ = [
+    "compare_collation",
     "compare_fingerprints",
     "fingerprint",
     "open_trajectory",
@@ -22,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "compare_collation": "tda_lightning.store.fingerprints",
     "compare_fingerprints": "tda_lightning.store.fingerprints",
     "fingerprint": "tda_lightning.store.fingerprints",
     "open_trajectory": "tda_lightning.store.reader",

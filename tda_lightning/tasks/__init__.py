@@ -10,9 +10,10 @@ from tda_lightning.tasks.graphs import GraphTask
 from tda_lightning.tasks.language_modeling import LanguageModelingTask
 from tda_lightning.tasks.node_batch import NodeBatch, Nodes
 from tda_lightning.tasks.nodes import NodeTask
+from tda_lightning.tasks.plain_step import run_training_step
 from tda_lightning.tasks.regression import RegressionTask
 from tda_lightning.tasks.step_noise import noise_of, restarted_by, watching_noise
-from tda_lightning.tasks.training_step import TrainingStepTask, run_training_step
+from tda_lightning.tasks.training_step import TrainingStepTask
 
 
 def as_task(task: AttributionTask | None) -> AttributionTask:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from tda_lightning.runtime.digests import digest, source_digest
 from tda_lightning.runtime.module_state import doubled, in_double, restored
 from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.silence import silenced
-from tda_lightning.runtime.stand_in import stand_in_of
 from tda_lightning.tasks import batches
 from tda_lightning.tasks.base import INDEFINITE, AttributionTask
 from tda_lightning.tasks.batches import Batch
@@ -38,10 +36,11 @@ from tda_lightning.tasks.loss_terms import joined_terms, terms_of
 from tda_lightning.tasks.node_batch import NodeBatch
 from tda_lightning.tasks.output_curvature import OutputLoss, UnknownOutputsError
 from tda_lightning.tasks.penalty import Penalty, penalty_of
+from tda_lightning.tasks.plain_step import run_training_step
 from tda_lightning.tasks.step_check import compare_with_plain_steps
 from tda_lightning.tasks.step_graph import Node, StepGraph
 from tda_lightning.tasks.step_layout import learn_layout, learn_masses
-from tda_lightning.tasks.step_noise import UNSEEN, restart_noise, watching_noise
+from tda_lightning.tasks.step_noise import UNSEEN, watching_noise
 
 Result = TypeVar("Result")
 _VARIES = 1e-6  # relative change of a mass per example between batches that is more than rounding
@@ -634,40 +633,6 @@ def _differ(values: Iterable[Tensor | None]) -> bool:
     return bool(known) and bool(
         (torch.stack(known) - known[0]).abs().max() > _VARIES * known[0].abs()
     )
-
-
-def run_training_step(module: nn.Module, batch: Batch) -> Tensor:
-    """The loss that ``training_step`` returns for the batch, as a tensor or under ``"loss"``."""
-    if isinstance(batch, NodeBatch):
-        batch = batch.as_graph()
-    step = getattr(module, "training_step", None)
-    if not callable(step):
-        raise ValueError(
-            f"{type(module).__name__} has no training_step: with task=None the module must be a "
-            "LightningModule. Give a task, for example ClassificationTask()."
-        )
-    arguments = [
-        parameter
-        for parameter in inspect.signature(step).parameters.values()
-        if parameter.kind != parameter.KEYWORD_ONLY and parameter.kind != parameter.VAR_KEYWORD
-    ]
-    takes_index = len(arguments) > 1 or arguments[0].kind == arguments[0].VAR_POSITIONAL
-    restart_noise()
-    # The number of the batch in its epoch, where it is known; and that of the only loader.
-    trainer = stand_in_of(module)
-    number = 0 if trainer is None or trainer.moment is None else trainer.moment.batch
-    asked = [argument for argument in arguments if argument.default is argument.empty]
-    further = (number, 0) if len(asked) > 2 else (number,)
-    loss = step(batch, *further) if takes_index else step(batch)
-    if isinstance(loss, Mapping):
-        loss = loss.get("loss")
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            "Expected training_step to return one loss, as a scalar tensor or under 'loss' in a "
-            f"dictionary, got {got}. Give a task instead."
-        )
-    return loss
 
 
 def _is_curved(loss: CurvedLoss) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tda_lightning import AttributionModule, Trajectory
 from tda_lightning.estimators import (
@@ -265,10 +266,9 @@ def test_several_graphs_are_no_nodes(run: Any) -> None:
     graph, module, trajectory = run
     facts = dataclasses.replace(trajectory.facts, num_examples=2, fingerprint=None)
     two = dataclasses.replace(trajectory, facts=facts)
+    both = DataLoader([graph, graph], collate_fn=loader_of(graph).collate_fn)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedTrainingError, match="on one graph, got a training set of 2"):
-        AttributionModule(module, two, TracIn(), NodeTask()).attribute(
-            [graph, graph], Nodes(graph, [1])
-        )
+        AttributionModule(module, two, TracIn(), NodeTask()).attribute(both, Nodes(graph, [1]))
 
 
 def test_sgc_and_regression() -> None:

@@ -311,6 +311,56 @@ def test_what_cannot_be_set_again_is_said(kind: type[Counting]) -> None:
     assert module.share == 0.1
 
 
+class CountingSteps(Net):
+    """One that counts the calls of its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.logged = 0, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.logged += 1
+        self.log("calls", self.logged)
+        return self.warm_up() * super().training_step(batch, batch_idx)
+
+    def warm_up(self) -> float:
+        self.calls += 1
+        return min(1.0, self.calls / 2)
+
+
+class Smoothed(nn.Module):
+    """A part with a running mean that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.used = 1.0, 1.0
+
+    def divided(self, loss: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * float(loss.detach())
+        return loss / self.mean
+
+
+class SmoothedLoss(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.smoothed = Smoothed()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.smoothed.divided(super().training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CountingSteps, "self.calls"), (SmoothedLoss, "self.smoothed.mean")]
+)
+def test_what_a_step_carries_on_is_said(kind: type[Net], name: str) -> None:
+    module = kind()
+    run = standing_run(module, BATCHES, EPOCHS, **RUN)
+    with pytest.warns(UserWarning, match=rf"carries {name} on from batch to batch"):
+        (note,) = tracin(module, run, DATA, DATA).provenance["notes"]
+    assert f"carries {name} on" in note
+
+
 def test_several_processes_count_their_batches_side_by_side() -> None:
     """Two processes, four batches each in an epoch: a step's batches alternate between them."""
     module = Net(lambda own: 1.0 + own.batch_idx)

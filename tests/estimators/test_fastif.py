@@ -117,6 +117,16 @@ class TestScores:
         assert linear_datamodeling_score(found, draw_subsets(10, 0.5, 4), torch.randn(4, 3))
         torch.testing.assert_close(found.by_group([0] * 10).values[:, 0], full.sum(1))
 
+    def test_under_another_default_dtype(self, work: Any) -> None:
+        plain = attribute(CLASSIFIER, *work, FastInfluence(k=3))
+        work[0].features.clear()
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = attribute(CLASSIFIER, *work, FastInfluence(k=3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found.values, plain.values, equal_nan=True)
+
     @pytest.mark.parametrize("rounds", [1, 3])
     def test_gradients_are_taken_of_candidates_alone(
         self, rounds: int, work: Any, monkeypatch: pytest.MonkeyPatch

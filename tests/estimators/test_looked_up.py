@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, pairs, queries
-from tda_lightning.estimators.source import averaged, estimator, looked_up
+from tda_lightning.estimators.source import estimator, looked_up, segments
 from tda_lightning.gradients import Dense
 from tda_lightning.gradients.rows import Rows, touched_rows
 from tda_lightning.session import queries as session_queries
@@ -66,7 +66,7 @@ def as_high_as_the_weight() -> Iterator[None]:
         for module in (queries, pairs, session_queries):
             patch.setattr(module, "Rows", Never)
         patch.setattr(estimator, "separable", lambda *_: [])
-        patch.setattr(averaged, "touched_rows", lambda _: {})
+        patch.setattr(segments, "touched_rows", lambda _: {})
         yield
 
 

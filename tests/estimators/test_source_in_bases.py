@@ -41,6 +41,7 @@ def test_scores_do_not_depend_on_the_way(name, options, monkeypatch) -> None:
     for possible in (blockwise.stays_in_bases, lambda segments: False):
         monkeypatch.setattr(blockwise, "stays_in_bases", possible)
         estimator = Source(segment_steps=[2, 4], **options)
-        found.append(attribute(case, run, module, data, estimator).by_segment)
+        found.append(attribute(case, run, module, data, estimator))
     assert len(followed) == 1
-    assert relative(*found) < 1e-10
+    assert relative(*(scores.by_segment for scores in found)) < 1e-10
+    assert relative(*(scores.self_influence for scores in found)) < 1e-10

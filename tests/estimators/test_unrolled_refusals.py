@@ -209,12 +209,45 @@ class ClipsItself(Trained):
         nn.utils.clip_grad_value_(self.parameters(), 0.1)
 
 
-def test_clipping_of_the_modules_own(tmp_path: Path) -> None:
+class Shrinks(Trained):
+    def on_after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class ShrinksLater(Trained):
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class Looks(Trained):
+    seen = 0.0
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.seen += sum(float(p.grad.norm()) for p in self.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "by"),
+    [
+        (ClipsItself, "configure_gradient_clipping"),
+        (Shrinks, "on_after_backward"),
+        (ShrinksLater, "on_before_optimizer_step"),
+    ],
+)
+def test_gradients_that_the_module_changes(kind: type[Trained], by: str, tmp_path: Path) -> None:
     network = NETWORKS["mlp"]
-    made = ClipsItself(network.module(sgd()).net, network.losses, sgd())
+    made = kind(network.module(sgd()).net, network.losses, sgd())
     run, module, data = record(tmp_path, network, sgd(), module=made)
-    with pytest.raises(UnsupportedTrainingError, match="configure_gradient_clipping"):
+    with pytest.raises(UnsupportedTrainingError, match=rf"{by}.*changed the gradients"):
         scores_of(run, module, data, network.data(2), network.task)
+
+
+def test_gradients_that_the_module_looks_at(tmp_path: Path) -> None:
+    network = NETWORKS["mlp"]
+    made = Looks(network.module(sgd()).net, network.losses, sgd())
+    run, module, data = record(tmp_path, network, sgd(), module=made)
+    assert made.seen and run.facts.settings["clipping"] == "hooks"
+    assert scores_of(run, module, data, network.data(2), network.task).values.any()
 
 
 def test_runs_without_indices() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from torch import Tensor
 from experiments.question import adamw, additive, kept, table, tiny, tiny_table
 from experiments.question.studies import HALF, STUDIES, Point, Study, rows
 from tda_lightning import Scores
+from tda_lightning.cli.question_guide import ROWS
 from tda_lightning.evaluation import draw_subsets
 from tda_lightning.evaluation import linear_datamodeling_score as score_of
+from tda_lightning.evaluation.linear_datamodeling import rank_correlation
 from tests.attributing import relative
 
 TRAIN, QUERIES, SUBSETS = 200, 5, 12
+ESTIMATORS_PAGE = Path(__file__).parents[2] / "docs" / "estimators.md"
 
 
 def _problem() -> tiny.Problem:
@@ -133,6 +137,27 @@ def test_the_readme_has_a_table_of_the_kept_results() -> None:
     assert table.estimators(name, STUDIES[name], kept.load(name)) in (
         (table.HERE / "README.md").read_text()
     )
+
+
+def test_the_guide_of_tda_check_has_the_figures_of_the_studies() -> None:
+    studies = ("concrete", "wikitext2_gpt", "fashion_mnist_noisy_tenth")
+    found = [kept.load(name) for name in studies]
+    for gone, whose, arguments, _, said in ROWS:
+        asked = dict(part.split("=") for part in arguments.split()[1:])
+        estimator = asked["estimator"] + ("_recorded" if "estimator.order" in asked else "")
+        row = f"{estimator}@{asked.get('keep', 1)}" + ("+seeds" if "seeds" in arguments else "")
+        protocol = "single_run" if whose == "this run" else "algorithm"
+        share = 0.5 if gone == "half of the data" else 0.95
+        truths = [one.truth.get((protocol, share)) for one in found]
+        if any(truth is None for truth in truths):
+            assert not said
+            continue
+        figures = []
+        for one, truth in zip(found, truths, strict=True):
+            sums = one.removed[share][row][:, : truth.shape[1]]
+            figures.append(f"{float(rank_correlation(sums, truth).nanmean()):.2f}"[1:])
+        assert said == " / ".join(figures), row
+        assert not said or said.replace(" / ", ", ") in ESTIMATORS_PAGE.read_text(), row
 
 
 @pytest.mark.slow  # intervals of all studies: 10 s

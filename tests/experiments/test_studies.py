@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from experiments.descent import descend, fresh_batches
 from experiments.mislabelled import table as mislabelled
 from experiments.mislabelled.edits import MeanOverSet
-from experiments.two_stages import setting
+from experiments.two_stages import question, setting
 from experiments.two_stages import table as two_stages
 from experiments.two_stages.derivative import derivative
 from experiments.two_stages.results import read
@@ -90,6 +90,7 @@ def test_two_stages_shows_what_is_stored() -> None:
         assert block(results) in text
     assert two_stages.table(rows) in text
     assert two_stages.figure(rows) == (two_stages.HERE / "results" / "lds.svg").read_text()
+    assert question.table() in text
 
 
 def test_mislabelled_shows_what_is_stored() -> None:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Subset
 
 from tda_lightning import AttributionModule
-from tda_lightning.estimators import Source
+from tda_lightning.estimators import Source, TracIn
 from tda_lightning.recording import TrajectoryRecorder
 from tda_lightning.records.errors import UnsupportedTrainingError
 from tda_lightning.store import open_trajectory
@@ -68,6 +68,18 @@ class Halves(Small):
     """Clips in a way of its own: steep gradients are halved."""
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        halve([p for p in self.parameters() if p.grad is not None])
+
+
+class HalvesOnTheWay(Small):
+    """The same in a hook."""
+
+    def on_after_backward(self) -> None:
+        halve([p for p in self.parameters() if p.grad is not None])
+
+
+class HalvesBeforeTheStep(Small):
+    def on_before_optimizer_step(self, *_: Any) -> None:
         halve([p for p in self.parameters() if p.grad is not None])
 
 
@@ -114,6 +126,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"clip": by_value},
     ),
     "clipped by the module": ({"module": Halves}, {"clip": halve}),
+    "clipped after the backward pass": ({"module": HalvesOnTheWay}, {"clip": halve}),
+    "clipped before the step": ({"module": HalvesBeforeTheStep}, {"clip": halve}),
     "clipped, gradients overwritten": (
         {"gradient_clip_val": 0.5, "optimizer": nesterov},
         {"clip": by_norm},
@@ -252,6 +266,15 @@ def test_a_fused_optimizer_skips_too_and_its_norms_are_unscaled(tmp_path: Path) 
     assert trajectory.num_steps == len(log.epoch)
     norms = trajectory.steps.gradient_norm
     torch.testing.assert_close(norms, torch.tensor(log.norms).double(), rtol=1e-3, atol=0)
+
+
+def test_parameters_without_a_shape_are_refused(tmp_path: Path) -> None:
+    module = Small(sgd)
+    module.net = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 1))
+    with pytest.raises(
+        UnsupportedTrainingError, match=r"net\.0\.weight, net\.0\.bias have no shape"
+    ):
+        record(tmp_path, module)
 
 
 def test_a_step_without_any_gradient_is_no_step(tmp_path: Path) -> None:
@@ -407,6 +430,9 @@ def test_averaged_weights_are_never_recorded(interval: int, tmp_path: Path) -> N
     require_agreement(trajectory, train(net, epochs(), sgd(net)))
     last = trajectory.checkpoints[12].parameters["net.0.weight"]
     assert not torch.equal(module.net[0].weight, last)  # the module ends with the average
+    attribution = AttributionModule(module, str(tmp_path), TracIn())
+    scores = attribution.attribute(Numbered(), Numbered(2), trainer=quiet())
+    assert any("averaged weights (EMAWeightAveraging)" in n for n in scores.provenance["notes"])
 
 
 def test_an_exception_in_validation_leaves_no_averaged_weights(tmp_path: Path) -> None:

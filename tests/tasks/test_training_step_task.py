@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.data import TensorDataset
 
 from tda_lightning.records.errors import UnseenBatchError
 from tda_lightning.tasks import (
@@ -39,6 +40,7 @@ from tests.cases.tasks import (
     per_example_gradients,
     task_case,
 )
+from tests.standing import standing_run, tracin
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -251,10 +253,22 @@ def test_training_step_signatures():
     with pytest.raises(ValueError, match="Linear has no training_step"):
         as_task(None).train_loss(nn.Linear(1, 1), INPUTS)
     with pytest.raises(ValueError, match="to return one loss"):
+        as_task(None).train_loss(Step(lambda s, x, y: s(x)), (INPUTS, LABELS))
+    with pytest.raises(ValueError, match=rf"returned None.*a batch of {EXAMPLES} examples"):
         as_task(None).train_loss(Step(lambda s, x, y: None), (INPUTS, LABELS))
     with pytest.raises(TypeError, match="AttributionTask or None"):
         as_task("classification")
     assert as_task(task := RegressionTask()) is task
+
+
+def test_a_loss_may_have_an_axis_of_one():
+    data = TensorDataset(INPUTS, LABELS)
+    plain = Step(STEPS["mean"][0])
+    run = standing_run(plain, [range(EXAMPLES)])
+    wide = Step(lambda s, x, y: F.cross_entropy(s(x), y, reduction="none").mean(0, keepdim=True))
+    wide.load_state_dict(plain.state_dict())
+    want = tracin(plain, run, data, data).values
+    torch.testing.assert_close(tracin(wide, run, data, data).values, want)
 
 
 def test_a_step_that_sums_over_its_batch_is_found_and_measured_per_example():

@@ -15,9 +15,9 @@ from tda_lightning.estimators.source.segments import (
     Crossing,
     FittedSegment,
     examples_as_queries,
+    restricted_to_rows,
 )
 from tda_lightning.estimators.source.spectral import combined
-from tda_lightning.gradients.rows import restricted, touched_rows
 
 
 def cross(
@@ -74,10 +74,7 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
     """Score each example as its own query: its measurement is carried back through all segments."""
     session, last = segments[-1].session, segments[-1]
     for batch in session.walk("self-influence"):
-        measured = last.measurement_gradients(batch)
-        rows = {n: own for n, own in touched_rows([measured]).items() if n in last.looked_up}
-        measured |= {name: restricted(measured[name], own) for name, own in rows.items()}
-        near = [segment.restricted(rows) for segment in segments]
+        near, measured = restricted_to_rows(segments, last.measurement_gradients(batch))
         trained = {
             step: segment.gradients(batch, step)
             for segment in near

@@ -8,7 +8,7 @@ go by way of the parameters (``averaged.py``); the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,20 @@ from tda_lightning.curvature import DeflatedSpectrum, Spectrum, units
 from tda_lightning.curvature.fit import WHOLE
 from tda_lightning.estimators.queries import Response
 from tda_lightning.estimators.source.averaged import score
-from tda_lightning.estimators.source.segments import FittedSegment, with_components
+from tda_lightning.estimators.source.segments import (
+    FittedSegment,
+    restricted_to_rows,
+    with_components,
+)
 from tda_lightning.estimators.source.spectral import combined
+from tda_lightning.gradients import Gradient
+from tda_lightning.gradients.forms import CHUNK_SCALARS
 from tda_lightning.runtime.full_precision import full_precision
-from tda_lightning.session.session import Session
+from tda_lightning.session.session import Batch, Session, memory_budget
+
+_COPIES = 4  # of its gradient, that an example takes where it is scored for itself
+# Such examples at least: each part of them reads all leading directions six times a segment.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,65 @@ def follow(segments: Sequence[FittedSegment], first: int, last: int) -> None:
         adjoint = _left(segment, inside, segments[number - 1]) if number else {}
         del inside
         score(segment, responses, first)
+
+
+def add_self_influence(segments: Sequence[FittedSegment]) -> None:
+    """Score each example as its own query: its measurement is carried back through all segments."""
+    session = segments[-1].session
+    for batch in session.walk("self-influence"):
+        session.load(session.trajectory.last_step)
+        found = session.measurement_gradients(batch.data, batch.examples).blocks
+        near, measured = restricted_to_rows(segments, found)
+        trained: dict[int, dict[str, Gradient]] = {}
+        for segment in near:
+            for step in segment.steps.checkpoints:
+                session.load(step)
+                own = segment.session.train_gradients(batch.data, batch.examples, batch.noise)
+                trained[step] = own.blocks
+        bytes_each = near[-1].session.gradient_bytes(_COPIES * near[-1].components)
+        together = max(_TOGETHER, CHUNK_SCALARS // near[-1].session.num_parameters)
+        fitting = min(together, memory_budget() // bytes_each)
+        for start in range(0, len(batch.examples), max(1, fitting)):
+            part = slice(start, min(start + max(1, fitting), len(batch.examples)))
+            values = _own_scores(near, batch, measured, trained, part)
+            session.add_self_influence(batch.examples[part], values / session.num_train)
+
+
+def _own_scores(
+    segments: Sequence[FittedSegment],
+    batch: Batch,
+    measured: Mapping[str, Gradient],
+    trained: Mapping[int, Mapping[str, Gradient]],
+    part: slice,
+) -> Tensor:
+    """What some examples of a batch do to their own measurements, times N: [example]."""
+    session, last = segments[-1].session, segments[-1]
+    values = torch.zeros(part.stop - part.start, dtype=session.dtype, device=session.device)
+    there = _coordinates(last, measured, part)
+    adjoint = {name: with_components(own[None], last.components) for name, own in there.items()}
+    for number in reversed(range(len(segments))):
+        segment = segments[number]
+        inside = _entered(segment, adjoint)
+        response = _inside_responses(segment, inside)
+        adjoint = _left(segment, inside, segments[number - 1]) if number else {}
+        del inside
+        steps = segment.steps.checkpoints
+        weights = batch.weights(segment.used)
+        for step in steps:
+            own = _coordinates(segment, trained[step], part)
+            products = sum((response[n] * own[n]).flatten(1).sum(1) for n in own)
+            values += (products if weights is None else products * weights[part]) / len(steps)
+    return values
+
+
+def _coordinates(
+    segment: FittedSegment, gradients: Mapping[str, Gradient], rows: slice
+) -> dict[str, Tensor]:
+    """Gradients of some examples by block in the segment's bases, [example, groups, rows,
+    columns]."""
+    bases = _bases(segment)
+    kind = "exact" if WHOLE in bases else "blocks"
+    return {n: bases[n].coordinates(own, rows) for n, own in units(kind, gradients).items()}
 
 
 def _bases(segment: FittedSegment) -> dict[str, Spectrum]:
@@ -109,19 +178,21 @@ def _applied(segment: FittedSegment, coefficients: Tensor, inside: _Inside) -> d
     return out
 
 
-@full_precision
 def _responses(segment: FittedSegment, inside: _Inside) -> dict[str, Response]:
     """What the queries ask of the segment's examples, by unit."""
-    if inside.leading is not None:
-        values = _applied(segment, segment.transfers[WHOLE].response, inside)
-    else:
-        values = {
-            name: combined(segment.transfers[name].response, rest)
-            for name, rest in inside.rest.items()
-        }
     meetings = segment.session.num_train * len(segment.steps.checkpoints)
-    bases = _bases(segment)
+    values, bases = _inside_responses(segment, inside), _bases(segment)
     return {name: Response(own, bases[name], meetings) for name, own in values.items()}
+
+
+@full_precision
+def _inside_responses(segment: FittedSegment, inside: _Inside) -> dict[str, Tensor]:
+    """The same in the segment's bases, [query, groups, rows, columns]."""
+    if inside.leading is not None:
+        return _applied(segment, segment.transfers[WHOLE].response, inside)
+    return {
+        name: combined(segment.transfers[name].response, rest) for name, rest in inside.rest.items()
+    }
 
 
 @full_precision

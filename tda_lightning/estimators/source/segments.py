@@ -27,6 +27,7 @@ from tda_lightning.estimators.source.spectral import (
     stepwise_transfer,
 )
 from tda_lightning.gradients import Gradient, scaled
+from tda_lightning.gradients.rows import restricted, touched_rows
 from tda_lightning.optimizers import (
     WEIGHT_DECAY,
     OptimizerRule,
@@ -429,6 +430,17 @@ class FittedSegment:
         if self.couples:
             crossing.response = {n: self.response(n, own) for n, own in inside.items()}
         return crossing
+
+
+def restricted_to_rows(
+    segments: Sequence[FittedSegment], measured: Mapping[str, Gradient]
+) -> tuple[list[FittedSegment], dict[str, Gradient]]:
+    """The segments for some examples as queries, and their measurement gradients, with the rows
+    alone that these touch."""
+    names = segments[-1].looked_up
+    rows = {name: own for name, own in touched_rows([measured]).items() if name in names}
+    near = [segment.restricted(rows) for segment in segments]
+    return near, {n: restricted(g, rows[n]) if n in rows else g for n, g in measured.items()}
 
 
 def examples_as_queries(

@@ -13,8 +13,9 @@ from tda_lightning.records.errors import TrajectoryMismatchError
 
 CAUSES = (
     "The usual causes are changed data or code, a training step that depends on something outside "
-    "of the recorded batches, an operation whose result differs from call to call or from device "
-    "to device, or another number of threads."
+    "of the recorded batches, hooks that change weights or gradients (on_train_batch_end, "
+    "backward), an operation whose result differs from call to call or from device to device, or "
+    "another number of threads."
 )
 
 
