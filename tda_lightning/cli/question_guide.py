@@ -34,7 +34,7 @@ def question_guide(run: str) -> Table:
         table.add_row(gone, whose, arguments.replace("RUN", run), cost, lds)
     table.caption = (
         f"{run}/ensemble/seeds is made by tda ensemble {run} members=5. LDS: of a small tabular "
-        "MLP, a GPT under AdamW, and an MLP on images far from convergence; 1 would be perfect. "
+        "MLP, a GPT, and an MLP on images far from convergence; 1 would be perfect. "
         "Exact unrolling says nothing of rough runs, such as the GPT: tda check tells them. See "
         'docs/estimators.md, "The question".'
     )
