@@ -72,8 +72,8 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
     session = segments[-1].session
     for batch in session.walk("self-influence"):
         session.load(session.trajectory.last_step)
-        found = session.measurement_gradients(batch.data, batch.examples).blocks
-        near, measured = restricted_to_rows(segments, found)
+        gradients = session.measurement_gradients(batch.data, batch.examples).blocks
+        near, measured = restricted_to_rows(segments, gradients)
         trained: dict[int, dict[str, Gradient]] = {}
         for segment in near:
             for step in segment.steps.checkpoints:
@@ -82,9 +82,9 @@ def add_self_influence(segments: Sequence[FittedSegment]) -> None:
                 trained[step] = own.blocks
         bytes_each = near[-1].session.gradient_bytes(_COPIES * near[-1].components)
         together = max(_TOGETHER, CHUNK_SCALARS // near[-1].session.num_parameters)
-        fitting = min(together, memory_budget() // bytes_each)
-        for start in range(0, len(batch.examples), max(1, fitting)):
-            part = slice(start, min(start + max(1, fitting), len(batch.examples)))
+        size = max(1, min(together, memory_budget() // bytes_each))
+        for start in range(0, len(batch.examples), size):
+            part = slice(start, min(start + size, len(batch.examples)))
             values = _own_scores(near, batch, measured, trained, part)
             session.add_self_influence(batch.examples[part], values / session.num_train)
 

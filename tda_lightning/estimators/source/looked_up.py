@@ -88,13 +88,21 @@ def without_unused_rows(stages: Sequence[Stage]) -> list[Stage]:
         session = stage.wide
         walk = session.walk("rows in use", session.trajectory.last_step)
         own = touched_rows(batch.gradients for batch in walk)
-        found.append((session, {name: session.gathered(one) for name, one in own.items()}))
+        found.append((session, _of_all_processes(session, own, names & _names(session))))
     used: Rows = {}
     for name in sorted(names):
         parts = [own.get(name) for session, own in found if name in _names(session)]
         if all(part is not None for part in parts):
             used[name] = torch.cat([part for part in parts if part is not None]).unique()
     return [_restricted(stage, used) for stage in stages]
+
+
+def _of_all_processes(session: Session, rows: Rows, names: set[str]) -> Rows:
+    """Rows of ``names`` that the examples of any process look up, where no process lacks them: each
+    is asked about the same names."""
+    absent = torch.tensor([-1])
+    together = {name: session.gathered(rows.get(name, absent)) for name in sorted(names)}
+    return {name: own for name, own in together.items() if own[0] >= 0}
 
 
 def _names(session: Session) -> set[str]:
