@@ -7,7 +7,7 @@ count)``, the seed 0. SHARE are those with a retraining, and 0.5::
     single_run-SHARE        float32 [subset, query], after each replay
     algorithm-SHARE         float32 [subset, seed, query], after each training anew
     removed-SHARE           float16 [row, query, subset], sums of scores over what a subset leaves
-                            out, in multiples of unit-SHARE
+                            out, in multiples of unit-SHARE; of ensembles for 0.95 and 0.5 alone
     unit-SHARE              float64 [row, query]
     first-ROW               float32 [protocol, count, query], of an ensemble: LDS, half kept, of the
                             means over its first 1, 2, 3 and 5 members
@@ -108,6 +108,8 @@ def _add(
     about["num_train"] = values.shape[1]
     about["seconds"][row] = provenance.get("processor_seconds")
     for share in shares(study):
+        if not row_has(row, share):
+            continue
         left_out = ~draw_subsets(values.shape[1], share, study.subsets)
         sums = (values.double() @ left_out.double().T).numpy()
         unit = np.abs(sums).max(1).clip(1e-300)
@@ -121,6 +123,11 @@ def shares(study: Study) -> list[float]:
     """Of which sums of scores are kept: half, and those with a retraining."""
     asked = {0.5, *(share for _, share in study.truths)}
     return [share for share in SHARES if share in asked]
+
+
+def row_has(row: str, share: float) -> bool:
+    """Whether sums of a row's scores are kept for a share: of ensembles the tables show two."""
+    return "+" not in row or share in (0.95, 0.5)
 
 
 def first_members(name: str, sums: Tensor) -> NDArray[Any]:
@@ -169,7 +176,8 @@ def load(name: str) -> Kept:
             values = torch.from_numpy(found).double() * torch.from_numpy(
                 arrays[f"unit-{share}"][..., None]
             )
-            removed[float(share)] = dict(zip(about["rows"], values, strict=True))
+            names = [row for row in about["rows"] if row_has(row, float(share))]
+            removed[float(share)] = dict(zip(names, values, strict=True))
         elif kind == "single_run":
             truth[kind, float(share)] = torch.from_numpy(found).double().T
         elif kind == "algorithm":

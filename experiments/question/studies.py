@@ -61,8 +61,11 @@ class Study:
         subsets: retrained for each share.
         together: replays at once through vmap.
         without: estimators that would take too long.
-        ensembles: kinds of them, of five members.
-        averaged: estimators that are asked over ensembles.
+        averaged: estimators that are asked over ensembles of five members.
+        drawn: further points for ensembles of seeds, by influence functions and SOURCE.
+        same_run: whether ensembles hold the run whose replays are the truths of the single run. If
+            not (it did not come out the same when it was trained again), they are judged by
+            training anew alone.
     """
 
     title: str
@@ -72,14 +75,23 @@ class Study:
     subsets: int = 100
     together: int = 5
     without: tuple[str, ...] = ()
-    ensembles: tuple[str, ...] = ()
-    averaged: tuple[str, ...] = ("influence", "source")
+    averaged: tuple[str, ...] = ("influence", "source", "tracin")
+    drawn: tuple[Point, ...] = ()
+    same_run: bool = True
 
 
 SHARES = (0.99, 0.95, 0.8, 0.5, 0.2)
-KINDS = ("seeds", "forks", "dropout")  # of ensembles
+# Of ensembles. Exact unrolling refuses masks, under which nothing was trained; of a run through its
+# adapters it would be a derivative of their training alone, as the recorded order would.
+KINDS = {
+    "seeds": tuple(ESTIMATORS),
+    "forks": tuple(ESTIMATORS),
+    "dropout": tuple(name for name in ESTIMATORS if name != "unrolled"),
+    "lora": ("source", "influence", "tracin"),
+}
 KEEPS = (Point(0.95), Point(0.8), Point(0.2))
 MAPPED = ("unrolled", "source_recorded", "source", "source_blocks", "influence")
+DRAWN = tuple((name, (Point(0.5, 4),)) for name in ("source", "influence"))
 TITLED = {name: study.title for name, study in fidelity.STUDIES.items()}
 
 STUDIES = {
@@ -90,32 +102,31 @@ STUDIES = {
             *(("single_run", share) for share in SHARES if share != 0.5),
             ("algorithm", 0.95),
         ),
-        ensembles=KINDS,
-        averaged=("influence", "source", "source_recorded", "unrolled"),
+        averaged=("influence", "source", "source_recorded", "unrolled", "tracin"),
+        drawn=(Point(0.5, 1), Point(0.5, 4)),
     ),
     "fashion_mnist_noisy_tenth": Study(
         "FashionMNIST, 30% random labels, 3 epochs, a tenth of the rate",
         truths=(("single_run", 0.95), ("algorithm", 0.95)),
-        ensembles=KINDS,
     ),
     "fashion_mnist_noisy_third": Study(
-        "FashionMNIST, 30% random labels, 3 epochs, a third of the rate", ensembles=KINDS
+        "FashionMNIST, 30% random labels, 3 epochs, a third of the rate"
     ),
-    "fashion_mnist_noisy": Study("FashionMNIST, 30% random labels, 3 epochs", ensembles=KINDS),
+    "fashion_mnist_noisy": Study("FashionMNIST, 30% random labels, 3 epochs"),
     "wikitext2_gpt": Study(
         TITLED["wikitext2_gpt"],
         others=tuple((name, (Point(0.5, 4),)) for name in ("source_blocks", "influence")),
         subsets=50,
         together=1,
-        ensembles=KINDS,
     ),
-    "mnist": Study(TITLED["mnist"], without=("source_recorded",), ensembles=KINDS),
-    "fashion_mnist": Study(TITLED["fashion_mnist"], without=("source_recorded",), ensembles=KINDS),
+    "mnist": Study(TITLED["mnist"], others=DRAWN),
+    "fashion_mnist": Study(TITLED["fashion_mnist"], others=DRAWN),
     "cifar10_resnet9": Study(
         TITLED["cifar10_resnet9"],
         subsets=50,
         together=1,
         without=("source_recorded", "unrolled"),
+        same_run=False,
     ),
 }
 
@@ -140,8 +151,10 @@ def rows(study: Study) -> dict[str, Row]:
     """Files of scores by name, the cheap ones first."""
     found = [Row(name, point) for point in study.points for name in reversed(ESTIMATORS)]
     found += [Row(name, point) for name, points in study.others for point in points]
-    for kind in study.ensembles:
-        # Exact unrolling refuses masks: nothing was trained under them.
-        averaged = [name for name in study.averaged if (name, kind) != ("unrolled", "dropout")]
+    for kind, suited in KINDS.items():
+        averaged = [name for name in study.averaged if name in suited]
         found += [Row(name, point, kind) for name in averaged for point in study.points]
+    found += [
+        Row(name, point, "seeds") for name in ("influence", "source") for point in study.drawn
+    ]
     return {str(row): row for row in found if row.estimator not in study.without}

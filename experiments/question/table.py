@@ -19,6 +19,7 @@ from experiments.question.heat_map import Map, heat_maps
 from experiments.question.kept import COUNTS, RESULTS, Kept, load
 from experiments.question.studies import (
     ESTIMATORS,
+    KINDS,
     MEMBERS,
     STUDIES,
     TITLES,
@@ -35,7 +36,7 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- by table.py, from here -->", "<!-- to here -->"
 ASKED = (("single_run", 0.95), ("single_run", 0.5), ("algorithm", 0.95), ("algorithm", 0.5))
 WORDS = {"single_run": "single run", "algorithm": "algorithm", "fresh": "algorithm"}
-WORDS |= {"seeds": "seeds", "forks": "forks", "dropout": "dropout masks"}
+WORDS |= {"seeds": "seeds", "forks": "forks", "dropout": "dropout masks", "lora": "adapters"}
 MAPPED = ("0.95", "0.8", "0.5", "0.2")
 WHY_MISSING = (
     "Not run for want of processor time. Minutes are those of the same estimator's kept rows, "
@@ -111,7 +112,9 @@ def estimators(name: str, study: Study, kept: Kept) -> str:
     table: list[tuple[str, str, list[Interval | None], float | None]] = []
     for asked_row in ordered(study):
         row = str(asked_row)
-        values = [lds(kept, row, *key) for key in asked]
+        values = [
+            lds(kept, row, *key) if judged(study, asked_row, key[0]) else None for key in asked
+        ]
         seconds = kept.about["seconds"].get(row)
         if row.endswith("@1") and all(value is None for value in values):
             values, seconds = _of_fidelity(old, asked_row.estimator, asked)
@@ -172,10 +175,15 @@ def ordered(study: Study) -> list[Row]:
     """The rows of a study by estimator, from single runs to ensembles, by falling weights."""
 
     def place(row: Row) -> tuple[object, ...]:
-        kind = -1 if row.ensemble is None else study.ensembles.index(row.ensemble)
+        kind = -1 if row.ensemble is None else [*KINDS].index(row.ensemble)
         return [*ESTIMATORS].index(row.estimator), kind, -row.point.keep, row.point.draws or 0
 
     return sorted(rows(study).values(), key=place)
+
+
+def judged(study: Study, row: Row, protocol: str) -> bool:
+    """Whether the truths of a protocol are about the runs of a row."""
+    return study.same_run or row.ensemble is None or protocol == "algorithm"
 
 
 def lds(kept: Kept, row: str, protocol: str, share: float) -> Interval | None:
@@ -210,7 +218,11 @@ def by_members(found: Mapping[str, Kept]) -> str:
         for row in rows(STUDIES[name]).values():
             if (str(row), asked[0]) not in kept.first:
                 continue
-            cells = [interval(bootstrap(lds)) for p in asked for lds in kept.first[str(row), p]]
+            cells = [
+                interval(bootstrap(lds)) if judged(STUDIES[name], row, p) else ""
+                for p in asked
+                for lds in kept.first[str(row), p]
+            ]
             said = f"{TITLES[row.estimator]}, keep={row.point}, {WORDS[row.ensemble]}"
             lines.append(f"| {STUDIES[name].title} | {said} | {' | '.join(cells)} |")
     return "\n".join(lines)
