@@ -208,7 +208,7 @@ class AttributionModule(LightningModule):
                 normalises a common factor of the loss away (Adam) with the second moments that less
                 data would leave (``draws=0``: without), and in an ensemble, which asks about
                 training anew, at ``keep`` times the rates. With ``draws``, and for Muon, at random
-                subsets with weights 1 and 0, averaged.
+                subsets with weights 1 and 0, averaged; each member of an ensemble has its own.
             measurement: what to ask about each query (``tda_lightning.measurements``), or a
                 function (module, batch) -> [batch], smaller when the model does better; None: the
                 task's own, its loss by default. A positive score always says that the example

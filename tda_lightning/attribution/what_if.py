@@ -75,13 +75,16 @@ def asked_runs(
     # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
     made: list[list[list[StageSetup]]] = []  # the runs of each member, by their stages
+    trained = 0
     for stages in members:
         twin = next((n for n in range(len(made)) if _one_training(members[n], stages)), None)
         if twin is None:
-            numbers = range(count)
+            # Subsets of its own for each member: so the ensemble averages over more of them.
+            numbers = range(trained, trained + count)
+            trained += count
             made.append([_what_if_stages(stages, examples, keep, kind, n, rate) for n in numbers])
         else:
-            made.append([_seen_by(stages, trained) for trained in made[twin]])
+            made.append([_seen_by(stages, run) for run in made[twin]])
     runs = [run for own in made for run in own]
     record: WhatIfRecord = {
         "keep": keep,

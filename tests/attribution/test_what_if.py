@@ -460,6 +460,15 @@ def test_members_of_an_ensemble_are_replayed_each() -> None:
     for draws in (0, 2):
         question: dict[str, Any] = {"keep": 0.5, "draws": draws}
         alone = [attribute(CLASSIFIER, r, module, data, TracIn(), **question) for r in runs]
+        values = torch.stack([scores.values for scores in alone])
+        own = torch.stack([scores.self_influence for scores in alone])
+        if draws:
+            # The second member has the subsets after those of the first.
+            question["draws"] = 2 * draws
+            more = attribute(CLASSIFIER, runs[1], module, data, TracIn(), **question)
+            values[1] = 2 * more.values - values[1]
+            own[1] = 2 * more.self_influence - own[1]
+            question["draws"] = draws
         attribution = AttributionModule(module, Ensemble(runs), TracIn(), CaseTask(CLASSIFIER.kind))
         both = attribution.attribute(
             TensorDataset(*data),
@@ -468,8 +477,6 @@ def test_members_of_an_ensemble_are_replayed_each() -> None:
             quiet(),
             **question,
         )
-        values = torch.stack([scores.values for scores in alone])
-        own = torch.stack([scores.self_influence for scores in alone])
         assert relative(both.values, values.mean(0)) < 1e-12
         assert relative(both.self_influence, own.mean(0)) < 1e-12
         assert relative(both.spread, values.std(0) / 2**0.5) < 1e-9
