@@ -9,12 +9,23 @@ from html import escape
 import torch
 from torch import Tensor
 
+from experiments.question.kept import COUNTS as FIRST
+from experiments.question.kept import load
 from experiments.question.studies import TITLES
 from experiments.question.tiny_table import interval
-from experiments.question.trainings import COUNTS, OUTSIDE, POOLED, SERIES, Series, read
+from experiments.question.trainings import (
+    COUNTS,
+    MEMBERS,
+    OUTSIDE,
+    POOLED,
+    SERIES,
+    Series,
+    read,
+)
 from tda_lightning.evaluation.linear_datamodeling import bootstrap
 
 ORDER = (*SERIES, *POOLED, OUTSIDE)
+DEFAULT = (Series("source", "seeds", 1), *(Series("source", kind, 0.5) for kind in MEMBERS))
 NAMES = TITLES | {"trak": "TRAK", "kronfluence": "kronfluence, EK-FAC"}
 KINDS = {
     "seeds": "independent runs",
@@ -23,9 +34,10 @@ KINDS = {
     "lora": "adapters",
 }
 COLOURS = {"seeds": "#1f5fa8", "forks": "#c2571a", "dropout": "#2c8a57", "lora": "#8a3d96"}
+DASHES = {"source": "16 2", "influence": "", "source_blocks": "8 3", "tracin": "2 3", "trak": "1 5"}
 FORKED = (0.5, 0.25)  # share of the run that a fork trains, in turns
 ADAPTED = 0.2  # share of the run's epochs that adapters train
-WIDTH, HEIGHT, LEFT, TOP, RIGHT = 1020, 470, 60, 30, 560
+WIDTH, HEIGHT, LEFT, TOP, RIGHT = 1020, 540, 60, 30, 560
 
 
 def trainings(series: Series, count: int) -> float:
@@ -47,9 +59,15 @@ def trainings(series: Series, count: int) -> float:
 
 
 def found() -> dict[Series, dict[int, Tensor]]:
-    """LDS [query] for training anew, by series and number of members."""
+    """LDS [query] for training anew, by series and number of members: SOURCE's by ``run.py``."""
     arrays, about = read()
-    return {
+    first = load("mnist").first
+    default = {
+        series: dict(zip(FIRST, first[str(series), "algorithm"], strict=True))
+        for series in DEFAULT
+        if (str(series), "algorithm") in first
+    }
+    return default | {
         series: dict(
             zip(
                 about[str(series)],
@@ -114,9 +132,7 @@ def picture(series_of: Mapping[Series, Mapping[int, Tensor]], ceiling: float) ->
     parts.append(f'<text x="{LEFT}" y="{at - 6:.1f}">ceiling of the truth</text>')
     for place, (series, of) in enumerate(means.items()):
         colour = COLOURS[series.kind]
-        dashes = {"influence": "", "source_blocks": "8 3", "tracin": "2 3", "trak": "1 5"}.get(
-            series.estimator, "10 3 2 3"
-        )
+        dashes = DASHES.get(series.estimator, "10 3 2 3")
         width = 2.5 if series.keep < 1 else 1.3
         style = f'fill="none" stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"'
         points = [(x(trainings(series, count)), y(value)) for count, value in of.items()]
