@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -61,7 +61,8 @@ def asked_runs(
     Args:
         members: the stages of the recorded runs, one or several.
         examples: the training set of each recorded stage.
-        keep: mean weight of the training examples.
+        keep: mean weight of the training examples. What forks have in common with their run at
+            equal weights is trained once.
         draws: random subsets; 0: every example at weight ``keep``; None: what suits the optimizer
             (:func:`~tda_lightning.replay.what_if.weights_that_suit`).
 
@@ -76,13 +77,17 @@ def asked_runs(
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
     made: list[list[list[StageSetup]]] = []  # the runs of each member, by their stages
     trained = 0
-    for stages in members:
+    for number, stages in enumerate(members):
         twin = next((n for n in range(len(made)) if _one_training(members[n], stages)), None)
         if twin is None:
             # Subsets of its own for each member: so the ensemble averages over more of them.
             numbers = range(trained, trained + count)
             trained += count
-            made.append([_what_if_stages(stages, examples, keep, kind, n, rate) for n in numbers])
+            # Subsets of their own leave a fork and its run nothing in common.
+            left = None if kind == "subsets" else _left(stages, members[:number], made)
+            made.append(
+                [_what_if_stages(stages, examples, keep, kind, n, rate, left) for n in numbers]
+            )
         else:
             made.append([_seen_by(stages, run) for run in made[twin]])
     runs = [run for own in made for run in own]
@@ -139,8 +144,14 @@ def _what_if_stages(
     kind: Kind,
     number: int,
     rate: float,
+    left: tuple[Trajectory, int] | None = None,
 ) -> list[StageSetup]:
-    """The stages of one what-if run, each of which begins where the one before it ended."""
+    """The stages of one what-if run, each of which begins where the one before it ended.
+
+    Args:
+        number: of the random subset.
+        left: the what-if run of the run that this one left, and after how many steps.
+    """
     made: list[StageSetup] = []
     before: list[tuple[Trajectory, Trajectory]] = []
     for stage in stages:
@@ -155,11 +166,33 @@ def _what_if_stages(
         task = copy.deepcopy(stage.task)
         with _explained():
             run = what_if_run(
-                stage.trajectory, stage.module, task, source, weights, before, expected, rate
+                stage.trajectory, stage.module, task, source, weights, before, expected, rate, left
             )
         before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
     return made
+
+
+def _left(
+    stages: Sequence[StageSetup],
+    before: Sequence[Sequence[StageSetup]],
+    made: Sequence[Sequence[Sequence[StageSetup]]],
+) -> tuple[Trajectory, int] | None:
+    """The what-if run of the member that a fork left, and after how many steps; None where it is
+    no fork, or of none of the members before it."""
+    own = stages[0].trajectory
+    fork: Any = own.facts.settings.get("fork")
+    if fork is None or len(stages) > 1 or fork["step"] not in own.checkpoints:
+        return None
+    for others, (what_if, *_) in zip(before, made, strict=True):
+        run, step = others[0].trajectory, fork["step"]
+        if run.facts.settings.get("run_id") != fork["run"] or len(others) > 1:
+            continue
+        checkpoints = [[at for at in one.checkpoints if at <= step] for one in (run, own)]
+        rows = [one.steps.between(0, step).examples for one in (run, own)]
+        if checkpoints[0] == checkpoints[1] and torch.equal(*rows):
+            return what_if[0].trajectory, step
+    return None
 
 
 def _one_training(stages: Sequence[StageSetup], others: Sequence[StageSetup]) -> bool:
