@@ -84,7 +84,8 @@ def asked_runs(
             numbers = range(trained, trained + count)
             trained += count
             # Subsets of their own leave a fork and its run nothing in common.
-            left = None if kind == "subsets" else _left(stages, members[:number], made)
+            common = None if kind == "subsets" else _common(stages, members[:number])
+            left = common and (made[common[0]][0][0].trajectory, common[1])
             made.append(
                 [_what_if_stages(stages, examples, keep, kind, n, rate, left) for n in numbers]
             )
@@ -123,6 +124,11 @@ def seconds_of_runs(
         for number, stages in enumerate(members)
         if not any(_one_training(other, stages) for other in members[:number])
     ]
+    if kind != "subsets":
+        # What forks have in common with their run is trained once.
+        common = [_common(stages, members[:number]) for number, stages in enumerate(members)]
+        past = sum(step for _, step in filter(None, common))
+        seconds *= 1 - past / (len(trained) * members[0][0].trajectory.last_step)
     return len(members) * count, len(trained) * count, seconds
 
 
@@ -173,25 +179,23 @@ def _what_if_stages(
     return made
 
 
-def _left(
-    stages: Sequence[StageSetup],
-    before: Sequence[Sequence[StageSetup]],
-    made: Sequence[Sequence[Sequence[StageSetup]]],
-) -> tuple[Trajectory, int] | None:
-    """The what-if run of the member that a fork left, and after how many steps; None where it is
-    no fork, or of none of the members before it."""
+def _common(
+    stages: Sequence[StageSetup], before: Sequence[Sequence[StageSetup]]
+) -> tuple[int, int] | None:
+    """Which of the members before it a fork left, and after how many steps; None where it is no
+    fork, or of none of them."""
     own = stages[0].trajectory
     fork: Any = own.facts.settings.get("fork")
     if fork is None or len(stages) > 1 or fork["step"] not in own.checkpoints:
         return None
-    for others, (what_if, *_) in zip(before, made, strict=True):
+    for number, others in enumerate(before):
         run, step = others[0].trajectory, fork["step"]
         if run.facts.settings.get("run_id") != fork["run"] or len(others) > 1:
             continue
         checkpoints = [[at for at in one.checkpoints if at <= step] for one in (run, own)]
         rows = [one.steps.between(0, step).examples for one in (run, own)]
         if checkpoints[0] == checkpoints[1] and torch.equal(*rows):
-            return what_if[0].trajectory, step
+            return number, step
     return None
 
 

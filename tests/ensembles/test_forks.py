@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import AttributionModule, Ensemble, Trajectory, TrajectoryRecorder, ensembles
+from tda_lightning.attribution import what_if
 from tda_lightning.ensembles.forks import drawn_anew
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
@@ -219,6 +220,10 @@ def test_what_if_runs_of_forks_have_a_common_past_too(
         return attribution.attribute(examples(), queries, keep=0.5, trainer=quiet())
 
     ensemble = Ensemble.load(noisy / "ensemble" / "forks")
+    attribution = AttributionModule(Net(noisy=True), ensemble, TracIn())
+    monkeypatch.setattr(what_if, "seconds_of_run", lambda *_: 36.0)
+    planned = what_if.seconds_of_runs(attribution.members, [None], None)  # type: ignore[list-item]
+    assert planned == (3, 3, 12 + 6 + 4)
     found = asked(ensemble)
     assert rows == [*range(12), *range(6, 12), *range(8, 12)]
     made = Trajectory.load(found.provenance["what_if"]["runs"][2])
