@@ -29,9 +29,16 @@ def require_constructible(
     """
     for one in _each(module):
         _require(one, nn.Module, "module", "the module that was trained, such as Net()")
-    for one in [trajectory] if isinstance(trajectory, Ensemble) else _each(trajectory):
+    if not isinstance(trajectory, Ensemble):
         what = "the folder of a recorded run, a Trajectory or a list of them, or an Ensemble"
-        _require(one, (str, PathLike, Trajectory, Ensemble), "trajectory", what)
+        for one in _each(trajectory):
+            if isinstance(trajectory, list | tuple) and isinstance(one, Ensemble | list | tuple):
+                raise TypeError(
+                    "A list of trajectories means consecutive stages of one training, and an "
+                    f"ensemble has runs of one stage: got {one!r:.200} in the list. Attribute each "
+                    "run of several stages by itself, and average the scores."
+                )
+            _require(one, (str, PathLike, Trajectory), "trajectory", what)
     for one in _each(task):
         if one is not None:
             _require(one, AttributionTask, "task", "a task, such as ClassificationTask(), or None")

@@ -25,7 +25,8 @@ def asked_about(trajectory: Any, at_step: int | None, ckpt: str | PathLike[str] 
     Raises:
         FileNotFoundError: there is no such file.
         TrajectoryMismatchError: the file is of another run.
-        ValueError: there is no such checkpoint; both are given.
+        ValueError: there is no such checkpoint, or forks have not left their run there; both are
+            given.
     """
     require_type("at_step", at_step, int | None)
     if at_step is None and ckpt is None:
@@ -40,10 +41,31 @@ def asked_about(trajectory: Any, at_step: int | None, ckpt: str | PathLike[str] 
             )
         cut = Ensemble([_cut(run, at_step, ckpt) for run in trajectory])
         cut.facts = trajectory.facts
+        _require_apart(cut)
         return cut
     if isinstance(trajectory, list | tuple):
         return [*trajectory[:-1], *(_cut(run, at_step, ckpt) for run in trajectory[-1:])]
     return _cut(trajectory, at_step, ckpt)
+
+
+def _require_apart(members: Ensemble) -> None:
+    """Refuse forks that have not left their run yet: there they are that run.
+
+    Raises:
+        ValueError: two members are one run.
+    """
+    seen: dict[object, int] = {}
+    for number, run in enumerate(members, start=1):
+        settings, last = run.facts.settings, run.last_step
+        fork: Any = settings.get("fork")
+        origin = settings.get("run_id") if fork is None or fork["step"] < last else fork["run"]
+        if origin is not None and (origin, last) in seen:
+            raise ValueError(
+                f"After step {last}, members {seen[origin, last]} and {number} of the ensemble are "
+                "still the same run, which forks leave later: the spread would be too small. Ask "
+                "about a later step, or attribute the recorded run."
+            )
+        seen[origin, last] = number
 
 
 def _cut(

@@ -33,7 +33,7 @@ from tda_lightning.attribution.graph_sources import NodeSource, by_node
 from tda_lightning.attribution.launch import OneBatch, gradients_in_predict, quiet_trainer
 from tda_lightning.attribution.matching import require_same_data
 from tda_lightning.attribution.processes import require_scorable
-from tda_lightning.attribution.provenance import of_kind, scores_provenance
+from tda_lightning.attribution.provenance import of_ensemble, scores_provenance
 from tda_lightning.attribution.quiet import without_device_lines
 from tda_lightning.attribution.scoring import OpenedRuns, score_runs
 from tda_lightning.attribution.sessions import open_members, open_session, open_stages
@@ -127,8 +127,7 @@ class AttributionModule(LightningModule):
             for stage in stages:
                 require_answerable(stage.trajectory, estimator)
         self.stages = self.members[0]
-        facts = trajectory.facts if isinstance(trajectory, Ensemble) else None
-        self._ensemble = None if facts is None else facts.kind
+        self._ensemble = trajectory.facts if isinstance(trajectory, Ensemble) else None
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
@@ -288,7 +287,7 @@ class AttributionModule(LightningModule):
                     estimated = self._launch(runner, lambda: score_runs(opened, sink))
                 made = scores_provenance(opened, self.members, asked, estimated, runner, sink)
                 if self._ensemble is not None:
-                    made = {**made, **of_kind(self._ensemble, made)}
+                    made = {**made, **of_ensemble(self._ensemble, made)}
                 if self_influence is None and edits is None and not own_self:
                     made["notes"].append(no_self_influence(question, by_token))
                 if changes is not None:

@@ -20,6 +20,7 @@ from tda_lightning.attribution.scoring import OpenedRuns, member_scores
 from tda_lightning.attribution.stages import StageSetup
 from tda_lightning.attribution.what_if import SIZES, AskedRuns, question_of
 from tda_lightning.recording.facts import package_versions
+from tda_lightning.records.ensemble import DIVERGED, FINISHED, PLANNED, EnsembleFacts
 from tda_lightning.records.provenance import MemberRecord, Provenance, StageRecord
 from tda_lightning.records.score_sinks import MemorySink
 from tda_lightning.records.trajectory import Trajectory
@@ -168,14 +169,26 @@ _OF_KIND = {
     "trainings.",
     "lora": "The runs are trainings of low-rank adapters, from the last weights of one run.",
 }
+_MISSING = {DIVERGED: "diverged", PLANNED: "was not finished"}
 _SIZES = "ranks only: the members of this ensemble are not runs of the training itself"
 
 
-def of_kind(kind: str, made: Provenance) -> Provenance:
-    """What the kind of an ensemble adds to its provenance and changes in it."""
-    added: Provenance = {"ensemble": kind}
+def of_ensemble(facts: EnsembleFacts, made: Provenance) -> Provenance:
+    """What an ensemble's folder adds to its provenance and changes in it: the kind, and members
+    that are missing."""
+    kind = facts.kind
+    added: Provenance = {"ensemble": kind, "notes": made["notes"]}
     if kind in _OF_KIND:
-        added["notes"] = [_OF_KIND[kind], *made["notes"]]
+        added["notes"] = [_OF_KIND[kind], *added["notes"]]
+    finished = sum(member.state == FINISHED for member in facts.members)
+    if finished < len(facts.members):
+        missing = ", ".join(
+            f"member {member.number} {_MISSING[member.state]}"
+            for member in facts.members
+            if member.state != FINISHED
+        )
+        said = f"These are {finished} of {len(facts.members)} members: {missing}."
+        added["notes"] = [said, *added["notes"]]
     if kind in ("dropout", "lora"):
         added["sizes"] = _SIZES
     return added

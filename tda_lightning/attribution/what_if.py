@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -61,7 +61,8 @@ def asked_runs(
     Args:
         members: the stages of the recorded runs, one or several.
         examples: the training set of each recorded stage.
-        keep: mean weight of the training examples.
+        keep: mean weight of the training examples. What forks have in common with their run at
+            equal weights is trained once.
         draws: random subsets; 0: every example at weight ``keep``; None: what suits the optimizer
             (:func:`~tda_lightning.replay.what_if.weights_that_suit`).
 
@@ -76,13 +77,18 @@ def asked_runs(
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
     made: list[list[list[StageSetup]]] = []  # the runs of each member, by their stages
     trained = 0
-    for stages in members:
+    for number, stages in enumerate(members):
         twin = next((n for n in range(len(made)) if _one_training(members[n], stages)), None)
         if twin is None:
             # Subsets of its own for each member: so the ensemble averages over more of them.
             numbers = range(trained, trained + count)
             trained += count
-            made.append([_what_if_stages(stages, examples, keep, kind, n, rate) for n in numbers])
+            # Subsets of their own leave a fork and its run nothing in common.
+            common = None if kind == "subsets" else _common(stages, members[:number])
+            left = common and (made[common[0]][0][0].trajectory, common[1])
+            made.append(
+                [_what_if_stages(stages, examples, keep, kind, n, rate, left) for n in numbers]
+            )
         else:
             made.append([_seen_by(stages, run) for run in made[twin]])
     runs = [run for own in made for run in own]
@@ -118,6 +124,11 @@ def seconds_of_runs(
         for number, stages in enumerate(members)
         if not any(_one_training(other, stages) for other in members[:number])
     ]
+    if kind != "subsets":
+        # What forks have in common with their run is trained once.
+        common = [_common(stages, members[:number]) for number, stages in enumerate(members)]
+        past = sum(step for _, step in filter(None, common))
+        seconds *= 1 - past / (len(trained) * members[0][0].trajectory.last_step)
     return len(members) * count, len(trained) * count, seconds
 
 
@@ -139,8 +150,14 @@ def _what_if_stages(
     kind: Kind,
     number: int,
     rate: float,
+    left: tuple[Trajectory, int] | None = None,
 ) -> list[StageSetup]:
-    """The stages of one what-if run, each of which begins where the one before it ended."""
+    """The stages of one what-if run, each of which begins where the one before it ended.
+
+    Args:
+        number: of the random subset.
+        left: the what-if run of the run that this one left, and after how many steps.
+    """
     made: list[StageSetup] = []
     before: list[tuple[Trajectory, Trajectory]] = []
     for stage in stages:
@@ -155,11 +172,31 @@ def _what_if_stages(
         task = copy.deepcopy(stage.task)
         with _explained():
             run = what_if_run(
-                stage.trajectory, stage.module, task, source, weights, before, expected, rate
+                stage.trajectory, stage.module, task, source, weights, before, expected, rate, left
             )
         before.append((stage.trajectory, run))
         made.append(replace(stage, trajectory=run, task=copy.deepcopy(stage.task)))
     return made
+
+
+def _common(
+    stages: Sequence[StageSetup], before: Sequence[Sequence[StageSetup]]
+) -> tuple[int, int] | None:
+    """Which of the members before it a fork left, and after how many steps; None where it is no
+    fork, or of none of them."""
+    own = stages[0].trajectory
+    fork: Any = own.facts.settings.get("fork")
+    if fork is None or len(stages) > 1 or fork["step"] not in own.checkpoints:
+        return None
+    for number, others in enumerate(before):
+        run, step = others[0].trajectory, fork["step"]
+        if run.facts.settings.get("run_id") != fork["run"] or len(others) > 1:
+            continue
+        checkpoints = [[at for at in one.checkpoints if at <= step] for one in (run, own)]
+        rows = [one.steps.between(0, step).examples for one in (run, own)]
+        if checkpoints[0] == checkpoints[1] and torch.equal(*rows):
+            return number, step
+    return None
 
 
 def _one_training(stages: Sequence[StageSetup], others: Sequence[StageSetup]) -> bool:

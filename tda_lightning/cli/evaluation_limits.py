@@ -78,6 +78,12 @@ def evaluation_limits(truth: GroundTruth) -> Limits:
                 "Limit, seeds: what a predictor would reach that knows the mean over all seeds. "
                 f"No scores get further with {seeds} seeds per subset, up to the intervals."
             )
+        elif truth.protocol == "algorithm" and seeds > 1:
+            notes.append(
+                "How much of the rest is noise between seeds, which no scores predict, is not told "
+                f"by {subsets} subsets: more than three tell, and keep the retrainings that are "
+                "there."
+            )
         elif truth.protocol == "algorithm":
             notes.append(
                 "How much of the rest is noise between seeds, which no scores predict, is not told "

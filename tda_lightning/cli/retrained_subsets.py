@@ -75,6 +75,12 @@ def _subsets(config: DictConfig, num_train: int, count: int) -> Tensor:
     """``count`` subsets, bool [subset, train]; a larger number starts with the same ones."""
     left_out = config.leave_out
     if left_out is None:
+        if not 0 < (size := round(config.alpha * num_train)) < num_train:
+            raise ValueError(
+                f"alpha={config.alpha:g} keeps {size} of {num_train} training examples, expected "
+                "a share that keeps some and leaves some out, such as alpha=0.5. Where none is "
+                "given, it is the keep of the scores."
+            )
         return draw_subsets(num_train, config.alpha, count, config.seed)
     if not 1 <= left_out < num_train:
         raise ValueError(f"leave_out must be from 1 to {num_train - 1}, got {left_out}.")

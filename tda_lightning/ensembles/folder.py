@@ -156,6 +156,7 @@ def judge(root: Path, number: int) -> None:
                 f"Member {number} of {root} is the same run as member {member.number}: every loss "
                 "is equal, so the ensemble's spread would be too small. Members need something "
                 "that their seed decides: initial weights, the order of batches, or noise."
+                + (" Forks may leave earlier: at." if facts.kind == "forks" else "")
             )
     note(root, number, FINISHED)
 

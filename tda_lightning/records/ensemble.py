@@ -70,6 +70,7 @@ class Ensemble:
         facts: what the folder says, where it was loaded from one; else None.
 
     Raises:
+        TypeError: a member is no run, or a list of stages.
         ValueError: fewer than two members, or one run given twice.
         TrajectoryMismatchError: the members differ in model or training set; names the difference.
     """
@@ -81,6 +82,12 @@ class Ensemble:
                 f"An ensemble needs at least two runs, got {count}. Give a list of trajectories, "
                 "or the one trajectory itself."
             )
+        for member in members:
+            if not isinstance(member, str | PathLike | Trajectory):
+                raise TypeError(
+                    "The members of an ensemble must be folders of recorded runs or trajectories, "
+                    f"each of one stage; got {member!r:.200}."
+                )
         self.trajectories = [
             member if isinstance(member, Trajectory) else Trajectory.load(str(member))
             for member in members

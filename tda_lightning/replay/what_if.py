@@ -110,6 +110,7 @@ def what_if_run(
     before: Sequence[tuple[Trajectory, Trajectory]] = (),
     expected: bool = False,
     rate: float = 1.0,
+    common: tuple[Trajectory, int] | None = None,
 ) -> Trajectory:
     """The run trained again with example n's loss multiplied by ``weights[n]``.
 
@@ -127,6 +128,8 @@ def what_if_run(
         expected: train with the second moments that random subsets, with these weights as
             probabilities, are expected to leave (:mod:`tda_lightning.replay.expected_squares`).
         rate: what the recorded rates are multiplied by.
+        common: the what-if run, at the same weights and rate, of a run that this one left after so
+            many steps (a fork). They are not trained again.
 
     Raises:
         UnsupportedTrainingError: the run cannot be replayed.
@@ -144,7 +147,7 @@ def what_if_run(
     def run() -> Trajectory:
         if trajectory.path is None:
             return _in_memory(weighted, start, key)
-        return _in_folder(weighted, start, key, Path(trajectory.path))
+        return _in_folder(weighted, start, key, Path(trajectory.path), common)
 
     made = again_where_unseen(weighted, run)
     return replace(made, steps_before=trajectory.steps_before)
@@ -307,7 +310,13 @@ def _in_memory(replay: Replay, start: Checkpoint, key: str) -> Trajectory:
     return kept[key]
 
 
-def _in_folder(replay: Replay, start: Checkpoint, key: str, root: Path) -> Trajectory:
+def _in_folder(
+    replay: Replay,
+    start: Checkpoint,
+    key: str,
+    root: Path,
+    common: tuple[Trajectory, int] | None,
+) -> Trajectory:
     trajectory, folder = replay.trajectory, layout.what_if_folder(root, key)
     made = _opened(folder)
     if made is not None and made.last_step == trajectory.last_step:
@@ -318,14 +327,16 @@ def _in_folder(replay: Replay, start: Checkpoint, key: str, root: Path) -> Traje
             if made is not None and made.last_step == trajectory.last_step:
                 return made
             writer = TrajectoryWriter(folder, trajectory.data_weights)
-            facts = _facts(trajectory, key)
+            facts, begin = _facts(trajectory, key), start
             if made is None or not _can_resume(made):
                 require_room(folder, _bytes_of(root, trajectory), "a what-if run")
                 writer.begin(facts, start, overwrite=True)
+                if common is not None:
+                    begin = _begun(writer, *common)
             else:
-                start = made.checkpoints[made.last_step]
+                begin = made.checkpoints[made.last_step]
                 writer.resume(facts, made.last_step, list(made.checkpoints))
-            _record(replay, writer, start)
+            _record(replay, writer, begin)
             writer.finish()
     except PermissionError as error:
         warnings.warn(
@@ -335,6 +346,16 @@ def _in_folder(replay: Replay, start: Checkpoint, key: str, root: Path) -> Traje
         )
         return _in_memory(replay, start, key)
     return Trajectory.load(folder)
+
+
+def _begun(writer: TrajectoryWriter, run: Trajectory, step: int) -> Checkpoint:
+    """Record what a what-if run has in common with ``run``; the checkpoint after ``step``, from
+    which it is trained on."""
+    writer.append(run.steps.between(0, step))
+    for at in sorted(run.checkpoints):
+        if 0 < at <= step:
+            writer.write_checkpoint(run.checkpoints[at])
+    return run.checkpoints[step]
 
 
 def _opened(folder: Path) -> Trajectory | None:

@@ -57,6 +57,10 @@ CONSTRUCTOR: list[tuple[dict[str, Any], str]] = [
     ({"trajectory": [0.5]}, r"trajectory must be the folder .*got 0\.5"),
     ({"task": "classification"}, r"task must be a task, such as ClassificationTask\(\).*got 'cl"),
     ({"task": ClassificationTask}, "got the class ClassificationTask: make one"),
+    (
+        {"trajectory": [["a", "b"], ["c", "d"]]},
+        r"consecutive stages .* got \['a', 'b'\] in the list",
+    ),
     ({"fresh": "head"}, r"fresh must be a list of names, such as fresh=\['head'\]; got 'head'"),
 ]
 

@@ -139,6 +139,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Members 1 and 2 of the ensemble are the same run"):
             Ensemble([runs[0][0], runs[0][0]])
 
+    def test_members_or_lists_of_several_stages(self, runs: Any) -> None:
+        trajectories, module, _ = runs
+        with pytest.raises(TypeError, match=r"each of one stage; got \['a', 'b'\]"):
+            Ensemble([["a", "b"], ["c", "d"]])
+        with pytest.raises(TypeError, match="ensemble has runs of one stage: got .*Ensemble"):
+            AttributionModule(module, [Ensemble(trajectories)] * 2, Source(), TASK)
+
     def test_another_model(self, runs: Any) -> None:
         first, second, _ = runs[0]
         fact = dataclasses.replace(first.facts.parameters["0.weight"], shape=(5, 3))

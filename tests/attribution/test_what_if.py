@@ -30,6 +30,7 @@ from tda_lightning.replay.run import Walk
 from tda_lightning.replay.what_if import subset_weights
 from tda_lightning.solvers import ASTRA, ConjugateGradients, DataInf, Direct, Lanczos, LiSSA
 from tda_lightning.store.inspect import describe
+from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
@@ -403,6 +404,16 @@ def test_an_interrupted_run_resumes_at_its_last_checkpoint(
         ask(recorded, TracIn(), keep=0.5)
     stopped_at = Trajectory.load(folder).last_step
     assert 0 < stopped_at < last
+    taken[:] = [-1] * 6
+
+    def refused(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryWriter, "resume", refused)
+        with pytest.warns(match="what-if run is not kept: read-only"):
+            unkept = ask(recorded, TracIn(), keep=0.5)
+    assert torch.equal(unkept.values, whole.values)
     taken[:] = [-1] * 6
     again = ask(recorded, TracIn(), keep=0.5)
     assert taken[6:] == list(range(stopped_at, last))

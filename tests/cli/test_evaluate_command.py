@@ -359,7 +359,8 @@ def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys)
     ("given", "message"),
     [
         ("num_subsets=2", "at least 3 subsets, got num_subsets=2"),
-        ("alpha=1", "keeps 60 of 60 examples"),
+        ("alpha=1", "alpha=1 keeps 60 of 60 training examples"),
+        ("alpha=0.5 leave_out=3", "give one of them, got alpha=0.5 and leave_out=3"),
         ("seeds=2", "repeats the recorded seed: expected seeds=1, got 2"),
         ("leave_out=60", "leave_out must be from 1 to 59, got 60"),
         ("protocol=both", "protocol must be among single_run, algorithm, pbrf, got both"),
@@ -370,7 +371,7 @@ def test_constant_measurements_are_undefined_and_not_0(run, monkeypatch, capsys)
     ],
 )
 def test_impossible_evaluations_are_answered_in_words(given, message, run, capsys):
-    assert main(["evaluate", "runs/digits", given]) == 1
+    assert main(["evaluate", "runs/digits", *given.split()]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

@@ -85,6 +85,8 @@ def test_what_is_not_known_is_said() -> None:
     _, few = truth(subsets=6, noise=2)
     (_, additive) = evaluation_limits(few).notes
     assert additive.startswith("What additive scores can reach is not told by 6 subsets of 30")
+    _, three = truth(subsets=3, seeds=2)
+    assert "is not told by 3 subsets: more than three tell" in evaluation_limits(three).notes[0]
     _, single = truth("single_run", seeds=1, noise=0)
     replayed = evaluation_limits(single)
     assert replayed.seeds is None and replayed.additive is not None  # seeds are no question there

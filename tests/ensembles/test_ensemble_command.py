@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tda_lightning import Ensemble, Scores
+from tda_lightning.attribution.provenance import of_ensemble
 from tda_lightning.cli import ensemble_members, main
 from tda_lightning.cli.run_config import load_config
 from tda_lightning.ensembles.folder import note
-from tda_lightning.records.ensemble import DIVERGED, MemberFact
+from tda_lightning.records.ensemble import DIVERGED, FINISHED, EnsembleFacts, MemberFact
 from tests.attributing import relative
 
 TINY = ["experiment=digits", "data.num_train=60", "data.num_query=4", "trainer.max_epochs=2"]
@@ -60,6 +61,16 @@ def test_scores_are_the_mean_over_the_folder(there: Path) -> None:
     assert relative(scores.values, scores.members.double().mean(0)) < 1e-6
     assert scores.provenance["ensemble"] == "seeds"
     assert len(scores.provenance["predictions"]) == 4
+
+
+def test_members_that_are_missing_are_named() -> None:
+    members = [MemberFact(n, f"member-{n}", n, FINISHED) for n in (1, 2)]
+    members += [MemberFact(3, "member-3", 3), MemberFact(4, "member-4", 4, DIVERGED, "nan")]
+    facts = EnsembleFacts("seeds", "../..", "a", tuple(members))
+    assert of_ensemble(facts, {"notes": ["other"]})["notes"] == [
+        "These are 2 of 4 members: member 3 was not finished, member 4 diverged.",
+        "other",
+    ]
 
 
 def test_report_evaluate_and_inspect_take_the_folder(

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import AttributionModule, Ensemble, Trajectory, TrajectoryRecorder, ensembles
+from tda_lightning.attribution import what_if
 from tda_lightning.ensembles.forks import drawn_anew
 from tda_lightning.estimators import InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.records.errors import TrajectoryMismatchError, UnsupportedTrainingError
+from tda_lightning.replay.measured import MeasuredWalk
 from tda_lightning.store import layout
 from tests import runs as recorded
 from tests.attributing import quiet, relative
@@ -197,6 +199,52 @@ def test_every_estimator_takes_forks(estimator: Any, noisy: Path) -> None:
     assert relative(found.values, values.mean(0)) < 1e-10
     if isinstance(estimator, Unrolled):
         assert all(one.provenance["certificate"]["bit_equal"] for one in alone)
+
+
+def test_what_if_runs_of_forks_have_a_common_past_too(
+    noisy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained once, and what follows comes out as that of the fork by itself."""
+    rows: list[int] = []
+    measured_step = MeasuredWalk.measured_step
+
+    def counted(self: Any, row: int) -> None:
+        rows.append(row)
+        measured_step(self, row)
+
+    monkeypatch.setattr(MeasuredWalk, "measured_step", counted)
+
+    def asked(trajectory: Any) -> Any:
+        attribution = AttributionModule(Net(noisy=True), trajectory, TracIn())
+        queries = examples(2, seed=1)
+        return attribution.attribute(examples(), queries, keep=0.5, trainer=quiet())
+
+    ensemble = Ensemble.load(noisy / "ensemble" / "forks")
+    attribution = AttributionModule(Net(noisy=True), ensemble, TracIn())
+    monkeypatch.setattr(what_if, "seconds_of_run", lambda *_: 36.0)
+    planned = what_if.seconds_of_runs(attribution.members, [None], None)  # type: ignore[list-item]
+    assert planned == (3, 3, 12 + 6 + 4)
+    found = asked(ensemble)
+    assert rows == [*range(12), *range(6, 12), *range(8, 12)]
+    made = Trajectory.load(found.provenance["what_if"]["runs"][2])
+    fork = ensemble.trajectories[2]
+    shutil.rmtree(Path(str(fork.path)) / "what_if")
+    alone = asked(fork)
+    assert relative(alone.values, found.member(2).values) < 1e-12
+    run = Trajectory.load(alone.provenance["what_if"]["runs"][0])
+    assert run.steps.loss.equal(made.steps.loss) and len(rows) == 22 + 12
+    assert run.steps.examples.equal(made.steps.examples)
+    assert list(run.checkpoints) == list(made.checkpoints)
+
+
+def test_before_they_leave_forks_are_no_ensemble(plain: Path) -> None:
+    """Members would be alike, and their spread 0."""
+    root = str(plain / "ensemble" / "forks")
+    with pytest.raises(ValueError, match="After step 6, members 1 and 2 .* still the same run"):
+        AttributionModule(Net(), root, TracIn(), at_step=6)
+    with pytest.raises(ValueError, match="members 1 and 3"):
+        AttributionModule(Net(), root, TracIn(), at_step=8)
+    assert len(AttributionModule(Net(), root, TracIn(), at_step=10).members) == 3
 
 
 def test_a_fork_that_was_cut_off_goes_on(

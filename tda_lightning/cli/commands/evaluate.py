@@ -205,6 +205,11 @@ def _complete_settings(config: DictConfig, scores: Mapping[str, Scores]) -> None
     if config.simulate is not None:
         require_steps(list(config.simulate), config.simulate_rate)
     parse_part(config.part)
+    if config.alpha is not None and config.leave_out is not None:
+        raise ValueError(
+            "alpha (the share that subsets keep) and leave_out (the number left out) say the same "
+            f"thing: give one of them, got alpha={config.alpha:g} and leave_out={config.leave_out}."
+        )
     complete_pbrf_settings(config, scores)
     if config.num_subsets is None:
         config.num_subsets = _SPOT_CHECK_SUBSETS if config.spot_check else _SUBSETS
