@@ -55,7 +55,8 @@ def trainings(series: Series, count: int) -> float:
     }[series.kind]
     if series.keep == 1:
         return made
-    return made + (1 if series.kind == "dropout" else count)  # masks share one what-if run
+    # Masks share one what-if run, what-if runs of forks the past that forks have in common.
+    return made + {"dropout": 1, "forks": made}.get(series.kind, count)
 
 
 def found() -> dict[Series, dict[int, Tensor]]:
