@@ -518,6 +518,15 @@ def test_a_share_is_above_zero_and_at_most_one(keep: float, recorded: Any) -> No
         ask(recorded, TracIn(), keep=keep)
 
 
+def test_a_file_of_scores_that_is_there_is_refused_before_training(
+    recorded: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "scores.h5").touch()
+    with pytest.raises(FileExistsError, match=r"scores\.h5 exists and is kept"):
+        ask(recorded, TracIn(), keep=0.5, scores_path=str(tmp_path / "scores.h5"))
+    assert not (recorded[0] / "what_if").exists()
+
+
 def test_a_run_that_cannot_be_replayed_remains_with_keep_1(tmp_path: Path) -> None:
     fit(tmp_path / "run", precision="bf16-mixed")
     recorded = tmp_path / "run", Net(), Numbered()
