@@ -118,6 +118,15 @@ def test_central_differences_of_weighted_retraining(
         assert relative(scores.values[:, n], expected) < 1e-6
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(0.97, 10), (0.04, 0)])
+def test_a_subset_leaves_some_out_and_keeps_some(keep: float, kept: int) -> None:
+    """With nothing left out it would be the recorded run, under the name of another question."""
+    run, module, data = train(MLP, OPTIMIZERS["momentum"], checkpoints=(3,))
+    with pytest.raises(ValueError, match=f"keeps {kept} of 10 training .* Ask with draws=0"):
+        attribute(MLP, run, module, data, TracIn(), keep=keep, draws=2)
+    attribute(MLP, run, module, data, TracIn(), keep=keep, draws=0)
+
+
 # The other estimators
 
 
