@@ -68,10 +68,13 @@ def asked_runs(
 
     Raises:
         UnsupportedTrainingError: a run cannot be replayed.
+        ValueError: a random subset would have every example, or none.
     """
     if keep == 1:
         return AskedRuns([list(stages) for stages in members], list(range(len(members))))
     kind, count = _kind(members, draws)
+    if kind == "subsets":
+        _require_subsets([len(source) for source in examples], keep)
     # An ensemble asks about training anew, and training on less data takes fewer steps. Weights
     # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
@@ -84,7 +87,8 @@ def asked_runs(
             numbers = range(trained, trained + count)
             trained += count
             # Subsets of their own leave a fork and its run nothing in common.
-            left = None if kind == "subsets" else _left(stages, members[:number], made)
+            common = None if kind == "subsets" else _common(stages, members[:number])
+            left = common and (made[common[0]][0][0].trajectory, common[1])
             made.append(
                 [_what_if_stages(stages, examples, keep, kind, n, rate, left) for n in numbers]
             )
@@ -123,6 +127,11 @@ def seconds_of_runs(
         for number, stages in enumerate(members)
         if not any(_one_training(other, stages) for other in members[:number])
     ]
+    if kind != "subsets":
+        # What forks have in common with their run is trained once.
+        common = [_common(stages, members[:number]) for number, stages in enumerate(members)]
+        past = sum(step for _, step in filter(None, common))
+        seconds *= 1 - past / (len(trained) * members[0][0].trajectory.last_step)
     return len(members) * count, len(trained) * count, seconds
 
 
@@ -135,6 +144,23 @@ def _kind(members: Sequence[Sequence[StageSetup]], draws: int | None) -> tuple[K
     if "subsets" in suiting:
         return "subsets", DRAWS
     return "expected" if "expected" in suiting else "uniform", 1
+
+
+def _require_subsets(sizes: Sequence[int], keep: float) -> None:
+    """Refuse random subsets that are the whole training set, whose run is the recorded one, or
+    empty.
+
+    Raises:
+        ValueError: says what to ask.
+    """
+    for size in sizes:
+        kept = round(keep * size)
+        if not 0 < kept < size:
+            raise ValueError(
+                f"keep={keep:g} keeps {kept} of {size} training examples, and random subsets must "
+                f"keep some and leave some out. Ask with draws=0 (every example at weight "
+                f"{keep:g}), or with another keep."
+            )
 
 
 def _what_if_stages(
@@ -173,25 +199,23 @@ def _what_if_stages(
     return made
 
 
-def _left(
-    stages: Sequence[StageSetup],
-    before: Sequence[Sequence[StageSetup]],
-    made: Sequence[Sequence[Sequence[StageSetup]]],
-) -> tuple[Trajectory, int] | None:
-    """The what-if run of the member that a fork left, and after how many steps; None where it is
-    no fork, or of none of the members before it."""
+def _common(
+    stages: Sequence[StageSetup], before: Sequence[Sequence[StageSetup]]
+) -> tuple[int, int] | None:
+    """Which of the members before it a fork left, and after how many steps; None where it is no
+    fork, or of none of them."""
     own = stages[0].trajectory
     fork: Any = own.facts.settings.get("fork")
     if fork is None or len(stages) > 1 or fork["step"] not in own.checkpoints:
         return None
-    for others, (what_if, *_) in zip(before, made, strict=True):
+    for number, others in enumerate(before):
         run, step = others[0].trajectory, fork["step"]
         if run.facts.settings.get("run_id") != fork["run"] or len(others) > 1:
             continue
         checkpoints = [[at for at in one.checkpoints if at <= step] for one in (run, own)]
         rows = [one.steps.between(0, step).examples for one in (run, own)]
         if checkpoints[0] == checkpoints[1] and torch.equal(*rows):
-            return what_if[0].trajectory, step
+            return number, step
     return None
 
 

@@ -327,16 +327,16 @@ def _in_folder(
             if made is not None and made.last_step == trajectory.last_step:
                 return made
             writer = TrajectoryWriter(folder, trajectory.data_weights)
-            facts = _facts(trajectory, key)
+            facts, begin = _facts(trajectory, key), start
             if made is None or not _can_resume(made):
                 require_room(folder, _bytes_of(root, trajectory), "a what-if run")
                 writer.begin(facts, start, overwrite=True)
                 if common is not None:
-                    start = _begun(writer, *common)
+                    begin = _begun(writer, *common)
             else:
-                start = made.checkpoints[made.last_step]
+                begin = made.checkpoints[made.last_step]
                 writer.resume(facts, made.last_step, list(made.checkpoints))
-            _record(replay, writer, start)
+            _record(replay, writer, begin)
             writer.finish()
     except PermissionError as error:
         warnings.warn(

@@ -25,8 +25,8 @@ from tda_lightning.records.example_use import example_weights
 from tda_lightning.records.score_sinks import ScoreSink
 from tda_lightning.records.trajectory import Checkpoint, Trajectory
 from tda_lightning.runtime import conditions
+from tda_lightning.runtime.free_memory import free_memory
 from tda_lightning.runtime.loading import ExampleSource
-from tda_lightning.runtime.memory import free_memory
 from tda_lightning.runtime.origins import inherit
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.structures import moved

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.free_memory import free_memory
 
 
 @dataclass

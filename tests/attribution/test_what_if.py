@@ -30,6 +30,7 @@ from tda_lightning.replay.run import Walk
 from tda_lightning.replay.what_if import subset_weights
 from tda_lightning.solvers import ASTRA, ConjugateGradients, DataInf, Direct, Lanczos, LiSSA
 from tda_lightning.store.inspect import describe
+from tda_lightning.store.writer import TrajectoryWriter
 from tda_lightning.tasks import AttributionTask
 from tests import oracles
 from tests.attributing import CaseTask, attribute, quiet, relative
@@ -115,6 +116,15 @@ def test_central_differences_of_weighted_retraining(
         far = (measured(n, 2 * step) - measured(n, -2 * step)) / (4 * step)
         expected = -(4 * near - far) / 3
         assert relative(scores.values[:, n], expected) < 1e-6
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0.97, 10), (0.04, 0)])
+def test_a_subset_leaves_some_out_and_keeps_some(keep: float, kept: int) -> None:
+    """With nothing left out it would be the recorded run, under the name of another question."""
+    run, module, data = train(MLP, OPTIMIZERS["momentum"], checkpoints=(3,))
+    with pytest.raises(ValueError, match=f"keeps {kept} of 10 training .* Ask with draws=0"):
+        attribute(MLP, run, module, data, TracIn(), keep=keep, draws=2)
+    attribute(MLP, run, module, data, TracIn(), keep=keep, draws=0)
 
 
 # The other estimators
@@ -403,6 +413,16 @@ def test_an_interrupted_run_resumes_at_its_last_checkpoint(
         ask(recorded, TracIn(), keep=0.5)
     stopped_at = Trajectory.load(folder).last_step
     assert 0 < stopped_at < last
+    taken[:] = [-1] * 6
+
+    def refused(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryWriter, "resume", refused)
+        with pytest.warns(match="what-if run is not kept: read-only"):
+            unkept = ask(recorded, TracIn(), keep=0.5)
+    assert torch.equal(unkept.values, whole.values)
     taken[:] = [-1] * 6
     again = ask(recorded, TracIn(), keep=0.5)
     assert taken[6:] == list(range(stopped_at, last))

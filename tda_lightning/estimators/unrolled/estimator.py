@@ -21,7 +21,7 @@ from tda_lightning.estimators.unrolled.round_scores import RoundScores
 from tda_lightning.estimators.unrolled.stage_run import StageRun, one_stage
 from tda_lightning.records.provenance import Provenance
 from tda_lightning.runtime.digests import digest
-from tda_lightning.runtime.memory import free_memory
+from tda_lightning.runtime.free_memory import free_memory
 from tda_lightning.runtime.processes import rank_and_world
 from tda_lightning.runtime.setting_types import require_types
 from tda_lightning.session.session import Session
