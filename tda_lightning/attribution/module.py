@@ -99,7 +99,7 @@ class AttributionModule(LightningModule):
         TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
             trajectory does not start from the last weights of the one before it.
         UnsupportedTrainingError: the optimizer has no formula, or several trajectories are given
-            to an estimator other than ``Source``.
+            to an estimator other than ``Source``, ``Unrolled`` and ``MultiStageInfluence``.
         ValueError: lists of different lengths.
         TypeError: an argument of another kind.
     """
@@ -133,8 +133,8 @@ class AttributionModule(LightningModule):
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
-                "several trajectories, or give the last one only."
+                "score the examples of an earlier one. Use Source, Unrolled or MultiStageInfluence "
+                "for several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None
