@@ -1,4 +1,4 @@
-"""What can be asked of a run of which only checkpoints were kept."""
+"""What can be asked of a run of which only checkpoints were kept, or that is seen under a mask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from tda_lightning.attribution.member_modules import DROPOUT
 from tda_lightning.estimators import FastInfluence, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.estimators.base import Estimator
 from tda_lightning.optimizers import find_rule
@@ -20,6 +21,12 @@ def require_answerable(trajectory: Trajectory, estimator: Estimator) -> None:
     Raises:
         UnsupportedTrainingError: names the estimator and what it lacks.
     """
+    if DROPOUT in trajectory.facts.settings and isinstance(estimator, Unrolled):
+        raise UnsupportedTrainingError(
+            "This member of an ensemble is the recorded run under a dropout mask, which it was "
+            "not trained under, so there is no run to differentiate. Use Source, InfluenceFunction "
+            "or TracIn, or an ensemble of seeds or forks."
+        )
     if not trajectory.facts.settings.get(FROM_CHECKPOINTS):
         return
     name, missing = type(estimator).__name__, None

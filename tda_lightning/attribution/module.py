@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -60,6 +61,7 @@ from tda_lightning.runtime.random_states import unchanged_randomness
 from tda_lightning.runtime.tables import print_table
 from tda_lightning.runtime.termination import ended_by_sigterm
 from tda_lightning.store.ensemble_file import is_ensemble
+from tda_lightning.store.scores_file import require_free
 from tda_lightning.tasks import AttributionTask
 
 T = TypeVar("T")
@@ -97,7 +99,7 @@ class AttributionModule(LightningModule):
         TrajectoryMismatchError: the module's parameters are not the recorded ones, or a
             trajectory does not start from the last weights of the one before it.
         UnsupportedTrainingError: the optimizer has no formula, or several trajectories are given
-            to an estimator other than ``Source``.
+            to an estimator other than ``Source``, ``Unrolled`` and ``MultiStageInfluence``.
         ValueError: lists of different lengths.
         TypeError: an argument of another kind.
     """
@@ -131,8 +133,8 @@ class AttributionModule(LightningModule):
         if self.stages[-1].run > 0 and not staged:
             raise UnsupportedTrainingError(
                 f"{type(estimator).__name__} knows the last stage of training alone, so it cannot "
-                "score the examples of an earlier one. Use Source or MultiStageInfluence for "
-                "several trajectories, or give the last one only."
+                "score the examples of an earlier one. Use Source, Unrolled or MultiStageInfluence "
+                "for several trajectories, or give the last one only."
             )
         self.estimator = estimator
         self._work: Callable[[], object] | None = None
@@ -246,6 +248,8 @@ class AttributionModule(LightningModule):
             by_token,
         )
         require_by_token(self.estimator, self.members, by_token, self_influence)
+        if scores_path is not None:
+            require_free(Path(scores_path), overwrite)  # before what-if runs are trained
         if trainer is not None:
             require_scorable(trainer)
         sets = training_sets(train, self.stages[-1].run + 1)

@@ -68,10 +68,13 @@ def asked_runs(
 
     Raises:
         UnsupportedTrainingError: a run cannot be replayed.
+        ValueError: a random subset would have every example, or none.
     """
     if keep == 1:
         return AskedRuns([list(stages) for stages in members], list(range(len(members))))
     kind, count = _kind(members, draws)
+    if kind == "subsets":
+        _require_subsets([len(source) for source in examples], keep)
     # An ensemble asks about training anew, and training on less data takes fewer steps. Weights
     # below 1 shorten the steps of SGD as much; an optimizer that normalises has to be told.
     rate = keep if kind == "expected" and len(members) > 1 else 1.0
@@ -141,6 +144,23 @@ def _kind(members: Sequence[Sequence[StageSetup]], draws: int | None) -> tuple[K
     if "subsets" in suiting:
         return "subsets", DRAWS
     return "expected" if "expected" in suiting else "uniform", 1
+
+
+def _require_subsets(sizes: Sequence[int], keep: float) -> None:
+    """Refuse random subsets that are the whole training set, whose run is the recorded one, or
+    empty.
+
+    Raises:
+        ValueError: says what to ask.
+    """
+    for size in sizes:
+        kept = round(keep * size)
+        if not 0 < kept < size:
+            raise ValueError(
+                f"keep={keep:g} keeps {kept} of {size} training examples, and random subsets must "
+                f"keep some and leave some out. Ask with draws=0 (every example at weight "
+                f"{keep:g}), or with another keep."
+            )
 
 
 def _what_if_stages(

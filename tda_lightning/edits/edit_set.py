@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -140,12 +141,18 @@ class EditSet:
         count = len(source)
         for column, term in self.terms:
             name = f"Edit {column}, {type(self.edits[column]).__name__},"
-            if term.index is not None and not 0 <= term.index < count:
+            if term.index is None:
+                _require_same_form(source, term.example, name)
+                continue
+            if not isinstance(term.index, Integral):
+                raise TypeError(
+                    f"{name} must name a training example by its whole number, got "
+                    f"{term.index!r}. Give one edit for each example."
+                )
+            if not 0 <= term.index < count:
                 raise ValueError(
                     f"{name} names training example {term.index}; expected 0 to {count - 1}."
                 )
-            if term.index is None:
-                _require_same_form(source, term.example, name)
         first = next((edit for edit in self.edits if isinstance(edit, DocumentRemoval)), None)
         if first is not None:
             require_own_labels(first.pieces[0][1], source.join([first.pieces[0][1]]))

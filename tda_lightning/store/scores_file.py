@@ -42,13 +42,13 @@ def write_scores(scores: Scores, path: str | os.PathLike[str], overwrite: bool =
     path = Path(path)
     provenance = _provenance_json(scores.provenance)
     _numpy_dtype(scores.values.dtype)
-    _require_free(path, overwrite)
+    require_free(path, overwrite)
     make_folder(path.parent)
     with replacing(path) as part:
         with hdf5_file(part, "w") as file:
             put_header(file, SCORES, _WITHOUT_CANDIDATES)
             _complete(file, scores, provenance)
-        _require_free(path, overwrite)
+        require_free(path, overwrite)
 
 
 def replace_provenance(path: str | os.PathLike[str], provenance: Mapping[str, object]) -> None:
@@ -210,7 +210,12 @@ def _provenance_json(provenance: Mapping[str, object]) -> str:
         ) from error
 
 
-def _require_free(path: Path, overwrite: bool) -> None:
+def require_free(path: Path, overwrite: bool) -> None:
+    """Refuse a path at which there is a file already, unless it is to be replaced.
+
+    Raises:
+        FileExistsError: names it.
+    """
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path} exists and is kept. Choose another path, or pass overwrite=True."
@@ -252,7 +257,7 @@ class ScoreFile(MemorySink):
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        _require_free(self.path, overwrite)
+        require_free(self.path, overwrite)
         make_folder(self.path.parent)
         self._part = part_path(self.path)
         self.by_segment = None
@@ -293,7 +298,7 @@ class ScoreFile(MemorySink):
         try:
             with hdf5_file(self._part, "r+") as file:
                 _complete(file, self, _provenance_json(provenance))
-            _require_free(self.path, self.overwrite)
+            require_free(self.path, self.overwrite)
             publish(self._part, self.path)
         except BaseException:
             self.abort()

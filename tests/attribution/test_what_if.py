@@ -118,6 +118,15 @@ def test_central_differences_of_weighted_retraining(
         assert relative(scores.values[:, n], expected) < 1e-6
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(0.97, 10), (0.04, 0)])
+def test_a_subset_leaves_some_out_and_keeps_some(keep: float, kept: int) -> None:
+    """With nothing left out it would be the recorded run, under the name of another question."""
+    run, module, data = train(MLP, OPTIMIZERS["momentum"], checkpoints=(3,))
+    with pytest.raises(ValueError, match=f"keeps {kept} of 10 training .* Ask with draws=0"):
+        attribute(MLP, run, module, data, TracIn(), keep=keep, draws=2)
+    attribute(MLP, run, module, data, TracIn(), keep=keep, draws=0)
+
+
 # The other estimators
 
 
@@ -527,6 +536,15 @@ def test_an_ensemble_of_a_normalising_optimizer_takes_shorter_steps() -> None:
 def test_a_share_is_above_zero_and_at_most_one(keep: float, recorded: Any) -> None:
     with pytest.raises(ValueError, match="keep is the share"):
         ask(recorded, TracIn(), keep=keep)
+
+
+def test_a_file_of_scores_that_is_there_is_refused_before_training(
+    recorded: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "scores.h5").touch()
+    with pytest.raises(FileExistsError, match=r"scores\.h5 exists and is kept"):
+        ask(recorded, TracIn(), keep=0.5, scores_path=str(tmp_path / "scores.h5"))
+    assert not (recorded[0] / "what_if").exists()
 
 
 def test_a_run_that_cannot_be_replayed_remains_with_keep_1(tmp_path: Path) -> None:

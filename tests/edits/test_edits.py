@@ -241,6 +241,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"Edit 0, \w+, names training example -?\d+; expec"):
             attribute(CLASSIFIER, *work, TracIn(), edits=[edit])
 
+    @pytest.mark.parametrize("index", [[0, 1], torch.tensor(3), 2.0])
+    def test_an_index_that_is_no_whole_number(self, index: Any, work: Any) -> None:
+        with pytest.raises(TypeError, match="Edit 0, Removal, must name .* whole number, got"):
+            attribute(CLASSIFIER, *work, TracIn(), edits=[Removal(index)])
+
     @pytest.mark.parametrize("kind", [Addition, lambda example: Replace(0, example)])
     def test_an_input_of_another_shape(self, kind: Any, work: Any) -> None:
         edit = kind((torch.zeros(99, dtype=torch.float64), torch.tensor(0)))

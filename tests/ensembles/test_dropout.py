@@ -145,7 +145,7 @@ def test_files_are_shared(ensemble: Ensemble, run: Path) -> None:
 class TestBadInput:
     def test_exact_unrolling(self, ensemble: Ensemble) -> None:
         with pytest.raises(UnsupportedTrainingError, match="under a dropout mask"):
-            scores(Net(), ensemble, Unrolled())
+            AttributionModule(Net(), ensemble, Unrolled())  # before what-if runs are trained
 
     @pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan")])
     def test_an_impossible_rate(self, rate: float, run: Path) -> None:

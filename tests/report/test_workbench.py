@@ -99,6 +99,18 @@ def exported(page, button):
     return download.value.path()
 
 
+def test_what_runs_of_an_ensemble_agree_on(page, workbench):
+    page.goto(f"{workbench.path.as_uri()}#query-3")
+    said = page.inner_text("#tail-proponent li")
+    assert "among the top 50 in 4/4 runs" in said and "4/4 runs agree" in said
+    page.click("#tail-proponent .more")
+    lines = page.locator("#tail-proponent li").all()
+    unstable = [line for line in lines if line.locator(".unstable").count()]
+    assert 0 < len(unstable) < len(lines)
+    for line in lines:  # those whose sign changes are marked
+        assert ("4/4 runs agree" in line.inner_text()) == (line not in unstable)
+
+
 def test_a_few_proponents_stand_for_the_others(page):
     page.select_option("select[aria-label='order of proponents and opponents']", "stands")
     said = page.locator("#tail-proponent li").all_inner_texts()

@@ -28,12 +28,6 @@ def require_exact(
         TrajectoryMismatchError: the module computes in another precision than the run.
         ValueError: token_weights with edits or with several processes.
     """
-    if "dropout_mask" in session.trajectory.facts.settings:
-        raise UnsupportedTrainingError(
-            "This member of an ensemble is the recorded run under a dropout mask, which it was "
-            "not trained under, so there is no run to differentiate. Use Source, InfluenceFunction "
-            "or TracIn, or an ensemble of seeds or forks."
-        )
     replay.check()
     trajectory, task = session.trajectory, session.task
     require_formula(trajectory, "adjoint", "exact unrolling")

@@ -153,10 +153,16 @@ function entriesOf(list, kind) {
   return entries.filter((entry) => !listState.stable || entry.sameSign === DATA.members).sort((one, two) => measure(one) - measure(two));
 }
 
+// Marked where the sign changes from run to run.
+function runsThatAgree(entry) {
+  const marks = entry.sameSign < DATA.members ? { class: "unstable", title: "its sign changes from run to run" } : {};
+  return h("span", marks, `${entry.sameSign}/${DATA.members} runs agree`);
+}
+
 function saidOf(entry, kind, strongest, tallest) {
   const others = DATA.others.map((name, other) => h("div", { class: "faint" }, h("span", { class: "data" }, name), `: ${number(entry.others[other], true, strongest)}, rank ${count(entry.ranks[other + 1] + 1)}`));
   const ensemble = DATA.members && entry.spread !== null
-    ? h("div", { class: "faint" }, `± ${number(entry.spread, false, strongest)}, ${entry.sameSign}/${DATA.members} runs agree${kind === "proponent" ? `, in the top 50 of ${entry.inTop}` : ""}`) : null;
+    ? h("div", { class: "faint" }, `± ${number(entry.spread, false, strongest)}, `, runsThatAgree(entry), kind === "proponent" && DATA.numTrain > 50 ? `, among the top 50 in ${entry.inTop}/${DATA.members} runs` : null) : null;
   return [
     h("span", { class: `score ${kind}` }, number(entry.score, true, strongest)),
     h("span", { class: "meter" }, h("span", { class: kind, style: { width: `${(100 * Math.abs(entry.score)) / strongest}%` } })),
