@@ -63,9 +63,6 @@ class Study:
         without: estimators that would take too long.
         averaged: estimators that are asked over ensembles of five members.
         drawn: further points for ensembles of seeds, by influence functions and SOURCE.
-        same_run: whether ensembles hold the run whose replays are the truths of the single run. If
-            not (it did not come out the same when it was trained again), they are judged by
-            training anew alone.
     """
 
     title: str
@@ -77,12 +74,11 @@ class Study:
     without: tuple[str, ...] = ()
     averaged: tuple[str, ...] = ("influence", "source", "tracin")
     drawn: tuple[Point, ...] = ()
-    same_run: bool = True
 
 
 SHARES = (0.99, 0.95, 0.8, 0.5, 0.2)
-# Of ensembles. Exact unrolling refuses masks, under which nothing was trained; of a run through its
-# adapters it would be a derivative of their training alone, as the recorded order would.
+# Of ensembles, with the estimators that are asked over them. Nothing was trained under masks, so
+# exact unrolling refuses them; of adapters' short trainings the cheap estimators are asked.
 KINDS = {
     "seeds": tuple(ESTIMATORS),
     "forks": tuple(ESTIMATORS),
@@ -125,7 +121,6 @@ STUDIES = {
         subsets=50,
         together=1,
         without=("source_recorded", "unrolled"),
-        same_run=False,
     ),
 }
 

@@ -426,13 +426,15 @@ class Session:
         return self.pace.loop(self.prefix + title, items, total, memory)
 
     def query_rounds(self, bytes_each: int, budget: int | None = None) -> Iterator[tuple[int, int]]:
-        """Ranges of queries that fit into memory together.
+        """Ranges of queries that fit into memory together, in every process.
 
         Args:
             bytes_each: what a query takes; see :meth:`gradient_bytes`.
             budget: bytes for all of them; by default a quarter of the free memory.
         """
         fitting = max(1, (memory_budget() if budget is None else budget) // bytes_each)
+        # Processes share the queries of a round, so all of them need the same rounds.
+        fitting = int(self.gathered(torch.tensor([fitting])).min())
         rounds = -(-self.num_query // fitting)
         bounds = [number * self.num_query // rounds for number in range(rounds + 1)]
         return self.pace.rounds(list(zip(bounds, bounds[1:], strict=False)))
